@@ -1,0 +1,1347 @@
+// THE kernel on the CPU. The arithmetic is in ../semantics.h; step numbers are docs/semantics.md's.
+//
+// Work: one thread owns a row; a lone row is split over threads by tiles. A row is read in tiles of
+// 512 tokens; a tile is widened, biased, masked and penalised (steps 1 to 5) into 2 KiB of the stack,
+// or read in place where none of that is needed. No copy of the row is kept.
+//
+// Passes over the row:
+//   maxima       every row: the maximum of each tile and of each of its 16 groups (tokens j = g mod 16).
+//   (no more)    greedy, and top-k: the k-th largest group maximum bounds the k-th largest logit from
+//                below, so only the few groups that reach it are looked at again.
+//   mass         top-p, or no filter: the mass of every tile, exact in doubles below 2^53.
+//   mass, split  top-p on a flat row: the mass above a cut estimated from a sample as well; the tokens
+//                between the estimate and the exact cut are then few.
+//   band         the same row: those tokens.
+// What is left to choose from is a short list in token-id order; a radix select on the order key with
+// exact counts and masses finds a cut in it, in linear time, whatever the ties.
+//
+// A kept set is a prefix of the order, so a Cut (a logit, and the last id that is kept among its
+// equals) says it all. Estimates choose only where to look: every decision is on exact integers.
+//
+// Hazards: NaN is never made canonical; every comparison is written so that NaN is not a candidate.
+// Loops marked LLM_SAMPLING_CLONES are vectorised by the compiler, once per instruction set. Flags
+// that this file needs: -ffp-contract=off -fno-trapping-math -fno-math-errno.
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <cmath>
+#include <cstddef>
+#include <memory>
+#include <new>
+
+#include "../llm_sampling.h"
+#include "../semantics.h"
+#include "pool.h"
+
+// A build that sets this to nothing and -march by hand tests one instruction set.
+#ifndef LLM_SAMPLING_CLONES
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#define LLM_SAMPLING_CLONES \
+  __attribute__((noinline, flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "arch=x86-64-v2", "default")))
+#else
+#define LLM_SAMPLING_CLONES __attribute__((noinline))
+#endif
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace llm_sampling {
+namespace {
+
+constexpr int kTile = 512;
+constexpr int kGroups = 16;
+constexpr int kSteps = kTile / kGroups;
+constexpr int64_t kEveryId = INT64_MAX;
+
+// Memory that grows and is not touched before it is used.
+template <typename T>
+class Buffer {
+ public:
+  T* at_least(int64_t size) {
+    if (size > size_) {
+      data_.reset(new T[static_cast<size_t>(size)]);
+      size_ = size;
+    }
+    return data_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  int64_t size_ = 0;
+};
+
+// ---- Steps 1 to 5: the values of a row -----------------------------------------------------------
+
+struct Row {
+  const void* logits;
+  int32_t dtype;
+  int64_t vocab_size;
+  const int32_t* bias_ids;  // ascending
+  const float* bias_values;
+  int64_t bias_count;
+  const uint32_t* allowed;
+  const uint32_t* seen;
+  const int32_t* counts;
+  float repetition_penalty;
+  float frequency_penalty;
+  float presence_penalty;
+  float m;      // step 9's maximum, known after the first pass
+  float scale;  // step 9's s
+
+  bool is_raw() const { return bias_count == 0 && allowed == nullptr && seen == nullptr; }
+  int64_t tiles() const { return (vocab_size + kTile - 1) / kTile; }
+};
+
+template <typename T, float (*kWiden)(T)>
+INLINE void widen(const void* logits, int64_t begin, int count, float* __restrict out) {
+  const T* in = static_cast<const T*>(logits) + begin;
+  for (int j = 0; j < count; ++j) out[j] = kWiden(in[j]);
+}
+
+INLINE float same(float x) { return x; }
+
+INLINE void add_bias(const Row& row, int64_t begin, int count, float* y) {
+  const int32_t* end = row.bias_ids + row.bias_count;
+  const int32_t* id = std::lower_bound(row.bias_ids, end, static_cast<int32_t>(begin));
+  for (; id != end && *id < begin + count; ++id) y[*id - begin] += row.bias_values[id - row.bias_ids];
+}
+
+INLINE void mask_out(const uint32_t* allowed, int count, float* __restrict y) {
+  for (int w = 0; w * 32 < count; ++w) {
+    const uint32_t bits = allowed[w];
+    if (bits == 0xffffffffu) continue;
+    float* z = y + w * 32;  // a tile has room for the whole of its last word
+    for (int j = 0; j < 32; ++j) z[j] = (bits >> j & 1) != 0 ? z[j] : -kInfinity;
+  }
+}
+
+INLINE float penalised(const Row& row, float x, int32_t count) {
+  x = repetition(x, row.repetition_penalty);                  // 3
+  const float f = frequency(x, row.frequency_penalty, count);  // 4
+  const float p = f - row.presence_penalty;                    // 5
+  return count > 0 ? p : x;
+}
+
+INLINE void penalise(const Row& row, int64_t begin, int count, float* __restrict y) {
+  const uint32_t* seen = row.seen + begin / 32;
+  const int32_t* counts = row.counts + begin;
+  for (int w = 0; w * 32 < count; ++w) {
+    uint32_t bits = seen[w];
+    if (w * 32 + 32 > count) bits &= (1u << (count & 31)) - 1;
+    if (bits == 0) continue;
+    float* z = y + w * 32;
+    const int32_t* c = counts + w * 32;
+    if (__builtin_popcount(bits) > 8 && w * 32 + 32 <= count) {
+      for (int j = 0; j < 32; ++j) z[j] = (bits >> j & 1) != 0 ? penalised(row, z[j], c[j]) : z[j];
+    } else {
+      for (; bits != 0; bits &= bits - 1) {
+        const int j = __builtin_ctz(bits);
+        z[j] = penalised(row, z[j], c[j]);
+      }
+    }
+  }
+}
+
+// The 512 values of a tile, -inf past the row's end: in `buffer`, or where they lie.
+INLINE const float* load_tile(const Row& row, int64_t tile, float* __restrict buffer) {
+  const int64_t begin = tile * kTile;
+  const int count = static_cast<int>(std::min<int64_t>(kTile, row.vocab_size - begin));
+  switch (row.dtype) {  // 1
+    case LLM_SAMPLING_FLOAT32:
+      if (count == kTile && row.is_raw()) return static_cast<const float*>(row.logits) + begin;
+      widen<float, same>(row.logits, begin, count, buffer);
+      break;
+    case LLM_SAMPLING_FLOAT16:
+      widen<uint16_t, widen_float16>(row.logits, begin, count, buffer);
+      break;
+    default:
+      widen<uint16_t, widen_bfloat16>(row.logits, begin, count, buffer);
+  }
+  for (int j = count; j < kTile; ++j) buffer[j] = -kInfinity;
+  if (row.bias_count > 0) add_bias(row, begin, count, buffer);                       // 2
+  if (row.allowed != nullptr) mask_out(row.allowed + begin / 32, count, buffer);     // 2
+  if (row.seen != nullptr) penalise(row, begin, count, buffer);                      // 3 to 5
+  return buffer;
+}
+
+// ---- Kept sets -----------------------------------------------------------------------------------
+
+// The tokens above `value`, and those equal to it with an id of at most `last_id`.
+struct Cut {
+  float value;
+  int64_t last_id;
+};
+
+// Whether token begin + j, of value x, is kept; begin is its tile's first token.
+INLINE bool is_kept(const Cut& cut, int64_t begin, float x, int32_t j) {
+  const int64_t last = cut.last_id - begin;
+  const int32_t last_equal = static_cast<int32_t>(last > kTile ? kTile : last < -1 ? -1 : last);
+  return (x > cut.value) | ((x == cut.value) & (j <= last_equal));
+}
+
+// ---- Passes over tiles [begin, end) --------------------------------------------------------------
+
+// Maxima of groups and tiles. True if a NaN may have been seen: some sum of a group's values is NaN,
+// which +inf and -inf together make too.
+LLM_SAMPLING_CLONES bool scan_maxima(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    float* group_max,
+    float* tile_max
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float sums[kGroups * 2] = {};
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const float* y = load_tile(row, tile, buffer);
+    alignas(64) float top[kGroups * 2];
+    for (int j = 0; j < kGroups * 2; ++j) {
+      float best = -kInfinity;
+      float sum = sums[j];
+      for (int k = 0; k < kTile; k += kGroups * 2) {
+        const float x = y[j + k];
+        best = x > best ? x : best;
+        sum += x;
+      }
+      top[j] = best;
+      sums[j] = sum;
+    }
+    float* group = group_max + tile * kGroups;
+    for (int j = 0; j < kGroups; ++j) group[j] = std::max(top[j], top[j + kGroups]);
+    float best = -kInfinity;
+    for (int j = 0; j < kGroups; ++j) best = std::max(best, group[j]);
+    tile_max[tile] = best;
+  }
+  bool nan = false;
+  for (int j = 0; j < kGroups * 2; ++j) nan |= sums[j] != sums[j];
+  return nan;
+}
+
+LLM_SAMPLING_CLONES bool has_nan(const Row& row, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kTile];
+  int nan = 0;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const float* y = load_tile(row, tile, buffer);
+    for (int j = 0; j < kTile; ++j) nan |= y[j] != y[j];
+  }
+  return nan != 0;
+}
+
+// Exact: integers of at most 2^42, 512 of them.
+INLINE int64_t sum_masses(const float* w) {
+  double part[64];
+  for (int j = 0; j < 64; ++j) {
+    double sum = 0;
+    for (int k = 0; k < kTile; k += 64) sum += static_cast<double>(w[j + k]);
+    part[j] = sum;
+  }
+  double lane[8];
+  for (int j = 0; j < 8; ++j) {
+    double sum = 0;
+    for (int k = 0; k < 64; k += 8) sum += part[j + k];
+    lane[j] = sum;
+  }
+  return static_cast<int64_t>(
+      ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]))
+  );
+}
+
+INLINE bool is_massless(const Row& row, float tile_max) {
+  return !(depth(tile_max, row.m, row.scale) < kMassless);
+}
+
+INLINE void masses(const Row& row, const float* y, float* __restrict w) {
+  for (int j = 0; j < kTile; ++j) w[j] = mass(depth(y[j], row.m, row.scale));
+}
+
+INLINE void drop_cut(const Cut& cut, int64_t begin, const float* y, float* __restrict w) {
+  for (int32_t j = 0; j < kTile; ++j) w[j] = is_kept(cut, begin, y[j], j) ? w[j] : 0.0f;
+}
+
+// The mass of each tile.
+LLM_SAMPLING_CLONES void scan_mass(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    const float* tile_max,
+    int64_t* tile_mass
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float w[kTile];
+  for (int64_t tile = begin; tile < end; ++tile) {
+    tile_mass[tile] = 0;
+    if (is_massless(row, tile_max[tile])) continue;
+    masses(row, load_tile(row, tile, buffer), w);
+    tile_mass[tile] = sum_masses(w);
+  }
+}
+
+// The mass of each tile's kept tokens.
+LLM_SAMPLING_CLONES void scan_kept_mass(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    Cut cut,
+    const float* tile_max,
+    int64_t* tile_kept
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float w[kTile];
+  for (int64_t tile = begin; tile < end; ++tile) {
+    tile_kept[tile] = 0;
+    if (!(tile_max[tile] >= cut.value) || is_massless(row, tile_max[tile])) continue;
+    const float* y = load_tile(row, tile, buffer);
+    masses(row, y, w);
+    drop_cut(cut, tile * kTile, y, w);
+    tile_kept[tile] = sum_masses(w);
+  }
+}
+
+// The mass of each tile, and that of its tokens of at least `value`.
+LLM_SAMPLING_CLONES void scan_split_mass(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    float value,
+    const float* tile_max,
+    int64_t* tile_mass,
+    int64_t* tile_kept
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float w[kTile];
+  for (int64_t tile = begin; tile < end; ++tile) {
+    tile_mass[tile] = tile_kept[tile] = 0;
+    if (is_massless(row, tile_max[tile])) continue;
+    const float* y = load_tile(row, tile, buffer);
+    masses(row, y, w);
+    tile_mass[tile] = sum_masses(w);
+    if (!(tile_max[tile] >= value)) continue;
+    for (int j = 0; j < kTile; ++j) w[j] = y[j] >= value ? w[j] : 0.0f;
+    tile_kept[tile] = sum_masses(w);
+  }
+}
+
+LLM_SAMPLING_CLONES int64_t scan_count(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    Cut cut,
+    const float* tile_max
+) {
+  alignas(64) float buffer[kTile];
+  int64_t count = 0;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    if (!(tile_max[tile] >= cut.value)) continue;
+    const float* y = load_tile(row, tile, buffer);
+    int32_t inside = 0;
+    for (int32_t j = 0; j < kTile; ++j) inside += is_kept(cut, tile * kTile, y[j], j);
+    count += inside;
+  }
+  return count;
+}
+
+// The masses of one tile's kept tokens, in w.
+LLM_SAMPLING_CLONES void tile_kept_masses(const Row& row, int64_t tile, Cut cut, float* w) {
+  alignas(64) float buffer[kTile];
+  const float* y = load_tile(row, tile, buffer);
+  masses(row, y, w);
+  drop_cut(cut, tile * kTile, y, w);
+}
+
+LLM_SAMPLING_CLONES void list_masses(const Row& row, const float* x, int64_t size, int64_t* w) {
+  for (int64_t i = 0; i < size; ++i) w[i] = static_cast<int64_t>(mass(depth(x[i], row.m, row.scale)));
+}
+
+// An estimate of the row's mass, and the sample that it is from: of each group one value, at another
+// step in each tile. A group's maximum stands for itself, the sampled value for the 31 others.
+LLM_SAMPLING_CLONES double sample_mass(const Row& row, const float* group_max, float* sample) {
+  alignas(64) float buffer[kTile];
+  const int64_t tiles = row.tiles();
+  double lane[kGroups] = {};
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const float* y = load_tile(row, tile, buffer) + tile * 7 % kSteps * kGroups;
+    const float* top = group_max + tile * kGroups;
+    float* own = sample + tile * kGroups;
+    for (int j = 0; j < kGroups; ++j) {
+      const float others = y[j] < top[j] ? y[j] : -kInfinity;
+      const float w = mass(depth(top[j], row.m, row.scale));
+      const float v = mass(depth(others, row.m, row.scale));
+      own[j] = others;
+      lane[j] += static_cast<double>(w) + static_cast<double>(v) * kSteps;
+    }
+  }
+  double sum = 0;
+  for (int j = 0; j < kGroups; ++j) sum += lane[j];
+  return sum;
+}
+
+// A tile's tokens with low <= x <= high, appended to x and id in id order; the new size.
+LLM_SAMPLING_CLONES int64_t tile_band(
+    const Row& row,
+    int64_t tile,
+    float low,
+    float high,
+    float* x,
+    uint32_t* id,
+    int64_t size
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) uint8_t inside[kTile];
+  const float* y = load_tile(row, tile, buffer);
+  for (int j = 0; j < kTile; ++j) inside[j] = (y[j] >= low) & (y[j] <= high);
+  for (int word = 0; word < kTile / 8; ++word) {
+    uint64_t bytes;
+    __builtin_memcpy(&bytes, inside + word * 8, 8);
+    for (; bytes != 0; bytes &= bytes - 1) {
+      const int j = word * 8 + __builtin_ctzll(bytes) / 8;
+      x[size] = y[j];
+      id[size] = static_cast<uint32_t>(tile * kTile + j);
+      ++size;
+    }
+  }
+  return size;
+}
+
+// The same for x >= low, looking only at the groups whose bit is set.
+LLM_SAMPLING_CLONES int64_t tile_groups(
+    const Row& row,
+    int64_t tile,
+    float low,
+    uint32_t groups,
+    float* x,
+    uint32_t* id,
+    int64_t size
+) {
+  alignas(64) float buffer[kTile];
+  const float* y = load_tile(row, tile, buffer);
+  int group[kGroups];
+  int count = 0;
+  for (; groups != 0; groups &= groups - 1) group[count++] = __builtin_ctz(groups);
+  for (int step = 0; step < kTile; step += kGroups) {
+    for (int g = 0; g < count; ++g) {
+      const int j = step + group[g];
+      x[size] = y[j];
+      id[size] = static_cast<uint32_t>(tile * kTile + j);
+      size += y[j] >= low;  // without a branch that nobody could predict
+    }
+  }
+  return size;
+}
+
+// Writes x / T in the kept set, -inf elsewhere.
+LLM_SAMPLING_CLONES void write_filtered(
+    const Row& row,
+    int64_t begin_tile,
+    int64_t end_tile,
+    Cut cut,
+    float temperature,
+    float* out
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float z[kTile];
+  for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
+    const float* y = load_tile(row, tile, buffer);
+    const int64_t begin = tile * kTile;
+    for (int32_t j = 0; j < kTile; ++j) {
+      const float x = y[j] + 0.0f;  // 6
+      const float divided = x / temperature;
+      z[j] = is_kept(cut, begin, x, j) ? divided : -kInfinity;
+    }
+    const int64_t count = std::min<int64_t>(kTile, row.vocab_size - begin);
+    std::copy(z, z + count, out + begin);
+  }
+}
+
+// ---- Choosing from a list ------------------------------------------------------------------------
+
+// Tokens in id order.
+struct List {
+  float* x;
+  uint32_t* id;
+  int64_t* w;  // once list_masses has run
+  int64_t size;
+};
+
+// Where the running total of `goal` is reached in the order of the keys.
+struct Reached {
+  uint32_t key;
+  int64_t missing;  // what the tokens above the key leave to those equal to it, >= 1
+};
+
+// Radix select: key[i] counts 1, or weight[i] where weights are given. The total must reach `goal`
+// >= 1. Overwrites both arrays.
+Reached select(uint32_t* key, int64_t* weight, int64_t size, int64_t goal) {
+  uint32_t differing = 0;
+  for (int64_t i = 1; i < size; ++i) differing |= key[i] ^ key[0];
+  int shift = differing == 0 ? 0 : std::max(0, 24 - __builtin_clz(differing));
+  for (;;) {
+    int64_t bucket[256] = {};
+    if (weight == nullptr) {
+      for (int64_t i = 0; i < size; ++i) ++bucket[key[i] >> shift & 255];
+    } else {
+      for (int64_t i = 0; i < size; ++i) bucket[key[i] >> shift & 255] += weight[i];
+    }
+    // The bits above shift + 8 are equal by now, so the bucket's number orders the keys.
+    uint32_t digit = 255;
+    while (bucket[digit] < goal) goal -= bucket[digit--];
+    int64_t left = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const bool in_bucket = (key[i] >> shift & 255) == digit;
+      key[left] = key[i];
+      if (weight != nullptr) weight[left] = weight[i];
+      left += in_bucket;
+    }
+    size = left;
+    if (shift == 0) return {key[0], goal};
+    shift = std::max(0, shift - 8);
+  }
+}
+
+// Everything above a key is kept, and the first `equals` of the tokens that have it.
+struct LastKept {
+  uint32_t key;
+  int64_t equals;
+
+  // For tokens in id order, each once.
+  bool keeps(float x) {
+    const uint32_t own = order_key(x);
+    return own > key || (own == key && equals-- > 0);
+  }
+};
+
+// A weighted sample of a row by depth, to estimate where a mass is reached.
+class Histogram {
+ public:
+  // Groups' maxima, and the sampled values that stand for the groups' other tokens.
+  void fill(const Row& row, const float* group_max, const float* sample, int64_t size) {
+    float deepest = 0.0f;
+    for (int64_t i = 0; i < size; ++i) {
+      const float d = depth(sample[i], row.m, row.scale);
+      if (d < kMassless) deepest = std::max(deepest, d);
+    }
+    width_ = std::max(deepest, 1e-30f) * (1.0f + 1e-6f) / kBins;
+    std::fill(mass_, mass_ + kBins, 0.0);
+    for (int64_t i = 0; i < size; ++i) {
+      add(row, group_max[i], 1.0);
+      add(row, sample[i], kSteps - 1);
+    }
+  }
+
+  // About the largest value that so much mass is at or above; kLowest if there is not so much.
+  float value_at(const Row& row, double goal) const {
+    double sum = 0;
+    for (int bin = 0; bin < kBins; ++bin) {
+      if (sum + mass_[bin] >= goal && mass_[bin] > 0) {
+        const double inside = std::max(0.0, (goal - sum) / mass_[bin]);
+        const float d = static_cast<float>((bin + inside) * width_);
+        return std::max(kLowest, row.m - d / row.scale);
+      }
+      sum += mass_[bin];
+    }
+    return kLowest;
+  }
+
+  // About the mass at or above a value.
+  double mass_above(const Row& row, float value) const {
+    const double bins = depth(value, row.m, row.scale) / width_;
+    double sum = 0;
+    for (int bin = 0; bin < kBins; ++bin) sum += mass_[bin] * std::clamp(bins - bin, 0.0, 1.0);
+    return sum;
+  }
+
+ private:
+  static constexpr int kBins = 512;
+
+  void add(const Row& row, float x, double tokens) {
+    const float d = depth(x, row.m, row.scale);
+    if (!(d < kMassless)) return;
+    const int bin = std::min(kBins - 1, static_cast<int>(d / width_));
+    mass_[bin] += tokens * static_cast<double>(mass(d));
+  }
+
+  float width_ = 0;
+  double mass_[kBins] = {};
+};
+
+struct Workspace {
+  Buffer<float> group_max, tile_max, sample, list_x, bias_values;
+  Buffer<int64_t> tile_mass, tile_kept, list_w, weights, bias_order;
+  Buffer<uint32_t> list_id, keys;
+  Buffer<int32_t> bias_ids;
+  Histogram histogram;
+};
+
+// ---- One row -------------------------------------------------------------------------------------
+
+class RowSampler {
+ public:
+  RowSampler(const LlmSamplingArgs& args, Workspace& workspace, int threads)
+      : args_(args), ws_(workspace), threads_(threads) {}
+
+  // Everything for one row but the state, which `advance` writes.
+  void run(int64_t index) {
+    row_ = make_row(index);
+    tiles_ = row_.tiles();
+    status_ = 0;
+    find_maxima();
+    find_kept(index);
+    if (args_.filtered != nullptr) filter(index);
+    if (args_.tokens == nullptr) return;
+    draw(index);
+    if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) write_raw_logprobs(index);
+    args_.status[index] = status_;
+  }
+
+ private:
+  Row make_row(int64_t index);
+  void find_maxima();
+  void find_kept(int64_t index);
+
+  void keep_nothing();
+  void keep_first();
+  void keep_top_k(int64_t k, float top_p, float low, int64_t at_least);
+  void keep_top_p(float top_p, float low, int64_t at_least);
+  void keep_flat_nucleus(float top_p, float guess, float low, int64_t at_least);
+  void keep_from(float low, int64_t at_least);
+  void keep_every_candidate();
+  void keep_list();
+
+  float bound_of_first(int64_t k);
+  int64_t gather(float bound);
+  void shorten_list(int64_t size);
+  void shorten_list_to(LastKept last);
+  LastKept where_reached(int64_t target);
+  void start_list();
+  void finish_list(int64_t target, float low, int64_t at_least);
+  int64_t weigh_list();
+
+  float lowest_within(float depth_limit) const;
+  int64_t total(const int64_t* tile_mass) const;
+  int64_t mass_of_row();
+  int64_t count_kept();
+
+  void filter(int64_t index);
+  void draw(int64_t index);
+  void write_raw_logprobs(int64_t index);
+
+  // part(begin, end) for ranges that cover all tiles, on all threads.
+  template <typename F>
+  void over_tiles(const F& part);
+
+  const LlmSamplingArgs& args_;
+  Workspace& ws_;
+  const int threads_;
+
+  Row row_ = {};
+  int64_t tiles_ = 0;
+  int32_t status_ = 0;
+  float* group_max_ = nullptr;
+  float* tile_max_ = nullptr;
+
+  // The kept set: its cut, its mass, and either its tokens or the kept mass of each tile.
+  Cut cut_ = {};
+  int64_t mass_ = 0;
+  bool listed_ = false;
+  List list_ = {};
+  int64_t* tile_kept_ = nullptr;
+};
+
+template <typename F>
+void RowSampler::over_tiles(const F& part) {
+  constexpr int64_t kLeast = 16;  // tiles that are worth another thread
+  const int64_t parts = std::min<int64_t>(threads_, std::max<int64_t>(1, tiles_ / kLeast));
+  struct Context {
+    const F& part;
+    int64_t tiles, parts;
+  } context{part, tiles_, parts};
+  Pool::run(
+      parts,
+      threads_,
+      [](void* opaque, int64_t i) {
+        const Context& c = *static_cast<Context*>(opaque);
+        c.part(c.tiles * i / c.parts, c.tiles * (i + 1) / c.parts);
+      },
+      &context
+  );
+}
+
+Row RowSampler::make_row(int64_t index) {
+  Row row = {};
+  const int64_t element_size = args_.dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
+  row.logits = static_cast<const char*>(args_.logits) + index * args_.logits_stride * element_size;
+  row.dtype = args_.dtype;
+  row.vocab_size = args_.vocab_size;
+  row.scale = depth_scale(args_.temperature[index]);
+
+  if (args_.logit_bias_offsets != nullptr) {
+    const int64_t begin = args_.logit_bias_offsets[index];
+    row.bias_count = args_.logit_bias_offsets[index + 1] - begin;
+    row.bias_ids = args_.logit_bias_ids + begin;
+    row.bias_values = args_.logit_bias_values + begin;
+    if (!std::is_sorted(row.bias_ids, row.bias_ids + row.bias_count)) {
+      int64_t* order = ws_.bias_order.at_least(row.bias_count);
+      int32_t* ids = ws_.bias_ids.at_least(row.bias_count);
+      float* values = ws_.bias_values.at_least(row.bias_count);
+      for (int64_t i = 0; i < row.bias_count; ++i) order[i] = i;
+      std::stable_sort(order, order + row.bias_count, [&](int64_t a, int64_t b) {
+        return row.bias_ids[a] < row.bias_ids[b];
+      });
+      for (int64_t i = 0; i < row.bias_count; ++i) {
+        ids[i] = row.bias_ids[order[i]];
+        values[i] = row.bias_values[order[i]];
+      }
+      row.bias_ids = ids;
+      row.bias_values = values;
+    }
+  }
+  if (args_.allowed_mask != nullptr) {
+    row.allowed = reinterpret_cast<const uint32_t*>(
+        args_.allowed_mask + index * args_.allowed_mask_stride
+    );
+  }
+  row.repetition_penalty = args_.repetition_penalty[index];
+  row.frequency_penalty = args_.frequency_penalty[index];
+  row.presence_penalty = args_.presence_penalty[index];
+  const bool penalised = row.repetition_penalty != 1.0f || row.frequency_penalty != 0.0f ||
+                         row.presence_penalty != 0.0f;
+  if (args_.seen != nullptr && penalised) {
+    const int64_t slot = args_.slots[index];
+    row.seen = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
+    row.counts = args_.counts + slot * args_.counts_stride;
+  }
+  return row;
+}
+
+void RowSampler::find_maxima() {
+  group_max_ = ws_.group_max.at_least(tiles_ * kGroups);
+  tile_max_ = ws_.tile_max.at_least(tiles_);
+  std::atomic<bool> nan{false};
+  over_tiles([&](int64_t begin, int64_t end) {
+    if (scan_maxima(row_, begin, end, group_max_, tile_max_) && has_nan(row_, begin, end)) {
+      nan.store(true, std::memory_order_relaxed);
+    }
+  });
+  if (nan.load(std::memory_order_relaxed)) status_ |= LLM_SAMPLING_STATUS_NAN;
+  row_.m = *std::max_element(tile_max_, tile_max_ + tiles_);
+}
+
+// Steps 7 to 13.
+void RowSampler::find_kept(int64_t index) {
+  listed_ = false;
+  if (row_.m == -kInfinity) {
+    status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
+    return keep_nothing();
+  }
+  if (row_.m == kInfinity) status_ |= LLM_SAMPLING_STATUS_POS_INF;
+
+  const int64_t at_least = args_.min_tokens_to_keep[index];
+  const float top_p = args_.top_p[index];
+  int64_t k = args_.top_k[index];
+  if (k > 0) k = std::max(k, at_least);
+  if (k >= row_.vocab_size) k = 0;
+  if (args_.temperature[index] == 0.0f || k == 1) return keep_first();  // 8
+
+  // 13 as a bound on x, so that it is a prefix of the order like the others
+  const float low = args_.min_p[index] > 0.0f ? lowest_within(args_.min_p_cut[index]) : kLowest;
+  if (k > 0) {
+    keep_top_k(k, top_p, low, at_least);
+  } else if (top_p < 1.0f) {
+    keep_top_p(top_p, low, at_least);
+  } else if (low > kLowest) {
+    keep_from(low, at_least);
+  } else {
+    keep_every_candidate();
+  }
+}
+
+// The smallest x whose depth is at most the limit.
+float RowSampler::lowest_within(float depth_limit) const {
+  uint32_t inside = order_key(row_.m);
+  uint32_t outside = order_key(kLowest) - 1;
+  while (inside - outside > 1) {
+    const uint32_t middle = outside + (inside - outside) / 2;
+    const bool within = depth(from_order_key(middle), row_.m, row_.scale) <= depth_limit;
+    (within ? inside : outside) = middle;
+  }
+  return from_order_key(inside);
+}
+
+int64_t RowSampler::total(const int64_t* tile_mass) const {
+  int64_t sum = 0;
+  for (int64_t tile = 0; tile < tiles_; ++tile) sum += tile_mass[tile];
+  return sum;
+}
+
+void RowSampler::keep_nothing() {
+  cut_ = {kInfinity, -1};
+  mass_ = 0;
+}
+
+// 8, and top-k of one: the smallest id among the largest logits.
+void RowSampler::keep_first() {
+  const int64_t tile = std::find(tile_max_, tile_max_ + tiles_, row_.m) - tile_max_;
+  start_list();
+  tile_band(row_, tile, row_.m, row_.m, list_.x, list_.id, 0);
+  list_.size = 1;
+  keep_list();
+}
+
+// 11 to 13 where top-k is on.
+void RowSampler::keep_top_k(int64_t k, float top_p, float low, int64_t at_least) {
+  gather(bound_of_first(k));
+  shorten_list(k);
+  const int64_t target = top_p < 1.0f ? top_p_target(weigh_list(), top_p) : 0;
+  finish_list(target, low, at_least);
+}
+
+// A lower bound on the k-th largest logit: the k-th largest maximum of the groups.
+float RowSampler::bound_of_first(int64_t k) {
+  if (k > tiles_ * kGroups) return kLowest;
+  uint32_t* keys = ws_.keys.at_least(tiles_ * kGroups);
+  int64_t size = 0;
+  float floor = -kInfinity;
+  if (k <= tiles_) {
+    // the k-th largest maximum of the tiles is not above it, and leaves less to look at
+    for (int64_t tile = 0; tile < tiles_; ++tile) keys[tile] = order_key(tile_max_[tile]);
+    floor = from_order_key(select(keys, nullptr, tiles_, k).key);
+  }
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    if (!(tile_max_[tile] >= floor)) continue;
+    for (int64_t g = tile * kGroups; g < (tile + 1) * kGroups; ++g) {
+      keys[size] = order_key(group_max_[g]);
+      size += group_max_[g] >= floor;
+    }
+  }
+  return std::max(kLowest, from_order_key(select(keys, nullptr, size, k).key));
+}
+
+// An empty list with room for the row and for one write past its end.
+void RowSampler::start_list() {
+  list_.x = ws_.list_x.at_least(row_.vocab_size + 1);
+  list_.id = ws_.list_id.at_least(row_.vocab_size + 1);
+  list_.w = nullptr;
+  list_.size = 0;
+}
+
+// Makes the list of all tokens with x >= bound; its size.
+int64_t RowSampler::gather(float bound) {
+  start_list();
+  int64_t size = 0;
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    if (!(tile_max_[tile] >= bound)) continue;
+    uint32_t groups = 0;
+    for (int g = 0; g < kGroups; ++g) {
+      groups |= static_cast<uint32_t>(group_max_[tile * kGroups + g] >= bound) << g;
+    }
+    if (__builtin_popcount(groups) <= 8) {
+      size = tile_groups(row_, tile, bound, groups, list_.x, list_.id, size);
+    } else {
+      size = tile_band(row_, tile, bound, kInfinity, list_.x, list_.id, size);
+    }
+  }
+  return list_.size = size;
+}
+
+// The list's masses; their sum.
+int64_t RowSampler::weigh_list() {
+  if (list_.w == nullptr) {
+    list_.w = ws_.list_w.at_least(list_.size);
+    list_masses(row_, list_.x, list_.size, list_.w);
+  }
+  int64_t sum = 0;
+  for (int64_t i = 0; i < list_.size; ++i) sum += list_.w[i];
+  return sum;
+}
+
+// Keeps the first `size` of the order.
+void RowSampler::shorten_list(int64_t size) {
+  if (list_.size <= size) return;
+  uint32_t* keys = ws_.keys.at_least(list_.size);
+  for (int64_t i = 0; i < list_.size; ++i) keys[i] = order_key(list_.x[i]);
+  const Reached reached = select(keys, nullptr, list_.size, size);
+  shorten_list_to({reached.key, reached.missing});
+}
+
+// Where the masses of the list's tokens, in order, reach the target.
+LastKept RowSampler::where_reached(int64_t target) {
+  uint32_t* keys = ws_.keys.at_least(list_.size);
+  int64_t* weights = ws_.weights.at_least(list_.size);
+  for (int64_t i = 0; i < list_.size; ++i) keys[i] = order_key(list_.x[i]);
+  std::copy(list_.w, list_.w + list_.size, weights);
+  const Reached reached = select(keys, weights, list_.size, target);
+  const float value = from_order_key(reached.key);
+  const int64_t each = static_cast<int64_t>(mass(depth(value, row_.m, row_.scale)));
+  return {reached.key, (reached.missing + each - 1) / each};
+}
+
+void RowSampler::shorten_list_to(LastKept last) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < list_.size; ++i) {
+    const bool kept = last.keeps(list_.x[i]);
+    list_.x[size] = list_.x[i];
+    list_.id[size] = list_.id[i];
+    if (list_.w != nullptr) list_.w[size] = list_.w[i];
+    size += kept;
+  }
+  list_.size = size;
+}
+
+// 12 (where target > 0) and 13 on a weighed list that holds a prefix of the order of that mass or more.
+void RowSampler::finish_list(int64_t target, float low, int64_t at_least) {
+  if (target > 0) {
+    const LastKept last = where_reached(target);
+    int64_t kept = last.equals;
+    for (int64_t i = 0; i < list_.size; ++i) kept += order_key(list_.x[i]) > last.key;
+    if (kept >= at_least) {
+      shorten_list_to(last);
+    } else {
+      shorten_list(at_least);
+    }
+  }
+  if (low > kLowest) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < list_.size; ++i) kept += list_.x[i] >= low;
+    if (kept >= at_least) {
+      shorten_list_to({order_key(low), kept});
+    } else {
+      shorten_list(at_least);
+    }
+  }
+  keep_list();
+}
+
+void RowSampler::keep_list() {
+  listed_ = true;
+  mass_ = weigh_list();
+  cut_ = {kInfinity, 0};
+  for (int64_t i = 0; i < list_.size; ++i) {
+    if (list_.x[i] <= cut_.value) cut_ = {list_.x[i], list_.id[i]};
+  }
+}
+
+// 14 without filters.
+void RowSampler::keep_every_candidate() {
+  tile_kept_ = ws_.tile_kept.at_least(tiles_);
+  over_tiles([&](int64_t begin, int64_t end) {
+    scan_mass(row_, begin, end, tile_max_, tile_kept_);
+  });
+  cut_ = {kLowest, kEveryId};
+  mass_ = total(tile_kept_);
+}
+
+// 13 where only min-p, or nothing that cuts deeper, is on.
+void RowSampler::keep_from(float low, int64_t at_least) {
+  int64_t groups = 0;
+  for (int64_t g = 0; g < tiles_ * kGroups; ++g) groups += group_max_[g] >= low;
+  const Cut cut = {low, kEveryId};
+  listed_ = false;
+  if (groups <= 1024 || at_least > groups) {
+    if (gather(low) >= at_least) return keep_list();
+    // fewer than asked for: the first of the order instead
+    return keep_top_k(at_least, 1.0f, kLowest, at_least);
+  }
+  cut_ = cut;
+  tile_kept_ = ws_.tile_kept.at_least(tiles_);
+  over_tiles([&](int64_t begin, int64_t end) {
+    scan_kept_mass(row_, begin, end, cut, tile_max_, tile_kept_);
+  });
+  mass_ = total(tile_kept_);
+}
+
+// ---- 12 on its own: the nucleus ------------------------------------------------------------------
+
+// 12, and 13 after it, where top-k is off.
+void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
+  constexpr int64_t kSmall = 8;    // tiles: all of them make a short list
+  constexpr int64_t kHead = 64;    // tokens: most nuclei of language models lie within
+  constexpr int64_t kListed = 768;  // groups: more are not worth a list
+  if (tiles_ <= kSmall) {
+    gather(kLowest);
+    return finish_list(top_p_target(weigh_list(), top_p), low, at_least);
+  }
+
+  // The mass of the whole row, which tells the target, costs a pass; it is put off until an estimate
+  // has told whether the mass above some cut is wanted from the same pass.
+  tile_kept_ = nullptr;
+  gather(bound_of_first(kHead));
+  const int64_t head = weigh_list();
+  float* sample = ws_.sample.at_least(tiles_ * kGroups);
+  const double estimate = sample_mass(row_, group_max_, sample);
+  int64_t z = 0;
+  if (static_cast<double>(head) >= 0.98 * static_cast<double>(top_p) * estimate) {
+    z = mass_of_row();
+    const int64_t target = top_p_target(z, top_p);
+    if (head >= target) return finish_list(target, low, at_least);
+  }
+
+  Histogram& histogram = ws_.histogram;
+  histogram.fill(row_, group_max_, sample, tiles_ * kGroups);
+  const double goal = static_cast<double>(top_p) * estimate;
+  const float value = histogram.value_at(row_, goal);
+  const float bound = histogram.value_at(row_, goal + 0.05 * estimate);
+  int64_t groups = 0;
+  for (int64_t g = 0; g < tiles_ * kGroups; ++g) groups += group_max_[g] >= bound;
+  if (groups <= kListed) {
+    if (z == 0) z = mass_of_row();
+    const int64_t target = top_p_target(z, top_p);
+    gather(bound);
+    if (weigh_list() >= target) return finish_list(target, low, at_least);
+  }
+  keep_flat_nucleus(top_p, value, low, at_least);
+}
+
+int64_t RowSampler::mass_of_row() {
+  int64_t* tile_mass = ws_.tile_mass.at_least(tiles_);
+  over_tiles([&](int64_t begin, int64_t end) {
+    scan_mass(row_, begin, end, tile_max_, tile_mass);
+  });
+  return total(tile_mass);
+}
+
+// The same where the nucleus is large; `guess` is about where it ends.
+void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t at_least) {
+  int64_t* tile_mass = ws_.tile_mass.at_least(tiles_);
+  tile_kept_ = ws_.tile_kept.at_least(tiles_);
+  over_tiles([&](int64_t begin, int64_t end) {
+    scan_split_mass(row_, begin, end, guess, tile_max_, tile_mass, tile_kept_);
+  });
+  const int64_t target = top_p_target(total(tile_mass), top_p);
+  const int64_t above = total(tile_kept_);
+
+  // The cut is among the tokens between the guess and a second one on the other side of the target.
+  const bool lower = above < target;
+  const double wrong_by = std::abs(static_cast<double>(target) - static_cast<double>(above));
+  const double margin = 1.5 * wrong_by + 1e-3 * static_cast<double>(target);
+  const double other = static_cast<double>(target) + (lower ? margin : -margin);
+  const double shift = ws_.histogram.mass_above(row_, guess) - static_cast<double>(above);
+  const float far = ws_.histogram.value_at(row_, other + shift);
+  const float below_guess = std::nextafter(guess, -kInfinity);
+  const float from = lower ? std::min(far, below_guess) : guess;
+  const float to = lower ? below_guess : std::max(far, guess);
+  start_list();
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    if (!(tile_max_[tile] >= from)) continue;
+    list_.size = tile_band(row_, tile, from, to, list_.x, list_.id, list_.size);
+  }
+  const int64_t between = weigh_list();
+  const int64_t goal = lower ? target - above : target - (above - between);
+  if (goal < 1 || goal > between) {  // the sample misled us: choose among all
+    gather(kLowest);
+    return finish_list(target, low, at_least);
+  }
+
+  LastKept last = where_reached(goal);
+  cut_ = {from_order_key(last.key), -1};
+  for (int64_t i = 0; i < list_.size; ++i) {
+    int64_t& kept_mass = tile_kept_[list_.id[i] / kTile];
+    if (last.keeps(list_.x[i])) {
+      if (lower) kept_mass += list_.w[i];
+      if (list_.x[i] == cut_.value) cut_.last_id = list_.id[i];
+    } else if (!lower) {
+      kept_mass -= list_.w[i];
+    }
+  }
+  listed_ = false;
+  mass_ = total(tile_kept_);
+
+  // no token has a mass above 2^42, which bounds the size of the set from below
+  if (at_least > target >> 42 && count_kept() < at_least) {
+    return keep_top_k(at_least, 1.0f, low, at_least);
+  }
+  if (low > cut_.value) keep_from(low, at_least);
+}
+
+int64_t RowSampler::count_kept() {
+  std::atomic<int64_t> sum{0};
+  over_tiles([&](int64_t begin, int64_t end) {
+    sum.fetch_add(scan_count(row_, begin, end, cut_, tile_max_), std::memory_order_relaxed);
+  });
+  return sum.load(std::memory_order_relaxed);
+}
+
+// ---- 14 and the results --------------------------------------------------------------------------
+
+void RowSampler::filter(int64_t index) {
+  float* out = args_.filtered + index * args_.filtered_stride;
+  const float temperature = args_.temperature[index];
+  const float divisor = temperature == 0.0f ? 1.0f : temperature;
+  over_tiles([&](int64_t begin, int64_t end) {
+    write_filtered(row_, begin, end, cut_, divisor, out);
+  });
+}
+
+void RowSampler::draw(int64_t index) {
+  int64_t* tokens = args_.tokens + index * args_.num_samples;
+  float* logprobs =
+      args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE ? nullptr : args_.logprobs + index * args_.num_samples;
+  if ((status_ & LLM_SAMPLING_STATUS_NO_CANDIDATE) != 0) {
+    std::fill(tokens, tokens + args_.num_samples, -1);
+    if (logprobs != nullptr) std::fill(logprobs, logprobs + args_.num_samples, std::nanf(""));
+    return;
+  }
+  const int64_t parts = listed_ ? list_.size : tiles_;
+  const int64_t* part_mass = listed_ ? list_.w : tile_kept_;
+  int64_t* reached = ws_.weights.at_least(parts);
+  int64_t sum = 0;
+  for (int64_t i = 0; i < parts; ++i) reached[i] = sum += part_mass[i];
+
+  const uint64_t seed = static_cast<uint64_t>(args_.seed[index]);
+  const uint64_t position = static_cast<uint64_t>(args_.position[index]);
+  for (int32_t sample = 0; sample < args_.num_samples; ++sample) {
+    const uint64_t random = random_bits(seed, position, static_cast<uint32_t>(sample));
+    int64_t r = scaled_random(random, mass_);
+    const int64_t part = std::upper_bound(reached, reached + parts, r) - reached;
+    int64_t token;
+    int64_t w = part_mass[part];
+    if (listed_) {
+      token = list_.id[part];
+    } else {
+      alignas(64) float tile_w[kTile];
+      tile_kept_masses(row_, part, cut_, tile_w);
+      r -= reached[part] - w;
+      int j = 0;
+      while (r >= (w = static_cast<int64_t>(tile_w[j]))) r -= w, ++j;
+      token = part * kTile + j;
+    }
+    tokens[sample] = token;
+    if (logprobs != nullptr) {
+      const double share = std::log(static_cast<double>(w)) - std::log(static_cast<double>(mass_));
+      logprobs[sample] = static_cast<float>(share);
+    }
+  }
+}
+
+// log-softmax of step 1's logits, by the same masses at T = 1.
+void RowSampler::write_raw_logprobs(int64_t index) {
+  const int64_t* tokens = args_.tokens + index * args_.num_samples;
+  float* logprobs = args_.logprobs + index * args_.num_samples;
+  if (tokens[0] < 0) return;  // NaN already
+  Row& row = row_;
+  if (!row.is_raw()) {
+    row.bias_count = 0;
+    row.allowed = row.seen = nullptr;
+    over_tiles([&](int64_t begin, int64_t end) {
+      scan_maxima(row, begin, end, group_max_, tile_max_);
+    });
+    row.m = *std::max_element(tile_max_, tile_max_ + tiles_);
+  }
+  row.scale = depth_scale(1.0f);
+  const double all = std::log(static_cast<double>(mass_of_row())) - 42.0 * std::log(2.0);
+  alignas(64) float buffer[kTile];
+  for (int32_t sample = 0; sample < args_.num_samples; ++sample) {
+    const float x = load_tile(row, tokens[sample] / kTile, buffer)[tokens[sample] % kTile];
+    const double below = x == row.m ? 0.0 : static_cast<double>(x) - static_cast<double>(row.m);
+    logprobs[sample] = static_cast<float>(below - all);
+  }
+}
+
+// ---- The batch -----------------------------------------------------------------------------------
+
+// The floating-point environment that the arithmetic is defined in: round to nearest, subnormals kept,
+// whatever the caller has set.
+class DefaultFloats {
+ public:
+  DefaultFloats() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloats() { std::fesetenv(&saved_); }
+  DefaultFloats(const DefaultFloats&) = delete;
+  DefaultFloats& operator=(const DefaultFloats&) = delete;
+
+ private:
+  std::fenv_t saved_;
+};
+
+// Adds every row's token to its history and 1 to its position.
+void advance(const LlmSamplingArgs& args) {
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const int64_t token = args.tokens[row * args.num_samples];
+    if (token < 0) continue;
+    ++args.position[row];
+    if (args.seen == nullptr) continue;
+    const int64_t slot = args.slots[row];
+    uint32_t* seen = reinterpret_cast<uint32_t*>(args.seen + slot * args.seen_stride);
+    seen[token >> 5] |= 1u << (token & 31);
+    ++args.counts[slot * args.counts_stride + token];
+    ++args.lengths[slot];
+  }
+}
+
+template <typename T>
+bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0;
+}
+
+// LLM_SAMPLING_OK if the batch can be run without reading or writing out of bounds.
+int32_t check(const LlmSamplingArgs& a) {
+  const int64_t words = (a.vocab_size + 31) / 32;
+  if (a.rows < 0 || a.vocab_size < 1 || a.vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE ||
+      a.num_samples < 1 || a.num_threads < 1) {
+    return LLM_SAMPLING_BAD_SIZE;
+  }
+  if (a.dtype < LLM_SAMPLING_FLOAT32 || a.dtype > LLM_SAMPLING_BFLOAT16 ||
+      a.logprobs_mode < LLM_SAMPLING_LOGPROBS_NONE || a.logprobs_mode > LLM_SAMPLING_LOGPROBS_RAW ||
+      a.advance < LLM_SAMPLING_ADVANCE_NEVER || a.advance > LLM_SAMPLING_ADVANCE_IF_ALL_VALID ||
+      a.reserved != 0) {
+    return LLM_SAMPLING_BAD_OPTION;
+  }
+  if (a.rows == 0) return LLM_SAMPLING_OK;
+  const bool draws = a.tokens != nullptr;
+  const bool advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
+  const bool wants_logprobs = a.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE;
+  if (!draws && (advances || wants_logprobs || a.filtered == nullptr)) return LLM_SAMPLING_NULL_POINTER;
+  if (draws && (a.status == nullptr || a.seed == nullptr || a.position == nullptr)) {
+    return LLM_SAMPLING_NULL_POINTER;
+  }
+  if (wants_logprobs && a.logprobs == nullptr) return LLM_SAMPLING_NULL_POINTER;
+  for (const void* pointer :
+       {a.logits,
+        static_cast<const void*>(a.temperature),
+        static_cast<const void*>(a.top_k),
+        static_cast<const void*>(a.top_p),
+        static_cast<const void*>(a.min_p),
+        static_cast<const void*>(a.min_p_cut),
+        static_cast<const void*>(a.repetition_penalty),
+        static_cast<const void*>(a.frequency_penalty),
+        static_cast<const void*>(a.presence_penalty),
+        static_cast<const void*>(a.min_tokens_to_keep)}) {
+    if (pointer == nullptr) return LLM_SAMPLING_NULL_POINTER;
+  }
+  const bool aligned_logits = a.dtype == LLM_SAMPLING_FLOAT32
+                                  ? is_aligned(static_cast<const float*>(a.logits))
+                                  : is_aligned(static_cast<const uint16_t*>(a.logits));
+  if (!(aligned_logits && is_aligned(a.temperature) && is_aligned(a.top_k) && is_aligned(a.top_p) &&
+        is_aligned(a.min_p) && is_aligned(a.min_p_cut) && is_aligned(a.repetition_penalty) &&
+        is_aligned(a.frequency_penalty) && is_aligned(a.presence_penalty) &&
+        is_aligned(a.min_tokens_to_keep) && is_aligned(a.seed) && is_aligned(a.position) &&
+        is_aligned(a.logit_bias_offsets) && is_aligned(a.logit_bias_ids) &&
+        is_aligned(a.logit_bias_values) && is_aligned(a.allowed_mask) && is_aligned(a.seen) &&
+        is_aligned(a.counts) && is_aligned(a.lengths) && is_aligned(a.slots) && is_aligned(a.tokens) &&
+        is_aligned(a.logprobs) && is_aligned(a.status) && is_aligned(a.filtered))) {
+    return LLM_SAMPLING_MISALIGNED;
+  }
+  // a stride of 0 repeats a row, which only what is read may do
+  if (a.logits_stride < 0 || a.allowed_mask_stride < 0 ||
+      (a.filtered != nullptr && a.filtered_stride < a.vocab_size)) {
+    return LLM_SAMPLING_BAD_STRIDE;
+  }
+  if (a.logit_bias_offsets != nullptr) {
+    const int64_t* offsets = a.logit_bias_offsets;
+    if (offsets[0] < 0 || !std::is_sorted(offsets, offsets + a.rows + 1)) return LLM_SAMPLING_BAD_SIZE;
+    if (offsets[a.rows] > 0 && (a.logit_bias_ids == nullptr || a.logit_bias_values == nullptr)) {
+      return LLM_SAMPLING_NULL_POINTER;
+    }
+  }
+  if (a.seen != nullptr) {
+    if (a.counts == nullptr || a.lengths == nullptr || a.slots == nullptr) {
+      return LLM_SAMPLING_NULL_POINTER;
+    }
+    if (a.seen_stride < words || a.counts_stride < a.vocab_size) return LLM_SAMPLING_BAD_STRIDE;
+    for (int64_t row = 0; row < a.rows; ++row) {
+      if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
+    }
+  }
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const auto is_finite = [](float x) { return std::abs(x) < kInfinity; };
+    if (!(a.temperature[row] >= 0.0f && is_finite(a.temperature[row]) && a.top_p[row] > 0.0f &&
+          a.min_p[row] >= 0.0f && a.min_p_cut[row] >= 0.0f && a.repetition_penalty[row] > 0.0f &&
+          is_finite(a.repetition_penalty[row]) && is_finite(a.frequency_penalty[row]) &&
+          is_finite(a.presence_penalty[row]) && a.min_tokens_to_keep[row] >= 1)) {
+      return LLM_SAMPLING_BAD_PARAMETER;
+    }
+  }
+  return LLM_SAMPLING_OK;
+}
+
+// What the tasks of a batch share.
+struct Batch {
+  const LlmSamplingArgs& args;
+  int threads_per_row;
+  std::atomic<bool> out_of_memory{false};
+
+  void run_row(int64_t index) noexcept {
+    static thread_local Workspace workspace;
+    const DefaultFloats floats;
+    try {
+      RowSampler(args, workspace, threads_per_row).run(index);
+    } catch (const std::bad_alloc&) {
+      out_of_memory.store(true, std::memory_order_relaxed);
+    }
+  }
+};
+
+int32_t run(const LlmSamplingArgs& args) {
+  const int32_t code = check(args);
+  if (code != LLM_SAMPLING_OK || args.rows == 0) return code;
+  const bool split_rows = args.rows < args.num_threads;
+  Batch batch{args, split_rows ? args.num_threads : 1};
+  if (split_rows) {
+    for (int64_t row = 0; row < args.rows; ++row) batch.run_row(row);
+  } else {
+    Pool::run(
+        args.rows,
+        args.num_threads,
+        [](void* context, int64_t row) { static_cast<Batch*>(context)->run_row(row); },
+        &batch
+    );
+  }
+  if (batch.out_of_memory.load()) return LLM_SAMPLING_OUT_OF_MEMORY;
+  const auto is_valid = [](int32_t status) { return status == 0; };
+  if (args.advance == LLM_SAMPLING_ADVANCE_ALWAYS ||
+      (args.advance == LLM_SAMPLING_ADVANCE_IF_ALL_VALID &&
+       std::all_of(args.status, args.status + args.rows, is_valid))) {
+    advance(args);
+  }
+  return LLM_SAMPLING_OK;
+}
+
+}  // namespace
+}  // namespace llm_sampling
+
+extern "C" {
+
+__attribute__((visibility("default"))) int32_t llm_sampling_cpu(const LlmSamplingArgs* args) {
+  constexpr uint32_t kFirstSize = sizeof(LlmSamplingArgs);  // that of version 1, for good
+  if (args == nullptr || args->version != LLM_SAMPLING_ABI_VERSION ||
+      args->struct_size < kFirstSize || args->struct_size > sizeof(LlmSamplingArgs)) {
+    return LLM_SAMPLING_BAD_STRUCT;
+  }
+  LlmSamplingArgs own = {};  // fields that the caller does not know are off
+  memcpy(&own, args, args->struct_size);
+  return llm_sampling::run(own);
+}
+
+__attribute__((visibility("default"))) uint32_t llm_sampling_abi_version(void) {
+  return LLM_SAMPLING_ABI_VERSION;
+}
+
+__attribute__((visibility("default"))) uint32_t llm_sampling_args_size(void) {
+  return sizeof(LlmSamplingArgs);
+}
+
+__attribute__((visibility("default"))) const char* llm_sampling_error(int32_t code) {
+  switch (code) {
+    case LLM_SAMPLING_OK:
+      return "success";
+    case LLM_SAMPLING_BAD_STRUCT:
+      return "the args struct is NULL or of another size or version than this library's";
+    case LLM_SAMPLING_BAD_SIZE:
+      return "rows, vocab_size, num_samples, num_threads, a slot or a bias offset is out of range";
+    case LLM_SAMPLING_BAD_OPTION:
+      return "dtype, logprobs_mode or advance has an unknown value";
+    case LLM_SAMPLING_NULL_POINTER:
+      return "a pointer that is needed is NULL";
+    case LLM_SAMPLING_BAD_STRIDE:
+      return "a stride is negative, or rows that are written overlap";
+    case LLM_SAMPLING_MISALIGNED:
+      return "a pointer is not aligned to its type";
+    case LLM_SAMPLING_BAD_PARAMETER:
+      return "a row's sampling parameter is out of range";
+    case LLM_SAMPLING_OUT_OF_MEMORY:
+      return "out of memory";
+    default:
+      return "unknown code";
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,125 @@
+// The C contract between a caller (Python's ctypes, or any other runtime) and the compiled backends.
+//
+// One struct describes a whole batch: pointers, element strides, sizes. Nothing here knows torch or
+// Python. Fields are only ever appended: a caller states the size of the struct that it was compiled
+// with, and fields past that size read as zero, which is "off" for every one of them.
+#ifndef LLM_SAMPLING_H_
+#define LLM_SAMPLING_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LLM_SAMPLING_ABI_VERSION 1
+#define LLM_SAMPLING_MAX_VOCAB_SIZE (1 << 20)
+
+// Values of LlmSamplingArgs.dtype.
+enum { LLM_SAMPLING_FLOAT32 = 0, LLM_SAMPLING_FLOAT16 = 1, LLM_SAMPLING_BFLOAT16 = 2 };
+
+// Values of LlmSamplingArgs.logprobs_mode.
+enum {
+  LLM_SAMPLING_LOGPROBS_NONE = 0,
+  LLM_SAMPLING_LOGPROBS_PROCESSED = 1,
+  LLM_SAMPLING_LOGPROBS_RAW = 2
+};
+
+// Values of LlmSamplingArgs.advance.
+enum {
+  LLM_SAMPLING_ADVANCE_NEVER = 0,
+  LLM_SAMPLING_ADVANCE_ALWAYS = 1,
+  LLM_SAMPLING_ADVANCE_IF_ALL_VALID = 2  // only if the status of every row is 0
+};
+
+// Bits of LlmSamplingArgs.status.
+enum {
+  LLM_SAMPLING_STATUS_NAN = 1,
+  LLM_SAMPLING_STATUS_NO_CANDIDATE = 2,
+  LLM_SAMPLING_STATUS_POS_INF = 4
+};
+
+// What an entry point returns; 0 is success. Nothing has been written where it is not 0, except that
+// after OUT_OF_MEMORY the outputs (not the state) may be half written.
+enum {
+  LLM_SAMPLING_OK = 0,
+  LLM_SAMPLING_BAD_STRUCT = 1,
+  LLM_SAMPLING_BAD_SIZE = 2,
+  LLM_SAMPLING_BAD_OPTION = 3,
+  LLM_SAMPLING_NULL_POINTER = 4,
+  LLM_SAMPLING_BAD_STRIDE = 5,
+  LLM_SAMPLING_MISALIGNED = 6,
+  LLM_SAMPLING_BAD_PARAMETER = 7,
+  LLM_SAMPLING_OUT_OF_MEMORY = 8
+};
+
+// Strides are in elements, from row to row; elements of a row are adjacent.
+typedef struct LlmSamplingArgs {
+  uint32_t struct_size;  // sizeof(LlmSamplingArgs) where the caller was compiled
+  uint32_t version;      // LLM_SAMPLING_ABI_VERSION
+
+  int64_t rows;
+  int64_t vocab_size;
+  int32_t dtype;
+  int32_t num_samples;    // draws per row, >= 1
+  int32_t logprobs_mode;
+  int32_t advance;        // record tokens in seen, counts, lengths and position
+  int32_t num_threads;    // >= 1; CPU only
+  int32_t reserved;
+
+  const void* logits;  // (rows, vocab_size), never written
+  int64_t logits_stride;
+
+  // Parameters, (rows,) each.
+  const float* temperature;
+  const int32_t* top_k;
+  const float* top_p;
+  const float* min_p;
+  const float* min_p_cut;  // fl32(2^-18 - log2(min_p)); read where min_p > 0
+  const float* repetition_penalty;
+  const float* frequency_penalty;
+  const float* presence_penalty;
+  const int32_t* min_tokens_to_keep;
+  const int64_t* seed;
+  int64_t* position;  // written where advance says so
+
+  // Sparse bias: row r owns entries [offsets[r], offsets[r + 1]); NULL offsets: no bias.
+  const int64_t* logit_bias_offsets;  // (rows + 1,)
+  const int32_t* logit_bias_ids;
+  const float* logit_bias_values;
+
+  const int32_t* allowed_mask;  // (rows, ceil(vocab_size / 32)), bit set = allowed; NULL: all are
+  int64_t allowed_mask_stride;
+
+  // Token history by slot; NULL seen: no penalties. slots[row] < num_slots, no two rows share one.
+  int32_t* seen;  // (num_slots, ceil(vocab_size / 32)): in prompt or output
+  int64_t seen_stride;
+  int32_t* counts;  // (num_slots, vocab_size): times in the output
+  int64_t counts_stride;
+  int64_t* lengths;  // (num_slots,): length of the output
+  const int32_t* slots;  // (rows,)
+  int64_t num_slots;
+
+  // Results. tokens and status go together; each of logprobs and filtered may be NULL.
+  int64_t* tokens;    // (rows, num_samples), contiguous; -1 without candidates
+  float* logprobs;    // (rows, num_samples), contiguous; NaN where the token is -1
+  int32_t* status;    // (rows,)
+  float* filtered;    // (rows, vocab_size): processed logits over temperature, -inf if cut
+  int64_t filtered_stride;
+} LlmSamplingArgs;
+
+// Sample every row on the CPU. Thread-safe; state is written after the last row is done.
+int32_t llm_sampling_cpu(const LlmSamplingArgs* args);
+
+// LLM_SAMPLING_ABI_VERSION and sizeof(LlmSamplingArgs) of this library.
+uint32_t llm_sampling_abi_version(void);
+uint32_t llm_sampling_args_size(void);
+
+// What a return code means, in words; never NULL.
+const char* llm_sampling_error(int32_t code);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // LLM_SAMPLING_H_

@@ -1,0 +1,149 @@
+// The arithmetic of docs/semantics.md, for host and device: the only place in C++ where it is written.
+//
+// Every float32 operation is rounded once, so this must be compiled without contraction into fused
+// multiply-adds (-ffp-contract=off, -fmad=false) and without flushing subnormals.
+#ifndef LLM_SAMPLING_SEMANTICS_H_
+#define LLM_SAMPLING_SEMANTICS_H_
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __CUDACC__
+#define LLM_SAMPLING_FN __host__ __device__ __forceinline__
+#else
+#define LLM_SAMPLING_FN inline __attribute__((always_inline))
+#endif
+
+namespace llm_sampling {
+
+constexpr float kLog2E = 0x1.715476p+0f;
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLowest = -0x1.fffffep+127f;  // every candidate is at least this
+
+template <typename To, typename From>
+LLM_SAMPLING_FN To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps every bit");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// 1 widen, exactly.
+LLM_SAMPLING_FN float widen_bfloat16(uint16_t bits) {
+  return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
+
+LLM_SAMPLING_FN float widen_float16(uint16_t bits) {
+  // Moving the exponent's bias by a multiplication makes subnormals right too.
+  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fff) << 13;
+  const float finite = bit_cast<float>(magnitude) * 0x1p112f;
+  const uint32_t special = magnitude | 0x7f800000u;
+  const uint32_t value = magnitude >= 0x0f800000u ? special : bit_cast<uint32_t>(finite);
+  return bit_cast<float>(value | static_cast<uint32_t>(bits & 0x8000) << 16);
+}
+
+// 3 repetition penalty
+LLM_SAMPLING_FN float repetition(float x, float penalty) {
+  const float divided = x / penalty;
+  const float multiplied = x * penalty;
+  return x > 0.0f ? divided : multiplied;
+}
+
+// 4 frequency penalty
+LLM_SAMPLING_FN float frequency(float x, float penalty, int32_t count) {
+  const float amount = penalty * static_cast<float>(count);
+  return x - amount;
+}
+
+// 7 order: larger key first, equal keys by smaller token id. -0.0 is +0.0 (step 6); not for NaN.
+LLM_SAMPLING_FN uint32_t order_key(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x + 0.0f);
+  return bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
+}
+
+LLM_SAMPLING_FN float from_order_key(uint32_t key) {
+  return bit_cast<float>(key ^ ((key >> 31) != 0 ? 0x80000000u : 0xffffffffu));
+}
+
+// 9 depth in octaves below the row's maximum m; NaN for a NaN, which `mass` takes as no mass.
+LLM_SAMPLING_FN float depth_scale(float temperature) { return kLog2E / temperature; }
+
+LLM_SAMPLING_FN float depth(float x, float m, float scale) {
+  const float d = (m - x) * scale;
+  return x == m ? 0.0f : d;
+}
+
+// 10 mass, an integer in 0 .. 2^42, as a float32 that holds it exactly: p has 24 significant bits, so
+// p * 2^24 is the integer M, and p * 2^(42 - e) cut to an integer is (M << 18) >> e.
+LLM_SAMPLING_FN float mass(float d) {
+  d = d < 63.0f ? d : 63.0f;
+  const int32_t e = static_cast<int32_t>(d);
+  const float f = d - static_cast<float>(e);
+  float p = -0x1.eca6f0p-11f;
+  p = p * f;
+  p = p + 0x1.2d4322p-7f;
+  p = p * f;
+  p = p + -0x1.c4eb2cp-5f;
+  p = p * f;
+  p = p + 0x1.ebe206p-3f;
+  p = p * f;
+  p = p + -0x1.62e3b2p-1f;
+  p = p * f;
+  p = p + 0x1.000000p+0f;
+  const int32_t exponent = (42 - e) * (1 << 23);
+  return __builtin_truncf(bit_cast<float>(bit_cast<int32_t>(p) + exponent));
+}
+
+constexpr float kMassless = 43.0f;  // no token this deep, or deeper, has mass
+
+// 12 top-p: the mass that the nucleus must reach, out of z.
+LLM_SAMPLING_FN int64_t top_p_target(int64_t z, float top_p) {
+  const double scaled = static_cast<double>(top_p) * 0x1p31;  // exact
+  int64_t share = static_cast<int64_t>(scaled) - (1 << 11);
+  share = share > 0 ? share : 0;
+  const int64_t high = z >> 31;
+  const int64_t low = z & 0x7fffffff;
+  const int64_t target = high * share + ((low * share + 0x7fffffff) >> 31);
+  return target > 1 ? target : 1;
+}
+
+// 14 draw: Philox4x32-10 (Salmon et al., SC 2011). Key: seed; counter: position, draw, stream.
+LLM_SAMPLING_FN uint64_t random_bits(
+    uint64_t seed,
+    uint64_t position,
+    uint32_t draw,
+    uint32_t stream = 0
+) {
+  uint32_t k0 = static_cast<uint32_t>(seed);
+  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t c0 = static_cast<uint32_t>(position);
+  uint32_t c1 = static_cast<uint32_t>(position >> 32);
+  uint32_t c2 = draw;
+  uint32_t c3 = stream;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t first = static_cast<uint64_t>(c0) * 0xD2511F53u;
+    const uint64_t second = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(second);
+    c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(first);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return static_cast<uint64_t>(c0) | static_cast<uint64_t>(c1) << 32;
+}
+
+// (random * s) >> 64: uniform in 0 .. s - 1.
+LLM_SAMPLING_FN int64_t scaled_random(uint64_t random, int64_t s) {
+#ifdef __CUDA_ARCH__
+  return static_cast<int64_t>(__umul64hi(random, static_cast<uint64_t>(s)));
+#else
+  return static_cast<int64_t>(
+      (static_cast<unsigned __int128>(random) * static_cast<uint64_t>(s)) >> 64
+  );
+#endif
+}
+
+}  // namespace llm_sampling
+
+#endif  // LLM_SAMPLING_SEMANTICS_H_

@@ -1,0 +1,31 @@
+"""Exact, fused sampling of language-model logits.
+
+    SamplingParams -> BatchParams -+
+                                   +-> sample() -> BACKENDS[name] -> one launch -> SampleOutput
+    logits, TokenHistory ----------+
+
+Importing this package imports torch and numpy; a backend is loaded when it is first asked for.
+"""
+
+from llm_sampling import backends
+from llm_sampling.backends import InvalidLogitsError, SampleOutput, backend_info
+from llm_sampling.history import TokenHistory
+from llm_sampling.params import BatchParams, SamplingParams
+from llm_sampling.sample import filter_logits, sample
+from llm_sampling.sampler import Sampler
+from llm_sampling.version import VERSION
+
+__version__ = VERSION
+
+__all__ = [
+    "BatchParams",
+    "InvalidLogitsError",
+    "SampleOutput",
+    "Sampler",
+    "SamplingParams",
+    "TokenHistory",
+    "backend_info",
+    "backends",
+    "filter_logits",
+    "sample",
+]

@@ -1,0 +1,186 @@
+"""The table of backends. It is the only place that chooses one; everything else iterates it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from llm_sampling.history import TokenHistory
+from llm_sampling.params import BatchParams
+
+Logprobs = Literal["processed", "raw"]
+
+#: Status bits, a set of which is written for every row.
+STATUS_NAN, STATUS_NO_CANDIDATE, STATUS_POS_INF = 1, 2, 4
+
+
+class SampleOutput(NamedTuple):
+    """What :func:`llm_sampling.sample` returns.
+
+    Attributes:
+        tokens: int64 ``(rows,)``, or ``(rows, num_samples)`` when ``num_samples`` > 1; -1 in a row
+            without candidates.
+        logprobs: float32 natural logarithms of the shape of ``tokens`` (NaN where the token is -1),
+            or None if not asked for.
+        status: int32 ``(rows,)``, a set of bits: 1 a NaN was seen, 2 no candidate, 4 a +inf was seen.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor | None
+    status: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SampleCall:
+    """Everything that a backend needs, checked by :mod:`llm_sampling.sample`.
+
+    Attributes:
+        logits: ``(rows, vocab_size)`` float32, float16 or bfloat16, last stride 1.
+        batch: the parameters; every row has a seed, and ``position`` is set.
+        history: penalty state of the same rows, or None.
+        allowed_mask: int32 ``(rows, ceil(vocab_size / 32))``, last stride 1, or None.
+        num_samples: draws per row.
+        logprobs: which distribution the tokens' logprobs come from, or None.
+        check: raise :class:`InvalidLogitsError` if any status is not 0.
+        advance: after the draw add each row's token to the history and 1 to its position, in place;
+            nothing of it happens when ``check`` raises.
+    """
+
+    logits: Tensor
+    batch: BatchParams
+    history: TokenHistory | None
+    allowed_mask: Tensor | None
+    num_samples: int = 1
+    logprobs: Logprobs | None = None
+    check: bool = False
+    advance: bool = False
+
+
+class BackendModule(Protocol):
+    """What a module of this package offers."""
+
+    def why_unavailable(self) -> str | None:
+        """None if the backend works here, else the reason."""
+
+    def sample(self, call: SampleCall) -> SampleOutput:
+        """Draw tokens."""
+
+    def filter_logits(self, call: SampleCall) -> Tensor:
+        """Processed logits over temperature, -inf outside the kept set; float32."""
+
+    def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+        """``sample`` of new logits of the same shape, dtype and device, and a mask or None."""
+
+
+class InvalidLogitsError(ValueError):
+    """Rows whose logits hold NaN or +inf, or leave no candidate.
+
+    Attributes:
+        rows: the indices of those rows.
+    """
+
+    def __init__(self, message: str, rows: list[int]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+def raise_on_status(status: Tensor) -> None:
+    """Raise :class:`InvalidLogitsError` naming the rows whose status is not 0."""
+    values = status.tolist()
+    if not any(values):
+        return
+    reasons = (
+        (STATUS_NAN, "NaN in logits"),
+        (STATUS_NO_CANDIDATE, "no candidate left (every logit is -inf or masked)"),
+        (STATUS_POS_INF, "+inf in logits"),
+    )
+    parts = []
+    for bit, reason in reasons:
+        rows = [row for row, value in enumerate(values) if value & bit]
+        if rows:
+            parts.append(f"{reason} in {'row' if len(rows) == 1 else 'rows'} {_enumerate(rows)}")
+    raise InvalidLogitsError("; ".join(parts), [row for row, value in enumerate(values) if value])
+
+
+def _enumerate(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:8]))
+    return shown if len(rows) <= 8 else f"{shown} and {len(rows) - 8} more"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table."""
+
+    name: str
+    device_types: frozenset[str] | None  # None: wherever torch runs
+    module: str
+
+    def load(self) -> BackendModule:
+        """Import the backend's module; nothing heavy is imported before this."""
+        return cast(BackendModule, importlib.import_module(self.module))
+
+    def why_unavailable(self, device: torch.device | None = None) -> str | None:
+        """None if the backend can run (on ``device``), else the reason."""
+        if device is not None and self.device_types is not None:
+            if device.type not in self.device_types:
+                where = " or ".join(sorted(self.device_types))
+                return f"it runs on {where} tensors, and the logits are on {device}"
+        return self.load().why_unavailable()
+
+
+#: In the order in which ``"auto"`` prefers them.
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {
+        backend.name: backend
+        for backend in (
+            Backend("cpu", frozenset({"cpu"}), "llm_sampling.backends.cpu"),
+            Backend("torch", None, "llm_sampling.backends.torch"),
+        )
+    }
+)
+
+
+def resolve(name: str, device: torch.device) -> BackendModule:
+    """The backend called ``name`` for tensors on ``device``; only ``"auto"`` chooses.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the named backend cannot run here; the message says why.
+    """
+    if name == "auto":
+        for backend in BACKENDS.values():
+            if backend.why_unavailable(device) is None:
+                return backend.load()
+        raise RuntimeError(f"no backend runs on {device}")
+    if name not in BACKENDS:
+        names = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"backend must be one of {names}, got {name!r}")
+    reason = BACKENDS[name].why_unavailable(device)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is unavailable: {reason}")
+    return BACKENDS[name].load()
+
+
+class BackendInfo(NamedTuple):
+    """A row of :func:`backend_info`."""
+
+    name: str
+    available: bool
+    reason: str | None
+    device_types: tuple[str, ...] | None
+
+
+def backend_info() -> list[BackendInfo]:
+    """Every backend, whether it works here, and why not if it does not."""
+    infos = []
+    for backend in BACKENDS.values():
+        reason = backend.why_unavailable()
+        types = None if backend.device_types is None else tuple(sorted(backend.device_types))
+        infos.append(BackendInfo(backend.name, reason is None, reason, types))
+    return infos

@@ -1,0 +1,45 @@
+"""The reference as a backend: any device that torch knows, at the reference's speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from llm_sampling import reference
+from llm_sampling.backends import SampleCall, SampleOutput, raise_on_status
+
+
+def why_unavailable() -> str | None:
+    """It always runs."""
+    return None
+
+
+def sample(call: SampleCall) -> SampleOutput:
+    """Draw tokens by the reference."""
+    output = reference.sample(call)
+    if call.check:
+        raise_on_status(output.status)
+    if call.num_samples == 1:
+        output = SampleOutput(
+            output.tokens.squeeze(-1),
+            None if output.logprobs is None else output.logprobs.squeeze(-1),
+            output.status,
+        )
+    if call.advance:
+        assert call.batch.position is not None
+        call.batch.position.add_(output.tokens >= 0)
+        if call.history is not None:
+            call.history.append(output.tokens)
+    return output
+
+
+def filter_logits(call: SampleCall) -> Tensor:
+    """Filter by the reference."""
+    return reference.filter_logits(call)
+
+
+def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+    """The reference has nothing to prepare."""
+    return lambda logits, mask: sample(replace(call, logits=logits, allowed_mask=mask))

@@ -1,0 +1,229 @@
+"""Which tokens each request has seen and how often it produced them: the state of the penalties.
+
+One bit per token says "seen in prompt or output" and one count per token "times in the output"; a
+kernel reads a count only where the bit is set, so a step costs by the length of the history and not
+by the vocabulary. This module imports nothing else of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Ids = Sequence[Sequence[int] | Tensor] | Tensor
+
+MAX_VOCAB_SIZE = 2**20
+
+
+class TokenHistory:
+    """Token history of ``rows`` requests over a vocabulary of ``vocab_size`` tokens.
+
+    Requests live in slots; ``slots[row]`` is the slot of a row, so that rows can be reordered, added
+    and removed without moving their state. Build one with :meth:`from_ids`.
+
+    Attributes:
+        vocab_size: ids outside ``0 .. vocab_size - 1`` are padding and are ignored everywhere.
+        seen: int32 ``(capacity, ceil(vocab_size / 32))``; bit ``t & 31`` of word ``t >> 5`` is set
+            when token t occurred in the prompt or the output.
+        counts: int32 ``(capacity, vocab_size)``; how often the output holds each token.
+        lengths: int64 ``(capacity,)``; how many tokens the output holds.
+        slots: int32 ``(rows,)``; no two rows share a slot.
+    """
+
+    def __init__(
+        self, seen: Tensor, counts: Tensor, lengths: Tensor, slots: Tensor, vocab_size: int
+    ) -> None:
+        self.seen = seen
+        self.counts = counts
+        self.lengths = lengths
+        self.slots = slots
+        self.vocab_size = vocab_size
+
+    @classmethod
+    def from_ids(
+        cls,
+        prompt_ids: Ids,
+        output_ids: Ids | None = None,
+        vocab_size: int | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> TokenHistory:
+        """Build the history of a batch from lists of token ids of unequal length.
+
+        Args:
+            prompt_ids: one sequence of ids per row, or an integer tensor ``(rows, length)``.
+            output_ids: the tokens produced so far, in the same form; None when there are none.
+            vocab_size: the width of the logits.
+            device: where the state lives; the logits' device.
+
+        Raises:
+            ValueError: ``vocab_size`` is not in 1 .. 2^20, the two lists differ in length, or an id
+                is not an integer.
+        """
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+            raise ValueError(f"vocab_size must be an integer, got {vocab_size!r}")
+        if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size must be in 1 .. 2^20, got {vocab_size}")
+        rows = _row_count("prompt_ids", prompt_ids)
+        if output_ids is not None and _row_count("output_ids", output_ids) != rows:
+            raise ValueError(
+                f"output_ids must have one sequence per row of prompt_ids ({rows}), "
+                f"got {len(output_ids)}"
+            )
+        history = cls._empty(rows, vocab_size, torch.device("cpu"))
+        for row in range(rows):
+            prompt = valid_ids("prompt_ids", prompt_ids[row], vocab_size)
+            output = (
+                prompt[:0]
+                if output_ids is None
+                else valid_ids("output_ids", output_ids[row], vocab_size)
+            )
+            history._fill(row, prompt, output)
+        return history.to(device)
+
+    @classmethod
+    def _empty(cls, rows: int, vocab_size: int, device: torch.device) -> TokenHistory:
+        words = -(-vocab_size // 32)
+        return cls(
+            seen=torch.zeros(rows, words, dtype=torch.int32, device=device),
+            counts=torch.zeros(rows, vocab_size, dtype=torch.int32, device=device),
+            lengths=torch.zeros(rows, dtype=torch.int64, device=device),
+            slots=torch.arange(rows, dtype=torch.int32, device=device),
+            vocab_size=vocab_size,
+        )
+
+    def _fill(
+        self, slot: int, prompt: npt.NDArray[np.int64], output: npt.NDArray[np.int64]
+    ) -> None:
+        """Write one request's ids, all valid, into a slot, whatever the slot held before."""
+        bits = np.zeros(self.seen.shape[1] * 32, dtype=np.uint8)
+        bits[prompt] = 1
+        bits[output] = 1
+        words = np.packbits(bits, bitorder="little").view("<i4")
+        tokens, counts = np.unique(output, return_counts=True)
+        self.seen[slot] = torch.from_numpy(words.astype(np.int32))
+        self.counts[slot] = 0
+        self.counts[slot, torch.from_numpy(tokens).to(self.device)] = torch.from_numpy(
+            counts.astype(np.int32)
+        ).to(self.device)
+        self.lengths[slot] = len(output)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return self.slots.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives."""
+        return self.seen.device
+
+    def to(self, device: torch.device | str) -> TokenHistory:
+        """This history on ``device``; itself if it is there already."""
+        seen = self.seen.to(device)
+        if seen is self.seen:
+            return self
+        state = (tensor.to(device) for tensor in (self.counts, self.lengths, self.slots))
+        return TokenHistory(seen, *state, vocab_size=self.vocab_size)
+
+    def clone(self) -> TokenHistory:
+        """An independent copy."""
+        state = (self.seen, self.counts, self.lengths, self.slots)
+        return TokenHistory(*(tensor.clone() for tensor in state), vocab_size=self.vocab_size)
+
+    def append(self, tokens: Tensor) -> None:
+        """Record the token that each row produced. Never waits for the device.
+
+        Args:
+            tokens: integers ``(rows,)`` on the history's device; an id outside the vocabulary, such
+                as -1, leaves its row as it is.
+
+        Raises:
+            ValueError: wrong shape, dtype or device.
+        """
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
+        if tokens.shape != (self.rows,):
+            raise ValueError(
+                f"tokens must have shape ({self.rows},), one per row, got {tuple(tokens.shape)}"
+            )
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens must be int64 or int32, got {tokens.dtype}")
+        if tokens.device != self.device:
+            raise ValueError(f"tokens must be on {self.device}, got {tokens.device}")
+        tokens = tokens.to(torch.int64)
+        valid = (tokens >= 0) & (tokens < self.vocab_size)
+        token = torch.where(valid, tokens, 0)
+        slot = self.slots.to(torch.int64)
+        word = token >> 5
+        bit = torch.bitwise_left_shift(valid.to(torch.int32), (token & 31).to(torch.int32))
+        self.seen[slot, word] = self.seen[slot, word] | bit
+        self.counts[slot, token] += valid.to(torch.int32)
+        self.lengths[slot] += valid.to(torch.int64)
+
+    def add(self, prompt_ids: Sequence[int] | Tensor, output_ids: Sequence[int] | Tensor = ()) -> int:
+        """Add a request as the last row, in a free slot if there is one.
+
+        Returns:
+            The new row's index.
+        """
+        prompt = valid_ids("prompt_ids", prompt_ids, self.vocab_size)
+        output = valid_ids("output_ids", output_ids, self.vocab_size)
+        free = sorted(set(range(self.seen.shape[0])) - set(self.slots.tolist()))
+        if not free:
+            free = [self.seen.shape[0]]
+            self._grow()
+        self._fill(free[0], prompt, output)
+        self.slots = torch.cat([self.slots, self.slots.new_tensor(free[:1])])
+        return self.rows - 1
+
+    def _grow(self) -> None:
+        more = TokenHistory._empty(max(1, self.seen.shape[0]), self.vocab_size, self.device)
+        self.seen = torch.cat([self.seen, more.seen])
+        self.counts = torch.cat([self.counts, more.counts])
+        self.lengths = torch.cat([self.lengths, more.lengths])
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the given rows, in the given order; the others' slots become free.
+
+        Raises:
+            ValueError: a row does not exist or is named twice.
+        """
+        self.slots = self.slots[selection(rows, self.rows).to(self.device)]
+
+
+def selection(rows: Iterable[int], available: int) -> Tensor:
+    """``rows`` as an int64 index, each row at most once and in ``0 .. available - 1``."""
+    index = list(rows)
+    for row in index:
+        if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < available:
+            raise ValueError(f"rows must be integers in 0 .. {available - 1}, got {row!r}")
+    if len(set(index)) != len(index):
+        raise ValueError(f"rows must name each row at most once, got {index}")
+    return torch.tensor(index, dtype=torch.int64)
+
+
+def _row_count(name: str, ids: Ids) -> int:
+    try:
+        return len(ids)
+    except TypeError as error:  # also of a tensor without dimensions
+        raise ValueError(f"{name} must have one sequence of ids per row, got {ids!r}") from error
+
+
+def valid_ids(name: str, ids: Sequence[int] | Tensor, vocab_size: int) -> npt.NDArray[np.int64]:
+    """The ids inside the vocabulary, in order."""
+    rule = f"{name} must hold one sequence of integer ids per row"
+    try:
+        array = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, or nothing that numpy holds
+        raise ValueError(f"{rule}, got {ids!r}") from error
+    if array.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{rule}, got {array.dtype} of shape {array.shape}")
+    valid: npt.NDArray[np.int64] = array[(array >= 0) & (array < vocab_size)].astype(np.int64)
+    return valid

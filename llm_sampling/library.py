@@ -1,0 +1,119 @@
+"""The ops in torch.library, for torch.compile and export; eager calls do not come through here.
+
+The op takes the batch and the history field by field, since a schema knows only tensors and numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from llm_sampling import backends
+from llm_sampling.backends import SampleCall, SampleOutput
+from llm_sampling.history import TokenHistory
+from llm_sampling.params import BatchParams
+
+BATCH_FIELDS = tuple(
+    f.name for f in fields(BatchParams) if f.name not in ("unseeded", "needs_history")
+)
+HISTORY_FIELDS = ("seen", "counts", "lengths", "slots")
+
+_INPUTS = ", ".join(
+    [
+        "Tensor logits",
+        *(f"Tensor {name}" for name in BATCH_FIELDS),
+        *(f"Tensor? {name}" for name in HISTORY_FIELDS),
+        "Tensor? allowed_mask",
+    ]
+)
+_LIBRARY = torch.library.Library("llm_sampling", "DEF")
+_LIBRARY.define(
+    f"sample({_INPUTS}, int num_samples, str? logprobs, bool check, str backend) "
+    "-> (Tensor tokens, Tensor logprobs, Tensor status)"
+)
+_LIBRARY.define(f"filter_logits({_INPUTS}, str backend) -> Tensor")
+
+
+def _inputs(call: SampleCall) -> tuple[Tensor | None, ...]:
+    history = [
+        None if call.history is None else getattr(call.history, name) for name in HISTORY_FIELDS
+    ]
+    batch = [getattr(call.batch, name) for name in BATCH_FIELDS]
+    return (call.logits, *batch, *history, call.allowed_mask)
+
+
+def _call(
+    inputs: tuple[Tensor | None, ...],
+    num_samples: int = 1,
+    logprobs: backends.Logprobs | None = None,
+    check: bool = False,
+) -> SampleCall:
+    """The inverse of ``_inputs``."""
+    logits, *rest = inputs
+    assert logits is not None
+    batch = dict(zip(BATCH_FIELDS, rest, strict=False))
+    state = rest[len(BATCH_FIELDS) : -1]
+    history = None
+    if state[0] is not None:
+        history = TokenHistory(*state, vocab_size=logits.shape[1])  # type: ignore[arg-type]
+    return SampleCall(
+        logits=logits,
+        batch=BatchParams(**batch, unseeded=None, needs_history=history is not None),  # type: ignore[arg-type]
+        history=history,
+        allowed_mask=rest[-1],
+        num_samples=num_samples,
+        logprobs=logprobs,
+        check=check,
+    )
+
+
+def _sample(*args):  # type: ignore[no-untyped-def]
+    *inputs, num_samples, logprobs, check, backend = args
+    call = _call(tuple(inputs), num_samples, logprobs, check)
+    output = backends.resolve(backend, call.logits.device).sample(call)
+    no_logprobs = call.logits.new_empty(0, dtype=torch.float32)
+    return output.tokens, no_logprobs if output.logprobs is None else output.logprobs, output.status
+
+
+def _sample_fake(*args):  # type: ignore[no-untyped-def]
+    logits, num_samples, logprobs = args[0], args[-4], args[-3]
+    rows = logits.shape[0]
+    shape = (rows,) if num_samples == 1 else (rows, num_samples)
+    return (
+        logits.new_empty(shape, dtype=torch.int64),
+        logits.new_empty((0,) if logprobs is None else shape, dtype=torch.float32),
+        logits.new_empty((rows,), dtype=torch.int32),
+    )
+
+
+def _filter_logits(*args):  # type: ignore[no-untyped-def]
+    *inputs, backend = args
+    call = _call(tuple(inputs))
+    return backends.resolve(backend, call.logits.device).filter_logits(call)
+
+
+def _filter_logits_fake(*args):  # type: ignore[no-untyped-def]
+    return args[0].new_empty(args[0].shape, dtype=torch.float32)
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("sample", _sample, _key)
+    _LIBRARY.impl("filter_logits", _filter_logits, _key)
+torch.library.register_fake("llm_sampling::sample", _sample_fake, lib=_LIBRARY)
+torch.library.register_fake("llm_sampling::filter_logits", _filter_logits_fake, lib=_LIBRARY)
+
+
+def sample(call: SampleCall, backend: str) -> SampleOutput:
+    """``sample`` as one op of a graph."""
+    tokens, logprobs, status = torch.ops.llm_sampling.sample(
+        *_inputs(call), call.num_samples, call.logprobs, call.check, backend
+    )
+    return SampleOutput(tokens, None if call.logprobs is None else logprobs, status)
+
+
+def filter_logits(call: SampleCall, backend: str) -> Tensor:
+    """``filter_logits`` as one op of a graph."""
+    result: Tensor = torch.ops.llm_sampling.filter_logits(*_inputs(call), backend)
+    return result

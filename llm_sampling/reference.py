@@ -1,0 +1,228 @@
+"""The specification in plain torch: slow, obvious, and the judge of every other backend.
+
+The steps carry the numbers of docs/semantics.md. Floats are float32 and each operation is rounded
+once; mass and random bits are integers, so sums are exact in any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_sampling.backends import (
+    STATUS_NAN,
+    STATUS_NO_CANDIDATE,
+    STATUS_POS_INF,
+    SampleCall,
+    SampleOutput,
+)
+from llm_sampling.params import BatchParams
+
+_INF = float("inf")
+_LOW32 = 0xFFFFFFFF
+_POLYNOMIAL = tuple(
+    float.fromhex(c)
+    for c in (
+        "-0x1.eca6f0p-11",
+        "0x1.2d4322p-7",
+        "-0x1.c4eb2cp-5",
+        "0x1.ebe206p-3",
+        "-0x1.62e3b2p-1",
+        "0x1.000000p+0",
+    )
+)
+_LOG2_E = float.fromhex("0x1.715476p+0")
+
+
+def _bits(words: Tensor, vocab_size: int) -> Tensor:
+    """Unpack int32 words ``(rows, ceil(V / 32))`` to bool ``(rows, V)``, lowest bit first."""
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :vocab_size].bool()
+
+
+def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
+    """Steps 1 to 6: float32 ``(rows, V)`` without NaN or -0.0, and whether a NaN was seen ``(rows,)``."""
+    batch, history = call.batch, call.history
+    rows, vocab_size = call.logits.shape
+
+    # 1 widen
+    x = call.logits.to(torch.float32)
+
+    # 2 bias, mask
+    row = torch.arange(rows, device=x.device).repeat_interleave(batch.logit_bias_offsets.diff())
+    token = batch.logit_bias_ids.to(torch.int64)
+    inside = (token >= 0) & (token < vocab_size)
+    x = x.index_put((row[inside], token[inside]), batch.logit_bias_values[inside], accumulate=True)
+    if call.allowed_mask is not None:
+        x = torch.where(_bits(call.allowed_mask, vocab_size), x, -_INF)
+
+    if history is not None:
+        slots = history.slots.to(torch.int64)
+        count = history.counts[slots]
+        seen = _bits(history.seen[slots], vocab_size)
+        produced = count > 0
+        # 3 repetition penalty: prompt and output
+        r = batch.repetition_penalty.unsqueeze(1)
+        x = torch.where(seen, torch.where(x > 0, x / r, x * r), x)
+        # 4 frequency penalty: output
+        a = batch.frequency_penalty.unsqueeze(1)
+        x = torch.where(produced, x - a * count.to(torch.float32), x)
+        # 5 presence penalty: output
+        b = batch.presence_penalty.unsqueeze(1)
+        x = torch.where(produced, x - b, x)
+
+    # 6 canonical
+    nan = x.isnan()
+    return torch.where(nan, -_INF, x + 0.0), nan.any(-1)
+
+
+def depth(x: Tensor, temperature: Tensor) -> Tensor:
+    """Step 9: octaves below the row's best token; ``temperature`` is ``(rows,)``."""
+    m = x.amax(-1, keepdim=True)
+    s = (torch.tensor(_LOG2_E, dtype=torch.float32, device=x.device) / temperature).unsqueeze(1)
+    return torch.where(x == m, 0.0, (m - x) * s)
+
+
+def mass(d: Tensor) -> Tensor:
+    """Step 10: the integer mass 0 .. 2^42 of depth ``d`` >= 0 (float32), about ``2^(42 - d)``."""
+    d = d.clamp(max=63.0)
+    e = d.floor()
+    f = d - e
+    p = torch.full_like(f, _POLYNOMIAL[0])
+    for c in _POLYNOMIAL[1:]:
+        p = p * f
+        p = p + c
+    m = (p * 2.0**24).to(torch.int64)
+    return (m << 18) >> e.to(torch.int64)
+
+
+def kept_set(x: Tensor, batch: BatchParams) -> tuple[Tensor, Tensor]:
+    """Steps 7 to 13: bool ``(rows, V)``, True in the kept set, and the int64 mass ``(rows, V)``."""
+    vocab_size = x.shape[1]
+    keep_at_least = batch.min_tokens_to_keep.to(torch.int64)
+
+    # 7 order: larger x first, equal x by smaller id. Everything below is a length of a prefix of it
+    sorted_x, order = torch.sort(x, dim=-1, descending=True, stable=True)
+    length = (x > -_INF).sum(-1)
+
+    # 9 depth, 10 mass
+    d = depth(x, batch.temperature)
+    w = torch.where(x > -_INF, mass(d), 0)
+    cumulative = w.gather(-1, order).cumsum(-1)
+
+    # 11 top-k
+    top_k = batch.top_k.to(torch.int64)
+    at_most = torch.where(top_k > 0, torch.maximum(top_k, keep_at_least), vocab_size)
+    length = torch.minimum(length, at_most)
+
+    # 12 top-p: the shortest prefix whose mass reaches target, ceil(Z * P / 2^31) in two halves
+    z = cumulative.gather(-1, (length - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    share = ((batch.top_p.double() * 2.0**31).floor().to(torch.int64) - 2**11).clamp(min=0)
+    z_high, z_low = z >> 31, z & (2**31 - 1)
+    target = (z_high * share + ((z_low * share + (2**31 - 1)) >> 31)).clamp(min=1)
+    reaching = (cumulative < target.unsqueeze(-1)).sum(-1) + 1
+    shortest = torch.where(batch.top_p < 1, torch.maximum(reaching, keep_at_least), vocab_size)
+    length = torch.minimum(length, shortest)
+
+    # 13 min-p
+    sorted_d = d.gather(-1, order)
+    near = ((sorted_d <= batch.min_p_cut.unsqueeze(-1)) & (sorted_x > -_INF)).sum(-1)
+    near = torch.where(batch.min_p > 0, torch.maximum(near, keep_at_least), vocab_size)
+    length = torch.minimum(length, near)
+
+    # 8 greedy: the first of the order alone
+    length = torch.where(batch.temperature == 0, length.clamp(max=1), length)
+
+    rank = torch.arange(vocab_size, device=x.device)
+    keep = torch.zeros_like(x, dtype=torch.bool)
+    keep.scatter_(-1, order, rank < length.unsqueeze(-1))
+    return keep, w
+
+
+def philox(seed: Tensor, position: Tensor, draw: int, stream: int = 0) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, each in an int64 ``(rows,)``.
+
+    Key: ``seed``; counter: ``position``, ``draw``, ``stream``. The sampler uses stream 0.
+    """
+    key = [seed & _LOW32, (seed >> 32) & _LOW32]
+    counter = [
+        position & _LOW32,
+        (position >> 32) & _LOW32,
+        torch.full_like(seed, draw),
+        torch.full_like(seed, stream),
+    ]
+    for _ in range(10):
+        # 32 x 32 bits wrap in int64, but the 64 bits are the right ones
+        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            ((second >> 32) & _LOW32) ^ counter[1] ^ key[0],
+            second & _LOW32,
+            ((first >> 32) & _LOW32) ^ counter[3] ^ key[1],
+            first & _LOW32,
+        ]
+        key = [(key[0] + 0x9E3779B9) & _LOW32, (key[1] + 0xBB67AE85) & _LOW32]
+    return counter
+
+
+def scaled(r_low: Tensor, r_high: Tensor, s: Tensor) -> Tensor:
+    """``(R * s) >> 64`` for R of 64 bits in two halves and 0 <= s < 2^63."""
+    s_low, s_high = s & _LOW32, s >> 32
+    low, cross = r_low * s_low, r_high * s_low
+    middle = ((low >> 32) & _LOW32) + (cross & _LOW32)
+    other = r_low * s_high
+    middle = middle + (other & _LOW32)
+    return r_high * s_high + ((cross >> 32) & _LOW32) + (other >> 32) + (middle >> 32)
+
+
+def sample(call: SampleCall) -> SampleOutput:
+    """All steps: tokens ``(rows, num_samples)``, logprobs of that shape or None, status ``(rows,)``."""
+    batch = call.batch
+    assert batch.position is not None
+    x, nan = processed_logits(call)
+    keep, w = kept_set(x, batch)
+    w = torch.where(keep, w, 0)
+
+    # 14 draw
+    cumulative = w.cumsum(-1)
+    s = cumulative[:, -1]
+    draws = []
+    for draw in range(call.num_samples):
+        words = philox(batch.seed, batch.position, draw)
+        r = scaled(words[0], words[1], s)
+        draws.append((cumulative <= r.unsqueeze(-1)).sum(-1))
+    no_candidate = ~keep.any(-1)
+    tokens = torch.stack(draws, -1).masked_fill(no_candidate.unsqueeze(-1), -1)
+
+    status = (
+        nan.to(torch.int32) * STATUS_NAN
+        + no_candidate.to(torch.int32) * STATUS_NO_CANDIDATE
+        + (x == _INF).any(-1).to(torch.int32) * STATUS_POS_INF
+    )
+    return SampleOutput(tokens, _logprobs(call, tokens, w, s), status)
+
+
+def _logprobs(call: SampleCall, tokens: Tensor, w: Tensor, s: Tensor) -> Tensor | None:
+    if call.logprobs is None:
+        return None
+    index = tokens.clamp(min=0)
+    if call.logprobs == "processed":
+        result = w.gather(-1, index).double().log() - s.double().log().unsqueeze(-1)
+    else:
+        x = call.logits.to(torch.float64)
+        x = torch.where(x.isnan(), -_INF, x)
+        # the mass is shared by the +inf tokens, as in step 9
+        top = x.amax(-1, keepdim=True)
+        x = torch.where(top == _INF, torch.where(x == _INF, 0.0, -_INF), x)
+        result = x.log_softmax(-1).gather(-1, index)
+    return result.masked_fill(tokens < 0, float("nan")).to(torch.float32)
+
+
+def filter_logits(call: SampleCall) -> Tensor:
+    """Steps 1 to 13: ``x / T`` in the kept set, -inf elsewhere; float32 ``(rows, V)``.
+
+    A greedy row keeps its one token's processed logit as it is.
+    """
+    x, _ = processed_logits(call)
+    keep, _ = kept_set(x, call.batch)
+    t = call.batch.temperature.unsqueeze(-1)
+    return torch.where(keep, torch.where(t == 0, x, x / t), -_INF)
