@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, DistutilsError
 
 # Rounding after every operation is part of the semantics; the other two let loops vectorise.
 EXACT = ["-fno-fast-math", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
@@ -34,24 +35,32 @@ class BuildLibraries(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
-        folder = Path(self.get_ext_fullpath(ext.name)).parent
-        failure = folder / "cpu_build_failure.txt"
-        folder.mkdir(parents=True, exist_ok=True)
-        failure.unlink(missing_ok=True)
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        for old in (library, failure_of(library)):
+            old.unlink(missing_ok=True)
         try:
             super().build_extension(ext)
-        except Exception as error:
+        except (CCompilerError, DistutilsError) as error:
             print(f"warning: the cpu backend was not built: {error}", file=sys.stderr)
-            failure.write_text(" ".join(str(error).split()))
+            failure_of(library).write_text(" ".join(str(error).split()))
 
     def get_outputs(self) -> list[str]:
         return [output for output in super().get_outputs() if Path(output).exists()]
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
-            built = Path(self.get_ext_fullpath(ext.name))
-            if built.exists():
-                self.copy_file(str(built), self.get_ext_filename(ext.name))
+            built, wanted = Path(self.get_ext_fullpath(ext.name)), Path(self.get_ext_filename(ext.name))
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            for source, target in ((built, wanted), (failure_of(built), failure_of(wanted))):
+                target.unlink(missing_ok=True)
+                if source.exists():
+                    self.copy_file(str(source), str(target))
+
+
+def failure_of(library: Path) -> Path:
+    """Where the reason is written why a library was not built."""
+    return library.with_suffix(".failure.txt")
 
 
 class PlatformWheel(bdist_wheel):

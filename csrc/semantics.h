@@ -65,7 +65,7 @@ LLM_SAMPLING_FN float from_order_key(uint32_t key) {
   return bit_cast<float>(key ^ ((key >> 31) != 0 ? 0x80000000u : 0xffffffffu));
 }
 
-// 9 depth in octaves below the row's maximum m; NaN for a NaN, which `mass` takes as no mass.
+// 9 depth in octaves below the row's maximum m; never negative, nor -0.0 where m is not; NaN for a NaN.
 LLM_SAMPLING_FN float depth_scale(float temperature) { return kLog2E / temperature; }
 
 LLM_SAMPLING_FN float depth(float x, float m, float scale) {
@@ -73,10 +73,15 @@ LLM_SAMPLING_FN float depth(float x, float m, float scale) {
   return x == m ? 0.0f : d;
 }
 
-// 10 mass, an integer in 0 .. 2^42, as a float32 that holds it exactly: p has 24 significant bits, so
+// The same where m and the scale are finite.
+LLM_SAMPLING_FN float finite_depth(float x, float m, float scale) { return (m - x) * scale; }
+
+// 10 mass of a depth that is not negative (nor -0.0); none for NaN. An integer in 0 .. 2^42, as a float32 that holds it exactly: p has 24 significant bits, so
 // p * 2^24 is the integer M, and p * 2^(42 - e) cut to an integer is (M << 18) >> e.
 LLM_SAMPLING_FN float mass(float d) {
-  d = d < 63.0f ? d : 63.0f;
+  // such floats are ordered like their bits, and those of NaN are above all of them
+  const uint32_t bits = bit_cast<uint32_t>(d);
+  d = bit_cast<float>(bits < 0x427c0000u ? bits : 0x427c0000u);  // at most 63
   const int32_t e = static_cast<int32_t>(d);
   const float f = d - static_cast<float>(e);
   float p = -0x1.eca6f0p-11f;

@@ -124,11 +124,10 @@ class TokenHistory:
 
     def to(self, device: torch.device | str) -> TokenHistory:
         """This history on ``device``; itself if it is there already."""
-        seen = self.seen.to(device)
-        if seen is self.seen:
+        if torch.empty(0, device=device).device == self.device:  # "cuda" is "cuda:0"
             return self
-        state = (tensor.to(device) for tensor in (self.counts, self.lengths, self.slots))
-        return TokenHistory(seen, *state, vocab_size=self.vocab_size)
+        state = (self.seen, self.counts, self.lengths, self.slots)
+        return TokenHistory(*(tensor.to(device) for tensor in state), vocab_size=self.vocab_size)
 
     def clone(self) -> TokenHistory:
         """An independent copy."""

@@ -271,7 +271,9 @@ class BatchParams:
             values = [min(getattr(row, name), _INT32_MAX) for row in params]
             return torch.tensor(values, dtype=torch.int32, device=device)
 
-        biases = [row.logit_bias or {} for row in params]
+        temperature = floats("temperature")
+        # in id order, which is that of a pass over the row
+        biases = [dict(sorted((row.logit_bias or {}).items())) for row in params]
         offsets = [0]
         for bias in biases:
             offsets.append(offsets[-1] + len(bias))
@@ -279,7 +281,7 @@ class BatchParams:
         seeds = [0 if row.seed is None else _as_int64(row.seed) for row in params]
         cuts = [_min_p_cut(row.min_p) for row in params]
         return cls(
-            temperature=floats("temperature"),
+            temperature=temperature,
             top_k=ints("top_k"),
             top_p=floats("top_p"),
             min_p=floats("min_p"),
@@ -301,7 +303,7 @@ class BatchParams:
             unseeded=torch.tensor(unseeded, device=device) if any(unseeded) else None,
             position=None
             if positions is None
-            else positions_tensor(positions, len(params), torch.device(device)),
+            else positions_tensor(positions, len(params), temperature.device),
             needs_history=any(row.needs_history for row in params),
         )
 

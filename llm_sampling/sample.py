@@ -165,9 +165,7 @@ def make_call(
     device = logits.device
     batch = pack(params, rows, device)
     check_history(history, batch, rows, vocab_size, device)
-    check_draws(num_samples, logprobs)
-    if check is not None and not isinstance(check, bool):
-        raise ValueError(f"check must be True, False or None, got {check!r}")
+    check_draws(num_samples, logprobs, check)
     if positions is not None:
         position: Tensor | None = positions_tensor(positions, rows, device)
     elif batch.position is not None:
@@ -215,12 +213,14 @@ def check_history(
         raise ValueError(f"history must be on the logits' device {device}, got {history.device}")
 
 
-def check_draws(num_samples: int, logprobs: str | None) -> None:
+def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> None:
     """A ValueError if one of these is out of its range."""
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples must be an integer >= 1, got {num_samples!r}")
     if logprobs not in (None, "processed", "raw"):
         raise ValueError(f'logprobs must be None, "processed" or "raw", got {logprobs!r}')
+    if check is not None and not isinstance(check, bool):
+        raise ValueError(f"check must be True, False or None, got {check!r}")
 
 
 def check_mask(mask: Tensor, logits: Tensor) -> Tensor:

@@ -63,15 +63,23 @@ class Sampler:
             raise ValueError(f"vocab_size must be an integer, got {vocab_size!r}")
         if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must be in 1 .. 2^20, got {vocab_size}")
-        check_draws(num_samples, logprobs)
+        check_draws(num_samples, logprobs, check)
         if device is None:
-            device = "cpu" if history is None else history.device
-        self.device = torch.device(device)
+            device = history.device if isinstance(history, TokenHistory) else "cpu"
+        self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         self.vocab_size = vocab_size
         self.num_samples = num_samples
         self.logprobs = logprobs
         self.check = self.device.type == "cpu" if check is None else check
-        rows = [params] if isinstance(params, SamplingParams) else list(params)
+        if isinstance(params, SamplingParams):
+            rows = [params]
+        elif isinstance(params, Sequence) and not isinstance(params, (str, bytes)):
+            rows = list(params)
+        else:
+            raise ValueError(
+                "params must be a SamplingParams or a sequence of them, "
+                f"got {type(params).__name__}"
+            )
         self._params = rows
         self._backend = backends.resolve(backend, self.device)
         batch = BatchParams.from_list(rows, device=self.device)
@@ -80,6 +88,7 @@ class Sampler:
         check_history(history, batch, len(rows), vocab_size, self.device)
         self._refuse_draws(batch.needs_history)
         self._history = history
+        self._slots = None if history is None else history.slots
         if history is None:
             position = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
         else:
@@ -133,9 +142,12 @@ class Sampler:
             or not isinstance(logits, Tensor)
             or self._prepared_for != (logits.shape, logits.dtype, logits.device)
             or logits.stride(1) != 1
+            or logits.requires_grad
         ):
             logits = self._check(logits)
             step = self._step or self._prepare(logits)
+        if self._history is not None and self._history.slots is not self._slots:
+            self._check_history()
         if allowed_mask is not None:
             allowed_mask = check_mask(allowed_mask, logits)
         return step(logits, allowed_mask)
@@ -153,11 +165,17 @@ class Sampler:
             self._step = None
         return logits
 
+    def _check_history(self) -> None:
+        """A ValueError if the user gave the shared history other rows than the Sampler has."""
+        if self._history is not None:
+            check_history(self._history, self._batch, self.rows, self.vocab_size, self.device)
+            self._slots = self._history.slots
+
     def _prepare(self, logits: Tensor) -> Step:
         call = SampleCall(
             logits=logits,
             batch=self._batch,
-            history=self._history,
+            history=self._history if self.num_samples == 1 else None,
             allowed_mask=None,
             num_samples=self.num_samples,
             logprobs=self.logprobs,
@@ -187,7 +205,9 @@ class Sampler:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {params!r}")
         self._refuse_draws(params.needs_history)
+        valid_ids("prompt_ids", prompt_ids, self.vocab_size)
         position = len(valid_ids("output_ids", output_ids, self.vocab_size))
+        self._check_history()
         if self._history is None and params.needs_history:
             # the rows so far have no penalty, so what they have produced does not matter
             self._history = TokenHistory.from_ids(
@@ -221,7 +241,9 @@ class Sampler:
         Raises:
             ValueError: a row does not exist or is named twice.
         """
+        rows = list(rows)
         index = selection(rows, self.rows).to(self.device)
+        self._check_history()
         if self._history is not None:
             self._history.select(rows)
         assert self._batch.position is not None

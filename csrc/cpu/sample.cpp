@@ -80,7 +80,7 @@ struct Row {
   int64_t bias_count;
   const uint32_t* allowed;
   const uint32_t* seen;
-  const int32_t* counts;
+  const int32_t* counts;  // NULL where no penalty needs them
   float repetition_penalty;
   float frequency_penalty;
   float presence_penalty;
@@ -114,31 +114,50 @@ INLINE void mask_out(const uint32_t* allowed, int count, float* __restrict y) {
   }
 }
 
-INLINE float penalised(const Row& row, float x, int32_t count) {
-  x = repetition(x, row.repetition_penalty);                  // 3
-  const float f = frequency(x, row.frequency_penalty, count);  // 4
-  const float p = f - row.presence_penalty;                    // 5
-  return count > 0 ? p : x;
+// The places of the set bits among the first `count`, in order; their number. Writes up to 4 past it.
+INLINE int set_bits(const uint32_t* words, int count, int32_t* __restrict places) {
+  int size = 0;
+  for (int begin = 0; begin < count; begin += 64) {
+    uint64_t bits = words[begin / 32];
+    if (begin + 32 < count) bits |= static_cast<uint64_t>(words[begin / 32 + 1]) << 32;
+    if (begin + 64 > count) bits &= (uint64_t{1} << (count - begin)) - 1;
+    // four at a time, so that most words take no branch that depends on their bits
+    int32_t* out = places + size;
+    size += __builtin_popcountll(bits);
+    do {
+      *out++ = begin + __builtin_ctzll(bits | uint64_t{1} << 63), bits &= bits - 1;
+      *out++ = begin + __builtin_ctzll(bits | uint64_t{1} << 63), bits &= bits - 1;
+      *out++ = begin + __builtin_ctzll(bits | uint64_t{1} << 63), bits &= bits - 1;
+      *out++ = begin + __builtin_ctzll(bits | uint64_t{1} << 63), bits &= bits - 1;
+    } while (bits != 0);
+  }
+  return size;
 }
 
+// 3 to 5: the seen tokens are gathered first, since what a loop over bits reads misses the caches.
 INLINE void penalise(const Row& row, int64_t begin, int count, float* __restrict y) {
-  const uint32_t* seen = row.seen + begin / 32;
-  const int32_t* counts = row.counts + begin;
-  for (int w = 0; w * 32 < count; ++w) {
-    uint32_t bits = seen[w];
-    if (w * 32 + 32 > count) bits &= (1u << (count & 31)) - 1;
-    if (bits == 0) continue;
-    float* z = y + w * 32;
-    const int32_t* c = counts + w * 32;
-    if (__builtin_popcount(bits) > 8 && w * 32 + 32 <= count) {
-      for (int j = 0; j < 32; ++j) z[j] = (bits >> j & 1) != 0 ? penalised(row, z[j], c[j]) : z[j];
-    } else {
-      for (; bits != 0; bits &= bits - 1) {
-        const int j = __builtin_ctz(bits);
-        z[j] = penalised(row, z[j], c[j]);
+  constexpr int kBlock = 8;  // what is past the last place is worked out too and not written
+  int32_t places[kTile + kBlock];
+  alignas(64) float x[kTile];
+  alignas(64) int32_t times[kTile];
+  const int size = set_bits(row.seen + begin / 32, count, places);
+  const int padded = (size + kBlock - 1) / kBlock * kBlock;
+  for (int i = size; i < padded; ++i) places[i] = 0;
+  for (int i = 0; i < padded; ++i) x[i] = y[places[i]];
+  for (int i = 0; i < padded; i += kBlock) {
+    for (int j = i; j < i + kBlock; ++j) x[j] = repetition(x[j], row.repetition_penalty);
+  }
+  if (row.counts != nullptr) {
+    const int32_t* counts = row.counts + begin;
+    for (int i = 0; i < padded; ++i) times[i] = counts[places[i]];
+    for (int i = 0; i < padded; i += kBlock) {
+      for (int j = i; j < i + kBlock; ++j) {
+        const float less = frequency(x[j], row.frequency_penalty, times[j]) - row.presence_penalty;
+        x[j] = times[j] > 0 ? less : x[j];
       }
     }
   }
+  for (int i = 0; i < size; ++i) y[places[i]] = x[i];
 }
 
 // The 512 values of a tile, -inf past the row's end: in `buffer`, or where they lie.
@@ -250,7 +269,11 @@ INLINE bool is_massless(const Row& row, float tile_max) {
 }
 
 INLINE void masses(const Row& row, const float* y, float* __restrict w) {
-  for (int j = 0; j < kTile; ++j) w[j] = mass(depth(y[j], row.m, row.scale));
+  if (row.m < kInfinity && row.scale < kInfinity) {
+    for (int j = 0; j < kTile; ++j) w[j] = mass(finite_depth(y[j], row.m, row.scale));
+  } else {
+    for (int j = 0; j < kTile; ++j) w[j] = mass(depth(y[j], row.m, row.scale));
+  }
 }
 
 INLINE void drop_cut(const Cut& cut, int64_t begin, const float* y, float* __restrict w) {
@@ -351,27 +374,57 @@ LLM_SAMPLING_CLONES void list_masses(const Row& row, const float* x, int64_t siz
   for (int64_t i = 0; i < size; ++i) w[i] = static_cast<int64_t>(mass(depth(x[i], row.m, row.scale)));
 }
 
-// An estimate of the row's mass, and the sample that it is from: of each group one value, at another
-// step in each tile. A group's maximum stands for itself, the sampled value for the 31 others.
-LLM_SAMPLING_CLONES double sample_mass(const Row& row, const float* group_max, float* sample) {
+// A weighted sample of a row, two values of each group: its maximum, which stands for itself, and a
+// value of another step in each tile, which stands for the group's 31 others.
+struct Sample {
+  int64_t size;    // groups
+  float* depth[2];
+  float* mass[2];  // of all the tokens that the value stands for
+  double total;    // an estimate of the row's mass
+  float deepest;   // of the second values that have mass
+};
+
+LLM_SAMPLING_CLONES void take_sample(const Row& row, const float* group_max, Sample& out) {
   alignas(64) float buffer[kTile];
   const int64_t tiles = row.tiles();
-  double lane[kGroups] = {};
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const float* y = load_tile(row, tile, buffer) + tile * 7 % kSteps * kGroups;
-    const float* top = group_max + tile * kGroups;
-    float* own = sample + tile * kGroups;
+    std::copy(y, y + kGroups, out.depth[1] + tile * kGroups);
+  }
+  double lane[kGroups] = {};
+  float deepest[kGroups] = {};
+  for (int64_t at = 0; at < out.size; at += kGroups) {
+    float* d0 = out.depth[0] + at;
+    float* d1 = out.depth[1] + at;
+    float* w0 = out.mass[0] + at;
+    float* w1 = out.mass[1] + at;
     for (int j = 0; j < kGroups; ++j) {
-      const float others = y[j] < top[j] ? y[j] : -kInfinity;
-      const float w = mass(depth(top[j], row.m, row.scale));
-      const float v = mass(depth(others, row.m, row.scale));
-      own[j] = others;
-      lane[j] += static_cast<double>(w) + static_cast<double>(v) * kSteps;
+      const float top = group_max[at + j];
+      const float other = d1[j] < top ? d1[j] : -kInfinity;
+      d0[j] = depth(top, row.m, row.scale);
+      const float d = depth(other, row.m, row.scale);
+      const float weighing = d < kMassless ? d : 0.0f;
+      deepest[j] = weighing > deepest[j] ? weighing : deepest[j];
+      d1[j] = d;
+    }
+    for (int j = 0; j < kGroups; ++j) w0[j] = mass(d0[j]);
+    for (int j = 0; j < kGroups; ++j) w1[j] = mass(d1[j]) * static_cast<float>(kSteps - 1);
+    for (int j = 0; j < kGroups; ++j) {
+      lane[j] += static_cast<double>(w0[j]) + static_cast<double>(w1[j]);
     }
   }
-  double sum = 0;
-  for (int j = 0; j < kGroups; ++j) sum += lane[j];
-  return sum;
+  out.total = 0;
+  for (int j = 0; j < kGroups; ++j) out.total += lane[j];
+  out.deepest = *std::max_element(deepest, deepest + kGroups);
+}
+
+// The bin of each depth: depth * scale, or the last.
+LLM_SAMPLING_CLONES void find_bins(const float* d, int64_t size, float scale, int last, int32_t* bin) {
+  const float limit = static_cast<float>(last);
+  for (int64_t i = 0; i < size; ++i) {
+    const float b = d[i] * scale;
+    bin[i] = static_cast<int32_t>(b < limit ? b : limit);
+  }
 }
 
 // A tile's tokens with low <= x <= high, appended to x and id in id order; the new size.
@@ -385,14 +438,13 @@ LLM_SAMPLING_CLONES int64_t tile_band(
     int64_t size
 ) {
   alignas(64) float buffer[kTile];
-  alignas(64) uint8_t inside[kTile];
   const float* y = load_tile(row, tile, buffer);
-  for (int j = 0; j < kTile; ++j) inside[j] = (y[j] >= low) & (y[j] <= high);
-  for (int word = 0; word < kTile / 8; ++word) {
-    uint64_t bytes;
-    __builtin_memcpy(&bytes, inside + word * 8, 8);
-    for (; bytes != 0; bytes &= bytes - 1) {
-      const int j = word * 8 + __builtin_ctzll(bytes) / 8;
+  for (int begin = 0; begin < kTile; begin += 32) {
+    const float* z = y + begin;
+    uint32_t inside = 0;
+    for (int j = 0; j < 32; ++j) inside |= static_cast<uint32_t>((z[j] >= low) & (z[j] <= high)) << j;
+    for (; inside != 0; inside &= inside - 1) {
+      const int j = begin + __builtin_ctz(inside);
       x[size] = y[j];
       id[size] = static_cast<uint32_t>(tile * kTile + j);
       ++size;
@@ -491,7 +543,7 @@ Reached select(uint32_t* key, int64_t* weight, int64_t size, int64_t goal) {
       left += in_bucket;
     }
     size = left;
-    if (shift == 0) return {key[0], goal};
+    if (shift == 0 || size == 1) return {key[0], goal};
     shift = std::max(0, shift - 8);
   }
 }
@@ -508,21 +560,19 @@ struct LastKept {
   }
 };
 
-// A weighted sample of a row by depth, to estimate where a mass is reached.
+// The sampled mass by depth, to estimate where a mass is reached.
 class Histogram {
  public:
-  // Groups' maxima, and the sampled values that stand for the groups' other tokens.
-  void fill(const Row& row, const float* group_max, const float* sample, int64_t size) {
-    float deepest = 0.0f;
-    for (int64_t i = 0; i < size; ++i) {
-      const float d = depth(sample[i], row.m, row.scale);
-      if (d < kMassless) deepest = std::max(deepest, d);
+  void fill(const Sample& sample, int32_t* bins) {
+    bins_per_octave_ = static_cast<float>(kBins - 1) / std::max(sample.deepest, 1e-30f);
+    // four sums, so that neighbours in one bin do not wait for one another
+    float sums[4][kBins] = {};
+    for (int part = 0; part < 2; ++part) {
+      find_bins(sample.depth[part], sample.size, bins_per_octave_, kBins - 1, bins);
+      for (int64_t i = 0; i < sample.size; ++i) sums[i % 4][bins[i]] += sample.mass[part][i];
     }
-    width_ = std::max(deepest, 1e-30f) * (1.0f + 1e-6f) / kBins;
-    std::fill(mass_, mass_ + kBins, 0.0);
-    for (int64_t i = 0; i < size; ++i) {
-      add(row, group_max[i], 1.0);
-      add(row, sample[i], kSteps - 1);
+    for (int bin = 0; bin < kBins; ++bin) {
+      mass_[bin] = (sums[0][bin] + sums[1][bin]) + (sums[2][bin] + sums[3][bin]);
     }
   }
 
@@ -530,43 +580,37 @@ class Histogram {
   float value_at(const Row& row, double goal) const {
     double sum = 0;
     for (int bin = 0; bin < kBins; ++bin) {
-      if (sum + mass_[bin] >= goal && mass_[bin] > 0) {
-        const double inside = std::max(0.0, (goal - sum) / mass_[bin]);
-        const float d = static_cast<float>((bin + inside) * width_);
+      const double mass = mass_[bin];
+      if (sum + mass >= goal && mass > 0) {
+        const double bins = bin + std::max(0.0, (goal - sum) / mass);
+        const float d = static_cast<float>(bins / bins_per_octave_);
         return std::max(kLowest, row.m - d / row.scale);
       }
-      sum += mass_[bin];
+      sum += mass;
     }
     return kLowest;
   }
 
   // About the mass at or above a value.
   double mass_above(const Row& row, float value) const {
-    const double bins = depth(value, row.m, row.scale) / width_;
+    const double bins = static_cast<double>(depth(value, row.m, row.scale)) * bins_per_octave_;
     double sum = 0;
-    for (int bin = 0; bin < kBins; ++bin) sum += mass_[bin] * std::clamp(bins - bin, 0.0, 1.0);
+    for (int bin = 0; bin < kBins && bin < bins; ++bin) sum += mass_[bin] * std::min(1.0, bins - bin);
     return sum;
   }
 
  private:
   static constexpr int kBins = 512;
 
-  void add(const Row& row, float x, double tokens) {
-    const float d = depth(x, row.m, row.scale);
-    if (!(d < kMassless)) return;
-    const int bin = std::min(kBins - 1, static_cast<int>(d / width_));
-    mass_[bin] += tokens * static_cast<double>(mass(d));
-  }
-
-  float width_ = 0;
-  double mass_[kBins] = {};
+  float bins_per_octave_ = 1.0f;
+  float mass_[kBins] = {};
 };
 
 struct Workspace {
-  Buffer<float> group_max, tile_max, sample, list_x, bias_values;
+  Buffer<float> group_max, tile_max, sample_depth, sample_mass, list_x, bias_values;
   Buffer<int64_t> tile_mass, tile_kept, list_w, weights, bias_order;
   Buffer<uint32_t> list_id, keys;
-  Buffer<int32_t> bias_ids;
+  Buffer<int32_t> bias_ids, bins;
   Histogram histogram;
 };
 
@@ -607,6 +651,7 @@ class RowSampler {
 
   float bound_of_first(int64_t k);
   int64_t gather(float bound);
+  void gather_band(float from, float to);
   void shorten_list(int64_t size);
   void shorten_list_to(LastKept last);
   LastKept where_reached(int64_t target);
@@ -706,7 +751,9 @@ Row RowSampler::make_row(int64_t index) {
   if (args_.seen != nullptr && penalised) {
     const int64_t slot = args_.slots[index];
     row.seen = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
-    row.counts = args_.counts + slot * args_.counts_stride;
+    if (row.frequency_penalty != 0.0f || row.presence_penalty != 0.0f) {
+      row.counts = args_.counts + slot * args_.counts_stride;
+    }
   }
   return row;
 }
@@ -721,7 +768,7 @@ void RowSampler::find_maxima() {
     }
   });
   if (nan.load(std::memory_order_relaxed)) status_ |= LLM_SAMPLING_STATUS_NAN;
-  row_.m = *std::max_element(tile_max_, tile_max_ + tiles_);
+  row_.m = *std::max_element(tile_max_, tile_max_ + tiles_) + 0.0f;  // not -0.0
 }
 
 // Steps 7 to 13.
@@ -841,6 +888,15 @@ int64_t RowSampler::gather(float bound) {
   return list_.size = size;
 }
 
+// Makes the list of all tokens with from <= x <= to.
+void RowSampler::gather_band(float from, float to) {
+  start_list();
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    if (!(tile_max_[tile] >= from)) continue;
+    list_.size = tile_band(row_, tile, from, to, list_.x, list_.id, list_.size);
+  }
+}
+
 // The list's masses; their sum.
 int64_t RowSampler::weigh_list() {
   if (list_.w == nullptr) {
@@ -863,6 +919,7 @@ void RowSampler::shorten_list(int64_t size) {
 
 // Where the masses of the list's tokens, in order, reach the target.
 LastKept RowSampler::where_reached(int64_t target) {
+  weigh_list();
   uint32_t* keys = ws_.keys.at_least(list_.size);
   int64_t* weights = ws_.weights.at_least(list_.size);
   for (int64_t i = 0; i < list_.size; ++i) keys[i] = order_key(list_.x[i]);
@@ -885,7 +942,8 @@ void RowSampler::shorten_list_to(LastKept last) {
   list_.size = size;
 }
 
-// 12 (where target > 0) and 13 on a weighed list that holds a prefix of the order of that mass or more.
+// 12 (where target > 0) and 13 on the list: a prefix of the order with at least that mass and
+// that many tokens, or every candidate.
 void RowSampler::finish_list(int64_t target, float low, int64_t at_least) {
   if (target > 0) {
     const LastKept last = where_reached(target);
@@ -962,24 +1020,30 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
   // The mass of the whole row, which tells the target, costs a pass; it is put off until an estimate
   // has told whether the mass above some cut is wanted from the same pass.
   tile_kept_ = nullptr;
-  gather(bound_of_first(kHead));
+  const float head_bound = bound_of_first(std::max(kHead, at_least));
+  gather(head_bound);
   const int64_t head = weigh_list();
-  float* sample = ws_.sample.at_least(tiles_ * kGroups);
-  const double estimate = sample_mass(row_, group_max_, sample);
+  const int64_t size = tiles_ * kGroups;
+  float* sample_depth = ws_.sample_depth.at_least(2 * size);
+  float* sample_mass = ws_.sample_mass.at_least(2 * size);
+  Sample sample = {
+      size, {sample_depth, sample_depth + size}, {sample_mass, sample_mass + size}, 0, 0
+  };
+  take_sample(row_, group_max_, sample);
   int64_t z = 0;
-  if (static_cast<double>(head) >= 0.98 * static_cast<double>(top_p) * estimate) {
+  if (static_cast<double>(head) >= 0.98 * static_cast<double>(top_p) * sample.total) {
     z = mass_of_row();
     const int64_t target = top_p_target(z, top_p);
     if (head >= target) return finish_list(target, low, at_least);
   }
 
   Histogram& histogram = ws_.histogram;
-  histogram.fill(row_, group_max_, sample, tiles_ * kGroups);
-  const double goal = static_cast<double>(top_p) * estimate;
+  histogram.fill(sample, ws_.bins.at_least(size));
+  const double goal = static_cast<double>(top_p) * sample.total;
   const float value = histogram.value_at(row_, goal);
-  const float bound = histogram.value_at(row_, goal + 0.05 * estimate);
+  const float bound = std::min(head_bound, histogram.value_at(row_, goal + 0.05 * sample.total));
   int64_t groups = 0;
-  for (int64_t g = 0; g < tiles_ * kGroups; ++g) groups += group_max_[g] >= bound;
+  for (int64_t g = 0; g < size; ++g) groups += group_max_[g] >= bound;
   if (groups <= kListed) {
     if (z == 0) z = mass_of_row();
     const int64_t target = top_p_target(z, top_p);
@@ -1007,26 +1071,27 @@ void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t 
   const int64_t target = top_p_target(total(tile_mass), top_p);
   const int64_t above = total(tile_kept_);
 
-  // The cut is among the tokens between the guess and a second one on the other side of the target.
+  // The cut is among the tokens between the guess and a second one beyond the target, which is found
+  // from the sampled mass near the guess.
   const bool lower = above < target;
   const double wrong_by = std::abs(static_cast<double>(target) - static_cast<double>(above));
-  const double margin = 1.5 * wrong_by + 1e-3 * static_cast<double>(target);
-  const double other = static_cast<double>(target) + (lower ? margin : -margin);
-  const double shift = ws_.histogram.mass_above(row_, guess) - static_cast<double>(above);
-  const float far = ws_.histogram.value_at(row_, other + shift);
-  const float below_guess = std::nextafter(guess, -kInfinity);
-  const float from = lower ? std::min(far, below_guess) : guess;
-  const float to = lower ? below_guess : std::max(far, guess);
-  start_list();
-  for (int64_t tile = 0; tile < tiles_; ++tile) {
-    if (!(tile_max_[tile] >= from)) continue;
-    list_.size = tile_band(row_, tile, from, to, list_.x, list_.id, list_.size);
-  }
-  const int64_t between = weigh_list();
-  const int64_t goal = lower ? target - above : target - (above - between);
-  if (goal < 1 || goal > between) {  // the sample misled us: choose among all
-    gather(kLowest);
-    return finish_list(target, low, at_least);
+  const double of_a_token = static_cast<double>(mass(depth(guess, row_.m, row_.scale)));
+  const double sampled = ws_.histogram.mass_above(row_, guess);
+  int64_t goal = 0;
+  for (double margin = 0.5;; margin *= 4) {
+    if (margin > 10) {  // the sample misled us: choose among all
+      gather(kLowest);
+      return finish_list(target, low, at_least);
+    }
+    const double step = (1 + margin) * wrong_by + 256 * margin * of_a_token;
+    const float far = ws_.histogram.value_at(row_, lower ? sampled + step : sampled - step);
+    const float below_guess = std::nextafter(guess, -kInfinity);
+    const float from = lower ? std::min(far, below_guess) : guess;
+    const float to = lower ? below_guess : std::max(far, guess);
+    gather_band(from, to);
+    const int64_t between = weigh_list();
+    goal = lower ? target - above : target - (above - between);
+    if (goal >= 1 && goal <= between) break;
   }
 
   LastKept last = where_reached(goal);
@@ -1122,7 +1187,7 @@ void RowSampler::write_raw_logprobs(int64_t index) {
     over_tiles([&](int64_t begin, int64_t end) {
       scan_maxima(row, begin, end, group_max_, tile_max_);
     });
-    row.m = *std::max_element(tile_max_, tile_max_ + tiles_);
+    row.m = *std::max_element(tile_max_, tile_max_ + tiles_) + 0.0f;
   }
   row.scale = depth_scale(1.0f);
   const double all = std::log(static_cast<double>(mass_of_row())) - 42.0 * std::log(2.0);

@@ -20,15 +20,15 @@ from llm_sampling.backends.args import (
     set_results,
 )
 
-_FOLDER = Path(__file__).parent.parent / "lib"
+_PATH = Path(__file__).parent.parent / "lib" / "libllm_sampling_cpu.so"
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or the reason why there is none; asked once, remembered for good."""
-    path = _FOLDER / "libllm_sampling_cpu.so"
+    path = _PATH
     if not path.exists():
-        failure = _FOLDER / "cpu_build_failure.txt"
+        failure = path.with_suffix(".failure.txt")
         if failure.exists():
             return None, f"it was not built when the package was installed: {failure.read_text()}"
         return None, f"{path} does not exist; build it by installing the package"

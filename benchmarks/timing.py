@@ -1,0 +1,176 @@
+"""How a call is timed, and on what: the protocol of README.md and a record of the machine."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from itertools import count
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import torch
+
+from llm_sampling import backend_info
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: A sample is as many calls in a row as take about this long, so that the clock costs nothing.
+SAMPLE_NS = 300_000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call over all samples."""
+
+    median: float
+    p10: float
+    p90: float
+    samples: int
+    calls_per_sample: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, rounded to nanoseconds."""
+        return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How many samples are taken: ``rounds`` turns of ``per_turn`` samples for each call."""
+
+    rounds: int = 10
+    per_turn: int = 4
+    warm_up: int = 2
+
+    @property
+    def samples(self) -> int:
+        """Samples per call."""
+        return self.rounds * self.per_turn
+
+
+def measure(
+    calls: Mapping[str, Callable[[int], object]], buffers: int, protocol: Protocol
+) -> dict[str, Timing]:
+    """Time every call; they take turns, and each round begins with another one.
+
+    Args:
+        calls: each takes the index of an input buffer, 0 .. ``buffers`` - 1.
+        buffers: every call goes through them in turn, so that no input stays in the nearest cache.
+        protocol: how many samples.
+    """
+    names = list(calls)
+    repeats: dict[str, int] = {}
+    steps = {name: count() for name in names}
+
+    def run(name: str, times: int) -> int:
+        call, step = calls[name], steps[name]
+        order = [next(step) % buffers for _ in range(times)]
+        start = perf_counter_ns()
+        for buffer in order:
+            call(buffer)
+        return perf_counter_ns() - start
+
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for name in names:
+            fastest = min(run(name, 1) for _ in range(protocol.warm_up))
+            if fastest * 4 < SAMPLE_NS:  # one call says little about many short ones
+                times = max(4, SAMPLE_NS // (4 * max(fastest, 1)))
+                fastest = run(name, times) // times
+            repeats[name] = max(1, SAMPLE_NS // max(fastest, 1))
+        for turn in range(protocol.rounds):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                run(name, 1)  # its code and tables back into the caches, after the others' turns
+                for _ in range(protocol.per_turn):
+                    samples[name].append(run(name, repeats[name]) / repeats[name] / 1000)
+            gc.collect()
+    finally:
+        if collects:
+            gc.enable()
+    return {name: _summary(samples[name], repeats[name]) for name in names}
+
+
+def _summary(values: Sequence[float], calls_per_sample: int) -> Timing:
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return Timing(statistics.median(values), deciles[0], deciles[-1], len(values), calls_per_sample)
+
+
+def environment(argv: Sequence[str]) -> dict[str, Any]:
+    """Hardware, versions, commit, arguments and threads."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "caches": _caches(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "transformers": _version("transformers"),
+        "llm_sampling": _version("llm-sampling"),
+        "backends": {info.name: info.reason or "available" for info in backend_info()},
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "argv": list(argv),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    fields = [line.split(":", 1) for line in lines if ":" in line]
+    known = {key.strip(): value.strip() for key, value in reversed(fields)}
+    return known.get("model name") or platform.processor() or platform.machine()
+
+
+def _caches() -> dict[str, str]:
+    """Size of each cache of the first core, e.g. ``{"L1 Data": "32K", "L2 Unified": "512K"}``."""
+    caches = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = (
+                (index / name).read_text(encoding="ascii").strip()
+                for name in ("level", "type", "size")
+            )
+        except OSError:
+            continue
+        caches[f"L{level} {kind}"] = size
+    return caches
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def progress(message: str) -> None:
+    """One line to stderr, so that stdout stays a report."""
+    print(message, file=sys.stderr, flush=True)

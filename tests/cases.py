@@ -1,0 +1,561 @@
+"""The one table of parity cases: rows of logits, parameter mixes, histories, masks and layouts.
+
+Everything is a named builder, and what it builds depends on nothing but its name, the vocabulary size
+and a seed; so a printed :class:`Case` replays a failure. Rows are made to hurt: ties, infinities,
+NaN, subnormals, boundaries that are hit exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_sampling import SamplingParams, TokenHistory
+from llm_sampling.backends import BACKENDS
+
+INF = math.inf
+NAN = math.nan
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALL_VOCABS = (1, 2, 7, 31, 33, 511, 512, 513, 1000)
+LARGE_VOCABS = (32000, 49152, 128256, 262144)
+OTHER_BACKENDS = tuple(name for name in BACKENDS if name != "torch")
+
+# With this temperature step 9's factor is exactly 1: depths are differences of logits
+OCTAVE_TEMPERATURE = float.fromhex("0x1.715476p+0")
+# With this top_p step 12's share is exactly one half of the mass
+EXACT_HALF = 0.5 + 2.0**-20
+
+
+def device_of(backend: str) -> str:
+    """The device type on which a backend is tested."""
+    types = BACKENDS[backend].device_types
+    return "cpu" if types is None or "cpu" in types else min(types)
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def _normal(scale: float) -> Callable[[int, torch.Generator], Tensor]:
+    return lambda v, g: torch.randn(v, generator=g) * scale
+
+
+def _model_like(v: int, g: torch.Generator) -> Tensor:
+    """A few dominant tokens over a long tail that falls with the rank, as a language model gives."""
+    rank = torch.arange(1, v + 1, dtype=torch.float32)
+    x = 4.0 - 1.6 * rank.log() + 0.7 * torch.randn(v, generator=g)
+    return x[torch.randperm(v, generator=g)]
+
+
+def _some(v: int, g: torch.Generator, count: int) -> Tensor:
+    return torch.randperm(v, generator=g)[:count]
+
+
+def _with(x: Tensor, g: torch.Generator, *values: float, each: int = 1) -> Tensor:
+    """``x`` with every one of ``values`` at ``each`` random places."""
+    places = _some(len(x), g, each * len(values))
+    x[places] = torch.tensor(values * each)[: len(places)]
+    return x
+
+
+def _mostly_minus_inf(v: int, g: torch.Generator) -> Tensor:
+    x = torch.randn(v, generator=g) * 3
+    return torch.where(torch.rand(v, generator=g) < 0.99, -INF, x)
+
+
+def _huge(v: int, g: torch.Generator) -> Tensor:
+    values = torch.tensor([3e38, -3e38, 3.4028235e38, -3.4028235e38, 1e38, 0.0])
+    return values[torch.randint(6, (v,), generator=g)]
+
+
+def _signed_zeros(v: int, g: torch.Generator) -> Tensor:
+    return torch.tensor([0.0, -0.0])[torch.randint(2, (v,), generator=g)]
+
+
+def _tiny_steps(v: int, g: torch.Generator) -> Tensor:
+    """Neighbouring floats, whatever the dtype: the row is cast later, so ties may appear."""
+    return 1.0 + torch.randint(64, (v,), generator=g) * 2.0**-23
+
+
+def _octaves(v: int, g: torch.Generator) -> Tensor:
+    """Plateaus of 1, 2, 4 ... tokens at 0, -1, -2 ...: equal mass each at OCTAVE_TEMPERATURE."""
+    x = -torch.arange(1, v + 1, dtype=torch.float64).log2().floor().float()
+    return x[torch.randperm(v, generator=g)]
+
+
+def _plateau(v: int, g: torch.Generator) -> Tensor:
+    """Three quarters of the tokens share the maximum, so that the nucleus ends among equals."""
+    x = torch.where(torch.arange(v) < max(1, 3 * v // 4), 2.0, -1.0)
+    return x[torch.randperm(v, generator=g)]
+
+
+def _min_p_edge(v: int, g: torch.Generator) -> Tensor:
+    """Neighbours of the cut of min_p 0.5 at OCTAVE_TEMPERATURE, which is 1 + 2^-18 octaves down."""
+    depth = 1 + 2.0**-18 + torch.randint(-3, 4, (v,), generator=g) * 2.0**-23
+    depth[_some(v, g, 1)] = 0.0
+    return -depth
+
+
+def _clustered(v: int, g: torch.Generator) -> Tensor:
+    """All large logits next to each other."""
+    x = torch.randn(v, generator=g) - 6
+    start = int(torch.randint(v, (1,), generator=g))
+    x[start : start + 600] += 9
+    return x
+
+
+def _one_peak_per_tile(v: int, g: torch.Generator) -> Tensor:
+    """The same peak once in every 512 tokens, at the start, the end or between."""
+    x = torch.randn(v, generator=g).clamp(max=2)
+    starts = torch.arange(0, v, 512)
+    within = torch.tensor([0, 511, 17, 256])[torch.arange(len(starts)) % 4]
+    x[(starts + within).clamp(max=v - 1)] = 5.0
+    return x
+
+
+def _random_bits(v: int, g: torch.Generator) -> Tensor:
+    """Finite floats of every magnitude."""
+    bits = torch.randint(-(2**31), 2**31, (v,), generator=g).to(torch.int32)
+    x = bits.view(torch.float32).clone()
+    return torch.where(x.isfinite(), x, 0.0)
+
+
+def _deep_tail(v: int, g: torch.Generator) -> Tensor:
+    """One token over a tail whose masses are the smallest integers: 4, 2, 1 and 0."""
+    x = -(39.5 + 5 * torch.rand(v, generator=g)) * math.log(2)
+    x[_some(v, g, 1)] = 0.0
+    return x
+
+
+def _nan_payloads(v: int, g: torch.Generator) -> Tensor:
+    """NaN of both signs and with payloads, quiet and signalling."""
+    payloads = torch.tensor([0x7FC00000, -0x400000, 0x7F800001, -0x7FFFFF, 0x7FFFFFFF, -1])
+    x = torch.randn(v, generator=g)
+    places = _some(v, g, max(1, v // 3))
+    x.view(torch.int32)[places] = payloads.to(torch.int32)[torch.arange(len(places)) % 6]
+    return x
+
+
+#: name -> builder of a float32 row from the vocabulary size and a generator
+_ROWS: Mapping[str, Callable[[int, torch.Generator], Tensor]] = {
+    "normal": _normal(1.0),
+    "normal x3": _normal(3.0),
+    "model-like": _model_like,
+    "all equal": lambda v, g: torch.full((v,), 1.25),
+    "ascending": lambda v, g: torch.linspace(-8, 8, v),
+    "descending": lambda v, g: torch.linspace(8, -8, v),
+    "two values": lambda v, g: torch.tensor([-1.0, 2.0])[torch.randint(2, (v,), generator=g)],
+    "one-hot": lambda v, g: _with(torch.zeros(v), g, 100.0),
+    "near one-hot": lambda v, g: _with(torch.zeros(v), g, 15.0),
+    "one finite": lambda v, g: _with(torch.full((v,), -INF), g, -3.0),
+    "99 % -inf": _mostly_minus_inf,
+    "huge": _huge,
+    "tiny": _normal(1e-30),
+    "subnormal": lambda v, g: torch.randint(-20, 21, (v,), generator=g) * 2.0**-149,
+    "signed zeros": _signed_zeros,
+    "one +inf": lambda v, g: _with(torch.randn(v, generator=g), g, INF),
+    "several +inf": lambda v, g: _with(torch.randn(v, generator=g), g, INF, each=5),
+    "some NaN": lambda v, g: _with(torch.randn(v, generator=g), g, NAN, each=3),
+    "NaN payloads": _nan_payloads,
+    "NaN and infinities": lambda v, g: _with(
+        torch.randn(v, generator=g), g, NAN, INF, -INF, each=3
+    ),
+    "all NaN": lambda v, g: torch.full((v,), NAN),
+    "all -inf": lambda v, g: torch.full((v,), -INF),
+    "eighths": lambda v, g: (torch.randn(v, generator=g) * 24).round() / 8,
+    "one lower": lambda v, g: _with(torch.full((v,), 0.5), g, 0.25),
+    "tiny steps": _tiny_steps,
+    "octaves": _octaves,
+    "plateau": _plateau,
+    "min-p edge": _min_p_edge,
+    "clustered": _clustered,
+    "one peak per tile": _one_peak_per_tile,
+    "random bits": _random_bits,
+    "deep tail": _deep_tail,
+}
+ROW_NAMES = tuple(_ROWS)
+
+
+def make_row(name: str, vocab_size: int, seed: int) -> Tensor:
+    """A float32 row of the table."""
+    row = _ROWS[name](vocab_size, torch.Generator().manual_seed(seed)).to(torch.float32)
+    assert row.shape == (vocab_size,)
+    return row
+
+
+# ------------------------------------------------------------------------------------- parameters
+
+
+@functools.cache
+def filter_mixes(v: int) -> dict[str, dict[str, Any]]:
+    """Parameters that need no history."""
+    mixes: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "greedy": {"temperature": 0},
+        "greedy with filters": {"temperature": 0, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+        "greedy keep 3": {"temperature": 0, "min_tokens_to_keep": 3},
+    }
+    for t in (1e-45, 1e-40, 0.01, 0.3, 0.8, OCTAVE_TEMPERATURE, 2.5, 3e38):
+        mixes[f"T {t:.3g}"] = {"temperature": t}
+    for k in (1, 2, 50, 1024):
+        mixes[f"k {k}"] = {"top_k": k}
+    mixes["k V-1"] = {"top_k": v - 1}
+    mixes["k V"] = {"top_k": v}
+    mixes["k above V"] = {"top_k": v + 5}
+    mixes["k largest"] = {"top_k": 2**31 - 1}
+    for p in (1e-300, 1e-6, 0.1, 0.5, EXACT_HALF, 0.9, 0.99, 0.999999, 1 - 1e-9):
+        mixes[f"p {p:.10g}"] = {"top_p": p}
+    for p in (1e-300, 1e-9, 0.05, 0.3, 1.0):
+        mixes[f"min-p {p:g}"] = {"min_p": p}
+    for keep in (3, 100):
+        mixes[f"k 2 keep {keep}"] = {"top_k": 2, "min_tokens_to_keep": keep}
+        mixes[f"p 0.1 keep {keep}"] = {"top_p": 0.1, "min_tokens_to_keep": keep}
+        mixes[f"min-p 0.9 keep {keep}"] = {"min_p": 0.9, "min_tokens_to_keep": keep}
+        mixes[f"all keep {keep}"] = {
+            "top_k": 2,
+            "top_p": 0.1,
+            "min_p": 0.9,
+            "min_tokens_to_keep": keep,
+        }
+    mixes["octaves p half"] = {"temperature": OCTAVE_TEMPERATURE, "top_p": EXACT_HALF}
+    mixes["octaves min-p half"] = {"temperature": OCTAVE_TEMPERATURE, "min_p": 0.5}
+    mixes["k p"] = {"top_k": 50, "top_p": 0.9}
+    mixes["k p large"] = {"top_k": 1024, "top_p": 0.95}
+    mixes["k min-p"] = {"top_k": 20, "min_p": 0.1}
+    mixes["p min-p"] = {"top_p": 0.95, "min_p": 0.02}
+    mixes["T p"] = {"temperature": 0.7, "top_p": 0.9}
+    mixes["hot T p"] = {"temperature": 50.0, "top_p": 0.97}
+    mixes["T min-p"] = {"temperature": 1.5, "min_p": 0.1}
+    mixes["T k"] = {"temperature": 1e-40, "top_k": 40}
+    mixes["T k p min-p"] = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.02}
+    mixes["bias"] = {"logit_bias": {0: 5.0, v - 1: -100, v // 2: 100, v: 7.0, v + 40: 9.0}}
+    mixes["bias down"] = {"logit_bias": {t * t % v: -100 for t in range(300)}, "top_k": 50}
+    mixes["bias many"] = {
+        "logit_bias": {t: (t % 17 - 8) / 4 for t in range(0, v, max(1, v // 300))},
+        "top_p": 0.9,
+    }
+    mixes["bias greedy"] = {"temperature": 0, "logit_bias": {v // 2: 3.5, v // 3: 3.25}}
+    return mixes
+
+
+@functools.cache
+def penalty_mixes(v: int) -> dict[str, dict[str, Any]]:
+    """Parameters that need a history."""
+    up = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.4}
+    down = {"repetition_penalty": 0.7, "frequency_penalty": -0.5, "presence_penalty": -0.4}
+    chain = {"repetition_penalty": 1.1, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
+    # on penalised tokens too: every history holds 0, V // 2 and V - 1
+    bias = {0: 1.7, v // 2: -2.3, v - 1: -100, v // 3: 0.6}
+    return {
+        "repetition up": {"repetition_penalty": 1.1},
+        "repetition down": {"repetition_penalty": 0.8},
+        "repetition smallest": {"repetition_penalty": 1e-45},
+        "repetition largest": {"repetition_penalty": 3e38},
+        "frequency up": {"frequency_penalty": 0.3},
+        "frequency down": {"frequency_penalty": -2.0},
+        "presence up": {"presence_penalty": 2.0},
+        "presence down": {"presence_penalty": -0.7},
+        "penalties up": up,
+        "penalties down": {**down, "top_p": 0.9},
+        "penalties greedy": {**up, "temperature": 0},
+        "penalties greedy down": {**down, "temperature": 0},
+        "penalties bias": {**up, "logit_bias": bias, "min_p": 0.01},
+        "penalties bias greedy": {**down, "logit_bias": bias, "temperature": 0},
+        "penalties k": {**up, "top_k": 7},
+        "penalties T keep": {**down, "temperature": 0.4, "top_p": 0.2, "min_tokens_to_keep": 4},
+        "chain": chain,
+        "chain all": {**chain, **up, "min_p": 0.02, "logit_bias": bias},
+    }
+
+
+# --------------------------------------------------------------------------- histories and masks
+
+
+def _ids(v: int, rng: random.Random, count: int) -> list[int]:
+    """Ids of which a few come again and again."""
+    return [min(int(rng.paretovariate(0.3)) - 1, v - 1) for _ in range(count // 2)] + [
+        rng.randrange(v) for _ in range(count - count // 2)
+    ]
+
+
+def _short(v: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    return [0, v - 1, *_ids(v, rng, 5)], [v // 2, v // 2, 0, *_ids(v, rng, 6)]
+
+
+def _long(v: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    return [0, *_ids(v, rng, 2047)], [v // 2, v - 1, *_ids(v, rng, 2046)]
+
+
+def _third(v: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    ids = [t for t in range(v) if rng.random() < 0.3]
+    rng.shuffle(ids)
+    return [0, v // 2, *ids[::3]], [v - 1, *ids[1::3], *ids[2::3], *ids[1::3]]
+
+
+def _padded(v: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    pads = [-1, v, v + 1, -(2**31), 2**31 - 1, v + 31, -32]
+    prompt, output = _short(v, rng)
+    prompt += pads
+    output += pads
+    rng.shuffle(prompt)
+    rng.shuffle(output)
+    return prompt, output
+
+
+_HISTORIES: Mapping[str, Callable[[int, random.Random], tuple[list[int], list[int]]]] = {
+    "none": lambda v, rng: ([], []),
+    "prompt only": lambda v, rng: (_short(v, rng)[0], []),
+    "output only": lambda v, rng: ([], _short(v, rng)[1]),
+    "short": _short,
+    "4096 tokens": _long,
+    "30 % of the vocabulary": _third,
+    "pads": _padded,
+    "only pads": lambda v, rng: ([-1, v], [v + 3, -1, -1]),
+}
+HISTORY_NAMES = tuple(_HISTORIES)
+
+_MASKS: Mapping[str, Callable[[int, torch.Generator], Tensor]] = {
+    "none": lambda v, g: torch.ones(v, dtype=torch.bool),
+    "half": lambda v, g: torch.rand(v, generator=g) < 0.5,
+    "one token": lambda v, g: torch.zeros(v, dtype=torch.bool).index_fill(0, _some(v, g, 1), True),
+    "last token": lambda v, g: torch.arange(v) == v - 1,
+    "1 %": lambda v, g: torch.rand(v, generator=g) < 0.01,
+    "nothing": lambda v, g: torch.zeros(v, dtype=torch.bool),
+}
+MASK_NAMES = tuple(_MASKS)
+
+
+def make_history(name: str, vocab_size: int, seed: int) -> tuple[list[int], list[int]]:
+    """The prompt's and the output's ids of a history of the table."""
+    return _HISTORIES[name](vocab_size, random.Random(seed))
+
+
+def make_mask(name: str, vocab_size: int, seed: int) -> Tensor:
+    """A row of int32 words; bits past the vocabulary are random, since they mean nothing."""
+    g = torch.Generator().manual_seed(seed)
+    words = -(-vocab_size // 32)
+    bits = torch.randint(2, (words * 32,), generator=g)
+    bits[:vocab_size] = _MASKS[name](vocab_size, g)
+    packed = (bits.view(words, 32) << torch.arange(32)).sum(-1)
+    return packed.to(torch.int32)
+
+
+# ------------------------------------------------------------------------------------------ cases
+
+_SEEDS = (0, 1, 2**32, 2**32 - 1, 2**63 - 1, 2**63 + 11, 2**64 - 1, -1, -(2**63))
+_POSITIONS = (0, 0, 1, 7, 4096, 2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a batch by name. ``seed`` governs its data, its stream and its position."""
+
+    row: str
+    mix: str = "plain"
+    history: str = "none"
+    mask: str = "none"
+    seed: int = 0
+
+    def params(self, vocab_size: int) -> SamplingParams:
+        """The parameters, with the seed of this case."""
+        mixes = {**filter_mixes(vocab_size), **penalty_mixes(vocab_size)}
+        seed = random.Random(self.seed).choice([*_SEEDS, self.seed * 0x9E3779B97F4A7C15 % 2**64])
+        return SamplingParams(**mixes[self.mix], seed=seed)
+
+    def position(self) -> int:
+        """The position of this case."""
+        return random.Random(self.seed + 1).choice([*_POSITIONS, self.seed])
+
+
+@dataclass
+class Batch:
+    """Cases made into what ``sample`` takes."""
+
+    cases: Sequence[Case]
+    vocab_size: int
+    dtype: torch.dtype
+    logits: Tensor
+    params: list[SamplingParams]
+    positions: list[int]
+    history: TokenHistory | None
+    allowed_mask: Tensor | None
+
+    def describe(self, row: int) -> str:
+        """Everything that is needed to build one row again."""
+        return (
+            f"row {row} of {len(self.cases)}: {self.cases[row]}\n"
+            f"  replay: build([{self.cases[row]}], {self.vocab_size}, {self.dtype})\n"
+            f"  {self.params[row]} position={self.positions[row]}"
+        )
+
+
+def build(
+    cases: Sequence[Case],
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    slots_seed: int | None = 0,
+) -> Batch:
+    """The batch of ``cases``; history slots in random order with free ones between (None: in order)."""
+    logits = torch.stack([make_row(c.row, vocab_size, c.seed) for c in cases]).to(dtype)
+    history = None
+    if any(c.history != "none" or c.mix in penalty_mixes(vocab_size) for c in cases):
+        ids = [make_history(c.history, vocab_size, c.seed) for c in cases]
+        slots = list(range(len(cases)))
+        if slots_seed is not None:
+            slots = random.Random(slots_seed).sample(range(len(cases) + 3), len(cases))
+        prompts: list[list[int]] = [[0]] * (max(slots) + 1)
+        outputs: list[list[int]] = [[vocab_size - 1]] * (max(slots) + 1)
+        for slot, (prompt, output) in zip(slots, ids, strict=True):
+            prompts[slot], outputs[slot] = prompt, output
+        history = TokenHistory.from_ids(prompts, outputs, vocab_size, device=device)
+        history.select(slots)
+    mask = None
+    if any(c.mask != "none" for c in cases):
+        mask = torch.stack([make_mask(c.mask, vocab_size, c.seed) for c in cases]).to(device)
+    return Batch(
+        cases=cases,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        logits=logits.to(device),
+        params=[c.params(vocab_size) for c in cases],
+        positions=[c.position() for c in cases],
+        history=history,
+        allowed_mask=mask,
+    )
+
+
+def every_case(vocab_size: int) -> list[list[Case]]:
+    """The full product, in groups that go into one call each: no history or mask, each, and both."""
+    seeds = itertools.count(1)
+    filters, penalties = filter_mixes(vocab_size), penalty_mixes(vocab_size)
+    masked = ("plain", "greedy", "k 50", "p 0.9", "min-p 0.05", "T k p min-p", "bias")
+    return [
+        [Case(r, m, seed=next(seeds)) for r in ROW_NAMES for m in filters],
+        [
+            Case(r, m, history=h, seed=next(seeds))
+            for r in ROW_NAMES
+            for m in penalties
+            for h in HISTORY_NAMES
+        ],
+        [
+            Case(r, m, mask=k, seed=next(seeds))
+            for r in ROW_NAMES
+            for m in masked
+            for k in MASK_NAMES[1:]
+        ],
+        [
+            Case(r, m, history=h, mask=k, seed=next(seeds))
+            for r in ROW_NAMES
+            for m, h, k in zip(
+                ("chain all", "penalties up", "penalties bias", "penalties greedy", "plain"),
+                HISTORY_NAMES[3:],
+                MASK_NAMES[1:],
+                strict=True,
+            )
+        ],
+    ]
+
+
+def covering_cases(vocab_size: int, seed: int, rows: int = 0) -> list[list[Case]]:
+    """Groups as in :func:`every_case` in which every row, mix, history and mask occurs at least once.
+
+    The pairs change with ``seed``. With ``rows`` > 0 that many cases of each group are kept, others
+    with other seeds.
+    """
+    rng = random.Random(seed)
+
+    def deal(names: Sequence[str], count: int) -> list[str]:
+        dealt = []
+        while len(dealt) < count:
+            dealt += rng.sample(names, len(names))
+        return dealt[:count]
+
+    def group(
+        mixes: Sequence[str], histories: Sequence[str], masks: Sequence[str], every_row: bool
+    ) -> list[Case]:
+        count = max(len(mixes), len(ROW_NAMES) if every_row else 0)
+        columns = (deal(ROW_NAMES, count), deal(mixes, count))
+        columns += (deal(histories, count), deal(masks, count))
+        cases = [
+            Case(*names, seed=rng.randrange(1, 2**31)) for names in zip(*columns, strict=True)
+        ]
+        return cases[:rows] if rows else cases
+
+    filters, penalties = tuple(filter_mixes(vocab_size)), tuple(penalty_mixes(vocab_size))
+    none = ("none",)
+    return [
+        group(filters, none, none, True),
+        group(penalties, HISTORY_NAMES, none, False),
+        group(("plain", "k 50", "p 0.9", "T k p min-p"), none, MASK_NAMES, False),
+        group(("chain all", "penalties up"), HISTORY_NAMES[1:], MASK_NAMES[1:], False),
+    ]
+
+
+# ---------------------------------------------------------------------------------------- layouts
+
+
+def _poison(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """NaN and +inf, one after the other: reading past a row changes its status."""
+    flat = torch.empty(math.prod(shape), dtype=like.dtype, device=like.device)
+    flat[0::2] = NAN
+    flat[1::2] = INF
+    return flat.view(shape)
+
+
+def _padded_rows(x: Tensor) -> Tensor:
+    rows, v = x.shape
+    buffer = _poison((rows, v + 13), x)
+    buffer[:, :v] = x
+    return buffer[:, :v]
+
+
+def _odd_offset(x: Tensor) -> Tensor:
+    """One element past the allocation's start: no row is aligned to more than an element."""
+    rows, v = x.shape
+    stride = v + 1 + v % 2
+    buffer = _poison((1 + rows * stride,), x)
+    view = buffer.as_strided((rows, v), (stride, 1), 1)
+    view.copy_(x)
+    return view
+
+
+def _sliced_columns(x: Tensor) -> Tensor:
+    rows, v = x.shape
+    buffer = _poison((rows, v + 64), x)
+    buffer[:, 17 : 17 + v] = x
+    return buffer[:, 17 : 17 + v]
+
+
+def _every_other_row(x: Tensor) -> Tensor:
+    rows, v = x.shape
+    buffer = _poison((2 * rows, v), x)
+    buffer[1::2] = x
+    return buffer[1::2]
+
+
+def _every_other_column(x: Tensor) -> Tensor:
+    rows, v = x.shape
+    buffer = _poison((rows, 2 * v), x)
+    buffer[:, ::2] = x
+    return buffer[:, ::2]
+
+
+#: name -> the same values with other strides
+LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "padded rows": _padded_rows,
+    "odd offset": _odd_offset,
+    "sliced columns": _sliced_columns,
+    "every other row": _every_other_row,
+    "every other column": _every_other_column,
+    "transposed": lambda x: x.t().contiguous().t(),
+}

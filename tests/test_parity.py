@@ -1,0 +1,385 @@
+"""Does every backend equal the reference, to the bit?
+
+Tokens and status are compared with ``torch.equal``, and so are the bits of the filtered logits; only
+logprobs have a tolerance. A failure prints the rows that differ, ready to be built again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    LARGE_VOCABS,
+    LAYOUTS,
+    OTHER_BACKENDS,
+    ROW_NAMES,
+    SMALL_VOCABS,
+    Batch,
+    Case,
+    build,
+    covering_cases,
+    device_of,
+    every_case,
+    filter_mixes,
+)
+from torch import Tensor
+
+from llm_sampling import Sampler, SamplingParams, TokenHistory, filter_logits, sample
+from llm_sampling.backends import Logprobs
+
+LOGPROB_TOLERANCE = 1e-5
+NUM_SAMPLES = 8
+#: bounds the reference's memory
+MAX_ELEMENTS = 2**22
+
+other_backends = pytest.mark.parametrize("backend", OTHER_BACKENDS, indirect=True)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+small_vocabs = pytest.mark.parametrize("vocab_size", SMALL_VOCABS, ids="V{}".format)
+large_vocabs = pytest.mark.parametrize("vocab_size", LARGE_VOCABS, ids="V{}".format)
+all_vocabs = pytest.mark.parametrize(
+    "vocab_size", SMALL_VOCABS + LARGE_VOCABS, ids="V{}".format
+)
+
+
+@dataclass
+class Result:
+    """What one backend makes of a batch."""
+
+    tokens: Tensor
+    first_token: Tensor
+    status: Tensor
+    filtered: Tensor
+    logprobs: dict[Logprobs, Tensor]
+
+
+def run(batch: Batch, backend: str, logprobs: Sequence[Logprobs]) -> Result:
+    """Everything that is compared, on the CPU."""
+
+    def draw(num_samples: int, kind: Logprobs | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        return sample(
+            batch.logits,
+            batch.params,
+            history=batch.history,
+            allowed_mask=batch.allowed_mask,
+            positions=batch.positions,
+            num_samples=num_samples,
+            logprobs=kind,
+            backend=backend,
+            check=False,
+        )
+
+    drawn = {kind: draw(NUM_SAMPLES, kind) for kind in logprobs}
+    tokens, _, status = next(iter(drawn.values())) if drawn else draw(NUM_SAMPLES, None)
+    for other_tokens, _, other_status in drawn.values():
+        assert torch.equal(other_tokens, tokens), "the kind of logprob changes the tokens"
+        assert torch.equal(other_status, status), "the kind of logprob changes the status"
+    # the reference's first of eight draws is its single draw: saves a pass over the row
+    first = tokens[:, 0] if backend == "torch" else draw(1, None)[0]
+    filtered = filter_logits(
+        batch.logits,
+        batch.params,
+        history=batch.history,
+        allowed_mask=batch.allowed_mask,
+        backend=backend,
+    )
+    return Result(
+        tokens.cpu(),
+        first.cpu(),
+        status.cpu(),
+        filtered.cpu(),
+        {kind: output[1].cpu() for kind, output in drawn.items()},  # type: ignore[union-attr]
+    )
+
+
+def differing_rows(expected: Result, actual: Result) -> dict[str, Tensor]:
+    """What differs -> bool ``(rows,)``."""
+    bits = (expected.filtered.view(torch.int32), actual.filtered.view(torch.int32))
+    kept = (expected.filtered > -torch.inf, actual.filtered > -torch.inf)
+    differing = {
+        "tokens": (expected.tokens != actual.tokens).any(-1),
+        "first token": expected.first_token != actual.first_token,
+        "status": expected.status != actual.status,
+        "kept set": (kept[0] != kept[1]).any(-1),
+        "filtered logits": (bits[0] != bits[1]).any(-1),
+    }
+    for kind, wanted in expected.logprobs.items():
+        got = actual.logprobs[kind]
+        close = torch.isclose(wanted, got, rtol=0, atol=LOGPROB_TOLERANCE, equal_nan=True)
+        differing[f"{kind} logprobs"] = ~close.all(-1)
+    return differing
+
+
+def assert_same(batch: Batch, backend: str, expected: Result, actual: Result, note: str = "") -> None:
+    """Fail with the rows that differ."""
+    for wanted, got in (
+        (expected.tokens, actual.tokens),
+        (expected.status, actual.status),
+        (expected.filtered, actual.filtered),
+    ):
+        assert (wanted.shape, wanted.dtype) == (got.shape, got.dtype)
+    differing = differing_rows(expected, actual)
+    counts = {what: int(rows.sum()) for what, rows in differing.items() if rows.any()}
+    if not counts:
+        return
+    lines = [
+        f"{backend} differs from the reference at V={batch.vocab_size} {batch.dtype} {note}",
+        f"rows that differ, of {len(batch.cases)}: {counts}",
+    ]
+    bad = torch.stack(list(differing.values())).any(0).nonzero().flatten().tolist()
+    for row in bad[:5]:
+        wrong = [what for what, rows in differing.items() if rows[row]]
+        lines += [f"{batch.describe(row)}", f"  differs in: {', '.join(wrong)}"]
+        for name, result in (("reference", expected), (backend, actual)):
+            lines.append(
+                f"  {name}: tokens={result.tokens[row].tolist()} first={result.first_token[row]} "
+                f"status={result.status[row]} kept={int((result.filtered[row] > -torch.inf).sum())}"
+                + "".join(f" {kind}={lp[row].tolist()}" for kind, lp in result.logprobs.items())
+            )
+    pytest.fail("\n".join(lines), pytrace=False)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of a float tensor, so that NaN equals itself."""
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+def build_all(
+    groups: Sequence[Sequence[Case]], vocab_size: int, dtype: torch.dtype, device: str
+) -> Iterator[Batch]:
+    """The batches of all groups, in parts that the reference can hold."""
+    rows = max(1, MAX_ELEMENTS // vocab_size)
+    for group in groups:
+        for start in range(0, len(group), rows):
+            yield build(group[start : start + rows], vocab_size, dtype, device)
+
+
+@functools.lru_cache(maxsize=1)
+def every_batch(vocab_size: int, device: str) -> list[Batch]:
+    """Every case, built once for all dtypes."""
+    return list(build_all(every_case(vocab_size), vocab_size, torch.float32, device))
+
+
+def assert_parity(
+    batches: Iterable[Batch],
+    backend: str,
+    logprobs: Sequence[Logprobs] = ("processed",),
+) -> None:
+    """Run both, compare; the inputs must come out as they went in."""
+    for batch in batches:
+        before = batch.logits.clone()
+        state = None if batch.history is None else batch.history.clone()
+        actual = run(batch, backend, logprobs)
+        assert torch.equal(bits(batch.logits), bits(before)), "the logits were modified"
+        if batch.history is not None and state is not None:
+            for name in ("seen", "counts", "lengths", "slots"):
+                same = torch.equal(getattr(batch.history, name), getattr(state, name))
+                assert same, f"history.{name} was modified"
+        assert_same(batch, backend, run(batch, "torch", logprobs), actual)
+
+
+@other_backends
+@dtypes
+@small_vocabs
+def test_every_case(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
+    """The full product of rows, mixes, histories and masks at a small vocabulary."""
+    batches = every_batch(vocab_size, device_of(backend))
+    assert_parity((replace(b, dtype=dtype, logits=b.logits.to(dtype)) for b in batches), backend)
+
+
+@other_backends
+@dtypes
+@large_vocabs
+def test_covering_cases(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
+    """Every row, mix, history and mask at least once, in pairs that change with size and dtype."""
+    seed = vocab_size * 3 + DTYPES.index(dtype)
+    groups = covering_cases(vocab_size, seed)
+    assert_parity(build_all(groups, vocab_size, dtype, device_of(backend)), backend)
+
+
+@pytest.mark.slow
+@other_backends
+@dtypes
+@large_vocabs
+def test_every_case_at_large_vocabularies(
+    backend: str, dtype: torch.dtype, vocab_size: int
+) -> None:
+    """The full product, for hours of patience."""
+    groups = every_case(vocab_size)
+    assert_parity(build_all(groups, vocab_size, dtype, device_of(backend)), backend)
+
+
+@other_backends
+@dtypes
+@all_vocabs
+def test_raw_logprobs(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
+    """Both kinds of logprob beside each other, and the tokens do not depend on the kind."""
+    seed = vocab_size * 5 + DTYPES.index(dtype)
+    rows = 0 if vocab_size <= 1000 else 4
+    groups = covering_cases(vocab_size, seed, rows)
+    batches = build_all(groups, vocab_size, dtype, device_of(backend))
+    assert_parity(batches, backend, ("processed", "raw"))
+
+
+@functools.lru_cache(maxsize=1)
+def layout_batches(vocab_size: int, dtype: torch.dtype) -> list[tuple[list[Case], Result]]:
+    """Cases and the reference's answers, which no layout may change."""
+    seed = vocab_size * 7 + DTYPES.index(dtype)
+    rows = 0 if vocab_size <= 1000 else 4
+    groups = covering_cases(vocab_size, seed, rows)
+    return [(g, run(build(g, vocab_size, dtype), "torch", ())) for g in groups]
+
+
+@other_backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+@dtypes
+@all_vocabs
+def test_layouts(backend: str, dtype: torch.dtype, vocab_size: int, layout: str) -> None:
+    """Row strides, misaligned rows, slices; what lies between the rows is NaN and +inf."""
+    for cases, expected in layout_batches(vocab_size, dtype):
+        batch = build(cases, vocab_size, dtype, device_of(backend))
+        batch.logits = LAYOUTS[layout](batch.logits)
+        assert_same(batch, backend, expected, run(batch, backend, ()), layout)
+
+
+@other_backends
+@dtypes
+@all_vocabs
+def test_expanded_rows(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
+    """One row of logits and one mask row, both of stride 0, under many parameters."""
+    seed = vocab_size * 11 + DTYPES.index(dtype)
+    mixes = tuple(filter_mixes(vocab_size))
+    step = 1 if vocab_size <= 1000 else 8
+    row = ROW_NAMES[seed % len(ROW_NAMES)]
+    cases = [Case(row, mix, mask="half", seed=seed + i) for i, mix in enumerate(mixes[::step])]
+    batch = build(cases, vocab_size, dtype, device_of(backend))
+    assert batch.allowed_mask is not None
+    batch.logits = batch.logits[:1].expand(len(cases), -1)
+    batch.allowed_mask = batch.allowed_mask[:1].expand(len(cases), -1)
+    assert batch.logits.stride() == (0, 1)
+    actual = run(batch, backend, ())
+    assert_same(batch, backend, run(batch, "torch", ()), actual, "expanded from the first row")
+
+
+def _sliced_words(mask: Tensor) -> Tensor:
+    buffer = torch.zeros(mask.shape[0], mask.shape[1] + 5, dtype=torch.int32, device=mask.device)
+    buffer[:, 3:-2] = mask
+    return buffer[:, 3:-2]
+
+
+@other_backends
+@pytest.mark.parametrize(
+    "layout",
+    [_sliced_words, lambda mask: mask.t().contiguous().t()],
+    ids=["sliced words", "transposed"],
+)
+@pytest.mark.parametrize("vocab_size", [31, 513, 32000], ids="V{}".format)
+def test_mask_layouts(
+    backend: str, vocab_size: int, layout: Callable[[Tensor], Tensor]
+) -> None:
+    """The mask's own row stride; what lies between its rows allows nothing."""
+    cases = covering_cases(vocab_size, seed=vocab_size)[2]
+    batch = build(cases, vocab_size, torch.float32, device_of(backend))
+    assert batch.allowed_mask is not None
+    batch.allowed_mask = layout(batch.allowed_mask)
+    assert_same(batch, backend, run(batch, "torch", ()), run(batch, backend, ()))
+
+
+@other_backends
+@pytest.mark.parametrize("vocab_size", [33, 513], ids="V{}".format)
+def test_counts_past_24_bits(backend: str, vocab_size: int) -> None:
+    """A count is rounded to float32 once, and only then multiplied."""
+    counts = (2**24 - 1, 2**24 + 1, 2**24 + 3, 2**25 + 2, 2**31 - 1, 2**30 + 33)
+    cases = [Case("normal", "frequency up", history="short", seed=s) for s in range(len(counts))]
+    batch = build(cases, vocab_size, torch.float32, device_of(backend))
+    history = batch.history
+    assert history is not None
+    for slot, count in zip(history.slots.tolist(), counts, strict=True):
+        # every short history holds token 0; a bonus makes it matter that its count is large
+        history.counts[slot, 0] = count
+    batch.params = [
+        SamplingParams(frequency_penalty=f, top_k=3, seed=s)
+        for s, f in enumerate((-1e-7, -2.3e-7, 1.1e-7, -0.7e-7, -0.01, 0.3))
+    ]
+    assert_same(batch, backend, run(batch, "torch", ()), run(batch, backend, ()), f"{counts}")
+
+
+@other_backends
+@dtypes
+def test_largest_vocabulary(backend: str, dtype: torch.dtype) -> None:
+    """At V = 2^20 the mass of equal logits is 2^62, and its sums still fit."""
+    cases = [
+        Case("all equal", "plain", seed=1),
+        Case("all equal", "p 0.999999", seed=2),
+        Case("model-like", "k p", seed=3),
+        Case("tiny steps", "T k p min-p", seed=4),
+    ]
+    assert_parity([build(cases, 2**20, dtype, device_of(backend))], backend)
+
+
+@other_backends
+def test_no_rows(backend: str) -> None:
+    """A batch of nothing gives nothing of the right shapes."""
+    logits = torch.zeros(0, 7, device=device_of(backend))
+    output = sample(logits, [], num_samples=3, logprobs="raw", backend=backend)
+    assert output.tokens.shape == (0, 3)
+    assert output.logprobs is not None
+    assert output.logprobs.shape == (0, 3)
+    assert output.status.shape == (0,)
+    assert filter_logits(logits, [], backend=backend).shape == (0, 7)
+
+
+@other_backends
+@dtypes
+@pytest.mark.parametrize("vocab_size", [7, 513, 4099], ids="V{}".format)
+def test_steps_of_a_sampler(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
+    """Eight prepared steps: the same tokens, logprobs, positions and history as the reference's."""
+    device = device_of(backend)
+    groups = covering_cases(vocab_size, seed=vocab_size)
+    cases = groups[1] + groups[0]
+
+    def sampler(name: str) -> tuple[Sampler, TokenHistory]:
+        batch = build(cases, vocab_size, dtype, device)
+        history = batch.history
+        assert history is not None
+        made = Sampler(
+            batch.params,
+            vocab_size=vocab_size,
+            history=history,
+            logprobs="processed",
+            backend=name,
+            check=False,
+        )
+        return made, history
+
+    (wanted, wanted_history), (got, got_history) = sampler("torch"), sampler(backend)
+    for step in range(8):
+        shifted = [Case(c.row, c.mix, c.history, c.mask, c.seed + step) for c in cases]
+        batch = build(shifted, vocab_size, dtype, device)
+        layout = list(LAYOUTS.values())[step % len(LAYOUTS)]
+        mask = None
+        if step % 2:
+            masked = [Case(c.row, mask="half", seed=c.seed + step) for c in cases]
+            mask = build(masked, vocab_size).allowed_mask
+            assert mask is not None
+            mask = mask.to(device)
+        expected = wanted(batch.logits, allowed_mask=mask)
+        actual = got(layout(batch.logits), allowed_mask=mask)
+        for row in (expected.tokens != actual.tokens).nonzero().flatten().tolist()[:3]:
+            pytest.fail(
+                f"step {step}: {backend} drew {actual.tokens[row]}, "
+                f"the reference {expected.tokens[row]}\n{batch.describe(row)}"
+            )
+        assert torch.equal(actual.status, expected.status)
+        assert expected.logprobs is not None
+        assert actual.logprobs is not None
+        torch.testing.assert_close(
+            actual.logprobs, expected.logprobs, rtol=0, atol=LOGPROB_TOLERANCE, equal_nan=True
+        )
+        assert torch.equal(got.positions, wanted.positions)
+        for name in ("seen", "counts", "lengths"):
+            assert torch.equal(getattr(got_history, name), getattr(wanted_history, name)), name
