@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CCompilerError, DistutilsError
+from setuptools.errors import BaseError, CCompilerError
 
 # Rounding after every operation is part of the semantics; the other two let loops vectorise.
 EXACT = ["-fno-fast-math", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
@@ -41,7 +41,7 @@ class BuildLibraries(build_ext):
             old.unlink(missing_ok=True)
         try:
             super().build_extension(ext)
-        except (CCompilerError, DistutilsError) as error:
+        except (BaseError, CCompilerError) as error:
             print(f"warning: the cpu backend was not built: {error}", file=sys.stderr)
             failure_of(library).write_text(" ".join(str(error).split()))
 
@@ -50,7 +50,10 @@ class BuildLibraries(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
-            built, wanted = Path(self.get_ext_fullpath(ext.name)), Path(self.get_ext_filename(ext.name))
+            built, wanted = (
+                Path(self.get_ext_fullpath(ext.name)),
+                Path(self.get_ext_filename(ext.name)),
+            )
             wanted.parent.mkdir(parents=True, exist_ok=True)
             for source, target in ((built, wanted), (failure_of(built), failure_of(wanted))):
                 target.unlink(missing_ok=True)

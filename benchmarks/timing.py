@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llm_sampling import backend_info
+import llm_sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,13 +115,13 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "caches": _caches(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "transformers": _version("transformers"),
-        "llm_sampling": _version("llm-sampling"),
-        "backends": {info.name: info.reason or "available" for info in backend_info()},
+        "llm_sampling": llm_sampling.__version__,
+        "backends": {info.name: info.reason or "available" for info in llm_sampling.backend_info()},
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "argv": list(argv),

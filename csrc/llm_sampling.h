@@ -61,10 +61,10 @@ typedef struct LlmSamplingArgs {
   int64_t rows;
   int64_t vocab_size;
   int32_t dtype;
-  int32_t num_samples;    // draws per row, >= 1
+  int32_t num_samples;  // draws per row, >= 1
   int32_t logprobs_mode;
-  int32_t advance;        // record tokens in seen, counts, lengths and position
-  int32_t num_threads;    // >= 1; CPU only
+  int32_t advance;      // record tokens in seen, counts, lengths and position
+  int32_t num_threads;  // >= 1; CPU only
   int32_t reserved;
 
   const void* logits;  // (rows, vocab_size), never written
@@ -96,15 +96,15 @@ typedef struct LlmSamplingArgs {
   int64_t seen_stride;
   int32_t* counts;  // (num_slots, vocab_size): times in the output
   int64_t counts_stride;
-  int64_t* lengths;  // (num_slots,): length of the output
+  int64_t* lengths;      // (num_slots,): length of the output
   const int32_t* slots;  // (rows,)
   int64_t num_slots;
 
   // Results. tokens and status go together; each of logprobs and filtered may be NULL.
-  int64_t* tokens;    // (rows, num_samples), contiguous; -1 without candidates
-  float* logprobs;    // (rows, num_samples), contiguous; NaN where the token is -1
-  int32_t* status;    // (rows,)
-  float* filtered;    // (rows, vocab_size): processed logits over temperature, -inf if cut
+  int64_t* tokens;  // (rows, num_samples), contiguous; -1 without candidates
+  float* logprobs;  // (rows, num_samples), contiguous; NaN where the token is -1
+  int32_t* status;  // (rows,)
+  float* filtered;  // (rows, vocab_size): processed logits over temperature, -inf if cut
   int64_t filtered_stride;
 } LlmSamplingArgs;
 

@@ -76,8 +76,9 @@ LLM_SAMPLING_FN float depth(float x, float m, float scale) {
 // The same where m and the scale are finite.
 LLM_SAMPLING_FN float finite_depth(float x, float m, float scale) { return (m - x) * scale; }
 
-// 10 mass of a depth that is not negative (nor -0.0); none for NaN. An integer in 0 .. 2^42, as a float32 that holds it exactly: p has 24 significant bits, so
-// p * 2^24 is the integer M, and p * 2^(42 - e) cut to an integer is (M << 18) >> e.
+// 10 mass, an integer in 0 .. 2^42, of a depth that is neither negative nor -0.0; none for NaN. It is
+// returned in a float32 that holds it exactly: p has 24 significant bits, so p * 2^24 is the integer M,
+// and p * 2^(42 - e) cut to an integer is (M << 18) >> e.
 LLM_SAMPLING_FN float mass(float d) {
   // such floats are ordered like their bits, and those of NaN are above all of them
   const uint32_t bits = bit_cast<uint32_t>(d);
@@ -113,12 +114,8 @@ LLM_SAMPLING_FN int64_t top_p_target(int64_t z, float top_p) {
 }
 
 // 14 draw: Philox4x32-10 (Salmon et al., SC 2011). Key: seed; counter: position, draw, stream.
-LLM_SAMPLING_FN uint64_t random_bits(
-    uint64_t seed,
-    uint64_t position,
-    uint32_t draw,
-    uint32_t stream = 0
-) {
+LLM_SAMPLING_FN uint64_t
+random_bits(uint64_t seed, uint64_t position, uint32_t draw, uint32_t stream = 0) {
   uint32_t k0 = static_cast<uint32_t>(seed);
   uint32_t k1 = static_cast<uint32_t>(seed >> 32);
   uint32_t c0 = static_cast<uint32_t>(position);

@@ -176,6 +176,6 @@ class TextDecoder:
     def _text(self, tokens: list[int]) -> str:
         # The clean-up rewrites spaces that are out already.
         text: str = self._tokenizer.decode(
-            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text

@@ -7,7 +7,7 @@ by the vocabulary. This module imports nothing else of the package.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -126,13 +126,20 @@ class TokenHistory:
         """This history on ``device``; itself if it is there already."""
         if torch.empty(0, device=device).device == self.device:  # "cuda" is "cuda:0"
             return self
-        state = (self.seen, self.counts, self.lengths, self.slots)
-        return TokenHistory(*(tensor.to(device) for tensor in state), vocab_size=self.vocab_size)
+        return self._map(lambda tensor: tensor.to(device))
 
     def clone(self) -> TokenHistory:
         """An independent copy."""
-        state = (self.seen, self.counts, self.lengths, self.slots)
-        return TokenHistory(*(tensor.clone() for tensor in state), vocab_size=self.vocab_size)
+        return self._map(Tensor.clone)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenHistory:
+        return TokenHistory(
+            change(self.seen),
+            change(self.counts),
+            change(self.lengths),
+            change(self.slots),
+            self.vocab_size,
+        )
 
     def append(self, tokens: Tensor) -> None:
         """Record the token that each row produced. Never waits for the device.
@@ -164,7 +171,9 @@ class TokenHistory:
         self.counts[slot, token] += valid.to(torch.int32)
         self.lengths[slot] += valid.to(torch.int64)
 
-    def add(self, prompt_ids: Sequence[int] | Tensor, output_ids: Sequence[int] | Tensor = ()) -> int:
+    def add(
+        self, prompt_ids: Sequence[int] | Tensor, output_ids: Sequence[int] | Tensor = ()
+    ) -> int:
         """Add a request as the last row, in a free slot if there is one.
 
         Returns:

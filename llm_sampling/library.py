@@ -5,7 +5,9 @@ The op takes the batch and the history field by field, since a schema knows only
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,24 +47,21 @@ def _inputs(call: SampleCall) -> tuple[Tensor | None, ...]:
 
 
 def _call(
-    inputs: tuple[Tensor | None, ...],
+    inputs: Sequence[Any],
     num_samples: int = 1,
     logprobs: backends.Logprobs | None = None,
     check: bool = False,
 ) -> SampleCall:
     """The inverse of ``_inputs``."""
-    logits, *rest = inputs
-    assert logits is not None
+    logits, *rest, allowed_mask = inputs
     batch = dict(zip(BATCH_FIELDS, rest, strict=False))
-    state = rest[len(BATCH_FIELDS) : -1]
-    history = None
-    if state[0] is not None:
-        history = TokenHistory(*state, vocab_size=logits.shape[1])  # type: ignore[arg-type]
+    state = dict(zip(HISTORY_FIELDS, rest[len(BATCH_FIELDS) :], strict=True))
+    has_history = state["seen"] is not None
     return SampleCall(
         logits=logits,
-        batch=BatchParams(**batch, unseeded=None, needs_history=history is not None),  # type: ignore[arg-type]
-        history=history,
-        allowed_mask=rest[-1],
+        batch=BatchParams(**batch, unseeded=None, needs_history=has_history),
+        history=TokenHistory(**state, vocab_size=logits.shape[1]) if has_history else None,
+        allowed_mask=allowed_mask,
         num_samples=num_samples,
         logprobs=logprobs,
         check=check,
@@ -71,7 +70,7 @@ def _call(
 
 def _sample(*args):  # type: ignore[no-untyped-def]
     *inputs, num_samples, logprobs, check, backend = args
-    call = _call(tuple(inputs), num_samples, logprobs, check)
+    call = _call(inputs, num_samples, logprobs, check)
     output = backends.resolve(backend, call.logits.device).sample(call)
     no_logprobs = call.logits.new_empty(0, dtype=torch.float32)
     return output.tokens, no_logprobs if output.logprobs is None else output.logprobs, output.status
@@ -90,7 +89,7 @@ def _sample_fake(*args):  # type: ignore[no-untyped-def]
 
 def _filter_logits(*args):  # type: ignore[no-untyped-def]
     *inputs, backend = args
-    call = _call(tuple(inputs))
+    call = _call(inputs)
     return backends.resolve(backend, call.logits.device).filter_logits(call)
 
 

@@ -319,7 +319,7 @@ class BatchParams:
 
     def to(self, device: torch.device | str) -> BatchParams:
         """The same parameters on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -335,9 +335,7 @@ class BatchParams:
         return replace(self, seed=seed, unseeded=None)
 
 
-def positions_tensor(
-    positions: Sequence[int] | Tensor, rows: int, device: torch.device
-) -> Tensor:
+def positions_tensor(positions: Sequence[int] | Tensor, rows: int, device: torch.device) -> Tensor:
     """``positions`` as a contiguous int64 ``(rows,)`` tensor on ``device``.
 
     Raises:
@@ -359,7 +357,9 @@ def positions_tensor(
         for value in values:
             if not 0 <= value < 2**64:
                 raise _refuse("positions", "in [0, 2^64)", value)
-        tensor = torch.tensor([_as_int64(value) for value in values], dtype=torch.int64, device=device)
+        tensor = torch.tensor(
+            [_as_int64(value) for value in values], dtype=torch.int64, device=device
+        )
     if tensor.shape != (rows,):
         raise _refuse("positions", f"of shape ({rows},)", tuple(tensor.shape))
     return tensor.contiguous()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -204,7 +203,9 @@ def check_history(
     if not isinstance(history, TokenHistory):
         raise ValueError(f"history must be a TokenHistory, got {type(history).__name__}")
     if history.rows != rows:
-        raise ValueError(f"history must have one row per row of logits ({rows}), got {history.rows}")
+        raise ValueError(
+            f"history must have one row per row of logits ({rows}), got {history.rows}"
+        )
     if history.vocab_size != vocab_size:
         raise ValueError(
             f"history must have the logits' vocab_size {vocab_size}, got {history.vocab_size}"

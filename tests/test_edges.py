@@ -71,7 +71,10 @@ LOGITS_REFUSED = [
         "logits must have a vocab_size in 1 .. 2^20, got 1048577",
     ),
     *[
-        (torch.zeros(2, V, dtype=dtype), f"logits must be float32, float16 or bfloat16, got {dtype}")
+        (
+            torch.zeros(2, V, dtype=dtype),
+            f"logits must be float32, float16 or bfloat16, got {dtype}",
+        )
         for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64, torch.uint8)
     ],
     (
@@ -248,11 +251,11 @@ def test_an_unavailable_backend_says_why(monkeypatch):
     logits = torch.zeros(1, V)
     for call in (sample, filter_logits):
         with pytest.raises(
-            RuntimeError, match="^backend 'broken' is unavailable: the disk is on fire$"
+            RuntimeError, match=r"^backend 'broken' is unavailable: the disk is on fire$"
         ):
             call(logits, PLAIN, backend="broken")
         message = "backend 'gpu' is unavailable: it runs on cuda tensors, and the logits are on cpu"
-        with pytest.raises(RuntimeError, match=f"^{message}$"):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
             call(logits, PLAIN, backend="gpu")
     expected = sample(logits, PLAIN, backend="torch").tokens
     assert torch.equal(sample(logits, PLAIN, backend="auto").tokens, expected)
@@ -351,9 +354,7 @@ def test_positive_infinity_shares_the_mass(backend):
     """Two +inf tokens: half each, in both kinds of logprob."""
     logits = _bad_rows(["two-inf"])
     for kind in ("processed", "raw"):
-        output = sample(
-            logits, PLAIN, num_samples=64, logprobs=kind, backend=backend, check=False
-        )
+        output = sample(logits, PLAIN, num_samples=64, logprobs=kind, backend=backend, check=False)
         assert set(output.tokens[0].tolist()) == {7, 30}
         half = torch.full((64,), 0.5).log()
         torch.testing.assert_close(output.logprobs[0], half, atol=1e-5, rtol=0)
@@ -362,13 +363,9 @@ def test_positive_infinity_shares_the_mass(backend):
 def test_raw_logprobs_beside_nan(backend):
     logits = torch.full((1, V), NAN)
     logits[0, 4], logits[0, 5] = 1.0, 1.0
-    output = sample(
-        logits, PLAIN, num_samples=16, logprobs="raw", backend=backend, check=False
-    )
+    output = sample(logits, PLAIN, num_samples=16, logprobs="raw", backend=backend, check=False)
     assert set(output.tokens[0].tolist()) == {4, 5}
-    torch.testing.assert_close(
-        output.logprobs[0], torch.full((16,), 0.5).log(), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(output.logprobs[0], torch.full((16,), 0.5).log(), atol=1e-5, rtol=0)
 
 
 CHECKED = [
@@ -415,9 +412,7 @@ def test_a_mask_of_nothing(backend):
         sample(torch.zeros(1, V), PLAIN, allowed_mask=mask, backend=backend)
     # bits past the vocabulary allow nothing
     mask[0, 1] = -1 << (V - 32)
-    output = sample(
-        torch.zeros(1, V), PLAIN, allowed_mask=mask, backend=backend, check=False
-    )
+    output = sample(torch.zeros(1, V), PLAIN, allowed_mask=mask, backend=backend, check=False)
     assert (output.tokens.tolist(), output.status.tolist()) == ([-1], [2])
 
 
@@ -518,7 +513,9 @@ def test_filters_beyond_the_row_keep_all(backend, params):
 def test_the_smallest_top_p_keeps_one(backend):
     filtered = filter_logits(_logits(), SamplingParams(top_p=1e-300), backend=backend)
     kept = (filtered > -INF).nonzero()
-    assert kept.tolist() == [[row, token] for row, token in enumerate(_logits().argmax(-1).tolist())]
+    assert kept.tolist() == [
+        [row, token] for row, token in enumerate(_logits().argmax(-1).tolist())
+    ]
 
 
 def test_num_samples_of_many(backend):

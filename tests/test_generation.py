@@ -203,7 +203,7 @@ WORDS = ["▁", "▁and", "▁then", "s", ".", "▁,", "th", "▁don", "'t"]
 
 
 def word_tokenizer():
-    """Like Llama 2's: spaces belong to tokens, a leading one is dropped, bytes stand for the rest."""
+    """Like Llama 2: spaces belong to tokens, a leading one is dropped, bytes stand for the rest."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
     for word in WORDS:
         vocab.setdefault(word, len(vocab))

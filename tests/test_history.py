@@ -11,11 +11,13 @@ from llm_sampling import TokenHistory
 
 
 def _unpacked(history):
-    """For each row the set of seen ids, the output's counts and its length, read from the tensors."""
+    """Each row's set of seen ids, its output's counts and its length, read from the tensors."""
     rows = []
     for slot in history.slots.tolist():
         words = history.seen[slot].tolist()
-        seen = {32 * i + bit for i, word in enumerate(words) for bit in range(32) if word >> bit & 1}
+        seen = {
+            32 * i + bit for i, word in enumerate(words) for bit in range(32) if word >> bit & 1
+        }
         counts = {i: n for i, n in enumerate(history.counts[slot].tolist()) if n}
         rows.append((seen, counts, history.lengths[slot].item()))
     return rows

@@ -282,8 +282,9 @@ def test_from_list():
         "top_k": (torch.int32, [0, 0, 40, 2**31 - 1]),
         "min_tokens_to_keep": (torch.int32, [1, 1, 2, 2**31 - 1]),
         "logit_bias_offsets": (torch.int64, [0, 0, 0, 1, 3]),
-        "logit_bias_ids": (torch.int32, [3, 9, 0]),
-        "logit_bias_values": (torch.float32, floats([1.5, -1, 0.1])),
+        # ascending ids within a row
+        "logit_bias_ids": (torch.int32, [3, 0, 9]),
+        "logit_bias_values": (torch.float32, floats([1.5, 0.1, -1])),
         "unseeded": (torch.bool, [True, False, False, False]),
     }
     for name, (dtype, values) in expected.items():

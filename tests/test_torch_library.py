@@ -1,4 +1,4 @@
-"""Do the ops compose with torch.compile, torch.export and fake tensors, and give what eager gives?"""
+"""Do the ops compose with torch.compile, torch.export and fake tensors, and equal eager?"""
 
 import re
 
@@ -76,9 +76,7 @@ OPTIONS = [(1, None), (3, "processed"), (1, "raw"), (2, None)]
 def test_opcheck_sample(backend, logits, history, name):
     inputs = INPUTS[name](logits, history)
     options = OPTIONS[list(INPUTS).index(name) % len(OPTIONS)]
-    torch.library.opcheck(
-        torch.ops.llm_sampling.sample.default, (*inputs, *options, True, backend)
-    )
+    torch.library.opcheck(torch.ops.llm_sampling.sample.default, (*inputs, *options, True, backend))
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -97,9 +95,7 @@ def test_the_op_is_the_function(backend, logits, history):
         _assert_equal((tokens, status), (expected.tokens, expected.status))
         if logprobs is not None:
             _assert_equal([values], [expected.logprobs])
-    filtered = torch.ops.llm_sampling.filter_logits(
-        *_inputs(logits, BATCH, history, MASK), backend
-    )
+    filtered = torch.ops.llm_sampling.filter_logits(*_inputs(logits, BATCH, history, MASK), backend)
     _assert_equal(
         [filtered],
         [filter_logits(logits, BATCH, history=history, allowed_mask=MASK, backend=backend)],
@@ -308,7 +304,7 @@ def test_unknown_backend_in_a_graph(logits):
         fullgraph=True,
         backend="aot_eager",
     )
-    with pytest.raises(ValueError, match="backend must be one of .*, got 'fpga'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'fpga'"):
         compiled(logits)
 
 

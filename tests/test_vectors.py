@@ -34,45 +34,32 @@ def test_the_loaders_random_bits():
 
 
 @pytest.mark.parametrize("case", VECTORS, ids=[v.name for v in VECTORS])
-def test_sample(backend, case):
+def test_case(backend, case):
+    """Tokens, status, kept set, order and logprobs; and one draw, which is the first of four."""
+    history, options = case.history(), {"positions": [case.position], "check": False}
     output = sample(
         case.logits,
         case.params,
-        history=case.history(),
-        positions=[case.position],
+        history=history,
         num_samples=4,
         logprobs="processed",
         backend=backend,
-        check=False,
+        **options,
     )
     assert output.tokens[0].tolist() == case.tokens
     assert output.status.tolist() == [case.status]
-    assert output.logprobs is not None
-    got = output.logprobs[0].tolist()
-    assert [value == value for value in got] == [value is not None for value in case.logprobs]
+    logprobs = [None if value != value else value for value in output.logprobs[0].tolist()]
+    assert [value is None for value in logprobs] == [value is None for value in case.logprobs]
     expected = [value for value in case.logprobs if value is not None]
-    assert [value for value in got if value == value] == pytest.approx(expected, abs=1e-5)
+    assert [value for value in logprobs if value is not None] == pytest.approx(expected, abs=1e-5)
 
-
-@pytest.mark.parametrize("case", VECTORS, ids=[v.name for v in VECTORS])
-def test_kept_set(backend, case):
-    filtered = filter_logits(case.logits, case.params, history=case.history(), backend=backend)
+    filtered = filter_logits(case.logits, case.params, history=history, backend=backend)
     order = _order(filtered[0])
     assert len(order) == case.kept
     assert order[:8] == case.first_kept
 
-
-@pytest.mark.parametrize("case", VECTORS, ids=[v.name for v in VECTORS])
-def test_one_draw_is_the_first_of_several(backend, case):
-    output = sample(
-        case.logits,
-        case.params,
-        history=case.history(),
-        positions=[case.position],
-        backend=backend,
-        check=False,
-    )
-    assert output.tokens.tolist() == case.tokens[:1]
+    one = sample(case.logits, case.params, history=history, backend=backend, **options)
+    assert one.tokens.tolist() == case.tokens[:1]
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 7, 64, 1000, 4097])
@@ -85,9 +72,7 @@ def test_all_rows_in_one_batch(backend, vocab_size):
         [v.prompt for v in cases], [v.output for v in cases], vocab_size
     )
     logits = torch.cat([v.logits for v in cases])
-    output = sample(
-        logits, batch, history=history, num_samples=4, backend=backend, check=False
-    )
+    output = sample(logits, batch, history=history, num_samples=4, backend=backend, check=False)
     assert output.tokens.tolist() == [v.tokens for v in cases]
     assert output.status.tolist() == [v.status for v in cases]
     filtered = filter_logits(logits, batch, history=history, backend=backend)

@@ -1,4 +1,4 @@
-"""Loads vectors.json: rows of logits, parameters and history with the answers of a separate program.
+"""Loads vectors.json: rows of logits, parameters and history with another program's answers.
 
 The logits are not in the file: each follows from the case's key by the recipe in :func:`logits_of`.
 Nothing here uses the package's own arithmetic.
@@ -20,8 +20,11 @@ _LOW32 = np.uint64(0xFFFFFFFF)
 
 
 class Vector(NamedTuple):
-    """One case. ``logits`` is ``(1, vocab_size)``; ``kept`` is the kept set's size, ``first_kept`` its first
-    eight ids in order; ``logprobs`` (of the processed distribution) holds None where the token is -1."""
+    """One case.
+
+    ``logits`` is ``(1, vocab_size)``; ``kept`` is the kept set's size, ``first_kept`` its first
+    eight ids in order; ``logprobs``, of the processed distribution, holds None where the token is -1.
+    """
 
     name: str
     logits: Tensor
@@ -44,7 +47,7 @@ class Vector(NamedTuple):
 
 
 def philox(key: int, counters: int) -> np.ndarray:
-    """Philox4x32-10 with counter words (i, 0, 0, 0) for i < ``counters``: uint64 ``(counters, 4)``."""
+    """Philox4x32-10 of counter words (i, 0, 0, 0), i < ``counters``: uint64 ``(counters, 4)``."""
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     c0 = np.arange(counters, dtype=np.uint64)
     c1, c2, c3 = (np.zeros(counters, dtype=np.uint64) for _ in range(3))

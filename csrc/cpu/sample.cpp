@@ -34,6 +34,7 @@
 #include "pool.h"
 
 // A build that sets this to nothing and -march by hand tests one instruction set.
+// clang-format off
 #ifndef LLM_SAMPLING_CLONES
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
 #define LLM_SAMPLING_CLONES \
@@ -42,6 +43,7 @@
 #define LLM_SAMPLING_CLONES __attribute__((noinline))
 #endif
 #endif
+// clang-format on
 #define INLINE inline __attribute__((always_inline))
 
 namespace llm_sampling {
@@ -102,7 +104,9 @@ INLINE float same(float x) { return x; }
 INLINE void add_bias(const Row& row, int64_t begin, int count, float* y) {
   const int32_t* end = row.bias_ids + row.bias_count;
   const int32_t* id = std::lower_bound(row.bias_ids, end, static_cast<int32_t>(begin));
-  for (; id != end && *id < begin + count; ++id) y[*id - begin] += row.bias_values[id - row.bias_ids];
+  for (; id != end && *id < begin + count; ++id) {
+    y[*id - begin] += row.bias_values[id - row.bias_ids];
+  }
 }
 
 INLINE void mask_out(const uint32_t* allowed, int count, float* __restrict y) {
@@ -176,9 +180,9 @@ INLINE const float* load_tile(const Row& row, int64_t tile, float* __restrict bu
       widen<uint16_t, widen_bfloat16>(row.logits, begin, count, buffer);
   }
   for (int j = count; j < kTile; ++j) buffer[j] = -kInfinity;
-  if (row.bias_count > 0) add_bias(row, begin, count, buffer);                       // 2
-  if (row.allowed != nullptr) mask_out(row.allowed + begin / 32, count, buffer);     // 2
-  if (row.seen != nullptr) penalise(row, begin, count, buffer);                      // 3 to 5
+  if (row.bias_count > 0) add_bias(row, begin, count, buffer);                    // 2
+  if (row.allowed != nullptr) mask_out(row.allowed + begin / 32, count, buffer);  // 2
+  if (row.seen != nullptr) penalise(row, begin, count, buffer);                   // 3 to 5
   return buffer;
 }
 
@@ -343,13 +347,8 @@ LLM_SAMPLING_CLONES void scan_split_mass(
   }
 }
 
-LLM_SAMPLING_CLONES int64_t scan_count(
-    const Row& row,
-    int64_t begin,
-    int64_t end,
-    Cut cut,
-    const float* tile_max
-) {
+LLM_SAMPLING_CLONES int64_t
+scan_count(const Row& row, int64_t begin, int64_t end, Cut cut, const float* tile_max) {
   alignas(64) float buffer[kTile];
   int64_t count = 0;
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -371,13 +370,15 @@ LLM_SAMPLING_CLONES void tile_kept_masses(const Row& row, int64_t tile, Cut cut,
 }
 
 LLM_SAMPLING_CLONES void list_masses(const Row& row, const float* x, int64_t size, int64_t* w) {
-  for (int64_t i = 0; i < size; ++i) w[i] = static_cast<int64_t>(mass(depth(x[i], row.m, row.scale)));
+  for (int64_t i = 0; i < size; ++i) {
+    w[i] = static_cast<int64_t>(mass(depth(x[i], row.m, row.scale)));
+  }
 }
 
 // A weighted sample of a row, two values of each group: its maximum, which stands for itself, and a
 // value of another step in each tile, which stands for the group's 31 others.
 struct Sample {
-  int64_t size;    // groups
+  int64_t size;  // groups
   float* depth[2];
   float* mass[2];  // of all the tokens that the value stands for
   double total;    // an estimate of the row's mass
@@ -419,7 +420,13 @@ LLM_SAMPLING_CLONES void take_sample(const Row& row, const float* group_max, Sam
 }
 
 // The bin of each depth: depth * scale, or the last.
-LLM_SAMPLING_CLONES void find_bins(const float* d, int64_t size, float scale, int last, int32_t* bin) {
+LLM_SAMPLING_CLONES void find_bins(
+    const float* d,
+    int64_t size,
+    float scale,
+    int last,
+    int32_t* bin
+) {
   const float limit = static_cast<float>(last);
   for (int64_t i = 0; i < size; ++i) {
     const float b = d[i] * scale;
@@ -442,7 +449,9 @@ LLM_SAMPLING_CLONES int64_t tile_band(
   for (int begin = 0; begin < kTile; begin += 32) {
     const float* z = y + begin;
     uint32_t inside = 0;
-    for (int j = 0; j < 32; ++j) inside |= static_cast<uint32_t>((z[j] >= low) & (z[j] <= high)) << j;
+    for (int j = 0; j < 32; ++j) {
+      inside |= static_cast<uint32_t>((z[j] >= low) & (z[j] <= high)) << j;
+    }
     for (; inside != 0; inside &= inside - 1) {
       const int j = begin + __builtin_ctz(inside);
       x[size] = y[j];
@@ -595,7 +604,9 @@ class Histogram {
   double mass_above(const Row& row, float value) const {
     const double bins = static_cast<double>(depth(value, row.m, row.scale)) * bins_per_octave_;
     double sum = 0;
-    for (int bin = 0; bin < kBins && bin < bins; ++bin) sum += mass_[bin] * std::min(1.0, bins - bin);
+    for (int bin = 0; bin < kBins && bin < bins; ++bin) {
+      sum += mass_[bin] * std::min(1.0, bins - bin);
+    }
     return sum;
   }
 
@@ -739,9 +750,8 @@ Row RowSampler::make_row(int64_t index) {
     }
   }
   if (args_.allowed_mask != nullptr) {
-    row.allowed = reinterpret_cast<const uint32_t*>(
-        args_.allowed_mask + index * args_.allowed_mask_stride
-    );
+    row.allowed =
+        reinterpret_cast<const uint32_t*>(args_.allowed_mask + index * args_.allowed_mask_stride);
   }
   row.repetition_penalty = args_.repetition_penalty[index];
   row.frequency_penalty = args_.frequency_penalty[index];
@@ -1009,8 +1019,8 @@ void RowSampler::keep_from(float low, int64_t at_least) {
 
 // 12, and 13 after it, where top-k is off.
 void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
-  constexpr int64_t kSmall = 8;    // tiles: all of them make a short list
-  constexpr int64_t kHead = 64;    // tokens: most nuclei of language models lie within
+  constexpr int64_t kSmall = 8;     // tiles: all of them make a short list
+  constexpr int64_t kHead = 64;     // tokens: most nuclei of language models lie within
   constexpr int64_t kListed = 768;  // groups: more are not worth a list
   if (tiles_ <= kSmall) {
     gather(kLowest);
@@ -1026,9 +1036,8 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
   const int64_t size = tiles_ * kGroups;
   float* sample_depth = ws_.sample_depth.at_least(2 * size);
   float* sample_mass = ws_.sample_mass.at_least(2 * size);
-  Sample sample = {
-      size, {sample_depth, sample_depth + size}, {sample_mass, sample_mass + size}, 0, 0
-  };
+  Sample sample =
+      {size, {sample_depth, sample_depth + size}, {sample_mass, sample_mass + size}, 0, 0};
   take_sample(row_, group_max_, sample);
   int64_t z = 0;
   if (static_cast<double>(head) >= 0.98 * static_cast<double>(top_p) * sample.total) {
@@ -1136,8 +1145,9 @@ void RowSampler::filter(int64_t index) {
 
 void RowSampler::draw(int64_t index) {
   int64_t* tokens = args_.tokens + index * args_.num_samples;
-  float* logprobs =
-      args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE ? nullptr : args_.logprobs + index * args_.num_samples;
+  float* logprobs = args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE
+                        ? nullptr
+                        : args_.logprobs + index * args_.num_samples;
   if ((status_ & LLM_SAMPLING_STATUS_NO_CANDIDATE) != 0) {
     std::fill(tokens, tokens + args_.num_samples, -1);
     if (logprobs != nullptr) std::fill(logprobs, logprobs + args_.num_samples, std::nanf(""));
@@ -1254,7 +1264,8 @@ int32_t check(const LlmSamplingArgs& a) {
   const bool draws = a.tokens != nullptr;
   const bool advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
   const bool wants_logprobs = a.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE;
-  if (!draws && (advances || wants_logprobs || a.filtered == nullptr)) return LLM_SAMPLING_NULL_POINTER;
+  if (!draws && (advances || wants_logprobs || a.filtered == nullptr))
+    return LLM_SAMPLING_NULL_POINTER;
   if (draws && (a.status == nullptr || a.seed == nullptr || a.position == nullptr)) {
     return LLM_SAMPLING_NULL_POINTER;
   }
@@ -1281,8 +1292,9 @@ int32_t check(const LlmSamplingArgs& a) {
         is_aligned(a.min_tokens_to_keep) && is_aligned(a.seed) && is_aligned(a.position) &&
         is_aligned(a.logit_bias_offsets) && is_aligned(a.logit_bias_ids) &&
         is_aligned(a.logit_bias_values) && is_aligned(a.allowed_mask) && is_aligned(a.seen) &&
-        is_aligned(a.counts) && is_aligned(a.lengths) && is_aligned(a.slots) && is_aligned(a.tokens) &&
-        is_aligned(a.logprobs) && is_aligned(a.status) && is_aligned(a.filtered))) {
+        is_aligned(a.counts) && is_aligned(a.lengths) && is_aligned(a.slots) &&
+        is_aligned(a.tokens) && is_aligned(a.logprobs) && is_aligned(a.status) &&
+        is_aligned(a.filtered))) {
     return LLM_SAMPLING_MISALIGNED;
   }
   // a stride of 0 repeats a row, which only what is read may do
@@ -1292,7 +1304,8 @@ int32_t check(const LlmSamplingArgs& a) {
   }
   if (a.logit_bias_offsets != nullptr) {
     const int64_t* offsets = a.logit_bias_offsets;
-    if (offsets[0] < 0 || !std::is_sorted(offsets, offsets + a.rows + 1)) return LLM_SAMPLING_BAD_SIZE;
+    if (offsets[0] < 0 || !std::is_sorted(offsets, offsets + a.rows + 1))
+      return LLM_SAMPLING_BAD_SIZE;
     if (offsets[a.rows] > 0 && (a.logit_bias_ids == nullptr || a.logit_bias_values == nullptr)) {
       return LLM_SAMPLING_NULL_POINTER;
     }

@@ -129,16 +129,21 @@ def set_history(args: SampleArgs, call: SampleCall) -> None:
     args.num_slots = history.seen.shape[0]
 
 
-def set_results(args: SampleArgs, call: SampleCall) -> SampleOutput:
-    """Allocate the results and point the struct at them."""
-    rows, device = args.rows, call.logits.device
+def make_results(call: SampleCall) -> SampleOutput:
+    """Memory for a call's results."""
+    rows, device = call.logits.shape[0], call.logits.device
     shape = (rows,) if call.num_samples == 1 else (rows, call.num_samples)
-    tokens = torch.empty(shape, dtype=torch.int64, device=device)
-    status = torch.empty(rows, dtype=torch.int32, device=device)
-    args.tokens = tokens.data_ptr()
-    args.status = status.data_ptr()
-    if call.logprobs is None:
-        return SampleOutput(tokens, None, status)
-    logprobs = torch.empty(shape, dtype=torch.float32, device=device)
-    args.logprobs = logprobs.data_ptr()
-    return SampleOutput(tokens, logprobs, status)
+    return SampleOutput(
+        tokens=torch.empty(shape, dtype=torch.int64, device=device),
+        logprobs=None
+        if call.logprobs is None
+        else torch.empty(shape, dtype=torch.float32, device=device),
+        status=torch.empty(rows, dtype=torch.int32, device=device),
+    )
+
+
+def set_results(args: SampleArgs, output: SampleOutput) -> None:
+    """Point the struct at the results' memory."""
+    args.tokens = output.tokens.data_ptr()
+    args.logprobs = None if output.logprobs is None else output.logprobs.data_ptr()
+    args.status = output.status.data_ptr()

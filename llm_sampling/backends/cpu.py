@@ -15,6 +15,7 @@ from llm_sampling.backends.args import (
     ABI_VERSION,
     SampleArgs,
     make_args,
+    make_results,
     set_history,
     set_logits,
     set_results,
@@ -69,7 +70,8 @@ def _run(library: ctypes.CDLL, args: SampleArgs) -> None:
 def sample(call: SampleCall) -> SampleOutput:
     """Draw tokens in one call of the kernel."""
     args = make_args(call)
-    output = set_results(args, call)
+    output = make_results(call)
+    set_results(args, output)
     _run(_library(), args)
     if call.check:
         raise_on_status(output.status)
@@ -91,6 +93,7 @@ def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]
     library = _library()
     args = make_args(call)
     held = _state(call)
+    like = make_results(call)
 
     def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
         nonlocal held
@@ -100,7 +103,13 @@ def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]
         if any(mine is not theirs for mine, theirs in zip(held, state, strict=True)):
             set_history(args, call)
             held = state
-        output = set_results(args, call)
+        # new memory for every step; its likes are cheaper to make than it is from a shape
+        output = SampleOutput(
+            torch.empty_like(like.tokens),
+            None if like.logprobs is None else torch.empty_like(like.logprobs),
+            torch.empty_like(like.status),
+        )
+        set_results(args, output)
         _run(library, args)
         if call.check:
             raise_on_status(output.status)
