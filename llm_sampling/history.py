@@ -22,8 +22,8 @@ MAX_VOCAB_SIZE = 2**20
 class TokenHistory:
     """Token history of ``rows`` requests over a vocabulary of ``vocab_size`` tokens.
 
-    Requests live in slots; ``slots[row]`` is the slot of a row, so that rows can be reordered, added
-    and removed without moving their state. Build one with :meth:`from_ids`.
+    Requests live in slots; ``slots[row]`` is the slot of a row, so that rows can be reordered,
+    added and removed without moving their state. Build one with :meth:`from_ids`.
 
     Attributes:
         vocab_size: ids outside ``0 .. vocab_size - 1`` are padding and are ignored everywhere.

@@ -1,6 +1,6 @@
 """The ops in torch.library, for torch.compile and export; eager calls do not come through here.
 
-The op takes the batch and the history field by field, since a schema knows only tensors and numbers.
+The op takes the batch and the history field by field: a schema knows only tensors and numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user may ask for: :class:`SamplingParams`, checked once, and its tensors, :class:`BatchParams`.
+"""What a user may ask for, :class:`SamplingParams`, checked once, and its tensors, `BatchParams`.
 
 This module imports nothing else of the package. It is the only place where user values are checked.
 """
@@ -71,7 +71,7 @@ class SamplingParams:
 
     The steps apply in this order: ``logit_bias``, ``repetition_penalty``, ``frequency_penalty``,
     ``presence_penalty``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, the draw.
-    ``None`` means "off" for every field, ``-1`` does for ``top_k``; ints pass where floats are meant.
+    ``None`` means "off" for every field, ``-1`` for ``top_k``; ints pass where floats are meant.
 
     Attributes:
         temperature: Divides the logits; finite and >= 0. 0 is greedy: the largest logit after the
@@ -82,9 +82,9 @@ class SamplingParams:
             ``top_p``, the crossing token included; in (0, 1]. Off at 1. (arXiv:1904.09751)
         min_p: Keep tokens whose probability is at least ``min_p`` times the best one's; in [0, 1].
             Off at 0. (arXiv:2407.01082)
-        repetition_penalty: Positive logits of every token seen in prompt or output are divided by it,
+        repetition_penalty: Positive logits of tokens seen in prompt or output are divided by it,
             the others multiplied; finite and > 0. Off at 1. (arXiv:1909.05858)
-        frequency_penalty: Subtracted once for every time that the output holds the token; in [-2, 2].
+        frequency_penalty: Subtracted for every time that the output holds the token; in [-2, 2].
             Off at 0.
         presence_penalty: Subtracted once if the output holds the token; in [-2, 2]. Off at 0.
         min_tokens_to_keep: No filter leaves fewer tokens than this; an integer >= 1.
@@ -206,7 +206,7 @@ def _as_int64(value: int) -> int:
 
 @dataclass(frozen=True)
 class BatchParams:
-    """The parameters of a batch: one tensor per field of :class:`SamplingParams`, one entry per row.
+    """The parameters of a batch: a tensor per field of :class:`SamplingParams`, an entry per row.
 
     Build it with :meth:`from_list`, which checks every value. All tensors are contiguous, on one
     device, and of shape ``(rows,)`` unless said otherwise.
@@ -217,7 +217,8 @@ class BatchParams:
         seed: int64, the seed's 64 bits; of no meaning where ``unseeded``.
         min_p_cut: float32, ``2^-18 - log2(min_p)`` in octaves, worked out once so that no backend's
             logarithm can disagree; inf where min-p is off.
-        logit_bias_offsets: int64 ``(rows + 1,)``: row r owns entries ``[offsets[r], offsets[r + 1])``.
+        logit_bias_offsets: int64 ``(rows + 1,)``; row r owns entries ``offsets[r]`` up to
+            ``offsets[r + 1] - 1``.
         logit_bias_ids, logit_bias_values: int32 and float32 ``(entries,)``.
         unseeded: bool, True where the row has no seed; None if every row has one.
         position: int64, how many tokens each request has produced so far; None if not given.

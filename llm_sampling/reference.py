@@ -41,7 +41,7 @@ def _bits(words: Tensor, vocab_size: int) -> Tensor:
 
 
 def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
-    """Steps 1 to 6: float32 ``(rows, V)`` without NaN or -0.0, and whether a NaN was seen ``(rows,)``."""
+    """Steps 1 to 6: float32 ``(rows, V)`` without NaN or -0.0; and, per row, was a NaN seen."""
     batch, history = call.batch, call.history
     rows, vocab_size = call.logits.shape
 
@@ -175,7 +175,7 @@ def scaled(r_low: Tensor, r_high: Tensor, s: Tensor) -> Tensor:
 
 
 def sample(call: SampleCall) -> SampleOutput:
-    """All steps: tokens ``(rows, num_samples)``, logprobs of that shape or None, status ``(rows,)``."""
+    """All steps. Tokens, and logprobs if asked for, are ``(rows, num_samples)``."""
     batch = call.batch
     assert batch.position is not None
     x, nan = processed_logits(call)

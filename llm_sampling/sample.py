@@ -32,21 +32,21 @@ def sample(
 ) -> SampleOutput:
     """Draw a token from each row of ``logits``: penalties, temperature, top-k, top-p, min-p, draw.
 
-    A token is a function of its row's logits, parameters, history, seed and position, and of nothing
-    else: not of the backend, the device, the batch or the number of threads. docs/semantics.md gives
-    the rules; :mod:`llm_sampling.reference` is the same in torch.
+    A token is a function of its row's logits, parameters, history, seed and position, and of
+    nothing else: not of the backend, the device, the batch or the number of threads.
+    docs/semantics.md gives the rules; :mod:`llm_sampling.reference` is the same in torch.
 
     Args:
-        logits: ``(rows, vocab_size)``, float32, float16 or bfloat16, ``vocab_size`` in 1 .. 2^20, any
-            strides (a copy is made where the last is not 1). Never modified.
+        logits: ``(rows, vocab_size)``, float32, float16 or bfloat16, ``vocab_size`` in 1 .. 2^20,
+            any strides (a copy is made where the last is not 1). Never modified.
         params: one for all rows, one per row, or a prepared :class:`BatchParams`.
-        history: the tokens so far; needed where a penalty is on. Not modified: append the tokens with
-            :meth:`TokenHistory.append`.
+        history: the tokens so far; needed where a penalty is on. Not modified: append the tokens
+            with :meth:`TokenHistory.append`.
         allowed_mask: int32 ``(rows, ceil(vocab_size / 32))``; bit ``t & 31`` of word ``t >> 5`` set
             means that token t may be drawn, as xgrammar and llguidance produce it.
         positions: ``(rows,)`` integers: how many tokens each request has produced so far; every
-            position of a seed draws anew. Default: the position in ``params``, else the length of the
-            output in ``history``, else 0.
+            position of a seed draws anew. Default: the position in ``params``, else the length of
+            the output in ``history``, else 0.
         num_samples: how many tokens to draw from each row, independently; draw 0 is the token of
             ``num_samples=1``.
         logprobs: None; "processed": of the distribution that the token was drawn from; "raw": of
@@ -56,8 +56,8 @@ def sample(
             False where it would wait for the device.
 
     Returns:
-        ``SampleOutput(tokens, logprobs, status)``: tokens int64 and logprobs float32 (or None), both
-        ``(rows,)`` or ``(rows, num_samples)`` where ``num_samples`` > 1; status int32 ``(rows,)``.
+        ``SampleOutput(tokens, logprobs, status)``: tokens int64 and logprobs float32 (or None),
+        both ``(rows,)`` or ``(rows, num_samples)`` where ``num_samples`` > 1; status int32 ``(rows,)``.
 
     Raises:
         ValueError: an argument is out of its range, or shapes, dtypes or devices disagree; the
@@ -95,7 +95,11 @@ def filter_logits(
     """The logits that :func:`sample` would draw from, for loops that draw themselves.
 
     Args:
-        logits, params, history, allowed_mask, backend: as for :func:`sample`.
+        logits: as for :func:`sample`, and so are the others.
+        params: positions and seeds do not matter here.
+        history: needed where a penalty is on.
+        allowed_mask: the tokens that may be kept.
+        backend: a name or "auto".
 
     Returns:
         float32 ``(rows, vocab_size)``: the processed logits divided by the temperature in the kept
@@ -192,7 +196,7 @@ def check_history(
     vocab_size: int,
     device: torch.device,
 ) -> None:
-    """A ValueError if ``history`` does not fit the logits, or is missing where a penalty needs it."""
+    """A ValueError if ``history`` does not fit, or is missing where a penalty needs it."""
     if history is None:
         if batch.needs_history:
             raise ValueError(

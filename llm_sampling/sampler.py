@@ -1,4 +1,4 @@
-"""The prepared object for decode loops: it keeps every row's parameters, seed, position and history."""
+"""The prepared object for decode loops: it keeps each row's parameters, seed, position, history."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Sampler:
 
     Each call draws from new logits, records the tokens in the history and advances the positions of
     the rows that got one, all in the backend's one launch. Rows can be added, removed and reordered
-    between steps; a row's tokens depend on nothing but its own logits, parameters, history, seed and
-    position, so the others' streams go on undisturbed. Not thread-safe: one thread, one Sampler.
+    between steps; a row's tokens depend on nothing but its own logits, parameters, history, seed
+    and position, so the others' streams go on undisturbed. Not thread-safe: one thread, one Sampler.
 
     Args:
-        params: one per row. A row without a seed gets one from torch's default generator here, once.
+        params: one per row. A row without a seed gets one from torch's default generator, here.
         vocab_size: the width of the logits, 1 .. 2^20.
         history: the tokens so far, one row per row of ``params``; the Sampler goes on using and
             updating this very object. Default: empty, kept only while a row has a penalty.
@@ -129,7 +129,8 @@ class Sampler:
         """Draw one token (or ``num_samples``) per row and advance.
 
         Args:
-            logits: ``(rows, vocab_size)`` on the Sampler's device, as for :func:`llm_sampling.sample`.
+            logits: ``(rows, vocab_size)`` on the Sampler's device, as for
+                :func:`llm_sampling.sample`.
             allowed_mask: this step's bitmask, as for :func:`llm_sampling.sample`.
 
         Raises:
@@ -197,7 +198,8 @@ class Sampler:
 
         Args:
             params: the request's parameters.
-            prompt_ids, output_ids: its tokens so far; its position is the length of the output.
+            prompt_ids: its prompt, which matters where a penalty is on.
+            output_ids: the tokens that it has produced so far; their number is its position.
 
         Returns:
             The new row's index.

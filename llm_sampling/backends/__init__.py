@@ -28,7 +28,7 @@ class SampleOutput(NamedTuple):
             without candidates.
         logprobs: float32 natural logarithms of the shape of ``tokens`` (NaN where the token is -1),
             or None if not asked for.
-        status: int32 ``(rows,)``, a set of bits: 1 a NaN was seen, 2 no candidate, 4 a +inf was seen.
+        status: int32 ``(rows,)``, a set of bits: 1 NaN seen, 2 no candidate, 4 +inf seen.
     """
 
     tokens: Tensor
@@ -127,10 +127,11 @@ class Backend:
 
     def why_unavailable(self, device: torch.device | None = None) -> str | None:
         """None if the backend can run (on ``device``), else the reason."""
-        if device is not None and self.device_types is not None:
-            if device.type not in self.device_types:
-                where = " or ".join(sorted(self.device_types))
-                return f"it runs on {where} tensors, and the logits are on {device}"
+        types = self.device_types
+        if device is not None and types is not None and device.type not in types:
+            return (
+                f"it runs on {' or '.join(sorted(types))} tensors, and the logits are on {device}"
+            )
         return self.load().why_unavailable()
 
 

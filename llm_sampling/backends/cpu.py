@@ -119,7 +119,7 @@ def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]
 
 
 def _state(call: SampleCall) -> tuple[Tensor, ...]:
-    """The history's tensors: the struct points into them, so they are held, and seen to be replaced."""
+    """The history's tensors. The struct points into them: they are held, and compared each step."""
     history = call.history
     if history is None:
         return ()
