@@ -159,8 +159,8 @@ def load(path: Path, report: Callable[[str], None]) -> LanguageModel:
 def _gguf_parsed_once() -> Iterator[None]:
     """Let transformers parse a GGUF file's header once instead of three times: seconds each.
 
-    It asks gguf for a reader for the tokenizer, the config and the weights, and for the same table of
-    names once per submodule; both answers are read-only.
+    It asks gguf for a reader for the tokenizer, the config and the weights, and for the same table
+    of names once per submodule; both answers are only read.
     """
     import gguf
 

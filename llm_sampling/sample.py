@@ -57,7 +57,8 @@ def sample(
 
     Returns:
         ``SampleOutput(tokens, logprobs, status)``: tokens int64 and logprobs float32 (or None),
-        both ``(rows,)`` or ``(rows, num_samples)`` where ``num_samples`` > 1; status int32 ``(rows,)``.
+        both ``(rows,)``, or ``(rows, num_samples)`` where ``num_samples`` > 1; status int32
+        ``(rows,)``.
 
     Raises:
         ValueError: an argument is out of its range, or shapes, dtypes or devices disagree; the

@@ -23,7 +23,7 @@ class Sampler:
     Each call draws from new logits, records the tokens in the history and advances the positions of
     the rows that got one, all in the backend's one launch. Rows can be added, removed and reordered
     between steps; a row's tokens depend on nothing but its own logits, parameters, history, seed
-    and position, so the others' streams go on undisturbed. Not thread-safe: one thread, one Sampler.
+    and position, so the others' streams go on undisturbed. Not thread-safe: a Sampler a thread.
 
     Args:
         params: one per row. A row without a seed gets one from torch's default generator, here.

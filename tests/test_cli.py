@@ -15,6 +15,7 @@ from llm_sampling.generation import stream
 
 typer = pytest.importorskip("typer", reason="needs the extra 'cli'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
+gguf = pytest.importorskip("gguf", reason="needs the extra 'cli'")
 
 from test_generation import byte_tokenizer  # noqa: E402
 
@@ -223,7 +224,9 @@ def test_a_path_that_is_no_model_is_named(kind, run, tmp_path):
 def test_a_model_that_does_not_load_is_named(run, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(64))
+    reader = gguf.GGUFReader
     code, out, err = run("x", model=broken)
+    assert gguf.GGUFReader is reader  # swapped while loading
     assert (code, out) == (2, "")
     assert str(broken) in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("llm-sampling: ")

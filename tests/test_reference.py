@@ -2,8 +2,8 @@
 
 Literals typed by hand: known answers, worked rows, and the test cases of other samplers (HF:
 Hugging Face's logits processors, llama.cpp, mlx-lm, Aphrodite); where the rules differ on purpose,
-ours is asserted and the comment says so. Then random small rows against an oracle in Python integers,
-written from docs/semantics.md and not from the reference.
+ours is asserted and the comment says so. Then random small rows against an oracle in Python
+integers, written from docs/semantics.md and not from the reference.
 """
 
 import math

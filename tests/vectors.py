@@ -23,7 +23,8 @@ class Vector(NamedTuple):
     """One case.
 
     ``logits`` is ``(1, vocab_size)``; ``kept`` is the kept set's size, ``first_kept`` its first
-    eight ids in order; ``logprobs``, of the processed distribution, holds None where the token is -1.
+    eight ids in order; ``logprobs``, of the processed distribution, holds None where the token
+    is -1.
     """
 
     name: str
