@@ -76,28 +76,51 @@ LLM_SAMPLING_FN float depth(float x, float m, float scale) {
 // The same where m and the scale are finite.
 LLM_SAMPLING_FN float finite_depth(float x, float m, float scale) { return (m - x) * scale; }
 
-// 10 mass, an integer in 0 .. 2^42, of a depth that is neither negative nor -0.0; none for NaN. It is
-// returned in a float32 that holds it exactly: p has 24 significant bits, so p * 2^24 is the integer M,
-// and p * 2^(42 - e) cut to an integer is (M << 18) >> e.
-LLM_SAMPLING_FN float mass(float d) {
+// 10 mass, an integer in 0 .. 2^42, of a depth that is neither negative nor -0.0; none for NaN.
+//
+// p of the polynomial has 24 significant bits and is at least 0.5, so p * 2^24 is the integer M, and
+// p * 2^(42 - e) cut to an integer is (M << 18) >> e. Here it is p * 2^(21 - e), uncut, in two steps: a
+// loop over each keeps a CPU busier than one over both, whose chain of operations is too long.
+LLM_SAMPLING_FN void split_depth(float d, float& fraction, int32_t& exponent_bits) {
   // such floats are ordered like their bits, and those of NaN are above all of them
   const uint32_t bits = bit_cast<uint32_t>(d);
   d = bit_cast<float>(bits < 0x427c0000u ? bits : 0x427c0000u);  // at most 63
   const int32_t e = static_cast<int32_t>(d);
-  const float f = d - static_cast<float>(e);
+  fraction = d - static_cast<float>(e);
+  exponent_bits = (21 - e) * (1 << 23);
+}
+
+LLM_SAMPLING_FN float uncut_mass(float fraction, int32_t exponent_bits) {
   float p = -0x1.eca6f0p-11f;
-  p = p * f;
+  p = p * fraction;
   p = p + 0x1.2d4322p-7f;
-  p = p * f;
+  p = p * fraction;
   p = p + -0x1.c4eb2cp-5f;
-  p = p * f;
+  p = p * fraction;
   p = p + 0x1.ebe206p-3f;
-  p = p * f;
+  p = p * fraction;
   p = p + -0x1.62e3b2p-1f;
-  p = p * f;
+  p = p * fraction;
   p = p + 0x1.000000p+0f;
-  const int32_t exponent = (42 - e) * (1 << 23);
-  return __builtin_truncf(bit_cast<float>(bit_cast<int32_t>(p) + exponent));
+  return bit_cast<float>(bit_cast<int32_t>(p) + exponent_bits);
+}
+
+// The mass in a float32, which holds it exactly.
+LLM_SAMPLING_FN float mass(float d) {
+  float fraction;
+  int32_t exponent_bits;
+  split_depth(d, fraction, exponent_bits);
+  return __builtin_truncf(uncut_mass(fraction, exponent_bits) * 0x1p21f);
+}
+
+// The mass as high * 2^21 + low, of an uncut one; 512 of each have a sum below 2^31.
+LLM_SAMPLING_FN void mass_halves(float uncut, int32_t& high, int32_t& low) {
+  high = static_cast<int32_t>(uncut);
+  low = static_cast<int32_t>((uncut - static_cast<float>(high)) * 0x1p21f);
+}
+
+LLM_SAMPLING_FN int64_t join_halves(int32_t high, int32_t low) {
+  return static_cast<int64_t>(high) * (1 << 21) + low;
 }
 
 constexpr float kMassless = 43.0f;  // no token this deep, or deeper, has mass

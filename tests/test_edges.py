@@ -650,6 +650,12 @@ def test_nothing_that_is_given_changes(backend, dtype):
     assert [tensor._version for tensor in given] == versions
 
 
+def test_filter_logits_leaves_the_generator_alone(backend):
+    before = torch.get_rng_state()
+    filter_logits(_logits(), SamplingParams(top_k=3), backend=backend)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_filtered_logits_are_new_memory(backend):
     logits = _logits()
     filtered = filter_logits(logits, PLAIN, backend=backend)

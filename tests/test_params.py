@@ -411,6 +411,8 @@ def test_fresh_seeds_have_64_random_bits():
     assert len(set(batch.seed.tolist())) == 4096
     # 4096 fair coins stay within 5 standard deviations of a half
     assert ((ones - 0.5).abs() < 5 * 0.5 / 4096**0.5).all()
+    highest = ((batch.seed >> 62) & 3).bincount(minlength=4).double() / 4096
+    assert ((highest - 0.25).abs() < 5 * (0.25 * 0.75 / 4096) ** 0.5).all()
 
 
 def test_seeded_rows_leave_the_generator_alone():

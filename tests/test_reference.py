@@ -901,6 +901,32 @@ def test_top_p_target_to_the_last_unit(backend):
         assert oracle(row, one).kept == list(range(expected))
 
 
+def _exponents(total):
+    """Depths of tokens whose masses sum up to ``total``: as many of 2^42 as fit, then each bit."""
+    rest = total % 2**42
+    return [0] * (total // 2**42) + [e for e in range(1, 43) if rest >> (42 - e) & 1]
+
+
+def test_draw_to_the_last_unit(backend):
+    """A prefix of mass r itself does not exceed r: the next token with a mass is drawn."""
+    rows, seeds, expected = [], [], []
+    total = 2**44
+    for seed in range(100):
+        words = _philox(seed, (0, 0, 0, 0))
+        r = (words[0] | words[1] << 32) * total >> 64
+        for prefix in (r, r + 1):
+            before, after = _exponents(prefix), _exponents(total - prefix)
+            assert before
+            assert after
+            # tokens of mass 0 on both sides of the border, kept but never drawn
+            depths = [50, *before, 60, 50, *after, 55]
+            rows.append([-float(depth) for depth in depths] + [-INF] * (100 - len(depths)))
+            seeds.append(SamplingParams(temperature=LOG2_E, seed=seed))
+            expected.append(len(before) + 3 if prefix == r else len(before))
+    tokens = sample(torch.tensor(rows), seeds, backend=backend).tokens
+    assert tokens.tolist() == expected
+
+
 def test_min_p_cut_to_the_last_bit(backend):
     """A depth that is the cut is kept, the next float32 beyond it is not."""
     for min_p in (0.9, 0.5, 0.3, 0.25, 0.1, 0.05, 1e-3, 1e-6):

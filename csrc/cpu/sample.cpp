@@ -217,16 +217,21 @@ LLM_SAMPLING_CLONES bool scan_maxima(
   for (int64_t tile = begin; tile < end; ++tile) {
     const float* y = load_tile(row, tile, buffer);
     alignas(64) float top[kGroups * 2];
-    for (int j = 0; j < kGroups * 2; ++j) {
-      float best = -kInfinity;
-      float sum = sums[j];
-      for (int k = 0; k < kTile; k += kGroups * 2) {
-        const float x = y[j + k];
-        best = x > best ? x : best;
-        sum += x;
+    for (int j = 0; j < kGroups * 2; ++j) top[j] = -kInfinity;
+    for (int k = 0; k < kTile; k += kGroups * 8) {  // four steps at once, in order of memory
+      for (int j = 0; j < kGroups * 2; ++j) {
+        const float x0 = y[k + j];
+        const float x1 = y[k + j + kGroups * 2];
+        const float x2 = y[k + j + kGroups * 4];
+        const float x3 = y[k + j + kGroups * 6];
+        float best = top[j];
+        best = x0 > best ? x0 : best;
+        best = x1 > best ? x1 : best;
+        best = x2 > best ? x2 : best;
+        best = x3 > best ? x3 : best;
+        top[j] = best;
+        sums[j] += (x0 + x1) + (x2 + x3);
       }
-      top[j] = best;
-      sums[j] = sum;
     }
     float* group = group_max + tile * kGroups;
     for (int j = 0; j < kGroups; ++j) group[j] = std::max(top[j], top[j + kGroups]);
@@ -249,39 +254,36 @@ LLM_SAMPLING_CLONES bool has_nan(const Row& row, int64_t begin, int64_t end) {
   return nan != 0;
 }
 
-// Exact: integers of at most 2^42, 512 of them.
-INLINE int64_t sum_masses(const float* w) {
-  double part[64];
-  for (int j = 0; j < 64; ++j) {
-    double sum = 0;
-    for (int k = 0; k < kTile; k += 64) sum += static_cast<double>(w[j + k]);
-    part[j] = sum;
-  }
-  double lane[8];
-  for (int j = 0; j < 8; ++j) {
-    double sum = 0;
-    for (int k = 0; k < 64; k += 8) sum += part[j + k];
-    lane[j] = sum;
-  }
-  return static_cast<int64_t>(
-      ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]))
-  );
-}
-
 INLINE bool is_massless(const Row& row, float tile_max) {
   return !(depth(tile_max, row.m, row.scale) < kMassless);
 }
 
-INLINE void masses(const Row& row, const float* y, float* __restrict w) {
+// The uncut masses of a tile.
+INLINE void uncut_masses(const Row& row, const float* y, float* __restrict uncut) {
+  alignas(64) float fraction[kTile];
+  alignas(64) int32_t exponent[kTile];
   if (row.m < kInfinity && row.scale < kInfinity) {
-    for (int j = 0; j < kTile; ++j) w[j] = mass(finite_depth(y[j], row.m, row.scale));
+    for (int j = 0; j < kTile; ++j) {
+      split_depth(finite_depth(y[j], row.m, row.scale), fraction[j], exponent[j]);
+    }
   } else {
-    for (int j = 0; j < kTile; ++j) w[j] = mass(depth(y[j], row.m, row.scale));
+    for (int j = 0; j < kTile; ++j) {
+      split_depth(depth(y[j], row.m, row.scale), fraction[j], exponent[j]);
+    }
   }
+  for (int j = 0; j < kTile; ++j) uncut[j] = uncut_mass(fraction[j], exponent[j]);
 }
 
-INLINE void drop_cut(const Cut& cut, int64_t begin, const float* y, float* __restrict w) {
-  for (int32_t j = 0; j < kTile; ++j) w[j] = is_kept(cut, begin, y[j], j) ? w[j] : 0.0f;
+INLINE int64_t sum_masses(const float* uncut) {
+  int32_t high = 0;
+  int32_t low = 0;
+  for (int j = 0; j < kTile; ++j) {
+    int32_t h, l;
+    mass_halves(uncut[j], h, l);
+    high += h;
+    low += l;
+  }
+  return join_halves(high, low);
 }
 
 // The mass of each tile.
@@ -293,12 +295,12 @@ LLM_SAMPLING_CLONES void scan_mass(
     int64_t* tile_mass
 ) {
   alignas(64) float buffer[kTile];
-  alignas(64) float w[kTile];
+  alignas(64) float uncut[kTile];
   for (int64_t tile = begin; tile < end; ++tile) {
     tile_mass[tile] = 0;
     if (is_massless(row, tile_max[tile])) continue;
-    masses(row, load_tile(row, tile, buffer), w);
-    tile_mass[tile] = sum_masses(w);
+    uncut_masses(row, load_tile(row, tile, buffer), uncut);
+    tile_mass[tile] = sum_masses(uncut);
   }
 }
 
@@ -312,14 +314,16 @@ LLM_SAMPLING_CLONES void scan_kept_mass(
     int64_t* tile_kept
 ) {
   alignas(64) float buffer[kTile];
-  alignas(64) float w[kTile];
+  alignas(64) float uncut[kTile];
   for (int64_t tile = begin; tile < end; ++tile) {
     tile_kept[tile] = 0;
     if (!(tile_max[tile] >= cut.value) || is_massless(row, tile_max[tile])) continue;
     const float* y = load_tile(row, tile, buffer);
-    masses(row, y, w);
-    drop_cut(cut, tile * kTile, y, w);
-    tile_kept[tile] = sum_masses(w);
+    uncut_masses(row, y, uncut);
+    for (int32_t j = 0; j < kTile; ++j) {
+      uncut[j] = is_kept(cut, tile * kTile, y[j], j) ? uncut[j] : 0.0f;
+    }
+    tile_kept[tile] = sum_masses(uncut);
   }
 }
 
@@ -334,16 +338,24 @@ LLM_SAMPLING_CLONES void scan_split_mass(
     int64_t* tile_kept
 ) {
   alignas(64) float buffer[kTile];
-  alignas(64) float w[kTile];
+  alignas(64) float uncut[kTile];
   for (int64_t tile = begin; tile < end; ++tile) {
     tile_mass[tile] = tile_kept[tile] = 0;
     if (is_massless(row, tile_max[tile])) continue;
     const float* y = load_tile(row, tile, buffer);
-    masses(row, y, w);
-    tile_mass[tile] = sum_masses(w);
-    if (!(tile_max[tile] >= value)) continue;
-    for (int j = 0; j < kTile; ++j) w[j] = y[j] >= value ? w[j] : 0.0f;
-    tile_kept[tile] = sum_masses(w);
+    uncut_masses(row, y, uncut);
+    int32_t high[2] = {};
+    int32_t low[2] = {};
+    for (int j = 0; j < kTile; ++j) {
+      int32_t h, l;
+      mass_halves(uncut[j], h, l);
+      high[0] += h;
+      low[0] += l;
+      high[1] += y[j] >= value ? h : 0;
+      low[1] += y[j] >= value ? l : 0;
+    }
+    tile_mass[tile] = join_halves(high[0], low[0]);
+    tile_kept[tile] = join_halves(high[1], low[1]);
   }
 }
 
@@ -365,8 +377,10 @@ scan_count(const Row& row, int64_t begin, int64_t end, Cut cut, const float* til
 LLM_SAMPLING_CLONES void tile_kept_masses(const Row& row, int64_t tile, Cut cut, float* w) {
   alignas(64) float buffer[kTile];
   const float* y = load_tile(row, tile, buffer);
-  masses(row, y, w);
-  drop_cut(cut, tile * kTile, y, w);
+  for (int32_t j = 0; j < kTile; ++j) {
+    const float each = mass(depth(y[j], row.m, row.scale));
+    w[j] = is_kept(cut, tile * kTile, y[j], j) ? each : 0.0f;
+  }
 }
 
 LLM_SAMPLING_CLONES void list_masses(const Row& row, const float* x, int64_t size, int64_t* w) {
@@ -434,6 +448,27 @@ LLM_SAMPLING_CLONES void find_bins(
   }
 }
 
+// For each tile the set of its groups whose maximum reaches the bound, as bits; their number in all.
+LLM_SAMPLING_CLONES int64_t mark_groups(
+    const float* group_max,
+    const float* tile_max,
+    int64_t tiles,
+    float bound,
+    uint32_t* marks
+) {
+  int64_t count = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    marks[tile] = 0;
+    if (!(tile_max[tile] >= bound)) continue;
+    const float* group = group_max + tile * kGroups;
+    uint32_t bits = 0;
+    for (int j = 0; j < kGroups; ++j) bits |= static_cast<uint32_t>(group[j] >= bound) << j;
+    marks[tile] = bits;
+    count += __builtin_popcount(bits);
+  }
+  return count;
+}
+
 // A tile's tokens with low <= x <= high, appended to x and id in id order; the new size.
 LLM_SAMPLING_CLONES int64_t tile_band(
     const Row& row,
@@ -445,45 +480,44 @@ LLM_SAMPLING_CLONES int64_t tile_band(
     int64_t size
 ) {
   alignas(64) float buffer[kTile];
+  uint32_t inside[kTile / 32];
+  int32_t places[kTile + 4];
   const float* y = load_tile(row, tile, buffer);
-  for (int begin = 0; begin < kTile; begin += 32) {
-    const float* z = y + begin;
-    uint32_t inside = 0;
+  uint32_t any = 0;
+  for (int word = 0; word < kTile / 32; ++word) {
+    const float* z = y + word * 32;
+    uint32_t bits = 0;
     for (int j = 0; j < 32; ++j) {
-      inside |= static_cast<uint32_t>((z[j] >= low) & (z[j] <= high)) << j;
+      bits |= static_cast<uint32_t>((z[j] >= low) & (z[j] <= high)) << j;
     }
-    for (; inside != 0; inside &= inside - 1) {
-      const int j = begin + __builtin_ctz(inside);
-      x[size] = y[j];
-      id[size] = static_cast<uint32_t>(tile * kTile + j);
-      ++size;
-    }
+    inside[word] = bits;
+    any |= bits;
   }
-  return size;
+  if (any == 0) return size;
+  const int count = set_bits(inside, kTile, places);
+  for (int i = 0; i < count; ++i) {
+    x[size + i] = y[places[i]];
+    id[size + i] = static_cast<uint32_t>(tile * kTile + places[i]);
+  }
+  return size + count;
 }
 
-// The same for x >= low, looking only at the groups whose bit is set.
-LLM_SAMPLING_CLONES int64_t tile_groups(
+// The same for x >= low in one group.
+LLM_SAMPLING_CLONES int64_t tile_group(
     const Row& row,
     int64_t tile,
+    int group,
     float low,
-    uint32_t groups,
     float* x,
     uint32_t* id,
     int64_t size
 ) {
   alignas(64) float buffer[kTile];
   const float* y = load_tile(row, tile, buffer);
-  int group[kGroups];
-  int count = 0;
-  for (; groups != 0; groups &= groups - 1) group[count++] = __builtin_ctz(groups);
-  for (int step = 0; step < kTile; step += kGroups) {
-    for (int g = 0; g < count; ++g) {
-      const int j = step + group[g];
-      x[size] = y[j];
-      id[size] = static_cast<uint32_t>(tile * kTile + j);
-      size += y[j] >= low;  // without a branch that nobody could predict
-    }
+  for (int j = group; j < kTile; j += kGroups) {
+    x[size] = y[j];
+    id[size] = static_cast<uint32_t>(tile * kTile + j);
+    size += y[j] >= low;  // without a branch that nobody could predict
   }
   return size;
 }
@@ -529,8 +563,9 @@ struct Reached {
 };
 
 // Radix select: key[i] counts 1, or weight[i] where weights are given. The total must reach `goal`
-// >= 1. Overwrites both arrays.
-Reached select(uint32_t* key, int64_t* weight, int64_t size, int64_t goal) {
+// >= 1. Overwrites both arrays. It ends early where at most `close` keys are left, with the least of
+// them: that is a lower bound for close > 1, and exact for 1.
+Reached select(uint32_t* key, int64_t* weight, int64_t size, int64_t goal, int64_t close = 1) {
   uint32_t differing = 0;
   for (int64_t i = 1; i < size; ++i) differing |= key[i] ^ key[0];
   int shift = differing == 0 ? 0 : std::max(0, 24 - __builtin_clz(differing));
@@ -552,7 +587,7 @@ Reached select(uint32_t* key, int64_t* weight, int64_t size, int64_t goal) {
       left += in_bucket;
     }
     size = left;
-    if (shift == 0 || size == 1) return {key[0], goal};
+    if (shift == 0 || size <= close) return {*std::min_element(key, key + size), goal};
     shift = std::max(0, shift - 8);
   }
 }
@@ -565,7 +600,9 @@ struct LastKept {
   // For tokens in id order, each once.
   bool keeps(float x) {
     const uint32_t own = order_key(x);
-    return own > key || (own == key && equals-- > 0);
+    const bool equal = own == key;
+    equals -= equal;
+    return (own > key) | (equal & (equals >= 0));  // without a branch that nobody could predict
   }
 };
 
@@ -620,7 +657,7 @@ class Histogram {
 struct Workspace {
   Buffer<float> group_max, tile_max, sample_depth, sample_mass, list_x, bias_values;
   Buffer<int64_t> tile_mass, tile_kept, list_w, weights, bias_order;
-  Buffer<uint32_t> list_id, keys;
+  Buffer<uint32_t> list_id, keys, marks;
   Buffer<int32_t> bias_ids, bins;
   Histogram histogram;
 };
@@ -660,8 +697,10 @@ class RowSampler {
   void keep_every_candidate();
   void keep_list();
 
-  float bound_of_first(int64_t k);
+  float mark_first(int64_t k);
+  int64_t mark(float bound);
   int64_t gather(float bound);
+  void gather_all();
   void gather_band(float from, float to);
   void shorten_list(int64_t size);
   void shorten_list_to(LastKept last);
@@ -692,6 +731,7 @@ class RowSampler {
   int32_t status_ = 0;
   float* group_max_ = nullptr;
   float* tile_max_ = nullptr;
+  uint32_t* marks_ = nullptr;  // by tile: the groups that are looked at again
 
   // The kept set: its cut, its mass, and either its tokens or the kept mass of each tile.
   Cut cut_ = {};
@@ -844,31 +884,43 @@ void RowSampler::keep_first() {
 
 // 11 to 13 where top-k is on.
 void RowSampler::keep_top_k(int64_t k, float top_p, float low, int64_t at_least) {
-  gather(bound_of_first(k));
+  gather(mark_first(k));
   shorten_list(k);
   const int64_t target = top_p < 1.0f ? top_p_target(weigh_list(), top_p) : 0;
   finish_list(target, low, at_least);
 }
 
-// A lower bound on the k-th largest logit: the k-th largest maximum of the groups.
-float RowSampler::bound_of_first(int64_t k) {
-  if (k > tiles_ * kGroups) return kLowest;
+// Marks the groups that can hold the first k of the order. The bound is a lower one of the k-th
+// largest logit: about the k-th largest maximum of the groups.
+float RowSampler::mark_first(int64_t k) {
+  if (k > tiles_ * kGroups) {
+    mark(kLowest);
+    return kLowest;
+  }
+  const int64_t close = 4 + k / 4;  // so many tokens too many are cheaper than an exact bound
   uint32_t* keys = ws_.keys.at_least(tiles_ * kGroups);
-  int64_t size = 0;
-  float floor = -kInfinity;
+  float bound = kLowest;
   if (k <= tiles_) {
     // the k-th largest maximum of the tiles is not above it, and leaves less to look at
     for (int64_t tile = 0; tile < tiles_; ++tile) keys[tile] = order_key(tile_max_[tile]);
-    floor = from_order_key(select(keys, nullptr, tiles_, k).key);
+    bound = std::max(bound, from_order_key(select(keys, nullptr, tiles_, k, close).key));
   }
+  if (mark(bound) <= k + close) return bound;
+  int64_t size = 0;
   for (int64_t tile = 0; tile < tiles_; ++tile) {
-    if (!(tile_max_[tile] >= floor)) continue;
-    for (int64_t g = tile * kGroups; g < (tile + 1) * kGroups; ++g) {
-      keys[size] = order_key(group_max_[g]);
-      size += group_max_[g] >= floor;
+    for (uint32_t groups = marks_[tile]; groups != 0; groups &= groups - 1) {
+      keys[size++] = order_key(group_max_[tile * kGroups + __builtin_ctz(groups)]);
     }
   }
-  return std::max(kLowest, from_order_key(select(keys, nullptr, size, k).key));
+  if (size > k) bound = from_order_key(select(keys, nullptr, size, k, close).key);
+  mark(bound);
+  return bound;
+}
+
+// Marks the groups with a token of x >= bound; their number.
+int64_t RowSampler::mark(float bound) {
+  marks_ = ws_.marks.at_least(tiles_);
+  return mark_groups(group_max_, tile_max_, tiles_, bound, marks_);
 }
 
 // An empty list with room for the row and for one write past its end.
@@ -879,23 +931,25 @@ void RowSampler::start_list() {
   list_.size = 0;
 }
 
-// Makes the list of all tokens with x >= bound; its size.
+// Makes the list of all tokens with x >= bound, whose groups are marked; its size.
 int64_t RowSampler::gather(float bound) {
   start_list();
   int64_t size = 0;
   for (int64_t tile = 0; tile < tiles_; ++tile) {
-    if (!(tile_max_[tile] >= bound)) continue;
-    uint32_t groups = 0;
-    for (int g = 0; g < kGroups; ++g) {
-      groups |= static_cast<uint32_t>(group_max_[tile * kGroups + g] >= bound) << g;
-    }
-    if (__builtin_popcount(groups) <= 8) {
-      size = tile_groups(row_, tile, bound, groups, list_.x, list_.id, size);
+    const uint32_t groups = marks_[tile];
+    if (groups == 0) continue;
+    if ((groups & (groups - 1)) == 0) {  // a single one
+      size = tile_group(row_, tile, __builtin_ctz(groups), bound, list_.x, list_.id, size);
     } else {
       size = tile_band(row_, tile, bound, kInfinity, list_.x, list_.id, size);
     }
   }
   return list_.size = size;
+}
+
+void RowSampler::gather_all() {
+  mark(kLowest);
+  gather(kLowest);
 }
 
 // Makes the list of all tokens with from <= x <= to.
@@ -998,8 +1052,7 @@ void RowSampler::keep_every_candidate() {
 
 // 13 where only min-p, or nothing that cuts deeper, is on.
 void RowSampler::keep_from(float low, int64_t at_least) {
-  int64_t groups = 0;
-  for (int64_t g = 0; g < tiles_ * kGroups; ++g) groups += group_max_[g] >= low;
+  const int64_t groups = mark(low);
   const Cut cut = {low, kEveryId};
   listed_ = false;
   if (groups <= 1024 || at_least > groups) {
@@ -1023,14 +1076,14 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
   constexpr int64_t kHead = 64;     // tokens: most nuclei of language models lie within
   constexpr int64_t kListed = 768;  // groups: more are not worth a list
   if (tiles_ <= kSmall) {
-    gather(kLowest);
+    gather_all();
     return finish_list(top_p_target(weigh_list(), top_p), low, at_least);
   }
 
   // The mass of the whole row, which tells the target, costs a pass; it is put off until an estimate
   // has told whether the mass above some cut is wanted from the same pass.
   tile_kept_ = nullptr;
-  const float head_bound = bound_of_first(std::max(kHead, at_least));
+  const float head_bound = mark_first(std::max(kHead, at_least));
   gather(head_bound);
   const int64_t head = weigh_list();
   const int64_t size = tiles_ * kGroups;
@@ -1051,9 +1104,7 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
   const double goal = static_cast<double>(top_p) * sample.total;
   const float value = histogram.value_at(row_, goal);
   const float bound = std::min(head_bound, histogram.value_at(row_, goal + 0.05 * sample.total));
-  int64_t groups = 0;
-  for (int64_t g = 0; g < size; ++g) groups += group_max_[g] >= bound;
-  if (groups <= kListed) {
+  if (mark(bound) <= kListed) {
     if (z == 0) z = mass_of_row();
     const int64_t target = top_p_target(z, top_p);
     gather(bound);
@@ -1087,12 +1138,12 @@ void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t 
   const double of_a_token = static_cast<double>(mass(depth(guess, row_.m, row_.scale)));
   const double sampled = ws_.histogram.mass_above(row_, guess);
   int64_t goal = 0;
-  for (double margin = 0.5;; margin *= 4) {
+  for (double margin = 0.25;; margin *= 4) {
     if (margin > 10) {  // the sample misled us: choose among all
-      gather(kLowest);
+      gather_all();
       return finish_list(target, low, at_least);
     }
-    const double step = (1 + margin) * wrong_by + 256 * margin * of_a_token;
+    const double step = (1 + margin) * wrong_by + 512 * margin * of_a_token;
     const float far = ws_.histogram.value_at(row_, lower ? sampled + step : sampled - step);
     const float below_guess = std::nextafter(guess, -kInfinity);
     const float from = lower ? std::min(far, below_guess) : guess;
@@ -1106,13 +1157,10 @@ void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t 
   LastKept last = where_reached(goal);
   cut_ = {from_order_key(last.key), -1};
   for (int64_t i = 0; i < list_.size; ++i) {
-    int64_t& kept_mass = tile_kept_[list_.id[i] / kTile];
-    if (last.keeps(list_.x[i])) {
-      if (lower) kept_mass += list_.w[i];
-      if (list_.x[i] == cut_.value) cut_.last_id = list_.id[i];
-    } else if (!lower) {
-      kept_mass -= list_.w[i];
-    }
+    const bool kept = last.keeps(list_.x[i]);
+    // below the guess kept tokens are to be added, above it those that are not to be taken away
+    tile_kept_[list_.id[i] / kTile] += (lower ? list_.w[i] : -list_.w[i]) * (kept == lower);
+    if (kept & (list_.x[i] == cut_.value)) cut_.last_id = list_.id[i];
   }
   listed_ = false;
   mass_ = total(tile_kept_);

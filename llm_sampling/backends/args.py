@@ -109,11 +109,11 @@ def set_logits(args: SampleArgs, logits: Tensor, allowed_mask: Tensor | None) ->
     """Point the struct at one step's logits and mask."""
     args.logits = logits.data_ptr()
     args.logits_stride = logits.stride(0)
-    if allowed_mask is None:
-        args.allowed_mask = None
-    else:
+    if allowed_mask is not None:
         args.allowed_mask = allowed_mask.data_ptr()
         args.allowed_mask_stride = allowed_mask.stride(0)
+    elif args.allowed_mask:
+        args.allowed_mask = None
 
 
 def set_history(args: SampleArgs, call: SampleCall) -> None:
@@ -144,6 +144,8 @@ def make_results(call: SampleCall) -> SampleOutput:
 
 def set_results(args: SampleArgs, output: SampleOutput) -> None:
     """Point the struct at the results' memory."""
-    args.tokens = output.tokens.data_ptr()
-    args.logprobs = None if output.logprobs is None else output.logprobs.data_ptr()
-    args.status = output.status.data_ptr()
+    tokens, logprobs, status = output
+    args.tokens = tokens.data_ptr()
+    args.status = status.data_ptr()
+    if logprobs is not None:
+        args.logprobs = logprobs.data_ptr()

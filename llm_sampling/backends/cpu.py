@@ -99,20 +99,19 @@ def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]
         nonlocal held
         args.num_threads = torch.get_num_threads()
         set_logits(args, logits, allowed_mask)
-        state = _state(call)
-        if any(mine is not theirs for mine, theirs in zip(held, state, strict=True)):
-            set_history(args, call)
-            held = state
+        if held:
+            state = _state(call)
+            if any(mine is not theirs for mine, theirs in zip(held, state, strict=True)):
+                set_history(args, call)
+                held = state
         # new memory for every step; its likes are cheaper to make than it is from a shape
-        output = SampleOutput(
-            torch.empty_like(like.tokens),
-            None if like.logprobs is None else torch.empty_like(like.logprobs),
-            torch.empty_like(like.status),
-        )
+        tokens, status = torch.empty_like(like.tokens), torch.empty_like(like.status)
+        logprobs = None if like.logprobs is None else torch.empty_like(like.logprobs)
+        output = SampleOutput(tokens, logprobs, status)
         set_results(args, output)
         _run(library, args)
         if call.check:
-            raise_on_status(output.status)
+            raise_on_status(status)
         return output
 
     return step
