@@ -433,18 +433,27 @@ def build(
     )
 
 
-def every_case(vocab_size: int) -> list[list[Case]]:
-    """The full product, in groups that go into one call each: no history or mask, each, and both."""
+def every_case(vocab_size: int, histories_each: int = len(HISTORY_NAMES)) -> list[list[Case]]:
+    """The full product, in groups that go into one call each: no history or mask, each, and both.
+
+    Every row with every penalty meets ``histories_each`` histories, others at another size.
+    """
     seeds = itertools.count(1)
     filters, penalties = filter_mixes(vocab_size), penalty_mixes(vocab_size)
+    turns = range(0, len(HISTORY_NAMES), len(HISTORY_NAMES) // histories_each)
     masked = ("plain", "greedy", "k 50", "p 0.9", "min-p 0.05", "T k p min-p", "bias")
     return [
         [Case(r, m, seed=next(seeds)) for r in ROW_NAMES for m in filters],
         [
-            Case(r, m, history=h, seed=next(seeds))
+            Case(
+                r,
+                m,
+                history=HISTORY_NAMES[(vocab_size + i + turn) % len(HISTORY_NAMES)],
+                seed=next(seeds),
+            )
             for r in ROW_NAMES
-            for m in penalties
-            for h in HISTORY_NAMES
+            for i, m in enumerate(penalties)
+            for turn in turns
         ],
         [
             Case(r, m, mask=k, seed=next(seeds))

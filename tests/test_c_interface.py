@@ -124,7 +124,7 @@ def test_a_bad_struct_gives_its_code_and_changes_nothing(
 
 BAD_PARAMETERS = {
     "temperature": (-1.0, float("inf"), float("nan")),
-    "top_p": (0.0, -0.5, float("nan")),
+    "top_p": (-0.5, float("nan")),
     "min_p": (-0.1, float("nan")),
     "min_p_cut": (-1.0, float("nan")),
     "repetition_penalty": (0.0, -1.0, float("inf"), float("nan")),

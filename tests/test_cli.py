@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import io
+import os
 import re
 import signal
 import subprocess
@@ -116,12 +118,36 @@ def test_the_text_is_what_the_loop_generates(run, model_path):
     assert "it/s" not in err  # the loader's own progress bars
 
 
-def test_every_backend_gives_the_same_text(run, backend):
+def test_every_backend_gives_the_same_text(run, backend, monkeypatch):
+    asked = []
+
+    class Recorded(Sampler):
+        def __init__(self, *args, **options):
+            asked.append(options["backend"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(cli, "Sampler", Recorded)
     options = ["--seed", 5, "--top-p", 0.9, "--presence-penalty", 0.5, "--max-new-tokens", 30]
     torch_out = run("Once", *options, "--backend", "torch")[1]
     code, out, err = run("Once", *options, "--backend", backend)
     assert (code, out) == (0, torch_out)
     assert f"(backend {backend}, seed 5)" in err
+    assert asked == ["torch", backend]
+
+
+def test_each_piece_is_out_before_the_next_is_made(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(written), "utf-8"))
+
+    def pieces():
+        yield "Zoë "
+        assert written.getvalue().decode() == "Zoë "
+        yield ""
+        yield "ran"
+        assert written.getvalue().decode() == "Zoë ran"
+
+    cli._print_text(pieces())
+    assert written.getvalue().decode() == "Zoë ran\n"
 
 
 def test_the_text_stops_before_the_end_token(run):
@@ -277,6 +303,8 @@ def command(*argv):
         [sys.executable, "-c", program, *map(str, argv)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # As users run it: stdout to a pipe is buffered.
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
     )
 
 

@@ -29,7 +29,14 @@ from cases import (
 )
 from torch import Tensor
 
-from llm_sampling import Sampler, SamplingParams, TokenHistory, filter_logits, sample
+from llm_sampling import (
+    BatchParams,
+    Sampler,
+    SamplingParams,
+    TokenHistory,
+    filter_logits,
+    sample,
+)
 from llm_sampling.backends import Logprobs
 
 LOGPROB_TOLERANCE = 1e-5
@@ -59,14 +66,16 @@ class Result:
 
 def run(batch: Batch, backend: str, logprobs: Sequence[Logprobs]) -> Result:
     """Everything that is compared, on the CPU."""
+    params = BatchParams.from_list(
+        batch.params, positions=batch.positions, device=batch.logits.device
+    )
 
     def draw(num_samples: int, kind: Logprobs | None) -> tuple[Tensor, Tensor | None, Tensor]:
         return sample(
             batch.logits,
-            batch.params,
+            params,
             history=batch.history,
             allowed_mask=batch.allowed_mask,
-            positions=batch.positions,
             num_samples=num_samples,
             logprobs=kind,
             backend=backend,
@@ -82,7 +91,7 @@ def run(batch: Batch, backend: str, logprobs: Sequence[Logprobs]) -> Result:
     first = tokens[:, 0] if backend == "torch" else draw(1, None)[0]
     filtered = filter_logits(
         batch.logits,
-        batch.params,
+        params,
         history=batch.history,
         allowed_mask=batch.allowed_mask,
         backend=backend,
@@ -160,8 +169,9 @@ def build_all(
 
 @functools.lru_cache(maxsize=1)
 def every_batch(vocab_size: int, device: str) -> list[Batch]:
-    """Every case, built once for all dtypes."""
-    return list(build_all(every_case(vocab_size), vocab_size, torch.float32, device))
+    """Every row with every mix, built once for all dtypes."""
+    groups = every_case(vocab_size, histories_each=2)
+    return list(build_all(groups, vocab_size, torch.float32, device))
 
 
 def assert_parity(
@@ -186,7 +196,7 @@ def assert_parity(
 @dtypes
 @small_vocabs
 def test_every_case(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
-    """The full product of rows, mixes, histories and masks at a small vocabulary."""
+    """Every row with every mix, also masked; with penalties under two of the eight histories."""
     batches = every_batch(vocab_size, device_of(backend))
     assert_parity((replace(b, dtype=dtype, logits=b.logits.to(dtype)) for b in batches), backend)
 
@@ -204,11 +214,9 @@ def test_covering_cases(backend: str, dtype: torch.dtype, vocab_size: int) -> No
 @pytest.mark.slow
 @other_backends
 @dtypes
-@large_vocabs
-def test_every_case_at_large_vocabularies(
-    backend: str, dtype: torch.dtype, vocab_size: int
-) -> None:
-    """The full product, for hours of patience."""
+@all_vocabs
+def test_every_case_and_every_history(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
+    """The full product of rows, mixes, histories and masks: minutes, at large sizes an hour."""
     groups = every_case(vocab_size)
     assert_parity(build_all(groups, vocab_size, dtype, device_of(backend)), backend)
 

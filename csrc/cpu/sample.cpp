@@ -1369,7 +1369,7 @@ int32_t check(const LlmSamplingArgs& a) {
   }
   for (int64_t row = 0; row < a.rows; ++row) {
     const auto is_finite = [](float x) { return std::abs(x) < kInfinity; };
-    if (!(a.temperature[row] >= 0.0f && is_finite(a.temperature[row]) && a.top_p[row] > 0.0f &&
+    if (!(a.temperature[row] >= 0.0f && is_finite(a.temperature[row]) && a.top_p[row] >= 0.0f &&
           a.min_p[row] >= 0.0f && a.min_p_cut[row] >= 0.0f && a.repetition_penalty[row] > 0.0f &&
           is_finite(a.repetition_penalty[row]) && is_finite(a.frequency_penalty[row]) &&
           is_finite(a.presence_penalty[row]) && a.min_tokens_to_keep[row] >= 1)) {
