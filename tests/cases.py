@@ -1,8 +1,8 @@
 """The one table of parity cases: rows of logits, parameter mixes, histories, masks and layouts.
 
-Everything is a named builder, and what it builds depends on nothing but its name, the vocabulary size
-and a seed; so a printed :class:`Case` replays a failure. Rows are made to hurt: ties, infinities,
-NaN, subnormals, boundaries that are hit exactly.
+Everything is a named builder, and what it builds depends on nothing but its name, the vocabulary
+size and a seed; so a printed :class:`Case` replays a failure. Rows are made to hurt: ties,
+infinities, NaN, subnormals, boundaries that are hit exactly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,17 @@ def device_of(backend: str) -> str:
     return "cpu" if types is None or "cpu" in types else min(types)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch, and with it every backend on the CPU, use this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # ------------------------------------------------------------------------------------------- rows
 
 
@@ -48,7 +60,7 @@ def _normal(scale: float) -> Callable[[int, torch.Generator], Tensor]:
 
 
 def _model_like(v: int, g: torch.Generator) -> Tensor:
-    """A few dominant tokens over a long tail that falls with the rank, as a language model gives."""
+    """A few dominant tokens over a long tail that falls with the rank, as models give."""
     rank = torch.arange(1, v + 1, dtype=torch.float32)
     x = 4.0 - 1.6 * rank.log() + 0.7 * torch.randn(v, generator=g)
     return x[torch.randperm(v, generator=g)]
@@ -404,7 +416,10 @@ def build(
     *,
     slots_seed: int | None = 0,
 ) -> Batch:
-    """The batch of ``cases``; history slots in random order with free ones between (None: in order)."""
+    """The batch of ``cases``.
+
+    History slots are in random order with free ones between, or in order for ``slots_seed=None``.
+    """
     logits = torch.stack([make_row(c.row, vocab_size, c.seed) for c in cases]).to(dtype)
     history = None
     if any(c.history != "none" or c.mix in penalty_mixes(vocab_size) for c in cases):
@@ -475,7 +490,7 @@ def every_case(vocab_size: int, histories_each: int = len(HISTORY_NAMES)) -> lis
 
 
 def covering_cases(vocab_size: int, seed: int, rows: int = 0) -> list[list[Case]]:
-    """Groups as in :func:`every_case` in which every row, mix, history and mask occurs at least once.
+    """Groups as in :func:`every_case`; every row, mix, history and mask occurs at least once.
 
     The pairs change with ``seed``. With ``rows`` > 0 that many cases of each group are kept, others
     with other seeds.
@@ -494,9 +509,7 @@ def covering_cases(vocab_size: int, seed: int, rows: int = 0) -> list[list[Case]
         count = max(len(mixes), len(ROW_NAMES) if every_row else 0)
         columns = (deal(ROW_NAMES, count), deal(mixes, count))
         columns += (deal(histories, count), deal(masks, count))
-        cases = [
-            Case(*names, seed=rng.randrange(1, 2**31)) for names in zip(*columns, strict=True)
-        ]
+        cases = [Case(*names, seed=rng.randrange(1, 2**31)) for names in zip(*columns, strict=True)]
         return cases[:rows] if rows else cases
 
     filters, penalties = tuple(filter_mixes(vocab_size)), tuple(penalty_mixes(vocab_size))

@@ -7,8 +7,6 @@ another layout or dtype, with more draws: each time the same token and the same 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,6 +22,7 @@ from cases import (
     filter_mixes,
     make_row,
     penalty_mixes,
+    threads,
 )
 from torch import Tensor
 
@@ -71,19 +70,9 @@ def draw_alone(case: Case, vocab_size: int, backend: str) -> tuple[int, int]:
     return tokens.item(), status.item()  # type: ignore[return-value]
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run with this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        assert torch.get_num_threads() == count
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def assert_equal_rows(got: list[tuple[int, int]], wanted: list[tuple[int, int]], batch: Batch) -> None:
+def assert_equal_rows(
+    got: list[tuple[int, int]], wanted: list[tuple[int, int]], batch: Batch
+) -> None:
     """(token, status) of every row."""
     for row, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
         assert mine == theirs, f"(token, status) {mine}, alone {theirs}\n{batch.describe(row)}"

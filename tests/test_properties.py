@@ -106,7 +106,7 @@ def sampling_params(draw: st.DrawFn, vocab_size: int) -> SamplingParams:
 def rows_of_one_call(draw: st.DrawFn) -> tuple[int, list[Row]]:
     """A vocabulary size and one to four rows."""
     vocab_size = draw(
-        st.one_of(st.integers(1, 12), st.sampled_from((31, 32, 33, 511, 512, 513)), st.integers(1, 600))
+        st.integers(1, 12) | st.sampled_from((31, 32, 33, 511, 512, 513)) | st.integers(1, 600)
     )
     ids = st.lists(st.integers(-2, vocab_size + 1), max_size=12).map(tuple)
     words = -(-vocab_size // 32)
@@ -152,9 +152,7 @@ def assert_same_draw(
             backend=name,
             check=False,
         )
-        filtered[name] = filter_logits(
-            x, params, history=history, allowed_mask=mask, backend=name
-        )
+        filtered[name] = filter_logits(x, params, history=history, allowed_mask=mask, backend=name)
     wanted, got = drawn["torch"], drawn[backend]
     shown = f"reference {wanted}\n{backend} {got}"
     assert torch.equal(wanted.tokens, got.tokens), shown
