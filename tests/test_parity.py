@@ -1,6 +1,7 @@
 """Does every backend equal the reference, to the bit?
 
-Tokens, status and the bits of the filtered logits have no tolerance; logprobs have one of 1e-5. A failure prints the rows that differ, ready to be built again.
+Tokens, status and the bits of the filtered logits have no tolerance; logprobs have one of 1e-5.
+A failure prints the rows that differ, ready to be built again.
 """
 
 from __future__ import annotations
