@@ -503,22 +503,21 @@ def covering_cases(vocab_size: int, seed: int, rows: int = 0) -> list[list[Case]
             dealt += rng.sample(names, len(names))
         return dealt[:count]
 
-    def group(
-        mixes: Sequence[str], histories: Sequence[str], masks: Sequence[str], every_row: bool
-    ) -> list[Case]:
-        count = max(len(mixes), len(ROW_NAMES) if every_row else 0)
+    def group(mixes: Sequence[str], histories: Sequence[str], masks: Sequence[str]) -> list[Case]:
+        count = max(len(mixes), len(histories), len(masks))
         columns = (deal(ROW_NAMES, count), deal(mixes, count))
         columns += (deal(histories, count), deal(masks, count))
         cases = [Case(*names, seed=rng.randrange(1, 2**31)) for names in zip(*columns, strict=True)]
         return cases[:rows] if rows else cases
 
     filters, penalties = tuple(filter_mixes(vocab_size)), tuple(penalty_mixes(vocab_size))
+    assert len(filters) >= len(ROW_NAMES)  # so that the first group alone covers the rows
     none = ("none",)
     return [
-        group(filters, none, none, True),
-        group(penalties, HISTORY_NAMES, none, False),
-        group(("plain", "k 50", "p 0.9", "T k p min-p"), none, MASK_NAMES, False),
-        group(("chain all", "penalties up"), HISTORY_NAMES[1:], MASK_NAMES[1:], False),
+        group(filters, none, none),
+        group(penalties, HISTORY_NAMES, none),
+        group(("plain", "k 50", "p 0.9", "T k p min-p"), none, MASK_NAMES),
+        group(("chain all", "penalties up"), HISTORY_NAMES[1:], MASK_NAMES[1:]),
     ]
 
 

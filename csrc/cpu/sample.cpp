@@ -8,7 +8,7 @@
 //   maxima       every row: the maximum of each tile and of each of its 16 groups (tokens j = g mod 16).
 //   (no more)    greedy, and top-k: the k-th largest group maximum bounds the k-th largest logit from
 //                below, so only the few groups that reach it are looked at again.
-//   mass         top-p, or no filter: the mass of every tile, exact in doubles below 2^53.
+//   mass         top-p, or no filter: the mass of every tile, exact in two int32 halves.
 //   mass, split  top-p on a flat row: the mass above a cut estimated from a sample as well; the tokens
 //                between the estimate and the exact cut are then few.
 //   band         the same row: those tokens.
