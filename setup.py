@@ -18,7 +18,7 @@ FLAGS = ["-std=c++17", "-O3", *EXACT, "-fvisibility=hidden", "-pthread", "-Wall"
 CPU = Extension(
     "llm_sampling.lib.libllm_sampling_cpu",
     sources=["csrc/cpu/sample.cpp"],
-    depends=["csrc/cpu/pool.h", "csrc/semantics.h", "csrc/llm_sampling.h"],
+    depends=[str(path) for path in Path("csrc").rglob("*.h")],
     extra_compile_args=FLAGS,
     extra_link_args=["-pthread", "-Wl,-z,defs"] if sys.platform == "linux" else ["-pthread"],
     language="c++",

@@ -1,0 +1,359 @@
+// Every loop over tiles: what is vectorised, and nothing else. Ranges are of tiles, [begin, end).
+#ifndef LLM_SAMPLING_CPU_PASSES_H_
+#define LLM_SAMPLING_CPU_PASSES_H_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "tile.h"
+
+namespace llm_sampling {
+namespace {
+
+// Maxima of groups and tiles. True if a NaN may have been seen: some sum of a group's values is NaN,
+// which +inf and -inf together make too.
+LLM_SAMPLING_CLONES bool scan_maxima(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    float* group_max,
+    float* tile_max
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float sums[kGroups * 2] = {};
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const float* y = load_tile(row, tile, buffer);
+    alignas(64) float top[kGroups * 2];
+    for (int j = 0; j < kGroups * 2; ++j) top[j] = -kInfinity;
+    for (int k = 0; k < kTile; k += kGroups * 8) {  // four steps at once, in order of memory
+      for (int j = 0; j < kGroups * 2; ++j) {
+        const float x0 = y[k + j];
+        const float x1 = y[k + j + kGroups * 2];
+        const float x2 = y[k + j + kGroups * 4];
+        const float x3 = y[k + j + kGroups * 6];
+        float best = top[j];
+        best = x0 > best ? x0 : best;
+        best = x1 > best ? x1 : best;
+        best = x2 > best ? x2 : best;
+        best = x3 > best ? x3 : best;
+        top[j] = best;
+        sums[j] += (x0 + x1) + (x2 + x3);
+      }
+    }
+    float* group = group_max + tile * kGroups;
+    for (int j = 0; j < kGroups; ++j) group[j] = std::max(top[j], top[j + kGroups]);
+    float best = -kInfinity;
+    for (int j = 0; j < kGroups; ++j) best = std::max(best, group[j]);
+    tile_max[tile] = best;
+  }
+  bool nan = false;
+  for (int j = 0; j < kGroups * 2; ++j) nan |= sums[j] != sums[j];
+  return nan;
+}
+
+LLM_SAMPLING_CLONES bool has_nan(const Row& row, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kTile];
+  int nan = 0;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const float* y = load_tile(row, tile, buffer);
+    for (int j = 0; j < kTile; ++j) nan |= y[j] != y[j];
+  }
+  return nan != 0;
+}
+
+INLINE bool is_massless(const Row& row, float tile_max) {
+  return !(depth(tile_max, row.m, row.scale) < kMassless);
+}
+
+// The uncut masses of a tile.
+INLINE void uncut_masses(const Row& row, const float* y, float* __restrict uncut) {
+  alignas(64) float fraction[kTile];
+  alignas(64) int32_t exponent[kTile];
+  if (row.m < kInfinity && row.scale < kInfinity) {
+    for (int j = 0; j < kTile; ++j) {
+      split_depth(finite_depth(y[j], row.m, row.scale), fraction[j], exponent[j]);
+    }
+  } else {
+    for (int j = 0; j < kTile; ++j) {
+      split_depth(depth(y[j], row.m, row.scale), fraction[j], exponent[j]);
+    }
+  }
+  for (int j = 0; j < kTile; ++j) uncut[j] = uncut_mass(fraction[j], exponent[j]);
+}
+
+INLINE int64_t sum_masses(const float* uncut) {
+  int32_t high = 0;
+  int32_t low = 0;
+  for (int j = 0; j < kTile; ++j) {
+    int32_t h, l;
+    mass_halves(uncut[j], h, l);
+    high += h;
+    low += l;
+  }
+  return join_halves(high, low);
+}
+
+// The mass of each tile.
+LLM_SAMPLING_CLONES void scan_mass(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    const float* tile_max,
+    int64_t* tile_mass
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float uncut[kTile];
+  for (int64_t tile = begin; tile < end; ++tile) {
+    tile_mass[tile] = 0;
+    if (is_massless(row, tile_max[tile])) continue;
+    uncut_masses(row, load_tile(row, tile, buffer), uncut);
+    tile_mass[tile] = sum_masses(uncut);
+  }
+}
+
+// The mass of each tile's kept tokens.
+LLM_SAMPLING_CLONES void scan_kept_mass(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    Cut cut,
+    const float* tile_max,
+    int64_t* tile_kept
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float uncut[kTile];
+  for (int64_t tile = begin; tile < end; ++tile) {
+    tile_kept[tile] = 0;
+    if (!(tile_max[tile] >= cut.value) || is_massless(row, tile_max[tile])) continue;
+    const float* y = load_tile(row, tile, buffer);
+    uncut_masses(row, y, uncut);
+    for (int32_t j = 0; j < kTile; ++j) {
+      uncut[j] = is_kept(cut, tile * kTile, y[j], j) ? uncut[j] : 0.0f;
+    }
+    tile_kept[tile] = sum_masses(uncut);
+  }
+}
+
+// The mass of each tile, and that of its tokens of at least `value`.
+LLM_SAMPLING_CLONES void scan_split_mass(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    float value,
+    const float* tile_max,
+    int64_t* tile_mass,
+    int64_t* tile_kept
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float uncut[kTile];
+  for (int64_t tile = begin; tile < end; ++tile) {
+    tile_mass[tile] = tile_kept[tile] = 0;
+    if (is_massless(row, tile_max[tile])) continue;
+    const float* y = load_tile(row, tile, buffer);
+    uncut_masses(row, y, uncut);
+    int32_t high[2] = {};
+    int32_t low[2] = {};
+    for (int j = 0; j < kTile; ++j) {
+      int32_t h, l;
+      mass_halves(uncut[j], h, l);
+      high[0] += h;
+      low[0] += l;
+      high[1] += y[j] >= value ? h : 0;
+      low[1] += y[j] >= value ? l : 0;
+    }
+    tile_mass[tile] = join_halves(high[0], low[0]);
+    tile_kept[tile] = join_halves(high[1], low[1]);
+  }
+}
+
+LLM_SAMPLING_CLONES int64_t
+scan_count(const Row& row, int64_t begin, int64_t end, Cut cut, const float* tile_max) {
+  alignas(64) float buffer[kTile];
+  int64_t count = 0;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    if (!(tile_max[tile] >= cut.value)) continue;
+    const float* y = load_tile(row, tile, buffer);
+    int32_t inside = 0;
+    for (int32_t j = 0; j < kTile; ++j) inside += is_kept(cut, tile * kTile, y[j], j);
+    count += inside;
+  }
+  return count;
+}
+
+// The masses of one tile's kept tokens, in w.
+LLM_SAMPLING_CLONES void tile_kept_masses(const Row& row, int64_t tile, Cut cut, float* w) {
+  alignas(64) float buffer[kTile];
+  const float* y = load_tile(row, tile, buffer);
+  for (int32_t j = 0; j < kTile; ++j) {
+    const float each = mass(depth(y[j], row.m, row.scale));
+    w[j] = is_kept(cut, tile * kTile, y[j], j) ? each : 0.0f;
+  }
+}
+
+LLM_SAMPLING_CLONES void list_masses(const Row& row, const float* x, int64_t size, int64_t* w) {
+  for (int64_t i = 0; i < size; ++i) {
+    w[i] = static_cast<int64_t>(mass(depth(x[i], row.m, row.scale)));
+  }
+}
+
+// A weighted sample of a row, two values of each group: its maximum, which stands for itself, and a
+// value of another step in each tile, which stands for the group's 31 others.
+struct Sample {
+  int64_t size;  // groups
+  float* depth[2];
+  float* mass[2];  // of all the tokens that the value stands for
+  double total;    // an estimate of the row's mass
+  float deepest;   // of the second values that have mass
+};
+
+LLM_SAMPLING_CLONES void take_sample(const Row& row, const float* group_max, Sample& out) {
+  alignas(64) float buffer[kTile];
+  const int64_t tiles = row.tiles();
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const float* y = load_tile(row, tile, buffer) + tile * 7 % kSteps * kGroups;
+    std::copy(y, y + kGroups, out.depth[1] + tile * kGroups);
+  }
+  double lane[kGroups] = {};
+  float deepest[kGroups] = {};
+  for (int64_t at = 0; at < out.size; at += kGroups) {
+    float* d0 = out.depth[0] + at;
+    float* d1 = out.depth[1] + at;
+    float* w0 = out.mass[0] + at;
+    float* w1 = out.mass[1] + at;
+    for (int j = 0; j < kGroups; ++j) {
+      const float top = group_max[at + j];
+      const float other = d1[j] < top ? d1[j] : -kInfinity;
+      d0[j] = depth(top, row.m, row.scale);
+      const float d = depth(other, row.m, row.scale);
+      const float weighing = d < kMassless ? d : 0.0f;
+      deepest[j] = weighing > deepest[j] ? weighing : deepest[j];
+      d1[j] = d;
+    }
+    for (int j = 0; j < kGroups; ++j) w0[j] = mass(d0[j]);
+    for (int j = 0; j < kGroups; ++j) w1[j] = mass(d1[j]) * static_cast<float>(kSteps - 1);
+    for (int j = 0; j < kGroups; ++j) {
+      lane[j] += static_cast<double>(w0[j]) + static_cast<double>(w1[j]);
+    }
+  }
+  out.total = 0;
+  for (int j = 0; j < kGroups; ++j) out.total += lane[j];
+  out.deepest = *std::max_element(deepest, deepest + kGroups);
+}
+
+// The bin of each depth: depth * scale, or the last.
+LLM_SAMPLING_CLONES void find_bins(
+    const float* d,
+    int64_t size,
+    float scale,
+    int last,
+    int32_t* bin
+) {
+  const float limit = static_cast<float>(last);
+  for (int64_t i = 0; i < size; ++i) {
+    const float b = d[i] * scale;
+    bin[i] = static_cast<int32_t>(b < limit ? b : limit);
+  }
+}
+
+// For each tile the set of its groups whose maximum reaches the bound, as bits; their number in all.
+LLM_SAMPLING_CLONES int64_t mark_groups(
+    const float* group_max,
+    const float* tile_max,
+    int64_t tiles,
+    float bound,
+    uint32_t* marks
+) {
+  int64_t count = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    marks[tile] = 0;
+    if (!(tile_max[tile] >= bound)) continue;
+    const float* group = group_max + tile * kGroups;
+    uint32_t bits = 0;
+    for (int j = 0; j < kGroups; ++j) bits |= static_cast<uint32_t>(group[j] >= bound) << j;
+    marks[tile] = bits;
+    count += __builtin_popcount(bits);
+  }
+  return count;
+}
+
+// A tile's tokens with low <= x <= high, appended to x and id in id order; the new size.
+LLM_SAMPLING_CLONES int64_t tile_band(
+    const Row& row,
+    int64_t tile,
+    float low,
+    float high,
+    float* x,
+    uint32_t* id,
+    int64_t size
+) {
+  alignas(64) float buffer[kTile];
+  uint32_t inside[kTile / 32];
+  int32_t places[kTile + 4];
+  const float* y = load_tile(row, tile, buffer);
+  uint32_t any = 0;
+  for (int word = 0; word < kTile / 32; ++word) {
+    const float* z = y + word * 32;
+    uint32_t bits = 0;
+    for (int j = 0; j < 32; ++j) {
+      bits |= static_cast<uint32_t>((z[j] >= low) & (z[j] <= high)) << j;
+    }
+    inside[word] = bits;
+    any |= bits;
+  }
+  if (any == 0) return size;
+  const int count = set_bits(inside, kTile, places);
+  for (int i = 0; i < count; ++i) {
+    x[size + i] = y[places[i]];
+    id[size + i] = static_cast<uint32_t>(tile * kTile + places[i]);
+  }
+  return size + count;
+}
+
+// The same for x >= low in one group.
+LLM_SAMPLING_CLONES int64_t tile_group(
+    const Row& row,
+    int64_t tile,
+    int group,
+    float low,
+    float* x,
+    uint32_t* id,
+    int64_t size
+) {
+  alignas(64) float buffer[kTile];
+  const float* y = load_tile(row, tile, buffer);
+  for (int j = group; j < kTile; j += kGroups) {
+    x[size] = y[j];
+    id[size] = static_cast<uint32_t>(tile * kTile + j);
+    size += y[j] >= low;  // without a branch that nobody could predict
+  }
+  return size;
+}
+
+// Writes x / T in the kept set, -inf elsewhere.
+LLM_SAMPLING_CLONES void write_filtered(
+    const Row& row,
+    int64_t begin_tile,
+    int64_t end_tile,
+    Cut cut,
+    float temperature,
+    float* out
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float z[kTile];
+  for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
+    const float* y = load_tile(row, tile, buffer);
+    const int64_t begin = tile * kTile;
+    for (int32_t j = 0; j < kTile; ++j) {
+      const float x = y[j] + 0.0f;  // 6
+      const float divided = x / temperature;
+      z[j] = is_kept(cut, begin, x, j) ? divided : -kInfinity;
+    }
+    const int64_t count = std::min<int64_t>(kTile, row.vocab_size - begin);
+    std::copy(z, z + count, out + begin);
+  }
+}
+
+}  // namespace
+}  // namespace llm_sampling
+
+#endif  // LLM_SAMPLING_CPU_PASSES_H_
