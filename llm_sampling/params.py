@@ -204,7 +204,7 @@ def _as_int64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchParams:
     """The parameters of a batch: a tensor per field of :class:`SamplingParams`, an entry per row.
 

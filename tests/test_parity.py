@@ -28,6 +28,8 @@ from cases import (
     device_of,
     every_case,
     filter_mixes,
+    make_mask,
+    make_row,
     penalty_mixes,
     threads,
 )
@@ -261,12 +263,13 @@ def test_raw_logprobs(backend: str, dtype: torch.dtype, vocab_size: int) -> None
 
 
 @functools.lru_cache(maxsize=1)
-def layout_batches(vocab_size: int, dtype: torch.dtype) -> list[tuple[list[Case], Result]]:
-    """Cases and the reference's answers, which no layout may change."""
+def layout_batches(vocab_size: int, dtype: torch.dtype, device: str) -> list[tuple[Batch, Result]]:
+    """Batches and the reference's answers, which no layout may change."""
     seed = vocab_size * 7 + DTYPES.index(dtype)
     rows = 0 if vocab_size <= 1000 else 4
     groups = covering_cases(vocab_size, seed, rows)
-    return [(g, run(build(g, vocab_size, dtype), "torch", ())) for g in groups]
+    batches = [build(group, vocab_size, dtype, device) for group in groups]
+    return [(batch, run(batch, "torch", ())) for batch in batches]
 
 
 @other_backends
@@ -275,9 +278,8 @@ def layout_batches(vocab_size: int, dtype: torch.dtype) -> list[tuple[list[Case]
 @all_vocabs
 def test_layouts(backend: str, dtype: torch.dtype, vocab_size: int, layout: str) -> None:
     """Row strides, misaligned rows, slices; what lies between the rows is NaN and +inf."""
-    for cases, expected in layout_batches(vocab_size, dtype):
-        batch = build(cases, vocab_size, dtype, device_of(backend))
-        batch.logits = LAYOUTS[layout](batch.logits)
+    for contiguous, expected in layout_batches(vocab_size, dtype, device_of(backend)):
+        batch = replace(contiguous, logits=LAYOUTS[layout](contiguous.logits))
         assert_same(batch, backend, expected, run(batch, backend, ()), layout)
 
 
@@ -391,22 +393,20 @@ def test_steps_of_a_sampler(backend: str, dtype: torch.dtype, vocab_size: int) -
 
     (wanted, wanted_history), (got, got_history) = sampler("torch"), sampler(backend)
     for step in range(8):
-        shifted = [Case(c.row, c.mix, c.history, c.mask, c.seed + step) for c in cases]
-        batch = build(shifted, vocab_size, dtype, device)
-        layout = list(LAYOUTS.values())[step % len(LAYOUTS)]
+        rows = [make_row(case.row, vocab_size, case.seed + step) for case in cases]
+        logits = torch.stack(rows).to(device, dtype)
         mask = None
         if step % 2:
-            masked = [Case(c.row, mask="half", seed=c.seed + step) for c in cases]
-            mask = build(masked, vocab_size).allowed_mask
-            assert mask is not None
-            mask = mask.to(device)
+            words = [make_mask("half", vocab_size, case.seed + step) for case in cases]
+            mask = torch.stack(words).to(device)
+        layout = list(LAYOUTS.values())[step % len(LAYOUTS)]
         with threads(1):
-            expected = wanted(batch.logits, allowed_mask=mask)
-        actual = got(layout(batch.logits), allowed_mask=mask)
+            expected = wanted(logits, allowed_mask=mask)
+        actual = got(layout(logits), allowed_mask=mask)
         for row in (expected.tokens != actual.tokens).nonzero().flatten().tolist()[:3]:
             pytest.fail(
                 f"step {step}: {backend} drew {actual.tokens[row]}, "
-                f"the reference {expected.tokens[row]}\n{batch.describe(row)}"
+                f"the reference {expected.tokens[row]}\n{cases[row]} V={vocab_size} {dtype}"
             )
         assert torch.equal(actual.status, expected.status)
         assert expected.logprobs is not None

@@ -8,7 +8,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from llm_sampling import reference
-from llm_sampling.backends import SampleCall, SampleOutput, raise_on_status
+from llm_sampling.backends import (
+    STATUS_NO_CANDIDATE,
+    SampleCall,
+    SampleOutput,
+    raise_on_status,
+)
 
 
 def why_unavailable() -> str | None:
@@ -29,7 +34,7 @@ def sample(call: SampleCall) -> SampleOutput:
         )
     if call.advance:
         assert call.batch.position is not None
-        call.batch.position.add_(output.tokens >= 0)
+        call.batch.position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
         if call.history is not None:
             call.history.append(output.tokens)
     return output
