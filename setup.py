@@ -50,10 +50,8 @@ class BuildLibraries(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
-            built, wanted = (
-                Path(self.get_ext_fullpath(ext.name)),
-                Path(self.get_ext_filename(ext.name)),
-            )
+            wanted = Path(self.get_ext_filename(ext.name))
+            built = Path(self.build_lib) / wanted
             wanted.parent.mkdir(parents=True, exist_ok=True)
             for source, target in ((built, wanted), (failure_of(built), failure_of(wanted))):
                 target.unlink(missing_ok=True)
