@@ -260,8 +260,9 @@ def filter_mixes(v: int) -> dict[str, dict[str, Any]]:
 @functools.cache
 def penalty_mixes(v: int) -> dict[str, dict[str, Any]]:
     """Parameters that need a history."""
-    up = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.4}
-    down = {"repetition_penalty": 0.7, "frequency_penalty": -0.5, "presence_penalty": -0.4}
+    # all 24 bits in use, so that a count times a penalty is rounded
+    up = {"repetition_penalty": 1.3, "frequency_penalty": 0.4142136, "presence_penalty": 0.4}
+    down = {"repetition_penalty": 0.7, "frequency_penalty": -0.5772157, "presence_penalty": -0.4}
     chain = {"repetition_penalty": 1.1, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
     # on penalised tokens too: every history holds 0, V // 2 and V - 1
     bias = {0: 1.7, v // 2: -2.3, v - 1: -100, v // 3: 0.6}
@@ -270,8 +271,8 @@ def penalty_mixes(v: int) -> dict[str, dict[str, Any]]:
         "repetition down": {"repetition_penalty": 0.8},
         "repetition smallest": {"repetition_penalty": 1e-45},
         "repetition largest": {"repetition_penalty": 3e38},
-        "frequency up": {"frequency_penalty": 0.3},
-        "frequency down": {"frequency_penalty": -2.0},
+        "frequency up": {"frequency_penalty": 0.3141593},
+        "frequency down": {"frequency_penalty": -1.7320508},
         "presence up": {"presence_penalty": 2.0},
         "presence down": {"presence_penalty": -0.7},
         "penalties up": up,

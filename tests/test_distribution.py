@@ -221,6 +221,7 @@ COUNT = 20_000
 NEIGHBOURS = {
     "consecutive positions": ([9] * COUNT, range(COUNT), [9] * COUNT, range(1, COUNT + 1)),
     "neighbouring seeds": (range(COUNT), [0] * COUNT, range(1, COUNT + 1), [0] * COUNT),
+    "next seed, position before": (range(COUNT), [1] * COUNT, range(1, COUNT + 1), [0] * COUNT),
     "seeds 2^32 apart": (range(COUNT), [0] * COUNT, range(2**32, 2**32 + COUNT), [0] * COUNT),
     "positions 2^32 apart": ([3] * COUNT, range(COUNT), [3] * COUNT, range(2**32, 2**32 + COUNT)),
 }

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -18,6 +19,7 @@ from cases import (
     LARGE_VOCABS,
     LAYOUTS,
     MASK_NAMES,
+    OCTAVE_TEMPERATURE,
     OTHER_BACKENDS,
     ROW_NAMES,
     SMALL_VOCABS,
@@ -41,6 +43,7 @@ from llm_sampling import (
     SamplingParams,
     TokenHistory,
     filter_logits,
+    reference,
     sample,
 )
 from llm_sampling.backends import Logprobs
@@ -341,6 +344,106 @@ def test_counts_past_24_bits(backend: str, vocab_size: int) -> None:
         for s, f in enumerate((-1e-7, -2.3e-7, 1.1e-7, -0.7e-7, -0.01, 0.3))
     ]
     assert_same(batch, backend, run(batch, "torch", ()), run(batch, backend, ()), f"{counts}")
+
+
+# Random tokens rarely land next to a boundary. These rows do, to the unit of the mass: a target
+# that is not rounded up, a draw compared with < for <=, or a mass off in its last bit shows.
+
+
+def two_tokens(vocab_size: int, depths: Sequence[float]) -> Tensor:
+    """Rows of the first token and, so many octaves below it at OCTAVE_TEMPERATURE, the last."""
+    logits = torch.full((len(depths), vocab_size), -torch.inf)
+    logits[:, -1] = -torch.tensor(depths)
+    logits[:, 0] = 0.0
+    return logits
+
+
+#: (k, depth, kept) for top_p = 1 - k / 2^24; found by a search
+TARGETS = (
+    (8, "0x1.36a3fcp+4", 2),
+    (32, "0x1.26a3fap+4", 2),
+    (38, "0x1.23ebf6p+4", 2),
+    (56, "0x1.1d47f6p+4", 2),
+    (4, "0x1.3ad960p+4", 1),
+    (15, "0x1.30bb9ap+4", 1),
+    (114, "0x1.0fa456p+4", 1),
+    (240, "0x1.ffffd2p+3", 1),
+)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 513, 32000], ids="V{}".format)
+def test_the_target_of_top_p_is_a_ceiling(backend: str, vocab_size: int) -> None:
+    """Half a unit of mass above the first token's needs a second one, exactly its own does not."""
+    depths = [float.fromhex(d) for _, d, _ in TARGETS]
+    params = [
+        SamplingParams(temperature=OCTAVE_TEMPERATURE, top_p=1 - k / 2**24) for k, _, _ in TARGETS
+    ]
+    for d, p, (k, _, kept) in zip(depths, params, TARGETS, strict=True):
+        product = (2**42 + int(reference.mass(torch.tensor(d)))) * (int(p.top_p * 2**31) - 2**11)
+        assert 2**73 - 2**31 < product < 2**73 + 2**31, "not next to the boundary"
+        assert (product > 2**73) == (kept == 2), k
+    logits = two_tokens(vocab_size, depths).to(device_of(backend))
+    filtered = filter_logits(logits, params, backend=backend)
+    kept = (filtered > -torch.inf).sum(-1).tolist()
+    assert kept == [kept for _, _, kept in TARGETS]
+
+
+#: (seed, depth, token) at position 0; found by a search of 24 million seeds
+DRAWS = (
+    (151054, "0x1.559cfcp+4", 1),
+    (1279858, "0x1.535e5ep+4", 1),
+    (2711413, "0x1.6b238cp+4", 1),
+    (4224406, "0x1.47c5aep+4", 1),
+    (23466003, "0x1.75a136p+4", 1),
+    (2711413, "0x1.6b238ep+4", 0),
+    (4554457, "0x1.50d492p+4", 0),
+    (5901791, "0x1.48f4a0p+4", 0),
+    (18008401, "0x1.66894cp+4", 0),
+    (23466003, "0x1.75a13ap+4", 0),
+)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 513, 32000], ids="V{}".format)
+def test_a_draw_on_the_boundary_is_the_next_token(backend: str, vocab_size: int) -> None:
+    """r equal to the first token's mass draws the second, one less draws the first."""
+    depths = [float.fromhex(d) for _, d, _ in DRAWS]
+    for d, (seed, _, token) in zip(depths, DRAWS, strict=True):
+        words = reference.philox(torch.tensor([seed]), torch.tensor([0]), draw=0)
+        random = int(words[0]) | int(words[1]) << 32
+        r = (random * (2**42 + int(reference.mass(torch.tensor(d))))) >> 64
+        assert r == 2**42 - 1 + token, "not next to the boundary"
+    logits = two_tokens(vocab_size, depths).to(device_of(backend))
+    params = [SamplingParams(temperature=OCTAVE_TEMPERATURE, seed=seed) for seed, _, _ in DRAWS]
+    tokens = sample(logits, params, backend=backend).tokens.tolist()
+    assert tokens == [token * (vocab_size - 1) for _, _, token in DRAWS]
+
+
+@pytest.mark.parametrize("octave", range(10))
+def test_masses_to_the_bit(backend: str, octave: int) -> None:
+    """Equal tokens in this octave, as many as weigh about one; top_p on both sides of a cut.
+
+    The two neighbouring float32 values of top_p between which a second token is kept tell the mass
+    of the equal tokens to a few units of the last bit of its 24.
+    """
+    count, rows = 2**octave, 1000 if octave < 7 else 200
+    generator = torch.Generator().manual_seed(octave)
+    depths = octave + torch.rand(rows, generator=generator)
+    top_p = []
+    for mass in reference.mass(depths).tolist():
+        largest_share = 2**73 // (2**42 + count * mass)
+        below = np.float32((largest_share + 2**11) / 2**31)
+        if int(below * np.float64(2**31)) > largest_share + 2**11:
+            below = np.nextafter(below, np.float32(0))
+        top_p += [float(below), float(np.nextafter(below, np.float32(1)))]
+    logits = torch.zeros(rows, count + 1)
+    logits[:, :-1] = -depths.unsqueeze(1)
+    params = [SamplingParams(temperature=OCTAVE_TEMPERATURE, top_p=p) for p in top_p]
+    filtered = filter_logits(
+        logits.repeat_interleave(2, 0).to(device_of(backend)), params, backend=backend
+    )
+    kept = (filtered > -torch.inf).sum(-1).view(rows, 2).cpu()
+    wrong = (kept != torch.tensor([1, 2])).any(-1).nonzero().flatten().tolist()
+    assert not wrong, [(depths[row].item(), kept[row].tolist()) for row in wrong[:8]]
 
 
 @other_backends
