@@ -17,8 +17,11 @@ from llm_sampling.backends import SampleCall, SampleOutput
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import BatchParams
 
+_BATCH_FLAGS = ("all_greedy", "any_filter")
 BATCH_FIELDS = tuple(
-    f.name for f in fields(BatchParams) if f.name not in ("unseeded", "needs_history")
+    f.name
+    for f in fields(BatchParams)
+    if f.name not in ("unseeded", "needs_history", *_BATCH_FLAGS)
 )
 HISTORY_FIELDS = ("seen", "counts", "lengths", "slots")
 
@@ -28,6 +31,7 @@ _INPUTS = ", ".join(
         *(f"Tensor {name}" for name in BATCH_FIELDS),
         *(f"Tensor? {name}" for name in HISTORY_FIELDS),
         "Tensor? allowed_mask",
+        *(f"bool {name}" for name in _BATCH_FLAGS),
     ]
 )
 _LIBRARY = torch.library.Library("llm_sampling", "DEF")
@@ -38,12 +42,13 @@ _LIBRARY.define(
 _LIBRARY.define(f"filter_logits({_INPUTS}, str backend) -> Tensor")
 
 
-def _inputs(call: SampleCall) -> tuple[Tensor | None, ...]:
+def _inputs(call: SampleCall) -> tuple[Tensor | bool | None, ...]:
     history = [
         None if call.history is None else getattr(call.history, name) for name in HISTORY_FIELDS
     ]
     batch = [getattr(call.batch, name) for name in BATCH_FIELDS]
-    return (call.logits, *batch, *history, call.allowed_mask)
+    flags = [getattr(call.batch, name) for name in _BATCH_FLAGS]
+    return (call.logits, *batch, *history, call.allowed_mask, *flags)
 
 
 def _call(
@@ -53,13 +58,19 @@ def _call(
     check: bool = False,
 ) -> SampleCall:
     """The inverse of ``_inputs``."""
-    logits, *rest, allowed_mask = inputs
+    logits, *rest, allowed_mask, all_greedy, any_filter = inputs
     batch = dict(zip(BATCH_FIELDS, rest, strict=False))
     state = dict(zip(HISTORY_FIELDS, rest[len(BATCH_FIELDS) :], strict=True))
     has_history = state["seen"] is not None
     return SampleCall(
         logits=logits,
-        batch=BatchParams(**batch, unseeded=None, needs_history=has_history),
+        batch=BatchParams(
+            **batch,
+            unseeded=None,
+            needs_history=has_history,
+            all_greedy=all_greedy,
+            any_filter=any_filter,
+        ),
         history=TokenHistory(**state, vocab_size=logits.shape[1]) if has_history else None,
         allowed_mask=allowed_mask,
         num_samples=num_samples,

@@ -167,6 +167,11 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     @property
+    def has_filter(self) -> bool:
+        """Whether top-k, top-p or min-p is on."""
+        return self.top_k > 0 or _float32(self.top_p) < 1 or _float32(self.min_p) > 0
+
+    @property
     def needs_history(self) -> bool:
         """Whether a penalty is on, so that the tokens so far matter."""
         return (
@@ -223,6 +228,10 @@ class BatchParams:
         unseeded: bool, True where the row has no seed; None if every row has one.
         position: int64, how many tokens each request has produced so far; None if not given.
         needs_history: whether any row has a penalty.
+        all_greedy: whether every row has temperature 0.
+        any_filter: whether any row has top-k, top-p or min-p. The last three are read on the host to
+            choose a kernel: who changes tensors in place, under a captured graph for example, keeps
+            them true, or has them say that everything may occur.
     """
 
     temperature: Tensor
@@ -241,6 +250,8 @@ class BatchParams:
     unseeded: Tensor | None
     position: Tensor | None
     needs_history: bool
+    all_greedy: bool
+    any_filter: bool
 
     @classmethod
     def from_list(
@@ -306,6 +317,8 @@ class BatchParams:
             if positions is None
             else positions_tensor(positions, len(params), temperature.device),
             needs_history=any(row.needs_history for row in params),
+            all_greedy=all(_float32(row.temperature) == 0 for row in params),
+            any_filter=any(row.has_filter for row in params),
         )
 
     @property

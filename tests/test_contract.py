@@ -26,14 +26,15 @@ PARAMETERS = [f.name for f in fields(SamplingParams)]
 PIECES = {"logit_bias": ["logit_bias_offsets", "logit_bias_ids", "logit_bias_values"]}
 
 #: What BatchParams has beyond the parameters: derived from them, or given with a call.
-DERIVED = {"min_p_cut", "unseeded", "position", "needs_history"}
+FLAGS = {"needs_history", "all_greedy", "any_filter"}
+DERIVED = {"min_p_cut", "unseeded", "position", *FLAGS}
 
 #: Each module may import from the lines above its own, and from no other.
 LAYERS = (
     ("version", "params", "history"),
     ("backends",),
-    ("reference", "backends.args", "library"),
-    ("backends.cpu", "backends.torch", "sample"),
+    ("reference", "backends.args", "backends.triton_kernel", "library"),
+    ("backends.cpu", "backends.torch", "backends.triton", "sample"),
     ("sampler",),
     ("__init__",),
     ("generation", "models"),
@@ -165,7 +166,7 @@ def test_struct_reads_the_dtypes_that_a_batch_has():
 
 
 def test_pointers_are_what_a_batch_has():
-    tensors = [f.name for f in fields(BatchParams) if f.name not in ("unseeded", "needs_history")]
+    tensors = [f.name for f in fields(BatchParams) if f.name not in ("unseeded", *FLAGS)]
     assert sorted(args.POINTERS) == sorted(tensors)
     assert sorted(library.BATCH_FIELDS) == sorted(tensors)
 

@@ -63,7 +63,13 @@ class SampleCall:
 
 
 class BackendModule(Protocol):
-    """What a module of this package offers."""
+    """What a module of this package offers.
+
+    Attributes:
+        DEVICE_TYPES: where the tensors may be; None is wherever torch runs.
+    """
+
+    DEVICE_TYPES: frozenset[str] | None
 
     def why_unavailable(self) -> str | None:
         """None if the backend works here, else the reason."""
@@ -76,6 +82,14 @@ class BackendModule(Protocol):
 
     def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
         """``sample`` of new logits of the same shape, dtype and device, and a mask or None."""
+
+
+def advance(call: SampleCall, output: SampleOutput) -> None:
+    """What ``call.advance`` asks for, in torch: for a backend whose kernel has not done it."""
+    assert call.batch.position is not None
+    call.batch.position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
+    if call.history is not None:
+        call.history.append(output.tokens)
 
 
 class InvalidLogitsError(ValueError):
@@ -118,12 +132,16 @@ class Backend:
     """One row of the table."""
 
     name: str
-    device_types: frozenset[str] | None  # None: wherever torch runs
     module: str
 
     def load(self) -> BackendModule:
         """Import the backend's module; nothing heavy is imported before this."""
         return cast(BackendModule, importlib.import_module(self.module))
+
+    @property
+    def device_types(self) -> frozenset[str] | None:
+        """The types of device that it runs on; None for all of torch's."""
+        return self.load().DEVICE_TYPES
 
     def why_unavailable(self, device: torch.device | None = None) -> str | None:
         """None if the backend can run (on ``device``), else the reason."""
@@ -140,8 +158,9 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         backend.name: backend
         for backend in (
-            Backend("cpu", frozenset({"cpu"}), "llm_sampling.backends.cpu"),
-            Backend("torch", None, "llm_sampling.backends.torch"),
+            Backend("cpu", "llm_sampling.backends.cpu"),
+            Backend("triton", "llm_sampling.backends.triton"),
+            Backend("torch", "llm_sampling.backends.torch"),
         )
     }
 )

@@ -12,7 +12,8 @@ from llm_sampling.backends import SampleCall, SampleOutput
 ABI_VERSION = 1
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_LOGPROBS_MODES = {None: 0, "processed": 1, "raw": 2}
+#: None, and by what name a logprob is asked for -> its number in every kernel.
+LOGPROBS_MODES = {None: 0, "processed": 1, "raw": 2}
 _NEVER, _ALWAYS, _IF_ALL_VALID = 0, 1, 2
 
 
@@ -91,7 +92,7 @@ def make_args(call: SampleCall) -> SampleArgs:
         vocab_size=call.logits.shape[1],
         dtype=_DTYPES[call.logits.dtype],
         num_samples=call.num_samples,
-        logprobs_mode=_LOGPROBS_MODES[call.logprobs],
+        logprobs_mode=LOGPROBS_MODES[call.logprobs],
         advance=_NEVER if not call.advance else _IF_ALL_VALID if call.check else _ALWAYS,
         num_threads=torch.get_num_threads(),
     )

@@ -21,6 +21,8 @@ from llm_sampling.backends.args import (
     set_results,
 )
 
+DEVICE_TYPES = frozenset({"cpu"})
+
 _PATH = Path(__file__).parent.parent / "lib" / "libllm_sampling_cpu.so"
 
 

@@ -8,12 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from llm_sampling import reference
-from llm_sampling.backends import (
-    STATUS_NO_CANDIDATE,
-    SampleCall,
-    SampleOutput,
-    raise_on_status,
-)
+from llm_sampling.backends import SampleCall, SampleOutput, advance, raise_on_status
+
+DEVICE_TYPES = None
 
 
 def why_unavailable() -> str | None:
@@ -33,10 +30,7 @@ def sample(call: SampleCall) -> SampleOutput:
             output.status,
         )
     if call.advance:
-        assert call.batch.position is not None
-        call.batch.position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
-        if call.history is not None:
-            call.history.append(output.tokens)
+        advance(call, output)
     return output
 
 

@@ -1,0 +1,230 @@
+"""The fused Triton kernel, triton_kernel.py beside this: NVIDIA and AMD GPUs, without a toolchain.
+
+The first call of a shape's kind compiles for some seconds, once: Triton keeps what it compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from llm_sampling.backends import SampleCall, SampleOutput, advance, raise_on_status
+from llm_sampling.backends.args import LOGPROBS_MODES, make_results
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The kernel's module, or the reason why there is none; asked once, remembered for good."""
+    try:
+        from llm_sampling.backends import triton_kernel
+    except ImportError as error:
+        return None, f"triton does not import: {error}"
+    return triton_kernel, None
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels on the CPU, as TRITON_INTERPRET=1 asks for."""
+    kernel, _ = _load()
+    return kernel is not None and bool(kernel.triton.knobs.runtime.interpret)
+
+
+#: Where tensors may be. "cuda" is what torch calls AMD's GPUs too.
+DEVICE_TYPES = frozenset({"cuda", "cpu"}) if _is_interpreted() else frozenset({"cuda"})
+
+
+def why_unavailable() -> str | None:
+    """None if Triton imports and there is a device, or its interpreter."""
+    _, reason = _load()
+    if reason is not None or _is_interpreted() or torch.cuda.is_available():
+        return reason
+    return "there is no CUDA device"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a launch cuts its rows; the kernel's first comment says what these are.
+
+    Attributes:
+        block: tokens of a tile; a power of two.
+        slab: how many candidates the slab holds; a power of two.
+        nucleus: how many of the first tokens of the order are looked at for top-p.
+        num_warps: of a program.
+        num_stages: tiles that are on their way while one is worked at, and that one.
+    """
+
+    block: int
+    slab: int
+    nucleus: int
+    num_warps: int
+    num_stages: int
+
+    def most_stored(self) -> int:
+        """How many lanes keep a copy of their tokens while all are weighed."""
+        return self.nucleus + self.nucleus // 4
+
+    def workspace(self, vocab_size: int) -> int:
+        """The int32 words that a row needs: chosen lanes, slab, stored lanes."""
+        tiles = -(-vocab_size // self.block)
+        return self.block + 2 * self.slab + self.most_stored() * tiles
+
+
+def choose_launch(
+    vocab_size: int, rows: int, dtype: torch.dtype, *, extras: bool = False, processors: int = 132
+) -> Launch:
+    """The launch for ``rows`` rows of ``vocab_size`` logits.
+
+    Args:
+        vocab_size: 1 .. 2^20.
+        rows: how many.
+        dtype: of the logits.
+        extras: whether there is a history, a mask or a bias: their code needs registers, so that a
+            thread can take half as many tokens.
+        processors: how many multiprocessors the device has. While there is one for each row, it has
+            more tiles on their way, since nothing else hides the memory's latency.
+    """
+    block, num_warps = (2048, 8) if extras else (4096, 16)
+    while block >= 2 * vocab_size and block > 128:
+        block //= 2
+        num_warps = max(1, num_warps // 2)
+    on_their_way = (65536 if rows <= processors else 32768) // (block * dtype.itemsize)
+    tiles = -(-vocab_size // block)
+    return Launch(
+        block=block,
+        slab=2048,
+        nucleus=512,
+        num_warps=num_warps,
+        num_stages=1 + min(on_their_way, 4, tiles),
+    )
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _launch_for(call: SampleCall) -> Launch:
+    rows, vocab_size = call.logits.shape
+    has_bias = call.batch.logit_bias_ids.numel() > 0
+    extras = call.history is not None or call.allowed_mask is not None or has_bias
+    processors = _processors(call.logits.device.index) if call.logits.is_cuda else rows
+    return choose_launch(vocab_size, rows, call.logits.dtype, extras=extras, processors=processors)
+
+
+def _workspace(call: SampleCall, launch: Launch) -> Tensor:
+    rows, vocab_size = call.logits.shape
+    words = launch.workspace(vocab_size)
+    return torch.empty(rows, words, dtype=torch.int32, device=call.logits.device)
+
+
+def _run(
+    call: SampleCall,
+    launch: Launch,
+    workspace: Tensor,
+    output: SampleOutput | None,
+    filtered: Tensor | None,
+) -> None:
+    """One launch, on the current stream of the logits' device."""
+    kernel, _ = _load()
+    assert kernel is not None
+    logits, batch, history, mask = call.logits, call.batch, call.history, call.allowed_mask
+    rows, vocab_size = logits.shape
+    if rows == 0:
+        return
+    tiles = -(-vocab_size // launch.block)
+    with torch.cuda.device_of(logits):
+        kernel.sample_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            vocab_size,
+            tiles,
+            batch.temperature,
+            batch.top_k,
+            batch.top_p,
+            batch.min_p_cut,
+            batch.min_tokens_to_keep,
+            batch.repetition_penalty,
+            batch.frequency_penalty,
+            batch.presence_penalty,
+            batch.seed,
+            batch.position,
+            batch.logit_bias_offsets,
+            batch.logit_bias_ids,
+            batch.logit_bias_values,
+            mask,
+            0 if mask is None else mask.stride(0),
+            None if history is None else history.seen,
+            0 if history is None else history.seen.stride(0),
+            None if history is None else history.counts,
+            0 if history is None else history.counts.stride(0),
+            None if history is None else history.lengths,
+            None if history is None else history.slots,
+            workspace,
+            workspace.stride(0),
+            None if output is None else output.tokens,
+            None if output is None else output.logprobs,
+            None if output is None else output.status,
+            filtered,
+            0 if filtered is None else filtered.stride(0),
+            call.num_samples,
+            HAS_BIAS=batch.logit_bias_ids.numel() > 0,
+            HAS_MASK=mask is not None,
+            HAS_HISTORY=history is not None,
+            ANY_RANDOM=not batch.all_greedy,
+            ANY_FILTER=batch.any_filter,
+            LOGPROBS=0 if output is None else LOGPROBS_MODES[call.logprobs],
+            ADVANCE=call.advance and not call.check,
+            FILTER_ONLY=filtered is not None,
+            BLOCK=launch.block,
+            TILES=1 << (tiles - 1).bit_length(),
+            SLAB=launch.slab,
+            NUCLEUS=launch.nucleus,
+            MOST_STORED=launch.most_stored(),
+            STAGES=launch.num_stages,
+            num_warps=launch.num_warps,
+            enable_fp_fusion=False,
+        )
+
+
+def _sample(call: SampleCall, launch: Launch, workspace: Tensor) -> SampleOutput:
+    output = make_results(call)
+    _run(call, launch, workspace, output, None)
+    if call.check:
+        # this waits for the device, so the rows advance in a second step and only if all are valid
+        raise_on_status(output.status)
+        if call.advance:
+            advance(call, output)
+    return output
+
+
+def sample(call: SampleCall) -> SampleOutput:
+    """Draw tokens in one launch."""
+    launch = _launch_for(call)
+    return _sample(call, launch, _workspace(call, launch))
+
+
+def filter_logits(call: SampleCall) -> Tensor:
+    """Filter in one launch."""
+    launch = _launch_for(call)
+    filtered = torch.empty(call.logits.shape, dtype=torch.float32, device=call.logits.device)
+    _run(call, launch, _workspace(call, launch), None, filtered)
+    return filtered
+
+
+def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+    """Keep the workspace between steps; a step's results are new tensors."""
+    launches: dict[bool, tuple[Launch, Tensor]] = {}
+
+    def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
+        this = replace(call, logits=logits, allowed_mask=allowed_mask)
+        has_mask = allowed_mask is not None
+        if has_mask not in launches:
+            launch = _launch_for(this)
+            launches[has_mask] = launch, _workspace(this, launch)
+        return _sample(this, *launches[has_mask])
+
+    return step
