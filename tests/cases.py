@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,7 +28,6 @@ NAN = math.nan
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL_VOCABS = (1, 2, 7, 31, 33, 511, 512, 513, 1000)
 LARGE_VOCABS = (32000, 49152, 128256, 262144)
-OTHER_BACKENDS = tuple(name for name in BACKENDS if name != "torch")
 
 # With this temperature step 9's factor is exactly 1: depths are differences of logits
 OCTAVE_TEMPERATURE = float.fromhex("0x1.715476p+0")
@@ -39,6 +39,20 @@ def device_of(backend: str) -> str:
     """The device type on which a backend is tested."""
     types = BACKENDS[backend].device_types
     return "cpu" if types is None or "cpu" in types else min(types)
+
+
+#: Backends whose kernels Triton interprets in this process, as TRITON_INTERPRET=1 asks for.
+INTERPRETED = tuple(
+    name for name in ("triton",) if "cpu" in (BACKENDS[name].device_types or frozenset())
+)
+ON_THE_CPU = tuple(name for name in BACKENDS if device_of(name) == "cpu")
+#: For parametrize(..., indirect=True): those that need a GPU have its mark.
+EVERY_BACKEND = tuple(
+    name if name in ON_THE_CPU else pytest.param(name, marks=pytest.mark.gpu) for name in BACKENDS
+)
+OTHER_BACKENDS = tuple(
+    param for name, param in zip(BACKENDS, EVERY_BACKEND, strict=True) if name != "torch"
+)
 
 
 @contextmanager

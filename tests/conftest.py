@@ -2,14 +2,71 @@
 
 import pytest
 import torch
+from cases import INTERPRETED, ON_THE_CPU, device_of
 
 from llm_sampling.backends import BACKENDS
 
+# It needs Triton's interpreter, which a process has for all of its kernels or for none:
+# test_triton.py starts that process.
+collect_ignore = [] if INTERPRETED else ["test_triton_interpreted.py"]
 
-@pytest.fixture(params=list(BACKENDS))
+#: Tests that draw or build so much that the interpreter takes too long for the default run.
+_LONG = (
+    "test_every_case",
+    "test_layouts",
+    "test_expanded_rows",
+    "test_raw_logprobs",
+    "test_all_rows_in_one_batch",
+)
+_LONG_VOCABS = (1, 2, 7, 31, 511, 512, 1000, 49152, 128256, 262144)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leave the interpreter's long tests to ``-m slow``; they are the same tests at other sizes."""
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if values.get("backend") not in INTERPRETED:
+            continue
+        is_long = item.function.__name__ in _LONG and values.get("vocab_size") in _LONG_VOCABS
+        if is_long or item.function.__name__ == "test_every_case":
+            item.add_marker(pytest.mark.slow)
+
+
+def _patch_less_often():
+    """The interpreter patches triton.language at every call of a function: do it once a launch."""
+    from triton.runtime import interpreter
+
+    patched = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()  # the interpreter takes its patches back when a launch ends
+        return launch(self, *args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        module = id(self.fn.__globals__)
+        if module not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if INTERPRETED:
+    _patch_less_often()
+
+
+@pytest.fixture(params=ON_THE_CPU)
 def backend(request):
-    """The name of each backend in turn, skipped with the reason where it cannot run on the CPU."""
-    reason = BACKENDS[request.param].why_unavailable(torch.device("cpu"))
+    """The name of each backend in turn, skipped with the reason where it cannot run.
+
+    Those that run on the CPU only, unless a test asks for others: see cases.EVERY_BACKEND.
+    """
+    device = torch.device(device_of(request.param))
+    reason = BACKENDS[request.param].why_unavailable(device)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return request.param

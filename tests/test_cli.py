@@ -230,7 +230,7 @@ def test_an_incomplete_command_line_is_refused(argv, capsys):
 
 
 def test_an_unavailable_backend_is_refused_with_its_reason(capsys, monkeypatch):
-    row = backends.Backend("gone", frozenset({"cpu"}), "llm_sampling.backends.torch")
+    row = backends.Backend("gone", "llm_sampling.backends.torch")
     monkeypatch.setattr(backends.Backend, "why_unavailable", lambda *_: "it is not here")
     monkeypatch.setattr(backends, "BACKENDS", {"gone": row})
     code = cli.main(["generate", "x", "--backend", "gone"])

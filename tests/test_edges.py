@@ -1,6 +1,8 @@
 """What happens to hostile input: an exact error, a defined answer, and never a changed argument?"""
 
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,18 +238,14 @@ def test_filter_logits_refused(backend, options, message):
 
 def test_an_unavailable_backend_says_why(monkeypatch):
     """The named one raises with its reason, in eager and by the table; only "auto" goes on."""
-    broken = table.Backend("broken", None, "llm_sampling.backends.torch")
-    missing = table.Backend("gpu", frozenset({"cuda"}), "no.such.module")
-    monkeypatch.setattr(
-        table.Backend,
-        "load",
-        lambda self, load=table.Backend.load: (
-            type("Broken", (), {"why_unavailable": staticmethod(lambda: "the disk is on fire")})
-            if self.name == "broken"
-            else load(self)
-        ),
-    )
-    monkeypatch.setattr(table, "BACKENDS", {"broken": broken, "gpu": missing, **BACKENDS})
+    modules = {
+        "broken": {"DEVICE_TYPES": None, "why_unavailable": lambda: "the disk is on fire"},
+        "gpu": {"DEVICE_TYPES": frozenset({"cuda"}), "why_unavailable": lambda: None},
+    }
+    for name, attributes in modules.items():
+        monkeypatch.setitem(sys.modules, f"test_edges_{name}", SimpleNamespace(**attributes))
+    added = {name: table.Backend(name, f"test_edges_{name}") for name in modules}
+    monkeypatch.setattr(table, "BACKENDS", {**added, **BACKENDS})
     logits = torch.zeros(1, V)
     for call in (sample, filter_logits):
         with pytest.raises(
@@ -259,6 +257,25 @@ def test_an_unavailable_backend_says_why(monkeypatch):
             call(logits, PLAIN, backend="gpu")
     expected = sample(logits, PLAIN, backend="torch").tokens
     assert torch.equal(sample(logits, PLAIN, backend="auto").tokens, expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "missing", "chosen"),
+    [
+        ("cpu", (), "cpu"),
+        ("cpu", ("cpu",), "torch"),
+        ("cuda", (), "triton"),
+        ("cuda", ("triton",), "torch"),
+        ("meta", (), "torch"),
+    ],
+)
+def test_what_auto_prefers(monkeypatch, device, missing, chosen):
+    """The first of the table that runs on the device, were all of them there but those missing."""
+    monkeypatch.setattr(BACKENDS["triton"].load(), "DEVICE_TYPES", frozenset({"cuda"}))
+    for name, backend in BACKENDS.items():
+        reason = "it is missing" if name in missing else None
+        monkeypatch.setattr(backend.load(), "why_unavailable", lambda reason=reason: reason)
+    assert table.resolve("auto", torch.device(device)) is BACKENDS[chosen].load()
 
 
 def test_backend_info():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import (
     DTYPES,
+    EVERY_BACKEND,
     HISTORY_NAMES,
     LARGE_VOCABS,
     LAYOUTS,
@@ -53,10 +54,10 @@ NUM_SAMPLES = 8
 #: bounds the reference's memory
 MAX_ELEMENTS = 2**22
 
+every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
 other_backends = pytest.mark.parametrize("backend", OTHER_BACKENDS, indirect=True)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 small_vocabs = pytest.mark.parametrize("vocab_size", SMALL_VOCABS, ids="V{}".format)
-large_vocabs = pytest.mark.parametrize("vocab_size", LARGE_VOCABS, ids="V{}".format)
 all_vocabs = pytest.mark.parametrize("vocab_size", SMALL_VOCABS + LARGE_VOCABS, ids="V{}".format)
 
 
@@ -220,7 +221,7 @@ def test_every_case(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
 
 @other_backends
 @dtypes
-@large_vocabs
+@all_vocabs
 def test_covering_cases(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
     """Every row, mix, history and mask at least once; at the largest sizes dtypes share them."""
     turn = DTYPES.index(dtype)
@@ -371,6 +372,7 @@ TARGETS = (
 )
 
 
+@every_backend
 @pytest.mark.parametrize("vocab_size", [2, 513, 32000], ids="V{}".format)
 def test_the_target_of_top_p_is_a_ceiling(backend: str, vocab_size: int) -> None:
     """Half a unit of mass above the first token's needs a second one, exactly its own does not."""
@@ -403,6 +405,7 @@ DRAWS = (
 )
 
 
+@every_backend
 @pytest.mark.parametrize("vocab_size", [2, 513, 32000], ids="V{}".format)
 def test_a_draw_on_the_boundary_is_the_next_token(backend: str, vocab_size: int) -> None:
     """r equal to the first token's mass draws the second, one less draws the first."""
@@ -418,6 +421,7 @@ def test_a_draw_on_the_boundary_is_the_next_token(backend: str, vocab_size: int)
     assert tokens == [token * (vocab_size - 1) for _, _, token in DRAWS]
 
 
+@every_backend
 @pytest.mark.parametrize("octave", range(10))
 def test_masses_to_the_bit(backend: str, octave: int) -> None:
     """Equal tokens in this octave, as many as weigh about one; top_p on both sides of a cut.

@@ -116,7 +116,8 @@ def test_the_op_is_the_function(backend, logits, history):
 def test_fake_shapes(dtype, num_samples, logprobs, shapes):
     batch = BatchParams.from_list([SamplingParams(seed=1)] * 5, positions=[0] * 5, device="meta")
     fields = [getattr(batch, name) for name in library.BATCH_FIELDS]
-    inputs = (torch.empty(5, V, dtype=dtype, device="meta"), *fields, None, None, None, None, None)
+    nothing = [None] * 5
+    inputs = (torch.empty(5, V, dtype=dtype, device="meta"), *fields, *nothing, False, True)
     results = torch.ops.llm_sampling.sample(*inputs, num_samples, logprobs, False, "auto")
     assert [tuple(result.shape) for result in results] == shapes
     assert [result.dtype for result in results] == [torch.int64, torch.float32, torch.int32]

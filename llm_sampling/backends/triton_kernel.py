@@ -56,6 +56,17 @@ RAW = tl.constexpr(2)
 
 
 @triton.jit
+def _widened(x):
+    """1 widen, exactly: the interpreter's own conversion of bfloat16 loses subnormals."""
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        widened = bits.to(tl.float32, bitcast=True)
+    else:
+        widened = x.to(tl.float32)
+    return widened
+
+
+@triton.jit
 def _quotient(x, r, inverse):
     """x / r, rounded once, of floats near 1; ``inverse`` is 1 / r, rounded once (Markstein 1990)."""
     q = x * inverse
@@ -96,7 +107,7 @@ def _processed_and_flags(
     """Steps 1 to 6 of some tokens, -inf where not inside; and the bits _NAN_BIT and _WIDE_BIT."""
     logits, vocab_size, bias, mask, history = row
     # 1 widen
-    x = tl.load(logits + ids, mask=inside, other=-_INF).to(tl.float32)
+    x = _widened(tl.load(logits + ids, mask=inside, other=-_INF))
 
     # 2 bias, mask
     if HAS_BIAS:
@@ -310,27 +321,46 @@ def _depth_bound(m, scale, cut):
 
 
 @triton.jit
-def _pivots(low, high):
-    """Three codes that cut a bracket: two by thirds of the logits, so that a row's bulk is met in
-    few passes, and one by half of the keys, so that no row takes many."""
+def _three_codes(v1, v2, v3, low, high):
+    """The codes of three values, in order and inside a bracket of at least five keys."""
+    k1 = _key(v1).to(tl.int64)
+    k2 = _key(v2).to(tl.int64)
+    k3 = _key(v3).to(tl.int64)
+    first = tl.minimum(tl.minimum(k1, k2), k3)
+    last = tl.maximum(tl.maximum(k1, k2), k3)
+    middle = k1 + k2 + k3 - first - last
+    least = (low >> _ID_BITS) + 1
+    most = (high - 1) >> _ID_BITS
+    p1 = _first_code(tl.minimum(tl.maximum(first, least), most))
+    p2 = _first_code(tl.minimum(tl.maximum(middle, least), most))
+    p3 = _first_code(tl.minimum(tl.maximum(last, least), most))
+    return p1, p2, p3
+
+
+@triton.jit
+def _pivots(low, high, m, usual, is_first):
+    """Three codes that cut a bracket.
+
+    First by what is usual for a lane's largest logit, then two by thirds of the logits, so that a
+    row's bulk is met in few passes, and one by half of the keys, so that no row takes many.
+    """
     low_key = low >> _ID_BITS
     high_key = (high - 1) >> _ID_BITS
     bottom = _value(low_key)
     top = _value(high_key)
     third = 0.33333334
-    k1 = _key(bottom * (1.0 - third) + top * third).to(tl.int64)
-    k2 = _key(bottom * third + top * (1.0 - third)).to(tl.int64)
-    k1 = tl.minimum(tl.maximum(k1, low_key + 1), high_key)
-    k2 = tl.minimum(tl.maximum(k2, low_key + 1), high_key)
-    k3 = (low_key + high_key + 1) >> 1
-    first = tl.minimum(tl.minimum(k1, k2), k3)
-    last = tl.maximum(tl.maximum(k1, k2), k3)
-    p1, p2, p3 = _quarters(low, high)
-    wide = high_key - low_key >= 4
-    p1 = tl.where(wide, _first_code(first), p1)
-    p2 = tl.where(wide, _first_code(k1 + k2 + k3 - first - last), p2)
-    p3 = tl.where(wide, _first_code(last), p3)
-    return p1, p2, p3
+    v1 = bottom * (1.0 - third) + top * third
+    v2 = bottom * third + top * (1.0 - third)
+    v3 = _value((low_key + high_key + 1) >> 1)
+    spread = m - usual
+    is_first = is_first & (spread < _INF)
+    v1 = tl.where(is_first, usual, v1)
+    v2 = tl.where(is_first, usual - spread, v2)
+    v3 = tl.where(is_first, usual - 3.0 * spread, v3)
+    p1, p2, p3 = _three_codes(v1, v2, v3, low, high)
+    q1, q2, q3 = _quarters(low, high)
+    is_wide = high_key - low_key >= 4
+    return tl.where(is_wide, p1, q1), tl.where(is_wide, p2, q2), tl.where(is_wide, p3, q3)
 
 
 @triton.jit
@@ -393,7 +423,7 @@ def _raw_log_sum(logits, vocab_size, tiles, BLOCK: tl.constexpr):
     total = tl.zeros((), tl.float32)
     for t in range(0, tiles):
         ids = t * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + ids, mask=ids < vocab_size, other=-_INF).to(tl.float32)
+        x = _widened(tl.load(logits + ids, mask=ids < vocab_size, other=-_INF))
         x = tl.where(x != x, -_INF, x)
         larger = tl.maximum(m, tl.max(x, axis=0))
         total = total * tl.where(m == larger, 1.0, tl.exp(m - larger))
@@ -409,7 +439,7 @@ def _logprob(logits, token, w, total, raw, MODE: tl.constexpr):
         result = tl.log(tl.div_rn(w.to(tl.float32), total.to(tl.float32)))
     else:
         m, log_sum = raw
-        x = tl.load(logits + token).to(tl.float32)
+        x = _widened(tl.load(logits + token))
         result = tl.where(x == m, 0.0, x - m) - log_sum
     return result
 
@@ -474,6 +504,7 @@ def _kept(
     # the lanes that hold the first tokens of the order
     bound = tl.full((), _LOWEST_KEY, tl.int32)
     near = lowest
+    usual = m
     num_lanes = tl.zeros((), tl.int32)
     weigh_all = has_p & (at_most >= vocab_size)
     stored = False
@@ -482,12 +513,13 @@ def _kept(
         wanted = tl.where(has_k, at_most, tl.where(has_p, tl.maximum(keep, NUCLEUS), keep))
         if has_min_p:
             near = _first_code(_depth_bound(m, scale, depth_cut))
+        keys = _key(best)
+        usual = tl.min(tl.where(best > -_INF, best, m), axis=0)
+        if vocab_size > SLAB:
+            bound = _lane_bound(keys, _key(m), wanted)
+            if not (has_k | has_p):
+                bound = tl.minimum(bound, (near >> _ID_BITS).to(tl.int32))
         if wanted <= SLAB:
-            keys = _key(best)
-            if vocab_size > SLAB:
-                bound = _lane_bound(keys, _key(m), wanted)
-                if not (has_k | has_p):
-                    bound = tl.minimum(bound, (near >> _ID_BITS).to(tl.int32))
             chosen = keys >= bound
             place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
             tl.store(lanes + place, tl.arange(0, BLOCK), mask=chosen)
@@ -558,10 +590,10 @@ def _kept(
             above = tl.where(by_mass, w_above, n_above)
             below = above + tl.where(by_mass, tl.sum(w, axis=0), held.to(tl.int64))
             if (above >= target) | ((below < target) & (slab_low > lowest)):
-                # not in the slab: begin below it, or anew
-                low = lowest
+                # not in the slab: begin below it, or anew. As many tokens as are asked for reach the bound
+                low = _first_code(bound)
                 high = top
-                n_low = vocab_size.to(tl.int64)
+                n_low = tl.zeros((), tl.int64) + vocab_size
                 n_high = tl.zeros((), tl.int64)
                 w_high = tl.zeros((), tl.int64)
                 if (slab_high == top) & (below < target):
@@ -573,9 +605,12 @@ def _kept(
                     massive = _key(
                         tl.maximum(m - 44.0 / scale, _value(tl.full((), _LOWEST_KEY, tl.int32)))
                     )
-                    low = _first_code(massive)
-                while n_low - n_high > SLAB:
-                    p1, p2, p3 = _pivots(low, high)
+                    low = tl.maximum(_first_code(massive), k_cut)
+                is_first = True
+                # what reaches the lower code may never have been counted: then the codes tell the end
+                while (n_low - n_high > SLAB) & (high - low > SLAB):
+                    p1, p2, p3 = _pivots(low, high, m, usual, is_first)
+                    is_first = False
                     packed_lanes = tl.zeros([SLAB], tl.int64)
                     w1_lanes = tl.zeros([SLAB], tl.int64)
                     w2_lanes = tl.zeros([SLAB], tl.int64)

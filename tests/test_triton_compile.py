@@ -1,0 +1,174 @@
+"""The Triton kernel compiles ahead of time for GPUs that are not here, and keeps its rules there.
+
+The rules are those of benchmarks/triton_cost.py; every one has a control that it must refuse.
+"""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+try:
+    import triton
+except ImportError as error:
+    pytest.skip(f"triton does not import: {error}", allow_module_level=True)
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    pytest.skip(
+        f"triton {triton.__version__} does not say where it inlined what; 3.9 does",
+        allow_module_level=True,
+    )
+
+# benchmarks/ is no package; at the end of the path, where it hides none of the modules of tests/
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+triton_cost = importlib.import_module("triton_cost")
+Variant = triton_cost.Variant
+measure = triton_cost.measure
+broken_rules = triton_cost.broken_rules
+
+FILTERED_LOOPS = {"maxima", "mass", "mass 2", "gather", "search", "collect", "draw"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "loops"),
+    [
+        ("greedy", {"maxima"}),
+        ("unfiltered", {"maxima", "mass", "draw"}),
+        ("filtered", FILTERED_LOOPS),
+        ("filtered + history + advance", FILTERED_LOOPS),
+    ],
+)
+def test_no_rule_is_broken_on_sm_90(kind, loops, dtype):
+    variant = Variant(kind, dtype)
+    cost = measure(variant, "sm_90")
+    assert broken_rules(variant, "sm_90", cost) == []
+    # a loop that is not found is not judged
+    assert set(cost.loops) == loops
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120", "gfx942"])
+def test_no_rule_is_broken_elsewhere(arch):
+    variant = Variant("filtered", "bfloat16")
+    cost = measure(variant, arch)
+    assert broken_rules(variant, arch, cost) == []
+    assert set(cost.loops) == (set() if arch == "gfx942" else FILTERED_LOOPS)
+    assert cost.registers > 0
+    assert cost.instructions > 1000
+
+
+@pytest.mark.slow
+def test_no_rule_is_broken_by_any_kind_of_call():
+    jobs = [
+        (Variant(kind, dtype), arch)
+        for kind in triton_cost.KINDS
+        for dtype in triton_cost.DTYPES
+        for arch in triton_cost.TARGETS
+    ]
+    costs = triton_cost.measure_all(jobs)
+    broken = [
+        reason for job, cost in zip(jobs, costs, strict=True) for reason in broken_rules(*job, cost)
+    ]
+    assert broken == []
+
+
+# Controls
+
+
+@pytest.fixture
+def measure_with(monkeypatch):
+    """``measure``, with other options of the compiler than the wrapper's."""
+    compile_launch = triton_cost.compile_launch
+
+    def measure_with(variant, **options):
+        def compile_otherwise(*args, **kwargs):
+            return compile_launch(*args, **{**kwargs, **options})
+
+        monkeypatch.setattr(triton_cost, "compile_launch", compile_otherwise)
+        return measure(variant, "sm_90")
+
+    return measure_with
+
+
+def test_multiply_adds_are_seen(measure_with):
+    variant = Variant("unfiltered", "bfloat16")
+    cost = measure_with(variant, enable_fp_fusion=True)
+    assert cost.loops["mass"].fused > 0
+    broken = "\n".join(broken_rules(variant, "sm_90", cost))
+    assert "fma.rn.f32 in the PTX" in broken
+    assert "mass: " in broken
+    assert "draw: " in broken
+
+
+def test_multiply_adds_that_the_kernel_asks_for_are_not_refused():
+    variant = Variant("greedy + history", "bfloat16")
+    cost = measure(variant, "sm_90")
+    assert cost.ptx_fma > 0
+    assert broken_rules(variant, "sm_90", cost) == []
+
+
+def test_spills_are_seen(measure_with):
+    variant = Variant("unfiltered", "bfloat16")
+    cost = measure_with(variant, maxnreg=24)
+    assert cost.registers <= 24
+    assert cost.loops["mass"].spills > 0
+    assert "spilled registers" in "\n".join(broken_rules(variant, "sm_90", cost))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_scalar_loads_are_seen(dtype, width):
+    # no row but the first begins at a multiple of 16 bytes
+    variant = Variant("unfiltered", dtype, vocab_size=50257)
+    broken = "\n".join(broken_rules(variant, "sm_90", measure(variant, "sm_90")))
+    assert f"maxima: logits are loaded {width} bytes at a time" in broken
+    assert f"mass: logits are loaded {width} bytes at a time" in broken
+    assert f"draw: logits are loaded {width} bytes at a time" in broken
+
+
+def test_flushed_denormals_are_seen():
+    variant = Variant("greedy + raw logprobs", "bfloat16")
+    cost = measure(variant, "sm_90")
+    assert cost.ptx_ftz > 0
+    assert broken_rules(variant, "sm_90", cost) == []
+    assert "flush denormals" in "\n".join(
+        broken_rules(Variant("greedy", "bfloat16"), "sm_90", cost)
+    )
+
+
+def test_too_much_shared_memory_is_seen():
+    variant = Variant("greedy", "bfloat16")
+    cost = replace(measure(variant, "sm_120"), shared=100 * 1024)
+    assert "shared memory" in "\n".join(broken_rules(variant, "sm_120", cost))
+    assert broken_rules(variant, "sm_80", cost) == []
+
+
+@triton.jit
+def _two_arguments(first, second):
+    pass
+
+
+def test_an_argument_that_the_wrapper_does_not_pass_is_an_error():
+    with pytest.raises(TypeError, match="second"):
+        triton_cost.compile_launch("sm_90", _two_arguments, 1)
+
+
+def test_the_floor_follows_its_formula():
+    variant = Variant("greedy", "float32", rows=256)
+    cost = measure(variant, "sm_90")
+    found = triton_cost.floor("greedy", variant, cost)
+    loop, launch = cost.loops["maxima"], cost.launch
+    issued = 2 * 128256 / 32 * loop.instructions / loop.tokens  # two rows on one of 132
+    on_their_way = 2 * (launch.num_stages - 1) * launch.block  # two programs fit
+    expected = {
+        "bytes": 256 * 128256 * 4 / 3.35e12,
+        "issue": issued / 4 / 1.755e9,
+        "latency": 2 * 128256 / on_their_way * 0.7e-6,
+    }
+    assert found["programs"] == 2
+    assert found["microseconds"] == pytest.approx(
+        {name: seconds * 1e6 for name, seconds in expected.items()}, abs=0.006
+    )
+    assert found["microseconds"][found["limit"]] == max(found["microseconds"].values())
