@@ -229,9 +229,9 @@ class BatchParams:
         position: int64, how many tokens each request has produced so far; None if not given.
         needs_history: whether any row has a penalty.
         all_greedy: whether every row has temperature 0.
-        any_filter: whether any row has top-k, top-p or min-p. The last three are read on the host to
-            choose a kernel: who changes tensors in place, under a captured graph for example, keeps
-            them true, or has them say that everything may occur.
+        any_filter: whether any row has top-k, top-p or min-p. The last three are read on the host
+            to choose a kernel: who changes tensors in place, under a captured graph for example,
+            keeps them true, or has them say that everything may occur.
     """
 
     temperature: Tensor

@@ -223,13 +223,31 @@ def test_semantics_numbers_its_steps():
     assert list(steps()) == list(range(1, 15))
 
 
+@pytest.mark.parametrize(
+    "path", ["llm_sampling/reference.py", "llm_sampling/backends/triton_kernel.py"]
+)
 @pytest.mark.parametrize(("number", "word"), steps().items())
-def test_reference_has_the_step(number, word):
-    comments = re.findall(r"# (\d.*)", read("llm_sampling/reference.py"))
+def test_python_has_the_step(path, number, word):
+    comments = re.findall(r"(?:# |\"\"\"|, )(\d+ .*)", read(path))
     assert re.search(rf"\b{number} {word}\b", "\n".join(comments))
 
 
-@pytest.mark.parametrize("path", ["llm_sampling/reference.py", "csrc/semantics.h"])
+def test_triton_s_kernel_takes_every_parameter():
+    """min_p itself only makes its cut, on the host."""
+    source = read("llm_sampling/backends/triton_kernel.py")
+    kernel = source[source.index("def sample_kernel(") :]
+    arguments = re.findall(r"^    (\w+)(?:: tl.constexpr)?,$", kernel, re.MULTILINE)
+    assert {*args.POINTERS} - {"min_p"} <= set(arguments)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "llm_sampling/reference.py",
+        "csrc/semantics.h",
+        "llm_sampling/backends/triton_kernel.py",
+    ],
+)
 def test_constants_of_the_arithmetic_are_those_of_the_docs(path):
     number = r"-?0x1\.[0-9a-f]{6}p[+-]\d+"
     documented = set(re.findall(number, read("docs/semantics.md")))

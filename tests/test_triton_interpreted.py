@@ -4,6 +4,7 @@ Runs where Triton interprets its kernels; test_triton.py starts such a process.
 """
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,7 +197,7 @@ def test_far_logits_are_divided_exactly(exponent, penalty):
     generator = torch.Generator().manual_seed(exponent)
     x = torch.randn(1, 300, generator=generator)
     x[0, 7] = 2.0**exponent * 1.2345 if exponent < 127 else 3e38
-    history = TokenHistory.from_ids([list(range(0, 300, 2)) + [7]], vocab_size=300)
+    history = TokenHistory.from_ids([[*range(0, 300, 2), 7]], vocab_size=300)
     params = SamplingParams(repetition_penalty=penalty, seed=1)
     got = filter_logits(x, params, history=history, backend="triton")
     wanted = filter_logits(x, params, history=history, backend="torch")
@@ -280,15 +281,11 @@ def test_bad_rows_advance_only_where_nothing_raises(check):
     assert sampler.positions.tolist() == ([1, 1] if check else [2, 1])
 
 
-@pytest.mark.parametrize("flags", [(False, True), (True, False), (False, False)])
-def test_the_shorter_kernels_give_the_same_tokens(flags):
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_the_shorter_kernels_give_the_same_tokens(temperature):
     """The flags of a batch choose the kernel and nothing else, as long as they are true."""
-    from dataclasses import replace
-
-    all_greedy, any_filter = flags
-    params = SamplingParams(temperature=0 if all_greedy else 0.9, seed=3)
-    batch = BatchParams.from_list([params] * 2)
-    assert (batch.all_greedy, batch.any_filter) == (all_greedy, False)
+    batch = BatchParams.from_list([SamplingParams(temperature=temperature, seed=3)] * 2)
+    assert (batch.all_greedy, batch.any_filter) == (temperature == 0, False)
     x = torch.randn(2, 5000, generator=torch.Generator().manual_seed(1))
     short = sample(x, batch, backend="triton", num_samples=4).tokens
     full = replace(batch, all_greedy=False, any_filter=True)

@@ -136,7 +136,7 @@ def _run(
     if rows == 0:
         return
     tiles = -(-vocab_size // launch.block)
-    with torch.cuda.device_of(logits):
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         kernel.sample_kernel[(rows,)](
             logits,
             logits.stride(0),

@@ -1,31 +1,33 @@
 """The sampling kernel in Triton: all of docs/semantics.md in one launch, with its step numbers.
 
 One program owns one row. A tile is BLOCK tokens; lane l of it holds the tokens l, l + BLOCK, ….
-The key of a logit is its order as an int32, the code of a token its place in the order of step 7 as
-an int64, so a kept set is a cut: the tokens whose code is at least that. Every filter is a cut, and
-several of them are the largest.
+The key of a logit is its order as an int32; the code of a token is its place in the order of step 7
+as an int64. So a kept set is a cut, the tokens whose code is at least that; every filter is a cut,
+and of several the largest holds.
 
-Passes over the row ("read" is V logits loaded):
+Passes over the row; a read is V logits loaded:
 
 1. Maxima. Every lane keeps its largest logit. A greedy row ends here: 1 read.
-2. Mass, where step 12 or a draw needs that of every token: the mass of each tile. An unfiltered row
-   ends here, with one more tile for each draw: 2 reads.
+2. Mass, where step 12 or the draw needs that of every token: the mass of each tile. An unfiltered
+   row ends here, with a tile's pieces up to the drawn token for each draw: 2 reads.
 3. Candidates. The n-th largest lane maximum bounds the n-th largest logit from below, so the first
-   n of the order are in the n or a few more lanes that reach it. Only these lanes are read again,
-   what reaches the bound goes to the slab in id order, and the filters and draws end in it.
-   top-k: 1 read and n / BLOCK of one. top-p: 2 reads and n / BLOCK, while the nucleus fits.
-   min-p: as top-k, with a bound on depth instead of n.
-4. Search, where the slab would overflow: each pass counts and weighs the tokens above three codes,
-   until what lies between two of them fits the slab; one more read fills it.
-5. Mass of the kept set, where the slab does not hold all of it: as pass 2, then draws by tiles.
+   n of the order are in the lanes that reach it, n or a few more. What of those reaches the bound
+   goes to the slab in id order; the filters and the draws end in it. For top-p, pass 2 stores the
+   lanes on its way, so that a row with its nucleus in the slab takes 2 reads. For top-k and min-p
+   the lanes alone are read again: 1 read, and n / BLOCK of one (1.01 for k = 50, 1.3 for 1,024).
+4. Search, where the slab would overflow (a nucleus of more than NUCLEUS tokens, k beyond 1,500):
+   each pass counts and weighs what reaches three codes, until what lies between two of them fits
+   the slab; one more read fills it. 4 to 8 reads; a code has 52 bits and a pass tells one or more.
+5. Mass of the kept set, where the slab does not hold all of it: 1 read, then draws by tiles.
 
-"raw" logprobs cost one read more, and so does writing the filtered logits.
+"raw" logprobs take 1 read more, and so does writing the filtered logits. So does a row with a
+repetition penalty where that meets a logit far from 1: pass 1 is done again with another division.
 
-Hazards. The slab and the lists are global memory that the program writes and then reads: a barrier
-stands between, and one before the next writes. A masked lane holds -inf, whose key is below every
-cut and whose mass is 0. Programs share nothing: no two rows have the same slot.
+Hazards. The workspace is global memory that the program writes and reads: a barrier stands between,
+and one before the next writes. A masked lane holds -inf, whose code is below every cut and whose
+mass is 0. Programs share nothing: no two rows have the same slot of the history.
 
-Nothing here may be fused into multiply-adds: launch with enable_fp_fusion=False.
+Nothing here may be fused into multiply-adds but where tl.fma says so: enable_fp_fusion=False.
 """
 
 from __future__ import annotations
@@ -68,7 +70,11 @@ def _widened(x):
 
 @triton.jit
 def _quotient(x, r, inverse):
-    """x / r, rounded once, of floats near 1; ``inverse`` is 1 / r, rounded once (Markstein 1990)."""
+    """The quotient x / r, rounded once, where nothing comes near over- or underflow.
+
+    ``inverse`` is 1 / r, rounded once. The second correction is exact by P. Markstein, Computation
+    of elementary functions on the IBM RISC System/6000 processor, 1990.
+    """
     q = x * inverse
     q = tl.fma(tl.fma(-q, r, x), inverse, q)
     return tl.fma(tl.fma(-q, r, x), inverse, q)
@@ -78,7 +84,7 @@ def _quotient(x, r, inverse):
 def _bits(words, first, ids, inside, vocab_size):
     """Bit ``id & 31`` of word ``id >> 5``, as a boolean; False where not inside.
 
-    ``first`` is the id of the first of a whole number of words, or None where the ids are in no order.
+    ``first`` is the id that begins a whole number of words, or None where the ids have no order.
     """
     if first is None:
         word = tl.load(words + (ids >> 5), mask=inside, other=0)
@@ -375,13 +381,13 @@ def _append(slab, held, x, ids, wanted, SLAB: tl.constexpr):
 
 @triton.jit
 def _slab(slab, held, m, scale, SLAB: tl.constexpr):
-    """The slab's codes, mass and ids; a code below every cut and no mass where it is not filled."""
+    """The slab's codes and mass; a code below every cut and no mass where it is not filled."""
     place = tl.arange(0, SLAB)
     filled = place < held
     x = tl.load(slab + place, mask=filled, other=0).to(tl.float32, bitcast=True)
     ids = tl.load(slab + SLAB + place, mask=filled, other=0)
     x = tl.where(filled, x, -_INF)
-    return _code(x, ids), _mass(x, m, scale), ids
+    return _code(x, ids), _mass(x, m, scale)
 
 
 @triton.jit
@@ -434,7 +440,7 @@ def _raw_log_sum(logits, vocab_size, tiles, BLOCK: tl.constexpr):
 
 @triton.jit
 def _logprob(logits, token, w, total, raw, MODE: tl.constexpr):
-    """ln of the token's share, of what was drawn from or of the raw logits."""
+    """Natural logarithm of the token's share of what was drawn from, or of the raw logits."""
     if MODE == PROCESSED:
         result = tl.log(tl.div_rn(w.to(tl.float32), total.to(tl.float32)))
     else:
@@ -586,11 +592,11 @@ def _kept(
         if tl.where(step == 0, has_k, tl.where(step == 1, has_p, (keep > 1) & (has_p | has_min_p))):
             target = tl.where(step == 0, at_most, keep).to(tl.int64)
             target = tl.where(by_mass, _top_p_target(z, top_p), target)
-            codes, w, slab_ids = _slab(slab, held, m, scale, SLAB)
+            codes, w = _slab(slab, held, m, scale, SLAB)
             above = tl.where(by_mass, w_above, n_above)
             below = above + tl.where(by_mass, tl.sum(w, axis=0), held.to(tl.int64))
             if (above >= target) | ((below < target) & (slab_low > lowest)):
-                # not in the slab: begin below it, or anew. As many tokens as are asked for reach the bound
+                # not in the slab: begin below it, or anew; as many as are asked for reach the bound
                 low = _first_code(bound)
                 high = top
                 n_low = tl.zeros((), tl.int64) + vocab_size
@@ -607,7 +613,7 @@ def _kept(
                     )
                     low = tl.maximum(_first_code(massive), k_cut)
                 is_first = True
-                # what reaches the lower code may never have been counted: then the codes tell the end
+                # what reaches the lower code may never be counted: then the codes tell the end
                 while (n_low - n_high > SLAB) & (high - low > SLAB):
                     p1, p2, p3 = _pivots(low, high, m, usual, is_first)
                     is_first = False
@@ -657,7 +663,7 @@ def _kept(
                 n_above = n_high
                 w_above = w_high
 
-                codes, w, slab_ids = _slab(slab, held, m, scale, SLAB)
+                codes, w = _slab(slab, held, m, scale, SLAB)
 
             low = slab_low
             high = slab_high
@@ -917,7 +923,9 @@ def sample_kernel(
             row_seed = tl.load(seed + index)
             row_position = tl.load(position + index)
             if in_slab:
-                codes, w, slab_ids = _slab(slab, held, m, scale, SLAB)
+                codes, w = _slab(slab, held, m, scale, SLAB)
+                place = tl.arange(0, SLAB)
+                slab_ids = tl.load(slab + SLAB + place, mask=place < held, other=0)
                 w = tl.where(codes >= cut, w, 0)
                 reach = tl.cumsum(w, axis=0)
                 total = tl.sum(w, axis=0)
