@@ -51,11 +51,11 @@ def test_every_launch_is_one_that_the_kernel_can_run(vocab_size, rows, dtype, ex
 def test_branches_of_the_launch():
     """Large rows, rows with extras, small vocabularies; few rows, many rows; 2 and 4 bytes."""
     one = choose_launch(128256, 1, F32)
-    assert one == Launch(block=4096, slab=2048, nucleus=512, num_warps=16, num_stages=5)
+    assert one == Launch(block=4096, slab=2048, nucleus=512, num_warps=16, num_stages=3)
     assert choose_launch(128256, 132, F32) == one
     assert choose_launch(128256, 133, F32).num_stages == 3
     assert choose_launch(128256, 133, F32, processors=200) == one
-    assert choose_launch(128256, 133, BF16).num_stages == 5
+    assert choose_launch(128256, 133, BF16).num_stages == 3
     extras = choose_launch(128256, 1, F32, extras=True)
     assert (extras.block, extras.num_warps) == (2048, 8)
     small = choose_launch(1000, 1, F32)
@@ -115,14 +115,8 @@ def test_without_triton_the_reason_is_remembered(tmp_path):
 HALVES = (
     (("test_parity.py",), "triton and covering"),
     (
-        (
-            "test_triton_interpreted.py",
-            "test_parity.py",
-            "test_vectors.py",
-            "test_edges.py",
-            "test_sampler.py",
-        ),
-        "triton and not covering",
+        ("test_triton_interpreted.py", "test_vectors.py", "test_edges.py"),
+        "triton",
     ),
 )
 
@@ -154,5 +148,5 @@ def test_everything_in_the_interpreter():
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output[-20000:]
     passed = [int(re.search(r"(\d+) passed", output)[1]) for output in outputs]
-    assert passed[0] >= 21, "7 vocabularies, 3 dtypes"
+    assert passed[0] >= 9, "3 vocabularies, 3 dtypes"
     assert passed[1] >= 300, "the vectors alone are more"

@@ -1,0 +1,506 @@
+"""What the Triton kernel costs, read from its machine code: ``python benchmarks/triton_cost.py``.
+
+It compiles the kernel ahead of time for every kind of call and several architectures. Triton's JIT
+gets the very arguments that the wrapper launches with, so types, alignment and options are those of
+a launch. Nothing runs on a device: all numbers are predicted, not measured. It takes Triton 3.9 or
+newer, whose line information says where a function was inlined.
+
+The loops over the row have the names of LOOPS, "mass 2" is that of the kept set. An iteration has
+all instructions from a loop's label to its last jump back, both sides of an ``if`` included; of the
+loops in a floor only "gather" has one. Instructions per logit are those of a thread: a warp issues
+them for 32 logits at once. Those of "gather" are per token of the lanes that are read again.
+
+The floor of a call on an H100 is the largest of three times:
+
+* bytes: ``rows * V * size * reads / (3.35 TB/s)``
+* issue: ``n * V / 32 * (sum over the loops of reads * instructions per logit) / (4 * 1.755 GHz)``
+* latency: ``n * V * size * reads / in_flight * 0.7 us``,
+  ``in_flight = min(n, programs) * (num_stages - 1) * BLOCK * size``
+
+``n = ceil(rows / 132)`` rows are on the busiest multiprocessor, and as many programs at once as
+registers, threads and shared memory let in. Reads of the row: greedy 1, unfiltered 2, top-p 2 (the
+nucleus is in the slab), top-k 1 and the lanes that are read again, at most k * 1.125 + 16 of BLOCK.
+top-p takes its lanes, NUCLEUS * 1.125 + 16, from copies: instructions, but no read of the row.
+
+It is a lower bound for logits that come from HBM at every read; the second of two reads is cheaper
+where the L2 cache still holds the row. Launch, barriers, reductions, shared memory's latency, the
+filters in the slab and the draw are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from timing import ROOT, progress
+from triton.backends.compiler import GPUTarget
+
+from llm_sampling import SamplingParams, TokenHistory
+from llm_sampling.backends import triton as wrapper
+from llm_sampling.backends import triton_kernel
+from llm_sampling.backends.args import make_results
+from llm_sampling.sample import make_call
+
+RESULTS = ROOT / "benchmarks" / "results"
+SOURCE = Path(triton_kernel.__file__)
+TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+#: What a program may have of a multiprocessor's shared memory.
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+KINDS = (
+    "greedy",
+    "unfiltered",
+    "filtered",
+    "filtered + history + advance",
+    "filtered + mask",
+    "filtered + bias",
+    "filtered + history + mask + bias + advance + raw logprobs",
+    "filtered + processed logprobs",
+    "filtered + raw logprobs",
+    "filter-only",
+    "filter-only + history + mask + bias",
+)
+#: What the floor is worked out for: cases and their kinds, sizes, and rows.
+CASES = {"greedy": "greedy", "unfiltered": "unfiltered"}
+CASES |= {"top-k 50": "filtered", "top-p 0.9": "filtered"}
+VOCAB_SIZES = (32000, 128256, 262144)
+ROWS = (1, 8, 64, 256)
+
+# Compiling
+
+
+class Variant(NamedTuple):
+    """A kind of call, and the shape that its launch is chosen for."""
+
+    kind: str
+    dtype: str
+    vocab_size: int = 128256
+    rows: int = 1
+
+
+def compile_launch(arch: str, kernel: Any, *args: Any, **kwargs: Any) -> Any:
+    """What Triton compiles for ``arch`` where a kernel is launched with these arguments."""
+    device = SimpleNamespace(get_current_device=lambda: arch, get_current_stream=lambda _: 0)
+    device.get_current_target = lambda: TARGETS[arch]
+    triton.runtime.driver.set_active(device)
+    try:
+        return kernel.run(*args, grid=(1,), warmup=True, **kwargs)
+    finally:
+        triton.runtime.driver.set_active(None)
+
+
+def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
+    """The kernel that the wrapper launches for such a call, and how."""
+    kind, dtype, size, rows = variant
+    params = SamplingParams(
+        temperature=0.0 if kind.startswith("greedy") else 0.7,
+        top_p=0.9 if kind.startswith("filter") else 1.0,
+        repetition_penalty=1.1 if "history" in kind else 1.0,
+        logit_bias={0: 1.0} if "bias" in kind else None,
+        seed=0,
+    )
+    words = -(-size // 32)
+    call = make_call(
+        torch.zeros(1, size, dtype=getattr(torch, dtype)),  # how many rows is in the launch alone
+        params,
+        history=TokenHistory.from_ids([[0]], vocab_size=size) if "history" in kind else None,
+        allowed_mask=torch.zeros(1, words, dtype=torch.int32) if "mask" in kind else None,
+        logprobs=next((mode for mode in ("processed", "raw") if f"{mode} logprobs" in kind), None),
+        check=False,
+    )
+    call = replace(call, advance="advance" in kind)
+    extras = any(name in kind for name in ("history", "mask", "bias"))
+    launch = wrapper.choose_launch(size, rows, call.logits.dtype, extras=extras)
+    output, filtered = make_results(call), None
+    if "filter-only" in kind:
+        output, filtered = None, torch.zeros(1, size, dtype=torch.float32)
+    with mock.patch.object(triton_kernel, "sample_kernel") as kernel:
+        wrapper._run(call, launch, wrapper._workspace(call, launch), output, filtered)
+    args, kwargs = kernel.__getitem__.return_value.call_args
+    return compile_launch(arch, triton_kernel.sample_kernel, *args, **kwargs), launch
+
+
+# The loops over the row, in the kernel's file and in the machine code
+
+#: Name: the statement, a call that none below has, and which field of Launch is its tokens.
+LOOPS = {
+    "maxima": ("for", "_processed_and_flags", "block"),
+    "search": ("for", "_packed_counts", "slab"),
+    "gather": ("while", "_append", "slab"),
+    "collect": ("for", "_append", "slab"),
+    "draw": ("while", "_mass", "slab"),
+    "mass": ("for", "_mass", "block"),
+    "raw": ("for", "tl.exp", "block"),
+    "write": ("for", "tl.div_rn", "block"),
+}
+
+
+class Lines(NamedTuple):
+    """Lines of the kernel's file: of the loops over the row, of loads of logits, of ``_mass``."""
+
+    loops: dict[range, str]
+    loads: set[int]
+    mass: range
+
+
+@functools.cache
+def source() -> Lines:
+    """The lines by which the machine code is read."""
+    text = SOURCE.read_text(encoding="utf-8")
+    loops, loads, mass = {}, set(), range(0)
+    # a statement, its name and its body, also where it is in the body of another
+    for match in re.finditer(r"^(?=( *)(for|while|def) .*\n((?:\1 .*\n|\n)+))", text, re.MULTILINE):
+        _, word, body = match.groups()
+        first = text.count("\n", 0, match.start()) + 1
+        lines = range(first, first + 1 + body.count("\n"))
+        if text.startswith("def _mass(", match.start()):
+            mass = lines
+        reads = "_processed" in body or "tl.load(logits" in body
+        if word != "def" and reads and not re.search(r"^ *(for|while) ", body, re.MULTILINE):
+            of_word = [(name, call) for name, (w, call, _) in LOOPS.items() if w == word]
+            loops[lines] = next(
+                (name for name, call in of_word if f"{call}(" in body), f"line {first}"
+            )
+    for match in re.finditer(r"tl\.load\(logits", text):
+        first = text.count("\n", 0, match.start()) + 1
+        loads |= set(range(first, first + 4))  # the compiler may give it the next statement's line
+    return Lines(loops, loads, mass)
+
+
+@functools.cache
+def row_loop(lines: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:
+    """The loop over the row that has these lines, and the lines of the calls that led there."""
+    for depth, line in enumerate(lines):
+        for body, name in source().loops.items():
+            if line in body:
+                return name, lines[depth + 1 :]
+    return None
+
+
+class Instruction(NamedTuple):
+    """An instruction; its lines of the kernel's file, from the innermost function outwards."""
+
+    name: str
+    suffixes: list[str]
+    operands: str
+    lines: tuple[int, ...]
+
+    @property
+    def loaded(self) -> int:
+        """The bytes that a thread loads with it from global memory."""
+        sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+        found = [sizes[suffix] for suffix in self.suffixes if suffix in sizes]
+        return (found or [4])[0] if self.name in ("LDG", "LDGSTS") else 0
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop over the row, for a thread and an iteration."""
+
+    tokens: int
+    instructions: int
+    logit_bytes: int
+    narrowest_load: int
+    spills: int
+    fused: int  # multiply-adds of steps 9 and 10
+
+
+def run_tool(name: str, *options: str, cubin: bytes) -> str:
+    """What one of the tools that come with Triton says of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [getattr(triton.knobs.nvidia, name).path, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(cubin: bytes) -> tuple[list[Instruction], list[range]]:
+    """The instructions, and the loops among them: from a label to the last jump back to it."""
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    ends: dict[int, int] = {}
+    lines: tuple[int, ...] = ()
+    is_new = True
+    for text in run_tool("nvdisasm", "-c", "-gi", cubin=cubin).splitlines():
+        line = text.strip()
+        if match := re.match(r"(\.L_x_\d+):", line):
+            labels[match[1]] = len(code)
+        elif match := re.match(r'//## File "([^"]*)", line (\d+)', line):
+            is_kernel = Path(match[1]).name == SOURCE.name
+            lines = (() if is_new else lines) + ((int(match[2]),) if is_kernel else ())
+            is_new = False
+        elif match := re.match(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
+            name, *suffixes = match[1].split(".")
+            code.append(Instruction(name, suffixes, match[2], lines))
+            is_new = True
+    for index, instruction in enumerate(code):
+        target = re.search(r"\.L_x_\d+", instruction.operands)
+        if instruction.name == "BRA" and target and labels[target[0]] < index:
+            ends[labels[target[0]]] = index + 1
+    return code, [range(start, end) for start, end in ends.items()]
+
+
+def count_spills(code: Iterable[Instruction]) -> int:
+    """How many loads and stores of spilled registers there are."""
+    return sum(i.name in ("LDL", "STL") for i in code)
+
+
+def count_fused(code: Iterable[Instruction]) -> int:
+    """How many instructions of ``_mass``, or of nobody knows what, multiply and add at once."""
+    fused = [i.lines for i in code if i.name in ("FFMA", "FFMA2")]
+    return sum(not lines or lines[0] in source().mass for lines in fused)
+
+
+def count_fma(ptx: str) -> int:
+    """How many fma.rn.f32 a PTX text has."""
+    return len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", ptx))
+
+
+def find_loops(
+    code: list[Instruction], bodies: list[range], launch: wrapper.Launch, itemsize: int
+) -> dict[str, Loop]:
+    """The loops over the row."""
+    found: dict[Any, tuple[list[Instruction], list[int]]] = {}
+    for body in sorted(bodies, key=len, reverse=True):  # of two around each other, the inner one
+        inside = [code[i] for i in body]
+        where = Counter(row_loop(i.lines) for i in inside).most_common(1)[0][0]
+        own = [i for i in inside if row_loop(i.lines) == where]
+        loads = [i.loaded for i in own if i.loaded and i.lines and i.lines[0] in source().loads]
+        if where is not None and loads:
+            found[where] = inside, loads
+    if not found:
+        raise ValueError("the machine code does not say which of it is a loop over the row")
+    loops: dict[str, Loop] = {}
+    for where in sorted(found):
+        (inside, loads), name = found[where], where[0]
+        tokens = getattr(launch, LOOPS[name][2]) // (32 * launch.num_warps)
+        if sum(loads) != tokens * itemsize:
+            raise ValueError(f"{name}: {tokens} tokens of {itemsize} bytes, but loads of {loads}")
+        counts = count_spills(inside), count_fused(inside)
+        loop = Loop(tokens, len(inside), sum(loads), min(loads), *counts)
+        loops[f"{name} 2" if name in loops else name] = loop
+    return loops
+
+
+# What a variant costs, and what it must not
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a compiled kernel needs; spills of AMD's are vector and scalar registers."""
+
+    launch: wrapper.Launch
+    registers: int
+    spills: int
+    scalar_spills: int
+    shared: int
+    instructions: int
+    ptx_fma: int
+    ptx_ftz: int
+    loops: dict[str, Loop]
+
+    def programs(self) -> int:
+        """How many an H100's multiprocessor holds."""
+        warps = self.launch.num_warps
+        registers = -(-self.registers * 32 // 256) * 256 * warps  # a warp is given 256 at a time
+        return min(65536 // registers, 64 // warps, 32, 228 * 1024 // (self.shared + 1024))
+
+
+def measure(variant: Variant, arch: str) -> Cost:
+    """Compile a kind of call and read its cost."""
+    compiled, launch = compile_variant(variant, arch)
+    shared = compiled.metadata.shared
+    if TARGETS[arch].backend == "hip":
+        text = compiled.asm["amdgcn"]
+        fields = dict(re.findall(r"^ +\.([vs]gpr\w+): +(\d+)$", text, re.MULTILINE))
+        counts = [int(fields[f"{kind}_count"]) for kind in ("vgpr", "vgpr_spill", "sgpr_spill")]
+        body = text[: text.index(".Lfunc_end0:")]
+        instructions = len(re.findall(r"^\t[a-z]\w+", body, re.MULTILINE))
+        return Cost(launch, *counts, shared, instructions, 0, 0, {})
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    code, bodies = disassemble(cubin)
+    usage = run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    return Cost(
+        launch=launch,
+        registers=int(re.findall(r"\bREG:(\d+)", usage)[0]),
+        spills=count_spills(code),
+        scalar_spills=0,
+        shared=shared,
+        instructions=len(code),
+        ptx_fma=count_fma(ptx),
+        ptx_ftz=len(re.findall(r"\.ftz\b", ptx)),
+        loops=find_loops(code, bodies, launch, DTYPES[variant.dtype]),
+    )
+
+
+def measure_all(jobs: Sequence[tuple[Variant, str]]) -> list[Cost]:
+    """The costs of these, with two compilers at a time."""
+    costs = []
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        for number, cost in enumerate(pool.map(measure, *zip(*jobs, strict=True))):
+            progress(f"{number + 1} of {len(jobs)}: {jobs[number]}")
+            costs.append(cost)
+    return costs
+
+
+def broken_rules(variant: Variant, arch: str, cost: Cost) -> list[str]:
+    """What is not as it must be, in words."""
+    broken = []
+    has_logprobs = "logprobs" in variant.kind
+    if arch == "sm_90" and cost.spills:
+        broken.append(f"{cost.spills} loads and stores of spilled registers")
+    if cost.shared > SHARED_KIB[arch] * 1024:
+        broken.append(f"{cost.shared} bytes of shared memory, more than {SHARED_KIB[arch]} KiB")
+    if cost.ptx_fma and not has_logprobs and "history" not in variant.kind:
+        broken.append(f"{cost.ptx_fma} fma.rn.f32 in the PTX")
+    if cost.ptx_ftz and not has_logprobs:
+        broken.append(f"{cost.ptx_ftz} instructions of the PTX flush denormals")
+    for name, loop in cost.loops.items():
+        if loop.fused:
+            broken.append(f"{name}: {loop.fused} fused multiply-adds in steps 9 and 10")
+        # gather reads single tokens, and a thread's part of the slab may have fewer bytes
+        is_of_slab = LOOPS[name.split()[0]][2] == "slab"
+        wanted = min(16, loop.logit_bytes) if is_of_slab else 16
+        if name != "gather" and loop.narrowest_load < wanted:
+            broken.append(f"{name}: logits are loaded {loop.narrowest_load} bytes at a time")
+    return [f"{variant.kind}, {variant.dtype}, {arch}: {reason}" for reason in broken]
+
+
+def floor(case: str, variant: Variant, cost: Cost) -> dict[str, Any]:
+    """The least time of a call, by the formula at the top of this file."""
+    launch, loops, itemsize = cost.launch, cost.loops, DTYPES[variant.dtype]
+    again = {"top-k 50": 50, "top-p 0.9": launch.nucleus}
+    reads = {"maxima": 1.0}
+    if case in ("unfiltered", "top-p 0.9"):
+        reads["mass"] = 1.0
+    of_row = sum(reads.values())
+    if case in again:
+        reads["gather"] = (again[case] * 1.125 + 16) / launch.block
+    if case == "top-k 50":
+        of_row += reads["gather"]
+    busiest = -(-variant.rows // 132)
+    row_bytes = variant.vocab_size * itemsize * of_row
+    stages = min(busiest, cost.programs()) * (launch.num_stages - 1)
+    instructions = sum(
+        n * loops[name].instructions / loops[name].tokens for name, n in reads.items()
+    )
+    microseconds = {
+        "bytes": variant.rows * row_bytes / 3.35e6,
+        "issue": busiest * variant.vocab_size / 32 * instructions / (4 * 1.755e3),
+        "latency": busiest * row_bytes / (stages * launch.block * itemsize) * 0.7,
+    }
+    limit = max(microseconds, key=lambda name: microseconds[name])
+    found = {"case": case, **variant._asdict(), "reads": of_row, "programs": cost.programs()}
+    rounded = {name: round(value, 2) for name, value in microseconds.items()}
+    return {**found, "limit": limit, "microseconds": rounded}
+
+
+# The report
+
+
+def table(caption: str, header: Sequence[str], cells: Iterable[tuple[Any, Sequence[str]]]) -> str:
+    """A markdown table; cells with the same key are in one row."""
+    rows: dict[Any, list[str]] = {}
+    for key, more in cells:
+        rows.setdefault(key, list(key)).extend(more)
+    lines = [f"## {caption} (predicted, not measured)\n", f"| {' | '.join(header)} |"]
+    lines.append("|---" * 2 + "|--:" * (len(header) - 2) + "|")
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows.values()])
+
+
+def tables(costs: Sequence[tuple[Variant, str, Cost]], floors: Sequence[dict[str, Any]]) -> str:
+    """The three tables."""
+    needs, instructions, bounds = [], [], []
+    names = ["maxima", "mass", "mass 2", *(n for n in LOOPS if n not in ("maxima", "mass"))]
+    for variant, arch, cost in costs:
+        key = variant.kind, variant.dtype
+        spills = f"{cost.spills} + {cost.scalar_spills}" if arch == "gfx942" else cost.spills
+        need = f"{cost.registers} / {spills} / {cost.shared:,} / {cost.instructions:,}"
+        needs.append((key, [need]))
+        if arch == "sm_90":
+            per_logit = {n: f"{x.instructions / x.tokens:.1f}" for n, x in cost.loops.items()}
+            sizes = {f"{loop.logit_bytes / loop.tokens:g}" for loop in cost.loops.values()}
+            instructions.append((key, [*(per_logit.get(n, "") for n in names), " ".join(sizes)]))
+    for line in floors:
+        key = f"{line['vocab_size']:,}", line["case"], line["dtype"], f"{line['reads']:.3g}"
+        bounds.append((key, [f"{line['microseconds'][line['limit']]:.1f} {line['limit']}"]))
+    a = "Registers / spills (gfx942: vector + scalar) / shared bytes / instructions"
+    b = "Instructions per logit on sm_90, and bytes of logits per logit"
+    c = "Lower bounds in µs on an H100, and which of the three times it is"
+    by_rows = [f"{rows} row{'s' * (rows > 1)}" for rows in ROWS]
+    found = [table(a, ["call", "dtype", *TARGETS], needs)]
+    found += [table(b, ["call", "dtype", *names, "bytes"], instructions)]
+    found += [table(c, ["V", "case", "dtype", "reads", *by_rows], bounds)]
+    return "\n\n".join(found)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print and write the report; or, with ``--check``, what is broken, and exit with 1 then."""
+    parser = argparse.ArgumentParser(description="What the Triton kernel costs, predicted.")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a rule is broken")
+    parser.add_argument("--quick", action="store_true", help="little of it; writes nothing")
+    options = parser.parse_args(argv)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET must not be set: the interpreter compiles nothing")
+    dtypes, kinds, sizes = DTYPES, KINDS, VOCAB_SIZES
+    if options.quick:
+        dtypes, kinds, sizes = ("bfloat16",), KINDS[:4], (128256,)
+    jobs = [(Variant(kind, dtype), arch) for dtype in dtypes for kind in kinds for arch in TARGETS]
+    costs = [(*job, cost) for job, cost in zip(jobs, measure_all(jobs), strict=True)]
+    broken = [reason for cost in costs for reason in broken_rules(*cost)]
+    if options.check:
+        print("\n".join(broken) or "no rule is broken")
+        return int(bool(broken))
+
+    cases = [
+        (case, Variant(kind, dtype, size, rows))
+        for size in sizes
+        for case, kind in CASES.items()
+        for dtype in ("float32", "bfloat16")
+        for rows in ROWS
+    ]
+    found = measure_all([(variant, "sm_90") for _, variant in cases])
+    floors = [floor(*case, cost) for case, cost in zip(cases, found, strict=True)]
+    record = {
+        "what": "predicted from the machine code, not measured",
+        "triton": triton.__version__,
+        "kernel": hashlib.sha256(SOURCE.read_bytes()).hexdigest(),
+        "command": shlex.join(["python", "benchmarks/triton_cost.py", *argv]),
+    }
+    text = "# The Triton kernel's cost: predicted from its machine code, not measured\n\n"
+    text += f"* `{record['command']}`, triton {record['triton']}\n"
+    text += f"* SHA-256 of `{SOURCE.name}`: {record['kernel']}\n"
+    text += (__doc__ or "").partition("\n")[2] + "\n" + tables(costs, floors)
+    text += "\n\n## Broken rules\n\n" + "\n".join(f"* {line}" for line in broken or ["none"])
+    print(text)
+    if not options.quick:
+        lines = [{**variant._asdict(), "arch": a, **asdict(cost)} for variant, a, cost in costs]
+        report = json.dumps(
+            {**record, "costs": lines, "floors": floors, "broken": broken}, indent=1
+        )
+        (RESULTS / "triton-cost.md").write_text(text + "\n", encoding="utf-8")
+        (RESULTS / "triton-cost.json").write_text(report + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
