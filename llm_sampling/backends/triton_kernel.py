@@ -111,7 +111,7 @@ def _processed_and_flags(
     HAS_HISTORY: tl.constexpr,
 ):
     """Steps 1 to 6 of some tokens, -inf where not inside; and the bits _NAN_BIT and _WIDE_BIT."""
-    logits, vocab_size, bias, mask, history = row
+    logits, vocab_size, bias, mask, history, wide = row
     # 1 widen
     x = _widened(tl.load(logits + ids, mask=inside, other=-_INF))
 
@@ -140,7 +140,7 @@ def _processed_and_flags(
 
     flags = tl.zeros_like(ids)
     if HAS_HISTORY:
-        seen, counts, r, inverse, a, b, wide = history
+        seen, counts, r, inverse, a, b = history
         if (r != 1.0) | (a != 0.0) | (b != 0.0):
             is_seen = _bits(seen, first, ids, inside, vocab_size)
             count = tl.load(counts + ids, mask=is_seen, other=0)
@@ -157,8 +157,8 @@ def _processed_and_flags(
             x = tl.where(count > 0, x - b, x)
 
     # 6 canonical
-    is_nan = x != x
-    return tl.where(is_nan, -_INF, x + 0.0), tl.where(is_nan, flags | _NAN_BIT, flags)
+    flags = tl.where(x != x, flags | _NAN_BIT, flags)
+    return tl.maximum(x + 0.0, -_INF), flags  # of NaN and a number, maximum gives the number
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def _code(x, ids):
 @triton.jit
 def _mass(x, m, scale):
     """9 depth, 10 mass: 0 .. 2^42, and 0 for -inf while m is not."""
-    d = tl.where(x == m, 0.0, (m - x) * scale)
+    d = tl.maximum((m - x) * scale, 0.0)  # 0 for NaN, which inf - inf and 0 * inf are, where x is m
     d = tl.minimum(d, 63.0)
     # floor without a conversion: 2^23 + d is rounded to an integer, perhaps to the one above
     shifted = d + 8388608.0
@@ -293,22 +293,24 @@ def _lane_bound(keys, top_key, wanted):
     """A key that at least ``wanted`` of the lanes reach, and not many more; or the lowest."""
     low = tl.full((), _LOWEST_KEY, tl.int64)
     high = top_key.to(tl.int64) + 1
-    reaching = tl.sum((keys >= _LOWEST_KEY).to(tl.int32), axis=0)
+    none = tl.zeros((), tl.int64)
+    reaching = tl.sum((keys >= _LOWEST_KEY).to(tl.int64), axis=0)
     enough = wanted + wanted // 8 + 16
     while (reaching > enough) & (high - low > 1):
         p1, p2, p3 = _quarters(low, high)
-        packed = tl.sum(
-            _packed_counts(keys, p1.to(tl.int32), p2.to(tl.int32), p3.to(tl.int32)), axis=0
+        packed = _packed_counts(keys, p1.to(tl.int32), p2.to(tl.int32), p3.to(tl.int32))
+        low, high, reaching, _, _ = _narrow(
+            (low, high, reaching, none, none),
+            p1,
+            p2,
+            p3,
+            tl.sum(packed, axis=0),
+            none,
+            none,
+            none,
+            False,
+            wanted,
         )
-        n1 = (packed & 0x1FFFFF).to(tl.int32)
-        n2 = ((packed >> 21) & 0x1FFFFF).to(tl.int32)
-        n3 = (packed >> 42).to(tl.int32)
-        r1 = n1 >= wanted
-        r2 = n2 >= wanted
-        r3 = n3 >= wanted
-        low = tl.where(r3, p3, tl.where(r2, p2, tl.where(r1, p1, low)))
-        reaching = tl.where(r3, n3, tl.where(r2, n2, tl.where(r1, n1, reaching)))
-        high = tl.where(r3, high, tl.where(r2, p3, tl.where(r1, p2, p1)))
     return low.to(tl.int32)
 
 
@@ -409,13 +411,15 @@ def _tile_masses(
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A read of the row: the mass of every tile's tokens that reach the cut."""
+    """A read of the row: the mass of every tile's tokens, or of those that reach the cut."""
     tile = tl.arange(0, TILES)
     masses = tl.zeros([TILES], tl.int64)
     for t in tl.range(0, tiles, num_stages=STAGES):
         ids = t * BLOCK + tl.arange(0, BLOCK)
         x = _processed(row, t * BLOCK, ids, ids < vocab_size, HAS_BIAS, HAS_MASK, HAS_HISTORY)
-        w = tl.where(_code(x, ids) >= cut, _mass(x, m, scale), 0)
+        w = _mass(x, m, scale)
+        if cut is not None:
+            w = tl.where(_code(x, ids) >= cut, w, 0)
         masses = tl.where(tile == t, tl.sum(w, axis=0), masses)
         if STORE:
             tl.store(store + t * num_lanes + place, x.to(tl.int32, bitcast=True), mask=place >= 0)
@@ -448,6 +452,16 @@ def _logprob(logits, token, w, total, raw, MODE: tl.constexpr):
         x = _widened(tl.load(logits + token))
         result = tl.where(x == m, 0.0, x - m) - log_sum
     return result
+
+
+@triton.jit
+def _write(output, draw, token, w, total, MODE: tl.constexpr):
+    """A draw's token, and its logprob; -1 and NaN where there was no candidate."""
+    tokens, logprobs, logits, raw = output
+    tl.store(tokens + draw, token.to(tl.int64))
+    if MODE:
+        logprob = _logprob(logits, tl.maximum(token, 0), w, total, raw, MODE)
+        tl.store(logprobs + draw, tl.where(token < 0, float("nan"), logprob))
 
 
 @triton.jit
@@ -539,7 +553,7 @@ def _kept(
     if weigh_all | (WEIGH_ALL & (any_filter == 0)):
         masses = _tile_masses(
             row,
-            lowest,
+            None,
             m,
             scale,
             vocab_size,
@@ -798,21 +812,14 @@ def sample_kernel(
     best = tl.full([BLOCK], -_INF, tl.float32)
     best_tile = tl.zeros([BLOCK], tl.int32)
     wide = tl.zeros((), tl.int32)
+    history = 0
     if HAS_HISTORY:
         inverse = tl.div_rn(1.0, repetition)
+        history = (seen, counts, repetition, inverse, frequency, presence)
         wide = ((repetition > _FAR) | (repetition < 1.0 / _FAR)).to(tl.int32)
     flags = tl.full((), _WIDE_BIT, tl.int32)
     while flags >= _WIDE_BIT:
-        if HAS_HISTORY:
-            row = (
-                logits,
-                vocab_size,
-                bias,
-                mask,
-                (seen, counts, repetition, inverse, frequency, presence, wide),
-            )
-        else:
-            row = (logits, vocab_size, bias, mask, 0)
+        row = (logits, vocab_size, bias, mask, history, wide)
         best = tl.full([BLOCK], -_INF, tl.float32)
         best_tile = tl.zeros([BLOCK], tl.int32)
         for tile in tl.range(0, tiles, num_stages=STAGES):
@@ -825,16 +832,7 @@ def sample_kernel(
             best_tile = tl.where(better, (best_tile & _FLAGS) | tile, best_tile) | x_flags
         flags = tl.max(best_tile & _WIDE_BIT, axis=0) | tl.max(best_tile & _NAN_BIT, axis=0)
         wide = tl.where(flags >= _WIDE_BIT, 1, wide)
-    if HAS_HISTORY:
-        row = (
-            logits,
-            vocab_size,
-            bias,
-            mask,
-            (seen, counts, repetition, inverse, frequency, presence, wide),
-        )
-    else:
-        row = (logits, vocab_size, bias, mask, 0)
+    row = (logits, vocab_size, bias, mask, history, wide)
     m = tl.max(best, axis=0)
     greedy = tl.where(best == m, (best_tile & (_NAN_BIT - 1)) * BLOCK + lane, _LAST_ID)
     greedy = tl.min(greedy, axis=0)
@@ -848,6 +846,12 @@ def sample_kernel(
     raw = 0
     if LOGPROBS == RAW:
         raw = _raw_log_sum(logits, vocab_size, tiles, BLOCK)
+    output = 0
+    if not FILTER_ONLY:
+        first_draw = index * num_samples
+        output = (tokens + first_draw, 0, logits, raw)
+        if LOGPROBS:
+            output = (tokens + first_draw, logprobs + first_draw, logits, raw)
 
     # 8 greedy: the first of the order; and a row without candidates
     token = tl.where(empty, -1, greedy)
@@ -856,11 +860,7 @@ def sample_kernel(
     if empty | (t == 0.0):
         if not FILTER_ONLY:
             for draw in range(0, num_samples):
-                tl.store(tokens + index * num_samples + draw, token.to(tl.int64))
-                if LOGPROBS:
-                    logprob = _logprob(logits, greedy, one, one, raw, LOGPROBS)
-                    logprob = tl.where(empty, float("nan"), logprob)
-                    tl.store(logprobs + index * num_samples + draw, logprob)
+                _write(output, draw, token, one, one, LOGPROBS)
     elif ANY_RANDOM:
         scale = tl.div_rn(_LOG2_E, t)
         workspace += index * workspace_stride
@@ -901,7 +901,7 @@ def sample_kernel(
             if not FILTER_ONLY:
                 masses = _tile_masses(
                     row,
-                    cut,
+                    None,
                     m,
                     scale,
                     vocab_size,
@@ -932,10 +932,7 @@ def sample_kernel(
                 for draw in range(0, num_samples):
                     r = _scaled_random(row_seed, row_position, draw, total)
                     token, token_w = _first_past(reach, r, slab_ids, w, SLAB)
-                    tl.store(tokens + index * num_samples + draw, token.to(tl.int64))
-                    if LOGPROBS:
-                        logprob = _logprob(logits, token, token_w, total, raw, LOGPROBS)
-                        tl.store(logprobs + index * num_samples + draw, logprob)
+                    _write(output, draw, token, token_w, total, LOGPROBS)
             else:
                 tile_reach = tl.cumsum(masses, axis=0)
                 total = tl.sum(masses, axis=0)
@@ -958,10 +955,7 @@ def sample_kernel(
                         w = tl.where(_code(x, ids) >= cut, _mass(x, m, scale), 0)
                         piece = tl.sum(w, axis=0)
                     token, token_w = _first_past(tl.cumsum(w, axis=0), r - before, ids, w, SLAB)
-                    tl.store(tokens + index * num_samples + draw, token.to(tl.int64))
-                    if LOGPROBS:
-                        logprob = _logprob(logits, token, token_w, total, raw, LOGPROBS)
-                        tl.store(logprobs + index * num_samples + draw, logprob)
+                    _write(output, draw, token, token_w, total, LOGPROBS)
 
     if FILTER_ONLY:
         filtered += index * filtered_stride
