@@ -95,6 +95,7 @@ class Variant(NamedTuple):
     dtype: str
     vocab_size: int = 128256
     rows: int = 1
+    stride: int | None = None  # from row to row, where that is not vocab_size
 
 
 def compile_launch(arch: str, kernel: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +111,7 @@ def compile_launch(arch: str, kernel: Any, *args: Any, **kwargs: Any) -> Any:
 
 def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
     """The kernel that the wrapper launches for such a call, and how."""
-    kind, dtype, size, rows = variant
+    kind, dtype, size, rows, stride = variant
     params = SamplingParams(
         temperature=0.0 if kind.startswith("greedy") else 0.7,
         top_p=0.9 if kind.startswith("filter") else 1.0,
@@ -119,11 +120,12 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
         seed=0,
     )
     words = -(-size // 32)
+    few = min(rows, 2)  # how many rows is in the launch alone, but for a single one
     call = make_call(
-        torch.zeros(1, size, dtype=getattr(torch, dtype)),  # how many rows is in the launch alone
+        torch.zeros(few, stride or size, dtype=getattr(torch, dtype))[:, :size],
         params,
-        history=TokenHistory.from_ids([[0]], vocab_size=size) if "history" in kind else None,
-        allowed_mask=torch.zeros(1, words, dtype=torch.int32) if "mask" in kind else None,
+        history=TokenHistory.from_ids([[0]] * few, vocab_size=size) if "history" in kind else None,
+        allowed_mask=torch.zeros(few, words, dtype=torch.int32) if "mask" in kind else None,
         logprobs=next((mode for mode in ("processed", "raw") if f"{mode} logprobs" in kind), None),
         check=False,
     )
@@ -132,7 +134,7 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
     launch = wrapper.choose_launch(size, rows, call.logits.dtype, extras=extras)
     output, filtered = make_results(call), None
     if "filter-only" in kind:
-        output, filtered = None, torch.zeros(1, size, dtype=torch.float32)
+        output, filtered = None, torch.zeros(few, size, dtype=torch.float32)
     with mock.patch.object(triton_kernel, "sample_kernel") as kernel:
         wrapper._run(call, launch, wrapper._workspace(call, launch), output, filtered)
     args, kwargs = kernel.__getitem__.return_value.call_args

@@ -554,6 +554,14 @@ def _padded_rows(x: Tensor) -> Tensor:
     return buffer[:, :v]
 
 
+def _aligned_rows(x: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 elements, whatever V is."""
+    rows, v = x.shape
+    buffer = _poison((rows, v + 16 - v % 16), x)
+    buffer[:, :v] = x
+    return buffer[:, :v]
+
+
 def _odd_offset(x: Tensor) -> Tensor:
     """One element past the allocation's start: no row is aligned to more than an element."""
     rows, v = x.shape
@@ -589,6 +597,7 @@ def _every_other_column(x: Tensor) -> Tensor:
 LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "padded rows": _padded_rows,
+    "aligned rows": _aligned_rows,
     "odd offset": _odd_offset,
     "sliced columns": _sliced_columns,
     "every other row": _every_other_row,

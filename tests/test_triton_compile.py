@@ -60,6 +60,15 @@ def test_no_rule_is_broken_elsewhere(arch):
     assert cost.instructions > 1000
 
 
+@pytest.mark.parametrize(("rows", "stride"), [(1, None), (2, 50304)])
+@pytest.mark.parametrize("kind", ["unfiltered", "filtered"])
+def test_an_odd_vocabulary_in_aligned_rows_is_loaded_16_bytes_at_a_time(kind, rows, stride):
+    variant = Variant(kind, "float32", vocab_size=50257, rows=rows, stride=stride)
+    cost = measure(variant, "sm_90")
+    assert {loop.narrowest_load for name, loop in cost.loops.items() if name != "gather"} == {16}
+    assert not any(loop.spills for loop in cost.loops.values())
+
+
 @pytest.mark.slow
 def test_no_rule_is_broken_by_any_kind_of_call():
     jobs = [
@@ -121,7 +130,7 @@ def test_spills_are_seen(measure_with):
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_scalar_loads_are_seen(dtype, width):
     # no row but the first begins at a multiple of 16 bytes
-    variant = Variant("unfiltered", dtype, vocab_size=50257)
+    variant = Variant("unfiltered", dtype, vocab_size=50257, rows=2)
     broken = "\n".join(broken_rules(variant, "sm_90", measure(variant, "sm_90")))
     assert f"maxima: logits are loaded {width} bytes at a time" in broken
     assert f"mass: logits are loaded {width} bytes at a time" in broken

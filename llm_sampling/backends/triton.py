@@ -116,8 +116,9 @@ def _launch_for(call: SampleCall) -> Launch:
 
 
 def _workspace(call: SampleCall, launch: Launch) -> Tensor:
+    """Only filters need any."""
     rows, vocab_size = call.logits.shape
-    words = launch.workspace(vocab_size)
+    words = launch.workspace(vocab_size) if call.batch.any_filter else 0
     return torch.empty(rows, words, dtype=torch.int32, device=call.logits.device)
 
 
@@ -136,10 +137,11 @@ def _run(
     if rows == 0:
         return
     tiles = -(-vocab_size // launch.block)
+    logits_stride = logits.stride(0) if rows > 1 else 0  # one row is aligned whatever its stride
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         kernel.sample_kernel[(rows,)](
             logits,
-            logits.stride(0),
+            logits_stride,
             vocab_size,
             tiles,
             batch.temperature,
@@ -179,6 +181,7 @@ def _run(
             LOGPROBS=0 if output is None else LOGPROBS_MODES[call.logprobs],
             ADVANCE=call.advance and not call.check,
             FILTER_ONLY=filtered is not None,
+            GROUP=16 if vocab_size % 16 > 0 and logits_stride % 16 == 0 else 1,
             BLOCK=launch.block,
             TILES=1 << (tiles - 1).bit_length(),
             SLAB=launch.slab,

@@ -23,6 +23,9 @@ Passes over the row; a read is V logits loaded:
 "raw" logprobs take 1 read more, and so does writing the filtered logits. So does a row with a
 repetition penalty where that meets a logit far from 1: pass 1 is done again with another division.
 
+Loads. A thread loads 16 bytes at once if rows begin at multiples of 16 logits. Where V is no such
+multiple, the last few logits of a row are kept in registers and put in their place in every pass.
+
 Hazards. The workspace is global memory that the program writes and reads: a barrier stands between,
 and one before the next writes. A masked lane holds -inf, whose code is below every cut and whose
 mass is 0. Programs share nothing: no two rows have the same slot of the history.
@@ -69,6 +72,25 @@ def _widened(x):
 
 
 @triton.jit
+def _loaded(logits, tail, vocab_size, first, ids, inside):
+    """1 widen: some logits, and -inf where not inside.
+
+    ``tail`` has the logits past the last whole group of as many. A mask that is the same for every
+    group lets a thread load 16 bytes at once.
+    """
+    GROUP: tl.constexpr = tail.shape[0]
+    if GROUP == 1 or first is None:
+        x = tl.load(logits + ids, mask=inside, other=-_INF)
+    else:
+        GROUPS: tl.constexpr = ids.shape[0] // GROUP
+        x = tl.load(logits + ids, mask=ids // GROUP < vocab_size // GROUP, other=-_INF)
+        is_tail = first // GROUP + tl.arange(0, GROUPS) == vocab_size // GROUP
+        x = tl.where(is_tail[:, None], tail[None, :], tl.reshape(x, [GROUPS, GROUP]))
+        x = tl.reshape(x, [ids.shape[0]])
+    return _widened(x)
+
+
+@triton.jit
 def _quotient(x, r, inverse):
     """The quotient x / r, rounded once, where nothing comes near over- or underflow.
 
@@ -111,9 +133,9 @@ def _processed_and_flags(
     HAS_HISTORY: tl.constexpr,
 ):
     """Steps 1 to 6 of some tokens, -inf where not inside; and the bits _NAN_BIT and _WIDE_BIT."""
-    logits, vocab_size, bias, mask, history, wide = row
+    logits, tail, vocab_size, bias, mask, history, wide = row
     # 1 widen
-    x = _widened(tl.load(logits + ids, mask=inside, other=-_INF))
+    x = _loaded(logits, tail, vocab_size, first, ids, inside)
 
     # 2 bias, mask
     if HAS_BIAS:
@@ -427,13 +449,13 @@ def _tile_masses(
 
 
 @triton.jit
-def _raw_log_sum(logits, vocab_size, tiles, BLOCK: tl.constexpr):
+def _raw_log_sum(logits, tail, vocab_size, tiles, BLOCK: tl.constexpr):
     """A read of the row: the largest raw logit m, and ln of the sum of exp(x - m)."""
     m = tl.full((), -_INF, tl.float32)
     total = tl.zeros((), tl.float32)
     for t in range(0, tiles):
         ids = t * BLOCK + tl.arange(0, BLOCK)
-        x = _widened(tl.load(logits + ids, mask=ids < vocab_size, other=-_INF))
+        x = _loaded(logits, tail, vocab_size, t * BLOCK, ids, ids < vocab_size)
         x = tl.where(x != x, -_INF, x)
         larger = tl.maximum(m, tl.max(x, axis=0))
         total = total * tl.where(m == larger, 1.0, tl.exp(m - larger))
@@ -780,6 +802,7 @@ def sample_kernel(
     LOGPROBS: tl.constexpr,
     ADVANCE: tl.constexpr,
     FILTER_ONLY: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     SLAB: tl.constexpr,
@@ -790,6 +813,8 @@ def sample_kernel(
     """Row ``program_id(0)`` of a batch."""
     index = tl.program_id(0).to(tl.int64)
     logits += index * logits_stride
+    tail_ids = vocab_size // GROUP * GROUP + tl.arange(0, GROUP)
+    tail = tl.load(logits + tail_ids, mask=tail_ids < vocab_size, other=-_INF)
     bias = 0
     if HAS_BIAS:
         first_bias = tl.load(logit_bias_offsets + index)
@@ -819,7 +844,7 @@ def sample_kernel(
         wide = ((repetition > _FAR) | (repetition < 1.0 / _FAR)).to(tl.int32)
     flags = tl.full((), _WIDE_BIT, tl.int32)
     while flags >= _WIDE_BIT:
-        row = (logits, vocab_size, bias, mask, history, wide)
+        row = (logits, tail, vocab_size, bias, mask, history, wide)
         best = tl.full([BLOCK], -_INF, tl.float32)
         best_tile = tl.zeros([BLOCK], tl.int32)
         for tile in tl.range(0, tiles, num_stages=STAGES):
@@ -832,7 +857,7 @@ def sample_kernel(
             best_tile = tl.where(better, (best_tile & _FLAGS) | tile, best_tile) | x_flags
         flags = tl.max(best_tile & _WIDE_BIT, axis=0) | tl.max(best_tile & _NAN_BIT, axis=0)
         wide = tl.where(flags >= _WIDE_BIT, 1, wide)
-    row = (logits, vocab_size, bias, mask, history, wide)
+    row = (logits, tail, vocab_size, bias, mask, history, wide)
     m = tl.max(best, axis=0)
     greedy = tl.where(best == m, (best_tile & (_NAN_BIT - 1)) * BLOCK + lane, _LAST_ID)
     greedy = tl.min(greedy, axis=0)
@@ -845,7 +870,7 @@ def sample_kernel(
 
     raw = 0
     if LOGPROBS == RAW:
-        raw = _raw_log_sum(logits, vocab_size, tiles, BLOCK)
+        raw = _raw_log_sum(logits, tail, vocab_size, tiles, BLOCK)
     output = 0
     if not FILTER_ONLY:
         first_draw = index * num_samples
