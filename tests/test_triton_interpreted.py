@@ -96,11 +96,13 @@ def test_reads_of_top_p_while_the_nucleus_fits(reads):
 @pytest.mark.parametrize(
     ("name", "params", "most"),
     [
-        ("normal", {"top_p": 0.9}, 9.1),
-        ("normal x3", {"top_p": 0.9}, 7.1),
-        ("all equal", {"top_p": 0.9}, 10.1),
-        ("normal", {"top_k": 3000}, 6.1),
-        ("all equal", {"top_k": 50}, 8.1),
+        ("normal", {"top_p": 0.9}, 6.1),
+        ("normal x3", {"top_p": 0.9}, 5.1),
+        ("all equal", {"top_p": 0.9}, 6.1),
+        ("normal", {"top_k": 3000}, 4.1),
+        ("all equal", {"top_k": 50}, 4.1),
+        # a search for each
+        ("normal", {"top_k": 20000, "top_p": 0.9}, 7.1),
     ],
 )
 def test_reads_where_the_slab_overflows(reads, name, params, most):

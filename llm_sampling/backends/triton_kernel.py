@@ -17,7 +17,8 @@ Passes over the row; a read is V logits loaded:
    the lanes alone are read again: 1 read, and n / BLOCK of one (1.01 for k = 50, 1.3 for 1,024).
 4. Search, where the slab would overflow (a nucleus of more than NUCLEUS tokens, k beyond 1,500):
    each pass counts and weighs what reaches three codes, until what lies between two of them fits
-   the slab; one more read fills it. 4 to 8 reads; a code has 52 bits and a pass tells one or more.
+   the slab; one more read fills it. The first three codes are those of a sample of SLAB tokens: 2
+   to 5 reads. A code has 52 bits and a later pass tells one or more, so that every search ends.
 5. Mass of the kept set, where the slab does not hold all of it: 1 read, then draws by tiles.
 
 "raw" logprobs take 1 read more, and so does writing the filtered logits. So does a row with a
@@ -311,6 +312,26 @@ def _quarters(low, high):
 
 
 @triton.jit
+def _cut(codes, w, bracket, by_mass, target):
+    """The lower code of a bracket with all of its tokens given, narrowed to a single one."""
+    low, high, n_low, n_above, w_above = bracket
+    n_high = n_above
+    w_high = w_above
+    while n_low - n_high > 1:
+        p1, p2, p3 = _quarters(low, high)
+        packed = tl.sum(_packed_counts(codes, p1, p2, p3), axis=0)
+        packed += n_above * (1 + (1 << 21) + (1 << 42))
+        w1 = tl.sum(tl.where(codes >= p1, w, 0), axis=0) + w_above
+        w2 = tl.sum(tl.where(codes >= p2, w, 0), axis=0) + w_above
+        w3 = tl.sum(tl.where(codes >= p3, w, 0), axis=0) + w_above
+        bracket = (low, high, n_low, n_high, w_high)
+        low, high, n_low, n_high, w_high = _narrow(
+            bracket, p1, p2, p3, packed, w1, w2, w3, by_mass, target
+        )
+    return low
+
+
+@triton.jit
 def _lane_bound(keys, top_key, wanted):
     """A key that at least ``wanted`` of the lanes reach, and not many more; or the lowest."""
     low = tl.full((), _LOWEST_KEY, tl.int64)
@@ -368,11 +389,10 @@ def _three_codes(v1, v2, v3, low, high):
 
 
 @triton.jit
-def _pivots(low, high, m, usual, is_first):
-    """Three codes that cut a bracket.
+def _pivots(low, high):
+    """Three codes that cut a bracket: two by thirds of the logits, one by half of the keys.
 
-    First by what is usual for a lane's largest logit, then two by thirds of the logits, so that a
-    row's bulk is met in few passes, and one by half of the keys, so that no row takes many.
+    A row's bulk is met in few passes by the former, and no row takes many for the latter.
     """
     low_key = low >> _ID_BITS
     high_key = (high - 1) >> _ID_BITS
@@ -382,15 +402,40 @@ def _pivots(low, high, m, usual, is_first):
     v1 = bottom * (1.0 - third) + top * third
     v2 = bottom * third + top * (1.0 - third)
     v3 = _value((low_key + high_key + 1) >> 1)
-    spread = m - usual
-    is_first = is_first & (spread < _INF)
-    v1 = tl.where(is_first, usual, v1)
-    v2 = tl.where(is_first, usual - spread, v2)
-    v3 = tl.where(is_first, usual - 3.0 * spread, v3)
     p1, p2, p3 = _three_codes(v1, v2, v3, low, high)
     q1, q2, q3 = _quarters(low, high)
     is_wide = high_key - low_key >= 4
     return tl.where(is_wide, p1, q1), tl.where(is_wide, p2, q2), tl.where(is_wide, p3, q3)
+
+
+@triton.jit
+def _sampled_pivots(codes, w, low, high, each, w_between, by_mass, amount):
+    """Three codes: where a sample reaches its share of the amount, and some deviations off.
+
+    The amount is counted from the upper code down; the deviations are standard ones of a share.
+    ``each`` is how many tokens one of the sample stands for, ``w_between`` the bracket's mass.
+    """
+    inside = (codes >= low) & (codes < high)
+    codes = tl.where(inside, codes, low - 1)
+    w = tl.where(inside, w, 0)
+    n = tl.sum(inside.to(tl.int64), axis=0)
+    of_sample = tl.where(by_mass, tl.sum(w, axis=0), n).to(tl.float32)
+    of_all = tl.maximum(tl.where(by_mass, w_between, n * each), 1)
+    share = tl.minimum(tl.div_rn(amount.to(tl.float32), of_all.to(tl.float32)), 1.0)
+    variance = tl.div_rn(share * (1.0 - share), tl.maximum(n, 1).to(tl.float32))
+    spread = tl.sqrt_rn(variance)
+    spread *= tl.where(by_mass, 3.0, 2.0)
+    none = tl.zeros((), tl.int64)
+    p1 = low
+    p2 = low
+    p3 = low
+    for i in range(0, 3):
+        part = tl.minimum(tl.maximum(share + spread * (i - 1), 0.0), 1.0)
+        target = tl.maximum((part * of_sample).to(tl.int64), 1)
+        p1 = _cut(codes, w, (low, high, n, none, none), by_mass, target)
+        p3 = tl.where(i == 0, p1, p3)
+        p2 = tl.where(i == 1, p1, p2)
+    return p1, p2, p3
 
 
 @triton.jit
@@ -546,7 +591,6 @@ def _kept(
     # the lanes that hold the first tokens of the order
     bound = tl.full((), _LOWEST_KEY, tl.int32)
     near = lowest
-    usual = m
     num_lanes = tl.zeros((), tl.int32)
     weigh_all = has_p & (at_most >= vocab_size)
     stored = False
@@ -556,7 +600,6 @@ def _kept(
         if has_min_p:
             near = _first_code(_depth_bound(m, scale, depth_cut))
         keys = _key(best)
-        usual = tl.min(tl.where(best > -_INF, best, m), axis=0)
         if vocab_size > SLAB:
             bound = _lane_bound(keys, _key(m), wanted)
             if not (has_k | has_p):
@@ -648,11 +691,22 @@ def _kept(
                         tl.maximum(m - 44.0 / scale, _value(tl.full((), _LOWEST_KEY, tl.int32)))
                     )
                     low = tl.maximum(_first_code(massive), k_cut)
-                is_first = True
+                # the slab holds a sample of the row meanwhile
+                each = (vocab_size + SLAB - 1) // SLAB
+                # other tokens for each filter: what does not change would be kept in registers
+                sample_ids = tl.arange(0, SLAB) * each + (step & 1)
+                in_row = sample_ids < vocab_size
+                sample = _processed(row, None, sample_ids, in_row, HAS_BIAS, HAS_MASK, HAS_HISTORY)
+                tl.debug_barrier()
+                sampled = _append(slab, 0, sample, sample_ids, in_row, SLAB)
+                tl.debug_barrier()
+                codes, w = _slab(slab, sampled, m, scale, SLAB)
+                missing = target - tl.where(by_mass, w_high, n_high)
+                p1, p2, p3 = _sampled_pivots(
+                    codes, w, low, high, each, z - w_high, by_mass, missing
+                )
                 # what reaches the lower code may never be counted: then the codes tell the end
                 while (n_low - n_high > SLAB) & (high - low > SLAB):
-                    p1, p2, p3 = _pivots(low, high, m, usual, is_first)
-                    is_first = False
                     packed_lanes = tl.zeros([SLAB], tl.int64)
                     w1_lanes = tl.zeros([SLAB], tl.int64)
                     w2_lanes = tl.zeros([SLAB], tl.int64)
@@ -684,6 +738,7 @@ def _kept(
                         by_mass,
                         target,
                     )
+                    p1, p2, p3 = _pivots(low, high)
                 tl.debug_barrier()
                 held = tl.zeros((), tl.int32)
                 for first in range(0, vocab_size, SLAB):
@@ -701,30 +756,8 @@ def _kept(
 
                 codes, w = _slab(slab, held, m, scale, SLAB)
 
-            low = slab_low
-            high = slab_high
-            n_low = n_above + held
-            n_high = n_above
-            w_high = w_above
-            while n_low - n_high > 1:
-                p1, p2, p3 = _quarters(low, high)
-                packed = tl.sum(_packed_counts(codes, p1, p2, p3), axis=0)
-                packed += n_above * (1 + (1 << 21) + (1 << 42))
-                w1 = tl.sum(tl.where(codes >= p1, w, 0), axis=0)
-                w2 = tl.sum(tl.where(codes >= p2, w, 0), axis=0)
-                w3 = tl.sum(tl.where(codes >= p3, w, 0), axis=0)
-                low, high, n_low, n_high, w_high = _narrow(
-                    (low, high, n_low, n_high, w_high),
-                    p1,
-                    p2,
-                    p3,
-                    packed,
-                    w1 + w_above,
-                    w2 + w_above,
-                    w3 + w_above,
-                    by_mass,
-                    target,
-                )
+            bracket = (slab_low, slab_high, n_above + held, n_above, w_above)
+            low = _cut(codes, w, bracket, by_mass, target)
             if step == 0:
                 k_cut = low
                 z = w_above + tl.sum(tl.where(codes >= low, w, 0), axis=0)
