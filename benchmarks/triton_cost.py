@@ -130,7 +130,7 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
         check=False,
     )
     call = replace(call, advance="advance" in kind)
-    extras = any(name in kind for name in ("history", "mask", "bias"))
+    extras = wrapper._has_extras(call, filter_only="filter-only" in kind)
     launch = wrapper.choose_launch(size, rows, call.logits.dtype, extras=extras)
     output, filtered = make_results(call), None
     if "filter-only" in kind:

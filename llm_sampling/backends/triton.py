@@ -82,8 +82,8 @@ def choose_launch(
         vocab_size: 1 .. 2^20.
         rows: how many.
         dtype: of the logits.
-        extras: whether there is a history, a mask or a bias: their code needs registers, so that a
-            thread can take half as many tokens.
+        extras: whether there is a history, a mask or a bias, or raw logprobs or filtered logits are
+            asked for: their code needs registers, so that a program has half as many threads.
         processors: how many multiprocessors the device has. While there is one for each row, it has
             more tiles on their way, since nothing else hides the memory's latency.
     """
@@ -107,10 +107,15 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _launch_for(call: SampleCall) -> Launch:
-    rows, vocab_size = call.logits.shape
+def _has_extras(call: SampleCall, *, filter_only: bool) -> bool:
     has_bias = call.batch.logit_bias_ids.numel() > 0
-    extras = call.history is not None or call.allowed_mask is not None or has_bias
+    has_more = call.history is not None or call.allowed_mask is not None or has_bias
+    return has_more or call.logprobs == "raw" or filter_only
+
+
+def _launch_for(call: SampleCall, *, filter_only: bool = False) -> Launch:
+    rows, vocab_size = call.logits.shape
+    extras = _has_extras(call, filter_only=filter_only)
     processors = _processors(call.logits.device.index) if call.logits.is_cuda else rows
     return choose_launch(vocab_size, rows, call.logits.dtype, extras=extras, processors=processors)
 
@@ -212,7 +217,7 @@ def sample(call: SampleCall) -> SampleOutput:
 
 def filter_logits(call: SampleCall) -> Tensor:
     """Filter in one launch."""
-    launch = _launch_for(call)
+    launch = _launch_for(call, filter_only=True)
     filtered = torch.empty(call.logits.shape, dtype=torch.float32, device=call.logits.device)
     _run(call, launch, _workspace(call, launch), None, filtered)
     return filtered
