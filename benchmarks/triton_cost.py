@@ -71,6 +71,8 @@ KINDS = (
     "unfiltered",
     "filtered",
     "filtered + history + advance",
+    "greedy + history + advance",
+    "unfiltered + history + advance",
     "filtered + mask",
     "filtered + bias",
     "filtered + history + mask + bias + advance + raw logprobs",

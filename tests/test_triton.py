@@ -14,11 +14,15 @@ import pytest
 import torch
 from cases import INTERPRETED, LARGE_VOCABS, SMALL_VOCABS
 
-from llm_sampling import SamplingParams, sample
+from llm_sampling import SamplingParams, TokenHistory, sample
 from llm_sampling.backends import BACKENDS, args
+from llm_sampling.backends import triton as triton_backend
 from llm_sampling.backends.triton import Launch, choose_launch
+from llm_sampling.sample import make_call
 
 TESTS = Path(__file__).parent
+NUCLEUS = SamplingParams(top_p=0.9)
+PENALTY = SamplingParams(repetition_penalty=1.1)
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -64,6 +68,28 @@ def test_branches_of_the_launch():
     assert (tiny.block, tiny.num_warps, tiny.num_stages) == (128, 1, 2)
     assert choose_launch(2049, 1, F32).block == 4096
     assert choose_launch(2048, 1, F32).block == 2048
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"history": TokenHistory.from_ids([[0]], vocab_size=40), "params": PENALTY},
+        {"allowed_mask": torch.full((1, 2), -1, dtype=torch.int32)},
+        {"logprobs": "raw"},
+        {"params": SamplingParams(logit_bias={3: 1.0})},
+        {"filter_only": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_a_launch_has_fewer_threads_for(options):
+    """Each of these alone; and none of them."""
+
+    def has_extras(params=NUCLEUS, history=None, filter_only=False, **more):
+        call = make_call(torch.zeros(1, 40), params, history=history, **more)
+        return triton_backend._has_extras(call, filter_only=filter_only)
+
+    assert has_extras(**options)
+    assert not has_extras(logprobs="processed")
 
 
 def test_kernel_numbers_logprobs_and_status_as_the_table_does():

@@ -16,12 +16,6 @@ except ImportError as error:
     pytest.skip(f"triton does not import: {error}", allow_module_level=True)
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-    pytest.skip(
-        f"triton {triton.__version__} does not say where it inlined what; 3.9 does",
-        allow_module_level=True,
-    )
-
 # benchmarks/ is no package; at the end of the path, where it hides none of the modules of tests/
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 triton_cost = importlib.import_module("triton_cost")
@@ -29,9 +23,33 @@ Variant = triton_cost.Variant
 measure = triton_cost.measure
 broken_rules = triton_cost.broken_rules
 
+needs_lines = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
+    reason=f"triton {triton.__version__} does not say where it inlined what; 3.9 does",
+)
+
 FILTERED_LOOPS = {"maxima", "mass", "mass 2", "gather", "search", "collect", "draw"}
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if number < 4 else [pytest.mark.slow])
+        for number, kind in enumerate(triton_cost.KINDS)
+    ],
+)
+def test_every_kind_of_call_compiles(kind, arch):
+    """With any version of Triton; the other tests here need its newest line information."""
+    compiled, _ = triton_cost.compile_variant(Variant(kind, "bfloat16"), arch)
+    assert compiled.metadata.shared <= triton_cost.SHARED_KIB[arch] * 1024
+    code, _ = triton_cost.disassemble(compiled.asm["cubin"])
+    assert 16 in {instruction.loaded for instruction in code}
+    if "history" not in kind and "logprobs" not in kind:
+        assert triton_cost.count_fma(compiled.asm["ptx"]) == 0
+
+
+@needs_lines
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("kind", "loops"),
@@ -50,6 +68,7 @@ def test_no_rule_is_broken_on_sm_90(kind, loops, dtype):
     assert set(cost.loops) == loops
 
 
+@needs_lines
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_no_rule_is_broken_elsewhere(arch):
     variant = Variant("filtered", "bfloat16")
@@ -60,6 +79,7 @@ def test_no_rule_is_broken_elsewhere(arch):
     assert cost.instructions > 1000
 
 
+@needs_lines
 @pytest.mark.parametrize(("rows", "stride"), [(1, None), (2, 50304)])
 @pytest.mark.parametrize("kind", ["unfiltered", "filtered"])
 def test_an_odd_vocabulary_in_aligned_rows_is_loaded_16_bytes_at_a_time(kind, rows, stride):
@@ -69,6 +89,7 @@ def test_an_odd_vocabulary_in_aligned_rows_is_loaded_16_bytes_at_a_time(kind, ro
     assert not any(loop.spills for loop in cost.loops.values())
 
 
+@needs_lines
 @pytest.mark.slow
 def test_no_rule_is_broken_by_any_kind_of_call():
     jobs = [
@@ -102,6 +123,7 @@ def measure_with(monkeypatch):
     return measure_with
 
 
+@needs_lines
 def test_multiply_adds_are_seen(measure_with):
     variant = Variant("unfiltered", "bfloat16")
     cost = measure_with(variant, enable_fp_fusion=True)
@@ -112,6 +134,7 @@ def test_multiply_adds_are_seen(measure_with):
     assert "draw: " in broken
 
 
+@needs_lines
 def test_multiply_adds_that_the_kernel_asks_for_are_not_refused():
     variant = Variant("greedy + history", "bfloat16")
     cost = measure(variant, "sm_90")
@@ -119,6 +142,7 @@ def test_multiply_adds_that_the_kernel_asks_for_are_not_refused():
     assert broken_rules(variant, "sm_90", cost) == []
 
 
+@needs_lines
 def test_spills_are_seen(measure_with):
     variant = Variant("unfiltered", "bfloat16")
     cost = measure_with(variant, maxnreg=24)
@@ -127,6 +151,7 @@ def test_spills_are_seen(measure_with):
     assert "spilled registers" in "\n".join(broken_rules(variant, "sm_90", cost))
 
 
+@needs_lines
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_scalar_loads_are_seen(dtype, width):
     # no row but the first begins at a multiple of 16 bytes
@@ -137,6 +162,7 @@ def test_scalar_loads_are_seen(dtype, width):
     assert f"draw: logits are loaded {width} bytes at a time" in broken
 
 
+@needs_lines
 def test_flushed_denormals_are_seen():
     variant = Variant("greedy + raw logprobs", "bfloat16")
     cost = measure(variant, "sm_90")
@@ -147,6 +173,7 @@ def test_flushed_denormals_are_seen():
     )
 
 
+@needs_lines
 def test_too_much_shared_memory_is_seen():
     variant = Variant("greedy", "bfloat16")
     cost = replace(measure(variant, "sm_120"), shared=100 * 1024)
@@ -164,6 +191,7 @@ def test_an_argument_that_the_wrapper_does_not_pass_is_an_error():
         triton_cost.compile_launch("sm_90", _two_arguments, 1)
 
 
+@needs_lines
 def test_the_floor_follows_its_formula():
     variant = Variant("greedy", "float32", rows=256)
     cost = measure(variant, "sm_90")
