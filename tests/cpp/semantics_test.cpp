@@ -20,7 +20,8 @@ static int64_t mass_by_definition(float d) {
   const int32_t e = static_cast<int32_t>(d);
   const float f = d - static_cast<float>(e);
   float p = -0x1.eca6f0p-11f;
-  for (float c : {0x1.2d4322p-7f, -0x1.c4eb2cp-5f, 0x1.ebe206p-3f, -0x1.62e3b2p-1f, 0x1.000000p+0f}) {
+  for (float c :
+       {0x1.2d4322p-7f, -0x1.c4eb2cp-5f, 0x1.ebe206p-3f, -0x1.62e3b2p-1f, 0x1.000000p+0f}) {
     p = p * f;
     p = p + c;
   }
@@ -36,8 +37,10 @@ int main() {
     differ += mass(d) != static_cast<float>(mass_by_definition(d));
   }
   check(differ == 0, "mass is the definition's for every depth");
-  check(mass(kInfinity) == 0 && mass(__builtin_nanf("")) == 0 && mass(-__builtin_nanf("")) == 0,
-        "what is infinitely deep, or NaN, has no mass");
+  check(
+      mass(kInfinity) == 0 && mass(__builtin_nanf("")) == 0 && mass(-__builtin_nanf("")) == 0,
+      "what is infinitely deep, or NaN, has no mass"
+  );
   check(mass(kMassless) == 0 && mass(42.0f) == 1, "kMassless is where mass has ended");
 
   // every bfloat16 and float16
@@ -48,14 +51,17 @@ int main() {
     for (uint32_t i = 0; exponent != 0 && i < exponent; ++i) expected *= 2;
     if (exponent == 31) expected = fraction == 0 ? kInfinity : __builtin_nanf("");
     if (sign != 0) expected = -expected;
-    check(expected != expected ? wide != wide
-                               : bit_cast<uint32_t>(wide) == bit_cast<uint32_t>(expected),
-          "widen_float16");
+    check(
+        expected != expected ? wide != wide
+                             : bit_cast<uint32_t>(wide) == bit_cast<uint32_t>(expected),
+        "widen_float16"
+    );
   }
   check(widen_bfloat16(0x3f80) == 1.0f && widen_bfloat16(0xc000) == -2.0f, "widen_bfloat16");
 
   // the order of keys is that of floats
-  const float ordered[] = {-kInfinity, kLowest, -1.0f, -0x1p-149f, 0.0f, 0x1p-149f, 1.0f, kInfinity};
+  const float ordered[] =
+      {-kInfinity, kLowest, -1.0f, -0x1p-149f, 0.0f, 0x1p-149f, 1.0f, kInfinity};
   for (int i = 0; i < 8; ++i) {
     check(from_order_key(order_key(ordered[i])) == ordered[i], "from_order_key undoes order_key");
     for (int j = 0; j < i; ++j) check(order_key(ordered[j]) < order_key(ordered[i]), "order_key");
@@ -64,12 +70,17 @@ int main() {
 
   // Philox's known answers: words 0 and 1
   check(random_bits(0, 0, 0) == 0xe169c58d6627e8d5u, "random_bits of zeros");
-  check(random_bits(0x299f31d0a4093822u, 0x85a308d3243f6a88u, 0x13198a2eu, 0x03707344u) ==
-            0x94fdccebd16cfe09u,
-        "random_bits of digits of pi");
+  check(
+      random_bits(0x299f31d0a4093822u, 0x85a308d3243f6a88u, 0x13198a2eu, 0x03707344u) ==
+          0x94fdccebd16cfe09u,
+      "random_bits of digits of pi"
+  );
 
-  check(scaled_random(~uint64_t{0}, 1) == 0 && scaled_random(~uint64_t{0}, INT64_MAX) == INT64_MAX - 1,
-        "scaled_random stays below s");
+  check(
+      scaled_random(~uint64_t{0}, 1) == 0 &&
+          scaled_random(~uint64_t{0}, INT64_MAX) == INT64_MAX - 1,
+      "scaled_random stays below s"
+  );
   check(scaled_random(uint64_t{1} << 63, 10) == 5, "scaled_random scales");
 
   // ceil(z * P / 2^31) by 128-bit integers
