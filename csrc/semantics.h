@@ -90,7 +90,7 @@ LLM_SAMPLING_FN void split_depth(float d, float& fraction, int32_t& exponent_bit
   exponent_bits = (21 - e) * (1 << 23);
 }
 
-LLM_SAMPLING_FN float uncut_mass(float fraction, int32_t exponent_bits) {
+LLM_SAMPLING_FN float polynomial(float fraction) {
   float p = -0x1.eca6f0p-11f;
   p = p * fraction;
   p = p + 0x1.2d4322p-7f;
@@ -102,7 +102,11 @@ LLM_SAMPLING_FN float uncut_mass(float fraction, int32_t exponent_bits) {
   p = p + -0x1.62e3b2p-1f;
   p = p * fraction;
   p = p + 0x1.000000p+0f;
-  return bit_cast<float>(bit_cast<int32_t>(p) + exponent_bits);
+  return p;
+}
+
+LLM_SAMPLING_FN float uncut_mass(float fraction, int32_t exponent_bits) {
+  return bit_cast<float>(bit_cast<int32_t>(polynomial(fraction)) + exponent_bits);
 }
 
 // The mass in a float32, which holds it exactly.
@@ -121,6 +125,20 @@ LLM_SAMPLING_FN void mass_halves(float uncut, int32_t& high, int32_t& low) {
 
 LLM_SAMPLING_FN int64_t join_halves(int32_t high, int32_t low) {
   return static_cast<int64_t>(high) * (1 << 21) + low;
+}
+
+// The mass as an integer, without a conversion: they are slow on a GPU. The same for every depth.
+LLM_SAMPLING_FN int64_t whole_mass(float d) {
+  d = d < 63.0f ? d : 63.0f;  // also of NaN
+  // 2^23 + d is rounded to an integer, perhaps to the one above
+  const float shifted = d + 0x1p23f;
+  const float nearest = shifted - 0x1p23f;
+  const bool above = nearest > d;
+  const float fraction = d - (above ? nearest - 1.0f : nearest);
+  const int32_t e = bit_cast<int32_t>(shifted) - 0x4b000000 - (above ? 1 : 0);
+  // floats from 0.5 to 1 are 2^-24 apart and their bits are 1 apart
+  const int32_t m = bit_cast<int32_t>(polynomial(fraction)) - 0x3e800000;
+  return (static_cast<int64_t>(m) << 18) >> e;
 }
 
 constexpr float kMassless = 43.0f;  // no token this deep, or deeper, has mass

@@ -11,11 +11,12 @@ from llm_sampling.backends import BACKENDS
 collect_ignore = [] if INTERPRETED else ["test_triton_interpreted.py"]
 
 #: The interpreter takes milliseconds for what a kernel does in microseconds, so by default it runs
-#: the tests with the most rows at some vocabulary sizes only; -m slow has the others.
+#: the tests with the most rows at some vocabulary sizes only, or one dtype of these; -m slow has the
+#: others.
 _SOME_VOCABS = {
     "test_every_case": (),
-    "test_covering_cases": (33, 513, 1000),
-    "test_raw_logprobs": (),
+    "test_covering_cases": (33, 513, 1000, (128256, torch.float16)),
+    "test_raw_logprobs": ((32000, torch.bfloat16),),
     "test_layouts": (),
     "test_expanded_rows": (),
     "test_mask_layouts": (),
@@ -30,7 +31,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
         some = _SOME_VOCABS.get(getattr(item.function, "__name__", ""))
-        is_left = some is not None and values.get("vocab_size") not in some
+        size = values.get("vocab_size")
+        is_left = some is not None and size not in some and (size, values.get("dtype")) not in some
         if values.get("backend") in INTERPRETED and is_left:
             item.add_marker(pytest.mark.slow)
 

@@ -34,13 +34,15 @@ int main() {
   uint32_t differ = 0;
   for (uint32_t bits = 0; bits <= 0x42800000u; ++bits) {
     const float d = bit_cast<float>(bits);
-    differ += mass(d) != static_cast<float>(mass_by_definition(d));
+    const int64_t expected = mass_by_definition(d);
+    differ += mass(d) != static_cast<float>(expected) || whole_mass(d) != expected;
   }
   check(differ == 0, "mass is the definition's for every depth");
   check(
       mass(kInfinity) == 0 && mass(__builtin_nanf("")) == 0 && mass(-__builtin_nanf("")) == 0,
       "what is infinitely deep, or NaN, has no mass"
   );
+  check(whole_mass(kInfinity) == 0 && whole_mass(__builtin_nanf("")) == 0, "nor a whole one");
   check(mass(kMassless) == 0 && mass(42.0f) == 1, "kMassless is where mass has ended");
 
   // every bfloat16 and float16

@@ -1,0 +1,109 @@
+"""The CUDA kernel in the emulation, as a backend for the parity tests."""
+
+import ctypes
+import itertools
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm_sampling import backends
+from llm_sampling.backends import SampleCall, SampleOutput, args
+
+FOLDER = Path(__file__).parent
+#: Rounding as nvcc's -fmad=false.
+FLAGS = ("-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow")
+FLAGS += ("-Werror", "-Wno-unknown-pragmas")
+
+
+class Launch(NamedTuple):
+    """Blocks of a row's cluster, and whether each has a copy of its part in shared memory."""
+
+    blocks: int
+    copied: bool
+
+
+class EmulatedBackend:
+    """What a module in llm_sampling.backends offers, for one kind of launch.
+
+    Every launch takes its threads in another order.
+    """
+
+    DEVICE_TYPES = frozenset({"cpu"})
+
+    def __init__(self, library: Path, launch: Launch) -> None:
+        self.launch = launch
+        self.seeds = itertools.count()
+        self.run_batch = ctypes.CDLL(str(library)).llm_sampling_cuda_emulated
+        self.run_batch.argtypes = [
+            ctypes.POINTER(args.SampleArgs),
+            ctypes.c_uint32,
+            ctypes.c_int32,
+            ctypes.c_uint64,
+        ]
+        self.run_batch.restype = ctypes.c_char_p
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+    def _run(self, struct: args.SampleArgs) -> None:
+        if struct.rows == 0:
+            return
+        seed = next(self.seeds)
+        failure = self.run_batch(struct, self.launch.blocks, self.launch.copied, seed).decode()
+        assert failure == "", f"{self.launch}, seed {seed}: {failure}"
+
+    def sample(self, call: SampleCall) -> SampleOutput:
+        assert not call.check, "the tests that use this look at the status themselves"
+        struct = args.make_args(call)
+        output = args.make_results(call)
+        args.set_results(struct, output)
+        self._run(struct)
+        return output
+
+    def filter_logits(self, call: SampleCall) -> Tensor:
+        struct = args.make_args(call)
+        filtered = torch.empty(call.logits.shape, dtype=torch.float32)
+        struct.filtered = filtered.data_ptr()
+        struct.filtered_stride = filtered.shape[1]
+        self._run(struct)
+        return filtered
+
+    def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+        return lambda logits, mask: self.sample(replace(call, logits=logits, allowed_mask=mask))
+
+
+def build(folder: Path, options: Sequence[str] = ("-O2",)) -> Path:
+    """Compile the kernel and the emulation."""
+    library = folder / "libllm_sampling_cuda_emulated.so"
+    source = ["-x", "c++", str(FOLDER / "emulated.cpp"), "-o", str(library)]
+    subprocess.run(["g++", *FLAGS, *options, *source], check=True)
+    return library
+
+
+class EmulatedRow(NamedTuple):
+    """A row of the table of backends, with the module at hand."""
+
+    name: str
+    backend: EmulatedBackend
+
+    @property
+    def device_types(self) -> frozenset[str]:
+        return self.backend.DEVICE_TYPES
+
+    def load(self) -> EmulatedBackend:
+        return self.backend
+
+    def why_unavailable(self, device: torch.device | None = None) -> str | None:
+        return self.backend.why_unavailable()
+
+
+def install(monkeypatch: object, library: Path, launch: Launch) -> str:
+    """Put the backend into the table; its name."""
+    row = EmulatedRow("emulated", EmulatedBackend(library, launch))
+    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, row.name: row})
+    return row.name

@@ -1,0 +1,160 @@
+"""Does the CUDA kernel equal the reference? Its device code runs in tests/cuda_emulation/.
+
+Every launch branch: one block or a cluster, a copy in shared memory or none; each launch with
+another order of threads.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases
+from test_parity import assert_parity, assert_same, build_all, run
+
+from llm_sampling import Sampler, SamplingParams, TokenHistory
+
+sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
+import backend as emulation
+
+Launch = emulation.Launch
+LAUNCHES = [Launch(blocks, copied) for blocks in (1, 2, 4, 8) for copied in (True, False)]
+
+#: Where the library is that a process with a sanitizer in it shall use.
+SANITIZED = os.environ.get("LLM_SAMPLING_SANITIZED_EMULATION")
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+launches = pytest.mark.parametrize(
+    "launch", LAUNCHES, ids=lambda launch: f"{launch.blocks}{'c' if launch.copied else ''}"
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return Path(SANITIZED) if SANITIZED else emulation.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def install(monkeypatch, library):
+    """A function: the name of a backend for this kind of launch."""
+    return lambda launch: emulation.install(monkeypatch, library, launch)
+
+
+@dtypes
+@pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
+@pytest.mark.parametrize(
+    "vocab_size",
+    [
+        pytest.param(size, marks=[] if size in (1, 33, 513) else [pytest.mark.slow])
+        for size in SMALL_VOCABS
+    ],
+    ids="V{}".format,
+)
+def test_covering_cases(install, vocab_size, launch, dtype):
+    seed = vocab_size + 10 * DTYPES.index(dtype) + 100 * launch.blocks + launch.copied
+    groups = covering_cases(vocab_size, seed)
+    name = install(launch)
+    assert_parity(build_all(groups, vocab_size, dtype, "cpu"), name, ("processed", "raw"))
+
+
+@launches
+@pytest.mark.parametrize("vocab_size", [5003, 32000, 128256], ids="V{}".format)
+def test_every_launch(install, vocab_size, launch):
+    """Lists that overflow, searches, draws by chunks; each launch has the rows of other cases."""
+    turn = LAUNCHES.index(launch)
+    dtype = DTYPES[turn % 3]
+    groups = covering_cases(vocab_size, seed=vocab_size)
+    step = len(LAUNCHES) * (1 if vocab_size < 100_000 else 2)
+    groups = [group[turn % len(group) :: step] for group in groups]
+    assert_parity(build_all(groups, vocab_size, dtype, "cpu"), install(launch))
+
+
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(install, layout, dtype):
+    """Rows that begin anywhere, and NaN and +inf around them."""
+    for group in covering_cases(513, seed=3, rows=6):
+        batch = build(group, 513, dtype)
+        expected = run(batch, "torch", ())
+        batch.logits = LAYOUTS[layout](batch.logits)
+        for launch in (Launch(1, True), Launch(1, False), Launch(2, True)):
+            name = install(launch)
+            assert_same(batch, name, expected, run(batch, name, ()), f"{layout} {launch}")
+
+
+@launches
+def test_orders_of_threads(install, launch):
+    """21 seeds, on rows that take every path."""
+    name = install(launch)
+    mixes = ("plain", "k 50", "p 0.9", "T k p min-p", "all keep 100", "k V-1")
+    rows = ("normal", "all equal", "plateau")
+    cases = [
+        Case(row, mix, seed=i) for i, (row, mix) in enumerate(zip(rows * 2, mixes, strict=True))
+    ]
+    batch = build(cases, 3001, torch.float32)
+    expected = run(batch, "torch", ())
+    for _ in range(7):  # each with three seeds
+        assert_same(batch, name, expected, run(batch, name, ()), str(launch))
+
+
+@launches
+def test_steps_advance_the_history(install, launch):
+    """The drawn token is in the history before the next step."""
+    rows, vocab_size = 3, 700
+    params = [
+        SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, seed=s) for s in range(rows)
+    ]
+    samplers = []
+    for name in ("torch", install(launch)):
+        history = TokenHistory.from_ids([[1, 2]] * rows, [[3]] * rows, vocab_size)
+        samplers.append(
+            (
+                Sampler(params, vocab_size=vocab_size, history=history, backend=name, check=False),
+                history,
+            )
+        )
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        logits = torch.randn(rows, vocab_size, generator=generator)
+        logits[2] = -torch.inf
+        (wanted, wanted_history), (got, got_history) = samplers
+        assert torch.equal(got(logits).tokens, wanted(logits).tokens)
+        assert torch.equal(got.positions, wanted.positions)
+        for state in ("seen", "counts", "lengths"):
+            assert torch.equal(getattr(got_history, state), getattr(wanted_history, state)), state
+
+
+@pytest.mark.skipif(SANITIZED is not None, reason="this process is the one that it starts")
+def test_with_sanitizers(tmp_path):
+    """AddressSanitizer and UndefinedBehaviorSanitizer look on, in a process of their own."""
+    options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    library = emulation.build(tmp_path, options)
+    found = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__),
+            *(
+                "-k",
+                "(covering and V33 and bfloat16) or (layouts and bfloat16 and offset)"
+                " or V5003-1 or V5003-2 or steps",
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ
+        | {
+            "LLM_SAMPLING_SANITIZED_EMULATION": str(library),
+            "LD_PRELOAD": found.stdout.strip(),
+            "ASAN_OPTIONS": "detect_leaks=0",
+        },
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    assert " passed" in done.stdout
