@@ -11,8 +11,8 @@ from llm_sampling.backends import BACKENDS
 collect_ignore = [] if INTERPRETED else ["test_triton_interpreted.py"]
 
 #: The interpreter takes milliseconds for what a kernel does in microseconds, so by default it runs
-#: the tests with the most rows at some vocabulary sizes only, or one dtype of these; -m slow has the
-#: others.
+#: the tests with the most rows at some vocabulary sizes only, or with one dtype of a size; -m slow
+#: has the others.
 _SOME_VOCABS = {
     "test_every_case": (),
     "test_covering_cases": (33, 513, 1000, (128256, torch.float16)),
