@@ -4,6 +4,7 @@ Every launch branch: one block or a cluster, a copy in shared memory or none; ea
 another order of threads.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -158,3 +159,67 @@ def test_with_sanitizers(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
     assert " passed" in done.stdout
+
+
+# The launch
+
+H100 = (90, 132, 227 * 1024)
+A100 = (80, 108, 163 * 1024)
+RTX_4090 = (89, 128, 99 * 1024)
+B200 = (100, 148, 227 * 1024)
+
+
+@pytest.fixture
+def choose(library):
+    """A function: blocks, whether they copy, groups of a part, bytes of shared memory."""
+
+    def choose(rows, vocab_size, logit_bytes, device):
+        launch = (ctypes.c_int32 * 4)()
+        function = ctypes.CDLL(str(library)).llm_sampling_cuda_launch
+        function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
+        function.argtypes += [ctypes.c_void_p, ctypes.c_void_p]
+        numbers = (ctypes.c_int32 * 3)(*device)
+        function(rows, vocab_size, logit_bytes, numbers, launch)
+        return (launch[0], bool(launch[1]), launch[2], launch[3])
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "logit_bytes", "device", "launch"),
+    [
+        # one block, where the row fits; more of them while there are processors for them
+        (256, 32000, 2, H100, (1, True)),
+        (1, 32000, 2, H100, (8, True)),
+        (64, 32000, 2, H100, (2, True)),
+        # a cluster, where it does not
+        (256, 128256, 2, H100, (2, True)),
+        (256, 128256, 4, H100, (4, True)),
+        (256, 262144, 4, H100, (8, True)),
+        (1, 128256, 4, B200, (8, True)),
+        # nothing is left to split
+        (1, 4096, 4, H100, (1, True)),
+        # no copy: too large, or no clusters
+        (256, 2**20, 4, H100, (1, False)),
+        (1, 2**20, 4, H100, (8, False)),
+        (256, 128256, 2, A100, (1, False)),
+        (256, 32000, 4, A100, (1, True)),
+        (1, 32000, 4, RTX_4090, (1, False)),
+        (1, 32000, 2, RTX_4090, (1, True)),
+    ],
+)
+def test_branches_of_the_launch(choose, rows, vocab_size, logit_bytes, device, launch):
+    assert choose(rows, vocab_size, logit_bytes, device)[:2] == launch
+
+
+@pytest.mark.parametrize("device", [H100, A100, RTX_4090, B200], ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 4096, 32000, 50257, 128256, 262144, 2**20])
+@pytest.mark.parametrize("rows", [0, 1, 40, 133, 4096])
+@pytest.mark.parametrize("logit_bytes", [2, 4])
+def test_every_launch_can_be_started(choose, rows, vocab_size, logit_bytes, device):
+    blocks, copied, groups, shared = choose(rows, vocab_size, logit_bytes, device)
+    assert blocks in ((1, 2, 4, 8) if device[0] >= 90 else (1,))
+    assert shared <= device[2]
+    assert groups % 32 == 0
+    assert blocks * groups * 8 >= vocab_size + 7, "wherever the row begins"
+    assert shared >= groups * 8 * logit_bytes * copied

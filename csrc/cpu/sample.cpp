@@ -30,6 +30,7 @@
 #include <memory>
 #include <new>
 
+#include "../check.h"
 #include "../llm_sampling.h"
 #include "../semantics.h"
 #include "choose.h"
@@ -693,66 +694,10 @@ void advance(const LlmSamplingArgs& args) {
   }
 }
 
-template <typename T>
-bool is_aligned(const T* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0;
-}
-
 // LLM_SAMPLING_OK if the batch can be run without reading or writing out of bounds.
 int32_t check(const LlmSamplingArgs& a) {
-  const int64_t words = (a.vocab_size + 31) / 32;
-  if (a.rows < 0 || a.vocab_size < 1 || a.vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE ||
-      a.num_samples < 1 || a.num_threads < 1) {
-    return LLM_SAMPLING_BAD_SIZE;
-  }
-  if (a.dtype < LLM_SAMPLING_FLOAT32 || a.dtype > LLM_SAMPLING_BFLOAT16 ||
-      a.logprobs_mode < LLM_SAMPLING_LOGPROBS_NONE || a.logprobs_mode > LLM_SAMPLING_LOGPROBS_RAW ||
-      a.advance < LLM_SAMPLING_ADVANCE_NEVER || a.advance > LLM_SAMPLING_ADVANCE_IF_ALL_VALID ||
-      a.reserved != 0) {
-    return LLM_SAMPLING_BAD_OPTION;
-  }
-  if (a.rows == 0) return LLM_SAMPLING_OK;
-  const bool draws = a.tokens != nullptr;
-  const bool advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
-  const bool wants_logprobs = a.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE;
-  if (!draws && (advances || wants_logprobs || a.filtered == nullptr))
-    return LLM_SAMPLING_NULL_POINTER;
-  if (draws && (a.status == nullptr || a.seed == nullptr || a.position == nullptr)) {
-    return LLM_SAMPLING_NULL_POINTER;
-  }
-  if (wants_logprobs && a.logprobs == nullptr) return LLM_SAMPLING_NULL_POINTER;
-  for (const void* pointer :
-       {a.logits,
-        static_cast<const void*>(a.temperature),
-        static_cast<const void*>(a.top_k),
-        static_cast<const void*>(a.top_p),
-        static_cast<const void*>(a.min_p),
-        static_cast<const void*>(a.min_p_cut),
-        static_cast<const void*>(a.repetition_penalty),
-        static_cast<const void*>(a.frequency_penalty),
-        static_cast<const void*>(a.presence_penalty),
-        static_cast<const void*>(a.min_tokens_to_keep)}) {
-    if (pointer == nullptr) return LLM_SAMPLING_NULL_POINTER;
-  }
-  const bool aligned_logits = a.dtype == LLM_SAMPLING_FLOAT32
-                                  ? is_aligned(static_cast<const float*>(a.logits))
-                                  : is_aligned(static_cast<const uint16_t*>(a.logits));
-  if (!(aligned_logits && is_aligned(a.temperature) && is_aligned(a.top_k) && is_aligned(a.top_p) &&
-        is_aligned(a.min_p) && is_aligned(a.min_p_cut) && is_aligned(a.repetition_penalty) &&
-        is_aligned(a.frequency_penalty) && is_aligned(a.presence_penalty) &&
-        is_aligned(a.min_tokens_to_keep) && is_aligned(a.seed) && is_aligned(a.position) &&
-        is_aligned(a.logit_bias_offsets) && is_aligned(a.logit_bias_ids) &&
-        is_aligned(a.logit_bias_values) && is_aligned(a.allowed_mask) && is_aligned(a.seen) &&
-        is_aligned(a.counts) && is_aligned(a.lengths) && is_aligned(a.slots) &&
-        is_aligned(a.tokens) && is_aligned(a.logprobs) && is_aligned(a.status) &&
-        is_aligned(a.filtered))) {
-    return LLM_SAMPLING_MISALIGNED;
-  }
-  // a stride of 0 repeats a row, which only what is read may do
-  if (a.logits_stride < 0 || a.allowed_mask_stride < 0 ||
-      (a.filtered != nullptr && a.filtered_stride < a.vocab_size)) {
-    return LLM_SAMPLING_BAD_STRIDE;
-  }
+  const int32_t code = check_struct(a);
+  if (code != LLM_SAMPLING_OK || a.rows == 0) return code;
   if (a.logit_bias_offsets != nullptr) {
     const int64_t* offsets = a.logit_bias_offsets;
     if (offsets[0] < 0 || !std::is_sorted(offsets, offsets + a.rows + 1))
@@ -761,14 +706,8 @@ int32_t check(const LlmSamplingArgs& a) {
       return LLM_SAMPLING_NULL_POINTER;
     }
   }
-  if (a.seen != nullptr) {
-    if (a.counts == nullptr || a.lengths == nullptr || a.slots == nullptr) {
-      return LLM_SAMPLING_NULL_POINTER;
-    }
-    if (a.seen_stride < words || a.counts_stride < a.vocab_size) return LLM_SAMPLING_BAD_STRIDE;
-    for (int64_t row = 0; row < a.rows; ++row) {
-      if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
-    }
+  for (int64_t row = 0; a.seen != nullptr && row < a.rows; ++row) {
+    if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
   }
   for (int64_t row = 0; row < a.rows; ++row) {
     const auto is_finite = [](float x) { return std::abs(x) < kInfinity; };
@@ -830,14 +769,9 @@ int32_t run(const LlmSamplingArgs& args) {
 extern "C" {
 
 __attribute__((visibility("default"))) int32_t llm_sampling_cpu(const LlmSamplingArgs* args) {
-  constexpr uint32_t kFirstSize = sizeof(LlmSamplingArgs);  // that of version 1, for good
-  if (args == nullptr || args->version != LLM_SAMPLING_ABI_VERSION ||
-      args->struct_size < kFirstSize || args->struct_size > sizeof(LlmSamplingArgs)) {
-    return LLM_SAMPLING_BAD_STRUCT;
-  }
-  LlmSamplingArgs own = {};  // fields that the caller does not know are off
-  memcpy(&own, args, args->struct_size);
-  return llm_sampling::run(own);
+  LlmSamplingArgs own = {};
+  const int32_t code = llm_sampling::read_struct(args, own);
+  return code != LLM_SAMPLING_OK ? code : llm_sampling::run(own);
 }
 
 __attribute__((visibility("default"))) uint32_t llm_sampling_abi_version(void) {
@@ -849,28 +783,7 @@ __attribute__((visibility("default"))) uint32_t llm_sampling_args_size(void) {
 }
 
 __attribute__((visibility("default"))) const char* llm_sampling_error(int32_t code) {
-  switch (code) {
-    case LLM_SAMPLING_OK:
-      return "success";
-    case LLM_SAMPLING_BAD_STRUCT:
-      return "the args struct is NULL or of another size or version than this library's";
-    case LLM_SAMPLING_BAD_SIZE:
-      return "rows, vocab_size, num_samples, num_threads, a slot or a bias offset is out of range";
-    case LLM_SAMPLING_BAD_OPTION:
-      return "dtype, logprobs_mode or advance has an unknown value";
-    case LLM_SAMPLING_NULL_POINTER:
-      return "a pointer that is needed is NULL";
-    case LLM_SAMPLING_BAD_STRIDE:
-      return "a stride is negative, or rows that are written overlap";
-    case LLM_SAMPLING_MISALIGNED:
-      return "a pointer is not aligned to its type";
-    case LLM_SAMPLING_BAD_PARAMETER:
-      return "a row's sampling parameter is out of range";
-    case LLM_SAMPLING_OUT_OF_MEMORY:
-      return "out of memory";
-    default:
-      return "unknown code";
-  }
+  return llm_sampling::error_text(code);
 }
 
 }  // extern "C"

@@ -12,7 +12,6 @@ namespace llm_sampling {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kMostBlocks = 8;  // of a cluster, on every device that has clusters
 
 #ifdef __CUDACC__
 __device__ __forceinline__ unsigned char* dynamic_shared() {

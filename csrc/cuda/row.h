@@ -10,10 +10,11 @@
 #include "../llm_sampling.h"
 #include "../semantics.h"
 #include "device.h"
+#include "launch.h"
 
 namespace llm_sampling {
 
-constexpr int kGroup = 8;
+constexpr int kGroup = kTokensOfGroup;
 constexpr uint32_t kLastId = (1u << 20) - 1;
 constexpr uint64_t kLowestCode = static_cast<uint64_t>(0x00800000u) << 20;  // of every candidate
 

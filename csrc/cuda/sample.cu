@@ -23,9 +23,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../check.h"
 #include "../llm_sampling.h"
 #include "../semantics.h"
 #include "device.h"
+#include "launch.h"
 #include "row.h"
 
 namespace llm_sampling {
@@ -34,11 +36,11 @@ namespace {
 constexpr int kBins = 512;
 constexpr int kNucleus = 256;  // the first tokens of the order among which a nucleus is expected
 constexpr uint64_t kNoCode = 0;
+constexpr int kWarps = kThreads / kWarpSize;
+static_assert(kThreads >= kBins, "a thread for each bin");
 
-template <int kThreads>
 struct Shared {
-  static constexpr int kWarps = kThreads / kWarpSize;
-  uint64_t gathered[2][kMostBlocks][4];
+  uint64_t gathered[2][kBlocksAtMost][4];
   uint64_t partial[kWarps][4];
   uint64_t list[kThreads];    // codes, in id order
   uint64_t sorted[kThreads];  // the same, first of the order first
@@ -46,10 +48,11 @@ struct Shared {
   uint32_t bins[kBins];
 };
 
-// What a launch is, beyond its arguments.
+static_assert(sizeof(Shared) <= kSharedFixed, "launch.h counts it");
+
 struct Plan {
   LlmSamplingArgs args;
-  int groups;  // of a block's part: a multiple of 32
+  int groups;  // of a block's part
 };
 
 struct Add {
@@ -66,16 +69,11 @@ __device__ __forceinline__ int bin_of(uint32_t below) {
   return (log - 3) * 16 + static_cast<int>(below >> (log - 4) & 15);
 }
 
-template <int kDtype, bool kCopied, int kThreads>
+template <int kDtype, bool kCopied>
 class RowSampler {
-  static constexpr int kWarps = kThreads / kWarpSize;
-  static_assert(kThreads >= kBins, "a thread for each bin");
-
  public:
   __device__ RowSampler(const Plan& plan, int64_t index)
-      : args_(plan.args),
-        index_(index),
-        shared_(*reinterpret_cast<Shared<kThreads>*>(dynamic_shared())) {
+      : args_(plan.args), index_(index), shared_(*reinterpret_cast<Shared*>(dynamic_shared())) {
     rank_ = cluster_rank();
     blocks_ = cluster_size();
     make_row();
@@ -84,14 +82,9 @@ class RowSampler {
     groups_ = left < 0 ? 0 : left < plan.groups ? left : plan.groups;
     rounds_ = (groups_ + kThreads - 1) / kThreads;
     part_groups_ = plan.groups;
-    unsigned char* after = dynamic_shared() + sizeof(Shared<kThreads>);
+    unsigned char* after = dynamic_shared() + kSharedFixed;
     chunks_ = reinterpret_cast<int64_t*>(after);
     copy_ = after + chunk_bytes(plan.groups);
-  }
-
-  // 8 bytes for each chunk of a part; whole lines, so that the copy is aligned.
-  __host__ __device__ static constexpr int chunk_bytes(int groups) {
-    return ((groups + kThreads - 1) / kThreads * kWarps * 8 + 127) / 128 * 128;
   }
 
   __device__ void run() {
@@ -882,7 +875,7 @@ class RowSampler {
 
   const LlmSamplingArgs& args_;
   const int64_t index_;
-  Shared<kThreads>& shared_;
+  Shared& shared_;
   int64_t* chunks_;
   unsigned char* copy_;
   Row row_;
@@ -915,11 +908,122 @@ class RowSampler {
   int token_ = -1;
 };
 
-template <int kDtype, bool kCopied, int kThreads>
+template <int kDtype, bool kCopied>
 __global__ void __launch_bounds__(kThreads) sample_kernel(const Plan plan) {
-  RowSampler<kDtype, kCopied, kThreads> sampler(plan, blockIdx.x / cluster_size());
+  RowSampler<kDtype, kCopied> sampler(plan, blockIdx.x / cluster_size());
   sampler.run();
 }
 
 }  // namespace
 }  // namespace llm_sampling
+
+#ifdef __CUDACC__
+// ---- The host's side. tests/cuda_emulation/ has its own. ----
+
+namespace llm_sampling {
+namespace {
+
+constexpr int32_t kFirstCudaError = 1000;  // codes from here on are CUDA's
+
+int32_t code_of_cuda(cudaError_t error) {
+  return error == cudaSuccess ? LLM_SAMPLING_OK : kFirstCudaError + static_cast<int32_t>(error);
+}
+
+// That of the calling thread's current device.
+cudaError_t find_device(Device& device) {
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  int major = 0;
+  int minor = 0;
+  const auto attribute = [&](int& value, cudaDeviceAttr which) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, index);
+  };
+  attribute(major, cudaDevAttrComputeCapabilityMajor);
+  attribute(minor, cudaDevAttrComputeCapabilityMinor);
+  attribute(device.processors, cudaDevAttrMultiProcessorCount);
+  attribute(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  device.capability = 10 * major + minor;
+  return error;
+}
+
+template <int kDtype, bool kCopied>
+cudaError_t start(const Plan& plan, const Launch& launch, cudaStream_t stream) {
+  const auto kernel = sample_kernel<kDtype, kCopied>;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel,
+      cudaFuncAttributeMaxDynamicSharedMemorySize,
+      launch.shared_bytes
+  );
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(launch.blocks);
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(plan.args.rows * launch.blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = launch.blocks > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, plan);
+}
+
+template <int kDtype>
+cudaError_t start(const Plan& plan, const Launch& launch, cudaStream_t stream) {
+  return launch.copied ? start<kDtype, true>(plan, launch, stream)
+                       : start<kDtype, false>(plan, launch, stream);
+}
+
+int32_t run(const LlmSamplingArgs& args, cudaStream_t stream) {
+  // whether all rows are valid is not known to a single one
+  if (args.advance == LLM_SAMPLING_ADVANCE_IF_ALL_VALID) return LLM_SAMPLING_BAD_OPTION;
+  const int32_t code = check_struct(args);
+  if (code != LLM_SAMPLING_OK || args.rows == 0) return code;
+  Device device = {};
+  const cudaError_t error = find_device(device);
+  if (error != cudaSuccess) return code_of_cuda(error);
+  const int logit_bytes = args.dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
+  const Launch launch = choose_launch(args.rows, args.vocab_size, logit_bytes, device);
+  if (args.rows > INT32_MAX / launch.blocks) return LLM_SAMPLING_BAD_SIZE;
+  const Plan plan = {args, launch.groups};
+  switch (args.dtype) {
+    case LLM_SAMPLING_FLOAT32:
+      return code_of_cuda(start<LLM_SAMPLING_FLOAT32>(plan, launch, stream));
+    case LLM_SAMPLING_FLOAT16:
+      return code_of_cuda(start<LLM_SAMPLING_FLOAT16>(plan, launch, stream));
+    default:
+      return code_of_cuda(start<LLM_SAMPLING_BFLOAT16>(plan, launch, stream));
+  }
+}
+
+}  // namespace
+}  // namespace llm_sampling
+
+extern "C" {
+
+__attribute__((visibility("default"))) int32_t
+llm_sampling_cuda(const LlmSamplingArgs* args, void* stream) {
+  LlmSamplingArgs own = {};
+  const int32_t code = llm_sampling::read_struct(args, own);
+  if (code != LLM_SAMPLING_OK) return code;
+  return llm_sampling::run(own, static_cast<cudaStream_t>(stream));
+}
+
+__attribute__((visibility("default"))) uint32_t llm_sampling_abi_version(void) {
+  return LLM_SAMPLING_ABI_VERSION;
+}
+
+__attribute__((visibility("default"))) uint32_t llm_sampling_args_size(void) {
+  return sizeof(LlmSamplingArgs);
+}
+
+__attribute__((visibility("default"))) const char* llm_sampling_error(int32_t code) {
+  using namespace llm_sampling;
+  if (code < kFirstCudaError) return error_text(code);
+  return cudaGetErrorString(static_cast<cudaError_t>(code - kFirstCudaError));
+}
+
+}  // extern "C"
+#endif  // __CUDACC__

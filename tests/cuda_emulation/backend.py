@@ -41,7 +41,7 @@ class EmulatedBackend:
         self.run_batch = ctypes.CDLL(str(library)).llm_sampling_cuda_emulated
         self.run_batch.argtypes = [
             ctypes.POINTER(args.SampleArgs),
-            ctypes.c_uint32,
+            ctypes.c_int32,
             ctypes.c_int32,
             ctypes.c_uint64,
         ]

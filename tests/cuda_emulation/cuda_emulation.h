@@ -14,7 +14,6 @@
 #define LLM_SAMPLING_CUDA_EMULATION_H_
 
 #include <math.h>
-#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
