@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases
-from test_parity import assert_parity, assert_same, build_all, run
+from test_parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
 
 from llm_sampling import Sampler, SamplingParams, TokenHistory
 
@@ -100,6 +100,11 @@ def test_orders_of_threads(install, launch):
     expected = run(batch, "torch", ())
     for _ in range(7):  # each with three seeds
         assert_same(batch, name, expected, run(batch, name, ()), str(launch))
+
+
+@launches
+def test_more_than_there_are(install, launch):
+    assert_more_than_there_are(install(launch))
 
 
 @launches

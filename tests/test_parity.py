@@ -328,6 +328,30 @@ def test_mask_layouts(backend: str, vocab_size: int, layout: Callable[[Tensor], 
     assert_same(batch, backend, run(batch, "torch", ()), run(batch, backend, ()))
 
 
+def assert_more_than_there_are(backend: str, device: str = "cpu") -> None:
+    """k beyond the candidates keeps all of them, and top-p measures the mass of all."""
+    logits = torch.randn(4, 5003, generator=torch.Generator().manual_seed(1))
+    logits[:, ::2] = -torch.inf
+    candidates = 5003 // 2
+    params = [
+        SamplingParams(top_k=candidates + more, top_p=0.9, seed=seed)
+        for seed, more in enumerate((0, 1, 500, 2000))
+    ]
+    logits = logits.to(device)
+    expected, actual = (filter_logits(logits, params, backend=b) for b in ("torch", backend))
+    assert torch.equal(actual, expected)
+    expected, actual = (
+        sample(logits, params, num_samples=NUM_SAMPLES, backend=b, check=False).tokens
+        for b in ("torch", backend)
+    )
+    assert torch.equal(actual, expected)
+
+
+@other_backends
+def test_more_than_there_are(backend: str) -> None:
+    assert_more_than_there_are(backend, device_of(backend))
+
+
 @other_backends
 @pytest.mark.parametrize("vocab_size", [33, 513], ids="V{}".format)
 def test_counts_past_24_bits(backend: str, vocab_size: int) -> None:

@@ -486,9 +486,8 @@ class RowSampler {
     return inside;
   }
 
-  // The mass of all from a code on, which is in the list.
+  // The mass of all from a code on, which is in the list, or is what the list is empty below.
   __device__ int64_t mass_from(uint64_t code) const {
-    if (listed_ == 0) return 0;
     int low = 0;
     int high = listed_;
     while (low < high) {
