@@ -189,7 +189,7 @@ def test_reading_beyond_the_row_is_seen(tmp_path):
         ),
         ("    sync_cluster();\n    return slots;\n", "    return slots;\n"),
         ("      wait_for_copies();", "      __pipeline_commit();"),
-        ("    sync_cluster();\n    return total;\n", "    return total;\n"),
+        ("    sync_cluster();\n    return counts.total;\n", "    return counts.total;\n"),
     ],
     ids=["sorted", "shared", "copies", "listed"],
 )

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++")
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    """A function: what a kernel prints under a seed, and how the process ended."""
+    """A function: what a kernel prints, or the last of several, and how the process ended."""
     folder = tmp_path_factory.mktemp("cuda_emulation")
     programs = {}
 
@@ -35,7 +35,7 @@ def emulated(tmp_path_factory):
             source = ["-x", "c++", str(FOLDER / "kernels.cu"), "-o", str(program)]
             subprocess.run([GXX, *FLAGS, *BUILDS[build], *source], check=True)
             programs[build] = program
-        command = [str(programs[build]), kernel, str(seed)]
+        command = [str(programs[build]), *kernel.split(), str(seed)]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     return run
@@ -98,7 +98,7 @@ RIGHT = {
     ],
     "pipeline": _pipeline(),
 }
-RIGHT["trapped_and_then_right"] = RIGHT["ring"]
+RIGHT["trapped ring"] = RIGHT["ring"]  # one after the other
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -50,6 +50,21 @@ __device__ __forceinline__ T* in_block(T* own, int) {
 }
 #endif
 
+// How many of the numbers from 0 on come before the first for which it does not hold, at most count.
+template <typename Holds>
+__device__ __forceinline__ int count_while(int count, const Holds& holds) {
+  int low = 0;
+  while (low < count) {
+    const int middle = (low + count) / 2;
+    if (holds(middle)) {
+      low = middle + 1;
+    } else {
+      count = middle;
+    }
+  }
+  return low;
+}
+
 // 16 bytes to shared memory; there after the same thread's wait_for_copies.
 __device__ __forceinline__ void copy_16(void* to, const void* from) {
   __pipeline_memcpy_async(to, from, 16);

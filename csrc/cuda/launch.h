@@ -8,11 +8,10 @@
 
 namespace llm_sampling {
 
-constexpr int kThreads = 512;      // of a block
-constexpr int kTokensOfGroup = 8;  // whose logits begin at a multiple of 16 bytes
-constexpr int kBlocksAtMost = 8;   // of a cluster, on every device that has clusters
-constexpr int kSharedFixed =
-    16384;  // of a block's shared memory: all but chunks and copy, and less
+constexpr int kThreads = 512;        // of a block
+constexpr int kGroup = 8;            // whose logits begin at a multiple of 16 bytes
+constexpr int kBlocksAtMost = 8;     // of a cluster, on every device that has clusters
+constexpr int kSharedFixed = 16384;  // bytes for what every block has beside chunks and copy
 
 struct Device {
   int capability;    // 80 for sm_80
@@ -29,7 +28,7 @@ struct Launch {
 
 inline int groups_of_part(int64_t vocab_size, int blocks) {
   // a row that begins anywhere between two multiples of 16 bytes
-  const int64_t groups = (vocab_size + 2 * kTokensOfGroup - 2) / kTokensOfGroup;
+  const int64_t groups = (vocab_size + 2 * kGroup - 2) / kGroup;
   return static_cast<int>((groups + blocks - 1) / blocks + 31) / 32 * 32;
 }
 
@@ -40,7 +39,7 @@ LLM_SAMPLING_FN constexpr int chunk_bytes(int groups) {
 
 inline Launch cut_rows(int64_t vocab_size, int logit_bytes, int blocks, bool copied) {
   const int groups = groups_of_part(vocab_size, blocks);
-  const int copy = copied ? groups * kTokensOfGroup * logit_bytes : 0;
+  const int copy = copied ? groups * kGroup * logit_bytes : 0;
   return {blocks, copied, groups, kSharedFixed + chunk_bytes(groups) + copy};
 }
 

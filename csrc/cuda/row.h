@@ -14,14 +14,12 @@
 
 namespace llm_sampling {
 
-constexpr int kGroup = kTokensOfGroup;
 constexpr uint32_t kLastId = (1u << 20) - 1;
 constexpr uint64_t kLowestCode = static_cast<uint64_t>(0x00800000u) << 20;  // of every candidate
 
 struct Row {
-  const unsigned char*
-      aligned;  // logits of group 0, in global memory; those before the row are not read
-  int shift;    // how many they are
+  const unsigned char* aligned;  // logits of group 0, in global memory
+  int shift;                     // how many of them lie before the row, and are not read
   int vocab_size;
   const int32_t* bias_ids;  // in order
   const float* bias_values;
@@ -100,21 +98,6 @@ __device__ __forceinline__ void widen_8(const unsigned char* place, float (&x)[k
   }
 }
 
-// How many biases have an id below this one.
-__device__ __forceinline__ int biases_below(const Row& row, int id) {
-  int low = 0;
-  int high = row.bias_count;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (row.bias_ids[middle] < id) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // 1 widen: a group's logits, -inf where the row is not. ``place`` is where they are: a copy, or the row.
 template <int kDtype, bool kCopied>
 __device__ __forceinline__ void load(
@@ -150,7 +133,8 @@ __device__ __forceinline__ bool process(
   const int first = row.first_id(group);
   // 2 bias, mask
   if (row.bias_count > 0) {
-    for (int next = biases_below(row, first < 0 ? 0 : first);
+    const int from = first < 0 ? 0 : first;
+    for (int next = count_while(row.bias_count, [&](int i) { return row.bias_ids[i] < from; });
          next < row.bias_count && row.bias_ids[next] < first + kGroup &&
          row.bias_ids[next] < row.vocab_size;
          ++next) {

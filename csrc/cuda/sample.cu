@@ -165,6 +165,18 @@ class RowSampler {
     }
   }
 
+  // visit(x, id) of each token, by steps 1 to 6; -inf beyond the row.
+  template <typename Visit>
+  __device__ void over_tokens(const Visit& visit) const {
+    over_groups([&](int, int group, bool is_there) {
+      if (!is_there) return;
+      float x[kGroup];
+      process_own(group, x);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) visit(x[i], row_.first_id(group) + i);
+    });
+  }
+
   __device__ float depth_of(float x) const { return depth(x, m_, scale_); }
   __device__ int64_t mass_of(float x) const { return whole_mass(depth_of(x)); }
 
@@ -252,8 +264,13 @@ class RowSampler {
     }
   }
 
-  // Running sums over the chunks of this block; of its total and the sums of the blocks before.
-  __device__ void scan_chunks(int64_t& before, int64_t& total) {
+  // What the blocks before this one, this one and all of them have.
+  struct Sums {
+    int64_t before, own, total;
+  };
+
+  // Running sums over the chunks of this block.
+  __device__ Sums scan_chunks() {
     const int count = rounds_ * kWarps;
     const int each = (count + kThreads - 1) / kThreads;
     const int first = static_cast<int>(threadIdx.x) * each;
@@ -266,15 +283,14 @@ class RowSampler {
       chunks_[i] = running;
     }
     __syncthreads();
-    own_ = count > 0 ? chunks_[count - 1] : 0;
-    const uint64_t own[1] = {static_cast<uint64_t>(own_)};
+    Sums sums = {0, count > 0 ? chunks_[count - 1] : 0, 0};
+    const uint64_t own[1] = {static_cast<uint64_t>(sums.own)};
     const uint64_t (*all)[4] = share(own);
-    before = 0;
-    total = 0;
     for (int block = 0; block < blocks_; ++block) {
-      if (block < rank_) before += static_cast<int64_t>(all[block][0]);
-      total += static_cast<int64_t>(all[block][0]);
+      if (block < rank_) sums.before += static_cast<int64_t>(all[block][0]);
+      sums.total += static_cast<int64_t>(all[block][0]);
     }
+    return sums;
   }
 
   // ---- maxima ----
@@ -321,14 +337,8 @@ class RowSampler {
   __device__ void find_first() {
     uint64_t first[1] = {kNoCode};
     if (largest_ == m_) {
-      over_groups([&](int, int group, bool is_there) {
-        if (!is_there) return;
-        float x[kGroup];
-        process_own(group, x);
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          if (x[i] == m_) first[0] = Larger()(first[0], code_of(x[i], row_.first_id(group) + i));
-        }
+      over_tokens([&](float x, int id) {
+        if (x == m_) first[0] = Larger()(first[0], code_of(x, id));
       });
     }
     over_cluster(first, Larger());
@@ -364,15 +374,14 @@ class RowSampler {
       const unsigned sum = __reduce_add_sync(kWholeWarp, static_cast<unsigned>(count));
       if (lane == 0) chunks_[round * kWarps + warp] = sum;
     });
-    int64_t before = 0;
-    int64_t total = 0;
-    scan_chunks(before, total);
-    if (total > kThreads) return total;
+    const Sums counts = scan_chunks();
+    if (counts.total > kThreads) return counts.total;
     over_groups([&](int round, int group, bool is_there) {
       uint64_t codes[kGroup];
       const int count = any ? wanted_of(group, is_there, codes) : 0;
       const int chunk = round * kWarps + warp;
-      int64_t place = before + (chunk > 0 ? chunks_[chunk - 1] : 0) + scan_warp(count) - count;
+      int64_t place =
+          counts.before + (chunk > 0 ? chunks_[chunk - 1] : 0) + scan_warp(count) - count;
       if (count == 0) return;
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
@@ -383,7 +392,7 @@ class RowSampler {
       }
     });
     sync_cluster();
-    return total;
+    return counts.total;
   }
 
   // Sorts the list by rank, and gives the running mass of the sorted.
@@ -415,7 +424,7 @@ class RowSampler {
 
     cut_ = kLowestCode;
     if (!has_k && (has_p || !has_min_p)) weigh<false>();
-    int64_t z = total_;
+    int64_t z = mass_.total;
     if (!has_k && !has_p && !has_min_p) return;
 
     const int64_t wanted = has_k ? at_most : has_p ? (keep > kNucleus ? keep : kNucleus) : keep;
@@ -443,8 +452,7 @@ class RowSampler {
 
   // Lists the first tokens of the order, about as many as wanted, and what is within a depth.
   __device__ void list_first(int64_t wanted, float within) {
-    for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads)
-      shared_.bins[bin] = 0;
+    if (threadIdx.x < kBins) shared_.bins[threadIdx.x] = 0;
     __syncthreads();
     const uint32_t top = order_key(m_);
     const int own = bin_of(top - order_key(largest_));
@@ -488,17 +496,8 @@ class RowSampler {
 
   // The mass of all from a code on, which is in the list, or is what the list is empty below.
   __device__ int64_t mass_from(uint64_t code) const {
-    int low = 0;
-    int high = listed_;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (shared_.sorted[middle] >= code) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return mass_above_ + (low > 0 ? shared_.reach[low - 1] : 0);
+    const int count = count_while(listed_, [&](int i) { return shared_.sorted[i] >= code; });
+    return mass_above_ + (count > 0 ? shared_.reach[count - 1] : 0);
   }
 
   // The code at which so many tokens, or so much mass, are reached; or the lowest.
@@ -507,20 +506,10 @@ class RowSampler {
       search(target, by_mass, lowest, z);
       if (listed_ == 0) return lowest;
     }
-    int place = 0;
-    if (by_mass) {
-      int high = listed_;
-      while (place < high) {
-        const int middle = (place + high) / 2;
-        if (mass_above_ + shared_.reach[middle] < target) {
-          place = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
-    } else {
-      place = static_cast<int>(target - above_ - 1);
-    }
+    const int place =
+        by_mass
+            ? count_while(listed_, [&](int i) { return mass_above_ + shared_.reach[i] < target; })
+            : static_cast<int>(target - above_ - 1);
     return place < listed_ ? shared_.sorted[place] : lowest;
   }
 
@@ -543,20 +532,14 @@ class RowSampler {
     sample(target, by_mass, lowest, z, pivots);
     while (n_low - n_high > kThreads && high - low > kThreads) {
       uint64_t sums[4] = {0, 0, 0, 0};
-      over_groups([&](int, int group, bool is_there) {
-        if (!is_there) return;
-        float x[kGroup];
-        process_own(group, x);
+      over_tokens([&](float x, int id) {
+        const uint64_t code = code_of(x, id);
+        const uint64_t w = x > -kInfinity ? static_cast<uint64_t>(mass_of(x)) : 0;
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          const uint64_t code = code_of(x[i], row_.first_id(group) + i);
-          const uint64_t w = x[i] > -kInfinity ? static_cast<uint64_t>(mass_of(x[i])) : 0;
-#pragma unroll
-          for (int p = 0; p < 3; ++p) {
-            const bool reaches = code >= pivots[p];
-            sums[3] += reaches ? uint64_t{1} << (21 * p) : 0;
-            sums[p] += reaches ? w : 0;
-          }
+        for (int p = 0; p < 3; ++p) {
+          const bool reaches = code >= pivots[p];
+          sums[3] += reaches ? uint64_t{1} << (21 * p) : 0;
+          sums[p] += reaches ? w : 0;
         }
       });
       over_cluster(sums, Add());
@@ -625,18 +608,10 @@ class RowSampler {
     for (int p = 0; p < 3; ++p) {
       const float part = share + spread * static_cast<float>(1 - p);
       const float wanted = (part < 0.0f ? 0.0f : part < 1.0f ? part : 1.0f) * reached;
-      int index = 0;
-      int high = count;
-      while (index < high) {
-        const int middle = (index + high) / 2;
-        const float here =
-            by_mass ? static_cast<float>(shared_.reach[middle]) : static_cast<float>(middle + 1);
-        if (here < wanted) {
-          index = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
+      const int index = count_while(count, [&](int i) {
+        const int64_t here = by_mass ? shared_.reach[i] : i + 1;
+        return static_cast<float>(here) < wanted;
+      });
       pivots[p] = index < count ? shared_.sorted[index] : lowest;
     }
     __syncthreads();
@@ -700,7 +675,7 @@ class RowSampler {
       }
       if (lane == 0) chunks_[round * kWarps + warp] = sum;
     });
-    scan_chunks(before_, total_);
+    mass_ = scan_chunks();
   }
 
   // ---- results ----
@@ -729,24 +704,15 @@ class RowSampler {
   __device__ void draw_from_list() {
     const int own = static_cast<int>(threadIdx.x);
     const uint64_t code = own < listed_ ? shared_.list[own] : kNoCode;
-    const int64_t w = code >= cut_ && own < listed_ ? mass_of(logit_of(code)) : 0;
-    shared_.reach[own] = scan(w);
+    const int64_t own_mass = code >= cut_ && own < listed_ ? mass_of(logit_of(code)) : 0;
+    shared_.reach[own] = scan(own_mass);
     __syncthreads();
     const int64_t total = shared_.reach[kThreads - 1];
     for (int i = own; i < args_.num_samples; i += kThreads) {
       const int64_t r = random_below(i, total);
-      int low = 0;
-      int high = listed_ - 1;
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (shared_.reach[middle] <= r) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
-      const int64_t mass = shared_.reach[low] - (low > 0 ? shared_.reach[low - 1] : 0);
-      write(i, id_of(shared_.list[low]), mass, total);
+      const int place = count_while(listed_ - 1, [&](int j) { return shared_.reach[j] <= r; });
+      const int64_t w = shared_.reach[place] - (place > 0 ? shared_.reach[place - 1] : 0);
+      write(i, id_of(shared_.list[place]), w, total);
     }
   }
 
@@ -755,19 +721,10 @@ class RowSampler {
     const int warp = threadIdx.x / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
     for (int i = warp; i < args_.num_samples; i += kWarps) {
-      const int64_t r = random_below(i, total_) - before_;
-      if (r < 0 || r >= own_) continue;
-      int low = 0;
-      int high = rounds_ * kWarps - 1;
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (chunks_[middle] <= r) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
-      const int local = low / kWarps * kThreads + low % kWarps * kWarpSize + lane;
+      const int64_t r = random_below(i, mass_.total) - mass_.before;
+      if (r < 0 || r >= mass_.own) continue;
+      const int chunk = count_while(rounds_ * kWarps - 1, [&](int j) { return chunks_[j] <= r; });
+      const int local = chunk / kWarps * kThreads + chunk % kWarps * kWarpSize + lane;
       const int group = first_group_ + local;
       int64_t w[kGroup] = {};
       int64_t sum = 0;
@@ -781,7 +738,7 @@ class RowSampler {
           sum += w[t];
         }
       }
-      int64_t reach = (low > 0 ? chunks_[low - 1] : 0) + scan_warp(sum);
+      int64_t reach = (chunk > 0 ? chunks_[chunk - 1] : 0) + scan_warp(sum);
       const unsigned past = __ballot_sync(kWholeWarp, reach > r);
       if (lane != __ffs(static_cast<int>(past)) - 1) continue;
       reach -= sum;
@@ -791,7 +748,7 @@ class RowSampler {
         reach += w[t];
         if (!is_found && reach > r) {
           is_found = true;
-          write(i, row_.first_id(group) + t, w[t], total_);
+          write(i, row_.first_id(group) + t, w[t], mass_.total);
         }
       }
     }
@@ -847,17 +804,10 @@ class RowSampler {
   __device__ void write_filtered(bool is_greedy) {
     const float t = args_.temperature[index_];
     float* out = args_.filtered + index_ * args_.filtered_stride;
-    over_groups([&](int, int group, bool is_there) {
-      if (!is_there) return;
-      float x[kGroup];
-      process_own(group, x);
-      const int first = row_.first_id(group);
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        if (first + i < 0 || first + i >= row_.vocab_size) continue;
-        const bool is_kept = x[i] > -kInfinity && code_of(x[i], first + i) >= cut_;
-        out[first + i] = is_kept ? (is_greedy ? x[i] : x[i] / t) : -kInfinity;
-      }
+    over_tokens([&](float x, int id) {
+      if (id < 0 || id >= row_.vocab_size) return;
+      const bool is_kept = x > -kInfinity && code_of(x, id) >= cut_;
+      out[id] = is_kept ? (is_greedy ? x : x / t) : -kInfinity;
     });
   }
 
@@ -894,12 +844,10 @@ class RowSampler {
   int64_t mass_above_ = 0;
   bool is_last_ = false;  // nothing is below it
 
-  // the kept set, and the mass of this block's part of it
+  // the kept set, and its mass where the list has not all of it
   uint64_t cut_;
   bool in_list_ = false;
-  int64_t own_ = 0;
-  int64_t before_ = 0;
-  int64_t total_ = 0;
+  Sums mass_ = {};
 
   float raw_m_ = 0.0f;
   float raw_log_sum_ = 0.0f;

@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,25 +97,9 @@ def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str
     return library
 
 
-class EmulatedRow(NamedTuple):
-    """A row of the table of backends, with the module at hand."""
-
-    name: str
-    backend: EmulatedBackend
-
-    @property
-    def device_types(self) -> frozenset[str]:
-        return self.backend.DEVICE_TYPES
-
-    def load(self) -> EmulatedBackend:
-        return self.backend
-
-    def why_unavailable(self, device: torch.device | None = None) -> str | None:
-        return self.backend.why_unavailable()
-
-
 def install(monkeypatch: object, library: Path, launch: Launch) -> str:
     """Put the backend into the table; its name."""
-    row = EmulatedRow("emulated", EmulatedBackend(library, launch))
+    row = backends.Backend("emulated", "cuda_emulated")
+    monkeypatch.setitem(sys.modules, row.module, EmulatedBackend(library, launch))
     monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, row.name: row})
     return row.name

@@ -73,6 +73,38 @@ constexpr size_t kPage = 4096;
 constexpr unsigned char kUninitialised = 0xCD;
 constexpr unsigned char kFreed = 0xDD;
 
+// A fiber that does not run, and how one gives way to another.
+#ifdef CUDA_EMULATION_UCONTEXT
+using Context = ucontext_t;
+inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
+#else
+using Context = void*;  // its stack, with the registers on top
+extern "C" void cuda_emulation_switch(void** from, void* to);
+asm(R"(
+.text
+.weak cuda_emulation_switch
+.type cuda_emulation_switch, @function
+cuda_emulation_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_emulation_switch, .-cuda_emulation_switch
+)");
+inline void switch_context(Context& from, Context& to) { cuda_emulation_switch(&from, to); }
+#endif
+
 struct Barrier {
   unsigned arrived = 0;
   uint64_t generation = 0;
@@ -139,11 +171,7 @@ struct Thread {
   std::vector<std::vector<Copy>> copies;  // groups that are on their way; the last one is open
   unsigned char* stack = nullptr;
   void* fake_stack = nullptr;
-#ifdef CUDA_EMULATION_UCONTEXT
-  ucontext_t context;
-#else
-  void* context = nullptr;
-#endif
+  Context context = {};
 };
 
 struct Launch {
@@ -168,11 +196,7 @@ struct Machine {
   const void* main_stack = nullptr;
   size_t main_stack_size = 0;
   void* main_fake_stack = nullptr;
-#ifdef CUDA_EMULATION_UCONTEXT
-  ucontext_t context;
-#else
-  void* context = nullptr;
-#endif
+  Context context = {};
 };
 
 inline Machine machine;
@@ -186,32 +210,6 @@ inline uint32_t random_below(uint32_t n) {  // SplitMix64
 
 // ------------------------------------------------------------------------------------------ fibers
 
-#ifndef CUDA_EMULATION_UCONTEXT
-extern "C" void cuda_emulation_switch(void** from, void* to);
-asm(R"(
-.text
-.weak cuda_emulation_switch
-.type cuda_emulation_switch, @function
-cuda_emulation_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size cuda_emulation_switch, .-cuda_emulation_switch
-)");
-#endif
-
 inline void to_scheduler(bool for_good = false) {
   Thread& thread = *machine.current;
 #ifdef __SANITIZE_ADDRESS__
@@ -223,11 +221,7 @@ inline void to_scheduler(bool for_good = false) {
 #else
   (void)for_good;
 #endif
-#ifdef CUDA_EMULATION_UCONTEXT
-  swapcontext(&thread.context, &machine.context);
-#else
-  cuda_emulation_switch(&thread.context, machine.context);
-#endif
+  switch_context(thread.context, machine.context);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(thread.fake_stack, nullptr, nullptr);
 #endif
@@ -238,11 +232,7 @@ inline void resume(Thread& thread) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&machine.main_fake_stack, thread.stack, kStack);
 #endif
-#ifdef CUDA_EMULATION_UCONTEXT
-  swapcontext(&machine.context, &thread.context);
-#else
-  cuda_emulation_switch(&machine.context, thread.context);
-#endif
+  switch_context(machine.context, thread.context);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(machine.main_fake_stack, nullptr, nullptr);
 #endif

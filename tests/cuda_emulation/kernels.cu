@@ -1,4 +1,4 @@
-// Kernels that try the emulation, right ones and wrong ones: KERNEL SEED prints what it gives.
+// Kernels that try the emulation, right ones and wrong ones: see main.
 //
 // nvcc compiles the kernels too, which shows that what they call is CUDA's.
 #ifdef __CUDACC__
@@ -12,10 +12,12 @@ __device__ unsigned char* dynamic_shared_memory() {
 #include "cuda_emulation.h"
 #endif
 
+constexpr int kTiles = 5;  // of 4 numbers for each of 64 threads
+
 // ------------------------------------------------------------------------------------------- right
 
 // The sum of the numbers below n, by a tree in shared memory.
-__global__ void tree_sum(long long* out) {
+__global__ void tree_sum(long long* out, const int*) {
   long long* sums = reinterpret_cast<long long*>(dynamic_shared_memory());
   sums[threadIdx.x] = threadIdx.x;
   for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
@@ -26,7 +28,7 @@ __global__ void tree_sum(long long* out) {
 }
 
 // Every collective of a warp, each folded into one number per thread.
-__global__ void warp_collectives(long long* out) {
+__global__ void warp_collectives(long long* out, const int*) {
   const unsigned all = 0xffffffffu;
   const unsigned lane = threadIdx.x % 32;
   const int value = static_cast<int>(threadIdx.x * 7 % 13);
@@ -55,7 +57,7 @@ __global__ void warp_collectives(long long* out) {
 }
 
 // Barriers that count, and atomics of all kinds in shared and global memory.
-__global__ void counts(long long* out) {
+__global__ void counts(long long* out, const int*) {
   unsigned* shared = reinterpret_cast<unsigned*>(dynamic_shared_memory());
   if (threadIdx.x < 8) shared[threadIdx.x] = threadIdx.x == 2 ? 0xffffffffu : 0;
   __syncthreads();
@@ -75,7 +77,7 @@ __global__ void counts(long long* out) {
 }
 
 // Each block of a cluster reads the next one's shared memory.
-__global__ void ring(long long* out) {
+__global__ void ring(long long* out, const int*) {
   int* own = reinterpret_cast<int*>(dynamic_shared_memory());
   const unsigned rank = __clusterRelativeBlockRank();
   own[threadIdx.x] = static_cast<int>(blockIdx.x * 1000 + threadIdx.x);
@@ -89,17 +91,17 @@ __global__ void ring(long long* out) {
 }
 
 // Copies that are two groups ahead.
-__global__ void pipeline(long long* out, const int* in, int tiles) {
+__global__ void pipeline(long long* out, const int* in) {
   int* shared = reinterpret_cast<int*>(dynamic_shared_memory());
   const int width = 4 * static_cast<int>(blockDim.x);
   const int mine = 4 * static_cast<int>(threadIdx.x);
   for (int tile = 0; tile < 2; ++tile) {
-    if (tile < tiles)
+    if (tile < kTiles)
       __pipeline_memcpy_async(shared + tile * width + mine, in + tile * width + mine, 16);
     __pipeline_commit();
   }
   long long sum = 0;
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = 0; tile < kTiles; ++tile) {
     __pipeline_wait_prior(1);
     __syncthreads();
     // another thread's
@@ -107,7 +109,7 @@ __global__ void pipeline(long long* out, const int* in, int tiles) {
       sum += shared[tile % 2 * width + (mine + 4 * 5 + i) % width] * (tile + 1);
     __syncthreads();
     const int next = tile + 2;
-    if (next < tiles)
+    if (next < kTiles)
       __pipeline_memcpy_async(shared + tile % 2 * width + mine, in + next * width + mine, 16);
     __pipeline_commit();
   }
@@ -117,7 +119,7 @@ __global__ void pipeline(long long* out, const int* in, int tiles) {
 
 // ------------------------------------------------------------------------------------------- wrong
 
-__global__ void missing_barrier(long long* out) {
+__global__ void missing_barrier(long long* out, const int*) {
   int* shared = reinterpret_cast<int*>(dynamic_shared_memory());
   shared[threadIdx.x] = 1;
   // here
@@ -128,7 +130,7 @@ __global__ void missing_barrier(long long* out) {
   }
 }
 
-__global__ void missing_wait(long long* out, const int* in, int) {
+__global__ void missing_wait(long long* out, const int* in) {
   int* shared = reinterpret_cast<int*>(dynamic_shared_memory());
   __pipeline_memcpy_async(shared + 4 * threadIdx.x, in + 4 * threadIdx.x, 16);
   __pipeline_commit();
@@ -137,27 +139,27 @@ __global__ void missing_wait(long long* out, const int* in, int) {
   __pipeline_wait_prior(0);
 }
 
-__global__ void forgotten_copy(long long* out, const int* in, int) {
+__global__ void forgotten_copy(long long* out, const int* in) {
   __pipeline_memcpy_async(dynamic_shared_memory() + 16 * threadIdx.x, in + 4 * threadIdx.x, 16);
   out[threadIdx.x] = 0;
 }
 
-__global__ void uninitialised(long long* out) {
+__global__ void uninitialised(long long* out, const int*) {
   out[threadIdx.x] = reinterpret_cast<int*>(dynamic_shared_memory())[threadIdx.x];
 }
 
-__global__ void divergent_barrier(long long* out) {
+__global__ void divergent_barrier(long long* out, const int*) {
   if (threadIdx.x < 40) __syncthreads();
   out[threadIdx.x] = 1;
 }
 
-__global__ void missing_lane(long long* out) {
+__global__ void missing_lane(long long* out, const int*) {
   unsigned all = 0;
   if (threadIdx.x != 3) all = __ballot_sync(0xffffffffu, 1);
   out[threadIdx.x] = all;
 }
 
-__global__ void disagreeing_lanes(long long* out) {
+__global__ void disagreeing_lanes(long long* out, const int*) {
   if (threadIdx.x % 32 < 16) {
     out[threadIdx.x] = __any_sync(0xffffffffu, 1);
   } else {
@@ -165,11 +167,11 @@ __global__ void disagreeing_lanes(long long* out) {
   }
 }
 
-__global__ void lane_outside_its_mask(long long* out) {
+__global__ void lane_outside_its_mask(long long* out, const int*) {
   out[threadIdx.x] = __ballot_sync(0xffffu, 1);
 }
 
-__global__ void early_exit(long long* out) {
+__global__ void early_exit(long long* out, const int*) {
   int* own = reinterpret_cast<int*>(dynamic_shared_memory());
   own[threadIdx.x] = 5;
   __cluster_barrier_arrive();
@@ -180,18 +182,18 @@ __global__ void early_exit(long long* out) {
       static_cast<const int*>(__cluster_map_shared_rank(own, other))[threadIdx.x];
 }
 
-__global__ void past_the_end(long long* out) {
+__global__ void past_the_end(long long* out, const int*) {
   int* shared = reinterpret_cast<int*>(dynamic_shared_memory());
   shared[threadIdx.x + 1] = 1;
   out[threadIdx.x] = 1;
 }
 
-__global__ void misaligned(long long* out) {
+__global__ void misaligned(long long* out, const int*) {
   const unsigned char* shared = dynamic_shared_memory();
   out[threadIdx.x] = reinterpret_cast<const uint4*>(shared + 4)->x != 0;
 }
 
-__global__ void trapped(long long* out) {
+__global__ void trapped(long long* out, const int*) {
   if (threadIdx.x == 9) __trap();
   out[threadIdx.x] = 1;
 }
@@ -199,72 +201,60 @@ __global__ void trapped(long long* out) {
 #ifndef __CUDACC__
 #include <stdio.h>
 
+using Kernel = void (*)(long long*, const int*);
+
+struct Case {
+  const char* name;
+  Kernel kernel;
+  unsigned blocks = 1, cluster = 1, threads = 64;
+  size_t shared_bytes = 64 * sizeof(int);
+};
+
+constexpr size_t kTwoTiles = 2 * 4 * 64 * sizeof(int);
+
+const Case kCases[] = {
+    {"tree_sum", tree_sum, 3, 1, 1024, 1024 * sizeof(long long)},
+    {"warp_collectives", warp_collectives, 2},
+    {"counts", counts},
+    {"part_of_a_warp", counts, 1, 1, 41},
+    {"ring", ring, 8, 4},
+    {"half_a_cluster", ring, 3, 2},
+    {"pipeline", pipeline, 1, 1, 64, kTwoTiles},
+    {"missing_barrier", missing_barrier},
+    {"missing_wait", missing_wait, 1, 1, 64, kTwoTiles},
+    {"forgotten_copy", forgotten_copy, 1, 1, 64, kTwoTiles},
+    {"uninitialised", uninitialised},
+    {"divergent_barrier", divergent_barrier},
+    {"missing_lane", missing_lane},
+    {"disagreeing_lanes", disagreeing_lanes},
+    {"lane_outside_its_mask", lane_outside_its_mask},
+    {"early_exit", early_exit, 2, 2},
+    {"past_the_end", past_the_end},
+    {"misaligned", misaligned},
+    {"trapped", trapped},
+};
+
+// KERNEL SEED; with more kernels in front of the last, those run before it.
 int main(int count, char** words) {
-  using cuda_emulation::Launch;
-  using cuda_emulation::run;
-  if (count != 3) return 2;
-  const std::string kernel = words[1];
-  Launch launch{{1}, {64}, 1, 64 * sizeof(int), strtoull(words[2], nullptr, 10)};
-  std::vector<long long> out(8, 0);
-  std::vector<int> in(4 * 64 * 5);
+  if (count < 3) return 2;
+  const uint64_t seed = strtoull(words[count - 1], nullptr, 10);
+  std::vector<int> in(4 * 64 * kTiles);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<int>(i * i % 97);
+  std::vector<long long> out;
   std::string failure;
-  const auto simple = [&](void (*function)(long long*), unsigned blocks, unsigned cluster) {
-    launch.grid = blocks;
-    launch.cluster = cluster;
-    out.assign(blocks * launch.block.x, 0);
-    failure = run(launch, function, out.data());
-  };
-  const auto copying = [&](void (*function)(long long*, const int*, int)) {
-    launch.shared_bytes = 2 * 4 * 64 * sizeof(int);
-    out.assign(64, 0);
-    failure = run(launch, function, out.data(), static_cast<const int*>(in.data()), 5);
-  };
-  if (kernel == "tree_sum") {
-    launch = {{3}, {1024}, 1, 1024 * sizeof(long long), launch.seed};
-    simple(tree_sum, 3, 1);
-  } else if (kernel == "warp_collectives") {
-    simple(warp_collectives, 2, 1);
-  } else if (kernel == "part_of_a_warp") {
-    launch.block = 41;
-    simple(counts, 1, 1);
-  } else if (kernel == "counts") {
-    simple(counts, 1, 1);
-  } else if (kernel == "ring") {
-    simple(ring, 8, 4);
-  } else if (kernel == "pipeline") {
-    copying(pipeline);
-  } else if (kernel == "missing_barrier") {
-    simple(missing_barrier, 1, 1);
-  } else if (kernel == "missing_wait") {
-    copying(missing_wait);
-  } else if (kernel == "forgotten_copy") {
-    copying(forgotten_copy);
-  } else if (kernel == "uninitialised") {
-    simple(uninitialised, 1, 1);
-  } else if (kernel == "divergent_barrier") {
-    simple(divergent_barrier, 1, 1);
-  } else if (kernel == "missing_lane") {
-    simple(missing_lane, 1, 1);
-  } else if (kernel == "disagreeing_lanes") {
-    simple(disagreeing_lanes, 1, 1);
-  } else if (kernel == "lane_outside_its_mask") {
-    simple(lane_outside_its_mask, 1, 1);
-  } else if (kernel == "early_exit") {
-    simple(early_exit, 2, 2);
-  } else if (kernel == "past_the_end") {
-    simple(past_the_end, 1, 1);
-  } else if (kernel == "misaligned") {
-    simple(misaligned, 1, 1);
-  } else if (kernel == "trapped") {
-    simple(trapped, 1, 1);
-  } else if (kernel == "trapped_and_then_right") {
-    simple(trapped, 1, 1);
-    simple(ring, 8, 4);
-  } else if (kernel == "half_a_cluster") {
-    simple(ring, 3, 2);
-  } else {
-    return 2;
+  for (int word = 1; word < count - 1; ++word) {
+    const Case* found = nullptr;
+    for (const Case& each : kCases) {
+      if (strcmp(each.name, words[word]) == 0) found = &each;
+    }
+    if (found == nullptr) return 2;
+    out.assign(found->blocks * found->threads, 0);
+    failure = cuda_emulation::run(
+        {{found->blocks}, {found->threads}, found->cluster, found->shared_bytes, seed},
+        found->kernel,
+        out.data(),
+        static_cast<const int*>(in.data())
+    );
   }
   if (!failure.empty()) {
     printf("failed: %s\n", failure.c_str());
