@@ -141,7 +141,7 @@ def test_without_triton_the_reason_is_remembered(tmp_path):
 HALVES = (
     (
         ("test_parity.py", "test_edges.py"),
-        "triton and (test_covering_cases or raw_logprobs or test_edges)",
+        "triton and (test_covering_cases or raw_logprobs or more_than_there_are or test_edges)",
     ),
     (("test_triton_interpreted.py", "test_vectors.py"), "triton"),
 )
