@@ -111,6 +111,16 @@ typedef struct LlmSamplingArgs {
 // Sample every row on the CPU. Thread-safe; state is written after the last row is done.
 int32_t llm_sampling_cpu(const LlmSamplingArgs* args);
 
+// The same on the current CUDA device, whose memory the pointers point to (the struct itself is the
+// host's): one launch on the stream, a cudaStream_t, and no wait for it. IF_ALL_VALID is a BAD_OPTION:
+// one block knows of one row. The values of rows (parameters, slots, bias ids in order) are not checked.
+// Codes from 1000 on are 1000 and CUDA's own.
+int32_t llm_sampling_cuda(const LlmSamplingArgs* args, void* stream);
+
+// 0 if the library has code for a device of this machine, and its driver is new enough; else CUDA's
+// reason, as above. It makes no context.
+int32_t llm_sampling_cuda_usable(void);
+
 // LLM_SAMPLING_ABI_VERSION and sizeof(LlmSamplingArgs) of this library.
 uint32_t llm_sampling_abi_version(void);
 uint32_t llm_sampling_args_size(void);

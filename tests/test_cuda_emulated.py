@@ -173,7 +173,8 @@ def test_with_sanitizers(tmp_path):
 
 @not_inside
 def test_reading_beyond_the_row_is_seen(tmp_path):
-    planted = ("        if (row_.is_whole(group)) {\n", "        if (group >= 0) {\n")
+    whole = "      if (%s) {\n#pragma unroll\n        for (int i = 0; i < kBytes; i += 16) copy<16>"
+    planted = (whole % "row_.is_whole(group)", whole % "group >= 0")
     done = run_sanitized(tmp_path, "covering and V33 and bfloat16", planted)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stdout + done.stderr
@@ -184,19 +185,25 @@ def test_reading_beyond_the_row_is_seen(tmp_path):
     ("text", "wrong"),
     [
         (
-            "shared_.sorted[rank] = code;\n    __syncthreads();\n",
-            "shared_.sorted[rank] = code;\n",
+            "shared_.sorted[rank] = code;\n    }\n    __syncthreads();\n",
+            "shared_.sorted[rank] = code;\n    }\n",
         ),
-        ("    sync_cluster();\n    return slots;\n", "    return slots;\n"),
-        ("      wait_for_copies();", "      __pipeline_commit();"),
-        ("    sync_cluster();\n    return counts.total;\n", "    return counts.total;\n"),
+        ("    sync();\n    return slots;\n", "    return slots;\n"),
+        ("    wait_for_copies();", "    __pipeline_commit();"),
+        ("    cluster_.sync();\n    above_ =", "    above_ ="),
+        ("    __syncthreads();\n    find_maxima();", "    find_maxima();"),
+        (
+            "    __syncthreads();\n    const int own = static_cast<int>(shared_.appended);",
+            "    const int own = static_cast<int>(shared_.appended);",
+        ),
     ],
-    ids=["sorted", "shared", "copies", "listed"],
+    ids=["sorted", "shared", "copies", "listed", "bits", "appended"],
 )
 def test_what_is_not_waited_for_is_seen(monkeypatch, tmp_path, text, wrong):
     """A barrier less, or a wait: some order of threads gives another token, or no end."""
     library = emulation.build(tmp_path, planted=(text, wrong))
     cases = [Case("normal", mix, seed=i) for i, mix in enumerate(("plain", "k 50", "p 0.9"))]
+    cases.append(Case("normal", "k 50", mask="half"))
     batch = build(cases, 3001, torch.float32)
     expected = run(batch, "torch", ())
     name = emulation.install(monkeypatch, library, Launch(2, True))
@@ -241,8 +248,9 @@ def choose(library):
         (1, 32000, 2, H100, (8, True)),
         (64, 32000, 2, H100, (2, True)),
         # a cluster, where it does not
-        (256, 128256, 2, H100, (2, True)),
-        (256, 128256, 4, H100, (4, True)),
+        (256, 128256, 2, H100, (4, True)),
+        (256, 128256, 4, H100, (8, True)),
+        # room for one row at a time only
         (256, 262144, 4, H100, (8, True)),
         (1, 128256, 4, B200, (8, True)),
         # nothing is left to split

@@ -65,13 +65,37 @@ __device__ __forceinline__ int count_while(int count, const Holds& holds) {
   return low;
 }
 
-// 16 bytes to shared memory; there after the same thread's wait_for_copies.
-__device__ __forceinline__ void copy_16(void* to, const void* from) {
-  __pipeline_memcpy_async(to, from, 16);
+// The same by a warp whose lanes all ask it: two steps for up to 1,024 numbers.
+template <typename Holds>
+__device__ __forceinline__ int count_while_together(int count, const Holds& holds) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  int low = 0;
+  int stride = count;
+  while (stride > 0) {
+    stride = (stride + kWarpSize - 1) / kWarpSize;
+    const int last = low + (lane + 1) * stride - 1;
+    const bool is_before = last < count && holds(last);
+    low += stride * __popc(__ballot_sync(kWholeWarp, is_before));
+    if (stride == 1) break;
+  }
+  return low;
+}
+
+// Copies to shared memory, there after the same thread's wait_for_copies.
+template <int kBytes>
+__device__ __forceinline__ void copy(void* to, const void* from) {
+  __pipeline_memcpy_async(to, from, kBytes);
 }
 __device__ __forceinline__ void wait_for_copies() {
   __pipeline_commit();
   __pipeline_wait_prior(0);
+}
+
+// Asks for the bytes around a place of global memory.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* place) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
+#endif
 }
 
 }  // namespace llm_sampling

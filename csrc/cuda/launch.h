@@ -8,10 +8,12 @@
 
 namespace llm_sampling {
 
-constexpr int kThreads = 512;        // of a block
+constexpr int kThreads = 256;        // of a block
 constexpr int kGroup = 8;            // whose logits begin at a multiple of 16 bytes
 constexpr int kBlocksAtMost = 8;     // of a cluster, on every device that has clusters
-constexpr int kSharedFixed = 16384;  // bytes for what every block has beside chunks and copy
+constexpr int kCountsKept = 8;       // of a thread's seen tokens, in shared memory
+constexpr int kSharedFixed = 16384;  // bytes for what every block has, whatever its part
+constexpr int kReserved = 1024;      // bytes that the device takes for each block
 
 struct Device {
   int capability;    // 80 for sm_80
@@ -26,26 +28,30 @@ struct Launch {
   int shared_bytes;  // of a block
 };
 
-inline int groups_of_part(int64_t vocab_size, int blocks) {
-  // a row that begins anywhere between two multiples of 16 bytes
-  const int64_t groups = (vocab_size + 2 * kGroup - 2) / kGroup;
-  return static_cast<int>((groups + blocks - 1) / blocks + 31) / 32 * 32;
-}
-
-// 8 bytes for each chunk of 32 groups, in whole rounds of a block, and in whole lines.
+// Shared memory behind the fixed part, in whole lines of 128 bytes: masses of the chunks of 32 groups, in
+// whole rounds of a block; then, where there is a copy, its logits, its counts, and its bits twice.
 LLM_SAMPLING_FN constexpr int chunk_bytes(int groups) {
   return ((groups + kThreads - 1) / kThreads * (kThreads / 32) * 8 + 127) / 128 * 128;
 }
+LLM_SAMPLING_FN constexpr int logits_bytes(int groups, int logit_bytes) {
+  return groups * kGroup * logit_bytes;
+}
+constexpr int kCountBytes = kCountsKept * kThreads * 4;
+LLM_SAMPLING_FN constexpr int bits_bytes(int groups) { return (groups + 4 + 127) / 128 * 128; }
 
 inline Launch cut_rows(int64_t vocab_size, int logit_bytes, int blocks, bool copied) {
-  const int groups = groups_of_part(vocab_size, blocks);
-  const int copy = copied ? groups * kGroup * logit_bytes : 0;
-  return {blocks, copied, groups, kSharedFixed + chunk_bytes(groups) + copy};
+  // a row that begins anywhere between two multiples of 16 bytes
+  const int64_t all = (vocab_size + 2 * kGroup - 2) / kGroup;
+  const int groups = static_cast<int>((all + blocks - 1) / blocks + 31) / 32 * 32;
+  int shared = kSharedFixed + chunk_bytes(groups);
+  if (copied) shared += logits_bytes(groups, logit_bytes) + kCountBytes + 2 * bits_bytes(groups);
+  return {blocks, copied, groups, shared};
 }
 
-// The fewest blocks whose copies fit, then more of them while processors would idle and each block
-// still has a group for every thread. Without clusters, or where 8 copies do not fit, later passes read
-// the row again, through the L2 cache.
+// The fewest blocks whose copies leave room for a second row on the same multiprocessor: its logits come
+// while this one is searched. Else the fewest whose copies fit. Then more of them while processors would
+// idle and each block still has two groups for every thread. Without clusters, or where 8 copies do not
+// fit, later passes read the row again, through the L2 cache.
 inline Launch choose_launch(
     int64_t rows,
     int64_t vocab_size,
@@ -53,15 +59,16 @@ inline Launch choose_launch(
     const Device& device
 ) {
   const int most = device.capability >= 90 ? kBlocksAtMost : 1;
+  const int half = (device.shared_bytes + kReserved) / 2 - kReserved;
   Launch launch = cut_rows(vocab_size, logit_bytes, 1, false);
-  for (int blocks = 1; blocks <= most; blocks *= 2) {
-    const Launch next = cut_rows(vocab_size, logit_bytes, blocks, true);
-    if (next.shared_bytes > device.shared_bytes) continue;
-    launch = next;
-    break;
+  for (const int room : {half, device.shared_bytes}) {
+    for (int blocks = 1; blocks <= most && !launch.copied; blocks *= 2) {
+      const Launch next = cut_rows(vocab_size, logit_bytes, blocks, true);
+      if (next.shared_bytes <= room) launch = next;
+    }
   }
   while (launch.blocks < most && rows * launch.blocks * 2 <= device.processors &&
-         launch.groups >= 2 * kThreads) {
+         launch.groups >= 4 * kThreads) {
     launch = cut_rows(vocab_size, logit_bytes, launch.blocks * 2, launch.copied);
   }
   return launch;

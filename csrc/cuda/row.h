@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "../llm_sampling.h"
 #include "../semantics.h"
 #include "device.h"
@@ -17,16 +19,34 @@ namespace llm_sampling {
 constexpr uint32_t kLastId = (1u << 20) - 1;
 constexpr uint64_t kLowestCode = static_cast<uint64_t>(0x00800000u) << 20;  // of every candidate
 
+// Bits of tokens from one of 32 on; null words: none are asked about.
+struct Bits {
+  const uint32_t* words;
+  int first_word;
+
+  // Those of eight ids, of which some may lie before or after the row: 0 there.
+  __device__ __forceinline__ unsigned of(int first, int vocab_size) const {
+    const int from = first > 0 ? first : 0;
+    const int word = from >> 5;
+    const int bit = from & 31;
+    const uint32_t* place = words + (word - first_word);
+    unsigned bits = *place >> bit;
+    if (bit > 32 - kGroup && (word + 1) * 32 < vocab_size) bits |= place[1] << (32 - bit);
+    bits = bits << (from - first) & 0xff;
+    const int left = vocab_size - first;
+    return left < kGroup ? bits & ((1u << left) - 1) : bits;
+  }
+};
+
 struct Row {
   const unsigned char* aligned;  // logits of group 0, in global memory
   int shift;                     // how many of them lie before the row, and are not read
   int vocab_size;
-  const int32_t* bias_ids;  // in order
-  const float* bias_values;
+  int64_t bias_first;  // of the biases of all rows
   int bias_count;
-  const uint32_t* allowed;  // null: all are
-  const uint32_t* seen;     // null: no penalty is on
-  const int32_t* counts;
+  Bits allowed;           // null: all are
+  Bits seen;              // null: no penalty is on
+  const int32_t* counts;  // null: only the repetition penalty is
   float repetition, frequency, presence;
 
   __device__ __forceinline__ int first_id(int group) const { return group * kGroup - shift; }
@@ -42,7 +62,7 @@ struct Row {
 template <int kDtype>
 constexpr int kLogitBytes = kDtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
 
-// 7 order: larger x first, equal x by smaller id. A kept set is all codes from one on.
+// 7 order: larger x first, equal x by smaller id. A kept set is all codes from one on. For what is no NaN.
 __device__ __forceinline__ uint64_t first_code(uint32_t key) {
   return static_cast<uint64_t>(key) << 20;
 }
@@ -56,15 +76,19 @@ __device__ __forceinline__ int id_of(uint64_t code) {
   return static_cast<int>((static_cast<uint32_t>(code) & kLastId) ^ kLastId);
 }
 
-// The bits of eight ids, of which some may lie before or after the row.
-__device__ __forceinline__ unsigned bits_of(const uint32_t* words, int first, int vocab_size) {
-  const int from = first > 0 ? first : 0;
-  const int word = from >> 5;
-  const int bit = from & 31;
-  unsigned bits = words[word] >> bit;
-  if (bit > 32 - kGroup && (word + 1) * 32 < vocab_size) bits |= words[word + 1] << (32 - bit);
-  return bits << (from - first) & 0xff;
-}
+// A code taken apart, so that a token is held against it in three instructions.
+struct Bound {
+  float x;
+  int id;
+
+  __device__ __forceinline__ explicit Bound(uint64_t code) : x(logit_of(code)), id(id_of(code)) {}
+  __device__ __forceinline__ bool is_reached(float other, int other_id) const {
+    return other > x || (other == x && other_id <= id);
+  }
+};
+
+template <int kBytes>
+using Unsigned = std::conditional_t<kBytes == 4, uint32_t, uint16_t>;
 
 template <int kDtype>
 __device__ __forceinline__ float widen(const unsigned char* place) {
@@ -121,49 +145,58 @@ __device__ __forceinline__ void load(
   }
 }
 
-// Steps 1 to 6 of a group: -inf for what is no candidate. True if a NaN was seen.
-template <int kDtype, bool kCopied>
+// Steps 1 to 6 of a group: -inf for what is no candidate. True if a NaN was seen. ``count_of(id)`` is asked
+// for each token that was seen, in their order.
+template <int kDtype, bool kCopied, typename CountOf>
 __device__ __forceinline__ bool process(
+    const LlmSamplingArgs& args,
     const Row& row,
     const unsigned char* place,
     int group,
-    float (&x)[kGroup]
+    float (&x)[kGroup],
+    const CountOf& count_of
 ) {
   load<kDtype, kCopied>(row, place, group, x);
   const int first = row.first_id(group);
   // 2 bias, mask
   if (row.bias_count > 0) {
+    const int32_t* ids = args.logit_bias_ids + row.bias_first;  // in order
+    const float* values = args.logit_bias_values + row.bias_first;
     const int from = first < 0 ? 0 : first;
-    for (int next = count_while(row.bias_count, [&](int i) { return row.bias_ids[i] < from; });
-         next < row.bias_count && row.bias_ids[next] < first + kGroup &&
-         row.bias_ids[next] < row.vocab_size;
+    const int end = first + kGroup < row.vocab_size ? first + kGroup : row.vocab_size;
+#pragma unroll 1
+    for (int next = count_while(row.bias_count, [&](int i) { return ids[i] < from; });
+         next < row.bias_count && ids[next] < end;
          ++next) {
-      const int place_of_id = row.bias_ids[next] - first;
-      const float value = row.bias_values[next];
+      const int place_of_id = ids[next] - first;
+      const float value = values[next];
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) x[i] = i == place_of_id ? x[i] + value : x[i];
     }
   }
-  if (row.allowed != nullptr) {
-    const unsigned allowed = bits_of(row.allowed, first, row.vocab_size);
+  if (row.allowed.words != nullptr) {
+    const unsigned allowed = row.allowed.of(first, row.vocab_size);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) x[i] = (allowed >> i & 1) != 0 ? x[i] : -kInfinity;
   }
-  if (row.seen != nullptr) {
-    const unsigned seen = bits_of(row.seen, first, row.vocab_size);
-    if (seen != 0) {
+  if (row.seen.words != nullptr) {
+    // few are: a loop is shorter than eight times its body
+#pragma unroll 1
+    for (unsigned seen = row.seen.of(first, row.vocab_size); seen != 0; seen &= seen - 1) {
+      const int next = __ffs(static_cast<int>(seen)) - 1;
+      float value = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        if ((seen >> i & 1) == 0 || first + i < 0 || first + i >= row.vocab_size) continue;
-        // 3 repetition penalty: prompt and output
-        x[i] = repetition(x[i], row.repetition);
-        // 4 frequency penalty, 5 presence penalty: output
-        const int32_t count = row.counts[first + i];
-        if (count > 0) {
-          x[i] = frequency(x[i], row.frequency, count);
-          x[i] = x[i] - row.presence;
-        }
+      for (int i = 0; i < kGroup; ++i) value = i == next ? x[i] : value;
+      // 3 repetition penalty: prompt and output
+      value = repetition(value, row.repetition);
+      // 4 frequency penalty, 5 presence penalty: output
+      const int32_t count = row.counts != nullptr ? count_of(first + next) : 0;
+      if (count > 0) {
+        value = frequency(value, row.frequency, count);
+        value = value - row.presence;
       }
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) x[i] = i == next ? value : x[i];
     }
   }
   // 6 canonical

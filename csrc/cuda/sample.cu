@@ -2,30 +2,35 @@
 //
 // A cluster of 1 to 8 blocks owns one row, a block an equal part of its groups (row.h), a thread every
 // kThreads-th group of that. In round j a warp has 32 groups side by side: a chunk of 256 tokens.
-// Where it fits, a block copies its part into shared memory as it is, and every later pass reads that
-// copy: each logit is read from global memory once. Otherwise later passes read the row again.
+// Where it fits, a block copies its part into shared memory as it is, with the bits and counts of the
+// history that belong to it, and every pass reads those copies: each logit is read from global memory
+// once. Otherwise later passes read the row again. The copies leave room for a block of another row on
+// the same multiprocessor where launch.h finds a way: its logits come while this one is searched.
 //
 // Passes over the part:
-//   maxima    every row: each thread's largest logit.
-//   (few)     greedy, and where the slots of the list suffice: the threads that hold the first tokens of
-//             the order, and only those, go over their groups again and list them. A logarithmic
-//             histogram of the threads' maxima tells which.
+//   maxima    every row: each thread's two largest logits, of the first and the last halves of its groups.
+//   list      the first tokens of the order, by the threads that hold one: a logarithmic histogram of
+//             the maxima tells from where on there are enough. Greedy needs one group only.
 //   weigh     top-p, or no filter: the mass of each chunk.
 //   search    a cut that the list does not hold: counts and masses of what reaches three codes, first
-//             of a sample's; each pass leaves a part of them, until the list holds it.
+//             of a sample's; each pass leaves a part of them, until a list holds it.
 //   weigh     the same row: the mass of what it kept, by chunk.
-// A kept set is all codes from a cut on. A list is in id order, and every block of the cluster has all
+// A kept set is all codes from a cut on. A list is in the order, and every block of the cluster has all
 // of it: so all decide alike, on the same integers, and only a draw's token has one owner.
 //
-// Hazards. What blocks share has two sets of slots, used in turn: nobody writes a set before all
-// have passed the barrier after the one in which it was read. No block leaves before all have read
-// what they wanted of its shared memory. The history is written after the cluster's last barrier.
+// A pass over the part, and what the steps that need one share, is written once in a loop over steps:
+// its code is long, and it would be there as often as it is called.
+//
+// Hazards. Each array in Shared says who writes it. No block leaves before all have read what they wanted
+// of its shared memory. The history is written after the cluster's last barrier.
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "../check.h"
 #include "../llm_sampling.h"
 #include "../semantics.h"
+#include "cluster.h"
 #include "device.h"
 #include "launch.h"
 #include "row.h"
@@ -33,19 +38,30 @@
 namespace llm_sampling {
 namespace {
 
-constexpr int kBins = 512;
+constexpr int kListed = 512;   // the longest list
 constexpr int kNucleus = 256;  // the first tokens of the order among which a nucleus is expected
+constexpr int kBins = 2 * kThreads;
+constexpr int kMaxima = 2;      // of a thread
+constexpr int kPrefetched = 4;  // rounds ahead, of a row that is not copied
 constexpr uint64_t kNoCode = 0;
-constexpr int kWarps = kThreads / kWarpSize;
-static_assert(kThreads >= kBins, "a thread for each bin");
+static_assert(kBins >= 29 * 16, "a bin for each distance that bin_of knows");
+
+struct Parameters {
+  float temperature, top_p, depth_cut;  // depth_cut: infinite where min-p is off
+  int32_t top_k, keep;
+  uint64_t seed, position;
+};
 
 struct Shared {
-  uint64_t gathered[2][kBlocksAtMost][4];
-  uint64_t partial[kWarps][4];
-  uint64_t list[kThreads];    // codes, in id order
-  uint64_t sorted[kThreads];  // the same, first of the order first
-  int64_t reach[kThreads];    // running masses
-  uint32_t bins[kBins];
+  Cluster::Memory cluster;
+  Parameters parameters;   // by thread 0, once
+  int groups;              // of this block's part, by thread 0, once
+  uint32_t appended;       // to the list, by this block
+  uint64_t list[kListed];  // codes in any order; written by all blocks, between two barriers
+  uint64_t
+      sorted[kListed];  // the same, first of the order first; before that, what this block appends
+  int64_t reach[kListed];  // running masses
+  uint32_t bins[kBins];    // of this block's maxima, once
 };
 
 static_assert(sizeof(Shared) <= kSharedFixed, "launch.h counts it");
@@ -55,11 +71,31 @@ struct Plan {
   int groups;  // of a block's part
 };
 
-struct Add {
-  __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
+// A part of the order, and what is above it.
+struct Range {
+  uint64_t low, high;
+  int count_above;
+  int64_t mass_above;
 };
-struct Larger {
-  __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
+
+// What a row's filters ask for.
+struct Filters {
+  int keep, at_most;
+  float top_p, depth_cut;
+  bool has_k, has_p, has_min_p;
+
+  __device__ Filters(const Parameters& row, int vocab_size) {
+    keep = row.keep > 1 ? row.keep : 1;
+    at_most = row.top_k > 0 ? (row.top_k > keep ? row.top_k : keep) : vocab_size;
+    top_p = row.top_p;
+    depth_cut = row.depth_cut;
+    has_k = at_most < vocab_size;
+    has_p = top_p < 1.0f;
+    has_min_p = depth_cut < kInfinity;
+  }
+  __device__ bool are_off() const { return !has_k && !has_p && !has_min_p; }
+  // Whether the mass of the whole row is asked for.
+  __device__ bool weigh_all() const { return !has_k && (has_p || !has_min_p); }
 };
 
 // A logarithmic scale of how far a logit's key is below the largest one's: 16 steps per doubling.
@@ -69,27 +105,36 @@ __device__ __forceinline__ int bin_of(uint32_t below) {
   return (log - 3) * 16 + static_cast<int>(below >> (log - 4) & 15);
 }
 
+// The smallest distance of a bin.
+__device__ __forceinline__ uint64_t first_of_bin(int bin) {
+  return bin < 16 ? static_cast<uint64_t>(bin)
+                  : static_cast<uint64_t>(16 + bin % 16) << (bin / 16 - 1);
+}
+
 template <int kDtype, bool kCopied>
 class RowSampler {
  public:
-  __device__ RowSampler(const Plan& plan, int64_t index)
-      : args_(plan.args), index_(index), shared_(*reinterpret_cast<Shared*>(dynamic_shared())) {
-    rank_ = cluster_rank();
-    blocks_ = cluster_size();
-    make_row();
-    first_group_ = rank_ * plan.groups;
-    const int left = row_.groups() - first_group_;
-    groups_ = left < 0 ? 0 : left < plan.groups ? left : plan.groups;
-    rounds_ = (groups_ + kThreads - 1) / kThreads;
-    part_groups_ = plan.groups;
+  __device__ RowSampler(const Plan& plan, int index)
+      : args_(plan.args),
+        index_(index),
+        shared_(*reinterpret_cast<Shared*>(dynamic_shared())),
+        cluster_(shared_.cluster),
+        part_groups_(plan.groups) {
     unsigned char* after = dynamic_shared() + kSharedFixed;
     chunks_ = reinterpret_cast<int64_t*>(after);
     copy_ = after + chunk_bytes(plan.groups);
+    unsigned char* after_logits = copy_ + logits_bytes(plan.groups, kLogitBytes<kDtype>);
+    counts_ = reinterpret_cast<int32_t*>(after_logits);
   }
 
   __device__ void run() {
+    const int groups = find_logits();
+    if (kCopied) copy_logits(groups);
+    find_parameters(groups);
+    if (kCopied) copy_history(groups);
+    __syncthreads();
     find_maxima();
-    const bool is_greedy = args_.temperature[index_] == 0.0f;
+    const bool is_greedy = shared_.parameters.temperature == 0.0f;
     if (m_ == -kInfinity) {
       cut_ = ~uint64_t{0};
     } else if (is_greedy) {
@@ -99,473 +144,507 @@ class RowSampler {
     }
     if (args_.filtered != nullptr) write_filtered(is_greedy);
     if (args_.tokens != nullptr) {
-      if (rank_ == 0 && threadIdx.x == 0) args_.status[index_] = status_;
+      if (cluster_.rank() == 0 && threadIdx.x == 0) args_.status[index_] = status_;
       if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) find_raw_sum();
       draw(is_greedy);
     }
-    sync_cluster();
+    cluster_.sync();
     if (drew_) advance();
   }
 
  private:
   // ---- the row ----
 
-  __device__ void make_row() {
-    const int64_t bytes = kLogitBytes<kDtype>;
+  // Returns how many groups this block has.
+  __device__ int find_logits() {
     const unsigned char* logits = static_cast<const unsigned char*>(args_.logits);
-    logits += index_ * args_.logits_stride * bytes;
+    logits += int64_t{index_} * args_.logits_stride * kLogitBytes<kDtype>;
     const unsigned beyond = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits) & 15);
     row_.aligned = logits - beyond;
-    row_.shift = static_cast<int>(beyond / bytes);
+    row_.shift = static_cast<int>(beyond) / kLogitBytes<kDtype>;
     row_.vocab_size = static_cast<int>(args_.vocab_size);
+    first_group_ = cluster_.rank() * part_groups_;
+    const int left = row_.groups() - first_group_;
+    return left < 0 ? 0 : left < part_groups_ ? left : part_groups_;
+  }
+
+  // Everything but the logits. One thread reads what is not needed before the first barrier.
+  __device__ void find_parameters(int groups) {
     row_.bias_count = 0;
-    row_.bias_ids = nullptr;
-    row_.bias_values = nullptr;
+    row_.bias_first = 0;
     if (args_.logit_bias_offsets != nullptr) {
-      const int64_t first = args_.logit_bias_offsets[index_];
-      row_.bias_count = static_cast<int>(args_.logit_bias_offsets[index_ + 1] - first);
-      row_.bias_ids = args_.logit_bias_ids + first;
-      row_.bias_values = args_.logit_bias_values + first;
-    }
-    row_.allowed = nullptr;
-    if (args_.allowed_mask != nullptr) {
-      row_.allowed = reinterpret_cast<const uint32_t*>(args_.allowed_mask) +
-                     index_ * args_.allowed_mask_stride;
+      row_.bias_first = args_.logit_bias_offsets[index_];
+      row_.bias_count = static_cast<int>(args_.logit_bias_offsets[index_ + 1] - row_.bias_first);
     }
     row_.repetition = args_.repetition_penalty[index_];
     row_.frequency = args_.frequency_penalty[index_];
     row_.presence = args_.presence_penalty[index_];
-    row_.seen = nullptr;
-    row_.counts = nullptr;
-    const bool is_on = row_.repetition != 1.0f || row_.frequency != 0.0f || row_.presence != 0.0f;
-    if (args_.seen != nullptr && is_on) {
-      const int64_t slot = args_.slots[index_];
-      row_.seen = reinterpret_cast<const uint32_t*>(args_.seen) + slot * args_.seen_stride;
-      row_.counts = args_.counts + slot * args_.counts_stride;
-    }
+    find_bits(row_);
+    if (threadIdx.x != 0) return;
+    shared_.groups = groups;
+    Parameters& own = shared_.parameters;
+    own.temperature = args_.temperature[index_];
+    own.top_p = args_.top_p[index_];
+    own.depth_cut = args_.min_p[index_] > 0.0f ? args_.min_p_cut[index_] : kInfinity;
+    own.top_k = args_.top_k[index_];
+    own.keep = args_.min_tokens_to_keep[index_];
+    own.seed = args_.seed != nullptr ? static_cast<uint64_t>(args_.seed[index_]) : 0;
+    own.position = args_.position != nullptr ? static_cast<uint64_t>(args_.position[index_]) : 0;
   }
 
-  // Where a group of this block's part is.
-  __device__ const unsigned char* place_of(int group) const {
+  // Where the row's mask and history are in global memory.
+  __device__ void find_bits(Row& row) const {
+    row.allowed = {nullptr, 0};
+    if (args_.allowed_mask != nullptr) {
+      const int32_t* words = args_.allowed_mask + int64_t{index_} * args_.allowed_mask_stride;
+      row.allowed.words = reinterpret_cast<const uint32_t*>(words);
+    }
+    row.seen = {nullptr, 0};
+    row.counts = nullptr;
+    const bool has_output_penalty = row.frequency != 0.0f || row.presence != 0.0f;
+    if (args_.seen == nullptr || (row.repetition == 1.0f && !has_output_penalty)) return;
+    const int64_t slot = args_.slots[index_];
+    row.seen.words = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
+    if (has_output_penalty) row.counts = args_.counts + slot * args_.counts_stride;
+  }
+
+  // ---- copies: all of them are on their way together, but for what tells where another is ----
+
+  __device__ void copy_logits(int groups) {
     constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
-    return kCopied ? copy_ + (group - first_group_) * kBytes
-                   : row_.aligned + static_cast<int64_t>(group) * kBytes;
-  }
-
-  __device__ bool process_own(int group, float (&x)[kGroup]) const {
-    return process<kDtype, kCopied>(row_, place_of(group), group, x);
-  }
-
-  // visit(round, group, is_there) in every round, by all threads.
-  template <typename Visit>
-  __device__ void over_groups(const Visit& visit) const {
-    for (int round = 0; round < rounds_; ++round) {
-      const int local = round * kThreads + static_cast<int>(threadIdx.x);
-      visit(round, first_group_ + local, local < groups_);
-    }
-  }
-
-  // visit(x, id) of each token, by steps 1 to 6; -inf beyond the row.
-  template <typename Visit>
-  __device__ void over_tokens(const Visit& visit) const {
-    over_groups([&](int, int group, bool is_there) {
-      if (!is_there) return;
-      float x[kGroup];
-      process_own(group, x);
+#pragma unroll 1
+    for (int local = static_cast<int>(threadIdx.x); local < groups; local += kThreads) {
+      const int group = first_group_ + local;
+      unsigned char* to = copy_ + local * kBytes;
+      const unsigned char* from = row_.aligned + static_cast<int64_t>(group) * kBytes;
+      if (row_.is_whole(group)) {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) visit(x[i], row_.first_id(group) + i);
-    });
-  }
-
-  __device__ float depth_of(float x) const { return depth(x, m_, scale_); }
-  __device__ int64_t mass_of(float x) const { return whole_mass(depth_of(x)); }
-
-  // ---- threads of a block, blocks of a cluster ----
-
-  template <int kCount, typename Combine>
-  __device__ void over_block(uint64_t (&values)[kCount], Combine combine) {
-    const int warp = threadIdx.x / kWarpSize;
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-      for (int other = kWarpSize / 2; other > 0; other /= 2) {
-        values[i] = combine(values[i], __shfl_xor_sync(kWholeWarp, values[i], other));
-      }
-      if (lane == 0) shared_.partial[warp][i] = values[i];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      values[i] = shared_.partial[lane % kWarps][i];
-#pragma unroll
-      for (int other = kWarps / 2; other > 0; other /= 2) {
-        values[i] = combine(values[i], __shfl_xor_sync(kWholeWarp, values[i], other));
+        for (int i = 0; i < kBytes; i += 16) copy<16>(to + i, from + i);
+      } else {
+        copy_edge(to, from, row_.first_id(group));
       }
     }
-    __syncthreads();
   }
 
-  // The inclusive running sum of one value of each thread.
-  __device__ int64_t scan(int64_t value) {
-    const int warp = threadIdx.x / kWarpSize;
-    const int lane = threadIdx.x % kWarpSize;
-    value = scan_warp(value);
-    if (lane == kWarpSize - 1) shared_.partial[warp][0] = static_cast<uint64_t>(value);
-    __syncthreads();
-    const int64_t warps = lane < kWarps ? static_cast<int64_t>(shared_.partial[lane][0]) : 0;
-    const int64_t before = __shfl_sync(kWholeWarp, scan_warp(warps) - warps, warp);
-    __syncthreads();
-    return value + before;
-  }
-
-  __device__ int64_t scan_warp(int64_t value) const {
-    const int lane = threadIdx.x % kWarpSize;
+  // A group that reaches beyond the row; 0 where it does.
+  __device__ void copy_edge(unsigned char* to, const unsigned char* from, int first) const {
+    using Word = Unsigned<kLogitBytes<kDtype>>;
+    Word words[kGroup];
 #pragma unroll
-    for (int delta = 1; delta < kWarpSize; delta *= 2) {
-      const int64_t other = __shfl_up_sync(kWholeWarp, value, static_cast<unsigned>(delta));
-      if (lane >= delta) value += other;
+    for (int i = 0; i < kGroup; ++i) {
+      const bool is_inside = first + i >= 0 && first + i < row_.vocab_size;
+      words[i] = is_inside ? reinterpret_cast<const Word*>(from)[i] : Word{0};
     }
-    return value;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) memcpy(to + i * sizeof(Word), &words[i], sizeof(Word));
   }
 
-  __device__ void sync_cluster() {
-    if (blocks_ > 1) {
-      cluster_sync();
-    } else {
+  __device__ void copy_history(int groups) {
+    unsigned char* after = reinterpret_cast<unsigned char*>(counts_) + kCountBytes;
+    copy_bits(row_.allowed, after, groups);
+    copy_bits(row_.seen, after + bits_bytes(part_groups_), groups);
+    if (row_.counts != nullptr) {
       __syncthreads();
-    }
-  }
-
-  // Brings values that all threads of a block have to all blocks: by block, until the next but one call.
-  template <int kCount>
-  __device__ const uint64_t (*share(const uint64_t (&values)[kCount]))[4] {
-    uint64_t (*slots)[4] = shared_.gathered[phase_];
-    phase_ ^= 1;
-    const int block = static_cast<int>(threadIdx.x);
-    if (block < blocks_) {
-      uint64_t* there = in_block(slots[rank_], block);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) there[i] = values[i];
-    }
-    sync_cluster();
-    return slots;
-  }
-
-  template <int kCount, typename Combine>
-  __device__ void over_cluster(uint64_t (&values)[kCount], Combine combine) {
-    over_block(values, combine);
-    const uint64_t (*all)[4] = share(values);
-    for (int block = 0; block < blocks_; ++block) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        values[i] = block == 0 ? all[block][i] : combine(values[i], all[block][i]);
+      int nth = 0;
+#pragma unroll 1
+      for (int local = static_cast<int>(threadIdx.x); local < groups; local += kThreads) {
+        const int first = row_.first_id(first_group_ + local);
+#pragma unroll 1
+        for (unsigned seen = row_.seen.of(first, row_.vocab_size); seen != 0 && nth < kCountsKept;
+             seen &= seen - 1, ++nth) {
+          const int id = first + __ffs(static_cast<int>(seen)) - 1;
+          copy<4>(counts_ + nth * kThreads + threadIdx.x, row_.counts + id);
+        }
       }
     }
+    wait_for_copies();  // of this thread: its own logits and counts, which nobody else reads yet
   }
 
-  // What the blocks before this one, this one and all of them have.
-  struct Sums {
-    int64_t before, own, total;
-  };
-
-  // Running sums over the chunks of this block.
-  __device__ Sums scan_chunks() {
-    const int count = rounds_ * kWarps;
-    const int each = (count + kThreads - 1) / kThreads;
-    const int first = static_cast<int>(threadIdx.x) * each;
-    __syncthreads();
-    int64_t sum = 0;
-    for (int i = first; i < first + each && i < count; ++i) sum += chunks_[i];
-    int64_t running = scan(sum) - sum;
-    for (int i = first; i < first + each && i < count; ++i) {
-      running += chunks_[i];
-      chunks_[i] = running;
+  __device__ void copy_bits(Bits& bits, unsigned char* to, int groups) const {
+    if (bits.words == nullptr || groups == 0) return;
+    const int first = row_.first_id(first_group_);
+    const int end = row_.first_id(first_group_ + groups);
+    const int first_word = (first > 0 ? first : 0) >> 5;
+    const int words = ((end < row_.vocab_size ? end : row_.vocab_size) + 31) / 32 - first_word;
+    uint32_t* copied = reinterpret_cast<uint32_t*>(to);
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) {
+      copied[i] = bits.words[first_word + i];
     }
-    __syncthreads();
-    Sums sums = {0, count > 0 ? chunks_[count - 1] : 0, 0};
-    const uint64_t own[1] = {static_cast<uint64_t>(sums.own)};
-    const uint64_t (*all)[4] = share(own);
-    for (int block = 0; block < blocks_; ++block) {
-      if (block < rank_) sums.before += static_cast<int64_t>(all[block][0]);
-      sums.total += static_cast<int64_t>(all[block][0]);
-    }
-    return sums;
+    bits = {copied, first_word};
   }
+
+  // ---- groups ----
+
+  __device__ int groups() const { return shared_.groups; }
+  __device__ int rounds() const { return (groups() + kThreads - 1) / kThreads; }
+
+  __device__ const unsigned char* place_of(int local) const {
+    constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
+    if (kCopied) return copy_ + local * kBytes;
+    return row_.aligned + static_cast<int64_t>(first_group_ + local) * kBytes;
+  }
+
+  // visit(round, group, x, has_nan) of each of this thread's groups, by steps 1 to 6, in every round: x is
+  // -inf where the part has no group left, and the group is another block's.
+  template <typename Visit>
+  __device__ __forceinline__ void over_groups(const Visit& visit) const {
+    constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
+    int nth = 0;  // of the tokens that were seen
+    const auto count_of = [&](int id) {
+      const int kept = nth++;
+      return kCopied && kept < kCountsKept ? counts_[kept * kThreads + threadIdx.x]
+                                           : row_.counts[id];
+    };
+#pragma unroll 1
+    for (int round = 0; round < rounds(); ++round) {
+      const int local = round * kThreads + static_cast<int>(threadIdx.x);
+      const int group = first_group_ + local;
+      const unsigned char* place = place_of(local);
+      float x[kGroup];
+      bool has_nan = false;
+      if (local < groups()) {
+        if (!kCopied && local + kPrefetched * kThreads < groups()) {
+          prefetch(place + kPrefetched * kThreads * kBytes);
+        }
+        has_nan = process<kDtype, kCopied>(args_, row_, place, group, x, count_of);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) x[i] = -kInfinity;
+      }
+      visit(round, group, x, has_nan);
+    }
+  }
+
+  // Steps 1 to 6 of any group of the row, also of another block's. ``row`` has the bits around it.
+  __device__ __forceinline__ void process_any(const Row& row, int group, float (&x)[kGroup]) const {
+    constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
+    const int owner = group / part_groups_;
+    const unsigned char* place = row.aligned + static_cast<int64_t>(group) * kBytes;
+    if (kCopied) place = in_block(copy_, owner) + (group - owner * part_groups_) * kBytes;
+    process<kDtype, kCopied>(args_, row, place, group, x, [&](int id) { return row.counts[id]; });
+  }
+
+  __device__ __forceinline__ float depth_of(float x) const { return depth(x, m_, scale_); }
+  __device__ __forceinline__ int64_t mass_of(float x) const { return whole_mass(depth_of(x)); }
 
   // ---- maxima ----
 
   __device__ void find_maxima() {
-    if (kCopied) {
-      constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
-      over_groups([&](int, int group, bool is_there) {
-        if (!is_there) return;
-        unsigned char* to = copy_ + (group - first_group_) * kBytes;
-        const unsigned char* from = row_.aligned + static_cast<int64_t>(group) * kBytes;
-        if (row_.is_whole(group)) {
+    bool any_nan = false;
+    over_groups([&](int, int group, const float (&x)[kGroup], bool has_nan) {
+      any_nan |= has_nan;
+      const float before = largest();
+      float found[kMaxima];
 #pragma unroll
-          for (int i = 0; i < kBytes; i += 16) copy_16(to + i, from + i);
-          return;
-        }
-        const int first = row_.first_id(group);
-        constexpr int kSize = kLogitBytes<kDtype>;
-        for (int i = 0; i < kGroup; ++i) {
-          if (first + i < 0 || first + i >= row_.vocab_size) continue;
-          for (int byte = i * kSize; byte < (i + 1) * kSize; ++byte) to[byte] = from[byte];
-        }
-      });
-      wait_for_copies();  // its own: nobody else reads them before a barrier
-    }
-    bool has_nan = false;
-    largest_ = -kInfinity;
-    over_groups([&](int, int group, bool is_there) {
-      if (!is_there) return;
-      float x[kGroup];
-      has_nan |= process_own(group, x);
+      for (int half = 0; half < kMaxima; ++half) {
+        const float* of_half = x + half * kGroup / kMaxima;
+        found[half] = of_half[0];
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) largest_ = x[i] > largest_ ? x[i] : largest_;
+        for (int i = 1; i < kGroup / kMaxima; ++i) found[half] = fmaxf(found[half], of_half[i]);
+        largest_[half] = fmaxf(largest_[half], found[half]);
+      }
+      group_ = fmaxf(found[0], found[1]) > before ? group : group_;
     });
-    uint64_t found[2] = {order_key(largest_), has_nan ? 1u : 0u};
-    over_cluster(found, Larger());
+    uint64_t found[2] = {order_key(largest()), any_nan ? 1u : 0u};
+    cluster_.combine(found, Larger());
     m_ = from_order_key(static_cast<uint32_t>(found[0]));
     status_ = found[1] != 0 ? LLM_SAMPLING_STATUS_NAN : 0;
     if (m_ == -kInfinity) status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
     if (m_ == kInfinity) status_ |= LLM_SAMPLING_STATUS_POS_INF;
   }
 
+  __device__ float largest() const { return fmaxf(largest_[0], largest_[1]); }
+
   // 8 greedy
   __device__ void find_first() {
     uint64_t first[1] = {kNoCode};
-    if (largest_ == m_) {
-      over_tokens([&](float x, int id) {
-        if (x == m_) first[0] = Larger()(first[0], code_of(x, id));
-      });
+    if (largest() == m_) {
+      float x[kGroup];
+      process_any(row_, group_, x);
+#pragma unroll
+      for (int i = kGroup - 1; i >= 0; --i) {
+        if (x[i] == m_) first[0] = code_of(x[i], row_.first_id(group_) + i);
+      }
     }
-    over_cluster(first, Larger());
+    cluster_.combine(first, Larger());
     cut_ = first[0];
   }
 
   // ---- the list ----
 
-  // Lists what is wanted, in id order, in every block; how many it is. More than kThreads are counted
-  // and not listed. Threads that cannot hold any need not look.
-  template <typename Wants>
-  __device__ int64_t list(bool may_hold, const Wants& wants) {
-    const int warp = threadIdx.x / kWarpSize;
-    const int lane = threadIdx.x % kWarpSize;
-    const bool any = __any_sync(kWholeWarp, may_hold) != 0;
-    const auto wanted_of = [&](int group, bool is_there, uint64_t (&codes)[kGroup]) {
-      int count = 0;
-      if (!may_hold || !is_there) return count;
-      float x[kGroup];
-      process_own(group, x);
+  // Lists a part of the order, sorted, in every block; an empty list where it is longer than kListed.
+  __device__ void list(const Range& range) {
+    if (threadIdx.x == 0) shared_.appended = 0;
+    __syncthreads();
+    const Bound low(range.low);
+    const Bound high(range.high);
+    if (largest() >= low.x) {
+      over_groups([&](int, int group, const float (&x)[kGroup], bool) {
+        const int first = row_.first_id(group);
+        unsigned wanted = 0;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        const uint64_t code = code_of(x[i], row_.first_id(group) + i);
-        const bool wanted = x[i] > -kInfinity && wants(x[i], code);
-        codes[i] = wanted ? code : kNoCode;
-        count += wanted;
-      }
-      return count;
-    };
-    over_groups([&](int round, int group, bool is_there) {
-      uint64_t codes[kGroup];
-      const int count = any ? wanted_of(group, is_there, codes) : 0;
-      const unsigned sum = __reduce_add_sync(kWholeWarp, static_cast<unsigned>(count));
-      if (lane == 0) chunks_[round * kWarps + warp] = sum;
-    });
-    const Sums counts = scan_chunks();
-    if (counts.total > kThreads) return counts.total;
-    over_groups([&](int round, int group, bool is_there) {
-      uint64_t codes[kGroup];
-      const int count = any ? wanted_of(group, is_there, codes) : 0;
-      const int chunk = round * kWarps + warp;
-      int64_t place =
-          counts.before + (chunk > 0 ? chunks_[chunk - 1] : 0) + scan_warp(count) - count;
-      if (count == 0) return;
+        for (int i = 0; i < kGroup; ++i) {
+          const bool is_in = low.is_reached(x[i], first + i) && !high.is_reached(x[i], first + i);
+          wanted |= is_in ? 1u << i : 0;
+        }
+        // nobody adds to what is too long already, of however many
+        if (wanted == 0 || *const_cast<volatile uint32_t*>(&shared_.appended) > kListed) return;
+        unsigned place = atomicAdd(&shared_.appended, static_cast<unsigned>(__popc(wanted)));
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        if (codes[i] == kNoCode) continue;
-        for (int block = 0; block < blocks_; ++block)
-          in_block(shared_.list, block)[place] = codes[i];
-        ++place;
+        for (int i = 0; i < kGroup; ++i) {
+          if ((wanted >> i & 1) == 0) continue;
+          if (place < kListed) shared_.sorted[place] = code_of(x[i], first + i);
+          ++place;
+        }
+      });
+    }
+    __syncthreads();
+    const int own = static_cast<int>(shared_.appended);
+    const Sums counts = cluster_.sum(own);
+    listed_ = counts.total <= kListed ? static_cast<int>(counts.total) : 0;
+    for (int i = static_cast<int>(threadIdx.x); listed_ > 0 && i < own; i += kThreads) {
+      const uint64_t code = shared_.sorted[i];
+#pragma unroll 1
+      for (int block = 0; block < cluster_.blocks(); ++block) {
+        in_block(shared_.list, block)[counts.before + i] = code;
       }
-    });
-    sync_cluster();
-    return counts.total;
+    }
+    cluster_.sync();
+    above_ = range.count_above;
+    mass_above_ = range.mass_above;
+    is_last_ = range.low <= kLowestCode;
+    sort(listed_);
   }
 
   // Sorts the list by rank, and gives the running mass of the sorted.
   __device__ void sort(int count) {
-    const int own = static_cast<int>(threadIdx.x);
-    const uint64_t code = own < count ? shared_.list[own] : kNoCode;
-    int rank = 0;
-    for (int i = 0; i < count; ++i) rank += shared_.list[i] > code;
-    if (own < count) shared_.sorted[rank] = code;
+    for (int own = static_cast<int>(threadIdx.x); own < count; own += kThreads) {
+      const uint64_t code = shared_.list[own];
+      int rank = 0;
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) rank += shared_.list[i] > code;
+      shared_.sorted[rank] = code;
+    }
     __syncthreads();
-    const int64_t w = own < count ? mass_of(logit_of(shared_.sorted[own])) : 0;
-    shared_.reach[own] = scan(w);
-    __syncthreads();
+    find_reach(shared_.sorted, count);
   }
 
-  // ---- steps 11 to 13 ----
-
-  __device__ void find_kept() {
-    scale_ = depth_scale(args_.temperature[index_]);
-    const int64_t keep =
-        args_.min_tokens_to_keep[index_] > 1 ? args_.min_tokens_to_keep[index_] : 1;
-    const int64_t top_k = args_.top_k[index_];
-    const float top_p = args_.top_p[index_];
-    const float depth_cut = args_.min_p[index_] > 0.0f ? args_.min_p_cut[index_] : kInfinity;
-    int64_t at_most = top_k > 0 ? (top_k > keep ? top_k : keep) : row_.vocab_size;
-    const bool has_k = at_most < row_.vocab_size;
-    const bool has_p = top_p < 1.0f;
-    const bool has_min_p = depth_cut < kInfinity;
-
-    cut_ = kLowestCode;
-    if (!has_k && (has_p || !has_min_p)) weigh<false>();
-    int64_t z = mass_.total;
-    if (!has_k && !has_p && !has_min_p) return;
-
-    const int64_t wanted = has_k ? at_most : has_p ? (keep > kNucleus ? keep : kNucleus) : keep;
-    list_first(wanted, has_k || has_p ? -1.0f : depth_cut);
-
-    uint64_t k_cut = kLowestCode;
-    uint64_t p_cut = kLowestCode;
-    if (has_k) {
-      k_cut = find_cut(at_most, false, kLowestCode, 0);
-      z = mass_from(k_cut);
-    }
-    if (has_p) p_cut = find_cut(top_p_target(z, top_p), true, k_cut, z);
-    const uint64_t near_cut = has_min_p ? first_code(nearest_key(depth_cut)) : kLowestCode;
-    // neither leaves fewer than min_tokens_to_keep
-    uint64_t filter_cut = p_cut > near_cut ? p_cut : near_cut;
-    if (filter_cut > k_cut && keep > 1) {
-      const uint64_t keep_cut = find_cut(keep, false, k_cut, 0);
-      filter_cut = filter_cut < keep_cut ? filter_cut : keep_cut;
-    }
-    cut_ = filter_cut > k_cut ? filter_cut : k_cut;
-
-    in_list_ = listed_ > 0 && above_ == 0 && (is_last_ || cut_ >= shared_.sorted[listed_ - 1]);
-    if (!in_list_) weigh<true>();
-  }
-
-  // Lists the first tokens of the order, about as many as wanted, and what is within a depth.
-  __device__ void list_first(int64_t wanted, float within) {
-    if (threadIdx.x < kBins) shared_.bins[threadIdx.x] = 0;
-    __syncthreads();
-    const uint32_t top = order_key(m_);
-    const int own = bin_of(top - order_key(largest_));
-    if (largest_ > -kInfinity) atomicAdd(&shared_.bins[own], 1u);
-    sync_cluster();
+  // The running masses of codes.
+  __device__ void find_reach(const uint64_t* codes, int count) {
+    constexpr int kEach = kListed / kThreads;
+    const int first = static_cast<int>(threadIdx.x) * kEach;
+    int64_t w[kEach];
     int64_t sum = 0;
-    if (threadIdx.x < kBins) {
-      for (int block = 0; block < blocks_; ++block) {
-        sum += in_block(shared_.bins, block)[threadIdx.x];
-      }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      w[i] = first + i < count ? mass_of(logit_of(codes[first + i])) : 0;
+      sum += w[i];
     }
-    const int64_t reached = scan(sum);
-    const bool is_short = threadIdx.x < kBins && reached < wanted;
-    const int limit = __syncthreads_count(is_short);
-    const auto wants = [&](float x, uint64_t) {
-      return bin_of(top - order_key(x)) <= limit || depth_of(x) <= within;
-    };
-    const bool may_hold = largest_ > -kInfinity && wants(largest_, 0);
-    const int64_t count = list(may_hold, wants);
-    above_ = 0;
-    mass_above_ = 0;
-    is_last_ = limit >= kBins;
-    listed_ = count <= kThreads ? static_cast<int>(count) : 0;
-    if (listed_ > 0) sort(listed_);
+    int64_t running = cluster_.scan(sum) - sum;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      running += w[i];
+      shared_.reach[first + i] = running;
+    }
+    __syncthreads();
   }
 
-  // 13 min-p: the lowest key whose depth is at most the cut. The depth grows as the key falls.
-  __device__ uint32_t nearest_key(float depth_cut) const {
-    uint32_t inside = order_key(m_);
-    uint32_t outside = order_key(kLowest) - 1;
-    while (inside - outside > 1) {
-      const uint32_t middle = outside + (inside - outside) / 2;
-      if (depth_of(from_order_key(middle)) <= depth_cut) {
-        inside = middle;
-      } else {
-        outside = middle;
-      }
-    }
-    return inside;
+  // How many of the list reach a code.
+  __device__ int count_from(uint64_t code) const {
+    return count_while_together(listed_, [&](int i) { return shared_.sorted[i] >= code; });
   }
 
   // The mass of all from a code on, which is in the list, or is what the list is empty below.
   __device__ int64_t mass_from(uint64_t code) const {
-    const int count = count_while(listed_, [&](int i) { return shared_.sorted[i] >= code; });
+    const int count = count_from(code);
     return mass_above_ + (count > 0 ? shared_.reach[count - 1] : 0);
-  }
-
-  // The code at which so many tokens, or so much mass, are reached; or the lowest.
-  __device__ uint64_t find_cut(int64_t target, bool by_mass, uint64_t lowest, int64_t z) {
-    if (!is_in_list(target, by_mass)) {
-      search(target, by_mass, lowest, z);
-      if (listed_ == 0) return lowest;
-    }
-    const int place =
-        by_mass
-            ? count_while(listed_, [&](int i) { return mass_above_ + shared_.reach[i] < target; })
-            : static_cast<int>(target - above_ - 1);
-    return place < listed_ ? shared_.sorted[place] : lowest;
   }
 
   // Whether the list has the token at which the target is reached, or the row does not reach it.
   __device__ bool is_in_list(int64_t target, bool by_mass) const {
     if (listed_ == 0) return false;
     const int64_t above = by_mass ? mass_above_ : above_;
-    const int64_t reached = by_mass ? mass_above_ + shared_.reach[listed_ - 1] : above_ + listed_;
-    return above < target && (reached >= target || is_last_);
+    const int64_t own = by_mass ? shared_.reach[listed_ - 1] : listed_;
+    return above < target && (above + own >= target || is_last_);
   }
 
-  // Lists the part of the order in which the target is reached.
-  __device__ void search(int64_t target, bool by_mass, uint64_t lowest, int64_t z) {
-    uint64_t low = lowest;
-    uint64_t high = first_code(order_key(m_) + 1);
-    int64_t n_low = row_.vocab_size;
-    int64_t n_high = 0;
-    int64_t w_high = 0;
+  // The code at which so many tokens, or so much mass, are reached; or the lowest.
+  __device__ uint64_t cut_at(int64_t target, bool by_mass, uint64_t lowest) const {
+    const int place = by_mass ? count_while_together(
+                                    listed_,
+                                    [&](int i) { return mass_above_ + shared_.reach[i] < target; }
+                                )
+                              : static_cast<int>(target - above_ - 1);
+    return place < listed_ ? shared_.sorted[place] : lowest;
+  }
+
+  // ---- steps 11 to 13 ----
+
+  __device__ void find_kept() {
+    scale_ = depth_scale(shared_.parameters.temperature);
+    cut_ = kLowestCode;
+    // the mass of all tokens, where it is asked for; then of the kept ones, where no list has them
+#pragma unroll 1
+    for (bool all = true;; all = false) {
+      if (!all) find_cuts();
+      const Filters filters = find_filters();
+      if (all ? filters.weigh_all() : !in_list_) weigh();
+      if (!all || filters.are_off()) return;
+    }
+  }
+
+  // Anew at each use, since registers are dear.
+  __device__ __forceinline__ Filters find_filters() const {
+    return Filters(shared_.parameters, row_.vocab_size);
+  }
+
+  // Each filter's cut. None leaves fewer than min_tokens_to_keep.
+  __device__ void find_cuts() {
+    enum { kFirstTokens, kTopK, kTopP, kKeep, kSteps };
+    uint64_t k_cut = kLowestCode;
+    uint64_t filter_cut = kLowestCode;
+    int64_t z = mass_.total;
+#pragma unroll 1
+    for (int step = kFirstTokens; step < kSteps; ++step) {
+      const Filters filters = find_filters();
+      const bool by_mass = step == kTopP;
+      int64_t target = filters.at_most;
+      if (step == kTopK && !filters.has_k) continue;
+      if (step == kTopP) {  // 12
+        if (!filters.has_p) continue;
+        if (filters.has_k) z = mass_from(k_cut);
+        target = top_p_target(z, filters.top_p);
+      }
+      if (step == kKeep) {
+        if (filters.has_min_p) {  // 13
+          const uint64_t near_cut = first_code(nearest_key(filters.depth_cut));
+          filter_cut = filter_cut > near_cut ? filter_cut : near_cut;
+        }
+        if (filters.keep == 1 || filter_cut <= k_cut) continue;
+        target = filters.keep;
+      }
+      Range range;
+      bool is_listed;
+      if (step == kFirstTokens) {
+        is_listed = !first_tokens(filters, range);
+      } else {
+        is_listed = is_in_list(target, by_mass);
+        if (!is_listed) range = search(target, by_mass, k_cut, z);
+      }
+      if (!is_listed) list(range);
+      if (step == kFirstTokens) continue;
+      const uint64_t cut = cut_at(target, by_mass, k_cut);
+      if (step == kTopK) k_cut = cut;  // 11
+      if (step == kTopP) filter_cut = cut;
+      if (step == kKeep) filter_cut = filter_cut < cut ? filter_cut : cut;
+    }
+    cut_ = filter_cut > k_cut ? filter_cut : k_cut;
+    in_list_ = listed_ > 0 && above_ == 0 && (is_last_ || cut_ >= shared_.sorted[listed_ - 1]);
+  }
+
+  // The first tokens of the order, about as many as the filters ask for, and what is within min-p's depth.
+  // False if it would be no list.
+  __device__ bool first_tokens(const Filters& filters, Range& range) {
+    int64_t wanted = filters.keep;
+    if (filters.has_k) {
+      wanted = filters.at_most;
+    } else if (filters.has_p) {
+      // half of the maxima tell it well enough
+      const int64_t half = kThreads * kMaxima / 2 * cluster_.blocks();
+      const int64_t nucleus = half < kNucleus ? half : kNucleus;
+      wanted = wanted > nucleus ? wanted : nucleus;
+    }
+    if (wanted > kListed) return false;
+    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) shared_.bins[i] = 0;
+    __syncthreads();
+    const uint32_t top = order_key(m_);
+#pragma unroll
+    for (int half = 0; half < kMaxima; ++half) {
+      if (largest_[half] == -kInfinity) continue;
+      atomicAdd(&shared_.bins[bin_of(top - order_key(largest_[half]))], 1u);
+    }
+    cluster_.sync();
+    const int own = static_cast<int>(threadIdx.x) * 2;
+    int counts[2] = {0, 0};
+#pragma unroll 4
+    for (int block = 0; block < cluster_.blocks(); ++block) {
+      const uint32_t* bins = in_block(shared_.bins, block);
+      counts[0] += static_cast<int>(bins[own]);
+      counts[1] += static_cast<int>(bins[own + 1]);
+    }
+    const int64_t reached = cluster_.scan(counts[0] + counts[1]);
+    const int limit =
+        __syncthreads_count(reached - counts[1] < wanted) + __syncthreads_count(reached < wanted);
+    const uint32_t lowest = static_cast<uint32_t>(kLowestCode >> 20);
+    uint32_t key = lowest;
+    if (limit < kBins && first_of_bin(limit + 1) <= top - lowest) {
+      key = top - static_cast<uint32_t>(first_of_bin(limit + 1) - 1);
+    }
+    if (!filters.has_k && !filters.has_p) {
+      const uint32_t nearest = nearest_key(filters.depth_cut);
+      key = key < nearest ? key : nearest;
+    }
+    range = {first_code(key), first_code(top + 1), 0, 0};
+    return true;
+  }
+
+  // 13 min-p: the lowest key whose depth is at most the cut. The depth grows as the key falls. Each lane
+  // tries another one.
+  __device__ uint32_t nearest_key(float depth_cut) const {
+    uint32_t inside = order_key(m_);
+    uint32_t size =
+        inside - static_cast<uint32_t>(kLowestCode >> 20) + 1;  // below it, all are outside
+    while (size > 1) {
+      const uint32_t step = size / (kWarpSize + 1) + 1;
+      const uint32_t down = (threadIdx.x % kWarpSize + 1) * step;
+      const bool is_inside = down < size && depth_of(from_order_key(inside - down)) <= depth_cut;
+      const uint32_t passed = static_cast<uint32_t>(__popc(__ballot_sync(kWholeWarp, is_inside)));
+      inside -= passed * step;
+      size -= passed * step;
+      size = size < step ? size : step;
+    }
+    return inside;
+  }
+
+  // The part of the order in which the target is reached, short enough for a list.
+  __device__ Range search(int64_t target, bool by_mass, uint64_t lowest, int64_t z) {
+    Range range = {lowest, first_code(order_key(m_) + 1), 0, 0};
+    int count = row_.vocab_size;  // from the lower end on
     uint64_t pivots[3];
     sample(target, by_mass, lowest, z, pivots);
-    while (n_low - n_high > kThreads && high - low > kThreads) {
+    while (count - range.count_above > kListed && range.high - range.low > kListed) {
+      const Bound bounds[3] = {Bound(pivots[0]), Bound(pivots[1]), Bound(pivots[2])};
       uint64_t sums[4] = {0, 0, 0, 0};
-      over_tokens([&](float x, int id) {
-        const uint64_t code = code_of(x, id);
-        const uint64_t w = x > -kInfinity ? static_cast<uint64_t>(mass_of(x)) : 0;
+      over_groups([&](int, int group, const float (&x)[kGroup], bool) {
 #pragma unroll
-        for (int p = 0; p < 3; ++p) {
-          const bool reaches = code >= pivots[p];
-          sums[3] += reaches ? uint64_t{1} << (21 * p) : 0;
-          sums[p] += reaches ? w : 0;
+        for (int i = 0; i < kGroup; ++i) {
+          const int id = row_.first_id(group) + i;
+          const uint64_t w = static_cast<uint64_t>(mass_of(x[i]));
+#pragma unroll
+          for (int p = 0; p < 3; ++p) {
+            const bool is_reached = bounds[p].is_reached(x[i], id);
+            sums[3] += is_reached ? uint64_t{1} << (21 * p) : 0;
+            sums[p] += is_reached ? w : 0;
+          }
         }
       });
-      over_cluster(sums, Add());
+      cluster_.combine(sums, Add());
       // the pivots are in order: the last one that reaches the target is the new lower end
       for (int p = 0; p < 3; ++p) {
-        const int64_t n = static_cast<int64_t>(sums[3] >> (21 * p) & 0x1fffff);
+        const int n = static_cast<int>(sums[3] >> (21 * p) & 0x1fffff);
         const int64_t w = static_cast<int64_t>(sums[p]);
         if ((by_mass ? w : n) >= target) {
-          low = pivots[p];
-          n_low = n;
-        } else if (pivots[p] < high) {
-          high = pivots[p];
-          n_high = n;
-          w_high = w;
+          range.low = pivots[p];
+          count = n;
+        } else if (pivots[p] < range.high) {
+          range = {range.low, pivots[p], n, w};
           break;
         }
       }
-      cut_in_parts(low, high, pivots);
+      cut_in_parts(range.low, range.high, pivots);
     }
-    const int64_t count =
-        list(true, [=](float, uint64_t code) { return code >= low && code < high; });
-    above_ = n_high;
-    mass_above_ = w_high;
-    is_last_ = low <= kLowestCode;
-    listed_ = static_cast<int>(count);
-    if (listed_ > 0) sort(listed_);
+    return range;
   }
 
   // Three codes about where a sample of the row reaches its share of the target, in rising order.
@@ -576,30 +655,29 @@ class RowSampler {
       int64_t z,
       uint64_t (&pivots)[3]
   ) {
-    const int64_t id = static_cast<int64_t>(threadIdx.x) * row_.vocab_size / kThreads;
-    const int group = static_cast<int>((id + row_.shift) / kGroup);
-    const int owner = group / part_groups_;
-    constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
-    const unsigned char* place =
-        kCopied ? in_block(copy_, owner) + (group - owner * part_groups_) * kBytes
-                : place_of(group);
-    float x[kGroup];
-    process<kDtype, kCopied>(row_, place, group, x);
-    float own = -kInfinity;
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (row_.first_id(group) + i == id) own = x[i];
-    }
-    const uint64_t code = code_of(own, static_cast<int>(id));
+    Row row = row_;
+    find_bits(row);  // other blocks have the copies of them
     __syncthreads();
-    shared_.list[threadIdx.x] = code;
-    const int count = __syncthreads_count(code >= lowest);
-    sort(kThreads);
+#pragma unroll 1
+    for (int own = static_cast<int>(threadIdx.x); own < kListed; own += kThreads) {
+      const int id = static_cast<int>(static_cast<int64_t>(own) * row.vocab_size / kListed);
+      const int group = (id + row.shift) / kGroup;
+      float x[kGroup];
+      process_any(row, group, x);
+      float sampled = -kInfinity;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) sampled = row.first_id(group) + i == id ? x[i] : sampled;
+      shared_.list[own] = code_of(sampled, id);
+    }
+    __syncthreads();
+    sort(kListed);
+    const int count =
+        count_while_together(kListed, [&](int i) { return shared_.sorted[i] >= lowest; });
     const float reached = by_mass ? static_cast<float>(count > 0 ? shared_.reach[count - 1] : 0)
                                   : static_cast<float>(count);
     const float all =
         by_mass ? static_cast<float>(z)
-                : static_cast<float>(count) * static_cast<float>(row_.vocab_size) / kThreads;
+                : static_cast<float>(count) * static_cast<float>(row.vocab_size) / kListed;
     float share = static_cast<float>(target) / (all > 1.0f ? all : 1.0f);
     share = share < 1.0f ? share : 1.0f;
     const float deviation =
@@ -608,7 +686,7 @@ class RowSampler {
     for (int p = 0; p < 3; ++p) {
       const float part = share + spread * static_cast<float>(1 - p);
       const float wanted = (part < 0.0f ? 0.0f : part < 1.0f ? part : 1.0f) * reached;
-      const int index = count_while(count, [&](int i) {
+      const int index = count_while_together(count, [&](int i) {
         const int64_t here = by_mass ? shared_.reach[i] : i + 1;
         return static_cast<float>(here) < wanted;
       });
@@ -652,22 +730,21 @@ class RowSampler {
     pivots[2] = first_code(c);
   }
 
-  // The mass of each chunk, of all tokens or of what reaches the cut, as running sums.
-  template <bool kCut>
+  // The mass of each chunk, of what reaches the cut, as running sums.
   __device__ void weigh() {
     const int warp = threadIdx.x / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
+    const Bound cut(cut_);
+    const bool all = cut_ == kLowestCode;
     __syncthreads();
-    over_groups([&](int round, int group, bool is_there) {
+    over_groups([&](int round, int group, const float (&x)[kGroup], bool) {
       int64_t sum = 0;
-      if (is_there) {
-        float x[kGroup];
-        process_own(group, x);
+      if (all) {
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          const bool is_kept = !kCut || code_of(x[i], row_.first_id(group) + i) >= cut_;
-          sum += is_kept && x[i] > -kInfinity ? mass_of(x[i]) : 0;
-        }
+        for (int i = 0; i < kGroup; ++i) sum += mass_of(x[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) sum += kept_mass(cut, x[i], row_.first_id(group) + i);
       }
 #pragma unroll
       for (int other = kWarpSize / 2; other > 0; other /= 2) {
@@ -675,7 +752,30 @@ class RowSampler {
       }
       if (lane == 0) chunks_[round * kWarps + warp] = sum;
     });
-    mass_ = scan_chunks();
+    sum_chunks();
+  }
+
+  __device__ __forceinline__ int64_t kept_mass(const Bound& cut, float x, int id) const {
+    return cut.is_reached(x, id) ? mass_of(x) : 0;
+  }
+
+  // Running sums over the chunks of this block, and those over the blocks.
+  __device__ void sum_chunks() {
+    const int count = rounds() * kWarps;
+    const int each = (count + kThreads - 1) / kThreads;
+    const int first = static_cast<int>(threadIdx.x) * each;
+    __syncthreads();
+    int64_t sum = 0;
+#pragma unroll 1
+    for (int i = first; i < first + each && i < count; ++i) sum += chunks_[i];
+    int64_t running = cluster_.scan(sum) - sum;
+#pragma unroll 1
+    for (int i = first; i < first + each && i < count; ++i) {
+      running += chunks_[i];
+      chunks_[i] = running;
+    }
+    __syncthreads();
+    mass_ = cluster_.sum(count > 0 ? chunks_[count - 1] : 0);
   }
 
   // ---- results ----
@@ -684,33 +784,41 @@ class RowSampler {
   __device__ void draw(bool is_greedy) {
     const int samples = args_.num_samples;
     if (m_ == -kInfinity || is_greedy) {
-      if (rank_ != 0) return;
+      if (cluster_.rank() != 0) return;
       for (int i = static_cast<int>(threadIdx.x); i < samples; i += kThreads) {
         write(i, m_ == -kInfinity ? -1 : id_of(cut_), 1, 1);
       }
     } else if (in_list_) {
-      if (rank_ == 0) draw_from_list();
+      if (cluster_.rank() == 0) draw_from_list();
     } else {
       draw_from_chunks();
     }
   }
 
   __device__ int64_t random_below(int draw, int64_t total) const {
-    const uint64_t seed = static_cast<uint64_t>(args_.seed[index_]);
-    const uint64_t position = static_cast<uint64_t>(args_.position[index_]);
-    return scaled_random(random_bits(seed, position, static_cast<uint32_t>(draw)), total);
+    const Parameters& row = shared_.parameters;
+    return scaled_random(random_bits(row.seed, row.position, static_cast<uint32_t>(draw)), total);
   }
 
+  // The kept ones, by their ids.
   __device__ void draw_from_list() {
-    const int own = static_cast<int>(threadIdx.x);
-    const uint64_t code = own < listed_ ? shared_.list[own] : kNoCode;
-    const int64_t own_mass = code >= cut_ && own < listed_ ? mass_of(logit_of(code)) : 0;
-    shared_.reach[own] = scan(own_mass);
+    const int kept = count_from(cut_);
+    const auto low_bits = [&](int i) {
+      return static_cast<uint32_t>(shared_.sorted[i]) & kLastId;  // larger for a smaller id
+    };
+    for (int own = static_cast<int>(threadIdx.x); own < kept; own += kThreads) {
+      const uint32_t bits = low_bits(own);
+      int rank = 0;
+#pragma unroll 4
+      for (int i = 0; i < kept; ++i) rank += low_bits(i) > bits;
+      shared_.list[rank] = shared_.sorted[own];
+    }
     __syncthreads();
-    const int64_t total = shared_.reach[kThreads - 1];
-    for (int i = own; i < args_.num_samples; i += kThreads) {
+    find_reach(shared_.list, kept);
+    const int64_t total = shared_.reach[kept - 1];
+    for (int i = static_cast<int>(threadIdx.x); i < args_.num_samples; i += kThreads) {
       const int64_t r = random_below(i, total);
-      const int place = count_while(listed_ - 1, [&](int j) { return shared_.reach[j] <= r; });
+      const int place = count_while(kept - 1, [&](int j) { return shared_.reach[j] <= r; });
       const int64_t w = shared_.reach[place] - (place > 0 ? shared_.reach[place - 1] : 0);
       write(i, id_of(shared_.list[place]), w, total);
     }
@@ -720,21 +828,22 @@ class RowSampler {
   __device__ void draw_from_chunks() {
     const int warp = threadIdx.x / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
+    const Bound cut(cut_);
+#pragma unroll 1
     for (int i = warp; i < args_.num_samples; i += kWarps) {
       const int64_t r = random_below(i, mass_.total) - mass_.before;
       if (r < 0 || r >= mass_.own) continue;
-      const int chunk = count_while(rounds_ * kWarps - 1, [&](int j) { return chunks_[j] <= r; });
+      const int chunk = count_while(rounds() * kWarps - 1, [&](int j) { return chunks_[j] <= r; });
       const int local = chunk / kWarps * kThreads + chunk % kWarps * kWarpSize + lane;
       const int group = first_group_ + local;
       int64_t w[kGroup] = {};
       int64_t sum = 0;
-      if (local < groups_) {
+      if (local < groups()) {
         float x[kGroup];
-        process_own(group, x);
+        process_any(row_, group, x);
 #pragma unroll
         for (int t = 0; t < kGroup; ++t) {
-          const bool is_kept = code_of(x[t], row_.first_id(group) + t) >= cut_;
-          w[t] = is_kept && x[t] > -kInfinity ? mass_of(x[t]) : 0;
+          w[t] = kept_mass(cut, x[t], row_.first_id(group) + t);
           sum += w[t];
         }
       }
@@ -743,14 +852,17 @@ class RowSampler {
       if (lane != __ffs(static_cast<int>(past)) - 1) continue;
       reach -= sum;
       bool is_found = false;
+      int token = 0;
+      int64_t own = 0;
 #pragma unroll
       for (int t = 0; t < kGroup; ++t) {
         reach += w[t];
-        if (!is_found && reach > r) {
-          is_found = true;
-          write(i, row_.first_id(group) + t, w[t], mass_.total);
-        }
+        if (is_found || reach <= r) continue;
+        is_found = true;
+        token = row_.first_id(group) + t;
+        own = w[t];
       }
+      write(i, token, own, mass_.total);
     }
   }
 
@@ -761,7 +873,7 @@ class RowSampler {
 
   // ``token`` is -1 where there was no candidate. The thread that has draw 0 advances the row later.
   __device__ void write(int draw, int token, int64_t w, int64_t total) {
-    const int64_t place = index_ * args_.num_samples + draw;
+    const int64_t place = int64_t{index_} * args_.num_samples + draw;
     args_.tokens[place] = token;
     if (draw == 0) {
       drew_ = true;
@@ -780,34 +892,48 @@ class RowSampler {
 
   // The largest raw logit, and the logarithm of the sum of exp(x - m).
   __device__ void find_raw_sum() {
-    uint64_t largest[1] = {order_key(-kInfinity)};
-    const auto over_raw = [&](const auto& visit) {
-      over_groups([&](int, int group, bool is_there) {
-        if (!is_there) return;
+    uint64_t sum[1] = {0};
+#pragma unroll 1
+    for (bool sums = false;; sums = true) {
+      float own = sums ? 0.0f : -kInfinity;
+#pragma unroll 1
+      for (int round = 0; round < rounds(); ++round) {
+        const int local = round * kThreads + static_cast<int>(threadIdx.x);
+        if (local >= groups()) continue;
         float x[kGroup];
-        load<kDtype, kCopied>(row_, place_of(group), group, x);
+        load<kDtype, kCopied>(row_, place_of(local), first_group_ + local, x);
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) visit(x[i] == x[i] ? x[i] : -kInfinity);
-      });
-    };
-    over_raw([&](float x) { largest[0] = Larger()(largest[0], order_key(x)); });
-    over_cluster(largest, Larger());
-    raw_m_ = from_order_key(static_cast<uint32_t>(largest[0]));
-    float sum = 0.0f;
-    over_raw([&](float x) { sum += x == raw_m_ ? 1.0f : expf(x - raw_m_); });
-    // in a fixed point that holds 2^20 ones
-    uint64_t sums[1] = {static_cast<uint64_t>(sum * 0x1p40f)};
-    over_cluster(sums, Add());
-    raw_log_sum_ = logf(static_cast<float>(sums[0]) * 0x1p-40f);
+        for (int i = 0; i < kGroup; ++i) {
+          const float valid = x[i] == x[i] ? x[i] : -kInfinity;
+          if (sums) {
+            own += valid == raw_m_ ? 1.0f : expf(valid - raw_m_);
+          } else {
+            own = fmaxf(own, valid);
+          }
+        }
+      }
+      // in a fixed point that holds 2^20 ones
+      sum[0] = sums ? static_cast<uint64_t>(own * 0x1p40f) : order_key(own);
+      if (sums) break;
+      cluster_.combine(sum, Larger());
+      raw_m_ = from_order_key(static_cast<uint32_t>(sum[0]));
+    }
+    cluster_.combine(sum, Add());
+    raw_log_sum_ = logf(static_cast<float>(sum[0]) * 0x1p-40f);
   }
 
   __device__ void write_filtered(bool is_greedy) {
-    const float t = args_.temperature[index_];
-    float* out = args_.filtered + index_ * args_.filtered_stride;
-    over_tokens([&](float x, int id) {
-      if (id < 0 || id >= row_.vocab_size) return;
-      const bool is_kept = x > -kInfinity && code_of(x, id) >= cut_;
-      out[id] = is_kept ? (is_greedy ? x : x / t) : -kInfinity;
+    const float t = shared_.parameters.temperature;
+    const Bound cut(cut_);
+    float* out = args_.filtered + int64_t{index_} * args_.filtered_stride;
+    over_groups([&](int, int group, const float (&x)[kGroup], bool) {
+      if (group >= first_group_ + groups()) return;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const int id = row_.first_id(group) + i;
+        if (id < 0 || id >= row_.vocab_size) continue;
+        out[id] = cut.is_reached(x[i], id) ? (is_greedy ? x[i] : x[i] / t) : -kInfinity;
+      }
     });
   }
 
@@ -823,24 +949,24 @@ class RowSampler {
   }
 
   const LlmSamplingArgs& args_;
-  const int64_t index_;
+  const int index_;
   Shared& shared_;
+  Cluster cluster_;
+  const int part_groups_;  // of a block
   int64_t* chunks_;
   unsigned char* copy_;
+  int32_t* counts_;
   Row row_;
-  int rank_, blocks_;
-  int part_groups_;                    // of a block
-  int first_group_, groups_, rounds_;  // of this one
-  int phase_ = 0;
+  int first_group_;  // of this block
 
-  float largest_;  // of this thread's
+  float largest_[kMaxima] = {-kInfinity, -kInfinity};  // of this thread's
+  int group_ = 0;                                      // the first that has the larger one
   float m_;
   float scale_ = 0.0f;
   int32_t status_;
 
-  // the list: a part of the order, and what is above it
   int listed_ = 0;
-  int64_t above_ = 0;
+  int above_ = 0;  // what is above the list
   int64_t mass_above_ = 0;
   bool is_last_ = false;  // nothing is below it
 
@@ -856,8 +982,8 @@ class RowSampler {
 };
 
 template <int kDtype, bool kCopied>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const Plan plan) {
-  RowSampler<kDtype, kCopied> sampler(plan, blockIdx.x / cluster_size());
+__global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Plan plan) {
+  RowSampler<kDtype, kCopied> sampler(plan, static_cast<int>(blockIdx.x) / cluster_size());
   sampler.run();
 }
 
@@ -871,6 +997,7 @@ namespace llm_sampling {
 namespace {
 
 constexpr int32_t kFirstCudaError = 1000;  // codes from here on are CUDA's
+constexpr int kFirstMajor = 8;             // the compute capability that setup.py begins with
 
 int32_t code_of_cuda(cudaError_t error) {
   return error == cudaSuccess ? LLM_SAMPLING_OK : kFirstCudaError + static_cast<int32_t>(error);
@@ -891,6 +1018,18 @@ cudaError_t find_device(Device& device) {
   attribute(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   device.capability = 10 * major + minor;
   return error;
+}
+
+cudaError_t find_usable() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess) return error;
+  for (int device = 0; device < devices; ++device) {
+    int major = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (major >= kFirstMajor) return cudaSuccess;
+  }
+  return cudaErrorNoKernelImageForDevice;
 }
 
 template <int kDtype, bool kCopied>
@@ -956,6 +1095,10 @@ llm_sampling_cuda(const LlmSamplingArgs* args, void* stream) {
   const int32_t code = llm_sampling::read_struct(args, own);
   if (code != LLM_SAMPLING_OK) return code;
   return llm_sampling::run(own, static_cast<cudaStream_t>(stream));
+}
+
+__attribute__((visibility("default"))) int32_t llm_sampling_cuda_usable(void) {
+  return llm_sampling::code_of_cuda(llm_sampling::find_usable());
 }
 
 __attribute__((visibility("default"))) uint32_t llm_sampling_abi_version(void) {

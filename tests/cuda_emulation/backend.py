@@ -6,15 +6,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from llm_sampling import backends
-from llm_sampling.backends import SampleCall, SampleOutput, args
+from llm_sampling.backends import SampleCall, SampleOutput, args, compiled
 
 FOLDER = Path(__file__).parent
 #: Rounding as nvcc's -fmad=false.
@@ -61,22 +59,13 @@ class EmulatedBackend:
 
     def sample(self, call: SampleCall) -> SampleOutput:
         assert not call.check, "the tests that use this look at the status themselves"
-        struct = args.make_args(call)
-        output = args.make_results(call)
-        args.set_results(struct, output)
-        self._run(struct)
-        return output
+        return compiled.sample(call, self._run)
 
     def filter_logits(self, call: SampleCall) -> Tensor:
-        struct = args.make_args(call)
-        filtered = torch.empty(call.logits.shape, dtype=torch.float32)
-        struct.filtered = filtered.data_ptr()
-        struct.filtered_stride = filtered.shape[1]
-        self._run(struct)
-        return filtered
+        return compiled.filter_logits(call, self._run)
 
     def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
-        return lambda logits, mask: self.sample(replace(call, logits=logits, allowed_mask=mask))
+        return compiled.prepare(call, self._run)
 
 
 def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str] = ()) -> Path:
@@ -87,10 +76,10 @@ def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str
         for name in ("csrc", "tests/cuda_emulation"):
             shutil.copytree(root / name, folder / name)
         root = folder
-        kernel = root / "csrc/cuda/sample.cu"
-        right = kernel.read_text()
-        assert right.count(text) == 1, f"the kernel has {right.count(text)} of {text!r}"
-        kernel.write_text(right.replace(text, wrong))
+        sources = {path: path.read_text() for path in (root / "csrc/cuda").iterdir()}
+        found = [path for path, right in sources.items() for _ in range(right.count(text))]
+        assert len(found) == 1, f"the kernel has {len(found)} of {text!r}"
+        found[0].write_text(sources[found[0]].replace(text, wrong))
     library = folder / "libllm_sampling_cuda_emulated.so"
     source = ["-x", "c++", str(root / "tests/cuda_emulation/emulated.cpp"), "-o", str(library)]
     subprocess.run(["g++", *FLAGS, *options, *source], check=True)
