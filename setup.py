@@ -1,28 +1,63 @@
 """Builds csrc/ into plain shared libraries with a C interface; metadata is in pyproject.toml.
 
-The libraries link neither torch nor Python, so one build serves every version of both.
+The libraries link neither torch nor Python, so one build serves every version of both. The cuda one is
+built where nvcc is found; ``LLM_SAMPLING_CUDA=0`` leaves it out, ``LLM_SAMPLING_CUDA=1`` insists on it.
 """
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CCompilerError
+from setuptools.errors import BaseError, CCompilerError, ExecError, OptionError
 
 # Rounding after every operation is part of the semantics; the other two let loops vectorise.
 EXACT = ["-fno-fast-math", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS = ["-std=c++17", "-O3", *EXACT, "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+
 CPU = Extension(
     "llm_sampling.lib.libllm_sampling_cpu",
     sources=["csrc/cpu/sample.cpp"],
-    depends=[str(path) for path in Path("csrc").rglob("*.h")],
+    depends=HEADERS,
     extra_compile_args=FLAGS,
     extra_link_args=["-pthread", "-Wl,-z,defs"] if sys.platform == "linux" else ["-pthread"],
     language="c++",
 )
+
+# Multiply-adds stay apart, and subnormals are kept, which is nvcc's default.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-shared", "-cudart", "static", "--threads", "0"]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+#: The last one's PTX is for what comes after it.
+ARCHITECTURES = ["80", "86", "89", "90a", "100a", "120"]
+
+CUDA = Extension(
+    "llm_sampling.lib.libllm_sampling_cuda", sources=["csrc/cuda/sample.cu"], depends=HEADERS
+)
+
+
+def find_nvcc() -> str | None:
+    """The compiler of CUDA_HOME, else the first on the path, else that of the usual folder."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def architecture_options(nvcc: str) -> list[str]:
+    """What this nvcc knows of ARCHITECTURES; "90a" is there where 90 is."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    known = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in listed.stdout.split()]
+    if not known:
+        raise ExecError(f"{nvcc} has none of the architectures {', '.join(ARCHITECTURES)}")
+    options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
+    portable = known[-1].rstrip("a")
+    return [*options, f"-gencode=arch=compute_{portable},code=compute_{portable}"]
 
 
 class BuildLibraries(build_ext):
@@ -39,11 +74,30 @@ class BuildLibraries(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         for old in (library, failure_of(library)):
             old.unlink(missing_ok=True)
+        wanted = os.environ.get("LLM_SAMPLING_CUDA", "auto")
+        if wanted not in ("auto", "0", "1"):
+            raise OptionError(f"LLM_SAMPLING_CUDA must be auto, 0 or 1, got {wanted!r}")
         try:
-            super().build_extension(ext)
-        except (BaseError, CCompilerError) as error:
-            print(f"warning: the cpu backend was not built: {error}", file=sys.stderr)
+            if ext is CUDA:
+                self.build_cuda(library, wanted)
+            else:
+                super().build_extension(ext)
+        except (BaseError, CCompilerError, OSError, subprocess.CalledProcessError) as error:
+            if ext is CUDA and wanted == "1":
+                raise
+            backend = library.stem.rpartition("_")[2]
+            print(f"warning: the {backend} backend was not built: {error}", file=sys.stderr)
             failure_of(library).write_text(" ".join(str(error).split()))
+
+    def build_cuda(self, library: Path, wanted: str) -> None:
+        if wanted == "0":
+            raise ExecError("LLM_SAMPLING_CUDA was 0")
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise ExecError("nvcc was not found")
+        self.spawn(
+            [nvcc, *NVCC_FLAGS, *architecture_options(nvcc), "-o", str(library), *CUDA.sources]
+        )
 
     def get_outputs(self) -> list[str]:
         return [output for output in super().get_outputs() if Path(output).exists()]
@@ -71,4 +125,4 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[CPU], cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})
+setup(ext_modules=[CPU, CUDA], cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})

@@ -50,7 +50,7 @@ def filled(call: SampleCall) -> tuple[args.SampleArgs, object]:
 
 
 def run(struct: args.SampleArgs) -> int:
-    return int(cpu._library().llm_sampling_cpu(struct))
+    return int(cpu.LIBRARY.load().llm_sampling_cpu(struct))
 
 
 def setting(**fields: object) -> Callable[[args.SampleArgs], None]:
@@ -148,7 +148,7 @@ def test_a_bad_parameter_in_any_row_gives_its_code(
 
 @needs_kernel
 def test_no_struct() -> None:
-    assert cpu._library().llm_sampling_cpu(None) == BAD_STRUCT
+    assert cpu.LIBRARY.load().llm_sampling_cpu(None) == BAD_STRUCT
 
 
 @needs_kernel
@@ -167,10 +167,10 @@ def test_slots_must_exist(call: SampleCall, slots: list[int]) -> None:
 
 @needs_kernel
 def test_every_code_has_words() -> None:
-    words = [cpu._library().llm_sampling_error(code).decode() for code in range(9)]
+    words = [cpu.LIBRARY.load().llm_sampling_error(code).decode() for code in range(9)]
     assert len(set(words)) == 9
     assert "unknown code" not in words
-    assert cpu._library().llm_sampling_error(99) == b"unknown code"
+    assert cpu.LIBRARY.load().llm_sampling_error(99) == b"unknown code"
 
 
 @needs_kernel

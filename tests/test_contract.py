@@ -34,7 +34,8 @@ LAYERS = (
     ("version", "params", "history"),
     ("backends",),
     ("reference", "backends.args", "backends.triton_kernel", "library"),
-    ("backends.cpu", "backends.torch", "backends.triton", "sample"),
+    ("backends.compiled",),
+    ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
     ("sampler",),
     ("__init__",),
     ("generation", "models"),
@@ -299,7 +300,7 @@ def layer(name):
 def test_every_module_has_a_layer():
     assert sorted(MODULES) == sorted(name for names in LAYERS for name in names)
     assert {backend.module for backend in BACKENDS.values()} <= {
-        f"llm_sampling.{name}" for name in LAYERS[3]
+        f"llm_sampling.{name}" for name in LAYERS[4]
     }
 
 

@@ -264,8 +264,9 @@ def test_an_unavailable_backend_says_why(monkeypatch):
     [
         ("cpu", (), "cpu"),
         ("cpu", ("cpu",), "torch"),
-        ("cuda", (), "triton"),
-        ("cuda", ("triton",), "torch"),
+        ("cuda", (), "cuda"),
+        ("cuda", ("cuda",), "triton"),
+        ("cuda", ("cuda", "triton"), "torch"),
         ("meta", (), "torch"),
     ],
 )

@@ -92,6 +92,18 @@ def advance(call: SampleCall, output: SampleOutput) -> None:
         call.history.append(output.tokens)
 
 
+def settle(call: SampleCall, output: SampleOutput) -> SampleOutput:
+    """What is left of a call whose kernel does not know whether all rows are valid: one launch.
+
+    With ``check`` it waits for the device; then the rows advance in a second step, if all are valid.
+    """
+    if call.check:
+        raise_on_status(output.status)
+        if call.advance:
+            advance(call, output)
+    return output
+
+
 class InvalidLogitsError(ValueError):
     """Rows whose logits hold NaN or +inf, or leave no candidate.
 
@@ -159,6 +171,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         backend.name: backend
         for backend in (
             Backend("cpu", "llm_sampling.backends.cpu"),
+            Backend("cuda", "llm_sampling.backends.cuda"),
             Backend("triton", "llm_sampling.backends.triton"),
             Backend("torch", "llm_sampling.backends.torch"),
         )

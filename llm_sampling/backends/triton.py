@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from llm_sampling.backends import SampleCall, SampleOutput, advance, raise_on_status
+from llm_sampling.backends import SampleCall, SampleOutput, settle
 from llm_sampling.backends.args import LOGPROBS_MODES, make_results
 
 
@@ -201,12 +201,7 @@ def _run(
 def _sample(call: SampleCall, launch: Launch, workspace: Tensor) -> SampleOutput:
     output = make_results(call)
     _run(call, launch, workspace, output, None)
-    if call.check:
-        # this waits for the device, so the rows advance in a second step and only if all are valid
-        raise_on_status(output.status)
-        if call.advance:
-            advance(call, output)
-    return output
+    return settle(call, output)
 
 
 def sample(call: SampleCall) -> SampleOutput:

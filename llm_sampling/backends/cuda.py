@@ -1,0 +1,67 @@
+"""The fused CUDA kernel, csrc/cuda/sample.cu: NVIDIA GPUs from compute capability 8.0 on."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llm_sampling.backends import SampleCall, SampleOutput, compiled, settle
+
+DEVICE_TYPES = frozenset({"cuda"})
+
+LIBRARY = compiled.Library("cuda", ctypes.c_void_p)
+
+
+def why_unavailable() -> str | None:
+    """None if the library loads, and a device and its driver can run it. No context is made."""
+    reason = LIBRARY.why_unavailable()
+    if reason is not None:
+        return reason
+    if torch.version.hip is not None:
+        return "it is for NVIDIA's GPUs, and torch was built for AMD's"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return _why_unusable()
+
+
+@functools.cache
+def _why_unusable() -> str | None:
+    """What the driver says of the library."""
+    code = LIBRARY.load().llm_sampling_cuda_usable()
+    return None if code == 0 else LIBRARY.error(code)
+
+
+def _run_on(device: torch.device) -> compiled.Run:
+    """One launch, on the current stream of the device."""
+
+    def run(args: compiled.SampleArgs) -> None:
+        with torch.cuda.device(device):
+            LIBRARY.run(args, torch.cuda.current_stream(device).cuda_stream)
+
+    return run
+
+
+def _unchecked(call: SampleCall) -> SampleCall:
+    """What the kernel does of it: whether all rows are valid is not known to a single one."""
+    return replace(call, check=False, advance=call.advance and not call.check)
+
+
+def sample(call: SampleCall) -> SampleOutput:
+    """Draw tokens in one launch."""
+    return settle(call, compiled.sample(_unchecked(call), _run_on(call.logits.device)))
+
+
+def filter_logits(call: SampleCall) -> Tensor:
+    """Filter in one launch."""
+    return compiled.filter_logits(call, _run_on(call.logits.device))
+
+
+def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+    """Keep what the kernel is called with between steps."""
+    step = compiled.prepare(_unchecked(call), _run_on(call.logits.device))
+    return lambda logits, allowed_mask: settle(call, step(logits, allowed_mask))
