@@ -35,9 +35,7 @@ import hashlib
 import json
 import re
 import shlex
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -48,8 +46,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
+import sass
 import torch
 import triton
+from sass import Code, Instruction, count_spills, run_tool
 from timing import ROOT, progress
 from triton.backends.compiler import GPUTarget
 
@@ -200,22 +200,6 @@ def row_loop(lines: tuple[int, ...]) -> tuple[str, tuple[int, ...]] | None:
     return None
 
 
-class Instruction(NamedTuple):
-    """An instruction; its lines of the kernel's file, from the innermost function outwards."""
-
-    name: str
-    suffixes: list[str]
-    operands: str
-    lines: tuple[int, ...]
-
-    @property
-    def loaded(self) -> int:
-        """The bytes that a thread loads with it from global memory."""
-        sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-        found = [sizes[suffix] for suffix in self.suffixes if suffix in sizes]
-        return (found or [4])[0] if self.name in ("LDG", "LDGSTS") else 0
-
-
 @dataclass(frozen=True)
 class Loop:
     """A loop over the row, for a thread and an iteration."""
@@ -228,49 +212,20 @@ class Loop:
     fused: int  # multiply-adds of steps 9 and 10
 
 
-def run_tool(name: str, *options: str, cubin: bytes) -> str:
-    """What one of the tools that come with Triton says of a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [getattr(triton.knobs.nvidia, name).path, *options, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def disassemble(cubin: bytes) -> Code:
+    """The kernel's instructions and loops."""
+    (code,) = sass.disassemble(cubin, lambda path: path.name == SOURCE.name).values()
+    return code
 
 
-def disassemble(cubin: bytes) -> tuple[list[Instruction], list[range]]:
-    """The instructions, and the loops among them: from a label to the last jump back to it."""
-    code: list[Instruction] = []
-    labels: dict[str, int] = {}
-    ends: dict[int, int] = {}
-    lines: tuple[int, ...] = ()
-    is_new = True
-    for text in run_tool("nvdisasm", "-c", "-gi", cubin=cubin).splitlines():
-        line = text.strip()
-        if match := re.match(r"(\.L_x_\d+):", line):
-            labels[match[1]] = len(code)
-        elif match := re.match(r'//## File "([^"]*)", line (\d+)', line):
-            is_kernel = Path(match[1]).name == SOURCE.name
-            lines = (() if is_new else lines) + ((int(match[2]),) if is_kernel else ())
-            is_new = False
-        elif match := re.match(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
-            name, *suffixes = match[1].split(".")
-            code.append(Instruction(name, suffixes, match[2], lines))
-            is_new = True
-    for index, instruction in enumerate(code):
-        target = re.search(r"\.L_x_\d+", instruction.operands)
-        if instruction.name == "BRA" and target and labels[target[0]] < index:
-            ends[labels[target[0]]] = index + 1
-    return code, [range(start, end) for start, end in ends.items()]
-
-
-def count_spills(code: Iterable[Instruction]) -> int:
-    """How many loads and stores of spilled registers there are."""
-    return sum(i.name in ("LDL", "STL") for i in code)
+def lines_of(instruction: Instruction) -> tuple[int, ...]:
+    """Its lines of the kernel's file."""
+    return tuple(line for _, line in instruction.lines)
 
 
 def count_fused(code: Iterable[Instruction]) -> int:
     """How many instructions of ``_mass``, or of nobody knows what, multiply and add at once."""
-    fused = [i.lines for i in code if i.name in ("FFMA", "FFMA2")]
+    fused = [lines_of(i) for i in code if i.name in ("FFMA", "FFMA2")]
     return sum(not lines or lines[0] in source().mass for lines in fused)
 
 
@@ -286,9 +241,9 @@ def find_loops(
     found: dict[Any, tuple[list[Instruction], list[int]]] = {}
     for body in sorted(bodies, key=len, reverse=True):  # of two around each other, the inner one
         inside = [code[i] for i in body]
-        where = Counter(row_loop(i.lines) for i in inside).most_common(1)[0][0]
-        own = [i for i in inside if row_loop(i.lines) == where]
-        loads = [i.loaded for i in own if i.loaded and i.lines and i.lines[0] in source().loads]
+        where = Counter(row_loop(lines_of(i)) for i in inside).most_common(1)[0][0]
+        own = [i for i in inside if row_loop(lines_of(i)) == where]
+        loads = [i.loaded for i in own if i.loaded and i.lines and lines_of(i)[0] in source().loads]
         if where is not None and loads:
             found[where] = inside, loads
     if not found:

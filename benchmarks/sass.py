@@ -1,0 +1,105 @@
+"""Reads the machine code of NVIDIA's GPUs, by cuobjdump and nvdisasm of CUDA's toolkit or Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Instruction(NamedTuple):
+    """An instruction, and where its source is, from the innermost function outwards."""
+
+    name: str
+    suffixes: list[str]
+    operands: str
+    lines: tuple[tuple[str, int], ...]
+
+    @property
+    def loaded(self) -> int:
+        """The bytes that a thread loads with it from global memory."""
+        return self.bytes if self.name in ("LDG", "LDGSTS") else 0
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of a thread that it loads or stores, if it does."""
+        sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+        return next((sizes[suffix] for suffix in self.suffixes if suffix in sizes), 4)
+
+
+def find_tool(name: str) -> str | None:
+    """Where a tool is: on the path, or in Triton's package."""
+    triton = importlib.util.find_spec("triton")
+    folders = triton.submodule_search_locations if triton is not None else None
+    more = [Path(folder, "backends/nvidia/bin") for folder in folders or ()]
+    return shutil.which(name) or next(
+        filter(None, (shutil.which(name, path=p) for p in more)), None
+    )
+
+
+def run_tool(name: str, *options: str, cubin: bytes) -> str:
+    """What one of the tools says of a cubin."""
+    tool = find_tool(name)
+    if tool is None:
+        raise FileNotFoundError(f"{name} is neither on the path nor in Triton's package")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+class Code(NamedTuple):
+    """A function's instructions; its loops, each from a label to the last jump back to it."""
+
+    instructions: list[Instruction]
+    loops: list[range]
+
+
+def disassemble(cubin: bytes, is_of_interest: Callable[[Path], bool]) -> dict[str, Code]:
+    """Each function by its name, with the lines of such files only."""
+    functions: dict[str, Code] = {}
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    ends: dict[int, int] = {}
+    lines: tuple[tuple[str, int], ...] = ()
+    name, is_new = "", True
+
+    def end() -> None:
+        if code:
+            loops = [range(start, end) for start, end in ends.items()]
+            functions[name] = Code(list(code), loops)
+        for collection in (code, labels, ends):
+            collection.clear()  # type: ignore[attr-defined]
+
+    for text in run_tool("nvdisasm", "-c", "-gi", cubin=cubin).splitlines():
+        line = text.strip()
+        if match := re.match(r"\.text\.(\S+):$", line):
+            end()
+            name = match[1]
+        elif match := re.match(r"(\.L_x_\d+):", line):
+            labels[match[1]] = len(code)
+        elif match := re.match(r'//## File "([^"]*)", line (\d+)', line):
+            path = Path(match[1])
+            here = ((path.name, int(match[2])),) if is_of_interest(path) else ()
+            lines = (() if is_new else lines) + here
+            is_new = False
+        elif match := re.match(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
+            opcode, *suffixes = match[1].split(".")
+            code.append(Instruction(opcode, suffixes, match[2], lines))
+            is_new = True
+            target = re.search(r"\.L_x_\d+", match[2])
+            if opcode == "BRA" and target and target[0] in labels:
+                ends[labels[target[0]]] = len(code)
+    end()
+    return functions
+
+
+def count_spills(code: Iterable[Instruction]) -> int:
+    """How many loads and stores of spilled registers there are."""
+    return sum(i.name in ("LDL", "STL") for i in code)
