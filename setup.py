@@ -1,7 +1,8 @@
 """Builds csrc/ into plain shared libraries with a C interface; metadata is in pyproject.toml.
 
-The libraries link neither torch nor Python, so one build serves every version of both. The cuda one is
-built where nvcc is found; ``LLM_SAMPLING_CUDA=0`` leaves it out, ``LLM_SAMPLING_CUDA=1`` insists on it.
+The libraries link neither torch nor Python, so one build serves every version of both. The cuda one
+is built where nvcc is found; ``LLM_SAMPLING_CUDA=0`` leaves it out, ``LLM_SAMPLING_CUDA=1`` insists
+on it.
 """
 
 import os

@@ -1,32 +1,39 @@
 """What the CUDA kernel costs, read from its machine code: ``python benchmarks/cuda_cost.py``.
 
-It compiles csrc/cuda/sample.cu by nvcc for every architecture that setup.py builds. Nothing runs on a
-device: all numbers are predicted, not measured.
+It compiles csrc/cuda/sample.cu by nvcc for every architecture that setup.py builds. Nothing runs on
+a device: all numbers are predicted, not measured.
 
-A pass is the loop over the groups of eight tokens that a thread has. Its instructions are those whose
-line information says that the pass's function called the loop; per logit they are an eighth. Left out
-are the sides that a plain row does not take: groups that reach beyond the row, bias, mask, history.
-Those of the history are counted apart: what each group takes to look at its bits, and what a seen token
-takes. A warp's instruction is issued once for 32 threads.
+A pass is a loop over the groups of eight tokens that a thread has. Its instructions are those whose
+line information says that the pass's function called the loop; per logit they are an eighth. Counted
+apart are the sides that not every row takes: groups that reach beyond the row, bias, mask, history;
+a history costs each group a look at its bits, and each warp the loop over the seen tokens of the
+lane that has most of them. A warp issues an instruction for 32 threads at once.
 
-A call on an H100 (132 multiprocessors, 3.35 TB/s, 1.755 GHz, 4 instructions a cycle) takes at least
+A call on an H100 (132 multiprocessors of 4 schedulers, 3.35 TB/s, 1.755 GHz) takes at least
 
 * bytes: all logits once, and the bits of the history, at 3.35 TB/s;
-* issue: the instructions of all passes, on the busiest multiprocessor.
+* issue: the instructions of all passes on the busiest multiprocessor. A scheduler issues one a cycle,
+  but of comparisons, selections, integer additions, shifts and logic one every other cycle, and so
+  of integer multiplications.
 
-What it should take is ``chain``: the time of one row's cluster from its first read to its end, times how
-many rows follow each other, ``ceil(rows / clusters at a time)``. Nothing is taken off for what two
-rows on one multiprocessor hide of each other. The chain counts, with these assumptions:
+What it should take is ``chain``: the time of one row's cluster from its first read to its end, times
+how often the clusters follow each other, ``ceil(rows / clusters at a time)``. What two rows on one
+multiprocessor hide of each other is not taken off, though that is what they are there for. These
+assumptions are in it:
 
-* reads of global memory, of which each needs the one before it: 0.7 us;
-* the copy: a block gets 70 GB/s, or its share of 3.35 TB/s where the whole chip reads;
-* passes: a round is issued by all warps of the multiprocessor in turn, but takes a warp at least 2.5
-  cycles an instruction and 60 for shared memory;
-* barriers: 40 cycles of a block, 350 of a cluster, with what is written into other blocks before it;
-* reductions, running sums and searches in a list: 35 cycles for each step of shuffles or of shared memory;
-* the list: 60 tokens for top-k 50, 300 for top-p; sorted by as many steps for each of its tokens.
+* 0.7 us for a read of global memory that waits for the one before: 1 before the copy, and until the
+  counts of the history are there 4, beside it; 1 to advance a position, 2 with a history;
+* the copy: 70 GB/s for a block, or its share of 3.35 TB/s;
+* a round of a pass takes as many cycles as the warps of the multiprocessor need to issue it, but at
+  least 2.5 an instruction and 60 for shared memory;
+* 40 cycles for a barrier of a block, 350 for one of a cluster with what it waits for, and 200 for a
+  read of another block's shared memory;
+* 35 cycles for each step of what has to be done one after the other: a shuffle, a vote, a read of
+  shared memory;
+* lists of 60 tokens where top-k is 50, of 300 where top-p is 0.9; 4 passes of search on a flat row,
+  as the emulation counts them; a history of 4,096 tokens, each as likely as any other.
 
-A launch itself, about 2 us before the first instruction runs, is not in it: no kernel has less.
+The launch itself, about 2 us before the first instruction runs, is not in it: every kernel has that.
 """
 
 from __future__ import annotations
@@ -36,6 +43,8 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
+import operator
 import re
 import shlex
 import subprocess
@@ -163,17 +172,26 @@ PASSES = {
     "raw": ("find_raw_sum", "for (int round"),
     "filtered": ("write_filtered", "over_groups("),
 }
-#: Statements that not every row comes to: a file, the line and perhaps the next, and whether the line
-#: itself is one of them.
+#: What not every row comes to: a file, and the text with which a line of it begins a block, or is in
+#: the block whose rest it begins.
 SIDES = {
-    "edge": (("row.h", "  if (is_whole) return;\n"), ("sample.cu", "  } else {\n        copy_edge(")),
-    "bias": (("row.h", "  if (row.bias_count > 0) {\n"),),
-    "mask": (("row.h", "  if (row.allowed.words != nullptr) {\n"),),
-    "history": (("row.h", "  if (row.seen.words != nullptr) {\n"),),
-    "seen": (("row.h", "      const int next = __ffs("),),
-    "all": (("sample.cu", "      if (all) {\n"),),
-    "kept": (("sample.cu", "      } else {\n#pragma unroll\n        for (int i = 0; i < kGroup; ++i) sum +="),),
+    "edge": [
+        ("row.h", "  if (is_whole) return;\n"),
+        ("sample.cu", "  } else {\n        copy_edge("),
+    ],
+    "bias": [("row.h", "  if (row.bias_count > 0) {\n")],
+    "mask": [("row.h", "  if (row.allowed.words != nullptr) {\n")],
+    "history": [("row.h", "  if (row.seen.words != nullptr) {\n")],
+    "seen": [("row.h", "      const int next = __ffs(")],
+    "append": [("sample.cu", "        unsigned place = atomicAdd(&shared_.appended")],
+    "all": [("sample.cu", "      if (all) {\n")],
+    "kept": [("sample.cu", "      } else {\n#pragma unroll\n        for (int i = 0; i < kGroup; ++i) sum +=")],
 }
+#: One every other cycle of a scheduler: the 16 lanes of the integer units, or of the multipliers.
+HALF_RATE = (
+    set("FSETP FMNMX FSEL SEL ISETP IADD3 VIADD VIMNMX LOP3 PLOP3 SHF PRMT LEA BREV I2FP".split()),
+    {"IMAD"},
+)
 
 
 class Place(NamedTuple):
@@ -192,7 +210,6 @@ class Source(NamedTuple):
 
     passes: dict[str, Place]
     sides: dict[str, list[Place]]
-    mass: Place
 
 
 def block_at(text: str, start: int) -> range:
@@ -221,9 +238,7 @@ def source() -> Source:
         kind: [Place(file, block_at(texts[file], texts[file].index(text))) for file, text in places]
         for kind, places in SIDES.items()
     }
-    semantics = (CSRC / "semantics.h").read_text()
-    mass = Place("semantics.h", block_at(semantics, semantics.index("int64_t whole_mass(")))
-    return Source(passes, sides, mass)
+    return Source(passes, sides)
 
 
 def side_of(chain: Sequence[tuple[str, int]]) -> str:
@@ -248,6 +263,32 @@ def pass_of(chain: Sequence[tuple[str, int]]) -> str | None:
 # What a kernel costs, and what it must not
 
 
+class Mix(NamedTuple):
+    """Instructions of a thread."""
+
+    all: int
+    logic: int  # of the first kind of HALF_RATE
+    multiply: int  # of the second
+
+    @classmethod
+    def of(cls, names: Counter[str]) -> Mix:
+        """How many of these there are."""
+        return cls(names.total(), *(sum(names[name] for name in kind) for kind in HALF_RATE))
+
+    def __add__(self, other: tuple[int, ...]) -> Mix:  # type: ignore[override]
+        """Both."""
+        return Mix(*map(operator.add, self, other))
+
+    def times(self, factor: float) -> Mix:
+        """So often, on average."""
+        return Mix(*(value * factor for value in self))  # type: ignore[arg-type]
+
+    @property
+    def cycles(self) -> float:
+        """Of a scheduler, for a warp."""
+        return max(self.all, 2 * self.logic, 2 * self.multiply)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a compiled kernel needs; instructions by pass and side, for a group of eight tokens."""
@@ -258,7 +299,7 @@ class Cost:
     widest_load: int  # bytes, from global memory
     wide_copies: int
     fused: int  # multiply-adds with a constant of the mass, or constants that are elsewhere
-    passes: dict[str, dict[str, int]]
+    passes: dict[str, dict[str, Mix]]
 
 
 def mass_constants() -> list[str]:
@@ -272,7 +313,7 @@ def mass_constants() -> list[str]:
 def count_fused(code: Iterable[sass.Instruction]) -> int:
     """How many instructions of the mass are not the addition or the multiplication that they are.
 
-    The coefficients are in no other code: an addition or a multiplication has each of them as it is.
+    Its coefficients are in no other code: each is an operand of an addition or a multiplication.
     """
     constants = [f"{float(text):.10e}" for text in mass_constants()[:-1]]  # the last is 1
     wrong = 0
@@ -289,11 +330,12 @@ def measure(cubin: bytes) -> dict[Kernel, Cost]:
     costs = {}
     names = {CSRC / "cuda" / "sample.cu", CSRC / "cuda" / "row.h", CSRC / "semantics.h"}
     for name, (code, _) in sass.disassemble(cubin, lambda path: path in names).items():
-        passes: dict[str, Counter[str]] = {}
+        passes: dict[str, dict[str, Counter[str]]] = {}
         for instruction in code:
             where = pass_of(instruction.lines)
             if where is not None:
-                passes.setdefault(where, Counter())[side_of(instruction.lines)] += 1
+                sides = passes.setdefault(where, {})
+                sides.setdefault(side_of(instruction.lines), Counter())[instruction.name] += 1
         kernel = kernel_of(name)
         costs[kernel] = Cost(
             registers=found[kernel].registers,
@@ -302,7 +344,10 @@ def measure(cubin: bytes) -> dict[Kernel, Cost]:
             widest_load=max((i.loaded for i in code), default=0),
             wide_copies=sum(i.name == "LDGSTS" and i.bytes == 16 for i in code),
             fused=count_fused(code),
-            passes={name: dict(sides) for name, sides in passes.items()},
+            passes={
+                name: {side: Mix.of(names) for side, names in sides.items()}
+                for name, sides in passes.items()
+            },
         )
     return costs
 
@@ -326,3 +371,269 @@ def broken_rules(kernel: Kernel, arch: str, cost: Cost) -> list[str]:
             if shared > SHARED_KIB[arch] * 1024:
                 broken.append(f"{shared} bytes of shared memory, more than {SHARED_KIB[arch]} KiB")
     return [f"{kernel.dtype}{', copied' * kernel.copied}, {arch}: {reason}" for reason in broken]
+
+
+# What a call takes
+
+
+@dataclass(frozen=True)
+class Case:
+    """Parameters of all rows."""
+
+    name: str
+    is_greedy: bool = False
+    listed: int = 0  # tokens of the list, 0: none is made
+    weighs: bool = False  # whether the mass of the whole row is asked for
+    searches: int = 0
+    history: int = 0
+    has_min_p: bool = False
+
+
+CASES = (
+    Case("greedy", is_greedy=True),
+    Case("no filter", weighs=True),
+    Case("top-k 50", listed=60),
+    Case("top-p 0.9", listed=300, weighs=True),
+    Case("top-p 0.9, flat", listed=300, weighs=True, searches=4),
+    Case("top-k 50 + top-p 0.9", listed=60),
+    Case("all parameters", listed=60, history=4096, has_min_p=True),
+)
+
+PROCESSORS_H100 = PROCESSORS["sm_90a"]
+CYCLES_PER_US = 1755
+BYTES_PER_US = 3.35e6
+BLOCK_BYTES_PER_US = 70e3
+READ_US = 0.7
+BARRIER, CLUSTER_BARRIER, REMOTE, STEP = 40, 350, 200, 35
+SLOWEST = 2.5  # cycles an instruction
+SHARED_MEMORY = 60
+
+
+def most_seen(share: float) -> float:
+    """How many of its eight tokens were seen in that lane of a warp that has most of them."""
+    expected = 8 * share
+    at_most, term, found = 0.0, math.exp(-expected), 0.0
+    for n in range(9):
+        at_most += term
+        found += 1 - min(at_most, 1.0) ** 32
+        term *= expected / (n + 1)
+    return found
+
+
+class Chain:
+    """The cycles of one row's cluster, by what they are for; its functions are those of sample.cu."""
+
+    def __init__(self, case: Case, cost: Cost, launch: Launch, per_processor: int, vocab_size: int):
+        self.case = case
+        self.cost = cost
+        self.launch = launch
+        self.rounds = math.ceil(launch.groups / launch.threads)
+        self.warps = launch.threads // 32
+        self.per_scheduler = per_processor * self.warps / 4
+        self.seen = most_seen(case.history / vocab_size)
+        self.cycles: Counter[str] = Counter()
+        self.issued = 0.0  # of a scheduler, for the warps of one block
+
+    def steps(self, count: float) -> None:
+        self.cycles["steps"] += STEP * count
+
+    def barrier(self) -> None:
+        self.cycles["barriers"] += BARRIER
+
+    def sync(self) -> None:
+        self.cycles["barriers"] += CLUSTER_BARRIER if self.launch.blocks > 1 else BARRIER
+
+    def read_remote(self, count: int) -> None:
+        if self.launch.blocks > 1:
+            self.cycles["barriers"] += REMOTE * count
+
+    def code(self, instructions: float) -> None:
+        """What is issued once, with nothing beside it."""
+        self.cycles["steps"] += SLOWEST * instructions
+
+    def mix(self, name: str, *sides: str) -> Mix:
+        """The instructions of a round, as this case takes it."""
+        found = self.cost.passes[name]
+        mix = sum((found[side] for side in sides), found["plain"])
+        if self.case.history and "history" in found:
+            mix += found["history"] + found["seen"].times(self.seen)
+        return mix
+
+    def over_groups(self, name: str, *sides: str, steps: int = 0) -> None:
+        mix = self.mix(name, *sides)
+        slowest = SLOWEST * mix.all + SHARED_MEMORY + STEP * steps
+        self.cycles["passes"] += self.rounds * max(self.per_scheduler * mix.cycles, slowest)
+        self.issued += self.rounds * self.warps / 4 * mix.cycles
+
+    def combine(self) -> None:
+        self.steps(5 + 1)
+        self.barrier()
+        self.steps(1 + 3 + 1)
+        self.sync()
+        self.steps(1 + 3)
+
+    def scan(self) -> None:
+        self.steps(5 + 1)
+        self.barrier()
+        self.steps(1 + 5 + 1)
+        self.barrier()
+
+    def sum(self) -> None:
+        self.steps(1)
+        self.sync()
+        self.steps(1 + 3)
+
+    def process_any(self) -> None:
+        self.read_remote(1)
+        self.cycles["passes"] += SLOWEST * self.mix("maxima").all + SHARED_MEMORY
+
+    def find_reach(self) -> None:
+        self.steps(1)
+        self.code(2 * self.cost.passes["weigh"]["all"].all / 8)  # the mass of two tokens
+        self.scan()
+        self.steps(1)
+        self.barrier()
+
+    def rank(self, count: int) -> None:
+        tokens = self.launch.threads // 4
+        four = SHARED_MEMORY + SLOWEST * 16
+        self.cycles["steps"] += math.ceil(count / tokens) * (math.ceil(count / 16) * four + 2 * STEP)
+        self.barrier()
+
+    def search_list(self, times: int) -> None:
+        """count_while_together: two steps of a read and a vote."""
+        self.steps(4 * times)
+
+    def sum_chunks(self) -> None:
+        self.barrier()
+        self.steps(2 * math.ceil(self.rounds * self.warps / self.launch.threads))
+        self.scan()
+        self.barrier()
+        self.sum()
+
+    def list(self) -> None:
+        count = self.case.listed
+        self.barrier()
+        self.over_groups("list")
+        of_warp = math.ceil(count / self.launch.blocks / self.warps)
+        self.code(of_warp * self.cost.passes["list"]["append"].all)
+        self.barrier()
+        self.sum()
+        self.read_remote(1)
+        self.sync()
+        self.rank(count)
+        self.find_reach()
+
+    def first_tokens(self) -> None:
+        self.barrier()
+        self.steps(2)
+        self.sync()
+        self.read_remote(math.ceil(self.launch.blocks / 4))
+        self.scan()
+        self.barrier()
+        self.barrier()
+
+    def search(self) -> None:
+        self.barrier()
+        self.process_any()
+        self.process_any()
+        self.barrier()
+        self.rank(512)
+        self.find_reach()
+        self.search_list(4)
+        for _ in range(self.case.searches):
+            self.over_groups("search")
+            self.combine()
+            self.steps(6)
+
+    def find_kept(self) -> None:
+        case = self.case
+        if case.weighs:
+            self.barrier()
+            self.over_groups("weigh", "all", steps=5)
+            self.sum_chunks()
+        if not case.listed:
+            return
+        self.first_tokens()
+        self.list()
+        self.search_list(2)
+        if case.has_min_p:
+            self.steps(7 * 3)
+            self.code(7 * 30)
+        if case.searches:
+            self.search()
+            self.list()
+            self.barrier()
+            self.over_groups("weigh", "kept", steps=5)
+            self.sum_chunks()
+
+    def draw(self) -> None:
+        case = self.case
+        if case.is_greedy:
+            return
+        self.code(2 * 100)  # Philox, whose steps wait for each other
+        if case.listed and not case.searches:
+            self.search_list(1)
+            self.rank(case.listed)
+            self.find_reach()
+            self.steps(2 * math.log2(case.listed))
+        else:
+            self.steps(2 * math.log2(self.rounds * self.warps))
+            self.process_any()
+            self.code(self.cost.passes["weigh"]["all"].all)
+            self.steps(5 + 2)
+
+    def run(self, copy_us: float) -> None:
+        reads = 4 if self.case.history else 1
+        arrival = READ_US * reads
+        if self.launch.copied:
+            arrival = max(arrival, READ_US + copy_us)
+        self.cycles["reads"] += arrival * CYCLES_PER_US
+        self.barrier()
+        self.over_groups("maxima")
+        self.combine()
+        if self.case.is_greedy:
+            self.process_any()
+            self.combine()
+        else:
+            self.find_kept()
+        self.draw()
+        self.sync()
+        self.cycles["reads"] += READ_US * (2 if self.case.history else 1) * CYCLES_PER_US
+
+
+def predict(case: Case, kernel: Kernel, rows: int, vocab_size: int, cost: Cost) -> dict[str, Any]:
+    """The times of a call on an H100, by the assumptions at the top of this file."""
+    itemsize = DTYPES[kernel.dtype]
+    launch = choose_launch(rows, vocab_size, itemsize, "sm_90a")
+    assert launch.copied == kernel.copied
+    reserved = launch.shared + 1024
+    per_processor = min(2, SHARED_KIB["sm_90a"] * 1024 // reserved if reserved else 2)
+    at_once = max(1, PROCESSORS_H100 * per_processor // launch.blocks)
+    if rows * launch.blocks <= PROCESSORS_H100:
+        per_processor = 1
+    follow = math.ceil(rows / at_once)
+    row_bytes = vocab_size * itemsize + (vocab_size / 8 if case.history else 0)
+    together = min(rows, at_once) * row_bytes / BYTES_PER_US
+    copy = max(row_bytes / launch.blocks / BLOCK_BYTES_PER_US, together)
+    chain = Chain(case, cost, launch, per_processor, vocab_size)
+    chain.run(copy)
+    parts = {name: follow * cycles / CYCLES_PER_US for name, cycles in chain.cycles.items()}
+    blocks_of_busiest = math.ceil(rows * launch.blocks / PROCESSORS_H100)
+    microseconds = {
+        "bytes": rows * row_bytes / BYTES_PER_US,
+        "issue": blocks_of_busiest * chain.issued / CYCLES_PER_US,
+        "chain": sum(parts.values()),
+        **parts,
+    }
+    return {
+        "case": case.name,
+        "dtype": kernel.dtype,
+        "vocab_size": vocab_size,
+        "rows": rows,
+        "blocks": launch.blocks,
+        "blocks_per_processor": per_processor,
+        "clusters_at_once": at_once,
+        "follow": follow,
+        "microseconds": {name: round(value, 2) for name, value in microseconds.items()},
+    }

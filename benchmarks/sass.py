@@ -1,4 +1,4 @@
-"""Reads the machine code of NVIDIA's GPUs, by cuobjdump and nvdisasm of CUDA's toolkit or Triton."""
+"""Reads machine code of NVIDIA's GPUs, by cuobjdump and nvdisasm of CUDA's toolkit or Triton."""
 
 from __future__ import annotations
 

@@ -184,13 +184,10 @@ def test_reading_beyond_the_row_is_seen(tmp_path):
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        (
-            "shared_.sorted[rank] = code;\n    }\n    __syncthreads();\n",
-            "shared_.sorted[rank] = code;\n    }\n",
-        ),
+        ("    __syncthreads();\n    find_reach(shared_.sorted", "    find_reach(shared_.sorted"),
         ("    sync();\n    return slots;\n", "    return slots;\n"),
         ("    wait_for_copies();", "    __pipeline_commit();"),
-        ("    cluster_.sync();\n    above_ =", "    above_ ="),
+        ("    cluster_.sync();\n    sort(count);", "    sort(count);"),
         ("    __syncthreads();\n    find_maxima();", "    find_maxima();"),
         (
             "    __syncthreads();\n    const int own = static_cast<int>(shared_.appended);",

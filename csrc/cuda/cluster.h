@@ -20,6 +20,12 @@ struct Add {
 struct Larger {
   __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
 };
+// The larger upper half; the bits of both lower halves.
+struct LargerWithFlags {
+  __device__ uint64_t operator()(uint64_t a, uint64_t b) const {
+    return (a > b ? a : b) | (a & 0xffffffffu) | (b & 0xffffffffu);
+  }
+};
 
 // What the blocks before this one, this one and all of them have.
 struct Sums {

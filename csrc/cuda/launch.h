@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include <initializer_list>
+
 #include "../semantics.h"
 
 namespace llm_sampling {
@@ -11,7 +13,7 @@ namespace llm_sampling {
 constexpr int kThreads = 256;        // of a block
 constexpr int kGroup = 8;            // whose logits begin at a multiple of 16 bytes
 constexpr int kBlocksAtMost = 8;     // of a cluster, on every device that has clusters
-constexpr int kCountsKept = 8;       // of a thread's seen tokens, in shared memory
+constexpr int kScored = 2048;        // of a block's seen tokens have their scores in shared memory
 constexpr int kSharedFixed = 16384;  // bytes for what every block has, whatever its part
 constexpr int kReserved = 1024;      // bytes that the device takes for each block
 
@@ -28,23 +30,31 @@ struct Launch {
   int shared_bytes;  // of a block
 };
 
-// Shared memory behind the fixed part, in whole lines of 128 bytes: masses of the chunks of 32 groups, in
-// whole rounds of a block; then, where there is a copy, its logits, its counts, and its bits twice.
+// Shared memory behind the fixed part, in whole lines of 128 bytes: what is kept of each chunk of 32 groups,
+// in whole rounds of a block; then, where there is a copy, what device.h's Copy has.
+LLM_SAMPLING_FN constexpr int whole_lines(int bytes) { return (bytes + 127) / 128 * 128; }
+LLM_SAMPLING_FN constexpr int count_chunks(int groups) {
+  return (groups + kThreads - 1) / kThreads * (kThreads / 32);
+}
 LLM_SAMPLING_FN constexpr int chunk_bytes(int groups) {
-  return ((groups + kThreads - 1) / kThreads * (kThreads / 32) * 8 + 127) / 128 * 128;
+  return whole_lines(count_chunks(groups) * (8 + 4));
 }
 LLM_SAMPLING_FN constexpr int logits_bytes(int groups, int logit_bytes) {
   return groups * kGroup * logit_bytes;
 }
-constexpr int kCountBytes = kCountsKept * kThreads * 4;
-LLM_SAMPLING_FN constexpr int bits_bytes(int groups) { return (groups + 4 + 127) / 128 * 128; }
+LLM_SAMPLING_FN constexpr int bits_bytes(int groups) { return whole_lines(groups); }
+LLM_SAMPLING_FN constexpr int places_bytes(int groups) { return whole_lines(groups / 4 * 2); }
+LLM_SAMPLING_FN constexpr int copy_bytes(int groups, int logit_bytes) {
+  return logits_bytes(groups, logit_bytes) + kScored * 4 + 2 * bits_bytes(groups) +
+         places_bytes(groups);
+}
 
 inline Launch cut_rows(int64_t vocab_size, int logit_bytes, int blocks, bool copied) {
   // a row that begins anywhere between two multiples of 16 bytes
   const int64_t all = (vocab_size + 2 * kGroup - 2) / kGroup;
   const int groups = static_cast<int>((all + blocks - 1) / blocks + 31) / 32 * 32;
   int shared = kSharedFixed + chunk_bytes(groups);
-  if (copied) shared += logits_bytes(groups, logit_bytes) + kCountBytes + 2 * bits_bytes(groups);
+  if (copied) shared += copy_bytes(groups, logit_bytes);
   return {blocks, copied, groups, shared};
 }
 

@@ -19,22 +19,30 @@ namespace llm_sampling {
 constexpr uint32_t kLastId = (1u << 20) - 1;
 constexpr uint64_t kLowestCode = static_cast<uint64_t>(0x00800000u) << 20;  // of every candidate
 
-// Bits of tokens from one of 32 on; null words: none are asked about.
+// A bit for each token, in global memory; null words: none are asked about.
 struct Bits {
   const uint32_t* words;
-  int first_word;
 
   // Those of eight ids, of which some may lie before or after the row: 0 there.
   __device__ __forceinline__ unsigned of(int first, int vocab_size) const {
     const int from = first > 0 ? first : 0;
     const int word = from >> 5;
     const int bit = from & 31;
-    const uint32_t* place = words + (word - first_word);
-    unsigned bits = *place >> bit;
-    if (bit > 32 - kGroup && (word + 1) * 32 < vocab_size) bits |= place[1] << (32 - bit);
+    unsigned bits = words[word] >> bit;
+    if (bit > 32 - kGroup && (word + 1) * 32 < vocab_size) bits |= words[word + 1] << (32 - bit);
     bits = bits << (from - first) & 0xff;
     const int left = vocab_size - first;
     return left < kGroup ? bits & ((1u << left) - 1) : bits;
+  }
+
+  // Those of 32 ids, of which the first may lie before the row.
+  __device__ __forceinline__ uint32_t word_of(int first, int vocab_size) const {
+    const int word = first >> 5;
+    const int bit = first & 31;
+    uint32_t bits = word < 0 ? 0 : words[word] >> bit;
+    if (bit > 0 && (word + 1) * 32 < vocab_size) bits |= words[word + 1] << (32 - bit);
+    const int left = vocab_size - first;
+    return left < 32 ? bits & ((1u << left) - 1) : bits;
   }
 };
 
@@ -145,70 +153,73 @@ __device__ __forceinline__ void load(
   }
 }
 
-// Steps 1 to 6 of a group: -inf for what is no candidate. True if a NaN was seen. ``count_of(id)`` is asked
-// for each token that was seen, in their order.
-template <int kDtype, bool kCopied, typename CountOf>
-__device__ __forceinline__ bool process(
+// Where a block has the copies of its part, in its shared memory. A word has the bits of four groups, 0
+// where the row is not.
+struct Copy {
+  unsigned char* logits;
+  float* scores;      // after step 5, of seen tokens; before that, their counts
+  uint32_t* allowed;  // bits
+  uint32_t* seen;     // bits
+  uint16_t* places;   // of a word: where the scores of its tokens begin
+
+  __device__ __forceinline__ Copy(unsigned char* base, int groups, int logit_bytes) {
+    logits = base;
+    base += logits_bytes(groups, logit_bytes);
+    scores = reinterpret_cast<float*>(base);
+    base += kScored * 4;
+    allowed = reinterpret_cast<uint32_t*>(base);
+    base += bits_bytes(groups);
+    seen = reinterpret_cast<uint32_t*>(base);
+    base += bits_bytes(groups);
+    places = reinterpret_cast<uint16_t*>(base);
+  }
+};
+
+// 2 bias: of so many tokens from an id on, of which some may lie before or after the row.
+template <int kCount>
+__device__ __forceinline__ void add_bias(
     const LlmSamplingArgs& args,
     const Row& row,
-    const unsigned char* place,
-    int group,
-    float (&x)[kGroup],
-    const CountOf& count_of
+    int first,
+    float (&x)[kCount]
 ) {
-  load<kDtype, kCopied>(row, place, group, x);
-  const int first = row.first_id(group);
-  // 2 bias, mask
-  if (row.bias_count > 0) {
-    const int32_t* ids = args.logit_bias_ids + row.bias_first;  // in order
-    const float* values = args.logit_bias_values + row.bias_first;
-    const int from = first < 0 ? 0 : first;
-    const int end = first + kGroup < row.vocab_size ? first + kGroup : row.vocab_size;
+  if (row.bias_count == 0) return;
+  const int32_t* ids = args.logit_bias_ids + row.bias_first;  // in order
+  const float* values = args.logit_bias_values + row.bias_first;
+  const int from = first < 0 ? 0 : first;
+  const int end = first + kCount < row.vocab_size ? first + kCount : row.vocab_size;
 #pragma unroll 1
-    for (int next = count_while(row.bias_count, [&](int i) { return ids[i] < from; });
-         next < row.bias_count && ids[next] < end;
-         ++next) {
-      const int place_of_id = ids[next] - first;
-      const float value = values[next];
+  for (int next = count_while(row.bias_count, [&](int i) { return ids[i] < from; });
+       next < row.bias_count && ids[next] < end;
+       ++next) {
+    const int place = ids[next] - first;
+    const float value = values[next];
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) x[i] = i == place_of_id ? x[i] + value : x[i];
-    }
+    for (int i = 0; i < kCount; ++i) x[i] = i == place ? x[i] + value : x[i];
   }
-  if (row.allowed.words != nullptr) {
-    const unsigned allowed = row.allowed.of(first, row.vocab_size);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) x[i] = (allowed >> i & 1) != 0 ? x[i] : -kInfinity;
-  }
-  if (row.seen.words != nullptr) {
-    // few are: a loop is shorter than eight times its body
-#pragma unroll 1
-    for (unsigned seen = row.seen.of(first, row.vocab_size); seen != 0; seen &= seen - 1) {
-      const int next = __ffs(static_cast<int>(seen)) - 1;
-      float value = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) value = i == next ? x[i] : value;
-      // 3 repetition penalty: prompt and output
-      value = repetition(value, row.repetition);
-      // 4 frequency penalty, 5 presence penalty: output
-      const int32_t count = row.counts != nullptr ? count_of(first + next) : 0;
-      if (count > 0) {
-        value = frequency(value, row.frequency, count);
-        value = value - row.presence;
-      }
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) x[i] = i == next ? value : x[i];
-    }
-  }
-  // 6 canonical
-  bool has_nan = false;
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    const bool is_nan = x[i] != x[i];
-    has_nan |= is_nan;
-    x[i] = is_nan ? -kInfinity : x[i] + 0.0f;
-  }
-  return has_nan;
 }
+
+// Leaves what has a bit; -inf is what has none.
+template <int kCount>
+__device__ __forceinline__ void leave(unsigned bits, float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = (bits >> i & 1) != 0 ? x[i] : -kInfinity;
+}
+
+// Of a token that was seen, and how often it is in the output.
+__device__ __forceinline__ float penalize(const Row& row, float x, int32_t count) {
+  // 3 repetition penalty: prompt and output
+  x = repetition(x, row.repetition);
+  // 4 frequency penalty, 5 presence penalty: output
+  if (count > 0) {
+    x = frequency(x, row.frequency, count);
+    x = x - row.presence;
+  }
+  return x;
+}
+
+// 6 canonical
+__device__ __forceinline__ float canonical(float x) { return x != x ? -kInfinity : x + 0.0f; }
 
 }  // namespace llm_sampling
 

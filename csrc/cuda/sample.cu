@@ -50,18 +50,33 @@ struct Parameters {
   float temperature, top_p, depth_cut;  // depth_cut: infinite where min-p is off
   int32_t top_k, keep;
   uint64_t seed, position;
+  int64_t slot;  // of the history
+};
+
+// What is known of the list beside its tokens.
+struct Listed {
+  int count;
+  int count_above;
+  int64_t mass_above;
+  bool is_last;  // nothing is below it
 };
 
 struct Shared {
   Cluster::Memory cluster;
-  Parameters parameters;   // by thread 0, once
-  int groups;              // of this block's part, by thread 0, once
-  uint32_t appended;       // to the list, by this block
-  uint64_t list[kListed];  // codes in any order; written by all blocks, between two barriers
-  uint64_t
-      sorted[kListed];  // the same, first of the order first; before that, what this block appends
-  int64_t reach[kListed];  // running masses
-  uint32_t bins[kBins];    // of this block's maxima, once
+  Parameters parameters;  // by thread 0, once
+  int groups;             // of this block's part, by thread 0, once
+  uint32_t seen_count;    // of the tokens of this block's part that were seen
+  uint32_t appended;      // to the list, by this block
+  Listed listed;          // by thread 0
+  union {
+    uint32_t seen_ids[kScored];  // in any order; before there is a list
+    struct {
+      uint64_t list[kListed];    // codes in any order; written by all blocks, between two barriers
+      uint64_t sorted[kListed];  // the same in the order; before that, what this block appends
+      int64_t reach[kListed];    // running masses
+    };
+  };
+  uint32_t bins[kBins];  // of this block's maxima, once
 };
 
 static_assert(sizeof(Shared) <= kSharedFixed, "launch.h counts it");
@@ -122,16 +137,15 @@ class RowSampler {
         part_groups_(plan.groups) {
     unsigned char* after = dynamic_shared() + kSharedFixed;
     chunks_ = reinterpret_cast<int64_t*>(after);
+    chunk_keys_ = reinterpret_cast<uint32_t*>(chunks_ + count_chunks(plan.groups));
     copy_ = after + chunk_bytes(plan.groups);
-    unsigned char* after_logits = copy_ + logits_bytes(plan.groups, kLogitBytes<kDtype>);
-    counts_ = reinterpret_cast<int32_t*>(after_logits);
   }
 
   __device__ void run() {
     const int groups = find_logits();
     if (kCopied) copy_logits(groups);
     find_parameters(groups);
-    if (kCopied) copy_history(groups);
+    if (kCopied) copy_bits(groups);
     __syncthreads();
     find_maxima();
     const bool is_greedy = shared_.parameters.temperature == 0.0f;
@@ -144,7 +158,6 @@ class RowSampler {
     }
     if (args_.filtered != nullptr) write_filtered(is_greedy);
     if (args_.tokens != nullptr) {
-      if (cluster_.rank() == 0 && threadIdx.x == 0) args_.status[index_] = status_;
       if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) find_raw_sum();
       draw(is_greedy);
     }
@@ -179,9 +192,11 @@ class RowSampler {
     row_.repetition = args_.repetition_penalty[index_];
     row_.frequency = args_.frequency_penalty[index_];
     row_.presence = args_.presence_penalty[index_];
-    find_bits(row_);
+    find_bits();
     if (threadIdx.x != 0) return;
     shared_.groups = groups;
+    shared_.seen_count = 0;
+    shared_.listed.count = 0;
     Parameters& own = shared_.parameters;
     own.temperature = args_.temperature[index_];
     own.top_p = args_.top_p[index_];
@@ -190,39 +205,50 @@ class RowSampler {
     own.keep = args_.min_tokens_to_keep[index_];
     own.seed = args_.seed != nullptr ? static_cast<uint64_t>(args_.seed[index_]) : 0;
     own.position = args_.position != nullptr ? static_cast<uint64_t>(args_.position[index_]) : 0;
+    own.slot = args_.seen != nullptr ? args_.slots[index_] : 0;
   }
 
   // Where the row's mask and history are in global memory.
-  __device__ void find_bits(Row& row) const {
-    row.allowed = {nullptr, 0};
+  __device__ void find_bits() {
+    row_.allowed = {nullptr};
     if (args_.allowed_mask != nullptr) {
       const int32_t* words = args_.allowed_mask + int64_t{index_} * args_.allowed_mask_stride;
-      row.allowed.words = reinterpret_cast<const uint32_t*>(words);
+      row_.allowed.words = reinterpret_cast<const uint32_t*>(words);
     }
-    row.seen = {nullptr, 0};
-    row.counts = nullptr;
-    const bool has_output_penalty = row.frequency != 0.0f || row.presence != 0.0f;
-    if (args_.seen == nullptr || (row.repetition == 1.0f && !has_output_penalty)) return;
+    row_.seen = {nullptr};
+    row_.counts = nullptr;
+    const bool has_output_penalty = row_.frequency != 0.0f || row_.presence != 0.0f;
+    if (args_.seen == nullptr || (row_.repetition == 1.0f && !has_output_penalty)) return;
     const int64_t slot = args_.slots[index_];
-    row.seen.words = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
-    if (has_output_penalty) row.counts = args_.counts + slot * args_.counts_stride;
+    row_.seen.words = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
+    if (has_output_penalty) row_.counts = args_.counts + slot * args_.counts_stride;
   }
 
   // ---- copies: all of them are on their way together, but for what tells where another is ----
 
+  __device__ Copy copy_of(int block) const {
+    unsigned char* base = block == cluster_.rank() ? copy_ : in_block(copy_, block);
+    return Copy(base, part_groups_, kLogitBytes<kDtype>);
+  }
+
   __device__ void copy_logits(int groups) {
+    if (groups == 0) return;
     constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
-#pragma unroll 1
-    for (int local = static_cast<int>(threadIdx.x); local < groups; local += kThreads) {
-      const int group = first_group_ + local;
-      unsigned char* to = copy_ + local * kBytes;
-      const unsigned char* from = row_.aligned + static_cast<int64_t>(group) * kBytes;
-      if (row_.is_whole(group)) {
+    const unsigned char* from = row_.aligned + static_cast<int64_t>(first_group_) * kBytes;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int whole = row_.is_whole(first_group_) ? 0 : 1;
+    const int end = row_.is_whole(first_group_ + groups - 1) ? groups : groups - 1;
+#pragma unroll 4
+    for (int local = whole + thread; local < end; local += kThreads) {
 #pragma unroll
-        for (int i = 0; i < kBytes; i += 16) copy<16>(to + i, from + i);
-      } else {
-        copy_edge(to, from, row_.first_id(group));
+      for (int i = 0; i < kBytes; i += 16) {
+        copy<16>(copy_ + local * kBytes + i, from + local * kBytes + i);
       }
+    }
+    if (thread == 0 && whole > 0) copy_edge(copy_, from, row_.first_id(first_group_));
+    if (thread == kWarpSize && end < groups && groups > whole) {
+      const int first = row_.first_id(first_group_ + groups - 1);
+      copy_edge(copy_ + (groups - 1) * kBytes, from + (groups - 1) * kBytes, first);
     }
   }
 
@@ -239,39 +265,45 @@ class RowSampler {
     for (int i = 0; i < kGroup; ++i) memcpy(to + i * sizeof(Word), &words[i], sizeof(Word));
   }
 
-  __device__ void copy_history(int groups) {
-    unsigned char* after = reinterpret_cast<unsigned char*>(counts_) + kCountBytes;
-    copy_bits(row_.allowed, after, groups);
-    copy_bits(row_.seen, after + bits_bytes(part_groups_), groups);
-    if (row_.counts != nullptr) {
-      __syncthreads();
-      int nth = 0;
+  // The bits, and the counts of the tokens that were seen, each at a place of its own.
+  __device__ void copy_bits(int groups) {
+    const Copy copies = copy_of(cluster_.rank());
+    const int first = row_.first_id(first_group_);
+    const int words = (groups + 3) / 4;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (row_.allowed.words != nullptr) {
+#pragma unroll 4
+      for (int i = thread; i < words; i += kThreads) {
+        copies.allowed[i] = row_.allowed.word_of(first + i * 32, row_.vocab_size);
+      }
+    }
+    if (row_.seen.words != nullptr) {
+      int count = 0;
+#pragma unroll 4
+      for (int i = thread; i < words; i += kThreads) {
+        copies.seen[i] = row_.seen.word_of(first + i * 32, row_.vocab_size);
+        count += __popc(copies.seen[i]);
+      }
+      __syncthreads();  // seen_count is 0
+      const int before = static_cast<int>(scan_warp(count));
+      int place = 0;
+      if (thread % kWarpSize == kWarpSize - 1) {
+        place = static_cast<int>(atomicAdd(&shared_.seen_count, static_cast<uint32_t>(before)));
+      }
+      place = __shfl_sync(kWholeWarp, place, kWarpSize - 1) + before - count;
 #pragma unroll 1
-      for (int local = static_cast<int>(threadIdx.x); local < groups; local += kThreads) {
-        const int first = row_.first_id(first_group_ + local);
+      for (int i = thread; i < words; i += kThreads) {
+        copies.places[i] = static_cast<uint16_t>(place);
 #pragma unroll 1
-        for (unsigned seen = row_.seen.of(first, row_.vocab_size); seen != 0 && nth < kCountsKept;
-             seen &= seen - 1, ++nth) {
-          const int id = first + __ffs(static_cast<int>(seen)) - 1;
-          copy<4>(counts_ + nth * kThreads + threadIdx.x, row_.counts + id);
+        for (uint32_t seen = copies.seen[i]; seen != 0; seen &= seen - 1, ++place) {
+          if (place >= kScored) continue;
+          const int id = first + i * 32 + __ffs(static_cast<int>(seen)) - 1;
+          shared_.seen_ids[place] = static_cast<uint32_t>(id);
+          if (row_.counts != nullptr) copy<4>(copies.scores + place, row_.counts + id);
         }
       }
     }
-    wait_for_copies();  // of this thread: its own logits and counts, which nobody else reads yet
-  }
-
-  __device__ void copy_bits(Bits& bits, unsigned char* to, int groups) const {
-    if (bits.words == nullptr || groups == 0) return;
-    const int first = row_.first_id(first_group_);
-    const int end = row_.first_id(first_group_ + groups);
-    const int first_word = (first > 0 ? first : 0) >> 5;
-    const int words = ((end < row_.vocab_size ? end : row_.vocab_size) + 31) / 32 - first_word;
-    uint32_t* copied = reinterpret_cast<uint32_t*>(to);
-#pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) {
-      copied[i] = bits.words[first_word + i];
-    }
-    bits = {copied, first_word};
+    wait_for_copies();
   }
 
   // ---- groups ----
@@ -279,50 +311,92 @@ class RowSampler {
   __device__ int groups() const { return shared_.groups; }
   __device__ int rounds() const { return (groups() + kThreads - 1) / kThreads; }
 
-  __device__ const unsigned char* place_of(int local) const {
+  // Steps 1 to 5 of a group, that another block may have. Where seen tokens have scores, ``kApart`` leaves
+  // them out.
+  template <bool kApart>
+  __device__ __forceinline__ void process(
+      const Copy& copies,
+      int local,
+      int group,
+      float (&x)[kGroup]
+  ) const {
     constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
-    if (kCopied) return copy_ + local * kBytes;
-    return row_.aligned + static_cast<int64_t>(first_group_ + local) * kBytes;
+    const int first = row_.first_id(group);
+    const unsigned char* place = kCopied ? copies.logits + local * kBytes
+                                         : row_.aligned + static_cast<int64_t>(group) * kBytes;
+    load<kDtype, kCopied>(row_, place, group, x);
+    add_bias(args_, row_, first, x);
+    const int word = local / 4;
+    const int bit = local % 4 * kGroup;
+    if (row_.allowed.words != nullptr) {
+      leave(kCopied ? copies.allowed[word] >> bit : row_.allowed.of(first, row_.vocab_size), x);
+    }
+    if (row_.seen.words == nullptr) return;
+    const uint32_t here = kCopied ? copies.seen[word] : 0;
+    unsigned seen = kCopied ? here >> bit & 0xff : row_.seen.of(first, row_.vocab_size);
+    const bool is_scored = kCopied && is_scored_;
+    if (kApart && is_scored) {
+      leave(~seen, x);
+      return;
+    }
+    const float* scores = nullptr;
+    if (is_scored) scores = copies.scores + copies.places[word] + __popc(here & ((1u << bit) - 1));
+    // few are: a loop is shorter than eight times its body
+#pragma unroll 1
+    for (; seen != 0; seen &= seen - 1) {
+      const int next = __ffs(static_cast<int>(seen)) - 1;
+      float value = 0.0f;
+      if (is_scored) {
+        value = *scores++;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) value = i == next ? x[i] : value;
+        value = penalize(row_, value, row_.counts != nullptr ? row_.counts[first + next] : 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) x[i] = i == next ? value : x[i];
+    }
   }
 
-  // visit(round, group, x, has_nan) of each of this thread's groups, by steps 1 to 6, in every round: x is
-  // -inf where the part has no group left, and the group is another block's.
+  // visit(round, group, x) of each of this thread's groups, by steps 1 to 6, in every round but those whose
+  // chunk has no key from ``lowest`` on: x is -inf where the part has no group left, and the group is
+  // another block's.
   template <typename Visit>
-  __device__ __forceinline__ void over_groups(const Visit& visit) const {
-    constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
-    int nth = 0;  // of the tokens that were seen
-    const auto count_of = [&](int id) {
-      const int kept = nth++;
-      return kCopied && kept < kCountsKept ? counts_[kept * kThreads + threadIdx.x]
-                                           : row_.counts[id];
-    };
+  __device__ __forceinline__ void over_groups(uint32_t lowest, const Visit& visit) const {
+    const int warp = threadIdx.x / kWarpSize;
 #pragma unroll 1
     for (int round = 0; round < rounds(); ++round) {
+      if (chunk_keys_[round * kWarps + warp] < lowest) continue;
       const int local = round * kThreads + static_cast<int>(threadIdx.x);
       const int group = first_group_ + local;
-      const unsigned char* place = place_of(local);
       float x[kGroup];
-      bool has_nan = false;
       if (local < groups()) {
-        if (!kCopied && local + kPrefetched * kThreads < groups()) {
-          prefetch(place + kPrefetched * kThreads * kBytes);
-        }
-        has_nan = process<kDtype, kCopied>(args_, row_, place, group, x, count_of);
+        fetch_ahead(local);
+        process<false>(copy_of(cluster_.rank()), local, group, x);
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) x[i] = canonical(x[i]);
       } else {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) x[i] = -kInfinity;
       }
-      visit(round, group, x, has_nan);
+      visit(round, group, x);
     }
   }
 
-  // Steps 1 to 6 of any group of the row, also of another block's. ``row`` has the bits around it.
-  __device__ __forceinline__ void process_any(const Row& row, int group, float (&x)[kGroup]) const {
+  // Asks for logits of a later round, of a row that is not copied.
+  __device__ __forceinline__ void fetch_ahead(int local) const {
     constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
+    local += kPrefetched * kThreads;
+    if (kCopied || local >= groups()) return;
+    prefetch(row_.aligned + static_cast<int64_t>(first_group_ + local) * kBytes);
+  }
+
+  // Steps 1 to 6 of any group of the row.
+  __device__ __forceinline__ void process_any(int group, float (&x)[kGroup]) const {
     const int owner = group / part_groups_;
-    const unsigned char* place = row.aligned + static_cast<int64_t>(group) * kBytes;
-    if (kCopied) place = in_block(copy_, owner) + (group - owner * part_groups_) * kBytes;
-    process<kDtype, kCopied>(args_, row, place, group, x, [&](int id) { return row.counts[id]; });
+    process<false>(copy_of(owner), group - owner * part_groups_, group, x);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) x[i] = canonical(x[i]);
   }
 
   __device__ __forceinline__ float depth_of(float x) const { return depth(x, m_, scale_); }
@@ -331,27 +405,81 @@ class RowSampler {
   // ---- maxima ----
 
   __device__ void find_maxima() {
+    const bool has_scores = kCopied && row_.seen.words != nullptr;
+    is_scored_ = has_scores && shared_.seen_count <= kScored;
     bool any_nan = false;
-    over_groups([&](int, int group, const float (&x)[kGroup], bool has_nan) {
-      any_nan |= has_nan;
-      const float before = largest();
+#pragma unroll 1
+    for (int round = 0; round < rounds(); ++round) {
+      const int local = round * kThreads + static_cast<int>(threadIdx.x);
       float found[kMaxima];
 #pragma unroll
-      for (int half = 0; half < kMaxima; ++half) {
-        const float* of_half = x + half * kGroup / kMaxima;
-        found[half] = of_half[0];
+      for (int half = 0; half < kMaxima; ++half) found[half] = -kInfinity;
+      if (local < groups()) {
+        float x[kGroup];
+        fetch_ahead(local);
+        process<true>(copy_of(cluster_.rank()), local, first_group_ + local, x);
+        // step 6 is left to the largest: fmaxf passes over NaN
 #pragma unroll
-        for (int i = 1; i < kGroup / kMaxima; ++i) found[half] = fmaxf(found[half], of_half[i]);
-        largest_[half] = fmaxf(largest_[half], found[half]);
+        for (int i = 0; i < kGroup; ++i) {
+          any_nan |= x[i] != x[i];
+          found[i * kMaxima / kGroup] = fmaxf(found[i * kMaxima / kGroup], x[i]);
+        }
       }
-      group_ = fmaxf(found[0], found[1]) > before ? group : group_;
-    });
-    uint64_t found[2] = {order_key(largest()), any_nan ? 1u : 0u};
-    cluster_.combine(found, Larger());
-    m_ = from_order_key(static_cast<uint32_t>(found[0]));
-    status_ = found[1] != 0 ? LLM_SAMPLING_STATUS_NAN : 0;
-    if (m_ == -kInfinity) status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
-    if (m_ == kInfinity) status_ |= LLM_SAMPLING_STATUS_POS_INF;
+      const float here = fmaxf(found[0], found[1]);
+      group_ = here > largest() ? first_group_ + local : group_;
+#pragma unroll
+      for (int half = 0; half < kMaxima; ++half)
+        largest_[half] = fmaxf(largest_[half], found[half]);
+      const uint32_t key = __reduce_max_sync(kWholeWarp, order_key(here));
+      if (threadIdx.x % kWarpSize == 0) chunk_keys_[round * kWarps + threadIdx.x / kWarpSize] = key;
+    }
+    if (is_scored_) {
+      __syncthreads();
+      any_nan |= score();
+    }
+    const uint32_t flags = (any_nan ? 1u : 0u) | (has_scores && !is_scored_ ? 2u : 0u);
+    uint64_t found[1] = {static_cast<uint64_t>(order_key(largest())) << 32 | flags};
+    cluster_.combine(found, LargerWithFlags());
+    m_ = from_order_key(static_cast<uint32_t>(found[0] >> 32));
+    if (args_.status != nullptr && cluster_.rank() == 0 && threadIdx.x == 0) {
+      int32_t status = (found[0] & 1) != 0 ? LLM_SAMPLING_STATUS_NAN : 0;
+      if (m_ == -kInfinity) status |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
+      if (m_ == kInfinity) status |= LLM_SAMPLING_STATUS_POS_INF;
+      args_.status[index_] = status;
+    }
+    // one block's parts are read by others
+    is_scored_ = has_scores && (found[0] & 2) == 0;
+  }
+
+  // Steps 1 to 5 of the tokens that were seen, evenly among the threads. True if one is NaN.
+  __device__ bool score() {
+    const Copy copies = copy_of(cluster_.rank());
+    const int first = row_.first_id(first_group_);
+    bool any_nan = false;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(shared_.seen_count);
+         i += kThreads) {
+      const int id = static_cast<int>(shared_.seen_ids[i]);
+      const int offset = id - first;
+      const int local = offset / kGroup;
+      float x[1] = {widen<kDtype>(copies.logits + offset * kLogitBytes<kDtype>)};
+      add_bias(args_, row_, id, x);
+      if (row_.allowed.words != nullptr) leave(copies.allowed[local / 4] >> offset % 32, x);
+      int32_t count = 0;
+      if (row_.counts != nullptr) memcpy(&count, copies.scores + i, sizeof(count));
+      x[0] = penalize(row_, x[0], count);
+      copies.scores[i] = x[0];
+      any_nan |= x[0] != x[0];
+      const float value = canonical(x[0]);
+      const int group = first_group_ + local;
+      const bool is_first = value > largest() || (value == largest() && group < group_);
+      group_ = is_first ? group : group_;
+      // a token is in one of the maxima of one thread
+      largest_[0] = fmaxf(largest_[0], value);
+      const int chunk = local / kThreads * kWarps + local % kThreads / kWarpSize;
+      atomicMax(&chunk_keys_[chunk], order_key(value));
+    }
+    return any_nan;
   }
 
   __device__ float largest() const { return fmaxf(largest_[0], largest_[1]); }
@@ -361,7 +489,7 @@ class RowSampler {
     uint64_t first[1] = {kNoCode};
     if (largest() == m_) {
       float x[kGroup];
-      process_any(row_, group_, x);
+      process_any(group_, x);
 #pragma unroll
       for (int i = kGroup - 1; i >= 0; --i) {
         if (x[i] == m_) first[0] = code_of(x[i], row_.first_id(group_) + i);
@@ -379,53 +507,75 @@ class RowSampler {
     __syncthreads();
     const Bound low(range.low);
     const Bound high(range.high);
-    if (largest() >= low.x) {
-      over_groups([&](int, int group, const float (&x)[kGroup], bool) {
-        const int first = row_.first_id(group);
-        unsigned wanted = 0;
+    over_groups(
+        static_cast<uint32_t>(range.low >> 20),
+        [&](int, int group, const float (&x)[kGroup]) {
+          const int first = row_.first_id(group);
+          unsigned wanted = 0;
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          const bool is_in = low.is_reached(x[i], first + i) && !high.is_reached(x[i], first + i);
-          wanted |= is_in ? 1u << i : 0;
-        }
-        // nobody adds to what is too long already, of however many
-        if (wanted == 0 || *const_cast<volatile uint32_t*>(&shared_.appended) > kListed) return;
-        unsigned place = atomicAdd(&shared_.appended, static_cast<unsigned>(__popc(wanted)));
+          for (int i = 0; i < kGroup; ++i) wanted |= x[i] >= low.x ? 1u << i : 0;
+          // nobody adds to what is too long already, of however many
+          if (wanted == 0 || *const_cast<volatile uint32_t*>(&shared_.appended) > kListed) return;
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          if ((wanted >> i & 1) == 0) continue;
-          if (place < kListed) shared_.sorted[place] = code_of(x[i], first + i);
-          ++place;
+          for (int i = 0; i < kGroup; ++i) {
+            const bool is_in = low.is_reached(x[i], first + i) && !high.is_reached(x[i], first + i);
+            if (!is_in) wanted &= ~(1u << i);
+          }
+          unsigned place = atomicAdd(&shared_.appended, static_cast<unsigned>(__popc(wanted)));
+#pragma unroll
+          for (int i = 0; i < kGroup; ++i) {
+            if ((wanted >> i & 1) == 0) continue;
+            if (place < kListed) shared_.sorted[place] = code_of(x[i], first + i);
+            ++place;
+          }
         }
-      });
-    }
+    );
     __syncthreads();
     const int own = static_cast<int>(shared_.appended);
     const Sums counts = cluster_.sum(own);
-    listed_ = counts.total <= kListed ? static_cast<int>(counts.total) : 0;
-    for (int i = static_cast<int>(threadIdx.x); listed_ > 0 && i < own; i += kThreads) {
+    const int count = counts.total <= kListed ? static_cast<int>(counts.total) : 0;
+    for (int i = static_cast<int>(threadIdx.x); count > 0 && i < own; i += kThreads) {
       const uint64_t code = shared_.sorted[i];
 #pragma unroll 1
       for (int block = 0; block < cluster_.blocks(); ++block) {
         in_block(shared_.list, block)[counts.before + i] = code;
       }
     }
+    if (threadIdx.x == 0) {
+      const bool is_last = range.low <= kLowestCode;
+      shared_.listed = {count, range.count_above, range.mass_above, is_last};
+    }
     cluster_.sync();
-    above_ = range.count_above;
-    mass_above_ = range.mass_above;
-    is_last_ = range.low <= kLowestCode;
-    sort(listed_);
+    sort(count);
   }
 
-  // Sorts the list by rank, and gives the running mass of the sorted.
-  __device__ void sort(int count) {
-    for (int own = static_cast<int>(threadIdx.x); own < count; own += kThreads) {
-      const uint64_t code = shared_.list[own];
-      int rank = 0;
+  // visit(own, rank) of each of so many numbers: how many of them are larger. Four lanes share one.
+  template <typename Number, typename Visit>
+  __device__ __forceinline__ static void rank(int count, const Number& number, const Visit& visit) {
+    constexpr int kLanes = 4;
+    const int part = static_cast<int>(threadIdx.x) % kLanes;
+#pragma unroll 1
+    for (int first = 0; first < count; first += kThreads / kLanes) {
+      const int own = first + static_cast<int>(threadIdx.x) / kLanes;
+      const auto mine = number(own < count ? own : 0);
+      int larger = 0;
 #pragma unroll 4
-      for (int i = 0; i < count; ++i) rank += shared_.list[i] > code;
-      shared_.sorted[rank] = code;
+      for (int i = part; i < count; i += kLanes) larger += number(i) > mine;
+#pragma unroll
+      for (int other = 1; other < kLanes; other *= 2) {
+        larger += __shfl_xor_sync(kWholeWarp, larger, other);
+      }
+      if (part == 0 && own < count) visit(own, larger);
     }
+  }
+
+  // Sorts the list, and gives the running mass of the sorted.
+  __device__ void sort(int count) {
+    rank(
+        count,
+        [&](int i) { return shared_.list[i]; },
+        [&](int own, int place) { shared_.sorted[place] = shared_.list[own]; }
+    );
     __syncthreads();
     find_reach(shared_.sorted, count);
   }
@@ -452,31 +602,34 @@ class RowSampler {
 
   // How many of the list reach a code.
   __device__ int count_from(uint64_t code) const {
-    return count_while_together(listed_, [&](int i) { return shared_.sorted[i] >= code; });
+    return count_while_together(shared_.listed.count, [&](int i) {
+      return shared_.sorted[i] >= code;
+    });
   }
 
   // The mass of all from a code on, which is in the list, or is what the list is empty below.
   __device__ int64_t mass_from(uint64_t code) const {
     const int count = count_from(code);
-    return mass_above_ + (count > 0 ? shared_.reach[count - 1] : 0);
+    return shared_.listed.mass_above + (count > 0 ? shared_.reach[count - 1] : 0);
   }
 
   // Whether the list has the token at which the target is reached, or the row does not reach it.
   __device__ bool is_in_list(int64_t target, bool by_mass) const {
-    if (listed_ == 0) return false;
-    const int64_t above = by_mass ? mass_above_ : above_;
-    const int64_t own = by_mass ? shared_.reach[listed_ - 1] : listed_;
-    return above < target && (above + own >= target || is_last_);
+    if (shared_.listed.count == 0) return false;
+    const int64_t above = by_mass ? shared_.listed.mass_above : shared_.listed.count_above;
+    const int64_t own = by_mass ? shared_.reach[shared_.listed.count - 1] : shared_.listed.count;
+    return above < target && (above + own >= target || shared_.listed.is_last);
   }
 
   // The code at which so many tokens, or so much mass, are reached; or the lowest.
   __device__ uint64_t cut_at(int64_t target, bool by_mass, uint64_t lowest) const {
-    const int place = by_mass ? count_while_together(
-                                    listed_,
-                                    [&](int i) { return mass_above_ + shared_.reach[i] < target; }
-                                )
-                              : static_cast<int>(target - above_ - 1);
-    return place < listed_ ? shared_.sorted[place] : lowest;
+    const int place =
+        by_mass ? count_while_together(
+                      shared_.listed.count,
+                      [&](int i) { return shared_.listed.mass_above + shared_.reach[i] < target; }
+                  )
+                : static_cast<int>(target - shared_.listed.count_above - 1);
+    return place < shared_.listed.count ? shared_.sorted[place] : lowest;
   }
 
   // ---- steps 11 to 13 ----
@@ -504,7 +657,6 @@ class RowSampler {
     enum { kFirstTokens, kTopK, kTopP, kKeep, kSteps };
     uint64_t k_cut = kLowestCode;
     uint64_t filter_cut = kLowestCode;
-    int64_t z = mass_.total;
 #pragma unroll 1
     for (int step = kFirstTokens; step < kSteps; ++step) {
       const Filters filters = find_filters();
@@ -513,8 +665,8 @@ class RowSampler {
       if (step == kTopK && !filters.has_k) continue;
       if (step == kTopP) {  // 12
         if (!filters.has_p) continue;
-        if (filters.has_k) z = mass_from(k_cut);
-        target = top_p_target(z, filters.top_p);
+        if (filters.has_k) mass_.total = mass_from(k_cut);
+        target = top_p_target(mass_.total, filters.top_p);
       }
       if (step == kKeep) {
         if (filters.has_min_p) {  // 13
@@ -530,7 +682,7 @@ class RowSampler {
         is_listed = !first_tokens(filters, range);
       } else {
         is_listed = is_in_list(target, by_mass);
-        if (!is_listed) range = search(target, by_mass, k_cut, z);
+        if (!is_listed) range = search(target, by_mass, k_cut);
       }
       if (!is_listed) list(range);
       if (step == kFirstTokens) continue;
@@ -540,7 +692,9 @@ class RowSampler {
       if (step == kKeep) filter_cut = filter_cut < cut ? filter_cut : cut;
     }
     cut_ = filter_cut > k_cut ? filter_cut : k_cut;
-    in_list_ = listed_ > 0 && above_ == 0 && (is_last_ || cut_ >= shared_.sorted[listed_ - 1]);
+    const Listed& listed = shared_.listed;
+    in_list_ = listed.count > 0 && listed.count_above == 0 &&
+               (listed.is_last || cut_ >= shared_.sorted[listed.count - 1]);
   }
 
   // The first tokens of the order, about as many as the filters ask for, and what is within min-p's depth.
@@ -608,15 +762,16 @@ class RowSampler {
   }
 
   // The part of the order in which the target is reached, short enough for a list.
-  __device__ Range search(int64_t target, bool by_mass, uint64_t lowest, int64_t z) {
+  __device__ Range search(int64_t target, bool by_mass, uint64_t lowest) {
     Range range = {lowest, first_code(order_key(m_) + 1), 0, 0};
     int count = row_.vocab_size;  // from the lower end on
     uint64_t pivots[3];
-    sample(target, by_mass, lowest, z, pivots);
+    sample(target, by_mass, lowest, pivots);
     while (count - range.count_above > kListed && range.high - range.low > kListed) {
       const Bound bounds[3] = {Bound(pivots[0]), Bound(pivots[1]), Bound(pivots[2])};
       uint64_t sums[4] = {0, 0, 0, 0};
-      over_groups([&](int, int group, const float (&x)[kGroup], bool) {
+      const auto lowest_key = static_cast<uint32_t>(pivots[0] >> 20);  // of rising ones
+      over_groups(lowest_key, [&](int, int group, const float (&x)[kGroup]) {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
           const int id = row_.first_id(group) + i;
@@ -648,25 +803,17 @@ class RowSampler {
   }
 
   // Three codes about where a sample of the row reaches its share of the target, in rising order.
-  __device__ void sample(
-      int64_t target,
-      bool by_mass,
-      uint64_t lowest,
-      int64_t z,
-      uint64_t (&pivots)[3]
-  ) {
-    Row row = row_;
-    find_bits(row);  // other blocks have the copies of them
+  __device__ void sample(int64_t target, bool by_mass, uint64_t lowest, uint64_t (&pivots)[3]) {
     __syncthreads();
 #pragma unroll 1
     for (int own = static_cast<int>(threadIdx.x); own < kListed; own += kThreads) {
-      const int id = static_cast<int>(static_cast<int64_t>(own) * row.vocab_size / kListed);
-      const int group = (id + row.shift) / kGroup;
+      const int id = static_cast<int>(static_cast<int64_t>(own) * row_.vocab_size / kListed);
+      const int group = (id + row_.shift) / kGroup;
       float x[kGroup];
-      process_any(row, group, x);
+      process_any(group, x);
       float sampled = -kInfinity;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) sampled = row.first_id(group) + i == id ? x[i] : sampled;
+      for (int i = 0; i < kGroup; ++i) sampled = row_.first_id(group) + i == id ? x[i] : sampled;
       shared_.list[own] = code_of(sampled, id);
     }
     __syncthreads();
@@ -676,8 +823,8 @@ class RowSampler {
     const float reached = by_mass ? static_cast<float>(count > 0 ? shared_.reach[count - 1] : 0)
                                   : static_cast<float>(count);
     const float all =
-        by_mass ? static_cast<float>(z)
-                : static_cast<float>(count) * static_cast<float>(row.vocab_size) / kListed;
+        by_mass ? static_cast<float>(mass_.total)
+                : static_cast<float>(count) * static_cast<float>(row_.vocab_size) / kListed;
     float share = static_cast<float>(target) / (all > 1.0f ? all : 1.0f);
     share = share < 1.0f ? share : 1.0f;
     const float deviation =
@@ -737,7 +884,7 @@ class RowSampler {
     const Bound cut(cut_);
     const bool all = cut_ == kLowestCode;
     __syncthreads();
-    over_groups([&](int round, int group, const float (&x)[kGroup], bool) {
+    over_groups(0, [&](int round, int group, const float (&x)[kGroup]) {
       int64_t sum = 0;
       if (all) {
 #pragma unroll
@@ -803,16 +950,11 @@ class RowSampler {
   // The kept ones, by their ids.
   __device__ void draw_from_list() {
     const int kept = count_from(cut_);
-    const auto low_bits = [&](int i) {
-      return static_cast<uint32_t>(shared_.sorted[i]) & kLastId;  // larger for a smaller id
-    };
-    for (int own = static_cast<int>(threadIdx.x); own < kept; own += kThreads) {
-      const uint32_t bits = low_bits(own);
-      int rank = 0;
-#pragma unroll 4
-      for (int i = 0; i < kept; ++i) rank += low_bits(i) > bits;
-      shared_.list[rank] = shared_.sorted[own];
-    }
+    rank(
+        kept,
+        [&](int i) { return static_cast<uint32_t>(shared_.sorted[i]) & kLastId; },
+        [&](int own, int place) { shared_.list[place] = shared_.sorted[own]; }
+    );
     __syncthreads();
     find_reach(shared_.list, kept);
     const int64_t total = shared_.reach[kept - 1];
@@ -840,7 +982,7 @@ class RowSampler {
       int64_t sum = 0;
       if (local < groups()) {
         float x[kGroup];
-        process_any(row_, group, x);
+        process_any(group, x);
 #pragma unroll
         for (int t = 0; t < kGroup; ++t) {
           w[t] = kept_mass(cut, x[t], row_.first_id(group) + t);
@@ -892,6 +1034,7 @@ class RowSampler {
 
   // The largest raw logit, and the logarithm of the sum of exp(x - m).
   __device__ void find_raw_sum() {
+    constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
     uint64_t sum[1] = {0};
 #pragma unroll 1
     for (bool sums = false;; sums = true) {
@@ -901,7 +1044,10 @@ class RowSampler {
         const int local = round * kThreads + static_cast<int>(threadIdx.x);
         if (local >= groups()) continue;
         float x[kGroup];
-        load<kDtype, kCopied>(row_, place_of(local), first_group_ + local, x);
+        const int group = first_group_ + local;
+        const unsigned char* place =
+            kCopied ? copy_ + local * kBytes : row_.aligned + static_cast<int64_t>(group) * kBytes;
+        load<kDtype, kCopied>(row_, place, group, x);
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
           const float valid = x[i] == x[i] ? x[i] : -kInfinity;
@@ -926,7 +1072,7 @@ class RowSampler {
     const float t = shared_.parameters.temperature;
     const Bound cut(cut_);
     float* out = args_.filtered + int64_t{index_} * args_.filtered_stride;
-    over_groups([&](int, int group, const float (&x)[kGroup], bool) {
+    over_groups(0, [&](int, int group, const float (&x)[kGroup]) {
       if (group >= first_group_ + groups()) return;
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
@@ -939,13 +1085,14 @@ class RowSampler {
 
   __device__ void advance() {
     if (args_.advance == LLM_SAMPLING_ADVANCE_NEVER || token_ < 0) return;
-    args_.position[index_] += 1;
+    const Parameters& row = shared_.parameters;
+    args_.position[index_] = static_cast<int64_t>(row.position + 1);
     if (args_.seen == nullptr) return;
-    const int64_t slot = args_.slots[index_];
-    args_.seen[slot * args_.seen_stride + (token_ >> 5)] |=
-        static_cast<int32_t>(1u << (token_ & 31));
-    args_.counts[slot * args_.counts_stride + token_] += 1;
-    args_.lengths[slot] += 1;
+    // none of them is waited for
+    int32_t* seen = args_.seen + row.slot * args_.seen_stride + (token_ >> 5);
+    atomicOr(seen, static_cast<int32_t>(1u << (token_ & 31)));
+    atomicAdd(args_.counts + row.slot * args_.counts_stride + token_, 1);
+    atomicAdd(reinterpret_cast<unsigned long long*>(args_.lengths + row.slot), 1ull);
   }
 
   const LlmSamplingArgs& args_;
@@ -953,9 +1100,9 @@ class RowSampler {
   Shared& shared_;
   Cluster cluster_;
   const int part_groups_;  // of a block
-  int64_t* chunks_;
+  int64_t* chunks_;        // masses
+  uint32_t* chunk_keys_;   // the largest
   unsigned char* copy_;
-  int32_t* counts_;
   Row row_;
   int first_group_;  // of this block
 
@@ -963,14 +1110,9 @@ class RowSampler {
   int group_ = 0;                                      // the first that has the larger one
   float m_;
   float scale_ = 0.0f;
-  int32_t status_;
+  bool is_scored_ = false;  // seen tokens have scores
 
-  int listed_ = 0;
-  int above_ = 0;  // what is above the list
-  int64_t mass_above_ = 0;
-  bool is_last_ = false;  // nothing is below it
-
-  // the kept set, and its mass where the list has not all of it
+  // the kept set; the mass that top-p takes a part of, then that of the kept set unless the list has it
   uint64_t cut_;
   bool in_list_ = false;
   Sums mass_ = {};

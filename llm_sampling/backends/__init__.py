@@ -95,7 +95,7 @@ def advance(call: SampleCall, output: SampleOutput) -> None:
 def settle(call: SampleCall, output: SampleOutput) -> SampleOutput:
     """What is left of a call whose kernel does not know whether all rows are valid: one launch.
 
-    With ``check`` it waits for the device; then the rows advance in a second step, if all are valid.
+    With ``check`` it waits for the device; the rows advance in a second step, if all are valid.
     """
     if call.check:
         raise_on_status(output.status)

@@ -1,4 +1,4 @@
-"""What the compiled backends share: a library of csrc/, loaded by ctypes, and calls of its entry point."""
+"""What the compiled backends share: a library of csrc/, loaded by ctypes, and how it is called."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import SampleCall, SampleOutput, compiled, settle
+from llm_sampling.backends.args import SampleArgs
 
 DEVICE_TYPES = frozenset({"cuda"})
 
@@ -39,7 +40,7 @@ def _why_unusable() -> str | None:
 def _run_on(device: torch.device) -> compiled.Run:
     """One launch, on the current stream of the device."""
 
-    def run(args: compiled.SampleArgs) -> None:
+    def run(args: SampleArgs) -> None:
         with torch.cuda.device(device):
             LIBRARY.run(args, torch.cuda.current_stream(device).cuda_stream)
 

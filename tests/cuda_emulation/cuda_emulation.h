@@ -751,6 +751,13 @@ inline void __pipeline_wait_prior(size_t groups) {
   }
 }
 
+// That of C returns NaN where one of them is a signalling NaN.
+inline float cuda_fmaxf(float a, float b) {
+  if (a != a) return b;
+  return b > a ? b : a;
+}
+#define fmaxf cuda_fmaxf
+
 template <typename T>
 T __ldg(const T* place) {
   return *place;
