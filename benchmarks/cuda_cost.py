@@ -22,7 +22,7 @@ multiprocessor hide of each other is not taken off, though that is what they are
 assumptions are in it:
 
 * 0.7 us for a read of global memory that waits for the one before: 1 before the copy, and until the
-  counts of the history are there 4, beside it; 1 to advance a position, 2 with a history;
+  counts of the history are there 4, beside it;
 * the copy: 70 GB/s for a block, or its share of 3.35 TB/s;
 * a round of a pass takes as many cycles as the warps of the multiprocessor need to issue it, but at
   least 2.5 an instruction and 60 for shared memory;
@@ -162,28 +162,34 @@ def choose_launch(rows: int, vocab_size: int, itemsize: int, arch: str) -> Launc
 
 # The passes, in the source and in the machine code
 
-#: A function of sample.cu, and the statement in it that is the loop.
+#: A function of sample.cu, the statement in it that is the loop, and what an iteration has one of: a loop
+#: that is unrolled has several.
 PASSES = {
-    "copy": ("copy_logits", "for (int local"),
-    "maxima": ("find_maxima", "over_groups("),
-    "list": ("list", "over_groups("),
-    "search": ("search", "over_groups("),
-    "weigh": ("weigh", "over_groups("),
-    "raw": ("find_raw_sum", "for (int round"),
-    "filtered": ("write_filtered", "over_groups("),
+    "copy": ("copy_logits", "for (int local", "LDGSTS"),
+    "bits": ("copy_bits", "for (int i = thread; i < words; i += kThreads) {\n        copies.seen", "POPC"),
+    "places": ("copy_bits", "for (int i = thread; i < words; i += kThreads) {\n        copies.places", ""),
+    "maxima": ("find_maxima", "for (int round", ""),
+    "score": ("score", "for (int i", ""),
+    "first": ("find_first", "over_chunks(", ""),
+    "list": ("list", "over_chunks(", ""),
+    "search": ("search", "over_chunks(", ""),
+    "weigh": ("weigh", "over_groups(", ""),
+    "raw": ("find_raw_sum", "for (int round", ""),
+    "filtered": ("write_filtered", "over_groups(", ""),
 }
 #: What not every row comes to: a file, and the text with which a line of it begins a block, or is in
 #: the block whose rest it begins.
 SIDES = {
-    "edge": [
-        ("row.h", "  if (is_whole) return;\n"),
-        ("sample.cu", "  } else {\n        copy_edge("),
+    "edge": [("row.h", "    const int first = row.first_id(group);\n#pragma")],
+    "bias": [("row.h", "  const int32_t* ids = args.logit_bias_ids")],
+    "mask": [("sample.cu", "    if (row_.allowed.words != nullptr) {\n      leave(kCopied")],
+    "history": [("sample.cu", "    const uint32_t here = kCopied")],
+    "seen": [
+        ("sample.cu", "      const int next = __ffs("),
+        ("sample.cu", "          if (place >= kScored) continue;"),
     ],
-    "bias": [("row.h", "  if (row.bias_count > 0) {\n")],
-    "mask": [("row.h", "  if (row.allowed.words != nullptr) {\n")],
-    "history": [("row.h", "  if (row.seen.words != nullptr) {\n")],
-    "seen": [("row.h", "      const int next = __ffs(")],
-    "append": [("sample.cu", "        unsigned place = atomicAdd(&shared_.appended")],
+    "unscored": [("sample.cu", "        for (int i = 0; i < kGroup; ++i) value = i == next")],
+    "hit": [("sample.cu", "          // nobody adds to what is too long already")],
     "all": [("sample.cu", "      if (all) {\n")],
     "kept": [("sample.cu", "      } else {\n#pragma unroll\n        for (int i = 0; i < kGroup; ++i) sum +=")],
 }
@@ -218,7 +224,9 @@ def block_at(text: str, start: int) -> range:
     lines = text.split("\n")
     line = lines[first - 1]
     indent = len(line) - len(line.lstrip())
-    closing = (" " * indent + "}",) if line.endswith("{") else (" " * (indent - 2) + "}",)
+    closing = " " * indent + {"{": "}", "(": ")"}.get(line[-1], "")
+    if line[-1] not in "{(":
+        closing = " " * (indent - 2) + "}"
     for number, other in enumerate(lines[first:], first + 1):
         if other.startswith(closing):
             return range(first, number + 1)
@@ -231,7 +239,7 @@ def source() -> Source:
     texts = {name: (CSRC / "cuda" / name).read_text() for name in ("sample.cu", "row.h")}
     kernel = texts["sample.cu"]
     passes = {}
-    for name, (function, statement) in PASSES.items():
+    for name, (function, statement, _) in PASSES.items():
         start = kernel.index(statement, re.search(rf" {function}\(.*\{{$", kernel, re.M).start())  # type: ignore[union-attr]
         passes[name] = Place("sample.cu", block_at(kernel, start))
     sides = {
@@ -266,22 +274,22 @@ def pass_of(chain: Sequence[tuple[str, int]]) -> str | None:
 class Mix(NamedTuple):
     """Instructions of a thread."""
 
-    all: int
-    logic: int  # of the first kind of HALF_RATE
-    multiply: int  # of the second
+    all: float
+    logic: float  # of the first kind of HALF_RATE
+    multiply: float  # of the second
 
     @classmethod
     def of(cls, names: Counter[str]) -> Mix:
         """How many of these there are."""
         return cls(names.total(), *(sum(names[name] for name in kind) for kind in HALF_RATE))
 
-    def __add__(self, other: tuple[int, ...]) -> Mix:  # type: ignore[override]
+    def __add__(self, other: tuple[float, ...]) -> Mix:  # type: ignore[override]
         """Both."""
         return Mix(*map(operator.add, self, other))
 
     def times(self, factor: float) -> Mix:
         """So often, on average."""
-        return Mix(*(value * factor for value in self))  # type: ignore[arg-type]
+        return Mix(*(value * factor for value in self))
 
     @property
     def cycles(self) -> float:
@@ -329,11 +337,12 @@ def measure(cubin: bytes) -> dict[Kernel, Cost]:
     found = usages(cubin)
     costs = {}
     names = {CSRC / "cuda" / "sample.cu", CSRC / "cuda" / "row.h", CSRC / "semantics.h"}
-    for name, (code, _) in sass.disassemble(cubin, lambda path: path in names).items():
+    for name, (code, _, detours) in sass.disassemble(cubin, lambda path: path in names).items():
+        left_out = {place for detour in detours for place in detour}
         passes: dict[str, dict[str, Counter[str]]] = {}
-        for instruction in code:
+        for place, instruction in enumerate(code):
             where = pass_of(instruction.lines)
-            if where is not None:
+            if where is not None and place not in left_out:
                 sides = passes.setdefault(where, {})
                 sides.setdefault(side_of(instruction.lines), Counter())[instruction.name] += 1
         kernel = kernel_of(name)
@@ -345,11 +354,20 @@ def measure(cubin: bytes) -> dict[Kernel, Cost]:
             wide_copies=sum(i.name == "LDGSTS" and i.bytes == 16 for i in code),
             fused=count_fused(code),
             passes={
-                name: {side: Mix.of(names) for side, names in sides.items()}
+                name: {side: Mix.of(names).times(1 / copies_of(kernel, name, sides)) for side, names in sides.items()}
                 for name, sides in passes.items()
             },
         )
     return costs
+
+
+def copies_of(kernel: Kernel, name: str, sides: dict[str, Counter[str]]) -> float:
+    """How often an iteration is in the code of a loop that is unrolled."""
+    once = PASSES[name][2]
+    if not once:
+        return 1
+    of_one = DTYPES[kernel.dtype] // 2 if once == "LDGSTS" else 1
+    return sum(names[once] for names in sides.values()) / of_one
 
 
 def broken_rules(kernel: Kernel, arch: str, cost: Cost) -> list[str]:
@@ -409,11 +427,10 @@ SLOWEST = 2.5  # cycles an instruction
 SHARED_MEMORY = 60
 
 
-def most_seen(share: float) -> float:
-    """How many of its eight tokens were seen in that lane of a warp that has most of them."""
-    expected = 8 * share
+def most_seen(expected: float) -> float:
+    """How many a lane has, of the one in a warp that has most, where each expects so many."""
     at_most, term, found = 0.0, math.exp(-expected), 0.0
-    for n in range(9):
+    for n in range(33):
         at_most += term
         found += 1 - min(at_most, 1.0) ** 32
         term *= expected / (n + 1)
@@ -430,7 +447,7 @@ class Chain:
         self.rounds = math.ceil(launch.groups / launch.threads)
         self.warps = launch.threads // 32
         self.per_scheduler = per_processor * self.warps / 4
-        self.seen = most_seen(case.history / vocab_size)
+        self.share_seen = case.history / vocab_size
         self.cycles: Counter[str] = Counter()
         self.issued = 0.0  # of a scheduler, for the warps of one block
 
@@ -456,14 +473,40 @@ class Chain:
         found = self.cost.passes[name]
         mix = sum((found[side] for side in sides), found["plain"])
         if self.case.history and "history" in found:
-            mix += found["history"] + found["seen"].times(self.seen)
+            mix += found["history"]
+            if name != "maxima":
+                mix += found["seen"].times(most_seen(8 * self.share_seen))
         return mix
 
-    def over_groups(self, name: str, *sides: str, steps: int = 0) -> None:
-        mix = self.mix(name, *sides)
+    def loop(self, mix: Mix, rounds: float, steps: int = 0) -> None:
+        """All warps of a block do it so often."""
         slowest = SLOWEST * mix.all + SHARED_MEMORY + STEP * steps
-        self.cycles["passes"] += self.rounds * max(self.per_scheduler * mix.cycles, slowest)
-        self.issued += self.rounds * self.warps / 4 * mix.cycles
+        self.cycles["passes"] += rounds * max(self.per_scheduler * mix.cycles, slowest)
+        self.issued += rounds * self.warps / 4 * mix.cycles
+
+    def over_groups(self, name: str, *sides: str, steps: int = 0) -> None:
+        self.loop(self.mix(name, *sides), self.rounds, steps)
+
+    def over_chunks(self, name: str, tokens: int) -> None:
+        """Only those that have one of so many tokens; a warp has one more than on average."""
+        chunks = self.rounds * self.warps * self.launch.blocks
+        share = 1 - (1 - 1 / chunks) ** tokens
+        self.loop(self.mix(name), min(self.rounds, self.rounds * share + 1))
+        self.steps(self.rounds)
+
+    def copy_bits(self) -> None:
+        words = math.ceil(self.launch.groups / 4 / self.launch.threads)
+        passes = self.cost.passes
+        self.loop(passes["bits"]["plain"], words)
+        self.barrier()
+        self.steps(5 + 2)
+        placed = passes["places"]["seen"].times(most_seen(32 * self.share_seen))
+        self.loop(passes["places"]["plain"] + placed, words)
+
+    def score(self) -> None:
+        self.barrier()
+        seen = self.case.history / self.launch.blocks
+        self.loop(self.cost.passes["score"]["plain"], math.ceil(seen / self.launch.threads))
 
     def combine(self) -> None:
         self.steps(5 + 1)
@@ -485,7 +528,7 @@ class Chain:
 
     def process_any(self) -> None:
         self.read_remote(1)
-        self.cycles["passes"] += SLOWEST * self.mix("maxima").all + SHARED_MEMORY
+        self.cycles["passes"] += SLOWEST * self.mix("first").all + SHARED_MEMORY
 
     def find_reach(self) -> None:
         self.steps(1)
@@ -514,9 +557,9 @@ class Chain:
     def list(self) -> None:
         count = self.case.listed
         self.barrier()
-        self.over_groups("list")
+        self.over_chunks("list", count)
         of_warp = math.ceil(count / self.launch.blocks / self.warps)
-        self.code(of_warp * self.cost.passes["list"]["append"].all)
+        self.code(of_warp * self.cost.passes["list"]["hit"].all)
         self.barrier()
         self.sum()
         self.read_remote(1)
@@ -590,16 +633,19 @@ class Chain:
             arrival = max(arrival, READ_US + copy_us)
         self.cycles["reads"] += arrival * CYCLES_PER_US
         self.barrier()
+        if self.case.history:
+            self.copy_bits()
         self.over_groups("maxima")
+        if self.case.history:
+            self.score()
         self.combine()
         if self.case.is_greedy:
-            self.process_any()
+            self.over_chunks("first", 1)
             self.combine()
         else:
             self.find_kept()
         self.draw()
         self.sync()
-        self.cycles["reads"] += READ_US * (2 if self.case.history else 1) * CYCLES_PER_US
 
 
 def predict(case: Case, kernel: Kernel, rows: int, vocab_size: int, cost: Cost) -> dict[str, Any]:

@@ -55,49 +55,55 @@ def run_tool(name: str, *options: str, cubin: bytes) -> str:
 
 
 class Code(NamedTuple):
-    """A function's instructions; its loops, each from a label to the last jump back to it."""
+    """A function's instructions; its loops, each from a label to the last jump back to it.
+
+    Detours are where the lanes of a warp that has come apart meet one by one, at a shuffle or a vote.
+    """
 
     instructions: list[Instruction]
     loops: list[range]
+    detours: list[range]
 
 
 def disassemble(cubin: bytes, is_of_interest: Callable[[Path], bool]) -> dict[str, Code]:
     """Each function by its name, with the lines of such files only."""
-    functions: dict[str, Code] = {}
+    text = run_tool("nvdisasm", "-c", "-gi", cubin=cubin)
+    parts = re.split(r"^\s*\.text\.(\S+):$", text, flags=re.M)
+    functions = zip(parts[1::2], parts[2::2], strict=True)
+    return {name: _read_function(body, is_of_interest) for name, body in functions}
+
+
+def _read_function(text: str, is_of_interest: Callable[[Path], bool]) -> Code:
     code: list[Instruction] = []
     labels: dict[str, int] = {}
-    ends: dict[int, int] = {}
+    jumps: list[tuple[int, str, bool]] = []  # from where, to which label, whether always
+    diverging: list[str] = []
     lines: tuple[tuple[str, int], ...] = ()
-    name, is_new = "", True
-
-    def end() -> None:
-        if code:
-            loops = [range(start, end) for start, end in ends.items()]
-            functions[name] = Code(list(code), loops)
-        for collection in (code, labels, ends):
-            collection.clear()  # type: ignore[attr-defined]
-
-    for text in run_tool("nvdisasm", "-c", "-gi", cubin=cubin).splitlines():
-        line = text.strip()
-        if match := re.match(r"\.text\.(\S+):$", line):
-            end()
-            name = match[1]
-        elif match := re.match(r"(\.L_x_\d+):", line):
+    is_new = True
+    for line in map(str.strip, text.splitlines()):
+        if match := re.match(r"(\.L_x_\d+):", line):
             labels[match[1]] = len(code)
         elif match := re.match(r'//## File "([^"]*)", line (\d+)', line):
             path = Path(match[1])
             here = ((path.name, int(match[2])),) if is_of_interest(path) else ()
             lines = (() if is_new else lines) + here
             is_new = False
-        elif match := re.match(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
-            opcode, *suffixes = match[1].split(".")
-            code.append(Instruction(opcode, suffixes, match[2], lines))
+        elif match := re.match(r"/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
+            opcode, *suffixes = match[2].split(".")
+            target = re.search(r"\.L_x_\d+", match[3])
+            if opcode == "BRA" and target:
+                if "DIV" in suffixes:
+                    diverging.append(target[0])
+                else:
+                    jumps.append((len(code), target[0], match[1] is None))
+            code.append(Instruction(opcode, suffixes, match[3], lines))
             is_new = True
-            target = re.search(r"\.L_x_\d+", match[2])
-            if opcode == "BRA" and target and target[0] in labels:
-                ends[labels[target[0]]] = len(code)
-    end()
-    return functions
+    ends = {labels[label]: place + 1 for place, label, _ in jumps if labels[label] <= place}
+    always = [place for place, _, is_always in jumps if is_always]
+    detours = []
+    for start in (labels[label] for label in diverging):
+        detours.append(range(start, min(place for place in always if place >= start) + 1))
+    return Code(code, [range(start, end) for start, end in ends.items()], detours)
 
 
 def count_spills(code: Iterable[Instruction]) -> int:

@@ -173,8 +173,8 @@ def test_with_sanitizers(tmp_path):
 
 @not_inside
 def test_reading_beyond_the_row_is_seen(tmp_path):
-    whole = "      if (%s) {\n#pragma unroll\n        for (int i = 0; i < kBytes; i += 16) copy<16>"
-    planted = (whole % "row_.is_whole(group)", whole % "group >= 0")
+    last = "const int end = row_.is_whole(first_group_ + groups - 1) ? groups : groups - 1;"
+    planted = (last, "const int end = groups;")
     done = run_sanitized(tmp_path, "covering and V33 and bfloat16", planted)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stdout + done.stderr
@@ -184,7 +184,10 @@ def test_reading_beyond_the_row_is_seen(tmp_path):
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("    __syncthreads();\n    find_reach(shared_.sorted", "    find_reach(shared_.sorted"),
+        (
+            "          shared_.reach[reached - 1] = mass;\n        }\n    );\n    __syncthreads();\n",
+            "          shared_.reach[reached - 1] = mass;\n        }\n    );\n",
+        ),
         ("    sync();\n    return slots;\n", "    return slots;\n"),
         ("    wait_for_copies();", "    __pipeline_commit();"),
         ("    cluster_.sync();\n    sort(count);", "    sort(count);"),

@@ -50,6 +50,7 @@ struct Row {
   const unsigned char* aligned;  // logits of group 0, in global memory
   int shift;                     // how many of them lie before the row, and are not read
   int vocab_size;
+  bool is_plain;       // no bias, no mask, no history
   int64_t bias_first;  // of the biases of all rows
   int bias_count;
   Bits allowed;           // null: all are
@@ -98,6 +99,14 @@ struct Bound {
 template <int kBytes>
 using Unsigned = std::conditional_t<kBytes == 4, uint32_t, uint16_t>;
 
+// -inf
+template <int kDtype>
+constexpr auto kLowestBits = static_cast<Unsigned<kLogitBytes<kDtype>>>(
+    kDtype == LLM_SAMPLING_FLOAT32   ? 0xff800000u
+    : kDtype == LLM_SAMPLING_FLOAT16 ? 0xfc00u
+                                     : 0xff80u
+);
+
 template <int kDtype>
 __device__ __forceinline__ float widen(const unsigned char* place) {
   if constexpr (kDtype == LLM_SAMPLING_FLOAT32) {
@@ -130,7 +139,7 @@ __device__ __forceinline__ void widen_8(const unsigned char* place, float (&x)[k
   }
 }
 
-// 1 widen: a group's logits, -inf where the row is not. ``place`` is where they are: a copy, or the row.
+// 1 widen: a group's logits, -inf where the row is not; in a copy they are there.
 template <int kDtype, bool kCopied>
 __device__ __forceinline__ void load(
     const Row& row,
@@ -138,17 +147,16 @@ __device__ __forceinline__ void load(
     int group,
     float (&x)[kGroup]
 ) {
-  const int first = row.first_id(group);
-  const bool is_whole = row.is_whole(group);
-  if (kCopied || is_whole) widen_8<kDtype>(place, x);
-  if (is_whole) return;
+  if constexpr (kCopied) {
+    widen_8<kDtype>(place, x);
+  } else if (row.is_whole(group)) {
+    widen_8<kDtype>(place, x);
+  } else {
+    const int first = row.first_id(group);
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    const bool inside = first + i >= 0 && first + i < row.vocab_size;
-    if (!inside) {
-      x[i] = -kInfinity;
-    } else if (!kCopied) {
-      x[i] = widen<kDtype>(place + i * kLogitBytes<kDtype>);
+    for (int i = 0; i < kGroup; ++i) {
+      const bool inside = first + i >= 0 && first + i < row.vocab_size;
+      x[i] = inside ? widen<kDtype>(place + i * kLogitBytes<kDtype>) : -kInfinity;
     }
   }
 }

@@ -38,8 +38,10 @@
 namespace llm_sampling {
 namespace {
 
-constexpr int kListed = 512;   // the longest list
-constexpr int kNucleus = 256;  // the first tokens of the order among which a nucleus is expected
+constexpr int kListed = 384;  // the longest list
+// So many of the first tokens of the order are listed for top-p; more of them where those have not its mass.
+constexpr int kFewTokens = 64;
+constexpr int kMoreTokens = 192;
 constexpr int kBins = 2 * kThreads;
 constexpr int kMaxima = 2;      // of a thread
 constexpr int kPrefetched = 4;  // rounds ahead, of a row that is not copied
@@ -50,7 +52,8 @@ struct Parameters {
   float temperature, top_p, depth_cut;  // depth_cut: infinite where min-p is off
   int32_t top_k, keep;
   uint64_t seed, position;
-  int64_t slot;  // of the history
+  uint64_t random;  // of draw 0
+  int64_t slot;     // of the history
 };
 
 // What is known of the list beside its tokens.
@@ -72,8 +75,9 @@ struct Shared {
     uint32_t seen_ids[kScored];  // in any order; before there is a list
     struct {
       uint64_t list[kListed];    // codes in any order; written by all blocks, between two barriers
-      uint64_t sorted[kListed];  // the same in the order; before that, what this block appends
-      int64_t reach[kListed];    // running masses
+      int64_t masses[kListed];   // of each
+      uint64_t sorted[kListed];  // codes in the order; before that, what this block appends
+      int64_t reach[kListed];    // running masses of the sorted
     };
   };
   uint32_t bins[kBins];  // of this block's maxima, once
@@ -193,6 +197,8 @@ class RowSampler {
     row_.frequency = args_.frequency_penalty[index_];
     row_.presence = args_.presence_penalty[index_];
     find_bits();
+    row_.is_plain =
+        row_.bias_count == 0 && row_.allowed.words == nullptr && row_.seen.words == nullptr;
     if (threadIdx.x != 0) return;
     shared_.groups = groups;
     shared_.seen_count = 0;
@@ -206,6 +212,7 @@ class RowSampler {
     own.seed = args_.seed != nullptr ? static_cast<uint64_t>(args_.seed[index_]) : 0;
     own.position = args_.position != nullptr ? static_cast<uint64_t>(args_.position[index_]) : 0;
     own.slot = args_.seen != nullptr ? args_.slots[index_] : 0;
+    own.random = random_bits(own.seed, own.position, 0);
   }
 
   // Where the row's mask and history are in global memory.
@@ -252,14 +259,14 @@ class RowSampler {
     }
   }
 
-  // A group that reaches beyond the row; 0 where it does.
+  // A group that reaches beyond the row; -inf where it does.
   __device__ void copy_edge(unsigned char* to, const unsigned char* from, int first) const {
     using Word = Unsigned<kLogitBytes<kDtype>>;
     Word words[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const bool is_inside = first + i >= 0 && first + i < row_.vocab_size;
-      words[i] = is_inside ? reinterpret_cast<const Word*>(from)[i] : Word{0};
+      words[i] = is_inside ? reinterpret_cast<const Word*>(from)[i] : kLowestBits<kDtype>;
     }
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) memcpy(to + i * sizeof(Word), &words[i], sizeof(Word));
@@ -311,6 +318,17 @@ class RowSampler {
   __device__ int groups() const { return shared_.groups; }
   __device__ int rounds() const { return (groups() + kThreads - 1) / kThreads; }
 
+  // The logits of a group.
+  __device__ __forceinline__ const unsigned char* place_of(
+      const Copy& copies,
+      int local,
+      int group
+  ) const {
+    constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
+    return kCopied ? copies.logits + local * kBytes
+                   : row_.aligned + static_cast<int64_t>(group) * kBytes;
+  }
+
   // Steps 1 to 5 of a group, that another block may have. Where seen tokens have scores, ``kApart`` leaves
   // them out.
   template <bool kApart>
@@ -320,11 +338,9 @@ class RowSampler {
       int group,
       float (&x)[kGroup]
   ) const {
-    constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
+    load<kDtype, kCopied>(row_, place_of(copies, local, group), group, x);
+    if (row_.is_plain) return;
     const int first = row_.first_id(group);
-    const unsigned char* place = kCopied ? copies.logits + local * kBytes
-                                         : row_.aligned + static_cast<int64_t>(group) * kBytes;
-    load<kDtype, kCopied>(row_, place, group, x);
     add_bias(args_, row_, first, x);
     const int word = local / 4;
     const int bit = local % 4 * kGroup;
@@ -358,36 +374,54 @@ class RowSampler {
     }
   }
 
-  // visit(round, group, x) of each of this thread's groups, by steps 1 to 6, in every round but those whose
-  // chunk has no key from ``lowest`` on: x is -inf where the part has no group left, and the group is
-  // another block's.
+  // visit(round, group, x) of each of this thread's groups, by steps 1 to 6, in every round: x is -inf where
+  // the part has no group left, and the group is another block's.
   template <typename Visit>
-  __device__ __forceinline__ void over_groups(uint32_t lowest, const Visit& visit) const {
-    const int warp = threadIdx.x / kWarpSize;
+  __device__ __forceinline__ void over_groups(const Visit& visit) const {
+    const int count = groups();
 #pragma unroll 1
-    for (int round = 0; round < rounds(); ++round) {
-      if (chunk_keys_[round * kWarps + warp] < lowest) continue;
-      const int local = round * kThreads + static_cast<int>(threadIdx.x);
-      const int group = first_group_ + local;
-      float x[kGroup];
-      if (local < groups()) {
-        fetch_ahead(local);
-        process<false>(copy_of(cluster_.rank()), local, group, x);
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) x[i] = canonical(x[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) x[i] = -kInfinity;
+    for (int round = 0; round * kThreads < count; ++round) visit_round(round, count, visit);
+  }
+
+  // The same for the chunks that have a key from ``lowest`` on.
+  template <typename Visit>
+  __device__ __forceinline__ void over_chunks(uint32_t lowest, const Visit& visit) const {
+    const int count = groups();
+    const int warp = threadIdx.x / kWarpSize;
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+    for (int first = 0; first * kThreads < count; first += kWarpSize) {
+      const int round = first + lane;
+      const bool has_one = round * kThreads < count && chunk_keys_[round * kWarps + warp] >= lowest;
+#pragma unroll 1
+      for (unsigned rest = __ballot_sync(kWholeWarp, has_one); rest != 0; rest &= rest - 1) {
+        visit_round(first + __ffs(static_cast<int>(rest)) - 1, count, visit);
       }
-      visit(round, group, x);
     }
   }
 
+  template <typename Visit>
+  __device__ __forceinline__ void visit_round(int round, int count, const Visit& visit) const {
+    const int local = round * kThreads + static_cast<int>(threadIdx.x);
+    const int group = first_group_ + local;
+    float x[kGroup];
+    if (local < count) {
+      fetch_ahead(local, count);
+      process<false>(copy_of(cluster_.rank()), local, group, x);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) x[i] = canonical(x[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) x[i] = -kInfinity;
+    }
+    visit(round, group, x);
+  }
+
   // Asks for logits of a later round, of a row that is not copied.
-  __device__ __forceinline__ void fetch_ahead(int local) const {
+  __device__ __forceinline__ void fetch_ahead(int local, int count) const {
     constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
     local += kPrefetched * kThreads;
-    if (kCopied || local >= groups()) return;
+    if (kCopied || local >= count) return;
     prefetch(row_.aligned + static_cast<int64_t>(first_group_ + local) * kBytes);
   }
 
@@ -408,15 +442,16 @@ class RowSampler {
     const bool has_scores = kCopied && row_.seen.words != nullptr;
     is_scored_ = has_scores && shared_.seen_count <= kScored;
     bool any_nan = false;
+    const int count = groups();
 #pragma unroll 1
-    for (int round = 0; round < rounds(); ++round) {
+    for (int round = 0; round * kThreads < count; ++round) {
       const int local = round * kThreads + static_cast<int>(threadIdx.x);
       float found[kMaxima];
 #pragma unroll
       for (int half = 0; half < kMaxima; ++half) found[half] = -kInfinity;
-      if (local < groups()) {
+      if (local < count) {
         float x[kGroup];
-        fetch_ahead(local);
+        fetch_ahead(local, count);
         process<true>(copy_of(cluster_.rank()), local, first_group_ + local, x);
         // step 6 is left to the largest: fmaxf passes over NaN
 #pragma unroll
@@ -426,7 +461,6 @@ class RowSampler {
         }
       }
       const float here = fmaxf(found[0], found[1]);
-      group_ = here > largest() ? first_group_ + local : group_;
 #pragma unroll
       for (int half = 0; half < kMaxima; ++half)
         largest_[half] = fmaxf(largest_[half], found[half]);
@@ -471,9 +505,6 @@ class RowSampler {
       copies.scores[i] = x[0];
       any_nan |= x[0] != x[0];
       const float value = canonical(x[0]);
-      const int group = first_group_ + local;
-      const bool is_first = value > largest() || (value == largest() && group < group_);
-      group_ = is_first ? group : group_;
       // a token is in one of the maxima of one thread
       largest_[0] = fmaxf(largest_[0], value);
       const int chunk = local / kThreads * kWarps + local % kThreads / kWarpSize;
@@ -487,14 +518,14 @@ class RowSampler {
   // 8 greedy
   __device__ void find_first() {
     uint64_t first[1] = {kNoCode};
-    if (largest() == m_) {
-      float x[kGroup];
-      process_any(group_, x);
+    over_chunks(order_key(m_), [&](int, int group, const float (&x)[kGroup]) {
+      // later groups come later in the order
+      if (first[0] != kNoCode) return;
 #pragma unroll
       for (int i = kGroup - 1; i >= 0; --i) {
-        if (x[i] == m_) first[0] = code_of(x[i], row_.first_id(group_) + i);
+        if (x[i] == m_) first[0] = code_of(x[i], row_.first_id(group) + i);
       }
-    }
+    });
     cluster_.combine(first, Larger());
     cut_ = first[0];
   }
@@ -505,28 +536,26 @@ class RowSampler {
   __device__ void list(const Range& range) {
     if (threadIdx.x == 0) shared_.appended = 0;
     __syncthreads();
-    const Bound low(range.low);
-    const Bound high(range.high);
-    over_groups(
+    const float low = logit_of(range.low);
+    over_chunks(
         static_cast<uint32_t>(range.low >> 20),
         [&](int, int group, const float (&x)[kGroup]) {
           const int first = row_.first_id(group);
           unsigned wanted = 0;
 #pragma unroll
-          for (int i = 0; i < kGroup; ++i) wanted |= x[i] >= low.x ? 1u << i : 0;
+          for (int i = 0; i < kGroup; ++i) wanted |= x[i] >= low ? 1u << i : 0;
           // nobody adds to what is too long already, of however many
           if (wanted == 0 || *const_cast<volatile uint32_t*>(&shared_.appended) > kListed) return;
+#pragma unroll 1
+          for (; wanted != 0; wanted &= wanted - 1) {
+            const int next = __ffs(static_cast<int>(wanted)) - 1;
+            float value = 0.0f;
 #pragma unroll
-          for (int i = 0; i < kGroup; ++i) {
-            const bool is_in = low.is_reached(x[i], first + i) && !high.is_reached(x[i], first + i);
-            if (!is_in) wanted &= ~(1u << i);
-          }
-          unsigned place = atomicAdd(&shared_.appended, static_cast<unsigned>(__popc(wanted)));
-#pragma unroll
-          for (int i = 0; i < kGroup; ++i) {
-            if ((wanted >> i & 1) == 0) continue;
-            if (place < kListed) shared_.sorted[place] = code_of(x[i], first + i);
-            ++place;
+            for (int i = 0; i < kGroup; ++i) value = i == next ? x[i] : value;
+            const uint64_t code = code_of(value, first + next);
+            if (code < range.low || code >= range.high) continue;
+            const unsigned place = atomicAdd(&shared_.appended, 1u);
+            if (place < kListed) shared_.sorted[place] = code;
           }
         }
     );
@@ -536,9 +565,12 @@ class RowSampler {
     const int count = counts.total <= kListed ? static_cast<int>(counts.total) : 0;
     for (int i = static_cast<int>(threadIdx.x); count > 0 && i < own; i += kThreads) {
       const uint64_t code = shared_.sorted[i];
+      const int64_t w = mass_of(logit_of(code));
+      const int64_t place = counts.before + i;
 #pragma unroll 1
       for (int block = 0; block < cluster_.blocks(); ++block) {
-        in_block(shared_.list, block)[counts.before + i] = code;
+        in_block(shared_.list, block)[place] = code;
+        in_block(shared_.masses, block)[place] = w;
       }
     }
     if (threadIdx.x == 0) {
@@ -549,54 +581,47 @@ class RowSampler {
     sort(count);
   }
 
-  // visit(own, rank) of each of so many numbers: how many of them are larger. Four lanes share one.
-  template <typename Number, typename Visit>
-  __device__ __forceinline__ static void rank(int count, const Number& number, const Visit& visit) {
+  // visit(own, code, count, mass) of each of so many codes of the list: how many hold(other, code), and their
+  // mass. Four lanes share one.
+  template <typename Holds, typename Visit>
+  __device__ __forceinline__ void compare_all(
+      int count,
+      const Holds& holds,
+      const Visit& visit
+  ) const {
     constexpr int kLanes = 4;
     const int part = static_cast<int>(threadIdx.x) % kLanes;
 #pragma unroll 1
     for (int first = 0; first < count; first += kThreads / kLanes) {
       const int own = first + static_cast<int>(threadIdx.x) / kLanes;
-      const auto mine = number(own < count ? own : 0);
-      int larger = 0;
+      const uint64_t code = shared_.list[own < count ? own : 0];
+      int held = 0;
+      int64_t mass = 0;
 #pragma unroll 4
-      for (int i = part; i < count; i += kLanes) larger += number(i) > mine;
+      for (int i = part; i < count; i += kLanes) {
+        const bool is_held = holds(shared_.list[i], code);
+        held += is_held ? 1 : 0;
+        mass += is_held ? shared_.masses[i] : 0;
+      }
 #pragma unroll
       for (int other = 1; other < kLanes; other *= 2) {
-        larger += __shfl_xor_sync(kWholeWarp, larger, other);
+        held += __shfl_xor_sync(kWholeWarp, held, other);
+        mass += __shfl_xor_sync(kWholeWarp, mass, other);
       }
-      if (part == 0 && own < count) visit(own, larger);
+      if (part == 0 && own < count) visit(own, code, held, mass);
     }
   }
 
   // Sorts the list, and gives the running mass of the sorted.
   __device__ void sort(int count) {
-    rank(
+    compare_all(
         count,
-        [&](int i) { return shared_.list[i]; },
-        [&](int own, int place) { shared_.sorted[place] = shared_.list[own]; }
+        [](uint64_t other, uint64_t code) { return other >= code; },
+        [&](int, uint64_t code, int reached, int64_t mass) {
+          shared_.sorted[reached - 1] = code;
+          shared_.reach[reached - 1] = mass;
+        }
     );
-    __syncthreads();
-    find_reach(shared_.sorted, count);
-  }
-
-  // The running masses of codes.
-  __device__ void find_reach(const uint64_t* codes, int count) {
-    constexpr int kEach = kListed / kThreads;
-    const int first = static_cast<int>(threadIdx.x) * kEach;
-    int64_t w[kEach];
-    int64_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      w[i] = first + i < count ? mass_of(logit_of(codes[first + i])) : 0;
-      sum += w[i];
-    }
-    int64_t running = cluster_.scan(sum) - sum;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      running += w[i];
-      shared_.reach[first + i] = running;
-    }
     __syncthreads();
   }
 
@@ -654,38 +679,42 @@ class RowSampler {
 
   // Each filter's cut. None leaves fewer than min_tokens_to_keep.
   __device__ void find_cuts() {
-    enum { kFirstTokens, kTopK, kTopP, kKeep, kSteps };
+    enum { kFirst, kTopK, kMore, kTopP, kKeep, kSteps };
     uint64_t k_cut = kLowestCode;
     uint64_t filter_cut = kLowestCode;
 #pragma unroll 1
-    for (int step = kFirstTokens; step < kSteps; ++step) {
+    for (int step = kFirst; step < kSteps; ++step) {
       const Filters filters = find_filters();
-      const bool by_mass = step == kTopP;
+      const bool by_mass = step == kMore || step == kTopP;
       int64_t target = filters.at_most;
       if (step == kTopK && !filters.has_k) continue;
-      if (step == kTopP) {  // 12
+      if (by_mass) {  // 12
         if (!filters.has_p) continue;
-        if (filters.has_k) mass_.total = mass_from(k_cut);
+        if (filters.has_k) {
+          if (step == kMore) continue;
+          mass_.total = mass_from(k_cut);
+        }
         target = top_p_target(mass_.total, filters.top_p);
       }
       if (step == kKeep) {
         if (filters.has_min_p) {  // 13
-          const uint64_t near_cut = first_code(nearest_key(filters.depth_cut));
+          const uint64_t near_cut = nearest_code(filters.depth_cut);
           filter_cut = filter_cut > near_cut ? filter_cut : near_cut;
         }
         if (filters.keep == 1 || filter_cut <= k_cut) continue;
         target = filters.keep;
       }
       Range range;
-      bool is_listed;
-      if (step == kFirstTokens) {
-        is_listed = !first_tokens(filters, range);
-      } else {
-        is_listed = is_in_list(target, by_mass);
-        if (!is_listed) range = search(target, by_mass, k_cut);
+      bool is_listed = step != kFirst && is_in_list(target, by_mass);
+      if (!is_listed) {
+        if (step == kFirst || step == kMore) {
+          is_listed = !first_tokens(filters, step == kFirst ? kFewTokens : kMoreTokens, range);
+        } else {
+          range = search(target, by_mass, k_cut);
+        }
       }
       if (!is_listed) list(range);
-      if (step == kFirstTokens) continue;
+      if (step == kFirst || step == kMore) continue;
       const uint64_t cut = cut_at(target, by_mass, k_cut);
       if (step == kTopK) k_cut = cut;  // 11
       if (step == kTopP) filter_cut = cut;
@@ -699,14 +728,14 @@ class RowSampler {
 
   // The first tokens of the order, about as many as the filters ask for, and what is within min-p's depth.
   // False if it would be no list.
-  __device__ bool first_tokens(const Filters& filters, Range& range) {
+  __device__ bool first_tokens(const Filters& filters, int nucleus, Range& range) {
     int64_t wanted = filters.keep;
     if (filters.has_k) {
       wanted = filters.at_most;
     } else if (filters.has_p) {
       // half of the maxima tell it well enough
-      const int64_t half = kThreads * kMaxima / 2 * cluster_.blocks();
-      const int64_t nucleus = half < kNucleus ? half : kNucleus;
+      const int half = kThreads * kMaxima / 2 * cluster_.blocks();
+      nucleus = half < nucleus ? half : nucleus;
       wanted = wanted > nucleus ? wanted : nucleus;
     }
     if (wanted > kListed) return false;
@@ -743,8 +772,20 @@ class RowSampler {
     return true;
   }
 
-  // 13 min-p: the lowest key whose depth is at most the cut. The depth grows as the key falls. Each lane
-  // tries another one.
+  // 13 min-p: the last code whose depth is at most the cut, or one between it and the next token.
+  __device__ uint64_t nearest_code(float depth_cut) const {
+    const Listed& listed = shared_.listed;
+    if (listed.count > 0 && listed.count_above == 0) {
+      const int inside = count_while_together(listed.count, [&](int i) {
+        return depth_of(logit_of(shared_.sorted[i])) <= depth_cut;
+      });
+      if (inside < listed.count) return shared_.sorted[inside - 1];
+    }
+    return first_code(nearest_key(depth_cut));
+  }
+
+  // The lowest key whose depth is at most the cut. The depth grows as the key falls. Each lane tries
+  // another one.
   __device__ uint32_t nearest_key(float depth_cut) const {
     uint32_t inside = order_key(m_);
     uint32_t size =
@@ -771,7 +812,7 @@ class RowSampler {
       const Bound bounds[3] = {Bound(pivots[0]), Bound(pivots[1]), Bound(pivots[2])};
       uint64_t sums[4] = {0, 0, 0, 0};
       const auto lowest_key = static_cast<uint32_t>(pivots[0] >> 20);  // of rising ones
-      over_groups(lowest_key, [&](int, int group, const float (&x)[kGroup]) {
+      over_chunks(lowest_key, [&](int, int group, const float (&x)[kGroup]) {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
           const int id = row_.first_id(group) + i;
@@ -815,6 +856,7 @@ class RowSampler {
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) sampled = row_.first_id(group) + i == id ? x[i] : sampled;
       shared_.list[own] = code_of(sampled, id);
+      shared_.masses[own] = mass_of(sampled);
     }
     __syncthreads();
     sort(kListed);
@@ -884,7 +926,7 @@ class RowSampler {
     const Bound cut(cut_);
     const bool all = cut_ == kLowestCode;
     __syncthreads();
-    over_groups(0, [&](int round, int group, const float (&x)[kGroup]) {
+    over_groups([&](int round, int group, const float (&x)[kGroup]) {
       int64_t sum = 0;
       if (all) {
 #pragma unroll
@@ -944,25 +986,35 @@ class RowSampler {
 
   __device__ int64_t random_below(int draw, int64_t total) const {
     const Parameters& row = shared_.parameters;
+    if (draw == 0) return scaled_random(row.random, total);
     return scaled_random(random_bits(row.seed, row.position, static_cast<uint32_t>(draw)), total);
   }
 
-  // The kept ones, by their ids.
+  // The kept ones of the list: each asks how much mass those with smaller ids have. A warp for each draw.
   __device__ void draw_from_list() {
-    const int kept = count_from(cut_);
-    rank(
-        kept,
-        [&](int i) { return static_cast<uint32_t>(shared_.sorted[i]) & kLastId; },
-        [&](int own, int place) { shared_.list[place] = shared_.sorted[own]; }
+    const int count = shared_.listed.count;
+    const int64_t total = mass_from(cut_);
+    const uint64_t cut = cut_;
+    __syncthreads();
+    compare_all(
+        count,
+        [=](uint64_t other, uint64_t code) {
+          const auto bits = [](uint64_t of) { return static_cast<uint32_t>(of) & kLastId; };
+          return other >= cut && bits(other) > bits(code);  // they are larger for smaller ids
+        },
+        [&](int own, uint64_t, int, int64_t mass) { shared_.reach[own] = mass; }
     );
     __syncthreads();
-    find_reach(shared_.list, kept);
-    const int64_t total = shared_.reach[kept - 1];
-    for (int i = static_cast<int>(threadIdx.x); i < args_.num_samples; i += kThreads) {
+#pragma unroll 1
+    for (int i = threadIdx.x / kWarpSize; i < args_.num_samples; i += kWarps) {
       const int64_t r = random_below(i, total);
-      const int place = count_while(kept - 1, [&](int j) { return shared_.reach[j] <= r; });
-      const int64_t w = shared_.reach[place] - (place > 0 ? shared_.reach[place - 1] : 0);
-      write(i, id_of(shared_.list[place]), w, total);
+#pragma unroll 1
+      for (int own = threadIdx.x % kWarpSize; own < count; own += kWarpSize) {
+        const uint64_t code = shared_.list[own];
+        const int64_t w = shared_.masses[own];
+        const int64_t below = shared_.reach[own];
+        if (code >= cut && below <= r && r < below + w) write(i, id_of(code), w, total);
+      }
     }
   }
 
@@ -1034,7 +1086,6 @@ class RowSampler {
 
   // The largest raw logit, and the logarithm of the sum of exp(x - m).
   __device__ void find_raw_sum() {
-    constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
     uint64_t sum[1] = {0};
 #pragma unroll 1
     for (bool sums = false;; sums = true) {
@@ -1045,8 +1096,7 @@ class RowSampler {
         if (local >= groups()) continue;
         float x[kGroup];
         const int group = first_group_ + local;
-        const unsigned char* place =
-            kCopied ? copy_ + local * kBytes : row_.aligned + static_cast<int64_t>(group) * kBytes;
+        const unsigned char* place = place_of(copy_of(cluster_.rank()), local, group);
         load<kDtype, kCopied>(row_, place, group, x);
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
@@ -1072,7 +1122,7 @@ class RowSampler {
     const float t = shared_.parameters.temperature;
     const Bound cut(cut_);
     float* out = args_.filtered + int64_t{index_} * args_.filtered_stride;
-    over_groups(0, [&](int, int group, const float (&x)[kGroup]) {
+    over_groups([&](int, int group, const float (&x)[kGroup]) {
       if (group >= first_group_ + groups()) return;
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
@@ -1107,7 +1157,6 @@ class RowSampler {
   int first_group_;  // of this block
 
   float largest_[kMaxima] = {-kInfinity, -kInfinity};  // of this thread's
-  int group_ = 0;                                      // the first that has the larger one
   float m_;
   float scale_ = 0.0f;
   bool is_scored_ = false;  // seen tokens have scores
