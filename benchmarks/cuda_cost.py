@@ -17,21 +17,21 @@ A call on an H100 (132 multiprocessors of 4 schedulers, 3.35 TB/s, 1.755 GHz) ta
   of integer multiplications.
 
 What it should take is ``chain``: the time of one row's cluster from its first read to its end, times
-how often the clusters follow each other, ``ceil(rows / clusters at a time)``. What two rows on one
-multiprocessor hide of each other is not taken off, though that is what they are there for. These
-assumptions are in it:
+how often the clusters follow each other, ``ceil(rows / clusters at a time)``. Two rows on the same
+multiprocessors take turns: one is copied while the other is searched. These assumptions are in it:
 
 * 0.7 us for a read of global memory that waits for the one before: 1 before the copy, and until the
   counts of the history are there 4, beside it;
 * the copy: 70 GB/s for a block, or its share of 3.35 TB/s;
-* a round of a pass takes as many cycles as the warps of the multiprocessor need to issue it, but at
-  least 2.5 an instruction and 60 for shared memory;
+* a round of a pass takes as many cycles as all warps of the multiprocessor need to issue it, the other
+  row's too, but at least 2.5 an instruction and 60 for shared memory;
 * 40 cycles for a barrier of a block, 350 for one of a cluster with what it waits for, and 200 for a
   read of another block's shared memory;
 * 35 cycles for each step of what has to be done one after the other: a shuffle, a vote, a read of
   shared memory;
-* lists of 60 tokens where top-k is 50, of 300 where top-p is 0.9; 4 passes of search on a flat row,
-  as the emulation counts them; a history of 4,096 tokens, each as likely as any other.
+* lists of 60 tokens where top-k is 50, of 80 where top-p is 0.9 and they have its mass; on a flat row
+  the list of 230 has not either, and 4 passes search a longer part, as the emulation counts them;
+* a history of 4,096 tokens, each as likely as any other.
 
 The launch itself, about 2 us before the first instruction runs, is not in it: every kernel has that.
 """
@@ -163,15 +163,17 @@ def choose_launch(rows: int, vocab_size: int, itemsize: int, arch: str) -> Launc
 # The passes, in the source and in the machine code
 
 #: A function of sample.cu, the statement in it that is the loop, and what an iteration has one of: a loop
-#: that is unrolled has several.
+#: that is unrolled, or there several times, has more.
 PASSES = {
     "copy": ("copy_logits", "for (int local", "LDGSTS"),
     "bits": ("copy_bits", "for (int i = thread; i < words; i += kThreads) {\n        copies.seen", "POPC"),
     "places": ("copy_bits", "for (int i = thread; i < words; i += kThreads) {\n        copies.places", ""),
-    "maxima": ("find_maxima", "for (int round", ""),
-    "score": ("score", "for (int i", ""),
+    "maxima": ("find_maxima", "any_nan |= find_chunk_maxima<true>", "REDUX"),
+    "other maxima": ("find_maxima", "any_nan |= find_chunk_maxima<false>", ""),
+    "score": ("score", "for (int i = static_cast<int>(threadIdx.x); i < count", ""),
     "first": ("find_first", "over_chunks(", ""),
     "list": ("list", "over_chunks(", ""),
+    "compare": ("compare_all", "for (int i = part", "LDS"),
     "search": ("search", "over_chunks(", ""),
     "weigh": ("weigh", "over_groups(", ""),
     "raw": ("find_raw_sum", "for (int round", ""),
@@ -240,7 +242,8 @@ def source() -> Source:
     kernel = texts["sample.cu"]
     passes = {}
     for name, (function, statement, _) in PASSES.items():
-        start = kernel.index(statement, re.search(rf" {function}\(.*\{{$", kernel, re.M).start())  # type: ignore[union-attr]
+        (definition,) = re.finditer(rf"__ \w+ {function}\(", kernel)
+        start = kernel.index(statement, definition.start())
         passes[name] = Place("sample.cu", block_at(kernel, start))
     sides = {
         kind: [Place(file, block_at(texts[file], texts[file].index(text))) for file, text in places]
@@ -366,7 +369,7 @@ def copies_of(kernel: Kernel, name: str, sides: dict[str, Counter[str]]) -> floa
     once = PASSES[name][2]
     if not once:
         return 1
-    of_one = DTYPES[kernel.dtype] // 2 if once == "LDGSTS" else 1
+    of_one = {"copy": DTYPES[kernel.dtype] // 2, "compare": 2}.get(name, 1)
     return sum(names[once] for names in sides.values()) / of_one
 
 
@@ -400,7 +403,7 @@ class Case:
 
     name: str
     is_greedy: bool = False
-    listed: int = 0  # tokens of the list, 0: none is made
+    lists: tuple[int, ...] = ()  # how many tokens each has
     weighs: bool = False  # whether the mass of the whole row is asked for
     searches: int = 0
     history: int = 0
@@ -410,11 +413,11 @@ class Case:
 CASES = (
     Case("greedy", is_greedy=True),
     Case("no filter", weighs=True),
-    Case("top-k 50", listed=60),
-    Case("top-p 0.9", listed=300, weighs=True),
-    Case("top-p 0.9, flat", listed=300, weighs=True, searches=4),
-    Case("top-k 50 + top-p 0.9", listed=60),
-    Case("all parameters", listed=60, history=4096, has_min_p=True),
+    Case("top-k 50", lists=(60,)),
+    Case("top-p 0.9", lists=(80,), weighs=True),
+    Case("top-p 0.9, flat", lists=(80, 230, 300), weighs=True, searches=4),
+    Case("top-k 50 + top-p 0.9", lists=(60,)),
+    Case("all parameters", lists=(60,), history=4096, has_min_p=True),
 )
 
 PROCESSORS_H100 = PROCESSORS["sm_90a"]
@@ -473,9 +476,7 @@ class Chain:
         found = self.cost.passes[name]
         mix = sum((found[side] for side in sides), found["plain"])
         if self.case.history and "history" in found:
-            mix += found["history"]
-            if name != "maxima":
-                mix += found["seen"].times(most_seen(8 * self.share_seen))
+            mix += found["history"] + found["seen"].times(most_seen(8 * self.share_seen))
         return mix
 
     def loop(self, mix: Mix, rounds: float, steps: int = 0) -> None:
@@ -530,18 +531,14 @@ class Chain:
         self.read_remote(1)
         self.cycles["passes"] += SLOWEST * self.mix("first").all + SHARED_MEMORY
 
-    def find_reach(self) -> None:
-        self.steps(1)
-        self.code(2 * self.cost.passes["weigh"]["all"].all / 8)  # the mass of two tokens
-        self.scan()
-        self.steps(1)
-        self.barrier()
+    def mass(self) -> None:
+        self.code(self.cost.passes["weigh"]["all"].all / 8)
 
-    def rank(self, count: int) -> None:
-        tokens = self.launch.threads // 4
-        four = SHARED_MEMORY + SLOWEST * 16
-        self.cycles["steps"] += math.ceil(count / tokens) * (math.ceil(count / 16) * four + 2 * STEP)
-        self.barrier()
+    def compare_all(self, count: int) -> None:
+        """Four lanes share a token, in iterations of four others."""
+        four = SHARED_MEMORY + SLOWEST * 4 * self.cost.passes["compare"]["plain"].all
+        rounds = math.ceil(count / (self.launch.threads // 4))
+        self.cycles["lists"] += rounds * (math.ceil(count / 16) * four + 2 * STEP)
 
     def search_list(self, times: int) -> None:
         """count_while_together: two steps of a read and a vote."""
@@ -554,18 +551,20 @@ class Chain:
         self.barrier()
         self.sum()
 
-    def list(self) -> None:
-        count = self.case.listed
+    def list(self, count: int) -> None:
         self.barrier()
+        self.steps(3)
         self.over_chunks("list", count)
         of_warp = math.ceil(count / self.launch.blocks / self.warps)
         self.code(of_warp * self.cost.passes["list"]["hit"].all)
+        self.steps(of_warp)
         self.barrier()
         self.sum()
+        self.mass()
         self.read_remote(1)
         self.sync()
-        self.rank(count)
-        self.find_reach()
+        self.compare_all(count)
+        self.barrier()
 
     def first_tokens(self) -> None:
         self.barrier()
@@ -580,9 +579,10 @@ class Chain:
         self.barrier()
         self.process_any()
         self.process_any()
+        self.mass()
         self.barrier()
-        self.rank(512)
-        self.find_reach()
+        self.compare_all(384)
+        self.barrier()
         self.search_list(4)
         for _ in range(self.case.searches):
             self.over_groups("search")
@@ -595,17 +595,17 @@ class Chain:
             self.barrier()
             self.over_groups("weigh", "all", steps=5)
             self.sum_chunks()
-        if not case.listed:
-            return
-        self.first_tokens()
-        self.list()
-        self.search_list(2)
+        for number, count in enumerate(case.lists):
+            if number < 2:
+                self.first_tokens()
+            else:
+                self.search()
+            self.list(count)
+            self.search_list(2)
         if case.has_min_p:
-            self.steps(7 * 3)
-            self.code(7 * 30)
+            self.search_list(1)
+            self.mass()  # more than a depth takes
         if case.searches:
-            self.search()
-            self.list()
             self.barrier()
             self.over_groups("weigh", "kept", steps=5)
             self.sum_chunks()
@@ -614,12 +614,12 @@ class Chain:
         case = self.case
         if case.is_greedy:
             return
-        self.code(2 * 100)  # Philox, whose steps wait for each other
-        if case.listed and not case.searches:
+        if case.lists and not case.searches:
             self.search_list(1)
-            self.rank(case.listed)
-            self.find_reach()
-            self.steps(2 * math.log2(case.listed))
+            self.barrier()
+            self.compare_all(case.lists[0])
+            self.barrier()
+            self.steps(math.ceil(case.lists[0] / 32) * 2 + 2)
         else:
             self.steps(2 * math.log2(self.rounds * self.warps))
             self.process_any()
@@ -660,7 +660,8 @@ def predict(case: Case, kernel: Kernel, rows: int, vocab_size: int, cost: Cost) 
         per_processor = 1
     follow = math.ceil(rows / at_once)
     row_bytes = vocab_size * itemsize + (vocab_size / 8 if case.history else 0)
-    together = min(rows, at_once) * row_bytes / BYTES_PER_US
+    copied_at_once = min(rows, at_once / per_processor)
+    together = copied_at_once * row_bytes / BYTES_PER_US
     copy = max(row_bytes / launch.blocks / BLOCK_BYTES_PER_US, together)
     chain = Chain(case, cost, launch, per_processor, vocab_size)
     chain.run(copy)

@@ -21,8 +21,8 @@
 // A pass over the part, and what the steps that need one share, is written once in a loop over steps:
 // its code is long, and it would be there as often as it is called.
 //
-// Hazards. Each array in Shared says who writes it. No block leaves before all have read what they wanted
-// of its shared memory. The history is written after the cluster's last barrier.
+// Hazards. Each array in Shared says who writes it. A barrier of the cluster follows whenever a block has
+// looked into another one's memory: so it may leave. Nobody reads the history when it is written.
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -42,6 +42,8 @@ constexpr int kListed = 384;  // the longest list
 // So many of the first tokens of the order are listed for top-p; more of them where those have not its mass.
 constexpr int kFewTokens = 64;
 constexpr int kMoreTokens = 192;
+constexpr int kSampled = 256;  // tokens of a row
+constexpr int64_t kLargestMass = int64_t{1} << 42;
 constexpr int kBins = 2 * kThreads;
 constexpr int kMaxima = 2;      // of a thread
 constexpr int kPrefetched = 4;  // rounds ahead, of a row that is not copied
@@ -165,7 +167,9 @@ class RowSampler {
       if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) find_raw_sum();
       draw(is_greedy);
     }
-    cluster_.sync();
+    // a list's draws, and the first token's, look no more at the history, nor at another block's memory
+    const bool has_chunk_draws = m_ != -kInfinity && !is_greedy && !in_list_;
+    if (args_.filtered != nullptr || has_chunk_draws) cluster_.sync();
     if (drew_) advance();
   }
 
@@ -329,9 +333,7 @@ class RowSampler {
                    : row_.aligned + static_cast<int64_t>(group) * kBytes;
   }
 
-  // Steps 1 to 5 of a group, that another block may have. Where seen tokens have scores, ``kApart`` leaves
-  // them out.
-  template <bool kApart>
+  // Steps 1 to 5 of a group, that another block may have.
   __device__ __forceinline__ void process(
       const Copy& copies,
       int local,
@@ -351,10 +353,6 @@ class RowSampler {
     const uint32_t here = kCopied ? copies.seen[word] : 0;
     unsigned seen = kCopied ? here >> bit & 0xff : row_.seen.of(first, row_.vocab_size);
     const bool is_scored = kCopied && is_scored_;
-    if (kApart && is_scored) {
-      leave(~seen, x);
-      return;
-    }
     const float* scores = nullptr;
     if (is_scored) scores = copies.scores + copies.places[word] + __popc(here & ((1u << bit) - 1));
     // few are: a loop is shorter than eight times its body
@@ -407,7 +405,7 @@ class RowSampler {
     float x[kGroup];
     if (local < count) {
       fetch_ahead(local, count);
-      process<false>(copy_of(cluster_.rank()), local, group, x);
+      process(copy_of(cluster_.rank()), local, group, x);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) x[i] = canonical(x[i]);
     } else {
@@ -428,7 +426,7 @@ class RowSampler {
   // Steps 1 to 6 of any group of the row.
   __device__ __forceinline__ void process_any(int group, float (&x)[kGroup]) const {
     const int owner = group / part_groups_;
-    process<false>(copy_of(owner), group - owner * part_groups_, group, x);
+    process(copy_of(owner), group - owner * part_groups_, group, x);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) x[i] = canonical(x[i]);
   }
@@ -441,38 +439,17 @@ class RowSampler {
   __device__ void find_maxima() {
     const bool has_scores = kCopied && row_.seen.words != nullptr;
     is_scored_ = has_scores && shared_.seen_count <= kScored;
-    bool any_nan = false;
-    const int count = groups();
-#pragma unroll 1
-    for (int round = 0; round * kThreads < count; ++round) {
-      const int local = round * kThreads + static_cast<int>(threadIdx.x);
-      float found[kMaxima];
-#pragma unroll
-      for (int half = 0; half < kMaxima; ++half) found[half] = -kInfinity;
-      if (local < count) {
-        float x[kGroup];
-        fetch_ahead(local, count);
-        process<true>(copy_of(cluster_.rank()), local, first_group_ + local, x);
-        // step 6 is left to the largest: fmaxf passes over NaN
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          any_nan |= x[i] != x[i];
-          found[i * kMaxima / kGroup] = fmaxf(found[i * kMaxima / kGroup], x[i]);
-        }
-      }
-      const float here = fmaxf(found[0], found[1]);
-#pragma unroll
-      for (int half = 0; half < kMaxima; ++half)
-        largest_[half] = fmaxf(largest_[half], found[half]);
-      const uint32_t key = __reduce_max_sync(kWholeWarp, order_key(here));
-      if (threadIdx.x % kWarpSize == 0) chunk_keys_[round * kWarps + threadIdx.x / kWarpSize] = key;
-    }
-    if (is_scored_) {
-      __syncthreads();
-      any_nan |= score();
+    bool any_nan = is_scored_ && score();
+    const bool has_seen = row_.seen.words != nullptr && !is_scored_;
+    if (row_.bias_count == 0 && row_.allowed.words == nullptr && !has_seen) {
+      any_nan |= find_chunk_maxima<true>();
+    } else {
+      any_nan |= find_chunk_maxima<false>();
     }
     const uint32_t flags = (any_nan ? 1u : 0u) | (has_scores && !is_scored_ ? 2u : 0u);
-    uint64_t found[1] = {static_cast<uint64_t>(order_key(largest())) << 32 | flags};
+    uint64_t found[1] = {
+        static_cast<uint64_t>(order_key(fmaxf(largest_[0], largest_[1]))) << 32 | flags
+    };
     cluster_.combine(found, LargerWithFlags());
     m_ = from_order_key(static_cast<uint32_t>(found[0] >> 32));
     if (args_.status != nullptr && cluster_.rank() == 0 && threadIdx.x == 0) {
@@ -485,23 +462,77 @@ class RowSampler {
     is_scored_ = has_scores && (found[0] & 2) == 0;
   }
 
-  // Steps 1 to 5 of the tokens that were seen, evenly among the threads. True if one is NaN.
+  // Of all but the tokens that have scores: those are -inf in the copy. True if one is NaN.
+  template <bool kPlain>
+  __device__ __forceinline__ bool find_chunk_maxima() {
+    const int warp = threadIdx.x / kWarpSize;
+    const int count = groups();
+    bool any_nan = false;
+#pragma unroll(kPlain ? 2 : 1)
+    for (int round = 0; round * kThreads < count; ++round) {
+      const int local = round * kThreads + static_cast<int>(threadIdx.x);
+      const int group = first_group_ + local;
+      float found[kMaxima];
+#pragma unroll
+      for (int half = 0; half < kMaxima; ++half) found[half] = -kInfinity;
+      if (local < count) {
+        float x[kGroup];
+        fetch_ahead(local, count);
+        const Copy copies = copy_of(cluster_.rank());
+        if (kPlain) {
+          load<kDtype, kCopied>(row_, place_of(copies, local, group), group, x);
+        } else {
+          process(copies, local, group, x);
+        }
+        // step 6 is left to the largest: fmaxf passes over NaN
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          sum += x[i];
+          found[i * kMaxima / kGroup] = fmaxf(found[i * kMaxima / kGroup], x[i]);
+        }
+        if (sum != sum) {  // a NaN, or both infinities
+#pragma unroll
+          for (int i = 0; i < kGroup; ++i) any_nan |= x[i] != x[i];
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < kMaxima; ++half)
+        largest_[half] = fmaxf(largest_[half], found[half]);
+      const uint32_t key = __reduce_max_sync(kWholeWarp, order_key(fmaxf(found[0], found[1])));
+      if (threadIdx.x % kWarpSize == 0) {
+        uint32_t& chunk = chunk_keys_[round * kWarps + warp];
+        chunk = is_scored_ && chunk > key ? chunk : key;
+      }
+    }
+    return any_nan;
+  }
+
+  // Steps 1 to 5 of the tokens that were seen, evenly among the threads; -inf takes their place in the copy.
+  // True if one is NaN.
   __device__ bool score() {
     const Copy copies = copy_of(cluster_.rank());
     const int first = row_.first_id(first_group_);
+    const int count = static_cast<int>(shared_.seen_count);
+    const int chunks = rounds() * kWarps;
     bool any_nan = false;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(shared_.seen_count);
-         i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < chunks; i += kThreads) chunk_keys_[i] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
       const int id = static_cast<int>(shared_.seen_ids[i]);
       const int offset = id - first;
       const int local = offset / kGroup;
-      float x[1] = {widen<kDtype>(copies.logits + offset * kLogitBytes<kDtype>)};
+      unsigned char* place = copies.logits + offset * kLogitBytes<kDtype>;
+      float x[1] = {widen<kDtype>(place)};
+      const auto lowest = kLowestBits<kDtype>;
+      memcpy(place, &lowest, sizeof(lowest));
       add_bias(args_, row_, id, x);
       if (row_.allowed.words != nullptr) leave(copies.allowed[local / 4] >> offset % 32, x);
-      int32_t count = 0;
-      if (row_.counts != nullptr) memcpy(&count, copies.scores + i, sizeof(count));
-      x[0] = penalize(row_, x[0], count);
+      int32_t times = 0;
+      if (row_.counts != nullptr) memcpy(&times, copies.scores + i, sizeof(times));
+      x[0] = penalize(row_, x[0], times);
       copies.scores[i] = x[0];
       any_nan |= x[0] != x[0];
       const float value = canonical(x[0]);
@@ -510,10 +541,9 @@ class RowSampler {
       const int chunk = local / kThreads * kWarps + local % kThreads / kWarpSize;
       atomicMax(&chunk_keys_[chunk], order_key(value));
     }
+    __syncthreads();
     return any_nan;
   }
-
-  __device__ float largest() const { return fmaxf(largest_[0], largest_[1]); }
 
   // 8 greedy
   __device__ void find_first() {
@@ -727,7 +757,7 @@ class RowSampler {
   }
 
   // The first tokens of the order, about as many as the filters ask for, and what is within min-p's depth.
-  // False if it would be no list.
+  // False if no list would have them.
   __device__ bool first_tokens(const Filters& filters, int nucleus, Range& range) {
     int64_t wanted = filters.keep;
     if (filters.has_k) {
@@ -737,6 +767,7 @@ class RowSampler {
       const int half = kThreads * kMaxima / 2 * cluster_.blocks();
       nucleus = half < nucleus ? half : nucleus;
       wanted = wanted > nucleus ? wanted : nucleus;
+      if (top_p_target(mass_.total, filters.top_p) > wanted * kLargestMass) return false;
     }
     if (wanted > kListed) return false;
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) shared_.bins[i] = 0;
@@ -847,8 +878,8 @@ class RowSampler {
   __device__ void sample(int64_t target, bool by_mass, uint64_t lowest, uint64_t (&pivots)[3]) {
     __syncthreads();
 #pragma unroll 1
-    for (int own = static_cast<int>(threadIdx.x); own < kListed; own += kThreads) {
-      const int id = static_cast<int>(static_cast<int64_t>(own) * row_.vocab_size / kListed);
+    for (int own = static_cast<int>(threadIdx.x); own < kSampled; own += kThreads) {
+      const int id = static_cast<int>(static_cast<int64_t>(own) * row_.vocab_size / kSampled);
       const int group = (id + row_.shift) / kGroup;
       float x[kGroup];
       process_any(group, x);
@@ -859,14 +890,14 @@ class RowSampler {
       shared_.masses[own] = mass_of(sampled);
     }
     __syncthreads();
-    sort(kListed);
+    sort(kSampled);
     const int count =
-        count_while_together(kListed, [&](int i) { return shared_.sorted[i] >= lowest; });
+        count_while_together(kSampled, [&](int i) { return shared_.sorted[i] >= lowest; });
     const float reached = by_mass ? static_cast<float>(count > 0 ? shared_.reach[count - 1] : 0)
                                   : static_cast<float>(count);
     const float all =
         by_mass ? static_cast<float>(mass_.total)
-                : static_cast<float>(count) * static_cast<float>(row_.vocab_size) / kListed;
+                : static_cast<float>(count) * static_cast<float>(row_.vocab_size) / kSampled;
     float share = static_cast<float>(target) / (all > 1.0f ? all : 1.0f);
     share = share < 1.0f ? share : 1.0f;
     const float deviation =
@@ -1086,6 +1117,7 @@ class RowSampler {
 
   // The largest raw logit, and the logarithm of the sum of exp(x - m).
   __device__ void find_raw_sum() {
+    constexpr int kBytes = kGroup * kLogitBytes<kDtype>;
     uint64_t sum[1] = {0};
 #pragma unroll 1
     for (bool sums = false;; sums = true) {
@@ -1096,8 +1128,8 @@ class RowSampler {
         if (local >= groups()) continue;
         float x[kGroup];
         const int group = first_group_ + local;
-        const unsigned char* place = place_of(copy_of(cluster_.rank()), local, group);
-        load<kDtype, kCopied>(row_, place, group, x);
+        // the copy has not the logits of tokens with scores
+        load<kDtype, false>(row_, row_.aligned + static_cast<int64_t>(group) * kBytes, group, x);
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
           const float valid = x[i] == x[i] ? x[i] : -kInfinity;
