@@ -21,16 +21,17 @@ how often the clusters follow each other, ``ceil(rows / clusters at a time)``. T
 multiprocessors take turns: one is copied while the other is searched. These assumptions are in it:
 
 * 0.7 us for a read of global memory that waits for the one before: 1 before the copy, and until the
-  counts of the history are there 4, beside it;
+  counts of the history are there 3, beside it;
 * the copy: 70 GB/s for a block, or its share of 3.35 TB/s;
-* a round of a pass takes as many cycles as all warps of the multiprocessor need to issue it, the other
-  row's too, but at least 2.5 an instruction and 60 for shared memory;
+* a round of a pass takes as many cycles as its warps need to issue it, but at least 2.5 an instruction
+  and 60 for shared memory; of the maxima, two rounds do. Another row's passes on the same
+  multiprocessor are met as often as they take of its time, and are issued in turn then;
 * 40 cycles for a barrier of a block, 350 for one of a cluster with what it waits for, and 200 for a
   read of another block's shared memory;
 * 35 cycles for each step of what has to be done one after the other: a shuffle, a vote, a read of
   shared memory;
 * lists of 60 tokens where top-k is 50, of 80 where top-p is 0.9 and they have its mass; on a flat row
-  the list of 230 has not either, and 4 passes search a longer part, as the emulation counts them;
+  5 passes search a part for a list of 300, as the emulation counts them;
 * a history of 4,096 tokens, each as likely as any other.
 
 The launch itself, about 2 us before the first instruction runs, is not in it: every kernel has that.
@@ -415,7 +416,7 @@ CASES = (
     Case("no filter", weighs=True),
     Case("top-k 50", lists=(60,)),
     Case("top-p 0.9", lists=(80,), weighs=True),
-    Case("top-p 0.9, flat", lists=(80, 230, 300), weighs=True, searches=4),
+    Case("top-p 0.9, flat", lists=(300,), weighs=True, searches=5),
     Case("top-k 50 + top-p 0.9", lists=(60,)),
     Case("all parameters", lists=(60,), history=4096, has_min_p=True),
 )
@@ -443,16 +444,17 @@ def most_seen(expected: float) -> float:
 class Chain:
     """The cycles of one row's cluster, by what they are for; its functions are those of sample.cu."""
 
-    def __init__(self, case: Case, cost: Cost, launch: Launch, per_processor: int, vocab_size: int):
+    def __init__(self, case: Case, cost: Cost, launch: Launch, vocab_size: int):
         self.case = case
         self.cost = cost
         self.launch = launch
         self.rounds = math.ceil(launch.groups / launch.threads)
         self.warps = launch.threads // 32
-        self.per_scheduler = per_processor * self.warps / 4
+        self.per_scheduler = self.warps / 4
         self.share_seen = case.history / vocab_size
         self.cycles: Counter[str] = Counter()
         self.issued = 0.0  # of a scheduler, for the warps of one block
+        self.hindered = 0.0  # more cycles of the passes where another block has its passes too
 
     def steps(self, count: float) -> None:
         self.cycles["steps"] += STEP * count
@@ -479,11 +481,13 @@ class Chain:
             mix += found["history"] + found["seen"].times(most_seen(8 * self.share_seen))
         return mix
 
-    def loop(self, mix: Mix, rounds: float, steps: int = 0) -> None:
-        """All warps of a block do it so often."""
-        slowest = SLOWEST * mix.all + SHARED_MEMORY + STEP * steps
-        self.cycles["passes"] += rounds * max(self.per_scheduler * mix.cycles, slowest)
-        self.issued += rounds * self.warps / 4 * mix.cycles
+    def loop(self, mix: Mix, rounds: float, steps: int = 0, abreast: int = 1) -> None:
+        """All warps of a block do it so often, so many rounds abreast."""
+        slowest = (SLOWEST * mix.all + SHARED_MEMORY + STEP * steps) / abreast
+        alone = max(self.per_scheduler * mix.cycles, slowest)
+        self.cycles["passes"] += rounds * alone
+        self.hindered += rounds * (max(2 * self.per_scheduler * mix.cycles, slowest) - alone)
+        self.issued += rounds * self.per_scheduler * mix.cycles
 
     def over_groups(self, name: str, *sides: str, steps: int = 0) -> None:
         self.loop(self.mix(name, *sides), self.rounds, steps)
@@ -494,6 +498,20 @@ class Chain:
         share = 1 - (1 - 1 / chunks) ** tokens
         self.loop(self.mix(name), min(self.rounds, self.rounds * share + 1))
         self.steps(self.rounds)
+
+    def copy(self, copy_us: float) -> None:
+        """The logits, and beside them the history, whose reads wait for each other."""
+        instructions = self.cost.passes["copy"]["plain"]
+        self.issued += self.rounds * self.per_scheduler * instructions.cycles
+        cycles = (READ_US + copy_us * self.launch.copied) * CYCLES_PER_US
+        if self.case.history:
+            beside = Chain(self.case, self.cost, self.launch, 1)
+            beside.share_seen = self.share_seen
+            beside.copy_bits()
+            self.issued += beside.issued
+            cycles = max(cycles, beside.cycles.total() + 3 * READ_US * CYCLES_PER_US)
+        self.cycles["reads"] += cycles
+        self.barrier()
 
     def copy_bits(self) -> None:
         words = math.ceil(self.launch.groups / 4 / self.launch.threads)
@@ -581,7 +599,7 @@ class Chain:
         self.process_any()
         self.mass()
         self.barrier()
-        self.compare_all(384)
+        self.compare_all(256)
         self.barrier()
         self.search_list(4)
         for _ in range(self.case.searches):
@@ -595,11 +613,11 @@ class Chain:
             self.barrier()
             self.over_groups("weigh", "all", steps=5)
             self.sum_chunks()
-        for number, count in enumerate(case.lists):
-            if number < 2:
-                self.first_tokens()
-            else:
+        for count in case.lists:
+            if case.searches:
                 self.search()
+            else:
+                self.first_tokens()
             self.list(count)
             self.search_list(2)
         if case.has_min_p:
@@ -621,23 +639,17 @@ class Chain:
             self.barrier()
             self.steps(math.ceil(case.lists[0] / 32) * 2 + 2)
         else:
+            self.sync()
             self.steps(2 * math.log2(self.rounds * self.warps))
             self.process_any()
             self.code(self.cost.passes["weigh"]["all"].all)
             self.steps(5 + 2)
 
     def run(self, copy_us: float) -> None:
-        reads = 4 if self.case.history else 1
-        arrival = READ_US * reads
-        if self.launch.copied:
-            arrival = max(arrival, READ_US + copy_us)
-        self.cycles["reads"] += arrival * CYCLES_PER_US
-        self.barrier()
-        if self.case.history:
-            self.copy_bits()
-        self.over_groups("maxima")
+        self.copy(copy_us)
         if self.case.history:
             self.score()
+        self.loop(self.cost.passes["maxima"]["plain"], self.rounds, abreast=2)
         self.combine()
         if self.case.is_greedy:
             self.over_chunks("first", 1)
@@ -645,7 +657,6 @@ class Chain:
         else:
             self.find_kept()
         self.draw()
-        self.sync()
 
 
 def predict(case: Case, kernel: Kernel, rows: int, vocab_size: int, cost: Cost) -> dict[str, Any]:
@@ -663,8 +674,15 @@ def predict(case: Case, kernel: Kernel, rows: int, vocab_size: int, cost: Cost) 
     copied_at_once = min(rows, at_once / per_processor)
     together = copied_at_once * row_bytes / BYTES_PER_US
     copy = max(row_bytes / launch.blocks / BLOCK_BYTES_PER_US, together)
-    chain = Chain(case, cost, launch, per_processor, vocab_size)
+    chain = Chain(case, cost, launch, vocab_size)
     chain.run(copy)
+    if per_processor == 2:
+        # the other row's passes are met as often as they take of the time
+        alone = passes = chain.cycles["passes"]
+        rest = chain.cycles.total() - alone
+        for _ in range(20):
+            passes = alone + passes / (rest + passes) * chain.hindered
+        chain.cycles["passes"] = passes
     parts = {name: follow * cycles / CYCLES_PER_US for name, cycles in chain.cycles.items()}
     blocks_of_busiest = math.ceil(rows * launch.blocks / PROCESSORS_H100)
     microseconds = {

@@ -42,12 +42,14 @@ constexpr int kListed = 384;  // the longest list
 // So many of the first tokens of the order are listed for top-p; more of them where those have not its mass.
 constexpr int kFewTokens = 64;
 constexpr int kMoreTokens = 192;
+constexpr int kAbreast = 16;   // of a list that is compared with itself
 constexpr int kSampled = 256;  // tokens of a row
 constexpr int64_t kLargestMass = int64_t{1} << 42;
 constexpr int kBins = 2 * kThreads;
 constexpr int kMaxima = 2;      // of a thread
 constexpr int kPrefetched = 4;  // rounds ahead, of a row that is not copied
 constexpr uint64_t kNoCode = 0;
+static_assert(kListed % kAbreast == 0 && kSampled % kAbreast == 0, "a list is filled up");
 static_assert(kBins >= 29 * 16, "a bin for each distance that bin_of knows");
 
 struct Parameters {
@@ -197,10 +199,11 @@ class RowSampler {
       row_.bias_first = args_.logit_bias_offsets[index_];
       row_.bias_count = static_cast<int>(args_.logit_bias_offsets[index_ + 1] - row_.bias_first);
     }
+    const int64_t slot = args_.seen != nullptr ? args_.slots[index_] : 0;
     row_.repetition = args_.repetition_penalty[index_];
     row_.frequency = args_.frequency_penalty[index_];
     row_.presence = args_.presence_penalty[index_];
-    find_bits();
+    find_bits(slot);
     row_.is_plain =
         row_.bias_count == 0 && row_.allowed.words == nullptr && row_.seen.words == nullptr;
     if (threadIdx.x != 0) return;
@@ -215,12 +218,12 @@ class RowSampler {
     own.keep = args_.min_tokens_to_keep[index_];
     own.seed = args_.seed != nullptr ? static_cast<uint64_t>(args_.seed[index_]) : 0;
     own.position = args_.position != nullptr ? static_cast<uint64_t>(args_.position[index_]) : 0;
-    own.slot = args_.seen != nullptr ? args_.slots[index_] : 0;
+    own.slot = slot;
     own.random = random_bits(own.seed, own.position, 0);
   }
 
   // Where the row's mask and history are in global memory.
-  __device__ void find_bits() {
+  __device__ void find_bits(int64_t slot) {
     row_.allowed = {nullptr};
     if (args_.allowed_mask != nullptr) {
       const int32_t* words = args_.allowed_mask + int64_t{index_} * args_.allowed_mask_stride;
@@ -230,7 +233,6 @@ class RowSampler {
     row_.counts = nullptr;
     const bool has_output_penalty = row_.frequency != 0.0f || row_.presence != 0.0f;
     if (args_.seen == nullptr || (row_.repetition == 1.0f && !has_output_penalty)) return;
-    const int64_t slot = args_.slots[index_];
     row_.seen.words = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
     if (has_output_penalty) row_.counts = args_.counts + slot * args_.counts_stride;
   }
@@ -603,6 +605,10 @@ class RowSampler {
         in_block(shared_.masses, block)[place] = w;
       }
     }
+    if (threadIdx.x < (kListed - static_cast<unsigned>(count)) % kAbreast) {
+      shared_.list[count + threadIdx.x] = kNoCode;
+      shared_.masses[count + threadIdx.x] = 0;
+    }
     if (threadIdx.x == 0) {
       const bool is_last = range.low <= kLowestCode;
       shared_.listed = {count, range.count_above, range.mass_above, is_last};
@@ -612,7 +618,7 @@ class RowSampler {
   }
 
   // visit(own, code, count, mass) of each of so many codes of the list: how many hold(other, code), and their
-  // mass. Four lanes share one.
+  // mass. Four lanes share one. The list is filled up to a multiple of kAbreast by what never holds.
   template <typename Holds, typename Visit>
   __device__ __forceinline__ void compare_all(
       int count,
@@ -627,11 +633,14 @@ class RowSampler {
       const uint64_t code = shared_.list[own < count ? own : 0];
       int held = 0;
       int64_t mass = 0;
-#pragma unroll 4
-      for (int i = part; i < count; i += kLanes) {
-        const bool is_held = holds(shared_.list[i], code);
-        held += is_held ? 1 : 0;
-        mass += is_held ? shared_.masses[i] : 0;
+#pragma unroll 1
+      for (int i = part; i < count; i += kAbreast) {
+#pragma unroll
+        for (int j = i; j < i + kAbreast; j += kLanes) {
+          const bool is_held = holds(shared_.list[j], code);
+          held += is_held ? 1 : 0;
+          mass += is_held ? shared_.masses[j] : 0;
+        }
       }
 #pragma unroll
       for (int other = 1; other < kLanes; other *= 2) {
