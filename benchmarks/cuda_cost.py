@@ -4,37 +4,37 @@ It compiles csrc/cuda/sample.cu by nvcc for every architecture that setup.py bui
 a device: all numbers are predicted, not measured.
 
 A pass is a loop over the groups of eight tokens that a thread has. Its instructions are those whose
-line information says that the pass's function called the loop; per logit they are an eighth. Counted
-apart are the sides that not every row takes: groups that reach beyond the row, bias, mask, history;
-a history costs each group a look at its bits, and each warp the loop over the seen tokens of the
-lane that has most of them. A warp issues an instruction for 32 threads at once.
+line information says that the pass's function called the loop; per logit they are an eighth. Sides
+that not every row takes are apart: groups that reach beyond the row, bias, mask, history. What the
+compiler has put there twice counts twice. A warp issues an instruction for 32 threads at once.
 
 A call on an H100 (132 multiprocessors of 4 schedulers, 3.35 TB/s, 1.755 GHz) takes at least
 
 * bytes: all logits once, and the bits of the history, at 3.35 TB/s;
-* issue: the instructions of all passes on the busiest multiprocessor. A scheduler issues one a cycle,
-  but of comparisons, selections, integer additions, shifts and logic one every other cycle, and so
-  of integer multiplications.
+* issue: the instructions of all passes on the busiest multiprocessor. A scheduler issues one a
+  cycle, but of comparisons, selections, integer additions, shifts and logic one every other cycle,
+  and so of integer multiplications.
 
-What it should take is ``chain``: the time of one row's cluster from its first read to its end, times
-how often the clusters follow each other, ``ceil(rows / clusters at a time)``. Two rows on the same
+What it should take is the time of one row's cluster from its first read to its end, times how often
+the clusters follow each other, ``ceil(rows / clusters at a time)``. Two rows on the same
 multiprocessors take turns: one is copied while the other is searched. These assumptions are in it:
 
 * 0.7 us for a read of global memory that waits for the one before: 1 before the copy, and until the
   counts of the history are there 3, beside it;
 * the copy: 70 GB/s for a block, or its share of 3.35 TB/s;
-* a round of a pass takes as many cycles as its warps need to issue it, but at least 2.5 an instruction
-  and 60 for shared memory; of the maxima, two rounds do. Another row's passes on the same
-  multiprocessor are met as often as they take of its time, and are issued in turn then;
+* a round of a pass takes as many cycles as its warps need to issue it, but at least 2.5 an
+  instruction and 60 for shared memory; of the maxima, two rounds do. Another row's passes on the
+  same multiprocessor are met as often as they take of its time, and are issued in turn then;
 * 40 cycles for a barrier of a block, 350 for one of a cluster with what it waits for, and 200 for a
   read of another block's shared memory;
 * 35 cycles for each step of what has to be done one after the other: a shuffle, a vote, a read of
   shared memory;
-* lists of 60 tokens where top-k is 50, of 80 where top-p is 0.9 and they have its mass; on a flat row
-  5 passes search a part for a list of 300, as the emulation counts them;
+* lists of 60 tokens where top-k is 50, of 80 where top-p is 0.9 and they have its mass; on a flat
+  row 5 passes search a part for a list of 300, as the emulation counts them;
 * a history of 4,096 tokens, each as likely as any other.
 
-The launch itself, about 2 us before the first instruction runs, is not in it: every kernel has that.
+A launch, about 2 us before the first instruction runs, is not in it: every kernel has that. "All
+parameters" are the three penalties, temperature, top-k 50, top-p 0.9 and min-p.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sass
-from timing import ROOT, progress
+from timing import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 CSRC = ROOT / "csrc"
@@ -163,12 +164,20 @@ def choose_launch(rows: int, vocab_size: int, itemsize: int, arch: str) -> Launc
 
 # The passes, in the source and in the machine code
 
-#: A function of sample.cu, the statement in it that is the loop, and what an iteration has one of: a loop
-#: that is unrolled, or there several times, has more.
+#: A function of sample.cu, the statement in it that is the loop, and what an iteration has one of:
+#: a loop that is unrolled, or there several times, has more.
 PASSES = {
     "copy": ("copy_logits", "for (int local", "LDGSTS"),
-    "bits": ("copy_bits", "for (int i = thread; i < words; i += kThreads) {\n        copies.seen", "POPC"),
-    "places": ("copy_bits", "for (int i = thread; i < words; i += kThreads) {\n        copies.places", ""),
+    "bits": (
+        "copy_bits",
+        "for (int i = thread; i < words; i += kThreads) {\n        copies.seen",
+        "POPC",
+    ),
+    "places": (
+        "copy_bits",
+        "for (int i = thread; i < words; i += kThreads) {\n        copies.places",
+        "",
+    ),
     "maxima": ("find_maxima", "any_nan |= find_chunk_maxima<true>", "REDUX"),
     "other maxima": ("find_maxima", "any_nan |= find_chunk_maxima<false>", ""),
     "score": ("score", "for (int i = static_cast<int>(threadIdx.x); i < count", ""),
@@ -180,8 +189,8 @@ PASSES = {
     "raw": ("find_raw_sum", "for (int round", ""),
     "filtered": ("write_filtered", "over_groups(", ""),
 }
-#: What not every row comes to: a file, and the text with which a line of it begins a block, or is in
-#: the block whose rest it begins.
+#: What not every row comes to: a file, and the text with which a line of it begins a block, or the
+#: rest of one.
 SIDES = {
     "edge": [("row.h", "    const int first = row.first_id(group);\n#pragma")],
     "bias": [("row.h", "  const int32_t* ids = args.logit_bias_ids")],
@@ -194,12 +203,18 @@ SIDES = {
     "unscored": [("sample.cu", "        for (int i = 0; i < kGroup; ++i) value = i == next")],
     "hit": [("sample.cu", "          // nobody adds to what is too long already")],
     "all": [("sample.cu", "      if (all) {\n")],
-    "kept": [("sample.cu", "      } else {\n#pragma unroll\n        for (int i = 0; i < kGroup; ++i) sum +=")],
+    "kept": [
+        (
+            "sample.cu",
+            "      } else {\n#pragma unroll\n        for (int i = 0; i < kGroup; ++i) sum +=",
+        )
+    ],
 }
 #: One every other cycle of a scheduler: the 16 lanes of the integer units, or of the multipliers.
 HALF_RATE = (
-    set("FSETP FMNMX FSEL SEL ISETP IADD3 VIADD VIMNMX LOP3 PLOP3 SHF PRMT LEA BREV I2FP".split()),
-    {"IMAD"},
+    ("FSETP", "FMNMX", "FSEL", "SEL", "ISETP", "IADD3", "VIADD", "VIMNMX")
+    + ("LOP3", "PLOP3", "SHF", "PRMT", "LEA", "BREV", "I2FP"),
+    ("IMAD",),
 )
 
 
@@ -340,8 +355,8 @@ def measure(cubin: bytes) -> dict[Kernel, Cost]:
     """The cost of each kernel."""
     found = usages(cubin)
     costs = {}
-    names = {CSRC / "cuda" / "sample.cu", CSRC / "cuda" / "row.h", CSRC / "semantics.h"}
-    for name, (code, _, detours) in sass.disassemble(cubin, lambda path: path in names).items():
+    files = {CSRC / "cuda" / "sample.cu", CSRC / "cuda" / "row.h", CSRC / "semantics.h"}
+    for name, (code, _, detours) in sass.disassemble(cubin, files.__contains__).items():
         left_out = {place for detour in detours for place in detour}
         passes: dict[str, dict[str, Counter[str]]] = {}
         for place, instruction in enumerate(code):
@@ -358,7 +373,10 @@ def measure(cubin: bytes) -> dict[Kernel, Cost]:
             wide_copies=sum(i.name == "LDGSTS" and i.bytes == 16 for i in code),
             fused=count_fused(code),
             passes={
-                name: {side: Mix.of(names).times(1 / copies_of(kernel, name, sides)) for side, names in sides.items()}
+                name: {
+                    side: Mix.of(names).times(1 / copies_of(kernel, name, sides))
+                    for side, names in sides.items()
+                }
                 for name, sides in passes.items()
             },
         )
@@ -371,7 +389,8 @@ def copies_of(kernel: Kernel, name: str, sides: dict[str, Counter[str]]) -> floa
     if not once:
         return 1
     of_one = {"copy": DTYPES[kernel.dtype] // 2, "compare": 2}.get(name, 1)
-    return sum(names[once] for names in sides.values()) / of_one
+    found = sum(names[name] for names in sides.values() for name in names if name.endswith(once))
+    return found / of_one
 
 
 def broken_rules(kernel: Kernel, arch: str, cost: Cost) -> list[str]:
@@ -442,7 +461,7 @@ def most_seen(expected: float) -> float:
 
 
 class Chain:
-    """The cycles of one row's cluster, by what they are for; its functions are those of sample.cu."""
+    """The cycles of one row's cluster, by what they are for; functions as in sample.cu."""
 
     def __init__(self, case: Case, cost: Cost, launch: Launch, vocab_size: int):
         self.case = case
@@ -659,11 +678,13 @@ class Chain:
         self.draw()
 
 
-def predict(case: Case, kernel: Kernel, rows: int, vocab_size: int, cost: Cost) -> dict[str, Any]:
+def predict(
+    case: Case, dtype: str, rows: int, vocab_size: int, costs: dict[Kernel, Cost]
+) -> dict[str, Any]:
     """The times of a call on an H100, by the assumptions at the top of this file."""
-    itemsize = DTYPES[kernel.dtype]
+    itemsize = DTYPES[dtype]
     launch = choose_launch(rows, vocab_size, itemsize, "sm_90a")
-    assert launch.copied == kernel.copied
+    cost = costs[Kernel(dtype, launch.copied)]
     reserved = launch.shared + 1024
     per_processor = min(2, SHARED_KIB["sm_90a"] * 1024 // reserved if reserved else 2)
     at_once = max(1, PROCESSORS_H100 * per_processor // launch.blocks)
@@ -688,17 +709,128 @@ def predict(case: Case, kernel: Kernel, rows: int, vocab_size: int, cost: Cost) 
     microseconds = {
         "bytes": rows * row_bytes / BYTES_PER_US,
         "issue": blocks_of_busiest * chain.issued / CYCLES_PER_US,
-        "chain": sum(parts.values()),
+        "predicted": sum(parts.values()),
         **parts,
     }
     return {
         "case": case.name,
-        "dtype": kernel.dtype,
+        "dtype": dtype,
         "vocab_size": vocab_size,
         "rows": rows,
         "blocks": launch.blocks,
-        "blocks_per_processor": per_processor,
+        "copied": launch.copied,
         "clusters_at_once": at_once,
-        "follow": follow,
         "microseconds": {name: round(value, 2) for name, value in microseconds.items()},
     }
+
+
+# The report
+
+
+def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A markdown table."""
+    lines = [f"## {caption} (predicted, not measured)\n", f"| {' | '.join(header)} |"]
+    lines.append("|---" * 2 + "|--:" * (len(header) - 2) + "|")
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
+
+
+def tables(
+    costs: dict[str, dict[Kernel, Cost]], predictions: Sequence[dict[str, Any]]
+) -> list[str]:
+    """Needs, instructions, launches, times."""
+    kernels = sorted(costs["sm_90a"])
+    needs = []
+    for kernel in kernels:
+        found = [costs[arch][kernel] for arch in costs]
+        cells = [f"{cost.registers} / {cost.spills} / {cost.instructions:,}" for cost in found]
+        needs.append([kernel.dtype, "yes" if kernel.copied else "no", *cells])
+    per_logit = []
+    for kernel in kernels:
+        for name, sides in costs["sm_90a"][kernel].passes.items():
+            if name not in ("compare", "bits", "places", "score"):
+                cells = [f"{sides[s].all / 8:.1f}" if s in sides else "" for s in ("plain", *SIDES)]
+                per_logit.append([f"{kernel.dtype}{', copied' * kernel.copied}", name, *cells])
+    launches = []
+    for vocab_size in VOCAB_SIZES:
+        for dtype, itemsize in DTYPES.items():
+            if dtype == "float16":
+                continue  # as bfloat16
+            for arch in costs:
+                cells = []
+                for rows in ROWS:
+                    launch = choose_launch(rows, vocab_size, itemsize, arch)
+                    reads = "once" if launch.copied else "every pass"
+                    cells.append(f"{launch.blocks} x {launch.shared / 1024:.0f} KiB, {reads}")
+                launches.append([f"{vocab_size:,}", dtype, arch, *cells])
+    times: dict[tuple[str, str, str], list[str]] = {}
+    for line in predictions:
+        us = line["microseconds"]
+        key = f"{line['vocab_size']:,}", line["case"], line["dtype"]
+        cell = f"{us['predicted']:.1f} ({max(us['bytes'], us['issue']):.1f})"
+        times.setdefault(key, []).append(cell)
+    by_rows = [f"{rows} row{'s' * (rows > 1)}" for rows in ROWS]
+    a = "Registers / spills / instructions"
+    b = "Instructions per logit on sm_90a, by pass and side"
+    c = "Blocks of a row, shared memory of each, and how often a logit is read from global memory"
+    d = "µs on an H100, and in parentheses the larger of bytes and issue, which it takes at least"
+    return [
+        table(a, ["dtype", "copied", *costs], needs),
+        table(b, ["kernel", "pass", "plain", *SIDES], per_logit),
+        table(c, ["V", "dtype", "for", *by_rows], launches),
+        table(
+            d, ["V", "case", "dtype", *by_rows], ([*key, *cells] for key, cells in times.items())
+        ),
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print and write the report; or, with ``--check``, what is broken, and exit with 1 then."""
+    parser = argparse.ArgumentParser(description="What the CUDA kernel costs, predicted.")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a rule is broken")
+    options = parser.parse_args(argv)
+    with ThreadPoolExecutor(2) as pool:
+        cubins = dict(zip(PROCESSORS, pool.map(compile_cubin, PROCESSORS), strict=True))
+    costs = {arch: measure(cubin) for arch, cubin in cubins.items()}
+    broken = [
+        reason
+        for arch, of_arch in costs.items()
+        for kernel, cost in of_arch.items()
+        for reason in broken_rules(kernel, arch, cost)
+    ]
+    if options.check:
+        print("\n".join(broken) or "no rule is broken")
+        return int(bool(broken))
+    predictions = [
+        predict(case, dtype, rows, vocab_size, costs["sm_90a"])
+        for vocab_size in VOCAB_SIZES
+        for case in CASES
+        for dtype in ("float32", "bfloat16")
+        for rows in ROWS
+    ]
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    sources = sorted([*(CSRC / "cuda").iterdir(), CSRC / "semantics.h"])
+    record = {
+        "what": "predicted from the machine code, not measured",
+        "nvcc": re.findall(r"release ([\d.]+)", version.stdout)[0],
+        "kernel": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        "command": shlex.join(["python", "benchmarks/cuda_cost.py", *argv]),
+    }
+    text = "# The CUDA kernel's cost: predicted from its machine code, not measured\n\n"
+    text += f"* `{record['command']}`, nvcc {record['nvcc']}\n"
+    text += f"* SHA-256 of {', '.join(path.name for path in sources)}: {record['kernel']}\n"
+    text += (__doc__ or "").partition("\n")[2] + "\n" + "\n\n".join(tables(costs, predictions))
+    text += "\n\n## Broken rules\n\n" + "\n".join(f"* {line}" for line in broken or ["none"])
+    print(text)
+    lines = [
+        {"arch": arch, **kernel._asdict(), **asdict(cost)}
+        for arch, of_arch in costs.items()
+        for kernel, cost in of_arch.items()
+    ]
+    report = {**record, "costs": lines, "predictions": predictions, "broken": broken}
+    (RESULTS / "cuda-cost.md").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / "cuda-cost.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -57,7 +57,7 @@ def run_tool(name: str, *options: str, cubin: bytes) -> str:
 class Code(NamedTuple):
     """A function's instructions; its loops, each from a label to the last jump back to it.
 
-    Detours are where the lanes of a warp that has come apart meet one by one, at a shuffle or a vote.
+    Detours are where the lanes of a warp that has come apart meet one by one, at a shuffle.
     """
 
     instructions: list[Instruction]
