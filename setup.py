@@ -88,6 +88,7 @@ class BuildLibraries(build_ext):
                 raise
             backend = library.stem.rpartition("_")[2]
             print(f"warning: the {backend} backend was not built: {error}", file=sys.stderr)
+            library.unlink(missing_ok=True)  # a compiler may leave half of it
             failure_of(library).write_text(" ".join(str(error).split()))
 
     def build_cuda(self, library: Path, wanted: str) -> None:

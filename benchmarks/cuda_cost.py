@@ -82,11 +82,12 @@ class Kernel(NamedTuple):
     copied: bool
 
 
-def compile_cubin(arch: str) -> bytes:
+def compile_cubin(arch: str, flags: Sequence[str] = FLAGS, csrc: Path = CSRC) -> bytes:
     """The machine code of all kernels, with line information."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        command = ["nvcc", *FLAGS, f"-arch={arch}", "-cubin", "-o", str(cubin), str(SOURCE)]
+        command = ["nvcc", *flags, f"-arch={arch}", "-cubin", "-o", str(cubin)]
+        command.append(str(csrc / SOURCE.relative_to(CSRC)))
         subprocess.run(command, check=True)
         return cubin.read_bytes()
 
@@ -99,8 +100,9 @@ def library_cubins(library: Path) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         command = [tool, "-xelf", "all", str(library.resolve())]
         subprocess.run(command, check=True, cwd=folder, capture_output=True)
-        found = {}
-        for path in Path(folder).iterdir():
+        found: dict[str, bytes] = {}
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_size):
+            # the larger one: the other has what linking needs
             found[re.findall(r"sm_\d+a?", path.name)[-1]] = path.read_bytes()
         return found
 
@@ -189,6 +191,8 @@ PASSES = {
     "raw": ("find_raw_sum", "for (int round", ""),
     "filtered": ("write_filtered", "over_groups(", ""),
 }
+#: Those that stream over the logits.
+LOGIT_PASSES = ("copy", "maxima", "first", "list", "search", "weigh", "filtered")
 #: What not every row comes to: a file, and the text with which a line of it begins a block, or the
 #: rest of one.
 SIDES = {
@@ -212,9 +216,9 @@ SIDES = {
 }
 #: One every other cycle of a scheduler: the 16 lanes of the integer units, or of the multipliers.
 HALF_RATE = (
-    ("FSETP", "FMNMX", "FSEL", "SEL", "ISETP", "IADD3", "VIADD", "VIMNMX")
-    + ("LOP3", "PLOP3", "SHF", "PRMT", "LEA", "BREV", "I2FP"),
-    ("IMAD",),
+    {"FSETP", "FMNMX", "FSEL", "SEL", "ISETP", "IADD3", "VIADD", "VIMNMX"}
+    | {"LOP3", "PLOP3", "SHF", "PRMT", "LEA", "BREV", "I2FP"},
+    {"IMAD"},
 )
 
 
@@ -323,9 +327,8 @@ class Cost:
     registers: int
     spills: int
     instructions: int
-    widest_load: int  # bytes, from global memory
-    wide_copies: int
-    fused: int  # multiply-adds with a constant of the mass, or constants that are elsewhere
+    fused: int  # instructions with a constant of the mass that are no addition or multiplication
+    loads: dict[str, dict[int, int]]  # by pass and bytes: loads from global memory
     passes: dict[str, dict[str, Mix]]
 
 
@@ -355,23 +358,25 @@ def measure(cubin: bytes) -> dict[Kernel, Cost]:
     """The cost of each kernel."""
     found = usages(cubin)
     costs = {}
-    files = {CSRC / "cuda" / "sample.cu", CSRC / "cuda" / "row.h", CSRC / "semantics.h"}
-    for name, (code, _, detours) in sass.disassemble(cubin, files.__contains__).items():
+    files = {path.name for path in sources()}
+    for name, (code, _, detours) in sass.disassemble(cubin, lambda p: p.name in files).items():
         left_out = {place for detour in detours for place in detour}
         passes: dict[str, dict[str, Counter[str]]] = {}
+        loads: dict[str, Counter[int]] = {}
         for place, instruction in enumerate(code):
             where = pass_of(instruction.lines)
             if where is not None and place not in left_out:
-                sides = passes.setdefault(where, {})
-                sides.setdefault(side_of(instruction.lines), Counter())[instruction.name] += 1
+                side = side_of(instruction.lines)
+                passes.setdefault(where, {}).setdefault(side, Counter())[instruction.name] += 1
+                if side == "plain" and instruction.loaded:
+                    loads.setdefault(where, Counter())[instruction.loaded] += 1
         kernel = kernel_of(name)
         costs[kernel] = Cost(
             registers=found[kernel].registers,
             spills=sass.count_spills(code),
             instructions=len(code),
-            widest_load=max((i.loaded for i in code), default=0),
-            wide_copies=sum(i.name == "LDGSTS" and i.bytes == 16 for i in code),
             fused=count_fused(code),
+            loads={name: dict(sizes) for name, sizes in loads.items()},
             passes={
                 name: {
                     side: Mix.of(names).times(1 / copies_of(kernel, name, sides))
@@ -402,10 +407,16 @@ def broken_rules(kernel: Kernel, arch: str, cost: Cost) -> list[str]:
         broken.append(f"{cost.registers} registers: a multiprocessor has not enough for two blocks")
     if cost.fused:
         broken.append(f"{cost.fused} instructions of the mass are no addition or multiplication")
-    if cost.widest_load != 16:
-        broken.append(f"logits are loaded {cost.widest_load} bytes at a time")
-    if kernel.copied and cost.wide_copies < DTYPES[kernel.dtype] // 2:
-        broken.append(f"{cost.wide_copies} copies of 16 bytes to shared memory")
+    for name in LOGIT_PASSES:
+        if name not in cost.passes:
+            continue
+        loads = dict(cost.loads.get(name, {}))
+        wide = loads.pop(16, 0)
+        # one of a group at the row's end may have got the line of the others
+        if (wide > 0) != (name == "copy" or not kernel.copied) or sum(loads.values()) > 1:
+            broken.append(
+                f"{name}: logits are loaded {sorted(loads)} bytes at a time, {wide} times 16"
+            )
     for vocab_size in (1000, *VOCAB_SIZES, 2**20):
         for rows in ROWS:
             shared = choose_launch(rows, vocab_size, DTYPES[kernel.dtype], arch).shared
@@ -783,6 +794,11 @@ def tables(
     ]
 
 
+def sources() -> list[Path]:
+    """What the kernel is made of."""
+    return sorted([*(CSRC / "cuda").iterdir(), CSRC / "semantics.h"])
+
+
 def main(argv: Sequence[str]) -> int:
     """Print and write the report; or, with ``--check``, what is broken, and exit with 1 then."""
     parser = argparse.ArgumentParser(description="What the CUDA kernel costs, predicted.")
@@ -808,16 +824,16 @@ def main(argv: Sequence[str]) -> int:
         for rows in ROWS
     ]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
-    sources = sorted([*(CSRC / "cuda").iterdir(), CSRC / "semantics.h"])
     record = {
         "what": "predicted from the machine code, not measured",
         "nvcc": re.findall(r"release ([\d.]+)", version.stdout)[0],
-        "kernel": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        "kernel": hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest(),
         "command": shlex.join(["python", "benchmarks/cuda_cost.py", *argv]),
     }
     text = "# The CUDA kernel's cost: predicted from its machine code, not measured\n\n"
     text += f"* `{record['command']}`, nvcc {record['nvcc']}\n"
-    text += f"* SHA-256 of {', '.join(path.name for path in sources)}: {record['kernel']}\n"
+    names = ", ".join(path.name for path in sources())
+    text += f"* SHA-256 of {names}: {record['kernel']}\n"
     text += (__doc__ or "").partition("\n")[2] + "\n" + "\n\n".join(tables(costs, predictions))
     text += "\n\n## Broken rules\n\n" + "\n".join(f"* {line}" for line in broken or ["none"])
     print(text)

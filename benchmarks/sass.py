@@ -70,10 +70,11 @@ def disassemble(cubin: bytes, is_of_interest: Callable[[Path], bool]) -> dict[st
     text = run_tool("nvdisasm", "-c", "-gi", cubin=cubin)
     parts = re.split(r"^\s*\.text\.(\S+):$", text, flags=re.M)
     functions = zip(parts[1::2], parts[2::2], strict=True)
-    return {name: _read_function(body, is_of_interest) for name, body in functions}
+    return {name: read_function(body, is_of_interest) for name, body in functions}
 
 
-def _read_function(text: str, is_of_interest: Callable[[Path], bool]) -> Code:
+def read_function(text: str, is_of_interest: Callable[[Path], bool]) -> Code:
+    """What nvdisasm has written of a function."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str, bool]] = []  # from where, to which label, whether always

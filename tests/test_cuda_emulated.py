@@ -185,8 +185,8 @@ def test_reading_beyond_the_row_is_seen(tmp_path):
     ("text", "wrong"),
     [
         (
-            "          shared_.reach[reached - 1] = mass;\n        }\n    );\n    __syncthreads();\n",
-            "          shared_.reach[reached - 1] = mass;\n        }\n    );\n",
+            "shared_.reach[reached - 1] = mass;\n        }\n    );\n    __syncthreads();\n",
+            "shared_.reach[reached - 1] = mass;\n        }\n    );\n",
         ),
         ("    sync();\n    return slots;\n", "    return slots;\n"),
         ("    wait_for_copies();", "    __pipeline_commit();"),
