@@ -16,7 +16,7 @@ import torch
 from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases
 from test_parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
 
-from llm_sampling import Sampler, SamplingParams, TokenHistory
+from llm_sampling import Sampler, SamplingParams, TokenHistory, sample
 
 sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
 import backend as emulation
@@ -100,6 +100,28 @@ def test_orders_of_threads(install, launch):
     expected = run(batch, "torch", ())
     for _ in range(7):  # each with three seeds
         assert_same(batch, name, expected, run(batch, name, ()), str(launch))
+
+
+@launches
+@pytest.mark.parametrize("seen", [2047, 2048, 2049, 4000, 9000])
+def test_more_seen_tokens_than_have_scores(install, launch, seen):
+    """A block keeps the scores of 2,048; here the first has nearly all that were seen."""
+    vocab_size = 9000
+    params = [
+        SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, seed=1, **filters)
+        for filters in ({"top_p": 0.9}, {"top_k": 50, "min_p": 0.1}, {"temperature": 0.0}, {})
+    ]
+    rows = len(params)
+    ids = list(range(seen))
+    history = TokenHistory.from_ids([ids] * rows, [ids[::7] + [8999]] * rows, vocab_size)
+    logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seen))
+    logits[:, seen // 2] = 9.0
+    drawn = [
+        sample(logits, params, history=history, num_samples=8, backend=name, check=False)
+        for name in ("torch", install(launch))
+    ]
+    assert torch.equal(drawn[0].tokens, drawn[1].tokens)
+    assert torch.equal(drawn[0].status, drawn[1].status)
 
 
 @launches

@@ -335,9 +335,17 @@ class RowSampler {
                    : row_.aligned + static_cast<int64_t>(group) * kBytes;
   }
 
+  // Whether a block has the scores of all tokens of its part that were seen.
+  __device__ __forceinline__ bool has_scores(int block) const {
+    if (!kCopied || row_.seen.words == nullptr) return false;
+    const bool is_own = block == cluster_.rank();
+    return *(is_own ? &shared_.seen_count : in_block(&shared_.seen_count, block)) <= kScored;
+  }
+
   // Steps 1 to 5 of a group, that another block may have.
   __device__ __forceinline__ void process(
       const Copy& copies,
+      bool is_scored,
       int local,
       int group,
       float (&x)[kGroup]
@@ -354,15 +362,15 @@ class RowSampler {
     if (row_.seen.words == nullptr) return;
     const uint32_t here = kCopied ? copies.seen[word] : 0;
     unsigned seen = kCopied ? here >> bit & 0xff : row_.seen.of(first, row_.vocab_size);
-    const bool is_scored = kCopied && is_scored_;
     const float* scores = nullptr;
-    if (is_scored) scores = copies.scores + copies.places[word] + __popc(here & ((1u << bit) - 1));
+    if (kCopied && is_scored)
+      scores = copies.scores + copies.places[word] + __popc(here & ((1u << bit) - 1));
     // few are: a loop is shorter than eight times its body
 #pragma unroll 1
     for (; seen != 0; seen &= seen - 1) {
       const int next = __ffs(static_cast<int>(seen)) - 1;
       float value = 0.0f;
-      if (is_scored) {
+      if (kCopied && is_scored) {
         value = *scores++;
       } else {
 #pragma unroll
@@ -407,7 +415,7 @@ class RowSampler {
     float x[kGroup];
     if (local < count) {
       fetch_ahead(local, count);
-      process(copy_of(cluster_.rank()), local, group, x);
+      process(copy_of(cluster_.rank()), is_scored_, local, group, x);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) x[i] = canonical(x[i]);
     } else {
@@ -428,7 +436,7 @@ class RowSampler {
   // Steps 1 to 6 of any group of the row.
   __device__ __forceinline__ void process_any(int group, float (&x)[kGroup]) const {
     const int owner = group / part_groups_;
-    process(copy_of(owner), group - owner * part_groups_, group, x);
+    process(copy_of(owner), has_scores(owner), group - owner * part_groups_, group, x);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) x[i] = canonical(x[i]);
   }
@@ -439,8 +447,7 @@ class RowSampler {
   // ---- maxima ----
 
   __device__ void find_maxima() {
-    const bool has_scores = kCopied && row_.seen.words != nullptr;
-    is_scored_ = has_scores && shared_.seen_count <= kScored;
+    is_scored_ = has_scores(cluster_.rank());
     bool any_nan = is_scored_ && score();
     const bool has_seen = row_.seen.words != nullptr && !is_scored_;
     if (row_.bias_count == 0 && row_.allowed.words == nullptr && !has_seen) {
@@ -448,10 +455,8 @@ class RowSampler {
     } else {
       any_nan |= find_chunk_maxima<false>();
     }
-    const uint32_t flags = (any_nan ? 1u : 0u) | (has_scores && !is_scored_ ? 2u : 0u);
-    uint64_t found[1] = {
-        static_cast<uint64_t>(order_key(fmaxf(largest_[0], largest_[1]))) << 32 | flags
-    };
+    const uint32_t key = order_key(fmaxf(largest_[0], largest_[1]));
+    uint64_t found[1] = {static_cast<uint64_t>(key) << 32 | (any_nan ? 1 : 0)};
     cluster_.combine(found, LargerWithFlags());
     m_ = from_order_key(static_cast<uint32_t>(found[0] >> 32));
     if (args_.status != nullptr && cluster_.rank() == 0 && threadIdx.x == 0) {
@@ -460,8 +465,6 @@ class RowSampler {
       if (m_ == kInfinity) status |= LLM_SAMPLING_STATUS_POS_INF;
       args_.status[index_] = status;
     }
-    // one block's parts are read by others
-    is_scored_ = has_scores && (found[0] & 2) == 0;
   }
 
   // Of all but the tokens that have scores: those are -inf in the copy. True if one is NaN.
@@ -484,7 +487,7 @@ class RowSampler {
         if (kPlain) {
           load<kDtype, kCopied>(row_, place_of(copies, local, group), group, x);
         } else {
-          process(copies, local, group, x);
+          process(copies, is_scored_, local, group, x);
         }
         // step 6 is left to the largest: fmaxf passes over NaN
         float sum = 0.0f;
@@ -1200,7 +1203,7 @@ class RowSampler {
   float largest_[kMaxima] = {-kInfinity, -kInfinity};  // of this thread's
   float m_;
   float scale_ = 0.0f;
-  bool is_scored_ = false;  // seen tokens have scores
+  bool is_scored_ = false;  // whether this block has_scores
 
   // the kept set; the mass that top-p takes a part of, then that of the kept set unless the list has it
   uint64_t cut_;
