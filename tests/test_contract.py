@@ -233,6 +233,23 @@ def test_python_has_the_step(path, number, word):
     assert re.search(rf"\b{number} {word}\b", "\n".join(comments))
 
 
+def cuda_kernel():
+    return "".join(read(file) for file in FILES if file.startswith("csrc/cuda/"))
+
+
+@pytest.mark.parametrize(("number", "word"), steps().items())
+def test_cuda_has_the_step(number, word):
+    comments = re.findall(r"// (.*)", cuda_kernel())
+    assert any(re.search(rf"(?:^|, ){number} {word}\b", comment) for comment in comments)
+
+
+def test_cuda_s_kernel_takes_every_parameter():
+    """Every parameter, and everything else that a call has, by its name in the struct."""
+    read_by_it = set(re.findall(r"\bargs_?\.(\w+)", cuda_kernel()))
+    not_a_kernel_s = {"struct_size", "version", "num_threads", "reserved", "num_slots"}
+    assert set(struct_fields()) - not_a_kernel_s <= read_by_it
+
+
 def test_triton_s_kernel_takes_every_parameter():
     """min_p itself only makes its cut, on the host."""
     source = read("llm_sampling/backends/triton_kernel.py")

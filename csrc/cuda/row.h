@@ -207,7 +207,7 @@ __device__ __forceinline__ void add_bias(
   }
 }
 
-// Leaves what has a bit; -inf is what has none.
+// 2 mask: leaves what has a bit; -inf is what has none.
 template <int kCount>
 __device__ __forceinline__ void leave(unsigned bits, float (&x)[kCount]) {
 #pragma unroll

@@ -441,6 +441,7 @@ class RowSampler {
     for (int i = 0; i < kGroup; ++i) x[i] = canonical(x[i]);
   }
 
+  // 9 depth, 10 mass
   __device__ __forceinline__ float depth_of(float x) const { return depth(x, m_, scale_); }
   __device__ __forceinline__ int64_t mass_of(float x) const { return whole_mass(depth_of(x)); }
 
@@ -730,7 +731,7 @@ class RowSampler {
       const bool by_mass = step == kMore || step == kTopP;
       int64_t target = filters.at_most;
       if (step == kTopK && !filters.has_k) continue;
-      if (by_mass) {  // 12
+      if (by_mass) {  // 12 top-p
         if (!filters.has_p) continue;
         if (filters.has_k) {
           if (step == kMore) continue;
@@ -739,7 +740,7 @@ class RowSampler {
         target = top_p_target(mass_.total, filters.top_p);
       }
       if (step == kKeep) {
-        if (filters.has_min_p) {  // 13
+        if (filters.has_min_p) {  // 13 min-p
           const uint64_t near_cut = nearest_code(filters.depth_cut);
           filter_cut = filter_cut > near_cut ? filter_cut : near_cut;
         }
@@ -758,7 +759,7 @@ class RowSampler {
       if (!is_listed) list(range);
       if (step == kFirst || step == kMore) continue;
       const uint64_t cut = cut_at(target, by_mass, k_cut);
-      if (step == kTopK) k_cut = cut;  // 11
+      if (step == kTopK) k_cut = cut;  // 11 top-k
       if (step == kTopP) filter_cut = cut;
       if (step == kKeep) filter_cut = filter_cut < cut ? filter_cut : cut;
     }
