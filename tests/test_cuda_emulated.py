@@ -16,7 +16,8 @@ import torch
 from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases
 from test_parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
 
-from llm_sampling import Sampler, SamplingParams, TokenHistory, sample
+from llm_sampling import BatchParams, Sampler, SamplingParams, TokenHistory, backends, sample
+from llm_sampling.backends import SampleCall
 
 sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
 import backend as emulation
@@ -113,11 +114,42 @@ def test_more_seen_tokens_than_have_scores(install, launch, seen):
     ]
     rows = len(params)
     ids = list(range(seen))
-    history = TokenHistory.from_ids([ids] * rows, [ids[::7] + [8999]] * rows, vocab_size)
+    history = TokenHistory.from_ids([ids] * rows, [[*ids[::7], 8999]] * rows, vocab_size)
     logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seen))
     logits[:, seen // 2] = 9.0
     drawn = [
         sample(logits, params, history=history, num_samples=8, backend=name, check=False)
+        for name in ("torch", install(launch))
+    ]
+    assert torch.equal(drawn[0].tokens, drawn[1].tokens)
+    assert torch.equal(drawn[0].status, drawn[1].status)
+
+
+@dtypes
+@pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
+@pytest.mark.parametrize("vocab_size", [33, 501])
+def test_bits_beyond_the_vocabulary(install, vocab_size, launch, dtype):
+    """They are in the last words, and belong to no token."""
+    rows = 3
+    params = [
+        SamplingParams(repetition_penalty=1.5, presence_penalty=0.5, seed=s) for s in (1, 2, 3)
+    ]
+    history = TokenHistory.from_ids([[0, vocab_size - 1]] * rows, [[5]] * rows, vocab_size)
+    beyond = -1 << vocab_size % 32
+    history.seen[:, -1] |= beyond
+    mask = torch.full((rows, (vocab_size + 31) // 32), -1, dtype=torch.int32)
+    logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    drawn = [
+        sample(
+            logits,
+            params,
+            history=history,
+            allowed_mask=mask,
+            num_samples=8,
+            logprobs="processed",
+            backend=name,
+            check=False,
+        )
         for name in ("torch", install(launch))
     ]
     assert torch.equal(drawn[0].tokens, drawn[1].tokens)
@@ -154,6 +186,22 @@ def test_steps_advance_the_history(install, launch):
         assert torch.equal(got.positions, wanted.positions)
         for state in ("seen", "counts", "lengths"):
             assert torch.equal(getattr(got_history, state), getattr(wanted_history, state)), state
+
+
+@launches
+def test_steps_of_many_draws(install, launch):
+    """Only the C interface has them: the history gets the first. The reference takes one draw."""
+
+    def draw(name):
+        params = [SamplingParams(frequency_penalty=2.0, seed=s) for s in range(4)]
+        history = TokenHistory.from_ids([[1]] * 4, [[2, 3]] * 4, 40)
+        logits = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+        batch = BatchParams.from_list(params, positions=[0] * 4)
+        call = SampleCall(logits, batch, history, None, num_samples=16, advance=True)
+        backend = backends.BACKENDS[name].load()
+        return torch.stack([backend.sample(call).tokens for _ in range(8)])
+
+    assert torch.equal(draw(install(launch)), draw("cpu"))
 
 
 # With sanitizers, and with bugs

@@ -169,9 +169,9 @@ class RowSampler {
       if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) find_raw_sum();
       draw(is_greedy);
     }
-    // a list's draws, and the first token's, look no more at the history, nor at another block's memory
-    const bool has_chunk_draws = m_ != -kInfinity && !is_greedy && !in_list_;
-    if (args_.filtered != nullptr || has_chunk_draws) cluster_.sync();
+    // by others of one that draws, or that writes what it filtered
+    const bool is_history_read = args_.filtered != nullptr || args_.num_samples > 1;
+    if (is_history_read) cluster_.sync();
     if (drew_) advance();
   }
 
