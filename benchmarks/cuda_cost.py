@@ -669,7 +669,6 @@ class Chain:
             self.barrier()
             self.steps(math.ceil(case.lists[0] / 32) * 2 + 2)
         else:
-            self.sync()
             self.steps(2 * math.log2(self.rounds * self.warps))
             self.process_any()
             self.code(self.cost.passes["weigh"]["all"].all)
