@@ -296,7 +296,7 @@ def measure(variant: Variant, arch: str) -> Cost:
         instructions = len(re.findall(r"^\t[a-z]\w+", body, re.MULTILINE))
         return Cost(launch, *counts, shared, instructions, 0, 0, {})
     cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
-    code, bodies = disassemble(cubin)
+    code, bodies, _ = disassemble(cubin)
     usage = run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
     return Cost(
         launch=launch,

@@ -31,14 +31,15 @@ DERIVED = {"min_p_cut", "unseeded", "position", *FLAGS}
 
 #: Each module may import from the lines above its own, and from no other.
 LAYERS = (
-    ("version", "params", "history"),
+    ("version", "params", "history", "stopping"),
     ("backends",),
     ("reference", "backends.args", "backends.triton_kernel", "library"),
     ("backends.compiled",),
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
     ("sampler",),
     ("__init__",),
-    ("generation", "models"),
+    ("generation", "models", "integrations"),
+    ("integrations.huggingface",),
     ("cli",),
 )
 
