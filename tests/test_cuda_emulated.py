@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases
+from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases, every_case
 from test_parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
 
 from llm_sampling import BatchParams, Sampler, SamplingParams, TokenHistory, backends, sample
@@ -61,6 +61,17 @@ def test_covering_cases(install, vocab_size, launch, dtype):
     groups = covering_cases(vocab_size, seed)
     name = install(launch)
     assert_parity(build_all(groups, vocab_size, dtype, "cpu"), name, ("processed", "raw"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
+@pytest.mark.parametrize("vocab_size", SMALL_VOCABS, ids="V{}".format)
+def test_every_case(install, vocab_size, launch):
+    """Every row with every mix; each size has all dtypes, in turn."""
+    turn = SMALL_VOCABS.index(vocab_size) + launch.blocks + launch.copied
+    dtype = DTYPES[turn % 3]
+    batches = build_all(every_case(vocab_size, histories_each=2), vocab_size, dtype, "cpu")
+    assert_parity(batches, install(launch))
 
 
 @launches
@@ -233,10 +244,17 @@ def run_sanitized(folder, expression, planted=()):
 not_inside = pytest.mark.skipif(SANITIZED is not None, reason="this process is one that it starts")
 
 
+SOME = "(covering and V33 and bfloat16) or (layouts and bfloat16 and offset)"
+SOME += " or V5003-1 or V5003-2 or steps"
+MANY = "covering or layouts or V5003 or V32000 or orders or more or steps or beyond"
+
+
 @not_inside
-def test_with_sanitizers(tmp_path):
-    expression = "(covering and V33 and bfloat16) or (layouts and bfloat16 and offset)"
-    done = run_sanitized(tmp_path, f"{expression} or V5003-1 or V5003-2 or steps")
+@pytest.mark.parametrize(
+    "expression", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_with_sanitizers(tmp_path, expression):
+    done = run_sanitized(tmp_path, expression)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
     assert " passed" in done.stdout
 
