@@ -1,15 +1,20 @@
-"""The processors inside transformers' own ``generate``."""
+"""Inside transformers' own ``generate``: the processors, and the whole loop."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from llm_sampling import InvalidLogitsError, SamplingParams
+from llm_sampling import InvalidLogitsError, Sampler, SamplingParams
 from llm_sampling.generation import generate, seeded
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
-from llm_sampling.integrations.huggingface import FusedLogitsProcessor, FusedLogitsWarper  # noqa: E402
+huggingface = pytest.importorskip("llm_sampling.integrations.huggingface")
+BYTES = pytest.importorskip("test_generation").BYTES
+FusedLogitsProcessor = huggingface.FusedLogitsProcessor
+FusedLogitsWarper = huggingface.FusedLogitsWarper
+fused_generate = huggingface.fused_generate
+params_from_generation_config = huggingface.params_from_generation_config
 
 V = 97
 PROMPTS = torch.tensor([[5, 17, 17, 80, 3], [9, 2, 64, 31, 31]])
@@ -378,3 +383,330 @@ def test_nan_is_no_candidate_and_infinity_wins():
 def test_errors_name_the_parameter_and_the_value(name, value):
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         SamplingParams(**{name: value})
+
+
+# The whole loop
+
+
+def fused(model, prompts, params, **options):
+    options = NEUTRAL | {"max_new_tokens": 12} | options
+    return model.generate(prompts, custom_generate=fused_generate, params=params, **options)
+
+
+def test_the_three_ways_give_the_same_tokens(model):
+    """Padded rows of unequal length, each with its own parameters."""
+    expected = ours(model, RAGGED, EACH)
+    out = fused(model, PADDED, EACH, attention_mask=MASK)
+    assert out[:, 6:].tolist() == expected
+    processor = FusedLogitsProcessor(EACH, attention_mask=MASK)
+    out = model.generate(
+        PADDED,
+        attention_mask=MASK,
+        logits_processor=[processor],
+        do_sample=True,
+        max_new_tokens=12,
+        **NEUTRAL,
+    )
+    assert out[:, 6:].tolist() == expected
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_params_stand_for_the_config_s(model, do_sample):
+    config = {"temperature": 3.0, "top_k": 2, "top_p": 0.3, "repetition_penalty": 7.0}
+    out = fused(model, PROMPTS, EACH[:2], do_sample=do_sample, **config)
+    assert out[:, 5:].tolist() == ours(model, PROMPTS, EACH[:2])
+
+
+def test_without_params_the_config_is_followed(model):
+    options = {"max_new_tokens": 12} | NEUTRAL
+    greedy = model.generate(PROMPTS, do_sample=False, repetition_penalty=1.3, **options)
+    ours_greedy = fused(model, PROMPTS, None, do_sample=False, repetition_penalty=1.3)
+    assert torch.equal(ours_greedy, greedy)
+    torch.manual_seed(5)
+    sampled = fused(model, PROMPTS, None, do_sample=True, top_k=1)
+    assert torch.equal(sampled, model.generate(PROMPTS, do_sample=False, **options))
+
+
+def test_a_row_does_not_depend_on_its_batch(model):
+    together = fused(model, PADDED, EACH, attention_mask=MASK)[:, 6:].tolist()
+    for row, params in enumerate(EACH):
+        alone = fused(model, torch.tensor([RAGGED[row]]), params)
+        assert alone[0, len(RAGGED[row]) :].tolist() == together[row]
+
+
+def test_fused_num_return_sequences(model):
+    params = [EACH[0], EACH[2]]
+    out = fused(model, PROMPTS, params, num_return_sequences=3, do_sample=True)
+    rows = [seeded(row, i) for row in params for i in range(3)]
+    assert out[:, 5:].tolist() == ours(model, PROMPTS.repeat_interleave(3, dim=0), rows)
+
+
+def test_fused_embeddings_as_prompts(model):
+    embeddings = model.get_input_embeddings()(PROMPTS)
+    params = [replace(row, repetition_penalty=1.0) for row in EACH[:2]]
+    out = model.generate(
+        inputs_embeds=embeddings,
+        custom_generate=fused_generate,
+        params=params,
+        max_new_tokens=12,
+        **NEUTRAL,
+    )
+    assert out.tolist() == ours(model, PROMPTS, params)
+
+
+def test_fused_end_tokens_and_padding(model):
+    first = ours(model, PROMPTS, EACH[:2])
+    end = first[0][4]
+    options = {"eos_token_id": end, "do_sample": True}
+    out = fused(model, PROMPTS, EACH[:2], **options)
+    theirs = model.generate(
+        PROMPTS,
+        logits_processor=[FusedLogitsProcessor(EACH[:2])],
+        max_new_tokens=12,
+        **(NEUTRAL | options),
+    )
+    assert torch.equal(out, theirs)
+    assert (out[0] == 0).any()
+
+
+def test_what_is_returned_in_a_dict(model):
+    want = generate(
+        model,
+        PROMPTS,
+        EACH[:2],
+        vocab_size=V,
+        max_new_tokens=12,
+        ignore_eos=True,
+        logprobs="processed",
+    )
+    options = {"return_dict_in_generate": True, "output_logits": True, "logprobs": "processed"}
+    out = fused(model, PROMPTS, EACH[:2], **options)
+    assert out.sequences[:, 5:].tolist() == [row.token_ids for row in want]
+    assert out.logprobs.tolist() == [row.logprobs for row in want]
+    assert len(out.logits) == 12
+    assert out.logits[0].shape == (2, V)
+    end = want[0].token_ids[3]
+    ended = fused(model, PROMPTS, EACH[:2], eos_token_id=end, **options)
+    assert ended.logprobs[0, :4].tolist() == want[0].logprobs[:4]
+    assert ended.logprobs[0, 4:].isnan().all()
+
+
+class Recorder(transformers.generation.BaseStreamer):
+    def __init__(self):
+        self.put_ids, self.has_ended = [], False
+
+    def put(self, value):
+        self.put_ids.append(value.tolist())
+
+    def end(self):
+        self.has_ended = True
+
+
+def test_the_streamer_that_generate_was_given_gets_the_tokens(model):
+    streamer = Recorder()
+    out = fused(model, PROMPTS[:1], EACH[0], streamer=streamer)
+    assert streamer.has_ended
+    assert streamer.put_ids[0] == PROMPTS[:1].tolist()
+    assert [ids[0] for ids in streamer.put_ids[1:]] == out[0, 5:].tolist()
+
+
+def test_a_text_streamer_writes_the_text(model, capsys):
+    params = SamplingParams(temperature=0)
+    prompt = torch.tensor([[40, 41]])
+    out = fused(model, prompt, params, streamer=transformers.TextStreamer(BYTES, skip_prompt=True))
+    assert capsys.readouterr().out == BYTES.decode(out[0, 2:]) + "\n"
+
+
+def test_stopping_criteria_are_asked(model):
+    class AtNine(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 9)
+
+    criteria = transformers.StoppingCriteriaList([AtNine()])
+    out = fused(model, PROMPTS, EACH[:2], stopping_criteria=criteria)
+    assert out.shape == (2, 9)
+
+
+def test_fused_stop_strings(model):
+    """The row ends with the token that completes the string; the other goes on."""
+    expected = ours(model, PROMPTS, EACH[:2], 24)
+    text = BYTES.decode(expected[0])
+    stop = text[3:6]
+    out = fused(
+        model, PROMPTS, EACH[:2], max_new_tokens=24, stop=stop, stop_tokenizer=BYTES, stop_limit=1
+    )
+    place = text.find(stop) + len(stop)
+    assert out[0, 5:].tolist() == expected[0][:place] + [0] * (24 - place)
+    assert out[1, 5:].tolist() == expected[1]
+
+
+def test_other_processors_are_called(model):
+    options = {"do_sample": True, "suppress_tokens": list(range(40)), "min_new_tokens": 3}
+    out = fused(model, PROMPTS, EACH[:2], **options)
+    assert (out[:, 5:] >= 40).all()
+    seen = []
+
+    class Own(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append((input_ids.shape[1], scores.dtype))
+            scores = scores.clone()
+            scores[:, 7] += 1000
+            return scores
+
+    half = model.to(torch.bfloat16)
+    try:
+        out = fused(half, PROMPTS, SamplingParams(seed=1), logits_processor=[Own()])
+    finally:
+        model.to(torch.float32)
+    assert (out[:, 5:] == 7).all()
+    assert seen == [(5 + step, torch.float32) for step in range(12)]
+
+
+def test_logits_go_to_the_kernel_as_they_are(model, monkeypatch):
+    """No copy, no conversion: a model of bfloat16 gives bfloat16."""
+    dtypes = []
+    call = Sampler.__call__
+
+    def watched(self, logits, **options):
+        dtypes.append(logits.dtype)
+        return call(self, logits, **options)
+
+    monkeypatch.setattr(Sampler, "__call__", watched)
+    half = model.to(torch.bfloat16)
+    try:
+        fused(half, PROMPTS, SamplingParams(seed=1))
+    finally:
+        model.to(torch.float32)
+    assert set(dtypes) == {torch.bfloat16}
+
+
+def test_an_encoder_and_a_decoder():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=V,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    t5 = transformers.T5ForConditionalGeneration(config).eval()
+    options = {"max_new_tokens": 8, "eos_token_id": None}
+    want = t5.generate(PADDED, attention_mask=MASK, do_sample=False, **options)
+    greedy = SamplingParams(temperature=0)
+    out = t5.generate(
+        PADDED, attention_mask=MASK, custom_generate=fused_generate, params=greedy, **options
+    )
+    assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "num_beams of the generation config cannot be honoured, got 2"),
+        ({"typical_p": 0.5, "do_sample": True}, "typical_p of the generation config"),
+        ({"epsilon_cutoff": 0.1, "do_sample": True}, "epsilon_cutoff of the generation config"),
+        ({"renormalize_logits": True}, "renormalize_logits of the generation config"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores of the"),
+        ({"output_attentions": True}, "output_attentions of the generation config"),
+        ({"synced_gpus": True}, "synced_gpus cannot be honoured"),
+        ({"logprobs": "raw"}, "logprobs needs return_dict_in_generate=True"),
+        ({"stop": "a"}, "stop_tokenizer must be given for stop"),
+        ({"stop": ""}, "stop must have no empty string"),
+        (
+            {"logits_processor": [transformers.TemperatureLogitsWarper(2.0)]},
+            "must not have a TemperatureLogitsWarper beside params: set temperature there",
+        ),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens of the generation config"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        fused(model, PROMPTS[:1], SamplingParams(), **options)
+
+
+def test_an_assistant_is_refused(model):
+    with pytest.raises(ValueError, match="assistant_model cannot be honoured"):
+        fused(model, PROMPTS[:1], SamplingParams(), assistant_model=model)
+
+
+# Parameters from a config
+
+
+def config(**fields):
+    return transformers.GenerationConfig(**fields)
+
+
+def test_params_from_a_config():
+    full = config(
+        do_sample=True, temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, repetition_penalty=1.05
+    )
+    assert params_from_generation_config(full, seed=4) == SamplingParams(
+        temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, repetition_penalty=1.05, seed=4
+    )
+    assert params_from_generation_config(config()) == SamplingParams(temperature=0)
+    assert params_from_generation_config(config(do_sample=True)) == SamplingParams(top_k=50)
+    # without do_sample there are no filters
+    assert params_from_generation_config(config(temperature=0.6, top_p=0.5)) == SamplingParams(
+        temperature=0
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_beams": 4},
+        {"typical_p": 0.9},
+        {"epsilon_cutoff": 3e-4},
+        {"eta_cutoff": 3e-4},
+        {"no_repeat_ngram_size": 3},
+        {"bad_words_ids": [[1]]},
+        {"suppress_tokens": [1]},
+        {"guidance_scale": 1.5},
+        {"penalty_alpha": 0.6},
+        {"encoder_repetition_penalty": 1.2},
+        {"exponential_decay_length_penalty": (5, 1.1)},
+        {"renormalize_logits": True},
+        {"remove_invalid_values": True},
+        {"forced_eos_token_id": 3},
+        {"min_length": 4},
+        {"sequence_bias": [[[1], 2.0]]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_field_that_cannot_be_honoured_is_named(fields):
+    (name,) = fields
+    with pytest.raises(ValueError, match=f"{name} of the generation config cannot be honoured"):
+        params_from_generation_config(config(do_sample=True, **fields))
+
+
+def test_a_value_out_of_its_range_is_named():
+    with pytest.raises(ValueError, match="top_p"):
+        params_from_generation_config(config(do_sample=True, top_p=1.5))
+
+
+NOT_ABOUT_SAMPLING = """
+max_length max_new_tokens max_time early_stopping stop_strings length_penalty num_return_sequences
+num_beam_groups diversity_penalty low_memory use_cache cache_implementation cache_config
+return_legacy_cache return_dict_in_generate output_attentions output_hidden_states output_scores
+output_logits pad_token_id bos_token_id eos_token_id decoder_start_token_id prefill_chunk_size
+compile_config disable_compile is_assistant token_healing num_assistant_tokens
+num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size
+assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight max_cache_len
+transformers_version generation_kwargs continuous_batching_config mtp_layer_indices do_sample
+"""
+
+
+def test_every_field_of_a_config_is_known():
+    """A newer transformers may have fields that change the draw."""
+    fields = {name for name in vars(config()) if not name.startswith("_")}
+    known = (
+        set(NOT_ABOUT_SAMPLING.split())
+        | set(huggingface._AS_PROCESSORS)
+        | set(huggingface._NOT_DONE)
+    )
+    known |= {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+    assert fields - known == set()
