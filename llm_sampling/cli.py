@@ -1,6 +1,6 @@
 """The command ``llm-sampling``: ``generate`` streams a model's text, ``info`` says what runs here.
 
-    options -> Request (checked) -> models.load -> generation.stream -> TextDecoder -> stdout
+    options -> Request (checked) -> models.load -> generation.generate_stream -> stdout
 
 The text alone goes to stdout, everything else to stderr. Exit codes: 0 done; 1 something is missing
 or failed; 2 a bad value, named in one line; 130 interrupted; 141 the text's reader has gone.
@@ -11,12 +11,13 @@ or failed; 2 a bad value, named in one line; 130 interrupted; 141 the text's rea
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +26,9 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 import llm_sampling
-from llm_sampling import (
-    InvalidLogitsError,
-    Sampler,
-    SamplingParams,
-    TokenHistory,
-    backends,
-    generation,
-    models,
-)
+from llm_sampling import InvalidLogitsError, SamplingParams, backends, generation, models
 from llm_sampling.params import OFF_VALUES
+from llm_sampling.stopping import StopStrings
 
 if TYPE_CHECKING:
     import typer
@@ -56,18 +50,33 @@ class Request:
         ValueError: a value is out of its range; the message names it.
     """
 
-    prompt: str
+    prompts: tuple[str, ...]
     params: SamplingParams
     model_path: Path | None
     chat: bool
+    n: int
     max_new_tokens: int
+    min_new_tokens: int
+    stop: tuple[str, ...]
+    stop_limit: int
+    include_stop: bool
+    ignore_eos: bool
+    as_json: bool
     backend: str
     threads: int | None
 
     def __post_init__(self) -> None:
         """Check the values."""
+        if self.n < 1:
+            raise ValueError(f"n must be an integer >= 1, got {self.n}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be an integer >= 1, got {self.max_new_tokens}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be in 0 .. max_new_tokens ({self.max_new_tokens}), "
+                f"got {self.min_new_tokens}"
+            )
+        StopStrings(self.stop, stop_limit=self.stop_limit)
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be an integer >= 1, got {self.threads}")
         if self.model_path is not None:
@@ -122,7 +131,9 @@ def _build_app() -> "typer.Typer":
 
     @app.command()
     def generate(
-        prompt: Annotated[str, Argument(metavar="PROMPT", help="The text to continue.")],
+        prompts: Annotated[
+            list[str], Argument(metavar="PROMPT...", help="The text to continue, or several.")
+        ],
         model: Annotated[
             Path | None,
             Option(
@@ -134,7 +145,29 @@ def _build_app() -> "typer.Typer":
         chat: Annotated[
             bool, Option("--chat/--no-chat", help="Put PROMPT into the model's chat template.")
         ] = False,
+        n: Annotated[
+            int, Option("--n", help="So many texts for each PROMPT, from seed, seed + 1, ...")
+        ] = 1,
         max_new_tokens: Annotated[int, Option(help="Stop after this many tokens.")] = 128,
+        min_new_tokens: Annotated[
+            int, Option(help="No end token and no stop string counts in this many tokens.")
+        ] = 0,
+        stop: Annotated[
+            list[str] | None,
+            Option(metavar="TEXT", help="End before this text; repeatable."),
+        ] = None,
+        stop_limit: Annotated[
+            int, Option(help="End at this occurrence of a stop text: 2 with '.' is two sentences.")
+        ] = 1,
+        include_stop: Annotated[
+            bool, Option("--include-stop/--no-include-stop", help="Write the stop text too.")
+        ] = False,
+        ignore_eos: Annotated[
+            bool, Option("--ignore-eos/--no-ignore-eos", help="Go on after the model's end token.")
+        ] = False,
+        as_json: Annotated[
+            bool, Option("--json/--no-json", help="Write a line of JSON for each text.")
+        ] = False,
         temperature: Annotated[
             float, Option(help="Divide the logits by this; 0 takes the best token.")
         ] = OFF_VALUES["temperature"],
@@ -172,10 +205,10 @@ def _build_app() -> "typer.Typer":
             int | None, Option(help="CPU threads. Default: torch's.", show_default=False)
         ] = None,
     ) -> int:
-        """Continue PROMPT with a language model, token by token, on the CPU."""
+        """Continue each PROMPT with a language model, token by token, on the CPU."""
         try:
             request = Request(
-                prompt=prompt,
+                prompts=tuple(prompts),
                 params=SamplingParams(
                     temperature=temperature,
                     top_k=top_k,
@@ -191,7 +224,14 @@ def _build_app() -> "typer.Typer":
                 ),
                 model_path=model,
                 chat=chat,
+                n=n,
                 max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                stop=tuple(stop or ()),
+                stop_limit=stop_limit,
+                include_stop=include_stop,
+                ignore_eos=ignore_eos,
+                as_json=as_json,
                 backend=backend,
                 threads=threads,
             )
@@ -241,31 +281,37 @@ def _generate(request: Request) -> int:
     messages = Console(stderr=True, highlight=False)
     with _progress(messages, f"Loading {path.name}") as report:
         language_model = models.load(path, report)
-    prompt_ids = language_model.encode(request.prompt, chat=request.chat)
-    _check_fit(request, len(prompt_ids), language_model)
-    vocab_size = language_model.vocab_size
-    sampler = Sampler(
+    prompts = [language_model.encode(text, chat=request.chat) for text in request.prompts]
+    _check_fit(request, max(map(len, prompts)), language_model)
+    chunks = generation.generate_stream(
+        language_model.model,
+        prompts,
         request.params,
-        vocab_size=vocab_size,
-        history=TokenHistory.from_ids([prompt_ids], None, vocab_size),
+        tokenizer=language_model.tokenizer,
+        vocab_size=language_model.vocab_size,
+        n=request.n,
+        max_new_tokens=request.max_new_tokens,
+        min_new_tokens=request.min_new_tokens,
+        stop=request.stop,
+        stop_limit=request.stop_limit,
+        include_stop_str_in_output=request.include_stop,
+        eos_token_ids=language_model.eos_token_ids,
+        ignore_eos=request.ignore_eos,
         backend=request.backend,
     )
-    steps = generation.stream(
-        language_model.model,
-        torch.tensor([prompt_ids]),
-        sampler,
-        max_new_tokens=request.max_new_tokens,
-        eos_token_ids=language_model.eos_token_ids,
-    )
-    decoder = generation.TextDecoder(language_model.tokenizer, prompt_ids)
+    is_one = len(prompts) * request.n == 1 and not request.as_json
     # On a terminal the text reads on from its prompt; the prompt is no part of the output.
-    if messages.is_terminal and sys.stdout.isatty() and not request.chat:
-        messages.print(Text(request.prompt, style="dim"), end="", soft_wrap=True)
+    if is_one and messages.is_terminal and sys.stdout.isatty() and not request.chat:
+        messages.print(Text(request.prompts[0], style="dim"), end="", soft_wrap=True)
 
     code, tally = 0, Tally()
     start = time.perf_counter()
     try:
-        _print_text(_pieces(steps, decoder, tally))
+        counted = tally.count(chunks)
+        if is_one:
+            _print_text(chunk.text or "" for chunk in counted)
+        else:
+            _print_texts(request, generation.completions(counted))
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except InvalidLogitsError as error:
@@ -320,21 +366,40 @@ class Tally:
 
     tokens: int = 0
     sampler_seconds: float = 0.0
+    step: int = 0
+
+    def count(self, chunks: Iterator[generation.Chunk]) -> Iterator[generation.Chunk]:
+        """Count them as they go by; a step's time is that of all its rows."""
+        for chunk in chunks:
+            self.tokens += 1
+            if chunk.step != self.step:
+                self.step = chunk.step
+                self.sampler_seconds += chunk.sampler_seconds
+            yield chunk
 
 
-def _pieces(
-    steps: Iterator[generation.Step], decoder: generation.TextDecoder, tally: Tally
-) -> Iterator[str]:
-    """The text of row 0, up to its end token."""
-    for step in steps:
-        tally.tokens += 1
-        tally.sampler_seconds += step.sampler_seconds
-        if not step.ended[0]:
-            yield decoder.decode(step.tokens[0])
-    yield decoder.finish()
+def _print_texts(request: Request, completions: Sequence[generation.Completion]) -> None:
+    """Write several texts, when all are done: a line of JSON each, or an empty line between two."""
+    for number, done in enumerate(completions):
+        prompt, index = divmod(number, request.n)
+        if request.as_json:
+            line = {
+                "prompt": request.prompts[prompt],
+                "index": index,
+                "text": done.text,
+                "finish_reason": done.finish_reason,
+                "stop_reason": done.stop_reason,
+                "token_ids": done.token_ids,
+                "seed": generation.seeded(request.params, index).seed,
+            }
+            _print_text([json.dumps(line, ensure_ascii=False)])
+        else:
+            if number > 0:
+                sys.stdout.write("\n")
+            _print_text([done.text or ""])
 
 
-def _print_text(pieces: Iterator[str]) -> None:
+def _print_text(pieces: Iterable[str]) -> None:
     """Write the text to stdout as it comes, and end its last line, also if it is cut off."""
     last = ""
     try:

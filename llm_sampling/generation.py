@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -235,14 +235,20 @@ class Chunk:
             "length" after ``max_new_tokens``.
         stop_reason: the stop string or the id of ``stop_token_ids`` that ended the row; None after
             the model's own end token.
+        step: 1 for the first tokens.
+        model_seconds: time that this step of all rows spent in the model.
+        sampler_seconds: the same in drawing the tokens, the wait for them on the host included.
     """
 
     index: int
     token: int
     text: str | None
-    logprob: float | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
+    logprob: float | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    step: int
+    model_seconds: float
+    sampler_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +288,11 @@ def generate(
         >>> done = generate(model, ["Once", "Twice"], params, tokenizer=tokenizer, stop=".")
         >>> print(done[0].text, done[0].finish_reason)
     """
-    chunks = generate_stream(model, prompts, params, **options)
+    return completions(generate_stream(model, prompts, params, **options))
+
+
+def completions(chunks: Iterable[Chunk]) -> list[Completion]:
+    """What the chunks of :func:`generate_stream` come to, in the order of the rows."""
     rows: dict[int, list[Chunk]] = {}
     for chunk in chunks:
         rows.setdefault(chunk.index, []).append(chunk)
@@ -451,7 +461,8 @@ def _chunks(
             logprob = None if draw.logprobs is None else draw.logprobs[index]
             if reason is not None:
                 going.remove(index)
-            yield Chunk(index, token, text, logprob, reason, stop_reason)
+            seconds = draw.model_seconds, draw.sampler_seconds
+            yield Chunk(index, token, text, logprob, reason, stop_reason, step, *seconds)
         if not going:
             return
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import json
 import os
 import re
 import signal
@@ -12,7 +13,15 @@ import sys
 import pytest
 import torch
 
-from llm_sampling import Sampler, SamplingParams, TokenHistory, backends, cli, models
+from llm_sampling import (
+    Sampler,
+    SamplingParams,
+    TokenHistory,
+    backends,
+    cli,
+    generation,
+    models,
+)
 from llm_sampling.generation import stream
 
 typer = pytest.importorskip("typer", reason="needs the extra 'cli'")
@@ -126,7 +135,7 @@ def test_every_backend_gives_the_same_text(run, backend, monkeypatch):
             asked.append(options["backend"])
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(cli, "Sampler", Recorded)
+    monkeypatch.setattr(generation, "Sampler", Recorded)
     options = ["--seed", 5, "--top-p", 0.9, "--presence-penalty", 0.5, "--max-new-tokens", 30]
     torch_out = run("Once", *options, "--backend", "torch")[1]
     code, out, err = run("Once", *options, "--backend", backend)
@@ -198,6 +207,59 @@ def test_threads(run):
         torch.set_num_threads(before)
 
 
+ABC = ["--logit-bias", f"{A}=100", "--max-new-tokens", 6]
+
+
+def test_stop_options(run):
+    assert run("x", *ABC, "--stop", "aaa")[1] == "\n"
+    assert run("x", *ABC, "--stop", "b", "--stop", "aa", "--stop-limit", 2)[1] == "aa\n"
+    assert run("x", *ABC, "--stop", "aa", "--include-stop")[1] == "aa\n"
+    assert run("x", *ABC, "--stop", "a", "--min-new-tokens", 4)[1] == "aaaa\n"
+    assert run("x", *ABC, "--stop", "aaa")[2].splitlines()[-1].startswith("3 tokens in ")
+
+
+def test_ignore_eos(run):
+    options = ["--logit-bias", f"{END}=100", "--max-new-tokens", 5]
+    assert "5 tokens in " in run("x", *options, "--ignore-eos")[2]
+    assert "1 token in " in run("x", *options)[2]
+
+
+def test_several_prompts_and_texts(run):
+    """Each text is what it is alone; an empty line is between two."""
+    options = ["--max-new-tokens", 12, "--temperature", 0.7, "--top-k", 5]
+    alone = [run(text, *options, "--seed", seed)[1] for text in "ab" for seed in (7, 8)]
+    code, out, err = run("a", "b", *options, "--seed", 7, "--n", 2)
+    assert (code, out) == (0, "\n".join(alone))
+    assert "48 tokens in " in err
+
+
+def test_json(run):
+    options = ["--max-new-tokens", 8, "--seed", 2**64 - 1, "--temperature", 0.9]
+    out = run("a", "b", *options, "--n", 2, "--json")[1]
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["prompt"], line["index"], line["seed"]) for line in lines] == [
+        ("a", 0, 2**64 - 1),
+        ("a", 1, 0),
+        ("b", 0, 2**64 - 1),
+        ("b", 1, 0),
+    ]
+    for line in lines:
+        text = run(line["prompt"], *options, "--seed", line["seed"])[1]
+        assert text in (line["text"] + "\n", line["text"])
+        assert line["finish_reason"] in ("stop", "length")
+        assert len(line["token_ids"]) <= 8
+    (one,) = run("x", *ABC, "--stop", "aa", "--json")[1].splitlines()
+    assert json.loads(one) | {"seed": 0} == {
+        "prompt": "x",
+        "index": 0,
+        "text": "",
+        "finish_reason": "stop",
+        "stop_reason": "aa",
+        "token_ids": [A, A],
+        "seed": 0,
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -212,11 +274,15 @@ def test_threads(run):
         (["--logit-bias", "1=500"], ["logit_bias", "500"]),
         (["--logit-bias", "1=2", "--logit-bias", "1=3"], ["logit_bias", "token 1 again"]),
         (["--max-new-tokens", "0"], ["max_new_tokens must be an integer >= 1, got 0"]),
+        (["--n", "0"], ["n must be an integer >= 1, got 0"]),
+        (["--min-new-tokens", "-1"], ["min_new_tokens must be in 0 .. max_new_tokens (128)"]),
+        (["--min-new-tokens", "9", "--max-new-tokens", "8"], ["min_new_tokens", "(8), got 9"]),
+        (["--stop", ""], ["stop must have no empty string"]),
+        (["--stop-limit", "0"], ["stop_limit must be an integer >= 1, got 0"]),
         (["--threads", "0"], ["threads must be an integer >= 1, got 0"]),
         (["--backend", "nothing"], ["backend", "'nothing'"]),
         (["--model", "no/such\nmodel"], ["no/such", "No such file"]),
         (["--no-such-option"], ["--no-such-option"]),
-        (["surplus"], ["surplus"]),
     ],
 )
 def test_a_bad_value_is_named_in_one_line(options, words, capsys):
