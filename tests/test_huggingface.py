@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm_sampling import InvalidLogitsError, Sampler, SamplingParams
+from llm_sampling import InvalidLogitsError, Sampler, SamplingParams, models
 from llm_sampling.generation import generate, seeded
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
@@ -710,3 +710,70 @@ def test_every_field_of_a_config_is_known():
     )
     known |= {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
     assert fields - known == set()
+
+
+# A real model
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    try:
+        path = models.default_model_path()
+    except models.NotInstalledError as error:
+        pytest.skip(str(error))
+    return models.load(path, lambda stage: None)
+
+
+REAL_PROMPTS = [
+    "Once upon a time",
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Q: Why is the sky blue?\nA:",
+]
+
+
+@pytest.mark.model
+def test_the_three_ways_on_a_real_model_with_padding(smollm):
+    tokenizer, real = smollm.tokenizer, smollm.model
+    inputs = tokenizer(REAL_PROMPTS, return_tensors="pt", padding=True, padding_side="left")
+    assert not inputs["attention_mask"].bool().all()
+    params = [
+        SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, seed=1),
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=40, min_p=0.05, frequency_penalty=0.3, seed=3),
+        SamplingParams(temperature=1.2, presence_penalty=0.5, top_p=0.8, seed=4),
+    ]
+    length = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": tokenizer.eos_token_id}
+    mask = inputs["attention_mask"]
+    fused_ids = real.generate(**inputs, custom_generate=fused_generate, params=params, **options)
+    processor = FusedLogitsProcessor(params, attention_mask=mask)
+    processed = real.generate(
+        **inputs,
+        logits_processor=[processor],
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        **options,
+    )
+    ours_ids = generate(
+        real, dict(inputs), params, tokenizer=tokenizer, max_new_tokens=24, ignore_eos=True
+    )
+    assert torch.equal(processed, fused_ids)
+    assert fused_ids[:, length:].tolist() == [done.token_ids for done in ours_ids]
+    greedy = real.generate(**inputs, do_sample=False, **options)
+    assert torch.equal(greedy[1], fused_ids[1])
+
+
+@pytest.mark.model
+def test_stop_strings_on_a_real_model(smollm):
+    text = "Tom has a dog. "
+    options = {"tokenizer": smollm.tokenizer, "stop": ".", "max_new_tokens": 60}
+    params = SamplingParams(temperature=0)
+    (one,) = generate(smollm.model, text, params, **options)
+    (two,) = generate(smollm.model, text, params, stop_limit=2, **options)
+    assert (one.finish_reason, one.stop_reason) == ("stop", ".")
+    assert "." not in one.text
+    assert two.text.startswith(one.text + ".")
+    assert two.text.count(".") == 1
