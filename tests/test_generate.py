@@ -230,6 +230,105 @@ def test_a_row_without_a_token_is_an_error():
         generate(empty, [[1]], SamplingParams(), vocab_size=V)
 
 
+STOPS = ["<|im_end|>", "stop", "e nd"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("<|im_start|><|im_end|>", "<|im_end|>"),
+        ("<|im_start|><|im_end|<|im_end|>", "<|im_end|>"),
+        (">><|im_start|>>stop", "stop"),
+        ("stop", "stop"),
+        ("e nd", "e nd"),
+        ("<|im_start|><|im_end|", None),
+        ("<|im_start|><|im_end|<|im_end|", None),
+        ("end", None),
+        ("en d", None),
+        ("eNd", None),
+        ("<|im_end|", None),
+        ("|im_end|>", None),
+        ("s", None),
+        # behind a stop string nothing is generated
+        ("<|im_end|><|im_start|>", "<|im_end|>"),
+        ("<|im_end|<>stop<|im_end|", "stop"),
+    ],
+)
+def test_the_strings_of_transformers_tests(text, found):
+    done = said(text, stop=STOPS, eos_token_ids=[END])
+    assert done.stop_reason == found
+    assert done.text == (text if found is None else text[: text.index(found)])
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["last", "stop"], "la"),  # the string lies across two tokens
+        (["topper", "s", "topper"], "topper"),  # and what overhangs is cut
+        (["s", "t", "o", "p"], ""),
+        (["a stopper"], "a "),
+        (["sto", "sto", "p"], "sto"),
+    ],
+)
+def test_strings_and_tokens_that_overlap(texts, expected):
+    """A tokenizer whose tokens are these texts."""
+
+    class Tokens:
+        def decode(self, ids, **options):
+            return "".join(texts[i - 1] for i in ids if i > 0)
+
+    def says(input_ids, cache):
+        logits = torch.full((1, len(texts) + 1), -torch.inf)
+        logits[0, cache if cache is not None else 1] = 0.0
+        return logits, (cache or 1) + 1
+
+    stop = "stst" if texts[0] == "last" else "stop"
+    (done,) = generate(
+        says,
+        [[0]],
+        SamplingParams(),
+        tokenizer=Tokens(),
+        vocab_size=len(texts) + 1,
+        max_new_tokens=len(texts),
+        stop=stop,
+    )
+    assert (done.text, done.stop_reason) == (expected, stop)
+
+
+@pytest.mark.parametrize(("text", "ends"), [("a", True), ("baa", True), ("bcd", False)])
+def test_a_string_of_one_letter(text, ends):
+    assert (said(text, stop="a", eos_token_ids=[END]).stop_reason == "a") is ends
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("대화 끝", "끝", "대화 "),
+        ("작업 완료", "완료", "작업 "),
+        ("대화 끝 다음", "끝", "대화 "),
+        ("abc 끝!", "끝!", "abc "),
+    ],
+)
+def test_strings_in_characters_of_several_tokens(text, stop, shown):
+    done = said(text, stop=stop, eos_token_ids=[END])
+    assert (done.text, done.stop_reason) == (shown, stop)
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_no_text():
+    """A model's logits may be wider than its tokenizer."""
+    wide = len(BYTES) + 1024
+
+    def says(input_ids, cache):
+        logits = torch.full((1, wide), -torch.inf)
+        logits[0, wide - 1 if cache is None else BYTES("x")["input_ids"][0]] = 0.0
+        return logits, 1
+
+    (done,) = generate(
+        says, [[1]], SamplingParams(), tokenizer=BYTES, vocab_size=wide, max_new_tokens=3, stop="y"
+    )
+    assert (done.text, done.finish_reason) == ("xx", "length")
+
+
 # Hugging Face models
 
 
