@@ -1,4 +1,4 @@
-"""The command ``llm-sampling``: ``generate`` streams a model's text, ``info`` says what runs here.
+"""The command ``llm-sampling``: a model's text, a talk with it, and what runs here.
 
     options -> Request (checked) -> models.load -> generation.generate_stream -> stdout
 
@@ -11,6 +11,7 @@ or failed; 2 a bad value, named in one line; 130 interrupted; 141 the text's rea
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
@@ -129,11 +130,7 @@ def _build_app() -> "typer.Typer":
     )
     backend_names = ", ".join(("auto", *backends.BACKENDS))
 
-    @app.command()
-    def generate(
-        prompts: Annotated[
-            list[str], Argument(metavar="PROMPT...", help="The text to continue, or several.")
-        ],
+    def shared(
         model: Annotated[
             Path | None,
             Option(
@@ -142,12 +139,6 @@ def _build_app() -> "typer.Typer":
                 f"Default: SmolLM2-135M-Instruct, from the package {models.DEFAULT_MODEL_PACKAGE}.",
             ),
         ] = None,
-        chat: Annotated[
-            bool, Option("--chat/--no-chat", help="Put PROMPT into the model's chat template.")
-        ] = False,
-        n: Annotated[
-            int, Option("--n", help="So many texts for each PROMPT, from seed, seed + 1, ...")
-        ] = 1,
         max_new_tokens: Annotated[int, Option(help="Stop after this many tokens.")] = 128,
         min_new_tokens: Annotated[
             int, Option(help="No end token and no stop string counts in this many tokens.")
@@ -164,9 +155,6 @@ def _build_app() -> "typer.Typer":
         ] = False,
         ignore_eos: Annotated[
             bool, Option("--ignore-eos/--no-ignore-eos", help="Go on after the model's end token.")
-        ] = False,
-        as_json: Annotated[
-            bool, Option("--json/--no-json", help="Write a line of JSON for each text.")
         ] = False,
         temperature: Annotated[
             float, Option(help="Divide the logits by this; 0 takes the best token.")
@@ -204,47 +192,89 @@ def _build_app() -> "typer.Typer":
         threads: Annotated[
             int | None, Option(help="CPU threads. Default: torch's.", show_default=False)
         ] = None,
-    ) -> int:
+    ) -> dict[str, Any]:
+        """What these options of every command come to in a Request."""
+        return {
+            "params": SamplingParams(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                frequency_penalty=frequency_penalty,
+                presence_penalty=presence_penalty,
+                min_tokens_to_keep=min_tokens_to_keep,
+                logit_bias=_parse_logit_bias(logit_bias or []),
+                # Not None: torch's own seed is a constant, so every run would give one text.
+                seed=secrets.randbits(32) if seed is None else seed,
+            ),
+            "model_path": model,
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens,
+            "stop": tuple(stop or ()),
+            "stop_limit": stop_limit,
+            "include_stop": include_stop,
+            "ignore_eos": ignore_eos,
+            "backend": backend,
+            "threads": threads,
+        }
+
+    def command(run: Callable[[Request], int]) -> Callable[[Callable[..., Request]], None]:
+        """Make a command of a function that gives the Request that it runs."""
+
+        def add(make: Callable[..., Request]) -> None:
+            parameters = dict(inspect.signature(shared).parameters)
+            own = [
+                p for p in inspect.signature(make).parameters.values() if p.kind != p.VAR_KEYWORD
+            ]
+
+            def called(**values: Any) -> int:
+                try:
+                    of_all = shared(**{name: values.pop(name) for name in parameters})
+                    request = make(**values, **of_all)
+                except ValueError as error:
+                    _complain(str(error))
+                    return EXIT_BAD_VALUE
+                try:
+                    return run(request)
+                except models.ModelError as error:
+                    _complain(str(error))
+                    is_absent = isinstance(error, models.NotInstalledError)
+                    return EXIT_FAILED if is_absent else EXIT_BAD_VALUE
+                except KeyboardInterrupt:
+                    return EXIT_INTERRUPTED
+
+            # what typer makes options of
+            all_parameters = [*own, *parameters.values()]
+            called.__signature__ = inspect.Signature(all_parameters)  # type: ignore[attr-defined]
+            called.__annotations__ = {p.name: p.annotation for p in all_parameters}
+            app.command(make.__name__, help=make.__doc__)(called)
+
+        return add
+
+    @command(lambda request: _generate(request))
+    def generate(
+        prompts: Annotated[
+            list[str], Argument(metavar="PROMPT...", help="The text to continue, or several.")
+        ],
+        chat: Annotated[
+            bool, Option("--chat/--no-chat", help="Put PROMPT into the model's chat template.")
+        ] = False,
+        n: Annotated[
+            int, Option("--n", help="So many texts for each PROMPT, from seed, seed + 1, ...")
+        ] = 1,
+        as_json: Annotated[
+            bool, Option("--json/--no-json", help="Write a line of JSON for each text.")
+        ] = False,
+        **of_all: Any,
+    ) -> Request:
         """Continue each PROMPT with a language model, token by token, on the CPU."""
-        try:
-            request = Request(
-                prompts=tuple(prompts),
-                params=SamplingParams(
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    min_p=min_p,
-                    repetition_penalty=repetition_penalty,
-                    frequency_penalty=frequency_penalty,
-                    presence_penalty=presence_penalty,
-                    min_tokens_to_keep=min_tokens_to_keep,
-                    logit_bias=_parse_logit_bias(logit_bias or []),
-                    # Not None: torch's own seed is a constant, so every run would give one text.
-                    seed=secrets.randbits(32) if seed is None else seed,
-                ),
-                model_path=model,
-                chat=chat,
-                n=n,
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=min_new_tokens,
-                stop=tuple(stop or ()),
-                stop_limit=stop_limit,
-                include_stop=include_stop,
-                ignore_eos=ignore_eos,
-                as_json=as_json,
-                backend=backend,
-                threads=threads,
-            )
-        except ValueError as error:
-            _complain(str(error))
-            return EXIT_BAD_VALUE
-        try:
-            return _generate(request)
-        except models.ModelError as error:
-            _complain(str(error))
-            return EXIT_FAILED if isinstance(error, models.NotInstalledError) else EXIT_BAD_VALUE
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
+        return Request(prompts=tuple(prompts), chat=chat, n=n, as_json=as_json, **of_all)
+
+    @command(lambda request: _chat(request))
+    def chat(**of_all: Any) -> Request:
+        """Talk with a language model: it answers each line of the input, and knows those before."""
+        return Request(prompts=(), chat=True, n=1, as_json=False, **of_all)
 
     @app.command()
     def info() -> None:
@@ -272,21 +302,90 @@ def _parse_logit_bias(entries: Sequence[str]) -> dict[int, float] | None:
 
 
 def _generate(request: Request) -> int:
-    from rich.console import Console
     from rich.text import Text
 
+    messages = _messages()
+    language_model = _load(request, messages)
+    prompts = [language_model.encode(text, chat=request.chat) for text in request.prompts]
+    _check_fit(request, max(map(len, prompts)), language_model)
+    is_one = len(prompts) * request.n == 1 and not request.as_json
+    # On a terminal the text reads on from its prompt; the prompt is no part of the output.
+    if is_one and messages.is_terminal and sys.stdout.isatty() and not request.chat:
+        messages.print(Text(request.prompts[0], style="dim"), end="", soft_wrap=True)
+
+    def write(tally: Tally) -> None:
+        counted = tally.count(_stream(request, language_model, prompts, request.params))
+        if is_one:
+            _print_text(chunk.text or "" for chunk in counted)
+        else:
+            _print_texts(request, generation.completions(counted))
+
+    return _write(write, request, language_model, messages)
+
+
+def _chat(request: Request) -> int:
+    messages = _messages()
+    language_model = _load(request, messages)
+    said: list[dict[str, str]] = []
+
+    def write(tally: Tally) -> None:
+        for turn, line in enumerate(_lines(messages)):
+            said.append({"role": "user", "content": line})
+            ids = language_model.encode_chat(said)
+            _check_fit(request, len(ids), language_model)
+            params = generation.seeded(request.params, turn)
+            answer: list[str] = []
+
+            def pieces(
+                params: SamplingParams = params, ids: list[int] = ids, answer: list[str] = answer
+            ) -> Iterator[str]:
+                for chunk in tally.count(_stream(request, language_model, [ids], params)):
+                    answer.append(chunk.text or "")
+                    yield answer[-1]
+
+            _print_text(pieces())
+            said.append({"role": "assistant", "content": "".join(answer)})
+
+    language_model.encode_chat([{"role": "user", "content": "?"}])  # refused here or never
+    return _write(write, request, language_model, messages)
+
+
+def _lines(messages: "Console") -> Iterator[str]:
+    """The lines of stdin that say something; a terminal is asked for each."""
+    while True:
+        if sys.stdin.isatty():
+            messages.print("> ", end="", style="bold")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _messages() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def _load(request: Request, messages: "Console") -> models.LanguageModel:
     path = request.model_path or models.default_model_path()
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    messages = Console(stderr=True, highlight=False)
     with _progress(messages, f"Loading {path.name}") as report:
-        language_model = models.load(path, report)
-    prompts = [language_model.encode(text, chat=request.chat) for text in request.prompts]
-    _check_fit(request, max(map(len, prompts)), language_model)
-    chunks = generation.generate_stream(
+        return models.load(path, report)
+
+
+def _stream(
+    request: Request,
+    language_model: models.LanguageModel,
+    prompts: list[list[int]],
+    params: SamplingParams,
+) -> Iterator[generation.Chunk]:
+    return generation.generate_stream(
         language_model.model,
         prompts,
-        request.params,
+        params,
         tokenizer=language_model.tokenizer,
         vocab_size=language_model.vocab_size,
         n=request.n,
@@ -299,19 +398,19 @@ def _generate(request: Request) -> int:
         ignore_eos=request.ignore_eos,
         backend=request.backend,
     )
-    is_one = len(prompts) * request.n == 1 and not request.as_json
-    # On a terminal the text reads on from its prompt; the prompt is no part of the output.
-    if is_one and messages.is_terminal and sys.stdout.isatty() and not request.chat:
-        messages.print(Text(request.prompts[0], style="dim"), end="", soft_wrap=True)
 
+
+def _write(
+    write: Callable[["Tally"], None],
+    request: Request,
+    language_model: models.LanguageModel,
+    messages: "Console",
+) -> int:
+    """Write texts, then the end line; the exit code."""
     code, tally = 0, Tally()
     start = time.perf_counter()
     try:
-        counted = tally.count(chunks)
-        if is_one:
-            _print_text(chunk.text or "" for chunk in counted)
-        else:
-            _print_texts(request, generation.completions(counted))
+        write(tally)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except InvalidLogitsError as error:
@@ -366,14 +465,14 @@ class Tally:
 
     tokens: int = 0
     sampler_seconds: float = 0.0
-    step: int = 0
 
     def count(self, chunks: Iterator[generation.Chunk]) -> Iterator[generation.Chunk]:
         """Count them as they go by; a step's time is that of all its rows."""
+        step = 0
         for chunk in chunks:
             self.tokens += 1
-            if chunk.step != self.step:
-                self.step = chunk.step
+            if chunk.step != step:
+                step = chunk.step
                 self.sampler_seconds += chunk.sampler_seconds
             yield chunk
 

@@ -59,15 +59,28 @@ class LanguageModel:
         except UnicodeEncodeError:
             raise ModelError(f"PROMPT must be valid UTF-8, got {prompt!r}") from None
         if chat:
-            if not self.tokenizer.chat_template:
-                raise ModelError(f"--chat needs a chat template, and {self.name} has none")
-            prompt = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-        # A chat template writes the special tokens itself.
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+            return self.encode_chat([{"role": "user", "content": prompt}])
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
         if not ids:
             raise ModelError(f"PROMPT must have at least one token, got {prompt!r}")
+        return ids
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation's token ids, up to where the model's answer begins.
+
+        Args:
+            messages: each with its ``role`` ("user", "assistant" or "system") and ``content``.
+
+        Raises:
+            ModelError: the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise ModelError(f"a chat needs a chat template, and {self.name} has none")
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        # A chat template writes the special tokens itself.
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
 

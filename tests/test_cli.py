@@ -195,7 +195,7 @@ def test_chat_without_a_template_is_refused(run, model_path, tmp_path):
             (copy / file.name).write_bytes(file.read_bytes())
     code, out, err = run("hi", "--chat", model=copy)
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1] == "llm-sampling: --chat needs a chat template, and plain has none"
+    assert err.splitlines()[-1] == "llm-sampling: a chat needs a chat template, and plain has none"
 
 
 def test_threads(run):
@@ -258,6 +258,64 @@ def test_json(run):
         "token_ids": [A, A],
         "seed": 0,
     }
+
+
+@pytest.fixture
+def run_chat(model_path, capsys, monkeypatch):
+    """Run ``chat`` on the tiny model with these lines as input."""
+
+    def run_chat(lines, *options, model=model_path):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        code = cli.main(["chat", "--model", str(model), *map(str, options)])
+        return code, *capsys.readouterr()
+
+    return run_chat
+
+
+def test_chat_answers_each_line_and_knows_those_before(run_chat, run):
+    options = ["--max-new-tokens", 10, "--seed", 2**64 - 1, "--stop", "]"]
+    code, out, err = run_chat("hi\n\n  bye \n", *options)
+    first = run("[hi]", *options)[1]
+    options[3] = 0  # the next turn has the next seed
+    second = run("[hi][" + first.removesuffix("\n") + "][bye]", *options)[1]
+    assert (code, out) == (0, first + second)
+    assert first != second
+    assert re.search(r"\d+ tokens in ", err.splitlines()[-1])
+
+
+def test_a_chat_without_input_says_nothing(run_chat):
+    code, out, err = run_chat("")
+    assert (code, out) == (0, "")
+    assert "0 tokens in " in err
+
+
+def test_a_chat_takes_the_sampling_options(run_chat):
+    assert run_chat("x\n", *ABC)[:2] == (0, "aaaaaa\n")
+    assert run_chat("x\n", *ABC, "--stop", "aa")[:2] == (0, "\n")
+
+
+def test_a_chat_that_no_longer_fits_ends(run_chat):
+    lines = "x" * 60_000 + "\n"
+    code, out, err = run_chat(lines + lines, *ABC)
+    assert (code, out) == (2, "aaaaaa\n")
+    assert "max_new_tokens must leave the prompt's" in err.splitlines()[-1]
+
+
+def test_a_chat_without_a_template_is_refused(run_chat, model_path, tmp_path):
+    copy = tmp_path / "plain"
+    copy.mkdir()
+    for file in model_path.iterdir():
+        if file.name != "chat_template.jinja":
+            (copy / file.name).write_bytes(file.read_bytes())
+    code, out, err = run_chat("hi\n", model=copy)
+    assert (code, out) == (2, "")
+    assert "a chat needs a chat template, and plain has none" in err
+
+
+def test_chat_refuses_what_generate_refuses(run_chat):
+    assert refused(*run_chat("hi\n", "--top-p", 1.5), "top_p must be in (0, 1], got 1.5")
+    assert refused(*run_chat("hi\n", "surplus"), "surplus")
 
 
 @pytest.mark.parametrize(
@@ -447,8 +505,8 @@ def test_info_lists_every_backend_with_its_reason(capsys, monkeypatch):
 def test_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "generate" in out
-    assert "info" in out
+    for name in ("generate", "chat", "info"):
+        assert name in out
 
 
 # The real model: one load for the tests that share it.
