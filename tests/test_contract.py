@@ -78,13 +78,14 @@ def test_docstring_describes_every_parameter(name):
 
 
 def test_command_line_has_every_parameter():
+    """Among the options that all commands share."""
     tree = ast.parse(read("llm_sampling/cli.py"))
-    (generate,) = (
+    (shared,) = (
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == "generate"
+        if isinstance(node, ast.FunctionDef) and node.name == "shared"
     )
-    options = {argument.arg for argument in generate.args.args + generate.args.kwonlyargs}
+    options = {argument.arg for argument in shared.args.args + shared.args.kwonlyargs}
     assert set(PARAMETERS) <= options
 
 
