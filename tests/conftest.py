@@ -87,3 +87,26 @@ def poisoned_memory(monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """A function: a small random Hugging Face model of this vocabulary."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
+
+    def make(vocab_size, **options):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            # Large weights, so that the next token depends on the whole prefix.
+            initializer_range=0.5,
+            **options,
+        )
+        return transformers.LlamaForCausalLM(config).eval()
+
+    return make

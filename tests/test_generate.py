@@ -333,19 +333,8 @@ def test_ids_that_the_tokenizer_does_not_know_are_no_text():
 
 
 @pytest.fixture(scope="module")
-def llama():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.5,
-        eos_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+def llama(tiny_llama):
+    return tiny_llama(V, eos_token_id=0)
 
 
 def test_greedy_ragged_rows_are_those_of_hugging_face(llama):

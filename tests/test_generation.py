@@ -20,19 +20,8 @@ PROMPTS = torch.tensor([[5, 17, 17, 80, 3], [9, 2, 64, 31, 31]])
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        # Large weights, so that the next token depends on the whole prefix.
-        initializer_range=0.5,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+def model(tiny_llama):
+    return tiny_llama(VOCAB_SIZE)
 
 
 class Recorder(torch.nn.Module):

@@ -34,18 +34,8 @@ EACH = [
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.5,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+def model(tiny_llama):
+    return tiny_llama(V)
 
 
 def ours(model, prompts, params, max_new_tokens=12):
@@ -560,6 +550,35 @@ def test_other_processors_are_called(model):
         model.to(torch.float32)
     assert (out[:, 5:] == 7).all()
     assert seen == [(5 + step, torch.float32) for step in range(12)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[7], [31, 5], [80]]},
+        {"suppress_tokens": list(range(30))},
+        {"begin_suppress_tokens": list(range(60))},
+        {"min_new_tokens": 6, "eos_token_id": list(range(0, 97, 2))},
+        {"min_length": 9, "eos_token_id": list(range(0, 97, 2))},
+        {"forced_eos_token_id": 3, "eos_token_id": 3},
+        {"sequence_bias": [[[5], 4.0], [[7, 31], -9.0]]},
+        {"remove_invalid_values": True},
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 3, "repetition_penalty": 1.4},
+        {"guidance_scale": 1.5},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_greedy_rows_are_those_of_hugging_face_whatever_else_is_asked(model, options):
+    """Its processors are called as in its own loop."""
+    greedy = NEUTRAL | {"max_new_tokens": 12, "do_sample": False} | options
+    want = model.generate(PROMPTS, **greedy)
+    got = model.generate(PROMPTS, custom_generate=fused_generate, **greedy)
+    assert torch.equal(got, want)
+    penalty = options.get("repetition_penalty", 1.0)
+    params = SamplingParams(temperature=0, repetition_penalty=penalty)
+    assert torch.equal(fused(model, PROMPTS, params, **options), want)
 
 
 def test_logits_go_to_the_kernel_as_they_are(model, monkeypatch):

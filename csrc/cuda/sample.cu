@@ -2,15 +2,18 @@
 //
 // A cluster of 1 to 8 blocks owns one row, a block an equal part of its groups (row.h), a thread every
 // kThreads-th group of that. In round j a warp has 32 groups side by side: a chunk of 256 tokens.
-// Where it fits, a block copies its part into shared memory as it is, with the bits and counts of the
-// history that belong to it, and every pass reads those copies: each logit is read from global memory
+// Where it fits, a block copies its part into shared memory as it is, with the bits of the mask and of
+// the history that belong to it, and every pass reads those copies: each logit is read from global memory
 // once. Otherwise later passes read the row again. The copies leave room for a block of another row on
 // the same multiprocessor where launch.h finds a way: its logits come while this one is searched.
 //
 // Passes over the part:
-//   maxima    every row: each thread's two largest logits, of the first and the last halves of its groups.
-//   list      the first tokens of the order, by the threads that hold one: a logarithmic histogram of
-//             the maxima tells from where on there are enough. Greedy needs one group only.
+//   score     a history, where there is a copy: the tokens that were seen, evenly among the threads. Their
+//             logits after step 5 are kept, and -inf takes their place in the copy.
+//   maxima    every row: the largest logit of each chunk, and each thread's two largest, of the first and
+//             the last halves of its groups.
+//   list      the first tokens of the order, in the chunks that have one: a logarithmic histogram of the
+//             threads' maxima tells from where on there are enough. Greedy looks for one token only.
 //   weigh     top-p, or no filter: the mass of each chunk.
 //   search    a cut that the list does not hold: counts and masses of what reaches three codes, first
 //             of a sample's; each pass leaves a part of them, until a list holds it.
