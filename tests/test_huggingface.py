@@ -500,6 +500,28 @@ def test_the_streamer_that_generate_was_given_gets_the_tokens(model):
     assert [ids[0] for ids in streamer.put_ids[1:]] == out[0, 5:].tolist()
 
 
+def test_a_loop_around_ours_keeps_the_streamer(model):
+    def around(model, input_ids, params=None, **options):
+        return fused_generate(model, input_ids, params=params, **options)
+
+    streamer = Recorder()
+    options = NEUTRAL | {"max_new_tokens": 3, "streamer": streamer}
+    model.generate(PROMPTS[:1], custom_generate=around, params=EACH[0], **options)
+    assert len(streamer.put_ids) == 4
+    assert streamer.has_ended
+
+
+def test_a_row_without_a_token_ends_the_loop(model):
+    class Nothing(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, -torch.inf)
+
+    streamer = Recorder()
+    with pytest.raises(InvalidLogitsError, match="no candidate left"):
+        fused(model, PROMPTS[:1], EACH[0], logits_processor=[Nothing()], streamer=streamer)
+    assert len(streamer.put_ids) == 1
+
+
 def test_a_text_streamer_writes_the_text(model, capsys):
     params = SamplingParams(temperature=0)
     prompt = torch.tensor([[40, 41]])

@@ -412,9 +412,14 @@ def _other_processors(
 
 
 def _argument_of_generate(name: str) -> Any:
-    """One of ``generate``'s that it does not hand on to a custom loop."""
-    frame = sys._getframe(2)
-    return frame.f_locals.get(name) if frame.f_code.co_name == "generate" else None
+    """One of ``generate``'s that it does not hand on to a custom loop; None outside of it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        is_theirs = frame.f_globals.get("__name__") == "transformers.generation.utils"
+        if is_theirs and frame.f_code.co_name == "generate":
+            return frame.f_locals.get(name)
+        frame = frame.f_back
+    return None
 
 
 def fused_generate(
@@ -514,19 +519,22 @@ def fused_generate(
                 sampler = rows.sampler(input_ids, scores, logprobs, backend)
             drawn = sampler(scores)
             tokens = drawn.tokens
-            if bool((tokens < 0).any()):
-                raise_on_status(drawn.status)
             if drawn.logprobs is not None:
                 kept_logprobs.append(drawn.logprobs.masked_fill(~going, torch.nan))
             if (has_end or ends) and pad is not None:
                 tokens = torch.where(going, tokens, pad.to(tokens.device))
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            going = going & ~criteria(input_ids, None)
+            # the step's one wait for the device
+            is_invalid, is_going = torch.stack([(drawn.tokens < 0).any(), going.any()]).tolist()
+            if is_invalid:
+                raise_on_status(drawn.status)
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            going = going & ~criteria(input_ids, None)
             if ends:
                 going = going & ~_stopped(ends, tokens.tolist()).to(going.device)
-            if not bool(going.any()):
+                is_going = bool(going.any())
+            if not is_going:
                 break
     if streamer is not None:
         streamer.end()
