@@ -260,10 +260,24 @@ def test_with_sanitizers(tmp_path, expression):
 
 
 @not_inside
-def test_reading_beyond_the_row_is_seen(tmp_path):
-    last = "const int end = row_.is_whole(first_group_ + groups - 1) ? groups : groups - 1;"
-    planted = (last, "const int end = groups;")
-    done = run_sanitized(tmp_path, "covering and V33 and bfloat16", planted)
+@pytest.mark.parametrize(
+    ("text", "wrong", "expression"),
+    [
+        (
+            "const int end = row_.is_whole(first_group_ + groups - 1) ? groups : groups - 1;",
+            "const int end = groups;",
+            "covering and V33 and bfloat16",
+        ),
+        (
+            "return left < 32 ? bits & ((1u << left) - 1) : bits;",
+            "return left < -1 ? bits & ((1u << left) - 1) : bits;",
+            "bits_beyond and float32",
+        ),
+    ],
+    ids=["logits", "counts"],
+)
+def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
+    done = run_sanitized(tmp_path, expression, (text, wrong))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stdout + done.stderr
 
