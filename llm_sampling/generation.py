@@ -379,9 +379,6 @@ def generate_stream(
             f"min_new_tokens must be at most {max_new_tokens}, which is max_new_tokens, "
             f"got {min_new_tokens}"
         )
-    watch = StopStrings(stop, stop_limit=stop_limit, include=include_stop_str_in_output)
-    if watch.is_on and tokenizer is None:
-        raise ValueError("tokenizer must be given for stop")
     device = getattr(model, "device", torch.device("cpu"))
     rows = _prompt_ids(prompts, tokenizer)
     if isinstance(params, SamplingParams):
@@ -401,6 +398,11 @@ def generate_stream(
             raise ValueError(f"end tokens must be in 0 .. {vocab_size - 1}, got {token}")
 
     rows = [row for row in rows for _ in range(n)]
+    watches = [
+        StopStrings(stop, stop_limit=stop_limit, include=include_stop_str_in_output) for _ in rows
+    ]
+    if watches[0].is_on and tokenizer is None:
+        raise ValueError("tokenizer must be given for stop")
     own = [seeded(row, i) for row in params for i in range(n)]
     input_ids, attention_mask = _padded(rows, device)
     if attention_mask is not None and not is_module:
@@ -423,9 +425,6 @@ def generate_stream(
         else _callable_forward(model)
     )
     draws = _draws(forward, input_ids, sampler, max_new_tokens, min_new_tokens, ends)
-    watches = [
-        StopStrings(stop, stop_limit=stop_limit, include=include_stop_str_in_output) for _ in rows
-    ]
     decoders = [None if tokenizer is None else TextDecoder(tokenizer, row) for row in rows]
     return _chunks(draws, decoders, watches, ends, max_new_tokens, min_new_tokens)
 
