@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import INTERPRETED, ON_THE_CPU, device_of
 
+from llm_sampling import models
 from llm_sampling.backends import BACKENDS
 
 # It needs Triton's interpreter, which a process has for all of its kernels or for none:
@@ -110,3 +111,15 @@ def tiny_llama():
         return transformers.LlamaForCausalLM(config).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm():
+    """The default model, loaded once: that takes seconds."""
+    pytest.importorskip("transformers", reason="needs the extra 'cli'")
+    pytest.importorskip("gguf", reason="needs the extra 'cli'")
+    try:
+        path = models.default_model_path()
+    except models.NotInstalledError as error:
+        pytest.skip(str(error))
+    return models.load(path, lambda stage: None)

@@ -509,16 +509,7 @@ def test_help_names_every_command(capsys):
         assert name in out
 
 
-# The real model: one load for the tests that share it.
-
-
-@pytest.fixture(scope="module")
-def smollm():
-    try:
-        path = models.default_model_path()
-    except models.NotInstalledError as error:
-        pytest.skip(str(error))
-    return models.load(path, lambda stage: None)
+# The real model
 
 
 @pytest.fixture

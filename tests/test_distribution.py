@@ -274,16 +274,9 @@ def test_a_wrong_mass_is_refused() -> None:
 
 
 @pytest.mark.model
-def test_masses_are_the_softmax_on_real_logits() -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("gguf")
-    try:
-        path = models.default_model_path()
-    except models.ModelError as error:
-        pytest.skip(str(error))
-    language_model = models.load(path, lambda stage: None)
-    ids = torch.tensor([language_model.encode("The capital of France is Paris. Once upon a time")])
+def test_masses_are_the_softmax_on_real_logits(smollm: models.LanguageModel) -> None:
+    ids = torch.tensor([smollm.encode("The capital of France is Paris. Once upon a time")])
     with torch.inference_mode():
-        logits = language_model.model(input_ids=ids).logits[0].float()
-    assert logits.shape == (ids.shape[1], language_model.vocab_size)
+        logits = smollm.model(input_ids=ids).logits[0].float()
+    assert logits.shape == (ids.shape[1], smollm.vocab_size)
     assert total_variation(logits.clone()) < 1e-6

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm_sampling import InvalidLogitsError, Sampler, SamplingParams, models
+from llm_sampling import InvalidLogitsError, Sampler, SamplingParams
 from llm_sampling.generation import generate, seeded
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
@@ -754,15 +754,6 @@ def test_every_field_of_a_config_is_known():
 
 
 # A real model
-
-
-@pytest.fixture(scope="module")
-def smollm():
-    try:
-        path = models.default_model_path()
-    except models.NotInstalledError as error:
-        pytest.skip(str(error))
-    return models.load(path, lambda stage: None)
 
 
 REAL_PROMPTS = [
