@@ -293,13 +293,14 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
         ("    sync();\n    return slots;\n", "    return slots;\n"),
         ("    wait_for_copies();", "    __pipeline_commit();"),
         ("    cluster_.sync();\n    sort(count);", "    sort(count);"),
-        ("    __syncthreads();\n    find_maxima();", "    find_maxima();"),
+        ("    __syncthreads();\n    cluster_.wait();", "    cluster_.wait();"),
+        ("    cluster_.arrive();\n    const int groups", "    const int groups"),
         (
             "    __syncthreads();\n    const int own = static_cast<int>(shared_.appended);",
             "    const int own = static_cast<int>(shared_.appended);",
         ),
     ],
-    ids=["sorted", "shared", "copies", "listed", "bits", "appended"],
+    ids=["sorted", "shared", "copies", "listed", "bits", "started", "appended"],
 )
 def test_what_is_not_waited_for_is_seen(monkeypatch, tmp_path, text, wrong):
     """A barrier less, or a wait: some order of threads gives another token, or no end."""

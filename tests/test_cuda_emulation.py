@@ -124,6 +124,7 @@ def test_right_kernels(emulated, build, kernel, seed):
         ("lane_outside_its_mask", "__ballot_sync by a lane that is not in its mask"),
         ("trapped", "thread 9 of block (0, 0, 0): __trap"),
         ("half_a_cluster", "the grid is not a whole number of clusters"),
+        ("early_look", "of a block that need not have started"),
     ],
 )
 @pytest.mark.parametrize("build", BUILDS)

@@ -56,10 +56,20 @@ class Cluster {
   __device__ int rank() const { return rank_; }
   __device__ int blocks() const { return blocks_; }
 
+  // What all threads wrote before they arrive is seen by all of them after the wait. Of a single block
+  // there is nothing to wait for.
+  __device__ void arrive() const {
+    if (blocks_ > 1) cluster_arrive();
+  }
+  __device__ void wait() const {
+    if (blocks_ > 1) cluster_wait();
+  }
+
   // What all threads wrote is seen by all of them then.
   __device__ void sync() const {
     if (blocks_ > 1) {
-      cluster_sync();
+      arrive();
+      wait();
     } else {
       __syncthreads();
     }

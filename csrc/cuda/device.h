@@ -29,11 +29,10 @@ __device__ __forceinline__ int cluster_rank() {
 }
 __device__ __forceinline__ int cluster_size() { return static_cast<int>(__clusterSizeInBlocks()); }
 
-// All threads of all blocks; what they wrote, also into each other's shared memory, is seen then.
-__device__ __forceinline__ void cluster_sync() {
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
-}
+// A barrier of all threads of all blocks, in two halves: what they wrote before the first, also into each
+// other's shared memory, is seen after the second.
+__device__ __forceinline__ void cluster_arrive() { __cluster_barrier_arrive(); }
+__device__ __forceinline__ void cluster_wait() { __cluster_barrier_wait(); }
 
 // Where another block has what this one has at a place of its shared memory.
 template <typename T>
@@ -43,7 +42,8 @@ __device__ __forceinline__ T* in_block(T* own, int rank) {
 #else
 __device__ __forceinline__ int cluster_rank() { return 0; }
 __device__ __forceinline__ int cluster_size() { return 1; }
-__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 template <typename T>
 __device__ __forceinline__ T* in_block(T* own, int) {
   return own;

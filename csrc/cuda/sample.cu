@@ -153,11 +153,13 @@ class RowSampler {
   }
 
   __device__ void run() {
+    cluster_.arrive();
     const int groups = find_logits();
     if (kCopied) copy_logits(groups);
     find_parameters(groups);
     if (kCopied) copy_bits(groups);
     __syncthreads();
+    cluster_.wait();  // all blocks have started, which whoever looks into one must know
     find_maxima();
     const bool is_greedy = shared_.parameters.temperature == 0.0f;
     if (m_ == -kInfinity) {

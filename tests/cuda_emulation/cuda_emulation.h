@@ -1,10 +1,11 @@
 // Runs CUDA device code on a CPU: each thread of a cluster is a fiber, all of them on one OS thread.
 //
 // The device code is compiled as it is, by g++ with this header in front. A fiber runs until it waits: at
-// a barrier, at a collective of its warp, or where an atomic operation gives way. Who is next is shuffled
-// by a seed, so that a missing barrier gives a wrong result for some seeds. What nobody can leave is
-// reported as a deadlock, with those who wait; so are barriers that a thread's exit leaves incomplete,
-// collectives that lanes of a warp disagree about, and copies that nobody waited for. Reads and writes out
+// a barrier, at a collective of its warp, or where an atomic operation or an arrival at the cluster's
+// barrier gives way. Who is next is shuffled by a seed, so that a missing barrier gives a wrong result for
+// some seeds. What nobody can leave is reported as a deadlock, with those who wait; so are barriers that a
+// thread's exit leaves incomplete, collectives that lanes of a warp disagree about, copies that nobody
+// waited for, and a look into a block that need not have started. Reads and writes out
 // of bounds are for AddressSanitizer, which sees every block's shared memory as an allocation of its own,
 // and misaligned vectors for UndefinedBehaviorSanitizer.
 //
@@ -591,6 +592,7 @@ inline void __cluster_barrier_arrive() {
   thread.has_arrived = true;
   thread.cluster_seen = machine.cluster_barrier.generation;
   arrive(machine.cluster_barrier, static_cast<unsigned>(machine.threads.size()));
+  give_way();  // others may go on before what this thread does ahead of its wait
 }
 inline void __cluster_barrier_wait() {
   using namespace cuda_emulation;
@@ -608,6 +610,9 @@ inline void* __cluster_map_shared_rank(const void* pointer, unsigned rank) {
   }
   if (rank >= machine.launch.cluster)
     fail("__cluster_map_shared_rank of a block that is not there");
+  if (rank != machine.current->block->rank && machine.cluster_barrier.generation == 0) {
+    fail("__cluster_map_shared_rank of a block that need not have started: no barrier came before");
+  }
   return machine.blocks[rank].shared + (own - shared);
 }
 

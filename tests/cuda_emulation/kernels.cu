@@ -182,6 +182,16 @@ __global__ void early_exit(long long* out, const int*) {
       static_cast<const int*>(__cluster_map_shared_rank(own, other))[threadIdx.x];
 }
 
+// The other block may not have started.
+__global__ void early_look(long long* out, const int*) {
+  int* own = reinterpret_cast<int*>(dynamic_shared_memory());
+  const unsigned other = 1 - __clusterRelativeBlockRank();
+  static_cast<int*>(__cluster_map_shared_rank(own, other))[threadIdx.x] = 5;
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = own[threadIdx.x];
+}
+
 __global__ void past_the_end(long long* out, const int*) {
   int* shared = reinterpret_cast<int*>(dynamic_shared_memory());
   shared[threadIdx.x + 1] = 1;
@@ -229,6 +239,7 @@ const Case kCases[] = {
     {"disagreeing_lanes", disagreeing_lanes},
     {"lane_outside_its_mask", lane_outside_its_mask},
     {"early_exit", early_exit, 2, 2},
+    {"early_look", early_look, 2, 2},
     {"past_the_end", past_the_end},
     {"misaligned", misaligned},
     {"trapped", trapped},
