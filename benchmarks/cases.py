@@ -1,174 +1,166 @@
-"""What is timed: the parameters, the logits and the history."""
+"""What is timed, in one table: the parameters, and which runs put them on which inputs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from llm_sampling import SamplingParams
 
-#: Buffers of one shape hold at least this much together, which is more than an L2 cache.
-ALL_BUFFERS_BYTES = 8 * 2**20
+#: Every penalty, every filter.
+EVERYTHING = SamplingParams(
+    repetition_penalty=1.1,
+    frequency_penalty=0.5,
+    presence_penalty=0.25,
+    temperature=0.8,
+    top_k=50,
+    top_p=0.9,
+    min_p=0.05,
+)
+#: What people set who set a penalty.
+FULL_CHAIN = SamplingParams(repetition_penalty=1.1, temperature=0.8, top_k=50, top_p=0.9)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the benchmark.
+    """One line of a table.
 
     Attributes:
         name: what ``--cases`` calls it.
-        params: of every row; each row has a seed of its own.
+        params: of the rows, which take them in turn; each row has a seed of its own.
         history_length: tokens in prompt and output together, where a penalty needs them.
         num_samples: draws per row.
-        inputs: the inputs that it is timed on; None for all.
+        logprobs: whether the drawn token's log-probability is returned too, that of the logits as
+            they came ("raw").
     """
 
     name: str
-    params: SamplingParams
+    params: tuple[SamplingParams, ...]
     history_length: int = 0
     num_samples: int = 1
-    inputs: tuple[str, ...] | None = None
+    logprobs: bool = False
 
     def row_params(self, rows: int) -> list[SamplingParams]:
         """One SamplingParams per row."""
-        return [replace(self.params, seed=row) for row in range(rows)]
+        return [replace(self.params[row % len(self.params)], seed=row) for row in range(rows)]
 
 
-CASES: Mapping[str, Case] = {
-    case.name: case
-    for case in (
-        Case("greedy", SamplingParams(temperature=0)),
-        Case("plain", SamplingParams()),
-        Case("top-k-50", SamplingParams(top_k=50)),
-        Case("top-k-1024", SamplingParams(top_k=1024)),
-        Case("top-p-0.9", SamplingParams(top_p=0.9), inputs=("normal3", "model")),
-        Case("top-p-0.9-flat", SamplingParams(top_p=0.9), inputs=("normal1",)),
-        Case("min-p-0.05", SamplingParams(min_p=0.05)),
-        Case("top-k-50-top-p-0.9", SamplingParams(top_k=50, top_p=0.9)),
-        Case(
-            "full-chain",
-            SamplingParams(repetition_penalty=1.1, temperature=0.8, top_k=50, top_p=0.9),
-            history_length=4096,
+def _case(name: str, *params: SamplingParams, **more: int) -> Case:
+    return Case(name, params, **more)  # type: ignore[arg-type]
+
+
+#: Shortest and longest of each sweep are what the goals compare.
+SWEEP_K = (1, 5, 20, 50, 100, 250, 500, 1024, 2048)
+SWEEP_P = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999)
+SWEEP_HISTORY = (0, 256, 1024, 4096, 8192, 16384, 32768)
+SWEEP_VOCAB = (4096, 16384, 32000, 65536, 128256, 262144)
+SWEEP_ROWS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def _table() -> dict[str, Case]:
+    nucleus = SamplingParams(top_k=50, top_p=0.9)
+    cases = [
+        _case("greedy", SamplingParams(temperature=0)),
+        _case("temperature-0.8", SamplingParams(temperature=0.8)),
+        _case("min-p-0.05", SamplingParams(min_p=0.05)),
+        _case("top-k-50-top-p-0.9", nucleus),
+        _case("full-chain", FULL_CHAIN, history_length=4096),
+        _case("everything-1k", EVERYTHING, history_length=1024),
+        _case("everything-8k", EVERYTHING, history_length=8192),
+        _case("everything-32k", EVERYTHING, history_length=32768),
+        _case(
+            "mixed-rows",  # half neutral, a quarter greedy, a quarter filtered
+            SamplingParams(),
+            SamplingParams(temperature=0),
+            SamplingParams(),
+            SamplingParams(temperature=0.7, top_k=40, top_p=0.95, min_p=0.02),
         ),
-        Case(
-            "everything",
-            SamplingParams(
-                repetition_penalty=1.1,
-                frequency_penalty=0.5,
-                presence_penalty=0.25,
-                temperature=0.8,
-                top_k=50,
-                top_p=0.9,
-                min_p=0.05,
-            ),
-            history_length=4096,
-            num_samples=8,
-        ),
-    )
-}
+        _case("logprobs", nucleus, logprobs=True),
+        _case("draws-8", nucleus, num_samples=8),
+    ]
+    cases += [_case(f"top-k-{k}", SamplingParams(top_k=k)) for k in SWEEP_K]
+    cases += [_case(f"top-p-{p:g}", SamplingParams(top_p=p)) for p in SWEEP_P]
+    cases += [_case(f"history-{n}", FULL_CHAIN, history_length=n) for n in SWEEP_HISTORY]
+    return {case.name: case for case in cases}
 
 
-def _model_like(rows: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-    """A few dominant tokens and a long tail, as a language model gives.
+CASES: Mapping[str, Case] = _table()
 
-    A head of tokens follows a noisy power law and holds 97 % of the probability; the tail is
-    normal with deviation 3, about that of SmolLM2's logits.
-    """
-    tail = 3 * torch.randn(rows, vocab_size, dtype=torch.float64, generator=generator)
-    tail = tail.log_softmax(-1) + math.log(0.03)
-    size = head_size(vocab_size)
-    rank = torch.arange(1, size + 1, dtype=torch.float64)
-    noise = torch.randn(rows, size, dtype=torch.float64, generator=generator)
-    head = 0.5 * noise - 1.6 * rank.log()
-    head = head.log_softmax(-1) + math.log(0.97)
-    ids = torch.rand(rows, vocab_size, generator=generator).topk(size).indices
-    logits = tail.scatter(1, ids, head)
-    logits = (logits - logits.mean(-1, keepdim=True)).float()
-    assert_model_like(logits)
-    return logits
-
-
-def head_size(vocab_size: int) -> int:
-    """How many tokens stand out in a model-like row."""
-    return max(8, min(1024, vocab_size // 32))
-
-
-def assert_model_like(logits: Tensor) -> None:
-    """Few dominant tokens, long tail: what normal noise of any width is not."""
-    p = logits.double().softmax(-1).sort(-1, descending=True).values
-    nucleus = (p.cumsum(-1) < 0.9).sum(-1) + 1
-    beyond = 1 - p[:, : head_size(logits.shape[1])].sum(-1)
-    assert (p[:, 0] > 0.05).all(), f"no dominant token: {p[:, 0].min():.3f}"
-    assert (p[:, 0] < 0.98).all(), f"nothing but one token: {p[:, 0].max():.3f}"
-    assert (nucleus <= max(64, logits.shape[1] // 64)).all(), f"wide nucleus: {nucleus.max()}"
-    assert (beyond > 1e-3).all(), f"no tail: {beyond.min():.2e}"
-
-
-def _normal(deviation: float) -> Callable[[int, int, torch.Generator], Tensor]:
-    def make(rows: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-        return deviation * torch.randn(rows, vocab_size, generator=generator)
-
-    return make
-
-
-#: Name to a function that makes float32 logits. "normal1" is flat: its nucleus of 0.9 holds three
-#: fifths of the vocabulary.
-INPUTS: Mapping[str, Callable[[int, int, torch.Generator], Tensor]] = {
-    "normal1": _normal(1),
-    "normal3": _normal(3),
-    "model": _model_like,
-}
+#: The lines of a complete comparison.
+COMPARED = (
+    "greedy",
+    "temperature-0.8",
+    "top-k-20",
+    "top-k-50",
+    "top-k-1024",
+    "top-p-0.5",
+    "top-p-0.9",
+    "top-p-0.99",
+    "min-p-0.05",
+    "top-k-50-top-p-0.9",
+    "full-chain",
+    "everything-1k",
+    "everything-8k",
+    "everything-32k",
+    "mixed-rows",
+    "logprobs",
+    "draws-8",
+)
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The tensors that one case is timed on.
+class Run:
+    """Cases on inputs: every one on every input, vocabulary size and number of rows.
 
     Attributes:
-        name: a key of ``INPUTS``.
-        buffers: float32 logits ``(rows, vocab_size)`` each, all different.
-        prompt_ids, output_ids: int64 ``(rows, length)``; of length 0 where the case has no history.
+        inputs: names of inputs; a real model's have a vocabulary of their own.
+        vocab_sizes: of the synthetic ones.
+        swept: what a picture of this run has on its horizontal axis; "" where it is a table only.
     """
 
-    name: str
-    buffers: list[Tensor] = field(repr=False)
-    prompt_ids: Tensor = field(repr=False)
-    output_ids: Tensor = field(repr=False)
-
-    @property
-    def rows(self) -> int:
-        """Rows of each buffer."""
-        return self.buffers[0].shape[0]
-
-    @property
-    def vocab_size(self) -> int:
-        """Columns of each buffer."""
-        return self.buffers[0].shape[1]
+    inputs: tuple[str, ...]
+    vocab_sizes: tuple[int, ...]
+    rows: tuple[int, ...]
+    cases: tuple[str, ...]
+    swept: str = ""
 
 
-def make_buffers(name: str, rows: int, vocab_size: int) -> list[Tensor]:
-    """Between 4 and 64 different inputs of one kind, together larger than an L2 cache."""
-    generator = torch.Generator().manual_seed(rows * 2**20 + vocab_size)
-    number = max(4, min(64, -(-ALL_BUFFERS_BYTES // (4 * rows * vocab_size))))
-    return [INPUTS[name](rows, vocab_size, generator) for _ in range(number)]
+SYNTHETIC = ("flat", "normal2", "normal5", "model", "ties", "masked", "ascending", "one-hot")
+REAL = ("smollm2", "gemma3")
 
-
-def make_inputs(name: str, buffers: list[Tensor], case: Case) -> Inputs:
-    """The inputs of a case on given logits.
-
-    A history is three quarters prompt and one quarter output. Its ids are uniform, so that nearly
-    all are distinct, which costs the most; the best tokens of every buffer are among the output, so
-    that the penalties change what is drawn.
-    """
-    rows, vocab_size = buffers[0].shape
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(vocab_size, (rows, case.history_length), generator=generator)
-    prompt, output = ids.tensor_split([case.history_length * 3 // 4], dim=1)
-    if case.history_length:
-        best = torch.cat([logits.topk(min(4, vocab_size)).indices for logits in buffers], dim=1)
-        output[:, : best.shape[1]] = best[:, : output.shape[1]]
-    return Inputs(name, buffers, prompt.contiguous(), output.contiguous())
+RUNS: Mapping[str, Run] = {
+    "real": Run(REAL, (), (1, 8, 64), COMPARED),
+    "synthetic": Run(("model",), (128256,), (1, 8, 64), COMPARED),
+    "distributions": Run(
+        SYNTHETIC,
+        (32000, 128256, 151936),
+        (8,),
+        ("temperature-0.8", "top-k-50", "top-p-0.9", "full-chain"),
+    ),
+    "vocab": Run(("model",), SWEEP_VOCAB, (8,), ("full-chain", "top-p-0.9"), "vocab_size"),
+    "rows": Run(("model",), (128256,), SWEEP_ROWS, ("full-chain", "top-p-0.9"), "rows"),
+    "k": Run(("model",), (128256,), (8,), tuple(f"top-k-{k}" for k in SWEEP_K), "k"),
+    "p": Run(("flat", "model"), (128256,), (8,), tuple(f"top-p-{p:g}" for p in SWEEP_P), "p"),
+    "history": Run(
+        ("model",), (128256,), (8,), tuple(f"history-{n}" for n in SWEEP_HISTORY), "history_length"
+    ),
+    "goals": Run(
+        ("model", "flat", *REAL),
+        (128256,),
+        (1, 8),
+        (
+            "temperature-0.8",
+            "top-k-20",
+            "top-k-50",
+            "top-k-1024",
+            "top-p-0.5",
+            "top-p-0.9",
+            "top-p-0.99",
+            "full-chain",
+            "history-0",
+            "history-1024",
+            "history-32768",
+        ),
+    ),
+    "quick": Run(("model", "ties"), (1000,), (1, 3), COMPARED),
+}

