@@ -19,7 +19,7 @@ from benchmarks.timing import Protocol, Run, Timing, measure, progress, runner
 from benchmarks.worker import Worker
 
 #: Tokens drawn before a provider is timed on a case, to see how they are distributed.
-DRAWS = 128
+DRAWS = 256
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def check(contender: Contender, inputs: Inputs, oracle: Oracle) -> str:
         kept.append(probabilities.cpu() > 0)
         oracle.check_distribution(buffer, probabilities)
     difference = oracle.explain(kept)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(20261125)  # no provider's own
     places: list[torch.Tensor] = []
     while sum(found.numel() for found in places) < DRAWS:
         for buffer in range(len(inputs.buffers)):

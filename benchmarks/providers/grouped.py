@@ -1,4 +1,4 @@
-"""For providers that take one set of parameters a call, and for stages that they lack."""
+"""Parameters in the forms that providers take them in, and stages that they lack."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.providers import Task
 from llm_sampling import SamplingParams
 
 
@@ -41,3 +42,43 @@ def add_count_penalties(x: Tensor, output_ids: Tensor, params: SamplingParams) -
     ones = torch.ones(output_ids.shape, dtype=x.dtype, device=x.device)
     counts = torch.zeros_like(x).scatter_add_(1, output_ids, ones)
     return x - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+
+
+class RowTensors:
+    """The parameters as tensors with an entry for each row, for who takes them so.
+
+    A greedy row is one of top-k 1 at temperature 1. Penalties are not among them: cases have the
+    same ones in all rows.
+
+    Attributes:
+        temperature: ``(rows, 1)``; None where all are 1.
+        top_k: int32 ``(rows,)``, the vocabulary's size where it is off.
+        top_p, min_p: float32 ``(rows,)``.
+    """
+
+    def __init__(self, task: Task) -> None:
+        params, inputs = task.params, task.inputs
+        greedy = [row.temperature == 0 for row in params]
+        pairs = list(zip(params, greedy, strict=True))
+
+        def tensor(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=inputs.device)
+
+        temperatures = [1.0 if is_greedy else row.temperature for row, is_greedy in pairs]
+        self.temperature = None
+        if any(value != 1 for value in temperatures):
+            self.temperature = tensor(temperatures).unsqueeze(1)
+        vocab_size = inputs.vocab_size
+        top_k = [1 if is_greedy else row.top_k for row, is_greedy in pairs]
+        self.top_k = tensor(
+            [min(k, vocab_size) if k > 0 else vocab_size for k in top_k], torch.int32
+        )
+        self.top_p = tensor([row.top_p for row in params])
+        self.min_p = tensor([row.min_p for row in params])
+        self.all_greedy = all(greedy)
+        self.has_top_k = any(k > 0 for k in top_k)
+        self.has_top_p = any(row.top_p < 1 for row in params)
+        self.has_min_p = any(row.min_p > 0 for row in params)
+        added = ["penalties"] if any(row.needs_history for row in params) else []
+        added += ["logprobs"] if task.case.logprobs else []
+        self.note = f"{' and '.join(added)} added in plain torch" if added else ""
