@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def _time(work: Callable[[], object], clock: str) -> int:
 
 
 def measure(runs: Mapping[str, Run], buffers: int, protocol: Protocol) -> dict[str, Timing]:
-    """Time every run; they take turns, and each round begins with another one.
+    """Time every run; they take turns, in another order each round.
 
     Args:
         runs: each takes indices of input buffers, 0 .. ``buffers`` - 1.
@@ -137,8 +138,8 @@ def measure(runs: Mapping[str, Run], buffers: int, protocol: Protocol) -> dict[s
             repeats[name] = max(1, SAMPLE_NS // max(fastest, 1))
             wanted[name] = protocol.samples(fastest * repeats[name])
         for turn in range(protocol.rounds):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
+            # in another order each time: what one leaves in the caches, the next one finds there
+            for name in random.Random(turn).sample(names, len(names)):
                 # as many in each round as are left for each
                 number = wanted[name] * (turn + 1) // protocol.rounds - len(samples[name])
                 if number == 0:

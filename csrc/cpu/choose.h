@@ -18,26 +18,48 @@ struct List {
   int64_t size;
 };
 
+// Where a bisection over the order keys ended: so many values are at least `key`, and fewer than the
+// goal are above it unless the number is close enough.
+struct Bound {
+  uint32_t key;
+  int64_t number;
+
+  float value() const { return from_order_key(key); }
+};
+
+// A lower bound of the goal-th largest value, >= 1: at most goal + close values are at least it, or
+// it is that value. There must be as many values; none is NaN.
+Bound bisect(const float* value, int64_t size, int64_t goal, int64_t close) {
+  float least, most;
+  find_ends(value, size, least, most);
+  Bound found = {order_key(least), size};
+  uint32_t too_few = order_key(most) + 1;
+  while (found.number > goal + close && too_few - found.key > 1) {
+    const uint32_t middle = found.key + (too_few - found.key) / 2;
+    const int64_t number = count_from(value, size, from_order_key(middle));
+    if (number >= goal) {
+      found = {middle, number};
+    } else {
+      too_few = middle;
+    }
+  }
+  return found;
+}
+
 // Where the running total of `goal` is reached in the order of the keys.
 struct Reached {
   uint32_t key;
   int64_t missing;  // what the tokens above the key leave to those equal to it, >= 1
 };
 
-// Radix select: key[i] counts 1, or weight[i] where weights are given. The total must reach `goal`
-// >= 1. Overwrites both arrays. It ends early where at most `close` keys are left, with the least of
-// them: that is a lower bound for close > 1, and exact for 1.
-Reached select(uint32_t* key, int64_t* weight, int64_t size, int64_t goal, int64_t close = 1) {
+// Radix select: key[i] counts weight[i]. The total must reach `goal` >= 1. Overwrites both arrays.
+Reached select(uint32_t* key, int64_t* weight, int64_t size, int64_t goal) {
   uint32_t differing = 0;
   for (int64_t i = 1; i < size; ++i) differing |= key[i] ^ key[0];
   int shift = differing == 0 ? 0 : std::max(0, 24 - __builtin_clz(differing));
   for (;;) {
     int64_t bucket[256] = {};
-    if (weight == nullptr) {
-      for (int64_t i = 0; i < size; ++i) ++bucket[key[i] >> shift & 255];
-    } else {
-      for (int64_t i = 0; i < size; ++i) bucket[key[i] >> shift & 255] += weight[i];
-    }
+    for (int64_t i = 0; i < size; ++i) bucket[key[i] >> shift & 255] += weight[i];
     // The bits above shift + 8 are equal by now, so the bucket's number orders the keys.
     uint32_t digit = 255;
     while (bucket[digit] < goal) goal -= bucket[digit--];
@@ -45,11 +67,11 @@ Reached select(uint32_t* key, int64_t* weight, int64_t size, int64_t goal, int64
     for (int64_t i = 0; i < size; ++i) {
       const bool in_bucket = (key[i] >> shift & 255) == digit;
       key[left] = key[i];
-      if (weight != nullptr) weight[left] = weight[i];
+      weight[left] = weight[i];
       left += in_bucket;
     }
     size = left;
-    if (shift == 0 || size <= close) return {*std::min_element(key, key + size), goal};
+    if (shift == 0 || size == 1) return {*std::min_element(key, key + size), goal};
     shift = std::max(0, shift - 8);
   }
 }

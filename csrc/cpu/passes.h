@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "by_hand.h"
 #include "tile.h"
 
 namespace llm_sampling {
@@ -22,29 +23,13 @@ LLM_SAMPLING_CLONES bool scan_maxima(
   alignas(64) float buffer[kTile];
   alignas(64) float sums[kGroups * 2] = {};
   for (int64_t tile = begin; tile < end; ++tile) {
-    const float* y = load_tile(row, tile, buffer);
-    alignas(64) float top[kGroups * 2];
-    for (int j = 0; j < kGroups * 2; ++j) top[j] = -kInfinity;
-    for (int k = 0; k < kTile; k += kGroups * 8) {  // four steps at once, in order of memory
-      for (int j = 0; j < kGroups * 2; ++j) {
-        const float x0 = y[k + j];
-        const float x1 = y[k + j + kGroups * 2];
-        const float x2 = y[k + j + kGroups * 4];
-        const float x3 = y[k + j + kGroups * 6];
-        float best = top[j];
-        best = x0 > best ? x0 : best;
-        best = x1 > best ? x1 : best;
-        best = x2 > best ? x2 : best;
-        best = x3 > best ? x3 : best;
-        top[j] = best;
-        sums[j] += (x0 + x1) + (x2 + x3);
-      }
-    }
     float* group = group_max + tile * kGroups;
-    for (int j = 0; j < kGroups; ++j) group[j] = std::max(top[j], top[j + kGroups]);
-    float best = -kInfinity;
-    for (int j = 0; j < kGroups; ++j) best = std::max(best, group[j]);
-    tile_max[tile] = best;
+    tile_maxima(load_tile(row, tile, buffer), group, sums);
+    // in halves, each step for all at once
+    float best[kGroups / 2];
+    for (int j = 0; j < 8; ++j) best[j] = std::max(group[j], group[j + 8]);
+    for (int j = 0; j < 4; ++j) best[j] = std::max(best[j], best[j + 4]);
+    tile_max[tile] = std::max(std::max(best[0], best[1]), std::max(best[2], best[3]));
   }
   bool nan = false;
   for (int j = 0; j < kGroups * 2; ++j) nan |= sums[j] != sums[j];
@@ -255,23 +240,38 @@ LLM_SAMPLING_CLONES void find_bins(
   }
 }
 
-// For each tile the set of its groups whose maximum reaches the bound, as bits; their number in all.
-LLM_SAMPLING_CLONES int64_t mark_groups(
+// The least and the largest of the values, of which there are some and none is NaN.
+LLM_SAMPLING_CLONES void find_ends(const float* value, int64_t size, float& least, float& most) {
+  float low = value[0];
+  float high = value[0];
+  for (int64_t i = 1; i < size; ++i) {
+    low = value[i] < low ? value[i] : low;
+    high = value[i] > high ? value[i] : high;
+  }
+  least = low;
+  most = high;
+}
+
+// How many of the values are at least the bound.
+LLM_SAMPLING_CLONES int64_t count_from(const float* value, int64_t size, float bound) {
+  int32_t count = 0;
+  for (int64_t i = 0; i < size; ++i) count += value[i] >= bound;
+  return count;
+}
+
+// How many groups have a maximum of at least the bound.
+LLM_SAMPLING_CLONES int64_t count_groups(
     const float* group_max,
     const float* tile_max,
     int64_t tiles,
-    float bound,
-    uint32_t* marks
+    float bound
 ) {
   int64_t count = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    marks[tile] = 0;
     if (!(tile_max[tile] >= bound)) continue;
-    const float* group = group_max + tile * kGroups;
-    uint32_t bits = 0;
-    for (int j = 0; j < kGroups; ++j) bits |= static_cast<uint32_t>(group[j] >= bound) << j;
-    marks[tile] = bits;
-    count += __builtin_popcount(bits);
+    int32_t inside = 0;
+    for (int j = 0; j < kGroups; ++j) inside += group_max[tile * kGroups + j] >= bound;
+    count += inside;
   }
   return count;
 }
@@ -287,44 +287,21 @@ LLM_SAMPLING_CLONES int64_t tile_band(
     int64_t size
 ) {
   alignas(64) float buffer[kTile];
-  uint32_t inside[kTile / 32];
-  int32_t places[kTile + 4];
+  uint64_t inside[kTile / 64];
   const float* y = load_tile(row, tile, buffer);
-  uint32_t any = 0;
-  for (int word = 0; word < kTile / 32; ++word) {
-    const float* z = y + word * 32;
-    uint32_t bits = 0;
-    for (int j = 0; j < 32; ++j) {
-      bits |= static_cast<uint32_t>((z[j] >= low) & (z[j] <= high)) << j;
-    }
-    inside[word] = bits;
-    any |= bits;
-  }
-  if (any == 0) return size;
-  const int count = set_bits(inside, kTile, places);
-  for (int i = 0; i < count; ++i) {
-    x[size + i] = y[places[i]];
-    id[size + i] = static_cast<uint32_t>(tile * kTile + places[i]);
-  }
-  return size + count;
-}
-
-// The same for x >= low in one group.
-LLM_SAMPLING_CLONES int64_t tile_group(
-    const Row& row,
-    int64_t tile,
-    int group,
-    float low,
-    float* x,
-    uint32_t* id,
-    int64_t size
-) {
-  alignas(64) float buffer[kTile];
-  const float* y = load_tile(row, tile, buffer);
-  for (int j = group; j < kTile; j += kGroups) {
+  band_bits(y, low, high, inside);
+  // as many turns as there are tokens, and no branch in one that depends on where they are
+  int left = 0;
+  for (const uint64_t bits : inside) left += __builtin_popcountll(bits);
+  const uint64_t* word = inside;
+  uint64_t bits = *word;
+  int begin = 0;
+  for (; left > 0; --left) {
+    while (bits == 0) bits = *++word, begin += 64;
+    const int j = begin + __builtin_ctzll(bits);
+    bits &= bits - 1;
     x[size] = y[j];
-    id[size] = static_cast<uint32_t>(tile * kTile + j);
-    size += y[j] >= low;  // without a branch that nobody could predict
+    id[size++] = static_cast<uint32_t>(tile * kTile + j);
   }
   return size;
 }

@@ -59,9 +59,9 @@ class Buffer {
 };
 
 struct Workspace {
-  Buffer<float> group_max, tile_max, sample_depth, sample_mass, list_x, bias_values;
+  Buffer<float> group_max, tile_max, maxima, sample_depth, sample_mass, list_x, bias_values;
   Buffer<int64_t> tile_mass, tile_kept, list_w, weights, bias_order;
-  Buffer<uint32_t> list_id, keys, marks;
+  Buffer<uint32_t> list_id, keys;
   Buffer<int32_t> bias_ids, bins;
   Histogram histogram;
 };
@@ -101,11 +101,8 @@ class RowSampler {
   void keep_every_candidate();
   void keep_list();
 
-  float mark_first(int64_t k);
-  int64_t mark(float bound);
-  int64_t gather(float bound);
-  void gather_all();
-  void gather_band(float from, float to);
+  float bound_of_first(int64_t k);
+  int64_t gather(float from, float to = kInfinity);
   void shorten_list(int64_t size);
   void shorten_list_to(LastKept last);
   LastKept where_reached(int64_t target);
@@ -135,7 +132,6 @@ class RowSampler {
   int32_t status_ = 0;
   float* group_max_ = nullptr;
   float* tile_max_ = nullptr;
-  uint32_t* marks_ = nullptr;  // by tile: the groups that are looked at again
 
   // The kept set: its cut, its mass, and either its tokens or the kept mass of each tile.
   Cut cut_ = {};
@@ -288,43 +284,30 @@ void RowSampler::keep_first() {
 
 // 11 to 13 where top-k is on.
 void RowSampler::keep_top_k(int64_t k, float top_p, float low, int64_t at_least) {
-  gather(mark_first(k));
+  gather(bound_of_first(k));
   shorten_list(k);
   const int64_t target = top_p < 1.0f ? top_p_target(weigh_list(), top_p) : 0;
   finish_list(target, low, at_least);
 }
 
-// Marks the groups that can hold the first k of the order. The bound is a lower one of the k-th
-// largest logit: about the k-th largest maximum of the groups.
-float RowSampler::mark_first(int64_t k) {
-  if (k > tiles_ * kGroups) {
-    mark(kLowest);
-    return kLowest;
-  }
+// A lower bound of the k-th largest logit: about the k-th largest maximum of the groups.
+float RowSampler::bound_of_first(int64_t k) {
+  if (k > tiles_ * kGroups) return kLowest;
   const int64_t close = 4 + k / 4;  // so many tokens too many are cheaper than an exact bound
-  uint32_t* keys = ws_.keys.at_least(tiles_ * kGroups);
   float bound = kLowest;
   if (k <= tiles_) {
     // the k-th largest maximum of the tiles is not above it, and leaves less to look at
-    for (int64_t tile = 0; tile < tiles_; ++tile) keys[tile] = order_key(tile_max_[tile]);
-    bound = std::max(bound, from_order_key(select(keys, nullptr, tiles_, k, close).key));
+    bound = std::max(bound, bisect(tile_max_, tiles_, k, close).value());
+    if (count_groups(group_max_, tile_max_, tiles_, bound) <= k + close) return bound;
   }
-  if (mark(bound) <= k + close) return bound;
+  float* maxima = ws_.maxima.at_least(tiles_ * kGroups);
   int64_t size = 0;
   for (int64_t tile = 0; tile < tiles_; ++tile) {
-    for (uint32_t groups = marks_[tile]; groups != 0; groups &= groups - 1) {
-      keys[size++] = order_key(group_max_[tile * kGroups + __builtin_ctz(groups)]);
-    }
+    if (!(tile_max_[tile] >= bound)) continue;
+    std::copy_n(group_max_ + tile * kGroups, kGroups, maxima + size);
+    size += kGroups;
   }
-  if (size > k) bound = from_order_key(select(keys, nullptr, size, k, close).key);
-  mark(bound);
-  return bound;
-}
-
-// Marks the groups with a token of x >= bound; their number.
-int64_t RowSampler::mark(float bound) {
-  marks_ = ws_.marks.at_least(tiles_);
-  return mark_groups(group_max_, tile_max_, tiles_, bound, marks_);
+  return size < k ? bound : std::max(bound, bisect(maxima, size, k, close).value());
 }
 
 // An empty list with room for the row and for one write past its end.
@@ -335,34 +318,14 @@ void RowSampler::start_list() {
   list_.size = 0;
 }
 
-// Makes the list of all tokens with x >= bound, whose groups are marked; its size.
-int64_t RowSampler::gather(float bound) {
-  start_list();
-  int64_t size = 0;
-  for (int64_t tile = 0; tile < tiles_; ++tile) {
-    const uint32_t groups = marks_[tile];
-    if (groups == 0) continue;
-    if ((groups & (groups - 1)) == 0) {  // a single one
-      size = tile_group(row_, tile, __builtin_ctz(groups), bound, list_.x, list_.id, size);
-    } else {
-      size = tile_band(row_, tile, bound, kInfinity, list_.x, list_.id, size);
-    }
-  }
-  return list_.size = size;
-}
-
-void RowSampler::gather_all() {
-  mark(kLowest);
-  gather(kLowest);
-}
-
-// Makes the list of all tokens with from <= x <= to.
-void RowSampler::gather_band(float from, float to) {
+// Makes the list of all tokens with from <= x <= to; its size.
+int64_t RowSampler::gather(float from, float to) {
   start_list();
   for (int64_t tile = 0; tile < tiles_; ++tile) {
     if (!(tile_max_[tile] >= from)) continue;
     list_.size = tile_band(row_, tile, from, to, list_.x, list_.id, list_.size);
   }
+  return list_.size;
 }
 
 // The list's masses; their sum.
@@ -379,10 +342,10 @@ int64_t RowSampler::weigh_list() {
 // Keeps the first `size` of the order.
 void RowSampler::shorten_list(int64_t size) {
   if (list_.size <= size) return;
-  uint32_t* keys = ws_.keys.at_least(list_.size);
-  for (int64_t i = 0; i < list_.size; ++i) keys[i] = order_key(list_.x[i]);
-  const Reached reached = select(keys, nullptr, list_.size, size);
-  shorten_list_to({reached.key, reached.missing});
+  const Bound last = bisect(list_.x, list_.size, size, 0);
+  const uint32_t above = last.key + (last.number > size);  // all from here on are kept
+  const int64_t number = count_from(list_.x, list_.size, from_order_key(above));
+  shorten_list_to({above - 1, size - number});
 }
 
 // Where the masses of the list's tokens, in order, reach the target.
@@ -438,10 +401,11 @@ void RowSampler::finish_list(int64_t target, float low, int64_t at_least) {
 void RowSampler::keep_list() {
   listed_ = true;
   mass_ = weigh_list();
-  cut_ = {kInfinity, 0};
-  for (int64_t i = 0; i < list_.size; ++i) {
-    if (list_.x[i] <= cut_.value) cut_ = {list_.x[i], list_.id[i]};
-  }
+  float most;
+  find_ends(list_.x, list_.size, cut_.value, most);
+  int64_t last = list_.size - 1;
+  while (list_.x[last] > cut_.value) --last;
+  cut_.last_id = list_.id[last];
 }
 
 // 14 without filters.
@@ -456,7 +420,7 @@ void RowSampler::keep_every_candidate() {
 
 // 13 where only min-p, or nothing that cuts deeper, is on.
 void RowSampler::keep_from(float low, int64_t at_least) {
-  const int64_t groups = mark(low);
+  const int64_t groups = count_groups(group_max_, tile_max_, tiles_, low);
   const Cut cut = {low, kEveryId};
   listed_ = false;
   if (groups <= 1024 || at_least > groups) {
@@ -480,14 +444,14 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
   constexpr int64_t kHead = 64;     // tokens: most nuclei of language models lie within
   constexpr int64_t kListed = 768;  // groups: more are not worth a list
   if (tiles_ <= kSmall) {
-    gather_all();
+    gather(kLowest);
     return finish_list(top_p_target(weigh_list(), top_p), low, at_least);
   }
 
   // The mass of the whole row, which tells the target, costs a pass; it is put off until an estimate
   // has told whether the mass above some cut is wanted from the same pass.
   tile_kept_ = nullptr;
-  const float head_bound = mark_first(std::max(kHead, at_least));
+  const float head_bound = bound_of_first(std::max(kHead, at_least));
   gather(head_bound);
   const int64_t head = weigh_list();
   const int64_t size = tiles_ * kGroups;
@@ -508,7 +472,7 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
   const double goal = static_cast<double>(top_p) * sample.total;
   const float value = histogram.value_at(row_, goal);
   const float bound = std::min(head_bound, histogram.value_at(row_, goal + 0.05 * sample.total));
-  if (mark(bound) <= kListed) {
+  if (count_groups(group_max_, tile_max_, tiles_, bound) <= kListed) {
     if (z == 0) z = mass_of_row();
     const int64_t target = top_p_target(z, top_p);
     gather(bound);
@@ -544,7 +508,7 @@ void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t 
   int64_t goal = 0;
   for (double margin = 0.25;; margin *= 4) {
     if (margin > 10) {  // the sample misled us: choose among all
-      gather_all();
+      gather(kLowest);
       return finish_list(target, low, at_least);
     }
     const double step = (1 + margin) * wrong_by + 512 * margin * of_a_token;
@@ -552,7 +516,7 @@ void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t 
     const float below_guess = std::nextafter(guess, -kInfinity);
     const float from = lower ? std::min(far, below_guess) : guess;
     const float to = lower ? below_guess : std::max(far, guess);
-    gather_band(from, to);
+    gather(from, to);
     const int64_t between = weigh_list();
     goal = lower ? target - above : target - (above - between);
     if (goal >= 1 && goal <= between) break;

@@ -12,6 +12,7 @@
 // clang-format off
 #ifndef LLM_SAMPLING_CLONES
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#define LLM_SAMPLING_VERSIONS
 #define LLM_SAMPLING_CLONES \
   __attribute__((noinline, flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "arch=x86-64-v2", "default")))
 #else
