@@ -78,8 +78,11 @@ class RowSampler {
     row_ = make_row(index);
     tiles_ = row_.tiles();
     status_ = 0;
-    find_maxima();
-    find_kept(index);
+    listed_ = false;
+    if (!find_penalised_late(index)) {
+      find_maxima(row_);
+      find_kept(index);
+    }
     if (args_.filtered != nullptr) filter(index);
     if (args_.tokens == nullptr) return;
     draw(index);
@@ -89,12 +92,15 @@ class RowSampler {
 
  private:
   Row make_row(int64_t index);
-  void find_maxima();
+  void find_maxima(const Row& row);
+  bool find_penalised_late(int64_t index);
   void find_kept(int64_t index);
+  int64_t top_k_of(int64_t index) const;
 
   void keep_nothing();
   void keep_first();
-  void keep_top_k(int64_t k, float top_p, float low, int64_t at_least);
+  void keep_top_k_of_list(int64_t index, int64_t k);
+  void keep_at_least(int64_t k);
   void keep_top_p(float top_p, float low, int64_t at_least);
   void keep_flat_nucleus(float top_p, float guess, float low, int64_t at_least);
   void keep_from(float low, int64_t at_least);
@@ -102,7 +108,8 @@ class RowSampler {
   void keep_list();
 
   float bound_of_first(int64_t k);
-  int64_t gather(float from, float to = kInfinity);
+  int64_t gather(const Row& row, float from, float to = kInfinity);
+  void drop_below(float bound);
   void shorten_list(int64_t size);
   void shorten_list_to(LastKept last);
   LastKept where_reached(int64_t target);
@@ -110,6 +117,7 @@ class RowSampler {
   void finish_list(int64_t target, float low, int64_t at_least);
   int64_t weigh_list();
 
+  float lowest_kept(int64_t index) const;
   float lowest_within(float depth_limit) const;
   int64_t total(const int64_t* tile_mass) const;
   int64_t mass_of_row();
@@ -208,12 +216,12 @@ Row RowSampler::make_row(int64_t index) {
   return row;
 }
 
-void RowSampler::find_maxima() {
+void RowSampler::find_maxima(const Row& row) {
   group_max_ = ws_.group_max.at_least(tiles_ * kGroups);
   tile_max_ = ws_.tile_max.at_least(tiles_);
   std::atomic<bool> nan{false};
   over_tiles([&](int64_t begin, int64_t end) {
-    if (scan_maxima(row_, begin, end, group_max_, tile_max_) && has_nan(row_, begin, end)) {
+    if (scan_maxima(row, begin, end, group_max_, tile_max_) && has_nan(row, begin, end)) {
       nan.store(true, std::memory_order_relaxed);
     }
   });
@@ -221,9 +229,52 @@ void RowSampler::find_maxima() {
   row_.m = *std::max_element(tile_max_, tile_max_ + tiles_) + 0.0f;  // not -0.0
 }
 
+// How many step 11 keeps, 1 where step 8 keeps the first; 0 where all.
+int64_t RowSampler::top_k_of(int64_t index) const {
+  if (args_.temperature[index] == 0.0f) return 1;
+  const int64_t k = args_.top_k[index];
+  const int64_t kept = k > 0 ? std::max<int64_t>(k, args_.min_tokens_to_keep[index]) : 0;
+  return kept < row_.vocab_size ? kept : 0;
+}
+
+// Steps 3 to 13 where top-k is on and the penalties only lower: the penalised logit of a token is at
+// most its logit before. So of those before, only the tokens from some bound on are looked at, and only
+// they are penalised; if k of them are still at or above the bound, the first k of the order are among
+// them. What a history costs then does not grow with it. False where that is not so, or too many tokens
+// would have to be tried: nothing has happened then.
+bool RowSampler::find_penalised_late(int64_t index) {
+  const int64_t k = top_k_of(index);
+  const bool lowers = row_.seen != nullptr && row_.repetition_penalty >= 1.0f &&
+                      row_.frequency_penalty >= 0.0f && row_.presence_penalty >= 0.0f;
+  if (k == 0 || !lowers || row_.bias_count > 0) return false;
+
+  Row before = row_;
+  before.seen = nullptr;
+  find_maxima(before);
+  for (int64_t tried = k + k / 4 + 16; tried <= row_.vocab_size / 8; tried *= 4) {
+    const float bound = bound_of_first(tried);
+    gather(before, bound);
+    penalise_list(row_, list_.x, list_.id, list_.size);
+    drop_below(bound);
+    if (list_.size < k && bound > kLowest) continue;
+    if (list_.size == 0) {
+      status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
+      keep_nothing();
+      return true;
+    }
+    float least;
+    find_ends(list_.x, list_.size, least, row_.m);
+    row_.m += 0.0f;  // not -0.0
+    if (row_.m == kInfinity) status_ |= LLM_SAMPLING_STATUS_POS_INF;
+    keep_top_k_of_list(index, k);
+    return true;
+  }
+  status_ = 0;
+  return false;
+}
+
 // Steps 7 to 13.
 void RowSampler::find_kept(int64_t index) {
-  listed_ = false;
   if (row_.m == -kInfinity) {
     status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
     return keep_nothing();
@@ -232,22 +283,25 @@ void RowSampler::find_kept(int64_t index) {
 
   const int64_t at_least = args_.min_tokens_to_keep[index];
   const float top_p = args_.top_p[index];
-  int64_t k = args_.top_k[index];
-  if (k > 0) k = std::max(k, at_least);
-  if (k >= row_.vocab_size) k = 0;
-  if (args_.temperature[index] == 0.0f || k == 1) return keep_first();  // 8
-
-  // 13 as a bound on x, so that it is a prefix of the order like the others
-  const float low = args_.min_p[index] > 0.0f ? lowest_within(args_.min_p_cut[index]) : kLowest;
+  const int64_t k = top_k_of(index);
+  if (k == 1) return keep_first();
   if (k > 0) {
-    keep_top_k(k, top_p, low, at_least);
-  } else if (top_p < 1.0f) {
+    gather(row_, bound_of_first(k));
+    return keep_top_k_of_list(index, k);
+  }
+  const float low = lowest_kept(index);
+  if (top_p < 1.0f) {
     keep_top_p(top_p, low, at_least);
   } else if (low > kLowest) {
     keep_from(low, at_least);
   } else {
     keep_every_candidate();
   }
+}
+
+// 13 as a bound on x, so that it is a prefix of the order like the others.
+float RowSampler::lowest_kept(int64_t index) const {
+  return args_.min_p[index] > 0.0f ? lowest_within(args_.min_p_cut[index]) : kLowest;
 }
 
 // The smallest x whose depth is at most the limit.
@@ -282,12 +336,20 @@ void RowSampler::keep_first() {
   keep_list();
 }
 
-// 11 to 13 where top-k is on.
-void RowSampler::keep_top_k(int64_t k, float top_p, float low, int64_t at_least) {
-  gather(bound_of_first(k));
+// 11 to 13 where top-k is on and the list holds the first k of the order.
+void RowSampler::keep_top_k_of_list(int64_t index, int64_t k) {
   shorten_list(k);
+  if (args_.temperature[index] == 0.0f) return keep_list();  // 8
+  const float top_p = args_.top_p[index];
   const int64_t target = top_p < 1.0f ? top_p_target(weigh_list(), top_p) : 0;
-  finish_list(target, low, at_least);
+  finish_list(target, lowest_kept(index), args_.min_tokens_to_keep[index]);
+}
+
+// The first k of the order, whatever comes after them.
+void RowSampler::keep_at_least(int64_t k) {
+  gather(row_, bound_of_first(k));
+  shorten_list(k);
+  keep_list();
 }
 
 // A lower bound of the k-th largest logit: about the k-th largest maximum of the groups.
@@ -319,13 +381,25 @@ void RowSampler::start_list() {
 }
 
 // Makes the list of all tokens with from <= x <= to; its size.
-int64_t RowSampler::gather(float from, float to) {
+int64_t RowSampler::gather(const Row& row, float from, float to) {
   start_list();
   for (int64_t tile = 0; tile < tiles_; ++tile) {
     if (!(tile_max_[tile] >= from)) continue;
-    list_.size = tile_band(row_, tile, from, to, list_.x, list_.id, list_.size);
+    list_.size = tile_band(row, tile, from, to, list_.x, list_.id, list_.size);
   }
   return list_.size;
+}
+
+// Drops what is below the bound from a list that has no masses yet.
+void RowSampler::drop_below(float bound) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < list_.size; ++i) {
+    const bool kept = list_.x[i] >= bound;
+    list_.x[size] = list_.x[i];
+    list_.id[size] = list_.id[i];
+    size += kept;
+  }
+  list_.size = size;
 }
 
 // The list's masses; their sum.
@@ -424,9 +498,9 @@ void RowSampler::keep_from(float low, int64_t at_least) {
   const Cut cut = {low, kEveryId};
   listed_ = false;
   if (groups <= 1024 || at_least > groups) {
-    if (gather(low) >= at_least) return keep_list();
+    if (gather(row_, low) >= at_least) return keep_list();
     // fewer than asked for: the first of the order instead
-    return keep_top_k(at_least, 1.0f, kLowest, at_least);
+    return keep_at_least(at_least);
   }
   cut_ = cut;
   tile_kept_ = ws_.tile_kept.at_least(tiles_);
@@ -444,7 +518,7 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
   constexpr int64_t kHead = 64;     // tokens: most nuclei of language models lie within
   constexpr int64_t kListed = 768;  // groups: more are not worth a list
   if (tiles_ <= kSmall) {
-    gather(kLowest);
+    gather(row_, kLowest);
     return finish_list(top_p_target(weigh_list(), top_p), low, at_least);
   }
 
@@ -452,7 +526,7 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
   // has told whether the mass above some cut is wanted from the same pass.
   tile_kept_ = nullptr;
   const float head_bound = bound_of_first(std::max(kHead, at_least));
-  gather(head_bound);
+  gather(row_, head_bound);
   const int64_t head = weigh_list();
   const int64_t size = tiles_ * kGroups;
   float* sample_depth = ws_.sample_depth.at_least(2 * size);
@@ -475,7 +549,7 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
   if (count_groups(group_max_, tile_max_, tiles_, bound) <= kListed) {
     if (z == 0) z = mass_of_row();
     const int64_t target = top_p_target(z, top_p);
-    gather(bound);
+    gather(row_, bound);
     if (weigh_list() >= target) return finish_list(target, low, at_least);
   }
   keep_flat_nucleus(top_p, value, low, at_least);
@@ -508,7 +582,7 @@ void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t 
   int64_t goal = 0;
   for (double margin = 0.25;; margin *= 4) {
     if (margin > 10) {  // the sample misled us: choose among all
-      gather(kLowest);
+      gather(row_, kLowest);
       return finish_list(target, low, at_least);
     }
     const double step = (1 + margin) * wrong_by + 512 * margin * of_a_token;
@@ -516,7 +590,7 @@ void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t 
     const float below_guess = std::nextafter(guess, -kInfinity);
     const float from = lower ? std::min(far, below_guess) : guess;
     const float to = lower ? below_guess : std::max(far, guess);
-    gather(from, to);
+    gather(row_, from, to);
     const int64_t between = weigh_list();
     goal = lower ? target - above : target - (above - between);
     if (goal >= 1 && goal <= between) break;
@@ -535,7 +609,7 @@ void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t 
 
   // no token has a mass above 2^42, which bounds the size of the set from below
   if (at_least > target >> 42 && count_kept() < at_least) {
-    return keep_top_k(at_least, 1.0f, low, at_least);
+    return keep_at_least(at_least);
   }
   if (low > cut_.value) keep_from(low, at_least);
 }

@@ -123,6 +123,16 @@ INLINE void penalise(const Row& row, int64_t begin, int count, float* __restrict
   for (int i = 0; i < size; ++i) y[places[i]] = x[i];
 }
 
+// 3 to 5 for tokens of a list.
+INLINE void penalise_list(const Row& row, float* x, const uint32_t* id, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    if ((row.seen[id[i] >> 5] >> (id[i] & 31) & 1) == 0) continue;
+    x[i] = repetition(x[i], row.repetition_penalty);
+    const int32_t times = row.counts == nullptr ? 0 : row.counts[id[i]];
+    if (times > 0) x[i] = frequency(x[i], row.frequency_penalty, times) - row.presence_penalty;
+  }
+}
+
 // The 512 values of a tile, -inf past the row's end: in `buffer`, or where they lie.
 INLINE const float* load_tile(const Row& row, int64_t tile, float* __restrict buffer) {
   const int64_t begin = tile * kTile;
