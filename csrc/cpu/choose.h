@@ -98,8 +98,9 @@ class Histogram {
     // four sums, so that neighbours in one bin do not wait for one another
     float sums[4][kBins] = {};
     for (int part = 0; part < 2; ++part) {
-      find_bins(sample.depth[part], sample.size, bins_per_octave_, kBins - 1, bins);
-      for (int64_t i = 0; i < sample.size; ++i) sums[i % 4][bins[i]] += sample.mass[part][i];
+      const int64_t size = sample.size[part];
+      find_bins(sample.depth[part], size, bins_per_octave_, kBins - 1, bins);
+      for (int64_t i = 0; i < size; ++i) sums[i % 4][bins[i]] += sample.mass[part][i];
     }
     for (int bin = 0; bin < kBins; ++bin) {
       mass_[bin] = (sums[0][bin] + sums[1][bin]) + (sums[2][bin] + sums[3][bin]);

@@ -169,9 +169,10 @@ scan_count(const Row& row, int64_t begin, int64_t end, Cut cut, const float* til
 LLM_SAMPLING_CLONES void tile_kept_masses(const Row& row, int64_t tile, Cut cut, float* w) {
   alignas(64) float buffer[kTile];
   const float* y = load_tile(row, tile, buffer);
+  uncut_masses(row, y, w);
   for (int32_t j = 0; j < kTile; ++j) {
-    const float each = mass(depth(y[j], row.m, row.scale));
-    w[j] = is_kept(cut, tile * kTile, y[j], j) ? each : 0.0f;
+    const float whole = __builtin_truncf(w[j] * 0x1p21f);
+    w[j] = is_kept(cut, tile * kTile, y[j], j) ? whole : 0.0f;
   }
 }
 
@@ -181,43 +182,50 @@ LLM_SAMPLING_CLONES void list_masses(const Row& row, const float* x, int64_t siz
   }
 }
 
-// A weighted sample of a row, two values of each group: its maximum, which stands for itself, and a
-// value of another step in each tile, which stands for the group's 31 others.
+// A weighted sample of a row: the maximum of each group, which stands for itself, and of every other
+// tile another value of each group, which stand for all that are no maxima.
 struct Sample {
-  int64_t size;  // groups
+  int64_t size[2];
   float* depth[2];
   float* mass[2];  // of all the tokens that the value stands for
   double total;    // an estimate of the row's mass
-  float deepest;   // of the second values that have mass
+  float deepest;   // of the others that have mass
 };
 
 LLM_SAMPLING_CLONES void take_sample(const Row& row, const float* group_max, Sample& out) {
   alignas(64) float buffer[kTile];
   const int64_t tiles = row.tiles();
-  for (int64_t tile = 0; tile < tiles; ++tile) {
+  float* other = out.depth[1];
+  for (int64_t tile = 0; tile < tiles; tile += 2) {
     const float* y = load_tile(row, tile, buffer) + tile * 7 % kSteps * kGroups;
-    std::copy(y, y + kGroups, out.depth[1] + tile * kGroups);
+    const float* top = group_max + tile * kGroups;
+    for (int j = 0; j < kGroups; ++j) other[j] = y[j] < top[j] ? y[j] : -kInfinity;
+    other += kGroups;
   }
+  out.size[0] = tiles * kGroups;
+  out.size[1] = other - out.depth[1];
+  std::copy(group_max, group_max + out.size[0], out.depth[0]);
+  const float others = static_cast<float>((kSteps - 1) * tiles * kGroups);
+  const float weight[2] = {0x1p21f, 0x1p21f * (others / static_cast<float>(out.size[1]))};
+  alignas(64) float fraction[kTile];
+  alignas(64) int32_t exponent[kTile];
   double lane[kGroups] = {};
   float deepest[kGroups] = {};
-  for (int64_t at = 0; at < out.size; at += kGroups) {
-    float* d0 = out.depth[0] + at;
-    float* d1 = out.depth[1] + at;
-    float* w0 = out.mass[0] + at;
-    float* w1 = out.mass[1] + at;
-    for (int j = 0; j < kGroups; ++j) {
-      const float top = group_max[at + j];
-      const float other = d1[j] < top ? d1[j] : -kInfinity;
-      d0[j] = depth(top, row.m, row.scale);
-      const float d = depth(other, row.m, row.scale);
-      const float weighing = d < kMassless ? d : 0.0f;
-      deepest[j] = weighing > deepest[j] ? weighing : deepest[j];
-      d1[j] = d;
+  for (int part = 0; part < 2; ++part) {
+    float* __restrict d = out.depth[part];
+    float* __restrict w = out.mass[part];
+    for (int64_t i = 0; i < out.size[part]; ++i) d[i] = depth(d[i], row.m, row.scale);
+    for (int64_t at = 0; at < out.size[part]; at += kTile) {
+      const int count = static_cast<int>(std::min<int64_t>(kTile, out.size[part] - at));
+      for (int j = 0; j < count; ++j) split_depth(d[at + j], fraction[j], exponent[j]);
+      for (int j = 0; j < count; ++j) w[at + j] = uncut_mass(fraction[j], exponent[j]) * weight[part];
     }
-    for (int j = 0; j < kGroups; ++j) w0[j] = mass(d0[j]);
-    for (int j = 0; j < kGroups; ++j) w1[j] = mass(d1[j]) * static_cast<float>(kSteps - 1);
-    for (int j = 0; j < kGroups; ++j) {
-      lane[j] += static_cast<double>(w0[j]) + static_cast<double>(w1[j]);
+    for (int64_t i = 0; i < out.size[part]; i += kGroups) {
+      for (int j = 0; j < kGroups; ++j) {
+        const float weighing = d[i + j] < kMassless ? d[i + j] : 0.0f;
+        deepest[j] = weighing > deepest[j] ? weighing : deepest[j];
+        lane[j] += static_cast<double>(w[i + j]);
+      }
     }
   }
   out.total = 0;
@@ -242,14 +250,22 @@ LLM_SAMPLING_CLONES void find_bins(
 
 // The least and the largest of the values, of which there are some and none is NaN.
 LLM_SAMPLING_CLONES void find_ends(const float* value, int64_t size, float& least, float& most) {
-  float low = value[0];
-  float high = value[0];
-  for (int64_t i = 1; i < size; ++i) {
-    low = value[i] < low ? value[i] : low;
-    high = value[i] > high ? value[i] : high;
+  // in lanes: the compiler may not change the order of one running maximum
+  constexpr int kLanes = 32;
+  float low[kLanes];
+  float high[kLanes];
+  for (int j = 0; j < kLanes; ++j) low[j] = high[j] = value[0];
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) low[j] = value[i + j] < low[j] ? value[i + j] : low[j];
+    for (int j = 0; j < kLanes; ++j) high[j] = value[i + j] > high[j] ? value[i + j] : high[j];
   }
-  least = low;
-  most = high;
+  for (; i < size; ++i) {
+    low[0] = value[i] < low[0] ? value[i] : low[0];
+    high[0] = value[i] > high[0] ? value[i] : high[0];
+  }
+  least = *std::min_element(low, low + kLanes);
+  most = *std::max_element(high, high + kLanes);
 }
 
 // How many of the values are at least the bound.
@@ -290,18 +306,21 @@ LLM_SAMPLING_CLONES int64_t tile_band(
   uint64_t inside[kTile / 64];
   const float* y = load_tile(row, tile, buffer);
   band_bits(y, low, high, inside);
-  // as many turns as there are tokens, and no branch in one that depends on where they are
-  int left = 0;
-  for (const uint64_t bits : inside) left += __builtin_popcountll(bits);
-  const uint64_t* word = inside;
-  uint64_t bits = *word;
-  int begin = 0;
-  for (; left > 0; --left) {
-    while (bits == 0) bits = *++word, begin += 64;
-    const int j = begin + __builtin_ctzll(bits);
-    bits &= bits - 1;
-    x[size] = y[j];
-    id[size++] = static_cast<uint32_t>(tile * kTile + j);
+  // words without bits are passed over without a branch that nobody could predict
+  int words[kTile / 64 + 1];
+  int number = 0;
+  for (int word = 0; word < kTile / 64; ++word) {
+    words[number] = word;
+    number += inside[word] != 0;
+  }
+  for (int i = 0; i < number; ++i) {
+    uint64_t bits = inside[words[i]];
+    do {
+      const int j = words[i] * 64 + __builtin_ctzll(bits);
+      x[size] = y[j];
+      id[size++] = static_cast<uint32_t>(tile * kTile + j);
+      bits &= bits - 1;
+    } while (bits != 0);
   }
   return size;
 }

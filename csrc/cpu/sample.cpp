@@ -390,7 +390,7 @@ int64_t RowSampler::gather(const Row& row, float from, float to) {
   return list_.size;
 }
 
-// Drops what is below the bound from a list that has no masses yet.
+// Drops what is below the bound, and the masses, if there were any.
 void RowSampler::drop_below(float bound) {
   int64_t size = 0;
   for (int64_t i = 0; i < list_.size; ++i) {
@@ -400,6 +400,7 @@ void RowSampler::drop_below(float bound) {
     size += kept;
   }
   list_.size = size;
+  list_.w = nullptr;
 }
 
 // The list's masses; their sum.
@@ -417,9 +418,9 @@ int64_t RowSampler::weigh_list() {
 void RowSampler::shorten_list(int64_t size) {
   if (list_.size <= size) return;
   const Bound last = bisect(list_.x, list_.size, size, 0);
-  const uint32_t above = last.key + (last.number > size);  // all from here on are kept
-  const int64_t number = count_from(list_.x, list_.size, from_order_key(above));
-  shorten_list_to({above - 1, size - number});
+  if (last.number == size) return drop_below(last.value());
+  const int64_t above = count_from(list_.x, list_.size, from_order_key(last.key + 1));
+  shorten_list_to({last.key, size - above});
 }
 
 // Where the masses of the list's tokens, in order, reach the target.
@@ -522,37 +523,24 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
     return finish_list(top_p_target(weigh_list(), top_p), low, at_least);
   }
 
-  // The mass of the whole row, which tells the target, costs a pass; it is put off until an estimate
-  // has told whether the mass above some cut is wanted from the same pass.
-  tile_kept_ = nullptr;
-  const float head_bound = bound_of_first(std::max(kHead, at_least));
-  gather(row_, head_bound);
-  const int64_t head = weigh_list();
+  // The mass of the whole row, which tells the target, costs a pass; an estimate tells whether the mass
+  // above some cut is wanted from the same pass.
   const int64_t size = tiles_ * kGroups;
   float* sample_depth = ws_.sample_depth.at_least(2 * size);
   float* sample_mass = ws_.sample_mass.at_least(2 * size);
-  Sample sample =
-      {size, {sample_depth, sample_depth + size}, {sample_mass, sample_mass + size}, 0, 0};
+  Sample sample = {{}, {sample_depth, sample_depth + size}, {sample_mass, sample_mass + size}, 0, 0};
   take_sample(row_, group_max_, sample);
-  int64_t z = 0;
-  if (static_cast<double>(head) >= 0.98 * static_cast<double>(top_p) * sample.total) {
-    z = mass_of_row();
-    const int64_t target = top_p_target(z, top_p);
-    if (head >= target) return finish_list(target, low, at_least);
-  }
-
   Histogram& histogram = ws_.histogram;
   histogram.fill(sample, ws_.bins.at_least(size));
   const double goal = static_cast<double>(top_p) * sample.total;
-  const float value = histogram.value_at(row_, goal);
-  const float bound = std::min(head_bound, histogram.value_at(row_, goal + 0.05 * sample.total));
+  const float bound = histogram.value_at(row_, goal + 0.05 * sample.total);
   if (count_groups(group_max_, tile_max_, tiles_, bound) <= kListed) {
-    if (z == 0) z = mass_of_row();
-    const int64_t target = top_p_target(z, top_p);
-    gather(row_, bound);
+    const int64_t target = top_p_target(mass_of_row(), top_p);
+    // a few more, where few tokens have nearly all
+    gather(row_, std::min(bound, bound_of_first(std::max(kHead, at_least))));
     if (weigh_list() >= target) return finish_list(target, low, at_least);
   }
-  keep_flat_nucleus(top_p, value, low, at_least);
+  keep_flat_nucleus(top_p, histogram.value_at(row_, goal), low, at_least);
 }
 
 int64_t RowSampler::mass_of_row() {
