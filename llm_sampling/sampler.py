@@ -142,7 +142,7 @@ class Sampler:
             step is None
             or not isinstance(logits, Tensor)
             or self._prepared_for != (logits.shape, logits.dtype, logits.device)
-            or logits.stride(1) != 1
+            or not (logits.is_contiguous() or logits.stride(1) == 1)  # the first is cheaper
             or logits.requires_grad
         ):
             logits = self._check(logits)
