@@ -152,7 +152,9 @@ class RowSampler {
 template <typename F>
 void RowSampler::over_tiles(const F& part) {
   constexpr int64_t kLeast = 16;  // tiles that are worth another thread
-  const int64_t parts = std::min<int64_t>(threads_, std::max<int64_t>(1, tiles_ / kLeast));
+  // more parts than threads, since a worker may come late
+  const int64_t wanted = threads_ > 1 ? 4 * threads_ : 1;
+  const int64_t parts = std::min<int64_t>(wanted, std::max<int64_t>(1, tiles_ / kLeast));
   struct Context {
     const F& part;
     int64_t tiles, parts;
