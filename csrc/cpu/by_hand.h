@@ -98,7 +98,7 @@ void tile_maxima(const float* y, float* group, float* sums) {
     __m512 x[4];
     for (int i = 0; i < 4; ++i) {
       x[i] = _mm512_loadu_ps(y + begin + i * 16);
-      asm("" : "+v"(x[i]));  // in a register, for both of its uses
+      asm("" : "+v"(x[i]));                  // in a register, for both of its uses
       top[i] = _mm512_max_ps(x[i], top[i]);  // the second where one is NaN
     }
     sum[0] = _mm512_add_ps(sum[0], _mm512_add_ps(x[0], x[1]));

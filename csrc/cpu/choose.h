@@ -113,13 +113,23 @@ class Histogram {
     for (int bin = 0; bin < kBins; ++bin) {
       const double mass = mass_[bin];
       if (sum + mass >= goal && mass > 0) {
-        const double bins = bin + std::max(0.0, (goal - sum) / mass);
-        const float d = static_cast<float>(bins / bins_per_octave_);
-        return std::max(kLowest, row.m - d / row.scale);
+        return at(row, bin + std::max(0.0, (goal - sum) / mass));
       }
       sum += mass;
     }
     return kLowest;
+  }
+
+  // About the smallest value that so much mass is below; the row's maximum if there is not so much.
+  // Counted from below it does not see how wrong the sample is about the few tokens that have most.
+  float value_over(const Row& row, double goal) const {
+    double sum = 0;
+    for (int bin = kBins - 1; bin >= 0; --bin) {
+      const double mass = mass_[bin];
+      if (sum + mass >= goal && mass > 0) return at(row, bin + 1 - (goal - sum) / mass);
+      sum += mass;
+    }
+    return row.m;
   }
 
   // About the mass at or above a value.
@@ -134,6 +144,11 @@ class Histogram {
 
  private:
   static constexpr int kBins = 512;
+
+  float at(const Row& row, double bins) const {
+    const float d = static_cast<float>(bins / bins_per_octave_);
+    return std::max(kLowest, row.m - d / row.scale);
+  }
 
   float bins_per_octave_ = 1.0f;
   float mass_[kBins] = {};

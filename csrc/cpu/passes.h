@@ -189,6 +189,7 @@ struct Sample {
   float* depth[2];
   float* mass[2];  // of all the tokens that the value stands for
   double total;    // an estimate of the row's mass
+  double maxima;   // of it the mass of the maxima
   float deepest;   // of the others that have mass
 };
 
@@ -209,7 +210,7 @@ LLM_SAMPLING_CLONES void take_sample(const Row& row, const float* group_max, Sam
   const float weight[2] = {0x1p21f, 0x1p21f * (others / static_cast<float>(out.size[1]))};
   alignas(64) float fraction[kTile];
   alignas(64) int32_t exponent[kTile];
-  double lane[kGroups] = {};
+  double lane[2][kGroups] = {};
   float deepest[kGroups] = {};
   for (int part = 0; part < 2; ++part) {
     float* __restrict d = out.depth[part];
@@ -218,18 +219,20 @@ LLM_SAMPLING_CLONES void take_sample(const Row& row, const float* group_max, Sam
     for (int64_t at = 0; at < out.size[part]; at += kTile) {
       const int count = static_cast<int>(std::min<int64_t>(kTile, out.size[part] - at));
       for (int j = 0; j < count; ++j) split_depth(d[at + j], fraction[j], exponent[j]);
-      for (int j = 0; j < count; ++j) w[at + j] = uncut_mass(fraction[j], exponent[j]) * weight[part];
+      for (int j = 0; j < count; ++j)
+        w[at + j] = uncut_mass(fraction[j], exponent[j]) * weight[part];
     }
     for (int64_t i = 0; i < out.size[part]; i += kGroups) {
       for (int j = 0; j < kGroups; ++j) {
         const float weighing = d[i + j] < kMassless ? d[i + j] : 0.0f;
         deepest[j] = weighing > deepest[j] ? weighing : deepest[j];
-        lane[j] += static_cast<double>(w[i + j]);
+        lane[part][j] += static_cast<double>(w[i + j]);
       }
     }
   }
-  out.total = 0;
-  for (int j = 0; j < kGroups; ++j) out.total += lane[j];
+  out.maxima = out.total = 0;
+  for (int j = 0; j < kGroups; ++j) out.maxima += lane[0][j];
+  for (int j = 0; j < kGroups; ++j) out.total += lane[0][j] + lane[1][j];
   out.deepest = *std::max_element(deepest, deepest + kGroups);
 }
 
@@ -276,12 +279,8 @@ LLM_SAMPLING_CLONES int64_t count_from(const float* value, int64_t size, float b
 }
 
 // How many groups have a maximum of at least the bound.
-LLM_SAMPLING_CLONES int64_t count_groups(
-    const float* group_max,
-    const float* tile_max,
-    int64_t tiles,
-    float bound
-) {
+LLM_SAMPLING_CLONES int64_t
+count_groups(const float* group_max, const float* tile_max, int64_t tiles, float bound) {
   int64_t count = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!(tile_max[tile] >= bound)) continue;

@@ -108,7 +108,8 @@ class Pool {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
     for (;;) {
-      for (int looks = 0; looks < kLooks && jobs_.load(std::memory_order_acquire) == seen; ++looks) {
+      for (int looks = 0; looks < kLooks && jobs_.load(std::memory_order_acquire) == seen;
+           ++looks) {
         pause();
       }
       lock.lock();

@@ -517,32 +517,40 @@ void RowSampler::keep_from(float low, int64_t at_least) {
 
 // 12, and 13 after it, where top-k is off.
 void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
-  constexpr int64_t kSmall = 8;     // tiles: all of them make a short list
-  constexpr int64_t kHead = 64;     // tokens: most nuclei of language models lie within
-  constexpr int64_t kListed = 768;  // groups: more are not worth a list
+  constexpr int64_t kSmall = 8;      // tiles: all of them make a short list
+  constexpr int64_t kHead = 64;      // tokens: most nuclei of language models lie within
+  constexpr int64_t kListed = 1024;  // groups: more are not worth a list
   if (tiles_ <= kSmall) {
     gather(row_, kLowest);
     return finish_list(top_p_target(weigh_list(), top_p), low, at_least);
   }
 
-  // The mass of the whole row, which tells the target, costs a pass; an estimate tells whether the mass
-  // above some cut is wanted from the same pass.
   const int64_t size = tiles_ * kGroups;
   float* sample_depth = ws_.sample_depth.at_least(2 * size);
   float* sample_mass = ws_.sample_mass.at_least(2 * size);
-  Sample sample = {{}, {sample_depth, sample_depth + size}, {sample_mass, sample_mass + size}, 0, 0};
+  Sample sample =
+      {{}, {sample_depth, sample_depth + size}, {sample_mass, sample_mass + size}, 0, 0, 0};
   take_sample(row_, group_max_, sample);
   Histogram& histogram = ws_.histogram;
   histogram.fill(sample, ws_.bins.at_least(size));
-  const double goal = static_cast<double>(top_p) * sample.total;
-  const float bound = histogram.value_at(row_, goal + 0.05 * sample.total);
-  if (count_groups(group_max_, tile_max_, tiles_, bound) <= kListed) {
-    const int64_t target = top_p_target(mass_of_row(), top_p);
-    // a few more, where few tokens have nearly all
-    gather(row_, std::min(bound, bound_of_first(std::max(kHead, at_least))));
-    if (weigh_list() >= target) return finish_list(target, low, at_least);
+  if (sample.maxima < 0.5 * sample.total) {
+    // a flat row: one pass takes its mass, and the mass above where the nucleus should end
+    const double goal = static_cast<double>(top_p) * sample.total;
+    return keep_flat_nucleus(top_p, histogram.value_at(row_, goal), low, at_least);
   }
-  keep_flat_nucleus(top_p, histogram.value_at(row_, goal), low, at_least);
+  // few tokens have most: the nucleus is likely to be short, and what is outside of it is known well
+  const double outside = (1.0 - static_cast<double>(top_p)) * sample.total;
+  float bound = histogram.value_over(row_, 0.5 * outside);
+  if (count_groups(group_max_, tile_max_, tiles_, bound) > kListed) {
+    return keep_flat_nucleus(top_p, histogram.value_over(row_, outside), low, at_least);
+  }
+  const int64_t target = top_p_target(mass_of_row(), top_p);
+  bound = std::min(bound, bound_of_first(std::max(kHead, at_least)));
+  for (int64_t tried = 4 * kListed;; tried *= 4) {
+    gather(row_, bound);
+    if (weigh_list() >= target || bound == kLowest) return finish_list(target, low, at_least);
+    bound = std::min(bound, bound_of_first(tried));
+  }
 }
 
 int64_t RowSampler::mass_of_row() {
