@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=DTYPES, help="of the logits; default: float32, on a GPU bfloat16"
     )
     parser.add_argument("--threads", type=_positive, default=1, metavar="N")
-    names("--runs", list(RUNS), f"of {', '.join(RUNS)}; default: all but quick")
+    names("--runs", list(RUNS), f"of {', '.join(RUNS)}; default: all but quick and full")
     names("--inputs", [*MAKERS, *REAL], f"a run of your own, on: {', '.join([*MAKERS, *REAL])}")
     parser.add_argument("--vocab", type=_positive, nargs="+", metavar="V", help="default: 128256")
     parser.add_argument("--rows", type=_positive, nargs="+", metavar="N", help="default: 8")
@@ -99,9 +99,14 @@ def _workloads(options: argparse.Namespace) -> list[Run]:
             tuple(options.vocab or [128256]),
             tuple(options.rows or [8]),
             tuple(options.cases or RUNS["quick"].cases),
+            variants=True,
         )
         return [own]
-    return [run for name, run in RUNS.items() if name in (options.runs or RUNS) and name != "quick"]
+    return [
+        run
+        for name, run in RUNS.items()
+        if (name in options.runs if options.runs else run.by_default)
+    ]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -116,6 +116,8 @@ class Run:
         inputs: names of inputs; a real model's have a vocabulary of their own.
         vocab_sizes: of the synthetic ones.
         swept: what a picture of this run has on its horizontal axis; "" where it is a table only.
+        variants: whether variants of peers that are timed anyway are timed too.
+        by_default: whether a complete run has it.
     """
 
     inputs: tuple[str, ...]
@@ -123,20 +125,18 @@ class Run:
     rows: tuple[int, ...]
     cases: tuple[str, ...]
     swept: str = ""
+    variants: bool = False
+    by_default: bool = True
 
 
 SYNTHETIC = ("flat", "normal2", "normal5", "model", "ties", "masked", "ascending", "one-hot")
 REAL = ("smollm2", "gemma3")
 
 RUNS: Mapping[str, Run] = {
-    "real": Run(REAL, (), (1, 8, 64), COMPARED),
-    "synthetic": Run(("model",), (128256,), (1, 8, 64), COMPARED),
-    "distributions": Run(
-        SYNTHETIC,
-        (32000, 128256, 151936),
-        (8,),
-        ("temperature-0.8", "top-k-50", "top-p-0.9", "full-chain"),
-    ),
+    "real": Run(REAL, (), (1, 8), COMPARED, variants=True),
+    "synthetic": Run(("model",), (128256,), (8,), COMPARED, variants=True),
+    "batch": Run(("model", *REAL), (128256,), (64,), ("top-k-50", "top-p-0.9", "full-chain")),
+    "distributions": Run(SYNTHETIC, (128256,), (8,), ("top-k-50", "top-p-0.9", "full-chain")),
     "vocab": Run(("model",), SWEEP_VOCAB, (8,), ("full-chain", "top-p-0.9"), "vocab_size"),
     "rows": Run(("model",), (128256,), SWEEP_ROWS, ("full-chain", "top-p-0.9"), "rows"),
     "k": Run(("model",), (128256,), (8,), tuple(f"top-k-{k}" for k in SWEEP_K), "k"),
@@ -162,5 +162,14 @@ RUNS: Mapping[str, Run] = {
             "history-32768",
         ),
     ),
-    "quick": Run(("model", "ties"), (1000,), (1, 3), COMPARED),
+    "quick": Run(("model", "ties"), (1000,), (1, 3), COMPARED, variants=True, by_default=False),
+    # hours: every case on everything
+    "full": Run(
+        (*SYNTHETIC, *REAL),
+        (32000, 128256, 151936),
+        (1, 8, 64),
+        COMPARED,
+        variants=True,
+        by_default=False,
+    ),
 }

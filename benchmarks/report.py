@@ -6,7 +6,16 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.providers import PROVIDERS
+from benchmarks.inputs import MAKERS
+from benchmarks.providers import (
+    AMAX,
+    HUGGING_FACE,
+    LLAMA_CPP,
+    PLAIN_TORCH,
+    PROVIDERS,
+    SOFTMAX,
+    VLLM,
+)
 from benchmarks.suite import Result
 from benchmarks.timing import Timing
 
@@ -66,6 +75,41 @@ def _calls(calls: dict[str, dict[str, Any]]) -> str:
     return text
 
 
+#: What the project's README shows of a complete run: inputs, rows, case.
+SHOWN = (
+    ("smollm2", 8, "top-p-0.9"),
+    ("smollm2", 8, "full-chain"),
+    ("model", 8, "top-k-50"),
+    ("model", 8, "top-p-0.9"),
+    ("model", 8, "full-chain"),
+    ("flat", 8, "top-p-0.9"),
+    ("gemma3", 8, "top-p-0.9"),
+    ("gemma3", 8, "everything-32k"),
+    ("gemma3", 64, "full-chain"),
+)
+BESIDE = (HUGGING_FACE, VLLM, LLAMA_CPP, PLAIN_TORCH, SOFTMAX, AMAX)
+
+
+def readme(record: dict[str, Any]) -> str:
+    """The table of the project's README, from a complete run on the CPU."""
+    results = [Result.from_json(line) for line in record["results"]]
+    base = ours(results)
+    text = "| logits, rows | case | ours | " + " | ".join(BESIDE) + " |\n"
+    text += "|---|---" + "|--:" * (1 + len(BESIDE)) + "|\n"
+    for inputs, rows, case in SHOWN:
+        found = {
+            result.provider: result
+            for result in results
+            if (result.inputs, result.rows, result.case) == (inputs, rows, case)
+            and (inputs not in MAKERS or result.vocab_size == 128256)
+        }
+        first = found[base]
+        line = [_cell(found.get(name), first, None) for name in (base, *BESIDE)]
+        text += f"| {inputs}, V = {first.vocab_size:,}, {rows} | {case} | " + " | ".join(line)
+        text += " |\n"
+    return text
+
+
 def ours(results: Sequence[Result]) -> str:
     """The first of our backends that was timed: what the others are compared with."""
     names = dict.fromkeys(result.provider for result in results)
@@ -92,11 +136,13 @@ def _table(results: Sequence[Result]) -> str:
     return text + "\n"
 
 
-def _cell(result: Result | None, own: Result | None, notes: dict[str, str]) -> str:
+def _cell(result: Result | None, own: Result | None, notes: dict[str, str] | None) -> str:
     if result is None:
         return ""
     note = result.absent if result.timing is None else result.note
-    mark = f" *{notes.setdefault(note, _letter(len(notes)))}*" if note else ""
+    mark = ""
+    if note and notes is not None:
+        mark = f" *{notes.setdefault(note, _letter(len(notes)))}*"
     if result.timing is None:
         return ("**WRONG**" if result.wrong else "-") + mark
     time = result.timing.median

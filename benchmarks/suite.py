@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from benchmarks.providers import PROVIDERS, Contender, Task
 from benchmarks.timing import Protocol, Run, Timing, measure, progress, runner
 from benchmarks.worker import Worker
 
-#: Tokens drawn before a provider is timed on a case, to see how they are distributed.
-DRAWS = 256
+#: Tokens drawn before a provider is timed on a case, to see how they are distributed: so many, or as
+#: many as it draws in this time, but not fewer than the least.
+DRAWS, DRAW_S, LEAST_DRAWS = 256, 1.0, 64
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ class Suite:
 
     def run(self, workload: Workload) -> Iterator[Result]:
         """Every case of a workload on every input and shape that was not timed before."""
+        providers = [
+            name for name in self.versions if workload.variants or not PROVIDERS[name].is_variant
+        ]
         for name in workload.inputs:
             for vocab_size in (None,) if name in REAL else workload.vocab_sizes:
                 for rows in workload.rows:
@@ -115,10 +120,15 @@ class Suite:
                     ]
                     self._done.update((name, vocab_size, rows, case) for case in wanted)
                     if wanted:
-                        yield from self._run_cases(name, vocab_size, rows, wanted)
+                        yield from self._run_cases(name, vocab_size, rows, wanted, providers)
 
     def _run_cases(
-        self, name: str, vocab_size: int | None, rows: int, cases: Sequence[str]
+        self,
+        name: str,
+        vocab_size: int | None,
+        rows: int,
+        cases: Sequence[str],
+        providers: Sequence[str],
     ) -> Iterator[Result]:
         try:
             buffers = make_buffers(name, rows, vocab_size, self.dtype, self.device)
@@ -129,9 +139,15 @@ class Suite:
         for case in cases:
             inputs = make_inputs(name, buffers, CASES[case])
             progress(f"{name}, V = {inputs.vocab_size:,}, {rows} rows, {case}")
-            yield from self._run_case(CASES[case], inputs, orders)
+            yield from self._run_case(CASES[case], inputs, orders, providers)
 
-    def _run_case(self, case: Case, inputs: Inputs, orders: dict[int, Order]) -> list[Result]:
+    def _run_case(
+        self,
+        case: Case,
+        inputs: Inputs,
+        orders: dict[int, Order],
+        providers: Sequence[str],
+    ) -> list[Result]:
         task = Task(case, inputs)
         oracle = Oracle(inputs, task.params, orders)
         runs: dict[str, Run] = {}
@@ -139,7 +155,7 @@ class Suite:
         notes: dict[str, str] = {}
         reasons: dict[str, tuple[str, bool]] = {}
         clocks = ("wall",) if self.device == "cpu" else ("events", "host")
-        for name in self.versions:
+        for name in providers:
             try:
                 contender, both = self._build(name, task, clocks)
                 notes[name] = check(contender, inputs, oracle)
@@ -168,7 +184,7 @@ class Suite:
                 absent=reasons.get(name, ("", False))[0],
                 wrong=reasons.get(name, ("", False))[1],
             )
-            for name in self.versions
+            for name in providers
         ]
 
     def _build(self, name: str, task: Task, clocks: Sequence[str]) -> tuple[Contender, list[Run]]:
@@ -198,7 +214,10 @@ def check(contender: Contender, inputs: Inputs, oracle: Oracle) -> str:
     difference = oracle.explain(kept)
     generator = torch.Generator().manual_seed(20261125)  # no provider's own
     places: list[torch.Tensor] = []
-    while sum(found.numel() for found in places) < DRAWS:
+    started = perf_counter()
+    while (drawn := sum(found.numel() for found in places)) < DRAWS:
+        if drawn >= LEAST_DRAWS and perf_counter() - started > DRAW_S:
+            break
         for buffer in range(len(inputs.buffers)):
             tokens = contender.draw(buffer)
             noise = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)

@@ -54,7 +54,7 @@ class Protocol:
     rounds: int = 10
     per_turn: int = 4
     warm_up: int = 2
-    budget_s: float = 2.0
+    budget_s: float = 0.7
     least: int = 3
 
     def samples(self, sample_ns: float) -> int:

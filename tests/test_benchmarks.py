@@ -14,7 +14,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import environments, plots, report, timing
 from benchmarks.cases import CASES, COMPARED, RUNS, Case, Run
-from benchmarks.goals import GOALS, OURS, judge
+from benchmarks.goals import GOALS, KERNEL, OURS, SAMPLER, judge
 from benchmarks.inputs import MAKERS, AbsentError, assert_model_like, make_buffers, make_inputs
 from benchmarks.oracle import READINGS, Oracle, Reading, WrongAnswerError, check_uniform
 from benchmarks.providers import HUGGING_FACE, LLAMA_CPP, PROVIDERS, VLLM, Contender, Task
@@ -613,6 +613,15 @@ def test_nothing_is_timed_twice():
         assert len(list(suite.run(replace(run, rows=(1, 2))))) == 2
 
 
+def test_the_readme_shows_what_is_committed():
+    record = json.loads((command.RESULTS / "cpu.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.readme(record) in readme
+    assert report.markdown(record) == (command.RESULTS / "cpu.md").read_text(encoding="utf-8")
+    assert record["environment"]["date"][:10] in readme
+    assert not any(line["wrong"] for line in record["results"] if line["provider"] == OURS)
+
+
 # ---- Goals and numbers ---------------------------------------------------------------------------
 
 
@@ -634,12 +643,12 @@ def test_goals_are_judged_on_both_sides():
         line("top-k-50", OURS, 99, vocab_size=1000),
         line("top-k-50", "amax", 1, vocab_size=1000),
     ]
-    calls = {"Sampler": Timing(5.1, 5, 6, 3, 1)}
+    calls = {SAMPLER: Timing(6.2, 6, 7, 3, 1), KERNEL: Timing(1.1, 1, 2, 3, 1)}
     verdicts = {(v["goal"], v["on"].split(",")[0]): v["met"] for v in judge(results, calls)}
     assert verdicts == {
         ("full-chain: huggingface ÷ ours", "model"): True,
         ("full-chain: llama.cpp ÷ ours", "model"): False,
         ("top-k-50: ours ÷ amax", "model"): True,
         ("top-p-0.9: ours ÷ softmax", "flat"): False,
-        ("a prepared call, µs", "V = 32"): False,
+        ("Python around a prepared call, µs", "V = 32"): False,
     }

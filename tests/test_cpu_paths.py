@@ -91,6 +91,21 @@ def test_best_tokens_that_are_penalised(chain, penalty, pushed):
         assert_equal(logits, params, prompts, outputs)
 
 
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(
+    "raises",
+    [{"repetition_penalty": 0.2}, {"frequency_penalty": -1.5}, {"presence_penalty": -2.0}],
+    ids=str,
+)
+def test_tokens_that_rise_to_the_best(chain, raises):
+    """No bound on the logits as they came says anything about them."""
+    params = SamplingParams(**CHAINS[chain], **raises, seed=5)
+    for vocab_size in VOCAB_SIZES:
+        logits = torch.rand(3, vocab_size, generator=generator()) + 1
+        middling = [row[vocab_size // 3 : vocab_size // 3 + 20] for row in best(logits, vocab_size)]
+        assert_equal(logits, params, middling, [row * 2 for row in middling])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_ties_and_zeros_at_the_bound(chain, dtype):

@@ -89,6 +89,7 @@ class Provider:
         environment: of environments.py, or "" for that of the run.
         option: what ``build`` is told besides the task.
         is_limit: it is no sampler but a line to measure against.
+        is_variant: of a peer that is timed anyway.
         by_default: whether a run has it that names no providers.
     """
 
@@ -98,6 +99,7 @@ class Provider:
     environment: str = ""
     option: str = ""
     is_limit: bool = False
+    is_variant: bool = False
     by_default: bool = True
 
     def version(self, device: str) -> str:
@@ -146,24 +148,26 @@ def _table() -> dict[str, Provider]:
         devices = tuple(sorted(backend.device_types or {"cpu", "cuda"}))
         chosen = backend.name != "torch"  # the reference is no contender
         table.append(
-            Provider(sampler_of(backend.name), "ours", devices, "", backend.name, by_default=chosen)
+            Provider(
+                sampler_of(backend.name), "ours", devices, option=backend.name, by_default=chosen
+            )
         )
     table += [
-        Provider(TWO_THREADS, "ours", ("cpu",), "", "cpu/2", by_default=False),
+        Provider(TWO_THREADS, "ours", ("cpu",), option="cpu/2", by_default=False),
         Provider(HUGGING_FACE, "huggingface"),
         Provider(PLAIN_TORCH, "plain_torch"),
-        Provider(COMPILED, "plain_torch", ("cpu", "cuda"), "", "compiled"),
-        Provider("exponential-race", "plain_torch", ("cpu", "cuda"), "", "race"),
+        Provider(COMPILED, "plain_torch", option="compiled", is_variant=True),
+        Provider("exponential-race", "plain_torch", option="race", is_variant=True),
         Provider(VLLM, "vllm", ("cpu", "cuda"), "vllm"),
         Provider(LLAMA_CPP, "llama_cpp", ("cpu",), "llama-cpp"),
         Provider("flashinfer", "flashinfer", ("cuda",)),
-        Provider("flashinfer, scalars", "flashinfer", ("cuda",), "", "scalar"),
-        Provider("flashinfer, joint", "flashinfer", ("cuda",), "", "joint"),
-        Provider("flashinfer, cake", "flashinfer", ("cuda",), "", "cake"),
+        Provider("flashinfer, scalars", "flashinfer", ("cuda",), option="scalar"),
+        Provider("flashinfer, joint", "flashinfer", ("cuda",), option="joint"),
+        Provider("flashinfer, cake", "flashinfer", ("cuda",), option="cake"),
         Provider("sglang", "sglang", ("cuda",)),
-        Provider(AMAX, "limits", ("cpu", "cuda"), "", "amax", is_limit=True),
-        Provider(SOFTMAX, "limits", ("cpu", "cuda"), "", "softmax", is_limit=True),
-        Provider(COPY, "limits", ("cpu", "cuda"), "", "copy", is_limit=True),
+        Provider(AMAX, "limits", option="amax", is_limit=True),
+        Provider(SOFTMAX, "limits", option="softmax", is_limit=True),
+        Provider(COPY, "limits", option="copy", is_limit=True),
     ]
     return {provider.name: provider for provider in table}
 

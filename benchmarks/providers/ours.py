@@ -37,6 +37,8 @@ def build(option: str, task: Task) -> Contender:
     """A Contender; ``option`` is the backend, and perhaps after a slash a number of threads."""
     backend, _, threads = option.partition("/")
     inputs, case = task.inputs, task.case
+    if threads and inputs.rows > 1:
+        raise AbsentError("it is about a row that is alone")
     if case.num_samples > 1 and any(row.needs_history for row in task.params):
         raise AbsentError("a history follows one token per row")
 

@@ -1,5 +1,6 @@
 // THE kernel on the CPU. The arithmetic is in ../semantics.h; step numbers are docs/semantics.md's.
-// tile.h has the values of a row, passes.h every loop over tiles, choose.h lists and estimates.
+// tile.h has the values of a row, passes.h every loop over tiles (by_hand.h two of them), choose.h
+// lists and estimates.
 //
 // Work: one thread owns a row; a lone row is split over threads by tiles. A row is read in tiles of
 // 512 tokens; a tile is widened, biased, masked and penalised (steps 1 to 5) into 2 KiB of the stack,
@@ -8,13 +9,14 @@
 // Passes over the row:
 //   maxima       every row: the maximum of each tile and of each of its 16 groups (tokens j = g mod 16).
 //   (no more)    greedy, and top-k: the k-th largest group maximum bounds the k-th largest logit from
-//                below, so only the few groups that reach it are looked at again.
+//                below, so only the few tiles that reach it are looked at again. Where the penalties
+//                only lower, the maxima are those before them, and only candidates are penalised.
 //   mass         top-p, or no filter: the mass of every tile, exact in two int32 halves.
 //   mass, split  top-p on a flat row: the mass above a cut estimated from a sample as well; the tokens
 //                between the estimate and the exact cut are then few.
 //   band         the same row: those tokens.
-// What is left to choose from is a short list in token-id order; a radix select on the order key with
-// exact counts and masses finds a cut in it, in linear time, whatever the ties.
+// What is left to choose from is a short list in token-id order; a bisection by exact counts, or a radix
+// select with exact masses, finds a cut in it, in linear time, whatever the ties.
 //
 // A kept set is a prefix of the order, so a Cut (a logit, and the last id that is kept among its
 // equals) says it all. Estimates choose only where to look: every decision is on exact integers.
@@ -243,12 +245,12 @@ int64_t RowSampler::top_k_of(int64_t index) const {
 // most its logit before. So of those before, only the tokens from some bound on are looked at, and only
 // they are penalised; if k of them are still at or above the bound, the first k of the order are among
 // them. What a history costs then does not grow with it. False where that is not so, or too many tokens
-// would have to be tried: nothing has happened then.
+// would have to be tried.
 bool RowSampler::find_penalised_late(int64_t index) {
   const int64_t k = top_k_of(index);
   const bool lowers = row_.seen != nullptr && row_.repetition_penalty >= 1.0f &&
                       row_.frequency_penalty >= 0.0f && row_.presence_penalty >= 0.0f;
-  if (k == 0 || !lowers || row_.bias_count > 0) return false;
+  if (k == 0 || !lowers) return false;
 
   Row before = row_;
   before.seen = nullptr;
@@ -271,7 +273,6 @@ bool RowSampler::find_penalised_late(int64_t index) {
     keep_top_k_of_list(index, k);
     return true;
   }
-  status_ = 0;
   return false;
 }
 

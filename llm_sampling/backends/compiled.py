@@ -160,7 +160,9 @@ def _results(like: SampleOutput) -> Iterator[SampleOutput]:
     while True:
         with torch.inference_mode(False):  # the next step may be outside of it
             parts = [
-                itertools.repeat(None, steps) if x is None else x.new_empty(steps, *x.shape).unbind()
+                itertools.repeat(None, steps)
+                if x is None
+                else x.new_empty(steps, *x.shape).unbind()
                 for x in like
             ]
         yield from map(SampleOutput, *parts)
