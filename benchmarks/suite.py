@@ -19,8 +19,8 @@ from benchmarks.providers import PROVIDERS, Contender, Task
 from benchmarks.timing import Protocol, Run, Timing, measure, progress, runner
 from benchmarks.worker import Worker
 
-#: Tokens drawn before a provider is timed on a case, to see how they are distributed: so many, or as
-#: many as it draws in this time, but not fewer than the least.
+#: Tokens drawn before a provider is timed on a case, to see how they are distributed: so many, or
+#: as many as it draws in this time, but not fewer than the least.
 DRAWS, DRAW_S, LEAST_DRAWS = 256, 1.0, 64
 
 
