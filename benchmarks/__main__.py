@@ -64,7 +64,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "chooses what is run, else none",
     )
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="run nothing: print and draw this results file"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="run nothing: print, write and draw this results file anew",
     )
     options = parser.parse_args(argv)
     own = [options.inputs, options.vocab, options.rows, options.cases]
@@ -114,8 +117,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if options.report is not None:
         record = json.loads(options.report.read_text(encoding="utf-8"))
-        print(markdown(record))
-        _draw(record, options.report.with_suffix(""))
+        _write_report(record, options.report.with_suffix(""))
         return 0
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -125,13 +127,13 @@ def main(argv: Sequence[str]) -> int:
         for name, reason in suite.absent.items():
             progress(f"absent: {name}: {reason}")
         record = _record(suite, options, machine, protocol)
-    print(markdown(record))
-    if options.out is not None:
+    if options.out is None:
+        print(markdown(record))
+    else:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=1, ensure_ascii=False)
         options.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-        options.out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
-        _draw(record, options.out)
+        _write_report(record, options.out)
     return int(
         any(
             line["wrong"]
@@ -160,7 +162,10 @@ def _record(
     }
 
 
-def _draw(record: dict[str, Any], stem: Path) -> None:
+def _write_report(record: dict[str, Any], stem: Path) -> None:
+    """All that is made of a results file: printed, and beside it."""
+    print(markdown(record))
+    stem.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
     try:
         for file in draw(record, stem):
             progress(f"wrote {file}")

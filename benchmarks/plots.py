@@ -134,6 +134,7 @@ def _sweeps(results: Sequence[Result]) -> Any:
         axis.set_yscale("log")
         if swept == "history_length":
             axis.set_xscale("symlog", linthresh=256)
+            axis.set_xlim(left=0)
         elif swept != "p":
             axis.set_xscale("log", base=2)
     for line in axes:

@@ -156,7 +156,7 @@ def _cell(result: Result | None, own: Result | None, notes: dict[str, str] | Non
 
 def ratio(value: float) -> str:
     """With as many digits as mean something."""
-    return f"{value:,.0f}x" if value >= 100 else f"{value:.2g}x"
+    return f"{value:,.0f}x" if value >= 10 else f"{value:.2g}x"
 
 
 def _letter(number: int) -> str:
