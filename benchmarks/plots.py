@@ -54,8 +54,8 @@ def draw(record: dict[str, Any], stem: Path) -> list[Path]:
     files = []
     for name, figure in (
         ("sweeps", _sweeps(results)),
-        ("speedups", _speed_ups(results)),
-        ("limits", _limits(results)),
+        ("speedups", _bars(results, limits=False)),
+        ("limits", _bars(results, limits=True)),
     ):
         if figure is None:
             continue
@@ -199,11 +199,3 @@ def _bars(results: Sequence[Result], limits: bool) -> Any:
     figure.legend(handles, labels, loc="upper center", ncols=7, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     return figure
-
-
-def _speed_ups(results: Sequence[Result]) -> Any:
-    return _bars(results, limits=False)
-
-
-def _limits(results: Sequence[Result]) -> Any:
-    return _bars(results, limits=True)
