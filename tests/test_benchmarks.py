@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import environments, plots, report, timing
+from benchmarks import cpu_cost, environments, plots, report, threads, timing
 from benchmarks.cases import CASES, COMPARED, RUNS, Case, Run
 from benchmarks.goals import GOALS, KERNEL, OURS, SAMPLER, judge
 from benchmarks.inputs import MAKERS, AbsentError, assert_model_like, make_buffers, make_inputs
@@ -621,6 +621,97 @@ def test_the_readme_shows_what_is_committed():
     assert report.markdown(record) == (command.RESULTS / "cpu.md").read_text(encoding="utf-8")
     assert record["environment"]["date"][:10] in readme
     assert not any(line["wrong"] for line in record["results"] if line["provider"] == OURS)
+
+
+# ---- Threads and instructions --------------------------------------------------------------------
+
+
+def test_the_threads_of_a_row(tmp_path, capsys):
+    path = tmp_path / "threads.json"
+    assert threads.main(["--threads", "2", "--calls", "1", "--json", str(path)]) == 0
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["environment"]["threads"] == 2
+    assert all(line["alone_us"] > 0 and line["together_us"] > 0 for line in record["lines"])
+    seen = {(line["case"], line["provider"], line["after"]) for line in record["lines"]}
+    pairs = [(case, provider) for case, shown in threads.SHOWN.items() for provider in shown]
+    assert seen == {(*pair, after) for pair in pairs for after in ("a model", "itself", "a pause")}
+    assert threads.table(record["lines"], 2) in capsys.readouterr().out
+
+
+def test_a_call_is_timed_alone_and_after_what_is_said():
+    seen = []
+    before = torch.get_num_threads()
+    try:
+        threads.measure(
+            lambda buffer: seen.append(("call", buffer, torch.get_num_threads())),
+            lambda buffer: seen.append(("before", buffer, torch.get_num_threads())),
+            buffers=2,
+            threads=3,
+            calls=2,
+        )
+    finally:
+        torch.set_num_threads(before)
+    turns = itertools.product((0, 1), (1, 3), ("before", "call"))
+    assert seen == [(what, buffer, count) for buffer, count, what in turns]
+
+
+@pytest.mark.parametrize("arguments", [["--threads", "1"], ["--calls", "0"]])
+def test_a_comparison_of_threads_needs_some(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        threads.main(arguments)
+    assert stopped.value.code == 2
+    assert f"got {arguments[1]}" in capsys.readouterr().err
+
+
+# two of our functions, one with a clone and called by the other; one of torch's; one of neither
+PROFILE = """\
+version: 1
+creator: callgrind
+positions: line
+events: Ir
+ob=(1) /somewhere/libllm_sampling_cpu.so
+fl=(1) passes.h
+fn=(1) llm_sampling::(anonymous namespace)::scan_mass(Row const&, long) [clone .arch_x86_64_v3]
+10 100
++2 20
+cfn=(2) llm_sampling::(anonymous namespace)::Buffer<int>::at_least(long)
+calls=3 40
+12 6000
+* 7
+
+fn=(2)
+40 5
+cob=(2) /somewhere/libc.so.6
+cfn=(3) memcpy
+calls=1 0
+41 900
+
+ob=(2)
+fn=(3)
+0 900
+
+ob=(3) /elsewhere/libtorch_cpu.so
+fn=(4) void at::native::max_kernel<Vec<float>, 4>(at::TensorIterator&)
+-3 40
+totals: 1072
+"""
+
+
+def test_instructions_are_counted_where_they_are():
+    found = cpu_cost.functions(PROFILE)
+    assert found == {"scan_mass": 127, "at_least": 5, "max_kernel": 40}
+
+
+def test_what_is_counted_exists():
+    for provider, cases in cpu_cost.SHOWN.items():
+        assert provider in PROVIDERS
+        assert set(cases) <= set(CASES)
+
+
+def test_counting_instructions_needs_valgrind(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="needs valgrind"):
+        cpu_cost.main([])
 
 
 # ---- Goals and numbers ---------------------------------------------------------------------------

@@ -100,7 +100,10 @@ class Histogram {
     for (int part = 0; part < 2; ++part) {
       const int64_t size = sample.size[part];
       find_bins(sample.depth[part], size, bins_per_octave_, kBins - 1, bins);
-      for (int64_t i = 0; i < size; ++i) sums[i % 4][bins[i]] += sample.mass[part][i];
+      const float* mass = sample.mass[part];
+      for (int64_t i = 0; i < size; i += 4) {  // the sizes are multiples of kGroups
+        for (int j = 0; j < 4; ++j) sums[j][bins[i + j]] += mass[i + j];
+      }
     }
     for (int bin = 0; bin < kBins; ++bin) {
       mass_[bin] = (sums[0][bin] + sums[1][bin]) + (sums[2][bin] + sums[3][bin]);

@@ -182,6 +182,26 @@ LLM_SAMPLING_CLONES void list_masses(const Row& row, const float* x, int64_t siz
   }
 }
 
+// The least and the largest of the values, of which there are some and none is NaN.
+LLM_SAMPLING_CLONES void find_ends(const float* value, int64_t size, float& least, float& most) {
+  // in lanes: the compiler may not change the order of one running maximum
+  constexpr int kLanes = 32;
+  float low[kLanes];
+  float high[kLanes];
+  for (int j = 0; j < kLanes; ++j) low[j] = high[j] = value[0];
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) low[j] = value[i + j] < low[j] ? value[i + j] : low[j];
+    for (int j = 0; j < kLanes; ++j) high[j] = value[i + j] > high[j] ? value[i + j] : high[j];
+  }
+  for (; i < size; ++i) {
+    low[0] = value[i] < low[0] ? value[i] : low[0];
+    high[0] = value[i] > high[0] ? value[i] : high[0];
+  }
+  least = *std::min_element(low, low + kLanes);
+  most = *std::max_element(high, high + kLanes);
+}
+
 // A weighted sample of a row: the maximum of each group, which stands for itself, and of every other
 // tile another value of each group, which stand for all that are no maxima.
 struct Sample {
@@ -210,8 +230,10 @@ LLM_SAMPLING_CLONES void take_sample(const Row& row, const float* group_max, Sam
   const float weight[2] = {0x1p21f, 0x1p21f * (others / static_cast<float>(out.size[1]))};
   alignas(64) float fraction[kTile];
   alignas(64) int32_t exponent[kTile];
-  double lane[2][kGroups] = {};
-  float deepest[kGroups] = {};
+  alignas(64) float weighing[kTile];
+  // in lanes, whose sums are exact enough for an estimate
+  float lane[2][kGroups] = {};
+  out.deepest = 0;
   for (int part = 0; part < 2; ++part) {
     float* __restrict d = out.depth[part];
     float* __restrict w = out.mass[part];
@@ -221,19 +243,18 @@ LLM_SAMPLING_CLONES void take_sample(const Row& row, const float* group_max, Sam
       for (int j = 0; j < count; ++j) split_depth(d[at + j], fraction[j], exponent[j]);
       for (int j = 0; j < count; ++j)
         w[at + j] = uncut_mass(fraction[j], exponent[j]) * weight[part];
+      for (int j = 0; j < count; ++j) weighing[j] = d[at + j] < kMassless ? d[at + j] : 0.0f;
+      float least, most;
+      find_ends(weighing, count, least, most);
+      out.deepest = std::max(out.deepest, most);
     }
     for (int64_t i = 0; i < out.size[part]; i += kGroups) {
-      for (int j = 0; j < kGroups; ++j) {
-        const float weighing = d[i + j] < kMassless ? d[i + j] : 0.0f;
-        deepest[j] = weighing > deepest[j] ? weighing : deepest[j];
-        lane[part][j] += static_cast<double>(w[i + j]);
-      }
+      for (int j = 0; j < kGroups; ++j) lane[part][j] += w[i + j];
     }
   }
   out.maxima = out.total = 0;
   for (int j = 0; j < kGroups; ++j) out.maxima += lane[0][j];
   for (int j = 0; j < kGroups; ++j) out.total += lane[0][j] + lane[1][j];
-  out.deepest = *std::max_element(deepest, deepest + kGroups);
 }
 
 // The bin of each depth: depth * scale, or the last.
@@ -249,26 +270,6 @@ LLM_SAMPLING_CLONES void find_bins(
     const float b = d[i] * scale;
     bin[i] = static_cast<int32_t>(b < limit ? b : limit);
   }
-}
-
-// The least and the largest of the values, of which there are some and none is NaN.
-LLM_SAMPLING_CLONES void find_ends(const float* value, int64_t size, float& least, float& most) {
-  // in lanes: the compiler may not change the order of one running maximum
-  constexpr int kLanes = 32;
-  float low[kLanes];
-  float high[kLanes];
-  for (int j = 0; j < kLanes; ++j) low[j] = high[j] = value[0];
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) low[j] = value[i + j] < low[j] ? value[i + j] : low[j];
-    for (int j = 0; j < kLanes; ++j) high[j] = value[i + j] > high[j] ? value[i + j] : high[j];
-  }
-  for (; i < size; ++i) {
-    low[0] = value[i] < low[0] ? value[i] : low[0];
-    high[0] = value[i] > high[0] ? value[i] : high[0];
-  }
-  least = *std::min_element(low, low + kLanes);
-  most = *std::max_element(high, high + kLanes);
 }
 
 // How many of the values are at least the bound.

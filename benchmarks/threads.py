@@ -1,0 +1,133 @@
+"""One row on one thread and on more, by what the threads have just done; ours, amax and softmax.
+
+``python -m benchmarks.threads`` prints a markdown report; ``--json`` writes it to a file.
+
+Whether a second thread helps depends on whether it is awake. So each call is timed alone, after
+
+* a model: an operation of torch that writes these very logits on all the threads;
+* itself: the same call on other logits, on as many threads;
+* a pause of 5 ms, in which the threads have gone to sleep and the caches to others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import CASES
+from benchmarks.inputs import make_buffers, make_inputs
+from benchmarks.providers import PROVIDERS, Task, sampler_of
+from benchmarks.timing import environment, progress
+
+VOCAB_SIZE = 128256
+SHOWN = {
+    "greedy": (sampler_of("cpu"), "amax"),
+    "top-k-50": (sampler_of("cpu"),),
+    "top-p-0.9": (sampler_of("cpu"), "softmax"),
+    "full-chain": (sampler_of("cpu"),),
+}
+
+
+def measure(
+    call: Callable[[int], object],
+    before: Callable[[int], object],
+    buffers: int,
+    threads: int,
+    calls: int,
+) -> dict[str, float]:
+    """Median microseconds of a call on one thread and on ``threads``, which take turns."""
+    times: dict[int, list[int]] = {1: [], threads: []}
+    for turn in range(calls):
+        for count, taken in times.items():
+            buffer = turn % buffers
+            torch.set_num_threads(count)
+            before(buffer)
+            torch.set_num_threads(count)
+            start = time.perf_counter_ns()
+            call(buffer)
+            taken.append(time.perf_counter_ns() - start)
+    alone, together = (statistics.median(taken) / 1000 for taken in times.values())
+    return {"alone_us": round(alone, 2), "together_us": round(together, 2)}
+
+
+def befores(
+    call: Callable[[int], object], buffers: Sequence[torch.Tensor], threads: int
+) -> dict[str, Callable[[int], object]]:
+    """What happens just before the call on a buffer."""
+
+    def model(buffer: int) -> None:
+        torch.set_num_threads(threads)
+        buffers[buffer].mul_(1.0)
+
+    return {
+        "a model": model,
+        "itself": lambda buffer: call((buffer + 1) % len(buffers)),
+        "a pause": lambda _: time.sleep(0.005),
+    }
+
+
+def run(threads: int, calls: int) -> list[dict[str, Any]]:
+    """Every line of the table."""
+    lines = []
+    for name in ("model", "flat"):
+        buffers = make_buffers(name, 1, VOCAB_SIZE)
+        for case, providers in SHOWN.items():
+            task = Task(CASES[case], make_inputs(name, buffers, CASES[case]))
+            for provider in providers:
+                call = PROVIDERS[provider].build(task).call
+                for after, before in befores(call, buffers, threads).items():
+                    times = measure(call, before, len(buffers), threads, calls)
+                    what = {"input": name, "case": case, "provider": provider, "after": after}
+                    lines.append(what | times)
+                    progress(f"{name}, {case}, {provider}, after {after}")
+    return lines
+
+
+def table(lines: Sequence[dict[str, Any]], threads: int) -> str:
+    """The report's table."""
+    text = f"| input | case | who | after | 1 thread, µs | {threads} threads, µs | ratio |\n"
+    text += "|---|---|---|---|--:|--:|--:|\n"
+    for line in lines:
+        alone, together = line["alone_us"], line["together_us"]
+        text += f"| {line['input']} | {line['case']} | {line['provider']} | {line['after']} "
+        text += f"| {alone:.1f} | {together:.1f} | {together / alone:.2f} |\n"
+    return text
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the report."""
+    parser = argparse.ArgumentParser(description="One row on one thread and on more.")
+    parser.add_argument("--json", type=Path, help="write the results to this file too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--calls", type=int, default=400, help="of each kind")
+    options = parser.parse_args(argv)
+    if options.threads < 2:
+        parser.error(f"--threads must be an integer >= 2, got {options.threads}")
+    if options.calls < 1:
+        parser.error(f"--calls must be an integer >= 1, got {options.calls}")
+    record = environment(argv)
+    lines = run(options.threads, options.calls)
+    command = shlex.join(["python", "-m", "benchmarks.threads", *argv])
+    print(f"`{command}`, {record['cpu']}, {record['date']}, V = {VOCAB_SIZE:,}, one row\n")
+    print(table(lines, options.threads))
+    if options.json is not None:
+        report = {
+            "command": command,
+            "environment": record | {"threads": options.threads},
+            "lines": lines,
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
