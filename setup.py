@@ -3,22 +3,30 @@
 The libraries link neither torch nor Python, so one build serves every version of both. The cuda one
 is built where nvcc is found; ``LLM_SAMPLING_CUDA=0`` leaves it out, ``LLM_SAMPLING_CUDA=1`` insists
 on it.
+
+The same sources give the same bytes, in whatever folder and under whatever umask: an sdist always,
+a wheel by the same compiler and under the same ``SOURCE_DATE_EPOCH``.
 """
 
+import gzip
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import BaseError, CCompilerError, ExecError, OptionError
 
 # Rounding after every operation is part of the semantics; the other two let loops vectorise.
 EXACT = ["-fno-fast-math", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS = ["-std=c++17", "-O3", *EXACT, "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+FLAGS += ["-g0"]  # what a debugger is told, which Python's own flags ask for, names the folder
+LINK = ["-pthread", *(["-ldl", "-Wl,-z,defs"] if sys.platform == "linux" else [])]
 
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
@@ -27,7 +35,7 @@ CPU = Extension(
     sources=["csrc/cpu/sample.cpp"],
     depends=HEADERS,
     extra_compile_args=FLAGS,
-    extra_link_args=["-pthread", "-Wl,-z,defs"] if sys.platform == "linux" else ["-pthread"],
+    extra_link_args=LINK,
     language="c++",
 )
 
@@ -126,5 +134,46 @@ class PlatformWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
+    def write_wheelfile(self, wheelfile_base: str, *args: str, **kwargs: str) -> None:
+        """The last file: all are there then, and go into the archive with their modes."""
+        super().write_wheelfile(wheelfile_base, *args, **kwargs)
+        for path in filter(Path.is_file, Path(self.bdist_dir).rglob("*")):
+            path.chmod(mode_of(path))
 
-setup(ext_modules=[CPU, CUDA], cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})
+
+class SameSdist(sdist):
+    """An archive that has nothing of the machine and the moment that it was made on and at."""
+
+    def make_archive(self, base_name: str, format: str, *args: str, **kwargs: str) -> str:
+        if format != "gztar":
+            return super().make_archive(base_name, format, *args, **kwargs)
+        moment = int(os.environ.get("SOURCE_DATE_EPOCH", EARLIEST))
+        name = f"{base_name}.tar.gz"
+        self.mkpath(str(Path(name).parent))
+        root = kwargs["base_dir"]
+        with (
+            open(name, "wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=moment) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for path in sorted(filter(Path.is_file, Path(root).rglob("*"))):
+                member = tarfile.TarInfo(path.as_posix())
+                member.size = path.stat().st_size
+                member.mtime = moment
+                member.mode = mode_of(path)
+                with path.open("rb") as file:
+                    archive.addfile(member, file)
+        return name
+
+
+#: The first moment that a zip file can hold: a wheel may be built of these files.
+EARLIEST = 315532800
+
+
+def mode_of(path: Path) -> int:
+    """0o755 or 0o644, whatever the umask was."""
+    return 0o755 if path.stat().st_mode & 0o100 else 0o644
+
+
+COMMANDS = {"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel, "sdist": SameSdist}
+setup(ext_modules=[CPU, CUDA], cmdclass=COMMANDS)

@@ -25,11 +25,17 @@ inline bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0;
 }
 
+// Whether so many rows of `width` elements, `stride` apart, have sizes in bytes that an int64 holds.
+inline bool is_addressable(int64_t rows, int64_t stride, int64_t width) {
+  constexpr int64_t kMost = INT64_MAX / 8;
+  return width <= kMost && (rows <= 1 || stride <= (kMost - width) / (rows - 1));
+}
+
 // LLM_SAMPLING_OK as far as the struct itself tells: no pointer is followed.
 inline int32_t check_struct(const LlmSamplingArgs& a) {
-  const int64_t words = (a.vocab_size + 31) / 32;
   if (a.rows < 0 || a.vocab_size < 1 || a.vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE ||
-      a.num_samples < 1 || a.num_threads < 1) {
+      a.num_samples < 1 || a.num_threads < 1 ||
+      !is_addressable(a.rows, a.num_samples, a.num_samples)) {
     return LLM_SAMPLING_BAD_SIZE;
   }
   if (a.dtype < LLM_SAMPLING_FLOAT32 || a.dtype > LLM_SAMPLING_BFLOAT16 ||
@@ -75,16 +81,24 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
         is_aligned(a.filtered))) {
     return LLM_SAMPLING_MISALIGNED;
   }
+  const int64_t words = (a.vocab_size + 31) / 32;
   // a stride of 0 repeats a row, which only what is read may do
   if (a.logits_stride < 0 || a.allowed_mask_stride < 0 ||
-      (a.filtered != nullptr && a.filtered_stride < a.vocab_size)) {
+      (a.filtered != nullptr && a.filtered_stride < a.vocab_size) ||
+      !is_addressable(a.rows, a.logits_stride, a.vocab_size) ||
+      !is_addressable(a.rows, a.allowed_mask_stride, words) ||
+      !is_addressable(a.rows, a.filtered_stride, a.vocab_size)) {
     return LLM_SAMPLING_BAD_STRIDE;
   }
   if (a.seen != nullptr) {
     if (a.counts == nullptr || a.lengths == nullptr || a.slots == nullptr) {
       return LLM_SAMPLING_NULL_POINTER;
     }
-    if (a.seen_stride < words || a.counts_stride < a.vocab_size) return LLM_SAMPLING_BAD_STRIDE;
+    if (a.seen_stride < words || a.counts_stride < a.vocab_size ||
+        !is_addressable(a.num_slots, a.seen_stride, words) ||
+        !is_addressable(a.num_slots, a.counts_stride, a.vocab_size)) {
+      return LLM_SAMPLING_BAD_STRIDE;
+    }
   }
   return LLM_SAMPLING_OK;
 }
@@ -102,7 +116,7 @@ inline const char* error_text(int32_t code) {
     case LLM_SAMPLING_NULL_POINTER:
       return "a pointer that is needed is NULL";
     case LLM_SAMPLING_BAD_STRIDE:
-      return "a stride is negative, or rows that are written overlap";
+      return "a stride is negative or too large, or rows that are written overlap";
     case LLM_SAMPLING_MISALIGNED:
       return "a pointer is not aligned to its type";
     case LLM_SAMPLING_BAD_PARAMETER:

@@ -111,6 +111,10 @@ typedef struct LlmSamplingArgs {
 // Sample every row on the CPU. Thread-safe; state is written after the last row is done.
 int32_t llm_sampling_cpu(const LlmSamplingArgs* args);
 
+// Call it in a process that was forked before the library was loaded, as its parent may have used
+// OpenMP, whose threads are gone; the library hears of later forks by itself.
+void llm_sampling_cpu_forked(void);
+
 // The same on the current CUDA device, whose memory the pointers point to (the struct itself is the
 // host's): one launch on the stream, a cudaStream_t, and no wait for it. IF_ALL_VALID is a BAD_OPTION:
 // one block knows of one row. The values of rows (parameters, slots, bias ids in order) are not checked.

@@ -16,7 +16,9 @@ import json
 import os
 import platform
 import secrets
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -109,9 +111,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         except usage_error as error:
             _complain(error.format_message())  # type: ignore[attr-defined]
             return EXIT_BAD_VALUE
+        except typer.Abort:  # what typer 0.12 makes of Ctrl-C while it reads the options
+            return _interrupted()
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return _interrupted()
     return int(code or 0)
+
+
+def _interrupted() -> int:
+    """The exit code; a terminal gets back its cursor and the start of a line."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h\n")
+        sys.stderr.flush()
+    return EXIT_INTERRUPTED
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C in this block counts at its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread is interrupted
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _complain(message: str) -> None:
@@ -230,19 +258,19 @@ def _build_app() -> "typer.Typer":
 
             def called(**values: Any) -> int:
                 try:
-                    of_all = shared(**{name: values.pop(name) for name in parameters})
-                    request = make(**values, **of_all)
-                except ValueError as error:
-                    _complain(str(error))
-                    return EXIT_BAD_VALUE
-                try:
+                    try:
+                        of_all = shared(**{name: values.pop(name) for name in parameters})
+                        request = make(**values, **of_all)
+                    except ValueError as error:
+                        _complain(str(error))
+                        return EXIT_BAD_VALUE
                     return run(request)
                 except models.ModelError as error:
                     _complain(str(error))
                     is_absent = isinstance(error, models.NotInstalledError)
                     return EXIT_FAILED if is_absent else EXIT_BAD_VALUE
                 except KeyboardInterrupt:
-                    return EXIT_INTERRUPTED
+                    return _interrupted()
 
             # what typer makes options of
             all_parameters = [*own, *parameters.values()]
@@ -277,9 +305,13 @@ def _build_app() -> "typer.Typer":
         return Request(prompts=(), chat=True, n=1, as_json=False, **of_all)
 
     @app.command()
-    def info() -> None:
+    def info() -> int:
         """Show the versions, the backends that run here and the default model."""
-        _info()
+        try:
+            _info()
+        except KeyboardInterrupt:
+            return _interrupted()
+        return 0
 
     return app
 
@@ -353,9 +385,14 @@ def _chat(request: Request) -> int:
 def _lines(messages: "Console") -> Iterator[str]:
     """The lines of stdin that say something; a terminal is asked for each."""
     while True:
-        if sys.stdin.isatty():
-            messages.print("> ", end="", style="bold")
-        line = sys.stdin.readline()
+        line, asks = "", sys.stdin.isatty()
+        try:
+            if asks:
+                messages.print("> ", end="", style="bold")
+            line = sys.stdin.readline()
+        finally:
+            if asks and not line:  # Ctrl-C or Ctrl-D
+                messages.print()
         if not line:
             return
         if line.strip():
@@ -438,8 +475,15 @@ def _progress(messages: "Console", title: str) -> Iterator[Callable[[str], None]
     # The loader's own bars would tear the status line, and transformers can switch off only some.
     tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
     if messages.is_terminal:
-        with messages.status(title) as status:
+        status = messages.status(title)
+        try:
+            # half of a start would leave the cursor hidden
+            with _interrupts_wait():
+                status.start()
             yield lambda stage: status.update(f"{title}: {stage}")
+        finally:
+            with _interrupts_wait():
+                status.stop()
     else:
         yield lambda stage: messages.print(f"{title}: {stage}", markup=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ tokenizer.
 from __future__ import annotations
 
 import inspect
+import numbers
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import Logprobs, raise_on_status
-from llm_sampling.history import TokenHistory
+from llm_sampling.history import TokenHistory, check_vocab_size
 from llm_sampling.params import SamplingParams
 from llm_sampling.sampler import Sampler
 from llm_sampling.stopping import StopStrings
@@ -87,12 +88,17 @@ def stream(
         ...     print(step.tokens)
     """
     # Checked here, since a generator's code does not run before its first value is asked for.
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids must be a torch.Tensor, got {type(input_ids).__name__}")
+    _must_hold_integers("input_ids", input_ids)
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(
             "input_ids must have shape (rows, length) with length >= 1, "
             f"got {tuple(input_ids.shape)}"
         )
     _at_least("max_new_tokens", max_new_tokens, 1)
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler must be a Sampler, got {type(sampler).__name__}")
     if sampler.num_samples != 1:
         raise ValueError(f"sampler must have num_samples 1, got {sampler.num_samples}")
     if sampler.rows != input_ids.shape[0]:
@@ -103,7 +109,7 @@ def stream(
     return _until_ended(
         _draws(_module_forward(model, None), input_ids, sampler, max_new_tokens, 0, ()),
         input_ids.shape[0],
-        frozenset(eos_token_ids),
+        frozenset(_token_ids("eos_token_ids", eos_token_ids)),
     )
 
 
@@ -220,6 +226,29 @@ def _callable_forward(model: Callable[..., Any]) -> Forward:
 def _at_least(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def _is_true_or_false(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def _must_hold_integers(name: str, ids: Tensor) -> None:
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must hold integers, got {ids.dtype}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _token_ids(name: str, ids: Collection[int]) -> list[int]:
+    if not isinstance(ids, Collection) or isinstance(ids, (str, bytes)):
+        raise ValueError(f"{name} must be a collection of token ids, got {ids!r}")
+    for token in ids:
+        if not _is_integer(token):
+            raise ValueError(f"{name} must be integers, got {token!r}")
+    return [int(token) for token in ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +399,8 @@ def generate_stream(
         ValueError: an argument is out of its range, or is missing for another.
         InvalidLogitsError: the model's logits leave a row without a token, or hold NaN or +inf.
     """
+    if not callable(model):
+        raise ValueError(f"model must be a callable, got {type(model).__name__}")
     is_module = isinstance(model, torch.nn.Module) and hasattr(model, "config")
     _at_least("n", n, 1)
     _at_least("max_new_tokens", max_new_tokens, 1)
@@ -379,20 +410,33 @@ def generate_stream(
             f"min_new_tokens must be at most {max_new_tokens}, which is max_new_tokens, "
             f"got {min_new_tokens}"
         )
+    _is_true_or_false("include_stop_str_in_output", include_stop_str_in_output)
+    _is_true_or_false("ignore_eos", ignore_eos)
     device = getattr(model, "device", torch.device("cpu"))
     rows = _prompt_ids(prompts, tokenizer)
     if isinstance(params, SamplingParams):
         params = [params] * len(rows)
+    elif not isinstance(params, Sequence) or not all(
+        isinstance(row, SamplingParams) for row in params
+    ):
+        raise ValueError(f"params must be a SamplingParams or a sequence of them, got {params!r}")
     if len(params) != len(rows):
         raise ValueError(f"params must have one for each of {len(rows)} prompts, got {len(params)}")
     if vocab_size is None:
         if not is_module:
             raise ValueError("vocab_size must be given where the model has no config")
         vocab_size = getattr(model, "config").get_text_config().vocab_size  # noqa: B009
+    check_vocab_size(vocab_size)
+    for row in rows:
+        for token in (min(row), max(row)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"prompts must hold ids in 0 .. {vocab_size - 1}, got {token}")
     if eos_token_ids is None:
         eos_token_ids = _declared_eos(model) if is_module else ()
+    eos_token_ids = _token_ids("eos_token_ids", eos_token_ids)
     ends: dict[int, int | None] = {} if ignore_eos else dict.fromkeys(eos_token_ids)
-    ends.update((token, token) for token in stop_token_ids if token not in ends)
+    own_ends = _token_ids("stop_token_ids", stop_token_ids)
+    ends.update((token, token) for token in own_ends if token not in ends)
     for token in ends:
         if not 0 <= token < vocab_size:
             raise ValueError(f"end tokens must be in 0 .. {vocab_size - 1}, got {token}")
@@ -478,6 +522,8 @@ def _prompt_ids(prompts: Prompts, tokenizer: Any) -> list[list[int]]:
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts:
+            raise ValueError(f"prompts must have input_ids, got a mapping of {list(prompts)}")
         ids = torch.as_tensor(prompts["input_ids"])
         mask = prompts.get("attention_mask")
         if mask is None:
@@ -491,22 +537,37 @@ def _prompt_ids(prompts: Prompts, tokenizer: Any) -> list[list[int]]:
         if bool((mask[:, 1:] < mask[:, :-1]).any()):
             raise ValueError("attention_mask must pad on the left, and it masks something else")
         rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
-    elif isinstance(prompts, Tensor):
+    elif isinstance(prompts, (Tensor, np.ndarray)):
+        prompts = torch.as_tensor(prompts)
         if prompts.dim() != 2:
             raise ValueError(f"prompts must have shape (rows, length), got {tuple(prompts.shape)}")
+        _must_hold_integers("prompts", prompts)
         rows = prompts.tolist()
+    elif not isinstance(prompts, Sequence):
+        raise ValueError(_what_prompts_are(prompts))
     elif prompts and all(isinstance(prompt, str) for prompt in prompts):
         if tokenizer is None:
             raise ValueError("tokenizer must be given for prompts that are texts")
         rows = tokenizer(list(prompts))["input_ids"]
     else:
-        rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in prompts]
+        rows = [_row_ids(row, prompts) for row in prompts]
     if not rows:
         raise ValueError("prompts must have at least one prompt, got none")
     for index, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompts must have at least one token each, prompt {index} has none")
     return rows
+
+
+def _row_ids(row: object, prompts: Prompts) -> list[int]:
+    ids = row.tolist() if isinstance(row, (Tensor, np.ndarray)) else row
+    if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(map(_is_integer, ids)):
+        raise ValueError(_what_prompts_are(prompts))
+    return [int(token) for token in ids]
+
+
+def _what_prompts_are(prompts: object) -> str:
+    return f"prompts must be texts, or sequences of integer token ids, got {prompts!r}"
 
 
 def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

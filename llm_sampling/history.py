@@ -31,12 +31,29 @@ class TokenHistory:
             when token t occurred in the prompt or the output.
         counts: int32 ``(capacity, vocab_size)``; how often the output holds each token.
         lengths: int64 ``(capacity,)``; how many tokens the output holds.
-        slots: int32 ``(rows,)``; no two rows share a slot.
+        slots: int32 ``(rows,)``, in ``0 .. capacity - 1``; no two rows share a slot.
+
+    Raises:
+        ValueError: a tensor is not as above, not contiguous, or on another device than the others;
+            what slots hold is looked at on the CPU only, since elsewhere it would wait.
     """
 
     def __init__(
         self, seen: Tensor, counts: Tensor, lengths: Tensor, slots: Tensor, vocab_size: int
     ) -> None:
+        check_vocab_size(vocab_size)
+        words = -(-vocab_size // 32)
+        _check_state("seen", seen, seen, "(capacity, ceil(vocab_size / 32))", (None, words))
+        capacity = seen.shape[0]
+        _check_state("counts", counts, seen, "(capacity, vocab_size)", (capacity, vocab_size))
+        _check_state("lengths", lengths, seen, "(capacity,)", (capacity,), torch.int64)
+        _check_state("slots", slots, seen, "(rows,)", (None,))
+        if slots.device.type == "cpu":
+            values = slots.tolist()
+            if values and not 0 <= min(values) <= max(values) < capacity:
+                raise ValueError(f"slots must be in 0 .. {capacity - 1}, got {values}")
+            if len(set(values)) != len(values):
+                raise ValueError(f"slots must name each slot at most once, got {values}")
         self.seen = seen
         self.counts = counts
         self.lengths = lengths
@@ -64,10 +81,8 @@ class TokenHistory:
             ValueError: ``vocab_size`` is not in 1 .. 2^20, the two lists differ in length, or an id
                 is not an integer.
         """
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-            raise ValueError(f"vocab_size must be an integer, got {vocab_size!r}")
-        if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-            raise ValueError(f"vocab_size must be in 1 .. 2^20, got {vocab_size}")
+        check_vocab_size(vocab_size)
+        assert vocab_size is not None
         rows = _row_count("prompt_ids", prompt_ids)
         if output_ids is not None and _row_count("output_ids", output_ids) != rows:
             raise ValueError(
@@ -202,6 +217,37 @@ class TokenHistory:
             ValueError: a row does not exist or is named twice.
         """
         self.slots = self.slots[selection(rows, self.rows).to(self.device)]
+
+
+def check_vocab_size(vocab_size: object) -> None:
+    """A ValueError if it is not in 1 .. 2^20."""
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise ValueError(f"vocab_size must be an integer, got {vocab_size!r}")
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size must be in 1 .. 2^20, got {vocab_size}")
+
+
+def _check_state(
+    name: str,
+    tensor: object,
+    like: Tensor,
+    dimensions: str,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype = torch.int32,
+) -> None:
+    """A ValueError if a part of the state is not of this shape, in which None is any size."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    sizes = zip(tensor.shape, shape, strict=False)
+    if tensor.dim() != len(shape) or any(w not in (None, size) for size, w in sizes):
+        known = "" if shape == (None,) else f" = {shape}".replace("None", "any")
+        raise ValueError(f"{name} must have shape {dimensions}{known}, got {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, as seen is, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
 def selection(rows: Iterable[int], available: int) -> Tensor:

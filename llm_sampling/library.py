@@ -62,15 +62,16 @@ def _call(
     batch = dict(zip(BATCH_FIELDS, rest, strict=False))
     state = dict(zip(HISTORY_FIELDS, rest[len(BATCH_FIELDS) :], strict=True))
     has_history = state["seen"] is not None
+    params = BatchParams(
+        **batch,
+        unseeded=None,
+        needs_history=has_history,
+        all_greedy=all_greedy,
+        any_filter=any_filter,
+    )
     return SampleCall(
         logits=logits,
-        batch=BatchParams(
-            **batch,
-            unseeded=None,
-            needs_history=has_history,
-            all_greedy=all_greedy,
-            any_filter=any_filter,
-        ),
+        batch=params.checked(),
         history=TokenHistory(**state, vocab_size=logits.shape[1]) if has_history else None,
         allowed_mask=allowed_mask,
         num_samples=num_samples,

@@ -102,12 +102,13 @@ def default_model_path() -> Path:
     return files[0]
 
 
-def check_path(path: Path) -> None:
+def check_path(path: str | Path) -> None:
     """Refuse what cannot be a model, before anything slow happens.
 
     Raises:
         ModelError: ``path`` is neither a GGUF file nor a directory with a ``config.json``.
     """
+    path = Path(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model {str(path)!r} is a directory without a config.json")
@@ -121,7 +122,7 @@ def check_path(path: Path) -> None:
         raise ModelError(f"model {str(path)!r} is neither a GGUF file nor a directory")
 
 
-def load(path: Path, report: Callable[[str], None]) -> LanguageModel:
+def load(path: str | Path, report: Callable[[str], None]) -> LanguageModel:
     """Load a model and its tokenizer onto the CPU.
 
     The weights of a directory keep their dtype; those of a GGUF file are unpacked to float32.
@@ -133,11 +134,13 @@ def load(path: Path, report: Callable[[str], None]) -> LanguageModel:
     Raises:
         ModelError: the model cannot be loaded; the message names ``path``.
     """
+    path = Path(path)
     check_path(path)
     report("importing transformers")
     import transformers
 
-    options: dict[str, Any] = {"local_files_only": True}
+    # transformers would else ask, on stdin, whether to run the code that a folder may hold
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     model_options: dict[str, Any] = {"dtype": "auto"}
     folder = path
     if path.is_file():

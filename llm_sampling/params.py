@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +30,21 @@ OFF_VALUES: Mapping[str, Any] = MappingProxyType(
         "min_tokens_to_keep": 1,
         "logit_bias": None,
         "seed": None,
+    }
+)
+
+#: What each parameter must be, in words.
+_RULES: Mapping[str, str] = MappingProxyType(
+    {
+        "temperature": "finite and >= 0 in float32",
+        "top_k": "an integer >= -1",
+        "top_p": "in (0, 1]",
+        "min_p": "in [0, 1]",
+        "repetition_penalty": "finite and > 0 in float32",
+        "frequency_penalty": "in [-2, 2]",
+        "presence_penalty": "in [-2, 2]",
+        "min_tokens_to_keep": "an integer >= 1",
+        "seed": "an integer in [-2^63, 2^64)",
     }
 )
 
@@ -114,54 +129,32 @@ class SamplingParams:
             if getattr(self, name) is None:
                 self._set(name, off)
 
-        rule = "finite and >= 0 in float32"
-        temperature = _number("temperature", rule, self.temperature)
-        if temperature < 0 or math.isinf(_float32(temperature)):
-            raise _refuse("temperature", rule, self.temperature)
-        self._set("temperature", temperature)
-
-        rule = "an integer >= -1"
-        top_k = _integer("top_k", rule, self.top_k)
-        if top_k < -1:
-            raise _refuse("top_k", rule, self.top_k)
-        self._set("top_k", max(top_k, 0))
-
-        top_p = _number("top_p", "in (0, 1]", self.top_p)
-        if not 0 < top_p <= 1:
-            raise _refuse("top_p", "in (0, 1]", self.top_p)
-        self._set("top_p", top_p)
-
-        min_p = _number("min_p", "in [0, 1]", self.min_p)
-        if not 0 <= min_p <= 1:
-            raise _refuse("min_p", "in [0, 1]", self.min_p)
-        self._set("min_p", min_p)
-
-        rule = "finite and > 0 in float32"
-        penalty = _number("repetition_penalty", rule, self.repetition_penalty)
-        if not 0 < _float32(penalty) < math.inf:
-            raise _refuse("repetition_penalty", rule, self.repetition_penalty)
-        self._set("repetition_penalty", penalty)
-
-        for name in ("frequency_penalty", "presence_penalty"):
-            value = _number(name, "in [-2, 2]", getattr(self, name))
-            if not -2 <= value <= 2:
-                raise _refuse(name, "in [-2, 2]", getattr(self, name))
-            self._set(name, value)
-
-        rule = "an integer >= 1"
-        keep = _integer("min_tokens_to_keep", rule, self.min_tokens_to_keep)
-        if keep < 1:
-            raise _refuse("min_tokens_to_keep", rule, self.min_tokens_to_keep)
-        self._set("min_tokens_to_keep", keep)
-
+        self._check("temperature", _number, lambda x: x >= 0 and _float32(x) < math.inf)
+        self._check("top_k", _integer, lambda k: k >= -1)
+        self._set("top_k", max(self.top_k, 0))
+        self._check("top_p", _number, lambda p: 0 < p <= 1)
+        self._check("min_p", _number, lambda p: 0 <= p <= 1)
+        self._check("repetition_penalty", _number, lambda r: 0 < _float32(r) < math.inf)
+        self._check("frequency_penalty", _number, lambda a: -2 <= a <= 2)
+        self._check("presence_penalty", _number, lambda b: -2 <= b <= 2)
+        self._check("min_tokens_to_keep", _integer, lambda n: n >= 1)
         if self.logit_bias is not None:
             self._set("logit_bias", _checked_bias(self.logit_bias))
         if self.seed is not None:
-            rule = "an integer in [-2^63, 2^64)"
-            seed = _integer("seed", rule, self.seed)
-            if not -(2**63) <= seed < 2**64:
-                raise _refuse("seed", rule, self.seed)
-            self._set("seed", seed)
+            self._check("seed", _integer, lambda seed: -(2**63) <= seed < 2**64)
+
+    def _check(
+        self,
+        name: str,
+        read: Callable[[str, str, object], Any],
+        holds: Callable[[Any], bool],
+    ) -> None:
+        """Put a value into its type; a ValueError if it breaks its rule."""
+        given = getattr(self, name)
+        value = read(name, _RULES[name], given)
+        if not holds(value):
+            raise _refuse(name, _RULES[name], given)
+        self._set(name, value)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -209,12 +202,35 @@ def _as_int64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
+#: Of each tensor of a BatchParams.
+_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "temperature": torch.float32,
+        "top_k": torch.int32,
+        "top_p": torch.float32,
+        "min_p": torch.float32,
+        "repetition_penalty": torch.float32,
+        "frequency_penalty": torch.float32,
+        "presence_penalty": torch.float32,
+        "min_tokens_to_keep": torch.int32,
+        "seed": torch.int64,
+        "min_p_cut": torch.float32,
+        "logit_bias_offsets": torch.int64,
+        "logit_bias_ids": torch.int32,
+        "logit_bias_values": torch.float32,
+        "unseeded": torch.bool,
+        "position": torch.int64,
+    }
+)
+
+
 @dataclass(frozen=True, eq=False)
 class BatchParams:
     """The parameters of a batch: a tensor per field of :class:`SamplingParams`, an entry per row.
 
     Build it with :meth:`from_list`, which checks every value. All tensors are contiguous, on one
-    device, and of shape ``(rows,)`` unless said otherwise.
+    device, and of shape ``(rows,)`` unless said otherwise. One that was built by hand is looked at
+    when it is first used, its values on the CPU only, since elsewhere that would wait.
 
     Attributes:
         temperature, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty: float32.
@@ -330,6 +346,75 @@ class BatchParams:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.temperature.device
+
+    def checked(self) -> BatchParams:
+        """Itself, after a look at it, which is taken once.
+
+        Raises:
+            ValueError: a tensor is not what this class says, or holds what it must not.
+        """
+        if "_is_sound" not in vars(self):
+            self._check_tensors()
+            vars(self)["_is_sound"] = True  # no field, so what `replace` makes is looked at anew
+        return self
+
+    def _check_tensors(self) -> None:
+        rows = self.temperature.shape[0] if isinstance(self.temperature, Tensor) else 0
+        entries = self.logit_bias_ids.shape[0] if isinstance(self.logit_bias_ids, Tensor) else 0
+        for name, dtype in _DTYPES.items():
+            tensor = getattr(self, name)
+            if tensor is None and name in ("unseeded", "position"):
+                continue
+            if not isinstance(tensor, Tensor):
+                raise _refuse(name, "a torch.Tensor", tensor)
+            shape = (rows,)
+            if name.startswith("logit_bias"):
+                shape = (rows + 1,) if name == "logit_bias_offsets" else (entries,)
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+            if tensor.dtype != dtype:
+                raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+            if tensor.device != self.device:
+                raise ValueError(
+                    f"{name} must be on {self.device}, as temperature is, got {tensor.device}"
+                )
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        if self.device.type == "cpu":
+            self._check_values(entries)
+
+    def _check_values(self, entries: int) -> None:
+        temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
+        holds = {
+            "temperature": (temperature >= 0) & (temperature < math.inf),
+            "top_k": self.top_k >= -1,
+            "top_p": (top_p >= 0) & (top_p <= 1),  # one that is tiny has become 0
+            "min_p": (min_p >= 0) & (min_p <= 1),
+            "repetition_penalty": (self.repetition_penalty > 0)
+            & (self.repetition_penalty < math.inf),
+            "frequency_penalty": self.frequency_penalty.abs() <= 2,
+            "presence_penalty": self.presence_penalty.abs() <= 2,
+            "min_tokens_to_keep": self.min_tokens_to_keep >= 1,
+        }
+        for name, good in holds.items():
+            if not bool(good.all()):
+                row = int((~good).nonzero()[0])
+                raise _refuse(f"{name}[{row}]", _RULES[name], getattr(self, name)[row].item())
+        cuts = [_float32(_min_p_cut(value)) for value in min_p.tolist()]
+        if self.min_p_cut.tolist() != cuts:
+            raise _refuse("min_p_cut", "2^-18 - log2(min_p)", self.min_p_cut.tolist())
+        offsets = self.logit_bias_offsets.tolist()
+        if offsets != sorted(offsets) or offsets[0] != 0 or offsets[-1] != entries:
+            raise _refuse("logit_bias_offsets", f"ascending from 0 to {entries}", offsets)
+        penalised = (self.repetition_penalty != 1) | (self.frequency_penalty != 0)
+        penalised |= self.presence_penalty != 0
+        filtered = (self.top_k > 0) | (top_p < 1) | (min_p > 0)
+        if not self.needs_history and bool(penalised.any()):
+            raise _refuse("needs_history", "True where a row has a penalty", self.needs_history)
+        if self.all_greedy and bool((temperature != 0).any()):
+            raise _refuse("all_greedy", "False where a row has a temperature", self.all_greedy)
+        if not self.any_filter and bool(filtered.any()):
+            raise _refuse("any_filter", "True where a row has a filter", self.any_filter)
 
     def to(self, device: torch.device | str) -> BatchParams:
         """The same parameters on another device."""

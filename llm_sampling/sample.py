@@ -136,7 +136,7 @@ def pack(params: Params, rows: int, device: torch.device) -> BatchParams:
     if isinstance(params, SamplingParams):
         return BatchParams.from_list([params] * rows, device=device)
     if isinstance(params, BatchParams):
-        batch = params
+        batch = params.checked()
     elif isinstance(params, Sequence) and not isinstance(params, (str, bytes)):
         batch = BatchParams.from_list(params, device=device)
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_sampling import backends
 from llm_sampling.backends import Logprobs, SampleCall, SampleOutput
-from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory, selection, valid_ids
+from llm_sampling.history import TokenHistory, check_vocab_size, selection, valid_ids
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import check_draws, check_history, check_logits, check_mask
 
@@ -59,10 +59,7 @@ class Sampler:
         device: torch.device | str | None = None,
         check: bool | None = None,
     ) -> None:
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-            raise ValueError(f"vocab_size must be an integer, got {vocab_size!r}")
-        if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-            raise ValueError(f"vocab_size must be in 1 .. 2^20, got {vocab_size}")
+        check_vocab_size(vocab_size)
         check_draws(num_samples, logprobs, check)
         if device is None:
             device = history.device if isinstance(history, TokenHistory) else "cpu"

@@ -46,6 +46,8 @@ class StopStrings:
             raise ValueError(f"stop must have no empty string, got {stop!r}")
         if isinstance(stop_limit, bool) or not isinstance(stop_limit, int) or stop_limit < 1:
             raise ValueError(f"stop_limit must be an integer >= 1, got {stop_limit!r}")
+        if not isinstance(include, bool):
+            raise ValueError(f"include must be True or False, got {include!r}")
         # of those that are complete at once, the first is taken: the longest
         self._strings = sorted(set(strings), key=lambda string: (-len(string), string))
         self._left = stop_limit

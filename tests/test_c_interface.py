@@ -81,8 +81,11 @@ BAD_STRUCTS = {
     "version 0": (setting(version=0), BAD_STRUCT),
     "version 2": (setting(version=2), BAD_STRUCT),
     "negative rows": (setting(rows=-1), BAD_SIZE),
+    "more rows than there are addresses": (setting(rows=2**61), BAD_SIZE),
+    "more samples than there are addresses": (setting(rows=2**32, num_samples=2**30), BAD_SIZE),
     "no vocabulary": (setting(vocab_size=0), BAD_SIZE),
     "huge vocabulary": (setting(vocab_size=2**20 + 1), BAD_SIZE),
+    "the largest vocabulary": (setting(vocab_size=2**63 - 1), BAD_SIZE),
     "no samples": (setting(num_samples=0), BAD_SIZE),
     "no threads": (setting(num_threads=0), BAD_SIZE),
     "no slots": (setting(num_slots=1), BAD_SIZE),
@@ -98,6 +101,11 @@ BAD_STRUCTS = {
     "mask stride": (setting(allowed_mask_stride=-2), BAD_STRIDE),
     "seen stride": (setting(seen_stride=1), BAD_STRIDE),
     "counts stride": (setting(counts_stride=39), BAD_STRIDE),
+    **{
+        f"past all addresses: {name}": (setting(**{name: 2**61}), BAD_STRIDE)
+        for name in ("logits_stride", "allowed_mask_stride", "seen_stride", "counts_stride")
+    },
+    "more slots than there are addresses": (setting(num_slots=2**60), BAD_STRIDE),
     **{
         f"misaligned {name}": (shifting(name, 1), MISALIGNED)
         for name in (*args.POINTERS, "logits", "seen", "allowed_mask", "tokens", "status")
@@ -124,12 +132,12 @@ def test_a_bad_struct_gives_its_code_and_changes_nothing(
 
 BAD_PARAMETERS = {
     "temperature": (-1.0, float("inf"), float("nan")),
-    "top_p": (-0.5, float("nan")),
-    "min_p": (-0.1, float("nan")),
+    "top_p": (-0.5, 1.5, float("nan")),
+    "min_p": (-0.1, 1.5, float("nan")),
     "min_p_cut": (-1.0, float("nan")),
     "repetition_penalty": (0.0, -1.0, float("inf"), float("nan")),
-    "frequency_penalty": (float("inf"), float("nan")),
-    "presence_penalty": (float("-inf"), float("nan")),
+    "frequency_penalty": (2.5, float("inf"), float("nan")),
+    "presence_penalty": (-2.5, float("-inf"), float("nan")),
     "min_tokens_to_keep": (0, -1),
 }
 
@@ -163,6 +171,36 @@ def test_bias_offsets_must_ascend_from_zero(call: SampleCall, offsets: list[int]
 def test_slots_must_exist(call: SampleCall, slots: list[int]) -> None:
     call.history.slots.copy_(torch.tensor(slots))
     assert run(filled(call)[0]) == BAD_SIZE
+
+
+@needs_kernel
+def test_what_counts_up_goes_on_at_the_smallest_number() -> None:
+    """The last position, and the most that a count and a length hold: as in torch, no overflow."""
+    batch = BatchParams.from_list(
+        [SamplingParams(presence_penalty=1, seed=5)], positions=[2**63 - 1]
+    )
+    history = TokenHistory.from_ids([[]], [[0]], 1)
+    history.counts[0, 0], history.lengths[0] = 2**31 - 1, 2**63 - 1
+    call = SampleCall(torch.zeros(1, 1), batch, history, None, advance=True)
+    struct, output = filled(call)
+    assert run(struct) == 0
+    assert output.tokens.tolist() == [0]
+    assert batch.position.tolist() == [-(2**63)]
+    assert history.counts.tolist() == [[-(2**31)]]
+    assert history.lengths.tolist() == [-(2**63)]
+
+
+@needs_kernel
+def test_more_threads_than_a_process_can_have() -> None:
+    """They are not started: OpenMP would end the process."""
+    params = [SamplingParams(top_p=0.9, seed=seed) for seed in range(2)]
+    batch = BatchParams.from_list(params, positions=[0, 0])
+    logits = torch.randn(2, 40_000, generator=torch.Generator().manual_seed(0))
+    call = SampleCall(logits, batch, None, None)
+    struct, output = filled(call)
+    struct.num_threads = 2**31 - 1
+    assert run(struct) == 0
+    assert output.tokens.tolist() == reference.sample(call).tokens.flatten().tolist()
 
 
 @needs_kernel

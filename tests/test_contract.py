@@ -436,12 +436,12 @@ FILES = sorted(project_files())
 
 @pytest.mark.parametrize("path", DOCS)
 def test_docs_name_files_that_exist(path):
-    named = re.findall(r"`([\w./-]+\.(?:py|cpp|cu|h|md|json|toml))`", read(path))
-    named += re.findall(r"\]\(((?!https?:)[^)#]+)", read(path))
-    for name in named:
+    for name in re.findall(r"`([\w./-]+\.(?:py|cpp|cu|h|md|json|toml))`", read(path)):
         if "NAME" not in name:
             tail = "/" + name.removeprefix("./")
             assert any(f"/{file}".endswith(tail) for file in FILES), f"{path} names {name}"
+    for target in re.findall(r"\]\(((?!https?:)[^)#]+)", read(path)):
+        assert (ROOT / path).parent.joinpath(target).exists(), f"{path} links to {target}"
 
 
 def test_no_leftover_modules():

@@ -1,64 +1,87 @@
-"""Is the draw unbiased, and would the test notice if it were not?
+"""Is the draw unbiased under every filter, and would the test notice if it were not?
 
-Chi-squared against the float64 softmax, whose kept set is worked out here in float64, on rows whose
-filters cut far from any token's boundary. The torch reference is left out: it is slow, and its
-tokens are those of the others, one by one, in test_parity.py. Broken samplers are kept as negative
-controls: the very same test must refuse them.
+Chi-squared against probabilities that are worked out here in float64, from docs/semantics.md and
+without the package: for every filter, for every pair of them, and for all at once. Filters cut far
+from any token's boundary, so that rounding cannot move a cut. Every filter of every case has a
+version that is slightly off, and the same test must refuse it; and two steps in the wrong order.
+The torch reference is left out: it is slow, and its tokens are those of the others, one by one, in
+test_parity.py. Rare tokens are in test_tail.py, dependence in test_independence.py.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from cases import make_row
+from cases import INTERPRETED, OTHER_BACKENDS, device_of, make_row
 from scipy import stats
 
 from llm_sampling import SamplingParams, TokenHistory, models, reference, sample
-from llm_sampling.backends import BACKENDS
 
+VOCAB_SIZE = 1000
 DRAWS = 1_000_000
-PER_CALL = 2_000  # draws of a row at one position
-LEAST_P = 1e-4
+ROWS = 50  # so many positions share the draws
+LEAST_P = 1e-6
 
-kernels = pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"torch"}), indirect=True)
+# A million draws take the interpreter hours.
+kernels = pytest.mark.parametrize(
+    "backend", [name for name in OTHER_BACKENDS if name not in INTERPRETED], indirect=True
+)
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+#: What is asked for: fields of SamplingParams, and "allowed_mask".
+Asked = Mapping[str, Any]
+Step = Callable[[Floats, Asked], Floats]
+
+# ---- What the filters have to work on ------------------------------------------------------------
+
+PROMPT = range(0, VOCAB_SIZE, 3)
+OUTPUT = [token for token in range(0, VOCAB_SIZE, 4) for _ in range(1 + token % 3)]
+COUNTS = np.bincount(OUTPUT, minlength=VOCAB_SIZE)
+IN_PROMPT = np.isin(np.arange(VOCAB_SIZE), PROMPT)
+IN_OUTPUT = COUNTS > 0
+BIAS = {token: (token // 10 % 7 - 3) / 2 for token in range(5, VOCAB_SIZE, 10)}
+ALLOWED = np.arange(VOCAB_SIZE) % 9 != 0  # not the best two of the row "normal"
 
 
-def draw(
-    backend: str,
-    logits: torch.Tensor,
-    params: SamplingParams,
-    history: TokenHistory | None = None,
-) -> Ints:
+def row(name: str, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
+    return make_row(name, vocab_size, seed=7)
+
+
+def draw(backend: str, logits: torch.Tensor, asked: Asked, seed: int) -> Ints:
     """How often each token of the row ``logits`` was drawn, over positions and draws."""
-    counts = np.zeros(logits.shape[-1], dtype=np.int64)
-    rows = 50
-    many = None
-    if history is not None:
-        prompts = [np.flatnonzero(history_bits(history))] * rows
-        outputs = [np.repeat(np.arange(logits.shape[-1]), history.counts[0])] * rows
-        many = TokenHistory.from_ids(prompts, outputs, logits.shape[-1])
-    for first in range(0, DRAWS // PER_CALL, rows):
-        tokens = sample(
-            logits.expand(rows, -1),
-            params,
-            history=many,
-            positions=range(first, first + rows),
-            num_samples=PER_CALL,
-            backend=backend,
-        ).tokens
-        counts += np.bincount(tokens.flatten().numpy(), minlength=len(counts))
+    device = device_of(backend) if backend != "auto" else "cpu"
+    fields = {name: value for name, value in asked.items() if name != "allowed_mask"}
+    params = SamplingParams(seed=seed, **fields)
+    history = mask = None
+    if params.needs_history:
+        history = TokenHistory.from_ids(
+            [list(PROMPT)] * ROWS, [OUTPUT] * ROWS, VOCAB_SIZE, device=device
+        )
+    if "allowed_mask" in asked:
+        bits = np.packbits(np.pad(asked["allowed_mask"], (0, -len(logits) % 32)), bitorder="little")
+        mask = torch.from_numpy(bits.view("<i4").astype(np.int32)).expand(ROWS, -1).to(device)
+    tokens = sample(
+        logits.expand(ROWS, -1).to(device),
+        params,
+        history=history,
+        allowed_mask=mask,
+        positions=range(ROWS),
+        num_samples=DRAWS // ROWS,
+        backend=backend,
+    ).tokens
+    counts = torch.bincount(tokens.flatten(), minlength=len(logits)).cpu().numpy()
     assert counts.sum() == DRAWS
-    return counts
+    return counts.astype(np.int64)
 
 
-def history_bits(history: TokenHistory) -> npt.NDArray[np.uint8]:
-    words = history.seen[0].numpy().astype("<u4").view(np.uint8)
-    return np.unpackbits(words, bitorder="little")[: history.vocab_size]
+# ---- The probabilities by definition, in float64 -------------------------------------------------
 
 
 def softmax(x: Floats) -> Floats:
@@ -66,39 +89,120 @@ def softmax(x: Floats) -> Floats:
     return p / p.sum()
 
 
-def oracle(
-    logits: torch.Tensor, params: SamplingParams, history: TokenHistory | None = None
-) -> Floats:
-    """The distribution by definition, in float64; asserts that no filter cuts near a token."""
-    x = logits.double().numpy().copy()
-    if history is not None:
-        seen, count = history_bits(history).astype(bool), history.counts[0].numpy()
-        x[seen] = np.where(
-            x[seen] > 0, x[seen] / params.repetition_penalty, x[seen] * params.repetition_penalty
-        )
-        x -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
-    x /= params.temperature
+def keep_first(x: Floats, number: int) -> Floats:
+    """-inf but for the first of the order, whose cut must not be near a token."""
     order = np.argsort(-x, kind="stable")
-    keep = len(x)
-    if params.top_k > 0:
-        keep = min(keep, params.top_k)
-        assert x[order[keep - 1]] - x[order[keep]] > 1e-5
-    if params.top_p < 1:
-        reached = np.cumsum(softmax(x[order[:keep]]))
-        assert np.abs(reached - params.top_p).min() > 1e-5
-        keep = int(np.searchsorted(reached, params.top_p)) + 1
-    if params.min_p > 0:
-        share = np.exp(x - x.max())
-        assert np.abs(share / params.min_p - 1).min() > 1e-5
-        keep = min(keep, int((share >= params.min_p).sum()))
-    p = np.zeros(len(x))
-    p[order[:keep]] = softmax(x[order[:keep]])
-    return p
+    if number < np.isfinite(x).sum():
+        assert x[order[number - 1]] - x[order[number]] > 1e-5, "rounding may move this cut"
+    kept = np.full(len(x), -np.inf)
+    kept[order[:number]] = x[order[:number]]
+    return kept
+
+
+def at_least(number: int, asked: Asked) -> int:
+    return max(number, asked.get("min_tokens_to_keep", 1))
+
+
+def add_bias(x: Floats, asked: Asked, factor: float = 1.0) -> Floats:
+    x = x.copy()
+    for token, bias in asked["logit_bias"].items():
+        x[token] += factor * bias
+    return x
+
+
+def allow(x: Floats, asked: Asked) -> Floats:
+    return np.where(asked["allowed_mask"], x, -np.inf)
+
+
+def penalise(x: Floats, asked: Asked, where: npt.NDArray[np.bool_]) -> Floats:
+    r = asked["repetition_penalty"]
+    return np.where(where, np.where(x > 0, x / r, x * r), x)
+
+
+def number_of_top_p(x: Floats, asked: Asked) -> int:
+    reached = np.cumsum(np.sort(softmax(x))[::-1])
+    assert np.abs(reached - asked["top_p"]).min() > 1e-5, "rounding may move this cut"
+    return int(np.searchsorted(reached, asked["top_p"])) + 1
+
+
+def number_of_min_p(x: Floats, min_p: float) -> int:
+    return int((x >= x.max() + np.log(min_p)).sum())
+
+
+#: By name, in the order in which they apply. min_tokens_to_keep is a part of the last three.
+STEPS: Mapping[str, Step] = {
+    "logit_bias": add_bias,
+    "allowed_mask": allow,
+    "repetition_penalty": lambda x, asked: penalise(x, asked, IN_PROMPT | IN_OUTPUT),
+    "frequency_penalty": lambda x, asked: x - asked["frequency_penalty"] * COUNTS,
+    "presence_penalty": lambda x, asked: x - asked["presence_penalty"] * IN_OUTPUT,
+    "temperature": lambda x, asked: x / asked["temperature"],
+    "top_k": lambda x, asked: keep_first(x, at_least(asked["top_k"], asked)),
+    "top_p": lambda x, asked: keep_first(x, at_least(number_of_top_p(x, asked), asked)),
+    "min_p": lambda x, asked: keep_first(x, at_least(number_of_min_p(x, asked["min_p"]), asked)),
+}
+
+#: The same steps, each slightly off.
+OFF: Mapping[str, Step] = {
+    # 5 % too large
+    "logit_bias": lambda x, asked: add_bias(x, asked, 1.05),
+    # the sign bit of each word is lost
+    "allowed_mask": lambda x, asked: np.where(
+        np.arange(len(x)) % 32 == 31, -np.inf, allow(x, asked)
+    ),
+    # twice for what both prompt and output hold
+    "repetition_penalty": lambda x, asked: penalise(
+        penalise(x, asked, IN_PROMPT), asked, IN_OUTPUT
+    ),
+    # once, however often
+    "frequency_penalty": lambda x, asked: x - asked["frequency_penalty"] * IN_OUTPUT,
+    # for the prompt too
+    "presence_penalty": lambda x, asked: x - asked["presence_penalty"] * (IN_OUTPUT | IN_PROMPT),
+    # 2 % too high
+    "temperature": lambda x, asked: x / (1.02 * asked["temperature"]),
+    # a token too many
+    "top_k": lambda x, asked: keep_first(x, at_least(asked["top_k"], asked) + 1),
+    # without the token that crosses
+    "top_p": lambda x, asked: keep_first(x, at_least(number_of_top_p(x, asked) - 1, asked)),
+    # a tenth too low
+    "min_p": lambda x, asked: keep_first(
+        x, at_least(number_of_min_p(x, 0.9 * asked["min_p"]), asked)
+    ),
+}
+
+
+def oracle(
+    logits: torch.Tensor,
+    asked: Asked,
+    order: Iterable[str] = STEPS,
+    changed: Mapping[str, Step] | None = None,
+) -> Floats:
+    """The distribution by definition; or with steps in another order, or other steps."""
+    steps = {**STEPS, **(changed or {})}
+    x = logits.double().numpy()
+    for name in order:
+        if name in asked:
+            x = steps[name](x, asked)
+    return softmax(x)
+
+
+def slightly_off(logits: torch.Tensor, asked: Asked, name: str) -> Floats:
+    """What would be drawn if the filter ``name`` were wrong."""
+    if name != "min_tokens_to_keep":
+        return oracle(logits, asked, changed={name: OFF[name]})
+    number = asked[name]
+    if CUTS & set(asked):
+        return oracle(logits, {**asked, name: number - 1})
+    return oracle(logits, {**asked, "top_k": number})  # as if it were a cut of its own
+
+
+# ---- The test ------------------------------------------------------------------------------------
 
 
 def p_value(counts: Ints, p: Floats) -> float:
-    """Chi-squared; tokens that are expected less than 5 times share a bin."""
-    assert counts[p == 0].sum() == 0, "a token was drawn that the filters cut"
+    """Chi-squared, or 0 if a token is impossible. Those expected less than 5 times share a bin."""
+    if counts[p == 0].any():
+        return 0.0
     expected = p * counts.sum()
     rare = expected < 5
     observed = counts[~rare].astype(float)
@@ -116,55 +220,129 @@ def p_value(counts: Ints, p: Floats) -> float:
     return value
 
 
-def row(name: str, vocab_size: int) -> torch.Tensor:
-    return make_row(name, vocab_size, seed=7)[None]
+def drawn_from(p: Floats) -> Ints:
+    """As many draws by numpy."""
+    return np.random.default_rng(5).multinomial(DRAWS, p)
 
 
-HISTORY = TokenHistory.from_ids([list(range(0, 1000, 3))], [[5, 5, 6, 700, 700, 700, 9]], 1000)
-
-CASES = {
-    "plain": (SamplingParams(seed=11), None),
-    "temperature low": (SamplingParams(temperature=0.6, seed=12), None),
-    "temperature high": (SamplingParams(temperature=1.7, seed=13), None),
-    "top-k": (SamplingParams(top_k=40, seed=14), None),
-    "top-p": (SamplingParams(top_p=0.9, seed=15), None),
-    "min-p": (SamplingParams(min_p=0.03, seed=16), None),
-    "top-k, top-p, min-p": (
-        SamplingParams(temperature=0.9, top_k=200, top_p=0.93, min_p=0.004, seed=17),
-        None,
-    ),
-    "penalties": (
-        SamplingParams(
-            repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.3, seed=18
-        ),
-        HISTORY,
-    ),
-    "penalties, top-p": (
-        SamplingParams(
-            repetition_penalty=0.8, frequency_penalty=-0.4, presence_penalty=0.3, top_p=0.8, seed=19
-        ),
-        HISTORY,
-    ),
+#: Every filter, as it is asked for alone and in pairs.
+FILTERS: Asked = {
+    "temperature": 0.7,
+    "top_k": 80,
+    "top_p": 0.5,
+    "min_p": 0.1,
+    "min_tokens_to_keep": 200,
+    "repetition_penalty": 1.3,
+    "frequency_penalty": 0.4,
+    "presence_penalty": 0.5,
+    "logit_bias": BIAS,
+    "allowed_mask": ALLOWED,
 }
+#: The same where another one is to cut deeper.
+MILD: Asked = {"top_k": 400, "top_p": 0.999, "min_p": 0.02}
+#: And where min_tokens_to_keep is to have no say, but the last token that is kept is not too rare.
+WIDE: Asked = {**MILD, "top_p": 0.9}
+CUTS = set(MILD)
+
+#: By name: what is asked for, and the filters that decide it, so that it tells if one is off.
+CASES: dict[str, tuple[Asked, tuple[str, ...]]] = {"plain": ({}, ())}
+CASES |= {name: ({name: value}, (name,)) for name, value in FILTERS.items()}
+for a, b in itertools.combinations(FILTERS, 2):
+    both = {a: FILTERS[a], b: FILTERS[b]}
+    if a in CUTS and b == "min_tokens_to_keep":
+        CASES[f"{a}, {b}"] = (both, (b,))
+        CASES[f"wide {a}, {b}"] = ({**both, a: WIDE[a]}, (a,))
+    elif {a, b} <= CUTS:  # the shorter prefix is what is left
+        CASES[f"{a}, mild {b}"] = ({**both, b: MILD[b]}, (a,))
+        CASES[f"mild {a}, {b}"] = ({**both, a: MILD[a]}, (b,))
+    else:
+        CASES[f"{a}, {b}"] = (both, (a, b))
+CASES["high temperature"] = ({"temperature": 1.7}, ())
+CASES["every cut"] = ({"top_k": 200, "top_p": 0.93, "min_p": 0.004}, ("top_p",))
+CASES["negative penalties"] = (
+    {"repetition_penalty": 0.8, "frequency_penalty": -0.4, "presence_penalty": -0.3, "top_p": 0.8},
+    ("repetition_penalty", "frequency_penalty", "presence_penalty", "top_p"),
+)
+CASES["all"] = (
+    {**FILTERS, "temperature": 1.3, "top_k": 400, "top_p": 0.85, "min_tokens_to_keep": 2},
+    tuple(name for name in FILTERS if name not in CUTS | {"min_tokens_to_keep"}),
+)
+#: Those that leave more than a few tokens of a row with large logits.
+PEAKED = (
+    "plain",
+    "top_k, mild top_p",
+    "top_k, mild min_p",
+    "negative penalties",
+    *(name for name in FILTERS if name not in CUTS),
+)
+
+
+def test_every_filter_and_every_pair_is_there() -> None:
+    """And each of them decides some case alone, and some case with each of the others."""
+    fields = set(SamplingParams.__dataclass_fields__) - {"seed"}
+    assert set(FILTERS) == fields | {"allowed_mask"}
+    for names in [{a} for a in FILTERS] + [{a, b} for a in FILTERS for b in FILTERS if a != b]:
+        decided = {name for asked, by in CASES.values() if set(asked) == names for name in by}
+        assert decided == names
 
 
 @kernels
-@pytest.mark.parametrize(("params", "history"), CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("name", ["normal", "normal x3"])
-def test_frequencies_are_the_softmax(
-    backend: str, name: str, params: SamplingParams, history: TokenHistory | None
-) -> None:
-    logits = row(name, 1000)
-    counts = draw(backend, logits, params, history)
-    assert p_value(counts, oracle(logits[0], params, history)) >= LEAST_P
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("normal", case) for case in CASES] + [("normal x3", case) for case in PEAKED],
+)
+def test_frequencies_are_the_softmax(backend: str, name: str, case: str) -> None:
+    asked, _ = CASES[case]
+    counts = draw(backend, row(name), asked, seed=11)
+    assert p_value(counts, oracle(row(name), asked)) >= LEAST_P
+
+
+@pytest.mark.parametrize(
+    ("case", "off"), [(case, name) for case, (_, names) in CASES.items() for name in names]
+)
+def test_a_filter_that_is_slightly_off_is_refused(case: str, off: str) -> None:
+    """A negative control for every filter of every case: see OFF."""
+    asked, _ = CASES[case]
+    counts = drawn_from(slightly_off(row("normal"), asked, off))
+    assert p_value(counts, oracle(row("normal"), asked)) < LEAST_P
+
+
+#: Pairs of steps whose order does not matter; that of all others does.
+EITHER_WAY = {
+    ("logit_bias", "allowed_mask"),
+    ("logit_bias", "frequency_penalty"),
+    ("logit_bias", "presence_penalty"),
+    ("allowed_mask", "repetition_penalty"),
+    ("allowed_mask", "frequency_penalty"),
+    ("allowed_mask", "presence_penalty"),
+    ("allowed_mask", "temperature"),
+    ("repetition_penalty", "temperature"),
+    ("frequency_penalty", "presence_penalty"),
+    ("temperature", "top_k"),
+    ("top_k", "min_p"),
+}
+
+
+@pytest.mark.parametrize("pair", [*itertools.combinations(STEPS, 2)], ids=" after ".join)
+def test_two_steps_in_the_wrong_order_are_refused(pair: tuple[str, str]) -> None:
+    """A negative control for every pair, in one case at least."""
+    logits = row("normal")
+    order = [dict(zip(pair, reversed(pair), strict=True)).get(name, name) for name in STEPS]
+    values = []
+    for asked in (asked for asked, _ in CASES.values() if set(asked) == set(pair)):
+        expected, swapped = oracle(logits, asked), oracle(logits, asked, order)
+        if pair in EITHER_WAY:
+            np.testing.assert_allclose(swapped, expected, rtol=1e-12)
+        values.append(p_value(drawn_from(swapped), expected))
+    assert (min(values) < LEAST_P) != (pair in EITHER_WAY)
 
 
 @kernels
 def test_a_large_row_in_tiles(backend: str) -> None:
     """V = 4,096 goes by the masses of tiles, not by a list."""
     logits = row("normal", 4096)
-    counts = draw(backend, logits, SamplingParams(seed=21))
-    assert p_value(counts, oracle(logits[0], SamplingParams())) >= LEAST_P
+    counts = draw(backend, logits, {}, seed=21)
+    assert p_value(counts, oracle(logits, {})) >= LEAST_P
 
 
 def biased(p: Floats) -> Floats:
@@ -173,81 +351,33 @@ def biased(p: Floats) -> Floats:
     return p / p.sum()
 
 
-BROKEN = {
-    "temperature x 0.95": SamplingParams(temperature=0.95, seed=31),
-    "a silent top_p 0.95": SamplingParams(top_p=0.95, seed=32),
+BROKEN: Mapping[str, Asked | None] = {
+    "temperature x 0.95": {"temperature": 0.95},
+    "a silent top_p 0.95": {"top_p": 0.95},
     "even ids + 5 %": None,
 }
 
 
-@pytest.mark.parametrize("params", BROKEN.values(), ids=BROKEN.keys())
+@pytest.mark.parametrize("asked", BROKEN.values(), ids=BROKEN.keys())
 @pytest.mark.parametrize("vocab_size", [1000, 4096])
-def test_broken_samplers_are_refused(vocab_size: int, params: SamplingParams | None) -> None:
-    """Negative controls: what is asked for is a plain draw at temperature 1."""
+def test_broken_samplers_are_refused(vocab_size: int, asked: Asked | None) -> None:
+    """Negative controls, drawn by the kernel: they are no plain draw at temperature 1."""
     logits = row("normal", vocab_size)
-    asked = oracle(logits[0], SamplingParams())
-    if params is None:
-        counts = np.random.default_rng(5).multinomial(DRAWS, biased(asked))
-    else:
-        counts = draw("auto", logits, params)
-    assert p_value(counts, asked) < LEAST_P
+    expected = oracle(logits, {})
+    counts = drawn_from(biased(expected)) if asked is None else draw("auto", logits, asked, seed=31)
+    assert p_value(counts, expected) < LEAST_P
 
 
 def test_the_test_accepts_an_exact_sampler() -> None:
-    """And it does not refuse numpy's draws, 20 times of 20."""
-    asked = oracle(row("normal", 1000)[0], SamplingParams())
+    """It does not refuse numpy's draws, and its p-values are uniform."""
+    expected = oracle(row("normal"), {})
     generator = np.random.default_rng(6)
-    values = [p_value(generator.multinomial(DRAWS, asked), asked) for _ in range(20)]
+    values = [p_value(generator.multinomial(DRAWS, expected), expected) for _ in range(200)]
     assert min(values) >= LEAST_P
+    assert stats.kstest(values, "uniform").pvalue >= 1e-3
 
 
-def pairs_p_value(first: Ints, second: Ints, p: Floats) -> float:
-    """Chi-squared of independence of two series of tokens, four classes of equal mass each."""
-    classes = np.minimum((np.cumsum(p) - p / 2) * 4, 3).astype(int)
-    table = np.zeros((4, 4))
-    np.add.at(table, (classes[first], classes[second]), 1)
-    return float(stats.chi2_contingency(table).pvalue)
-
-
-def tokens_at(seeds: list[int], positions: list[int], num_samples: int = 1) -> Ints:
-    logits = row("normal", 257).expand(len(seeds), -1)
-    params = [SamplingParams(seed=seed) for seed in seeds]
-    tokens = sample(logits, params, positions=positions, num_samples=num_samples).tokens
-    return tokens.numpy().astype(np.int64)
-
-
-COUNT = 20_000
-
-NEIGHBOURS = {
-    "consecutive positions": ([9] * COUNT, range(COUNT), [9] * COUNT, range(1, COUNT + 1)),
-    "neighbouring seeds": (range(COUNT), [0] * COUNT, range(1, COUNT + 1), [0] * COUNT),
-    "next seed, position before": (range(COUNT), [1] * COUNT, range(1, COUNT + 1), [0] * COUNT),
-    "seeds 2^32 apart": (range(COUNT), [0] * COUNT, range(2**32, 2**32 + COUNT), [0] * COUNT),
-    "positions 2^32 apart": ([3] * COUNT, range(COUNT), [3] * COUNT, range(2**32, 2**32 + COUNT)),
-}
-
-
-@pytest.mark.parametrize("neighbours", NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
-def test_neighbours_are_independent(neighbours: tuple[object, ...]) -> None:
-    seeds, positions, other_seeds, other_positions = map(list, neighbours)  # type: ignore[call-overload]
-    first, second = tokens_at(seeds, positions), tokens_at(other_seeds, other_positions)
-    p = oracle(row("normal", 257)[0], SamplingParams())
-    assert pairs_p_value(first, second, p) >= LEAST_P
-
-
-def test_draws_of_a_row_are_independent() -> None:
-    tokens = tokens_at(list(range(COUNT // 2)), [0] * (COUNT // 2), num_samples=2)
-    p = oracle(row("normal", 257)[0], SamplingParams())
-    assert pairs_p_value(tokens[:, 0], tokens[:, 1], p) >= LEAST_P
-
-
-def test_dependent_draws_are_refused() -> None:
-    """A negative control: one draw in twenty is that of the position before."""
-    first = tokens_at([9] * COUNT, list(range(COUNT)))
-    second = tokens_at([9] * COUNT, list(range(1, COUNT + 1)))
-    second[::20] = first[::20]
-    p = oracle(row("normal", 257)[0], SamplingParams())
-    assert pairs_p_value(first, second, p) < LEAST_P
+# ---- The integer masses --------------------------------------------------------------------------
 
 
 def total_variation(logits: torch.Tensor, temperature: float = 1.0) -> float:

@@ -44,10 +44,11 @@ class Recorder(torch.nn.Module):
         return output
 
 
-class Script:
+class Script(Sampler):
     """A sampler that draws what it was told to."""
 
     num_samples = 1
+    rows = 0
 
     def __init__(self, steps, seconds=0.0):
         self.steps = iter(steps)

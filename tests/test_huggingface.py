@@ -223,6 +223,9 @@ def test_beams_and_assistants_are_refused(model, make):
             {"attention_mask": torch.ones(1, 3), "pad_token_id": 0},
             "pad_token_id must not be given beside an attention_mask",
         ),
+        ({"pad_token_id": "x"}, "pad_token_id must be an integer, got 'x'"),
+        ({"pad_token_id": True}, "pad_token_id must be an integer, got True"),
+        ({"backend": "x"}, "backend must be one of 'auto', .*, got 'x'"),
     ],
 )
 @pytest.mark.parametrize("make", [FusedLogitsProcessor, FusedLogitsWarper])

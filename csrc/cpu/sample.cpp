@@ -26,11 +26,12 @@
 // that this file needs: -ffp-contract=off -fno-trapping-math -fno-math-errno.
 #include <algorithm>
 #include <atomic>
-#include <cfenv>
 #include <cmath>
 #include <cstddef>
 #include <memory>
 #include <new>
+#include <thread>
+#include <type_traits>
 
 #include "../check.h"
 #include "../llm_sampling.h"
@@ -518,15 +519,14 @@ void RowSampler::keep_from(float low, int64_t at_least) {
 
 // 12, and 13 after it, where top-k is off.
 void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
-  constexpr int64_t kSmall = 8;      // tiles: all of them make a short list
-  constexpr int64_t kHead = 64;      // tokens: most nuclei of language models lie within
-  constexpr int64_t kListed = 1024;  // groups: more are not worth a list
-  if (tiles_ <= kSmall) {
+  constexpr int64_t kHead = 64;  // groups to gather from where the estimate was too high
+  if (tiles_ == 1) {
     gather(row_, kLowest);
     return finish_list(top_p_target(weigh_list(), top_p), low, at_least);
   }
 
   const int64_t size = tiles_ * kGroups;
+  const int64_t listed = std::min<int64_t>(1024, size / 2);  // groups: more are not worth a list
   float* sample_depth = ws_.sample_depth.at_least(2 * size);
   float* sample_mass = ws_.sample_mass.at_least(2 * size);
   Sample sample =
@@ -542,12 +542,12 @@ void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
   // few tokens have most: the nucleus is likely to be short, and what is outside of it is known well
   const double outside = (1.0 - static_cast<double>(top_p)) * sample.total;
   float bound = histogram.value_over(row_, 0.5 * outside);
-  if (count_groups(group_max_, tile_max_, tiles_, bound) > kListed) {
+  if (count_groups(group_max_, tile_max_, tiles_, bound) > listed) {
     return keep_flat_nucleus(top_p, histogram.value_over(row_, outside), low, at_least);
   }
   const int64_t target = top_p_target(mass_of_row(), top_p);
-  bound = std::min(bound, bound_of_first(std::max(kHead, at_least)));
-  for (int64_t tried = 4 * kListed;; tried *= 4) {
+  if (at_least > 1) bound = std::min(bound, bound_of_first(at_least));
+  for (int64_t tried = kHead;; tried *= 8) {
     gather(row_, bound);
     if (weigh_list() >= target || bound == kLowest) return finish_list(target, low, at_least);
     bound = std::min(bound, bound_of_first(tried));
@@ -584,7 +584,7 @@ void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t 
       gather(row_, kLowest);
       return finish_list(target, low, at_least);
     }
-    const double step = (1 + margin) * wrong_by + 512 * margin * of_a_token;
+    const double step = (1 + margin) * wrong_by + 32 * margin * of_a_token;
     const float far = ws_.histogram.value_at(row_, lower ? sampled + step : sampled - step);
     const float below_guess = std::nextafter(guess, -kInfinity);
     const float from = lower ? std::min(far, below_guess) : guess;
@@ -700,34 +700,24 @@ void RowSampler::write_raw_logprobs(int64_t index) {
 
 // ---- The batch -----------------------------------------------------------------------------------
 
-// The floating-point environment that the arithmetic is defined in: round to nearest, subnormals kept,
-// whatever the caller has set.
-class DefaultFloats {
- public:
-  DefaultFloats() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloats() { std::fesetenv(&saved_); }
-  DefaultFloats(const DefaultFloats&) = delete;
-  DefaultFloats& operator=(const DefaultFloats&) = delete;
-
- private:
-  std::fenv_t saved_;
-};
+// One more; after the largest value comes the smallest, as in torch.
+template <typename T>
+void count_up(T& value) {
+  value = static_cast<T>(static_cast<std::make_unsigned_t<T>>(value) + 1);
+}
 
 // Adds every row's token to its history and 1 to its position.
 void advance(const LlmSamplingArgs& args) {
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t token = args.tokens[row * args.num_samples];
     if (token < 0) continue;
-    ++args.position[row];
+    count_up(args.position[row]);
     if (args.seen == nullptr) continue;
     const int64_t slot = args.slots[row];
     uint32_t* seen = reinterpret_cast<uint32_t*>(args.seen + slot * args.seen_stride);
     seen[token >> 5] |= 1u << (token & 31);
-    ++args.counts[slot * args.counts_stride + token];
-    ++args.lengths[slot];
+    count_up(args.counts[slot * args.counts_stride + token]);
+    count_up(args.lengths[slot]);
   }
 }
 
@@ -747,11 +737,13 @@ int32_t check(const LlmSamplingArgs& a) {
     if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
   }
   for (int64_t row = 0; row < a.rows; ++row) {
-    const auto is_finite = [](float x) { return std::abs(x) < kInfinity; };
-    if (!(a.temperature[row] >= 0.0f && is_finite(a.temperature[row]) && a.top_p[row] >= 0.0f &&
-          a.min_p[row] >= 0.0f && a.min_p_cut[row] >= 0.0f && a.repetition_penalty[row] > 0.0f &&
-          is_finite(a.repetition_penalty[row]) && is_finite(a.frequency_penalty[row]) &&
-          is_finite(a.presence_penalty[row]) && a.min_tokens_to_keep[row] >= 1)) {
+    const auto is_within = [](float x, float least, float most) { return x >= least && x <= most; };
+    if (!(is_within(a.temperature[row], 0.0f, -kLowest) &&
+          is_within(a.top_p[row], 0.0f, 1.0f) &&  // one that is tiny has become 0
+          is_within(a.min_p[row], 0.0f, 1.0f) && a.min_p_cut[row] >= 0.0f &&
+          a.repetition_penalty[row] > 0.0f && a.repetition_penalty[row] < kInfinity &&
+          is_within(a.frequency_penalty[row], -2.0f, 2.0f) &&
+          is_within(a.presence_penalty[row], -2.0f, 2.0f) && a.min_tokens_to_keep[row] >= 1)) {
       return LLM_SAMPLING_BAD_PARAMETER;
     }
   }
@@ -766,7 +758,6 @@ struct Batch {
 
   void run_row(int64_t index) noexcept {
     static thread_local Workspace workspace;
-    const DefaultFloats floats;
     try {
       RowSampler(args, workspace, threads_per_row).run(index);
     } catch (const std::bad_alloc&) {
@@ -778,14 +769,21 @@ struct Batch {
 int32_t run(const LlmSamplingArgs& args) {
   const int32_t code = check(args);
   if (code != LLM_SAMPLING_OK || args.rows == 0) return code;
-  const bool split_rows = args.rows < args.num_threads;
-  Batch batch{args, split_rows ? args.num_threads : 1};
+  const DefaultFloats floats;
+  constexpr int64_t kLeast = 32768;  // tokens that are worth a second thread, for torch too
+  // more than this many a core are of no use, and OpenMP ends the process where it cannot start them
+  static const int most_threads =
+      4 * std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  const bool is_small = args.rows < kLeast && args.rows * args.vocab_size < kLeast;
+  const int threads = is_small ? 1 : std::min(args.num_threads, most_threads);
+  const bool split_rows = args.rows < threads;
+  Batch batch{args, split_rows ? threads : 1};
   if (split_rows) {
     for (int64_t row = 0; row < args.rows; ++row) batch.run_row(row);
   } else {
     Pool::run(
         args.rows,
-        args.num_threads,
+        threads,
         [](void* context, int64_t row) { static_cast<Batch*>(context)->run_row(row); },
         &batch
     );
@@ -809,6 +807,10 @@ __attribute__((visibility("default"))) int32_t llm_sampling_cpu(const LlmSamplin
   LlmSamplingArgs own = {};
   const int32_t code = llm_sampling::read_struct(args, own);
   return code != LLM_SAMPLING_OK ? code : llm_sampling::run(own);
+}
+
+__attribute__((visibility("default"))) void llm_sampling_cpu_forked(void) {
+  llm_sampling::Pool::forked();
 }
 
 __attribute__((visibility("default"))) uint32_t llm_sampling_abi_version(void) {

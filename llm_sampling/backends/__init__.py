@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -139,6 +140,10 @@ def _enumerate(rows: list[int]) -> str:
     return shown if len(rows) <= 8 else f"{shown} and {len(rows) - 8} more"
 
 
+#: The process that imported the package; one with another id was forked from it.
+IMPORTED_BY = os.getpid()
+
+
 @dataclass(frozen=True)
 class Backend:
     """One row of the table."""
@@ -179,6 +184,13 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
 )
 
 
+def check_name(name: str) -> None:
+    """A ValueError if it is neither a backend nor "auto"."""
+    if name != "auto" and name not in BACKENDS:
+        names = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"backend must be one of {names}, got {name!r}")
+
+
 def resolve(name: str, device: torch.device) -> BackendModule:
     """The backend called ``name`` for tensors on ``device``; only ``"auto"`` chooses.
 
@@ -191,9 +203,7 @@ def resolve(name: str, device: torch.device) -> BackendModule:
             if backend.why_unavailable(device) is None:
                 return backend.load()
         raise RuntimeError(f"no backend runs on {device}")
-    if name not in BACKENDS:
-        names = ", ".join(map(repr, ("auto", *BACKENDS)))
-        raise ValueError(f"backend must be one of {names}, got {name!r}")
+    check_name(name)
     reason = BACKENDS[name].why_unavailable(device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is unavailable: {reason}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llm_sampling.backends import SampleCall, SampleOutput
+from llm_sampling.backends import IMPORTED_BY, SampleCall, SampleOutput
 from llm_sampling.backends.args import (
     ABI_VERSION,
     SampleArgs,
@@ -29,13 +30,15 @@ class Library:
     Args:
         name: of the backend, and of the entry point after ``llm_sampling_``.
         more: ctypes types of what the entry point takes after the struct.
+        after_fork: what to call in a child process that loads it although its parent did not.
     """
 
-    def __init__(self, name: str, *more: type) -> None:
+    def __init__(self, name: str, *more: type, after_fork: str | None = None) -> None:
         self.name = name
         self.entry = f"llm_sampling_{name}"
         self.path = Path(__file__).parent.parent / "lib" / f"libllm_sampling_{name}.so"
         self._more = more
+        self._after_fork = after_fork
 
     @functools.cached_property
     def _loaded(self) -> tuple[ctypes.CDLL | None, str | None]:
@@ -63,6 +66,8 @@ class Library:
         built = (library.llm_sampling_abi_version(), library.llm_sampling_args_size())
         if built != (ABI_VERSION, ctypes.sizeof(SampleArgs)):
             return None, f"{path} is of another version of this package; install the package again"
+        if self._after_fork is not None and os.getpid() != IMPORTED_BY:
+            getattr(library, self._after_fork)()
         return library, None
 
     def why_unavailable(self) -> str | None:
@@ -127,10 +132,11 @@ def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], Sam
     """Keep the args struct between steps, so that a step costs a few microseconds of Python."""
     args = make_args(call)
     held = _state(call)
-    results = _results(make_results(call))
+    like = make_results(call)
+    results = _results(like)
 
     def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
-        nonlocal held
+        nonlocal held, results
         args.num_threads = torch.get_num_threads()
         set_logits(args, logits, allowed_mask)
         if held:
@@ -138,7 +144,10 @@ def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], Sam
             if any(mine is not theirs for mine, theirs in zip(held, state, strict=True)):
                 set_history(args, call)
                 held = state
-        output = next(results)
+        output = next(results, None)
+        if output is None:  # a generator that Ctrl-C has hit is over
+            results = _results(like)
+            output = next(results)
         set_results(args, output)
         run(args)
         return output

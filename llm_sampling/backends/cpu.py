@@ -10,7 +10,7 @@ from llm_sampling.backends import SampleCall, SampleOutput, compiled, raise_on_s
 
 DEVICE_TYPES = frozenset({"cpu"})
 
-LIBRARY = compiled.Library("cpu")
+LIBRARY = compiled.Library("cpu", after_fork="llm_sampling_cpu_forked")
 
 
 def why_unavailable() -> str | None:

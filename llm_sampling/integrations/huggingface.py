@@ -24,11 +24,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils.generic import ModelOutput
 
-from llm_sampling.backends import Logprobs, raise_on_status
+from llm_sampling.backends import Logprobs, check_name, raise_on_status
 from llm_sampling.generation import TextDecoder, seeded
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
-from llm_sampling.sample import filter_logits
+from llm_sampling.sample import check_draws, filter_logits
 from llm_sampling.sampler import Sampler
 from llm_sampling.stopping import StopStrings
 
@@ -40,6 +40,7 @@ class _Rows:
         params: one for all rows, or one a prompt.
         attention_mask: that of the prompts, 0 where they are padded.
         pad_token_id: of padding on the left, where there is no mask.
+        backend: what will run, so that a name that there is not is refused at once.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class _Rows:
         params: SamplingParams | Sequence[SamplingParams],
         attention_mask: Tensor | None,
         pad_token_id: int | None,
+        backend: str,
     ) -> None:
+        check_name(backend)
         if isinstance(params, SamplingParams):
             params = [params]
         elif not isinstance(params, Sequence) or not all(
@@ -66,6 +69,8 @@ class _Rows:
             )
         if attention_mask is not None and pad_token_id is not None:
             raise ValueError("pad_token_id must not be given beside an attention_mask")
+        if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, (int, type(None))):
+            raise ValueError(f"pad_token_id must be an integer, got {pad_token_id!r}")
         self.params = list(params)
         self._mask = attention_mask
         self._pad = pad_token_id
@@ -199,7 +204,8 @@ class FusedLogitsProcessor(LogitsProcessor):
         logprobs: Logprobs | None = None,
         backend: str = "auto",
     ) -> None:
-        self._rows = _Rows(params, attention_mask, pad_token_id)
+        self._rows = _Rows(params, attention_mask, pad_token_id, backend)
+        check_draws(1, logprobs, None)
         self._logprobs: Logprobs | None = logprobs
         self._backend = backend
         self._sampler: Sampler | None = None
@@ -246,7 +252,7 @@ class FusedLogitsWarper(LogitsProcessor):
         pad_token_id: int | None = None,
         backend: str = "auto",
     ) -> None:
-        self._rows = _Rows(params, attention_mask, pad_token_id)
+        self._rows = _Rows(params, attention_mask, pad_token_id, backend)
         self._backend = backend
         self._history: TokenHistory | None = None
         self._params: BatchParams | None = None
@@ -328,6 +334,8 @@ def params_from_generation_config(
         ValueError: the config asks for what :class:`~llm_sampling.SamplingParams` have not, by the
             field's name, or has a value out of its range.
     """
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(f"config must be a GenerationConfig, got {type(config).__name__}")
     _refuse_fields(config, _AS_PROCESSORS | _NOT_DONE)
     return _params_of(config, seed)
 
@@ -492,7 +500,7 @@ def fused_generate(
         raise ValueError("stop_tokenizer must be given for stop")
     processors = _other_processors(logits_processor or LogitsProcessorList(), config)
     mask = None if model.config.is_encoder_decoder else model_kwargs.get("attention_mask")
-    rows = _Rows(_params_of(config, None) if params is None else params, mask, None)
+    rows = _Rows(_params_of(config, None) if params is None else params, mask, None, backend)
     criteria = stopping_criteria or StoppingCriteriaList()
     has_end = any(hasattr(one, "eos_token_id") for one in criteria)
     pad = config._pad_token_tensor
