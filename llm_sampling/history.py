@@ -181,10 +181,12 @@ class TokenHistory:
         token = torch.where(valid, tokens, 0)
         slot = self.slots.to(torch.int64)
         word = token >> 5
-        bit = torch.bitwise_left_shift(valid.to(torch.int32), (token & 31).to(torch.int32))
-        self.seen[slot, word] = self.seen[slot, word] | bit
-        self.counts[slot, token] += valid.to(torch.int32)
-        self.lengths[slot] += valid.to(torch.int64)
+        count, length = valid.to(torch.int32), valid.to(torch.int64)
+        bit = torch.bitwise_left_shift(count, (token & 31).to(torch.int32))
+        # no call from here on, since after one Python looks for Ctrl-C
+        self.seen[slot, word] |= bit
+        self.counts[slot, token] += count
+        self.lengths[slot] += length
 
     def add(
         self, prompt_ids: Sequence[int] | Tensor, output_ids: Sequence[int] | Tensor = ()
@@ -194,6 +196,13 @@ class TokenHistory:
         Returns:
             The new row's index.
         """
+        self.slots = self._slots_with(prompt_ids, output_ids)
+        return self.rows - 1
+
+    def _slots_with(
+        self, prompt_ids: Sequence[int] | Tensor, output_ids: Sequence[int] | Tensor
+    ) -> Tensor:
+        """``slots`` with one more: a free slot, into which the ids have been written."""
         prompt = valid_ids("prompt_ids", prompt_ids, self.vocab_size)
         output = valid_ids("output_ids", output_ids, self.vocab_size)
         free = sorted(set(range(self.seen.shape[0])) - set(self.slots.tolist()))
@@ -201,14 +210,14 @@ class TokenHistory:
             free = [self.seen.shape[0]]
             self._grow()
         self._fill(free[0], prompt, output)
-        self.slots = torch.cat([self.slots, self.slots.new_tensor(free[:1])])
-        return self.rows - 1
+        return torch.cat([self.slots, self.slots.new_tensor(free[:1])])
 
     def _grow(self) -> None:
         more = TokenHistory._empty(max(1, self.seen.shape[0]), self.vocab_size, self.device)
-        self.seen = torch.cat([self.seen, more.seen])
-        self.counts = torch.cat([self.counts, more.counts])
-        self.lengths = torch.cat([self.lengths, more.lengths])
+        seen = torch.cat([self.seen, more.seen])
+        counts = torch.cat([self.counts, more.counts])
+        lengths = torch.cat([self.lengths, more.lengths])
+        self.seen, self.counts, self.lengths = seen, counts, lengths
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep the given rows, in the given order; the others' slots become free.

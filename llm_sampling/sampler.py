@@ -207,13 +207,13 @@ class Sampler:
         valid_ids("prompt_ids", prompt_ids, self.vocab_size)
         position = len(valid_ids("output_ids", output_ids, self.vocab_size))
         self._check_history()
-        if self._history is None and params.needs_history:
+        history = self._history
+        if history is None and params.needs_history:
             # the rows so far have no penalty, so what they have produced does not matter
-            self._history = TokenHistory.from_ids(
+            history = TokenHistory.from_ids(
                 [[]] * self.rows, None, self.vocab_size, device=self.device
             )
-        if self._history is not None:
-            self._history.add(prompt_ids, output_ids)
+        slots = None if history is None else history._slots_with(prompt_ids, output_ids)
         old = self._batch
         assert old.position is not None
         new = BatchParams.from_list([params], positions=[position], device=self.device).seeded()
@@ -222,6 +222,8 @@ class Sampler:
             [*self._params, params],
             torch.cat([old.seed, new.seed]),
             torch.cat([old.position, new.position]),
+            history,
+            slots,
         )
         return self.rows - 1
 
@@ -243,18 +245,32 @@ class Sampler:
         rows = list(rows)
         index = selection(rows, self.rows).to(self.device)
         self._check_history()
-        if self._history is not None:
-            self._history.select(rows)
         assert self._batch.position is not None
         self._rebuild(
             [self._params[row] for row in rows],
             self._batch.seed[index],
             self._batch.position[index],
+            self._history,
+            None if self._history is None else self._history.slots[index],
         )
 
-    def _rebuild(self, params: list[SamplingParams], seed: Tensor, position: Tensor) -> None:
-        """Pack the rows anew; seeds and positions are carried over, not drawn or counted again."""
-        self._params = params
+    def _rebuild(
+        self,
+        params: list[SamplingParams],
+        seed: Tensor,
+        position: Tensor,
+        history: TokenHistory | None,
+        slots: Tensor | None,
+    ) -> None:
+        """Pack the rows anew; seeds and positions are carried over, not drawn or counted again.
+
+        Whatever can fail comes first, and no call between the assignments, since after one Python
+        looks for Ctrl-C: rows and history change together or not at all.
+        """
         batch = BatchParams.from_list(params, device=self.device)
-        self._batch = replace(batch, seed=seed, position=position, unseeded=None)
-        self._step = None
+        batch = replace(batch, seed=seed, position=position, unseeded=None)
+        if history is not None:
+            assert slots is not None
+            history.slots = slots
+        self._history, self._slots = history, slots
+        self._params, self._batch, self._step = params, batch, None

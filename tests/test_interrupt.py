@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import io
 import itertools
@@ -180,12 +181,18 @@ def test_an_interrupt_around_the_kernel(lost: int, monkeypatch: pytest.MonkeyPat
 
 
 class Interrupt:
-    """A tracer that presses Ctrl-C before one instruction of the package's Python code."""
+    """A tracer that presses Ctrl-C before one instruction of the package's Python code.
+
+    ``only_after_calls``: of those alone at which CPython looks for it, which are the ones after a
+    call, after a jump backwards and at the start of a function.
+    """
 
     package = str(Path(llm_sampling.__file__).parent)
 
-    def __init__(self, instruction: int) -> None:
+    def __init__(self, instruction: int, only_after_calls: bool = False) -> None:
         self.left, self.place = instruction, ""
+        self.only_after_calls = only_after_calls
+        self.last: dict[FrameType, str] = {}
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "call":
@@ -193,6 +200,10 @@ class Interrupt:
                 return None
             frame.f_trace_opcodes = True
         elif event == "opcode":
+            last = self.last.get(frame, "RESUME")
+            self.last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if self.only_after_calls and not re.match("RESUME|CALL|JUMP_BACKWARD", last):
+                return self
             self.left -= 1
             if self.left == 0:
                 sys.settrace(None)
@@ -201,9 +212,9 @@ class Interrupt:
         return self
 
 
-def interrupted_at(instruction: int, work: Callable[[], object]) -> str:
+def interrupted_at(interrupt: Interrupt, work: Callable[[], object]) -> str:
     """Where the work was interrupted; nowhere if it has fewer instructions."""
-    interrupt, before = Interrupt(instruction), sys.gettrace()
+    before = sys.gettrace()
     sys.settrace(interrupt)
     try:
         work()
@@ -237,7 +248,7 @@ def test_a_step_that_is_interrupted_anywhere(before: int) -> None:
         sampler = new_sampler()
         for logits in rows[:before]:
             sampler(logits)
-        place = interrupted_at(instruction, functools.partial(sampler, rows[before]))
+        place = interrupted_at(Interrupt(instruction), functools.partial(sampler, rows[before]))
         if not place:
             break
         done = int(sampler.positions[0])
@@ -249,6 +260,55 @@ def test_a_step_that_is_interrupted_anywhere(before: int) -> None:
             wrong[place] = repr(error)
     assert wrong == {}
     assert reached == {0, 1}
+
+
+CHANGES: dict[str, Callable[[Sampler], object]] = {
+    "add": lambda sampler: sampler.add(PARAMS[0], prompt_ids=[7, 8], output_ids=[9]),
+    "reorder": lambda sampler: sampler.reorder([1, 0]),
+    "remove": lambda sampler: sampler.remove([0]),
+}
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason="the CPU kernel is not built")
+@pytest.mark.parametrize("has_history", [True, False], ids=["penalties", "none"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_rows_that_fails_anywhere(change: str, has_history: bool) -> None:
+    """By Ctrl-C or by any error in any call: rows, history and position change together."""
+
+    def started() -> Sampler:
+        params = PARAMS if has_history else [SamplingParams(seed=seed) for seed in (1, 2)]
+        sampler = Sampler(params, vocab_size=VOCAB_SIZE)
+        for step in range(3):
+            sampler(LOGITS[2 * step : 2 * step + 2])
+        return sampler
+
+    def drawn(sampler: Sampler) -> list[object]:
+        """What the rows have, by row, and what they draw next."""
+        history = sampler.history
+        slots = None if history is None else history.slots.long()
+        before = [] if history is None else [history.counts[slots].tolist()]
+        more = [sampler(LOGITS[10 * n :][: sampler.rows]).tokens.tolist() for n in range(2)]
+        after = [] if history is None else [history.lengths[slots].tolist()]
+        return [*before, *more, *after, sampler.positions.tolist()]
+
+    change_rows = CHANGES[change]
+    without, with_it = started(), started()
+    change_rows(with_it)
+    outcomes = [drawn(without), drawn(with_it)]
+    assert outcomes[0] != outcomes[1]
+    wrong, reached = {}, set()
+    for instruction in itertools.count(1):
+        sampler = started()
+        interrupt = Interrupt(instruction, only_after_calls=True)
+        place = interrupted_at(interrupt, functools.partial(change_rows, sampler))
+        if not place:
+            break
+        try:
+            reached.add(outcomes.index(drawn(sampler)))
+        except Exception as error:
+            wrong[place] = repr(error)
+    assert wrong == {}
+    assert 0 in reached
 
 
 SIGNALS = """

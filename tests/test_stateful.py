@@ -516,15 +516,23 @@ def add_without_a_position(self: Sampler, params: SamplingParams, **given: Any) 
     return row
 
 
-def rebuild_with_sorted_seeds(self: Sampler, params: Any, seed: Tensor, position: Tensor) -> None:
-    RIGHT_REBUILD(self, params, seed.sort().values, position)
+def rebuild_with_sorted_seeds(self: Sampler, params: Any, seed: Tensor, *rest: Any) -> None:
+    RIGHT_REBUILD(self, params, seed.sort().values, *rest)
 
 
-def rebuild_with_old_step(self: Sampler, params: Any, seed: Tensor, position: Tensor) -> None:
+def rebuild_with_old_step(self: Sampler, *rows: Any) -> None:
     """What was prepared for the old rows goes on, where there are as many."""
     step = self._step
-    RIGHT_REBUILD(self, params, seed, position)
+    RIGHT_REBUILD(self, *rows)
     self._step = step
+
+
+def rebuild_without_slots(self: Sampler, *rows: Any) -> None:
+    """The history keeps its old order."""
+    *rest, history, slots = rows
+    if history is not None and len(slots) == history.rows:
+        slots = history.slots
+    RIGHT_REBUILD(self, *rest, history, slots)
 
 
 def sample_then_check(call: SampleCall) -> SampleOutput:
@@ -565,6 +573,7 @@ def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
         (Decoding, Sampler, "add", add_without_a_position),
         (Decoding, Sampler, "_rebuild", rebuild_with_sorted_seeds),
         (Decoding, Sampler, "_rebuild", rebuild_with_old_step),
+        (Decoding, Sampler, "_rebuild", rebuild_without_slots),
         (Decoding, TORCH, "sample", sample_then_check),
         pytest.param(Decoding, TORCH, "prepare", prepare_for_good, marks=pytest.mark.slow),
         (Decoding, TORCH, "advance", advance_every_row),
