@@ -249,18 +249,17 @@ def test_the_arithmetic_in_cpp(tmp_path: Path) -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("architecture", ["x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4"])
-def test_every_instruction_set_gives_the_same_tokens(tmp_path: Path, architecture: str) -> None:
-    """The kernel compiled for one instruction set alone, on rows that reach all of its paths."""
-    needed = {"x86-64-v3": "AVX2", "x86-64-v4": "AVX512"}.get(architecture, "")
-    if needed not in torch.backends.cpu.get_cpu_capability() and needed != "AVX2":
-        pytest.skip(f"this CPU has no {needed}")
+def test_the_oldest_instruction_set_gives_the_same_tokens(tmp_path: Path) -> None:
+    """The kernel compiled for SSE2 alone, on rows that reach all of its paths.
+
+    Newer ones are compared in test_golden.py.
+    """
     library = tmp_path / "kernel.so"
-    flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", *EXACT]
+    flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", *EXACT]
     source = ROOT / "csrc/cpu/sample.cpp"
     clones = "-DLLM_SAMPLING_CLONES=__attribute__((noinline))"
     subprocess.run(
-        [compiler(), *flags, f"-march={architecture}", clones, "-o", library, source],
+        [compiler(), *flags, "-march=x86-64", clones, "-o", library, source],
         check=True,
     )
     own = ctypes.CDLL(str(library)).llm_sampling_cpu
