@@ -1,6 +1,8 @@
-"""The command ``llm-sampling``: a model's text, a talk with it, and what runs here.
+"""The command ``llm-sampling``: a model's text, a talk, what sampling does, and its tuning.
 
     options -> Request (checked) -> models.load -> generation.generate_stream -> stdout
+    options -> ExplainRequest (checked) -> models.load -> explain -> table, picture, page, texts
+    options -> TuneRequest (checked) -> models.load -> tuning.tune -> report, best options
 
 The text alone goes to stdout, everything else to stderr. Exit codes: 0 done; 1 something is missing
 or failed; 2 a bad value, named in one line; 130 interrupted; 141 the text's reader has gone.
@@ -12,6 +14,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -20,7 +23,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,20 +32,51 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 import llm_sampling
-from llm_sampling import InvalidLogitsError, SamplingParams, backends, generation, models
+from llm_sampling import InvalidLogitsError, SamplingParams, backends, generation, models, tuning
+from llm_sampling import explain as explaining
+from llm_sampling.objectives import METRICS, ModelObjective, check_objective
 from llm_sampling.params import OFF_VALUES
+from llm_sampling.report import write_report
 from llm_sampling.stopping import StopStrings
 
 if TYPE_CHECKING:
     import typer
+    from optuna.trial import FrozenTrial
     from rich.console import Console
+    from rich.table import Table
 
 #: What the extra ``cli`` installs.
 EXTRA_PACKAGES = ("typer", "rich", "transformers", "gguf", "accelerate")
+#: What the extra ``tune`` installs besides.
+TUNE_PACKAGES = ("optuna", "matplotlib")
 
 EXIT_FAILED, EXIT_BAD_VALUE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 130, 141
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Running:
+    """The model, what draws its tokens, and on how many threads, checked without loading it.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    model_path: Path | None
+    backend: str
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be an integer >= 1, got {self.threads}")
+        if self.model_path is not None:
+            models.check_path(self.model_path)
+        try:
+            backends.resolve(self.backend, CPU)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -55,7 +89,6 @@ class Request:
 
     prompts: tuple[str, ...]
     params: SamplingParams
-    model_path: Path | None
     chat: bool
     n: int
     max_new_tokens: int
@@ -65,8 +98,7 @@ class Request:
     include_stop: bool
     ignore_eos: bool
     as_json: bool
-    backend: str
-    threads: int | None
+    on: Running
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -80,24 +112,78 @@ class Request:
                 f"got {self.min_new_tokens}"
             )
         StopStrings(self.stop, stop_limit=self.stop_limit)
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be an integer >= 1, got {self.threads}")
-        if self.model_path is not None:
-            models.check_path(self.model_path)
-        try:
-            backends.resolve(self.backend, CPU)
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    """What ``tune`` was asked for, checked as far as it can be without the model.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    space: tuning.Space
+    metrics: tuple[str, ...]
+    method: Any
+    n_trials: int | None
+    timeout: float | None
+    texts: int
+    max_new_tokens: int
+    seed: int
+    storage: str | None
+    study_name: str
+    out: Path
+    on: Running
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        tuning.check_search(
+            self.space,
+            self.method,
+            n_trials=self.n_trials,
+            seed=self.seed,
+            storage=self.storage,
+            study_name=self.study_name,
+            timeout=self.timeout,
+        )
+        check_objective(self.metrics, self.space, self.texts, self.max_new_tokens)
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out must be a directory, got {str(self.out)!r}")
+
+
+@dataclass(frozen=True)
+class ExplainRequest:
+    """What ``explain`` was asked for, checked as far as it can be without the model.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    prompt: str
+    params: SamplingParams
+    chat: bool
+    output: str
+    top: int
+    picture: Path | None
+    html: Path | None
+    n: int
+    max_new_tokens: int
+    on: Running
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name, least in (("top", 1), ("n", 1), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {getattr(self, name)}")
+        if self.picture is not None and self.picture.suffix.lower() not in explaining.PICTURES:
+            raise ValueError(
+                f"picture must end in {' or '.join(explaining.PICTURES)}, got {str(self.picture)!r}"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's) and return its exit code."""
-    missing = [name for name in EXTRA_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        _complain(
-            f"the command needs the extra 'cli' ({', '.join(missing)} not found): "
-            "pip install 'llm-sampling[cli]'"
-        )
+    if not _has_extra("cli", EXTRA_PACKAGES):
         return EXIT_FAILED
     # Read when transformers is imported: a second lock on the network.
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -116,6 +202,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     return int(code or 0)
+
+
+def _closed_pipe() -> int:
+    """The exit code; Python flushes stdout once more at exit, which must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_CLOSED_PIPE
+
+
+def _has_extra(extra: str, packages: Sequence[str]) -> bool:
+    """Whether they are installed; if not, stderr says how they come."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        _complain(
+            f"the command needs the extra {extra!r} ({', '.join(missing)} not found): "
+            f"pip install 'llm-sampling[{extra}]'"
+        )
+    return not missing
 
 
 def _interrupted() -> int:
@@ -158,32 +261,7 @@ def _build_app() -> "typer.Typer":
     )
     backend_names = ", ".join(("auto", *backends.BACKENDS))
 
-    def shared(
-        model: Annotated[
-            Path | None,
-            Option(
-                metavar="PATH",
-                help="A local Hugging Face directory or GGUF file. "
-                f"Default: SmolLM2-135M-Instruct, from the package {models.DEFAULT_MODEL_PACKAGE}.",
-            ),
-        ] = None,
-        max_new_tokens: Annotated[int, Option(help="Stop after this many tokens.")] = 128,
-        min_new_tokens: Annotated[
-            int, Option(help="No end token and no stop string counts in this many tokens.")
-        ] = 0,
-        stop: Annotated[
-            list[str] | None,
-            Option(metavar="TEXT", help="End before this text; repeatable."),
-        ] = None,
-        stop_limit: Annotated[
-            int, Option(help="End at this occurrence of a stop text: 2 with '.' is two sentences.")
-        ] = 1,
-        include_stop: Annotated[
-            bool, Option("--include-stop/--no-include-stop", help="Write the stop text too.")
-        ] = False,
-        ignore_eos: Annotated[
-            bool, Option("--ignore-eos/--no-ignore-eos", help="Go on after the model's end token.")
-        ] = False,
+    def sampling(
         temperature: Annotated[
             float, Option(help="Divide the logits by this; 0 takes the best token.")
         ] = OFF_VALUES["temperature"],
@@ -216,12 +294,8 @@ def _build_app() -> "typer.Typer":
             int | None,
             Option(help="The same seed gives the same text. Default: a new one each time."),
         ] = None,
-        backend: Annotated[str, Option(help=f"What draws the tokens: {backend_names}.")] = "auto",
-        threads: Annotated[
-            int | None, Option(help="CPU threads. Default: torch's.", show_default=False)
-        ] = None,
     ) -> dict[str, Any]:
-        """What these options of every command come to in a Request."""
+        """How a token is drawn."""
         return {
             "params": SamplingParams(
                 temperature=temperature,
@@ -236,35 +310,85 @@ def _build_app() -> "typer.Typer":
                 # Not None: torch's own seed is a constant, so every run would give one text.
                 seed=secrets.randbits(32) if seed is None else seed,
             ),
-            "model_path": model,
+        }
+
+    def length(
+        max_new_tokens: Annotated[int, Option(help="Stop after this many tokens.")] = 128,
+        min_new_tokens: Annotated[
+            int, Option(help="No end token and no stop string counts in this many tokens.")
+        ] = 0,
+        stop: Annotated[
+            list[str] | None,
+            Option(metavar="TEXT", help="End before this text; repeatable."),
+        ] = None,
+        stop_limit: Annotated[
+            int, Option(help="End at this occurrence of a stop text: 2 with '.' is two sentences.")
+        ] = 1,
+        include_stop: Annotated[
+            bool, Option("--include-stop/--no-include-stop", help="Write the stop text too.")
+        ] = False,
+        ignore_eos: Annotated[
+            bool, Option("--ignore-eos/--no-ignore-eos", help="Go on after the model's end token.")
+        ] = False,
+    ) -> dict[str, Any]:
+        """Where a text ends."""
+        return {
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens,
             "stop": tuple(stop or ()),
             "stop_limit": stop_limit,
             "include_stop": include_stop,
             "ignore_eos": ignore_eos,
-            "backend": backend,
-            "threads": threads,
         }
 
-    def command(run: Callable[[Request], int]) -> Callable[[Callable[..., Request]], None]:
-        """Make a command of a function that gives the Request that it runs."""
+    def running(
+        model: Annotated[
+            Path | None,
+            Option(
+                metavar="PATH",
+                help="A local Hugging Face directory or GGUF file. "
+                f"Default: SmolLM2-135M-Instruct, from the package {models.DEFAULT_MODEL_PACKAGE}.",
+            ),
+        ] = None,
+        backend: Annotated[str, Option(help=f"What draws the tokens: {backend_names}.")] = "auto",
+        threads: Annotated[
+            int | None, Option(help="CPU threads. Default: torch's.", show_default=False)
+        ] = None,
+    ) -> dict[str, Any]:
+        """What runs: every command with a model has these."""
+        return {"on": Running(model, backend, threads)}
 
-        def add(make: Callable[..., Request]) -> None:
-            parameters = dict(inspect.signature(shared).parameters)
+    def command(
+        run: Callable[[Any], int],
+        *groups: Callable[..., dict[str, Any]],
+        needs: tuple[str, Sequence[str]] = ("cli", EXTRA_PACKAGES),
+    ) -> Callable[[Callable[..., Any]], None]:
+        """Make a command, with these groups of options, of a function that gives what it runs."""
+
+        def add(make: Callable[..., Any]) -> None:
+            of_group = [dict(inspect.signature(group).parameters) for group in groups]
             own = [
                 p for p in inspect.signature(make).parameters.values() if p.kind != p.VAR_KEYWORD
             ]
 
             def called(**values: Any) -> int:
+                if not _has_extra(*needs):
+                    return EXIT_FAILED
                 try:
                     try:
-                        of_all = shared(**{name: values.pop(name) for name in parameters})
-                        request = make(**values, **of_all)
+                        shared: dict[str, Any] = {}
+                        for group, names in zip(groups, of_group, strict=True):
+                            shared |= group(**{name: values.pop(name) for name in names})
+                        request = make(**values, **shared)
                     except ValueError as error:
                         _complain(str(error))
                         return EXIT_BAD_VALUE
                     return run(request)
+                except BrokenPipeError:
+                    return _closed_pipe()
+                except ModuleNotFoundError as error:
+                    _complain(str(error))
+                    return EXIT_FAILED
                 except models.ModelError as error:
                     _complain(str(error))
                     is_absent = isinstance(error, models.NotInstalledError)
@@ -273,14 +397,14 @@ def _build_app() -> "typer.Typer":
                     return _interrupted()
 
             # what typer makes options of
-            all_parameters = [*own, *parameters.values()]
-            called.__signature__ = inspect.Signature(all_parameters)  # type: ignore[attr-defined]
-            called.__annotations__ = {p.name: p.annotation for p in all_parameters}
+            parameters = [*own, *(p for names in of_group for p in names.values())]
+            called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+            called.__annotations__ = {p.name: p.annotation for p in parameters}
             app.command(make.__name__, help=make.__doc__)(called)
 
         return add
 
-    @command(lambda request: _generate(request))
+    @command(lambda request: _generate(request), sampling, length, running)
     def generate(
         prompts: Annotated[
             list[str], Argument(metavar="PROMPT...", help="The text to continue, or several.")
@@ -294,15 +418,116 @@ def _build_app() -> "typer.Typer":
         as_json: Annotated[
             bool, Option("--json/--no-json", help="Write a line of JSON for each text.")
         ] = False,
-        **of_all: Any,
+        **shared: Any,
     ) -> Request:
         """Continue each PROMPT with a language model, token by token, on the CPU."""
-        return Request(prompts=tuple(prompts), chat=chat, n=n, as_json=as_json, **of_all)
+        return Request(prompts=tuple(prompts), chat=chat, n=n, as_json=as_json, **shared)
 
-    @command(lambda request: _chat(request))
-    def chat(**of_all: Any) -> Request:
+    @command(lambda request: _chat(request), sampling, length, running)
+    def chat(**shared: Any) -> Request:
         """Talk with a language model: it answers each line of the input, and knows those before."""
-        return Request(prompts=(), chat=True, n=1, as_json=False, **of_all)
+        return Request(prompts=(), chat=True, n=1, as_json=False, **shared)
+
+    @command(lambda request: _tune(request), running, needs=("tune", TUNE_PACKAGES))
+    def tune(
+        more_space: Annotated[
+            list[str] | None, Argument(metavar="[NAME=VALUES]...", help="More of --space.")
+        ] = None,
+        space: Annotated[
+            list[str] | None,
+            Option(
+                metavar="NAME=VALUES",
+                help="What is searched: LOW:HIGH, LOW:HIGH:log, LOW:HIGH:STEP or VALUE,VALUE,...",
+            ),
+        ] = None,
+        objective: Annotated[
+            list[str] | None,
+            Option(
+                metavar="NAME",
+                help=f"What is tuned for, of {', '.join(METRICS)}; several give a Pareto front. "
+                "Default: distance.",
+            ),
+        ] = None,
+        method: Annotated[
+            str, Option(help=f"How: {', '.join(tuning.METHODS)}; grid takes lists alone.")
+        ] = "bayesian",
+        trials: Annotated[
+            int | None, Option(help="So many trials. Default: 40; of a grid all.")
+        ] = None,
+        timeout: Annotated[
+            float | None, Option(help="Begin no trial after this many seconds.")
+        ] = None,
+        texts: Annotated[int, Option(help="So many texts in each trial.")] = 8,
+        max_new_tokens: Annotated[int, Option(help="The length of each text, in tokens.")] = 64,
+        seed: Annotated[int, Option(help="The same seed gives the same search.")] = 0,
+        storage: Annotated[
+            str | None,
+            Option(
+                metavar="URL",
+                help="Keep the search there, as sqlite:///tuning.db, and go on with it.",
+            ),
+        ] = None,
+        study_name: Annotated[str, Option(help="The search's name in the storage.")] = "decoding",
+        out: Annotated[
+            Path, Option(metavar="DIR", help="Where the pictures and report.html go.")
+        ] = Path("tuning"),
+        **shared: Any,
+    ) -> TuneRequest:
+        """Search for the sampling parameters that suit a language model best."""
+        return TuneRequest(
+            space=tuning.space_from_text([*(space or ()), *(more_space or ())]),
+            metrics=tuple(objective or ("distance",)),
+            method=method,
+            n_trials=40 if trials is None and method != "grid" and timeout is None else trials,
+            timeout=timeout,
+            texts=texts,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            storage=storage,
+            study_name=study_name,
+            out=out,
+            **shared,
+        )
+
+    @command(lambda request: _explain(request), sampling, running)
+    def explain(
+        prompt: Annotated[str, Argument(metavar="PROMPT", help="The text before the token.")],
+        chat: Annotated[
+            bool, Option("--chat/--no-chat", help="Put PROMPT into the model's chat template.")
+        ] = False,
+        output: Annotated[
+            str,
+            Option(
+                metavar="TEXT",
+                help="What the model has written since PROMPT, which the penalties count.",
+            ),
+        ] = "",
+        top: Annotated[int, Option(help="Show so many of the best tokens.")] = 20,
+        picture: Annotated[
+            Path | None, Option(metavar="PATH", help="Write a picture too: .png or .svg.")
+        ] = None,
+        html: Annotated[
+            Path | None,
+            Option(metavar="PATH", help="Write a page too, whose sliders change the parameters."),
+        ] = None,
+        n: Annotated[
+            int, Option("--n", help="So many texts of each way to decode, beside the greedy one.")
+        ] = 2,
+        max_new_tokens: Annotated[int, Option(help="The length of these texts, in tokens.")] = 40,
+        **shared: Any,
+    ) -> ExplainRequest:
+        """Show what each step does to the probabilities of the token after PROMPT."""
+        return ExplainRequest(
+            prompt=prompt,
+            chat=chat,
+            output=output,
+            top=top,
+            picture=picture,
+            html=html,
+            n=n,
+            max_new_tokens=max_new_tokens,
+            **shared,
+        )
 
     @app.command()
     def info() -> int:
@@ -311,6 +536,8 @@ def _build_app() -> "typer.Typer":
             _info()
         except KeyboardInterrupt:
             return _interrupted()
+        except BrokenPipeError:
+            return _closed_pipe()
         return 0
 
     return app
@@ -337,7 +564,7 @@ def _generate(request: Request) -> int:
     from rich.text import Text
 
     messages = _messages()
-    language_model = _load(request, messages)
+    language_model = _load(request.on, messages)
     prompts = [language_model.encode(text, chat=request.chat) for text in request.prompts]
     _check_fit(request, max(map(len, prompts)), language_model)
     is_one = len(prompts) * request.n == 1 and not request.as_json
@@ -357,7 +584,7 @@ def _generate(request: Request) -> int:
 
 def _chat(request: Request) -> int:
     messages = _messages()
-    language_model = _load(request, messages)
+    language_model = _load(request.on, messages)
     said: list[dict[str, str]] = []
 
     def write(tally: Tally) -> None:
@@ -405,10 +632,21 @@ def _messages() -> "Console":
     return Console(stderr=True, highlight=False)
 
 
-def _load(request: Request, messages: "Console") -> models.LanguageModel:
-    path = request.model_path or models.default_model_path()
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
+def _output() -> "Console":
+    """Standard output with tables; whoever calls it is told that its reader has gone."""
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Output(highlight=False)
+
+
+def _load(on: Running, messages: "Console") -> models.LanguageModel:
+    path = on.model_path or models.default_model_path()
+    if on.threads is not None:
+        torch.set_num_threads(on.threads)
     with _progress(messages, f"Loading {path.name}") as report:
         return models.load(path, report)
 
@@ -433,7 +671,7 @@ def _stream(
         include_stop_str_in_output=request.include_stop,
         eos_token_ids=language_model.eos_token_ids,
         ignore_eos=request.ignore_eos,
-        backend=request.backend,
+        backend=request.on.backend,
     )
 
 
@@ -454,14 +692,12 @@ def _write(
         _complain(f"{language_model.name} cannot go on: {error}")
         code = EXIT_FAILED
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_CLOSED_PIPE
+        return _closed_pipe()
     seconds = time.perf_counter() - start
     messages.print(
         f"{tally.tokens} token{'' if tally.tokens == 1 else 's'} in {seconds:.2f} s: "
         f"{tally.tokens / seconds:.1f} tokens/s, {tally.sampler_seconds / seconds:.1%} of the time "
-        f"spent sampling (backend {_backend_name(request.backend)}, seed {request.params.seed})",
+        f"spent sampling (backend {_backend_name(request.on.backend)}, seed {request.params.seed})",
         soft_wrap=True,
     )
     return code
@@ -488,7 +724,9 @@ def _progress(messages: "Console", title: str) -> Iterator[Callable[[str], None]
         yield lambda stage: messages.print(f"{title}: {stage}", markup=False, soft_wrap=True)
 
 
-def _check_fit(request: Request, prompt_tokens: int, language_model: models.LanguageModel) -> None:
+def _check_fit(
+    request: "Request | ExplainRequest", prompt_tokens: int, language_model: models.LanguageModel
+) -> None:
     """A ModelError if the model cannot do what was asked for."""
     context = language_model.context_length
     if context is not None and prompt_tokens + request.max_new_tokens > context:
@@ -556,6 +794,207 @@ def _print_text(pieces: Iterable[str]) -> None:
             sys.stdout.flush()
 
 
+def _explain(request: ExplainRequest) -> int:
+    if request.picture is not None and not _has_extra("tune", ["matplotlib"]):
+        return EXIT_FAILED
+    messages = _messages()
+    language_model = _load(request.on, messages)
+    ids = language_model.encode(request.prompt, chat=request.chat)
+    written: list[int] = []
+    if request.output:
+        tokenizer = language_model.tokenizer
+        written = tokenizer(request.output, add_special_tokens=False)["input_ids"]
+    _check_fit(request, len(ids) + len(written), language_model)
+    params = request.params
+    logits, history = explaining.record(language_model, ids, written)
+    texts = explaining.token_texts(language_model)
+    try:
+        explanation = explaining.explain(logits, params, history=history)
+    except InvalidLogitsError as error:
+        _complain(f"{language_model.name} cannot go on: {error}")
+        return EXIT_FAILED
+    text = request.prompt + request.output
+    output = _output()
+    output.print(_steps_table(explanation, texts, request.top))
+    output.print(f"{int(explanation.kept.sum())} of {explanation.vocab_size} tokens are kept")
+    try:
+        if request.picture is not None:
+            explaining.picture(explanation, texts, request.picture, request.top, title=text)
+        if request.html is not None:
+            page = explaining.page(logits, texts, params, history, text)
+            request.html.write_text(page, encoding="utf-8")
+    except OSError as error:
+        _complain(f"{error.filename} cannot be written: {error.strerror}")
+        return EXIT_BAD_VALUE
+    continuations = explaining.compare(
+        language_model,
+        [*ids, *written],
+        params,
+        n=request.n,
+        max_new_tokens=request.max_new_tokens,
+        backend=request.on.backend,
+    )
+    for decoding, group in itertools.groupby(continuations, key=lambda one: one.decoding):
+        output.print(f"\n{decoding}:", style="bold", markup=False)
+        for one in group:
+            quoted = json.dumps(one.text, ensure_ascii=False)
+            output.print(f"  {quoted}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _steps_table(explanation: explaining.Explanation, texts: Sequence[str], top: int) -> "Table":
+    """A row for each token: its probability after each step that does something, in percent."""
+    from rich.table import Table
+    from rich.text import Text
+
+    params = explanation.params
+    stages = [stage for stage in explaining.STAGES if explaining.changes(stage, params)]
+    table = Table(box=None)
+    table.add_column("token")
+    for name in ("id", "logit", *(explaining.stage_label(stage, params) for stage in stages)):
+        table.add_column(name, justify="right")
+    table.add_column("cut by")
+    for row in explaining.rows(explanation, top):
+        shares = [f"{row.probabilities[stage]:.2%}" for stage in stages]
+        cut = "" if row.cut_by is None else explaining.cut_label(row.cut_by)
+        table.add_row(
+            Text(explaining.visible(texts[row.token])),
+            *(str(row.token), f"{row.logit:.2f}", *shares, cut),
+            style="" if row.kept else "dim",
+        )
+    return table
+
+
+def _tune(request: TuneRequest) -> int:
+    messages = _messages()
+    language_model = _load(request.on, messages)
+    try:
+        objective = ModelObjective(
+            language_model,
+            request.metrics,
+            texts=request.texts,
+            max_new_tokens=request.max_new_tokens,
+            seed=request.seed,
+            backend=request.on.backend,
+        )
+        with _trials_shown(request, messages) as show:
+            result = tuning.tune(
+                objective,
+                request.space,
+                request.method,
+                n_trials=request.n_trials,
+                seed=request.seed,
+                storage=request.storage,
+                study_name=request.study_name,
+                timeout=request.timeout,
+                directions=objective.directions,
+                show_progress=False,
+                callback=show,
+            )
+    except KeyboardInterrupt:
+        if request.storage is not None:
+            messages.print(f"the same command goes on from {request.storage}", markup=False)
+        raise
+    except ValueError as error:
+        _complain(str(error))
+        return EXIT_BAD_VALUE
+    except RuntimeError as error:
+        _complain(str(error))
+        return EXIT_FAILED
+    best_line = _as_options(result.best_params)
+    files = write_report(result, request.out, request.metrics, f"llm-sampling generate {best_line}")
+    found = dict(zip(request.metrics, result.best_values, strict=True))
+    messages.print(f"best of {len(result.trials)} trials: {_named(found)}", markup=False)
+    messages.print(f"{len(files)} files in {request.out}", markup=False, soft_wrap=True)
+    sys.stdout.write(f"{best_line}\n")
+    return 0
+
+
+def _as_options(values: Mapping[str, Any]) -> str:
+    """Values as ``generate`` takes them."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+def _named(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
+
+
+@contextmanager
+def _trials_shown(
+    request: TuneRequest, messages: "Console"
+) -> Iterator[Callable[["FrozenTrial"], None]]:
+    """A function that shows a trial: in a table on a terminal, as a plain line elsewhere."""
+    from rich.live import Live
+
+    trials: list[FrozenTrial] = []
+    if not messages.is_terminal:
+
+        def write(trial: "FrozenTrial") -> None:
+            trials.append(trial)
+            values = dict(zip(request.metrics, trial.values or (), strict=False))
+            line = f"trial {len(trials)}: {_named(trial.params)}: {_named(values) or 'failed'}"
+            messages.print(line, markup=False, soft_wrap=True)
+
+        yield write
+        return
+    live = Live(_trial_table(request, trials), console=messages, auto_refresh=False)
+
+    def draw(trial: "FrozenTrial") -> None:
+        trials.append(trial)
+        live.update(_trial_table(request, trials), refresh=True)
+
+    try:
+        # half of a start would leave the cursor hidden
+        with _interrupts_wait():
+            live.start(refresh=True)
+        yield draw
+    finally:
+        with _interrupts_wait():
+            live.stop()
+
+
+#: Of which the table on the terminal has the last.
+SHOWN_TRIALS = 12
+
+
+def _trial_table(request: TuneRequest, trials: Sequence["FrozenTrial"]) -> "Table":
+    from rich.table import Table
+
+    wanted = "" if request.n_trials is None else f" of {request.n_trials}"
+    table = Table(title=f"{len(trials)}{wanted} trials", title_justify="left", box=None)
+    for name in ("trial", *request.space, *request.metrics):
+        table.add_column(name, justify="right")
+    best = _best_by_metric(request, trials)
+    first = max(0, len(trials) - SHOWN_TRIALS)
+    for number, trial in enumerate(trials[first:], first + 1):
+        values = [f"{value:.4g}" for value in trial.values or ()]
+        marked = [
+            f"[bold green]{value}[/]" if trial is best[column] else value
+            for column, value in enumerate(values)
+        ]
+        params = [_short(trial.params[name]) for name in request.space]
+        table.add_row(str(number), *params, *(marked or ["failed"]))
+    return table
+
+
+def _best_by_metric(
+    request: TuneRequest, trials: Sequence["FrozenTrial"]
+) -> list["FrozenTrial | None"]:
+    """The trial that has the best value of each metric so far."""
+    done = [trial for trial in trials if trial.values]
+    best: list[FrozenTrial | None] = []
+    for column, name in enumerate(request.metrics):
+        sign = 1 if METRICS[name].direction == "minimize" else -1
+        best.append(
+            min(done, key=lambda t, c=column, s=sign: s * t.values[c], default=None)  # type: ignore[misc]
+        )
+    return best
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _backend_name(name: str) -> str:
     """What ``name``, which may be "auto", stands for here."""
     module = backends.resolve(name, CPU)
@@ -563,10 +1002,9 @@ def _backend_name(name: str) -> str:
 
 
 def _info() -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    output = Console(highlight=False)
+    output = _output()
     versions = Table(box=None, show_header=False)
     versions.add_row("llm_sampling", llm_sampling.__version__)
     versions.add_row("Python", f"{platform.python_version()} on {platform.platform()}")

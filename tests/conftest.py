@@ -114,6 +114,32 @@ def tiny_llama():
 
 
 @pytest.fixture(scope="session")
+def model_path(tmp_path_factory):
+    """A tiny random model over bytes with a chat template, as a Hugging Face directory."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
+    from test_generation import byte_tokenizer
+
+    path = tmp_path_factory.mktemp("tiny")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=100_000,
+        initializer_range=0.5,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def smollm():
     """The default model, loaded once: that takes seconds."""
     pytest.importorskip("transformers", reason="needs the extra 'cli'")

@@ -48,29 +48,6 @@ FIELD_OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    """A tiny random model over bytes, as a Hugging Face directory."""
-    path = tmp_path_factory.mktemp("tiny")
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=100_000,
-        initializer_range=0.5,
-        eos_token_id=END,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def run(model_path, capsys):
     """Run ``generate`` on the tiny model; gives exit code, stdout and stderr."""

@@ -38,13 +38,16 @@ LAYERS = (
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
     ("sampler",),
     ("__init__",),
-    ("generation", "models", "integrations"),
-    ("integrations.huggingface",),
+    ("generation", "models", "integrations", "tuning"),
+    ("integrations.huggingface", "objectives", "report", "explain"),
     ("cli",),
 )
 
 #: Never imported by ``import llm_sampling``.
-HEAVY = ("triton", "transformers", "typer", "rich", "gguf", "accelerate", "scipy")
+HEAVY = (
+    *("triton", "transformers", "typer", "rich", "gguf", "accelerate", "scipy"),
+    *("optuna", "matplotlib", "sqlalchemy"),
+)
 
 
 def read(path):
@@ -78,14 +81,14 @@ def test_docstring_describes_every_parameter(name):
 
 
 def test_command_line_has_every_parameter():
-    """Among the options that all commands share."""
+    """Among the options of those that draw."""
     tree = ast.parse(read("llm_sampling/cli.py"))
-    (shared,) = (
+    (sampling,) = (
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == "shared"
+        if isinstance(node, ast.FunctionDef) and node.name == "sampling"
     )
-    options = {argument.arg for argument in shared.args.args + shared.args.kwonlyargs}
+    options = {argument.arg for argument in sampling.args.args + sampling.args.kwonlyargs}
     assert set(PARAMETERS) <= options
 
 
@@ -266,6 +269,7 @@ def test_triton_s_kernel_takes_every_parameter():
         "llm_sampling/reference.py",
         "csrc/semantics.h",
         "llm_sampling/backends/triton_kernel.py",
+        "llm_sampling/data/explain.html",
     ],
 )
 def test_constants_of_the_arithmetic_are_those_of_the_docs(path):
@@ -335,13 +339,13 @@ def test_back_edges_are_seen():
     assert imports_of("from llm_sampling import Sampler, history") == {"__init__", "history"}
 
 
-def test_reference_is_for_one_backend():
+def test_reference_is_for_one_backend_and_to_explain():
     users = [
         name
         for name, path in MODULES.items()
         if "reference" in imports_of(path.read_text(encoding="utf-8"))
     ]
-    assert users == ["backends.torch"]
+    assert sorted(users) == ["backends.torch", "explain"]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "cli"])
@@ -398,7 +402,7 @@ def test_import_loads_no_compiled_library(tmp_path):
 
 DOCS = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("", "docs", "benchmarks")
+    for folder in ("", "docs", "benchmarks", "examples")
     for path in (ROOT / folder).glob("*.md")
 )
 
@@ -425,7 +429,7 @@ def test_code_in_docs_runs(path, tmp_path, monkeypatch):
 def project_files():
     """Everything that belongs to the project, by its path from the root."""
     yield from (path.name for path in ROOT.iterdir() if path.is_file())
-    for folder in (".ci", "benchmarks", "csrc", "docs", "llm_sampling", "tests"):
+    for folder in (".ci", "benchmarks", "csrc", "docs", "examples", "llm_sampling", "tests"):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 yield path.relative_to(ROOT).as_posix()

@@ -31,16 +31,20 @@ SOURCES = {
 
 #: All that may be imported: none of these runs what is in a file or reaches a network by itself.
 ANYWHERE = {
-    *("__future__", "collections", "contextlib", "ctypes", "dataclasses", "functools", "importlib"),
-    *("inspect", "itertools", "json", "math", "numbers", "os", "pathlib", "platform", "secrets"),
-    *("signal", "struct", "sys", "threading", "time", "types", "typing"),
+    *("__future__", "base64", "collections", "contextlib", "copy", "ctypes", "dataclasses"),
+    *("fcntl", "functools", "html", "importlib", "inspect", "io", "itertools", "json", "math"),
+    *("numbers", "os", "pathlib", "platform", "re", "secrets", "signal", "string", "struct"),
+    *("sys", "threading", "time", "types", "typing", "warnings"),
     *("llm_sampling", "numpy", "torch"),
 }
 SOMEWHERE = {
     "models": {"gguf", "transformers"},
     "integrations.huggingface": {"transformers"},
     "backends.triton_kernel": {"triton"},
-    "cli": {"rich", "tqdm", "typer"},
+    "cli": {"optuna", "rich", "tqdm", "typer"},
+    "explain": {"matplotlib"},
+    "report": {"matplotlib", "optuna"},
+    "tuning": {"optuna"},
 }
 #: Calls of these names, whatever they belong to, reach a file, a process or code in a text.
 REACHING = {
@@ -61,10 +65,17 @@ KNOWN = {
     ("backends.Backend.load", "importlib.import_module"),  # of a name in the table
     ("backends.compiled.Library._loaded", "failure.read_text"),  # why it was not built
     ("backends.compiled.Library._loaded", "ctypes.CDLL"),
-    ("cli._write", "os.open"),  # the null device, when nobody reads the output
+    ("cli._closed_pipe", "os.open"),  # the null device, when nobody reads the output
+    ("cli._explain", "request.html.write_text"),
+    ("explain.page", "_TEMPLATE.read_text"),
     ("models.check_path", "path.open"),
     ("models.load", "transformers.AutoTokenizer.from_pretrained"),
     ("models.load", "transformers.AutoModelForCausalLM.from_pretrained"),
+    ("objectives._data", "?.read_text"),  # what the package ships
+    ("report.write_report", "folder.mkdir"),
+    ("report.write_report", "page.write_text"),
+    ("report.write_report", "path.write_bytes"),
+    ("tuning._alone", "?.open"),  # a lock
 }
 
 
