@@ -824,8 +824,7 @@ def _explain(request: ExplainRequest) -> int:
             page = explaining.page(logits, texts, params, history, text)
             request.html.write_text(page, encoding="utf-8")
     except OSError as error:
-        _complain(f"{error.filename} cannot be written: {error.strerror}")
-        return EXIT_BAD_VALUE
+        return _not_written(error)
     continuations = explaining.compare(
         language_model,
         [*ids, *written],
@@ -866,6 +865,10 @@ def _steps_table(explanation: explaining.Explanation, texts: Sequence[str], top:
 
 
 def _tune(request: TuneRequest) -> int:
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)  # not refused when all is done
+    except OSError as error:
+        return _not_written(error)
     messages = _messages()
     language_model = _load(request.on, messages)
     try:
@@ -902,12 +905,21 @@ def _tune(request: TuneRequest) -> int:
         _complain(str(error))
         return EXIT_FAILED
     best_line = _as_options(result.best_params)
-    files = write_report(result, request.out, request.metrics, f"llm-sampling generate {best_line}")
+    usage = f"llm-sampling generate {best_line}"
+    try:
+        files = write_report(result, request.out, request.metrics, usage)
+    except OSError as error:
+        return _not_written(error)
     found = dict(zip(request.metrics, result.best_values, strict=True))
     messages.print(f"best of {len(result.trials)} trials: {_named(found)}", markup=False)
     messages.print(f"{len(files)} files in {request.out}", markup=False, soft_wrap=True)
     sys.stdout.write(f"{best_line}\n")
     return 0
+
+
+def _not_written(error: OSError) -> int:
+    _complain(f"{error.filename} cannot be written: {error.strerror}")
+    return EXIT_BAD_VALUE
 
 
 def _as_options(values: Mapping[str, Any]) -> str:

@@ -266,6 +266,9 @@ def check_search(
         raise ValueError(
             f"storage must be a URL such as 'sqlite:///tuning.db' or None, got {storage!r}"
         )
+    file = _sqlite_file(storage)
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"storage must lie in a folder that is there, got {storage!r}")
     if not isinstance(study_name, str) or not study_name:
         raise ValueError(f"study_name must be a string that is not empty, got {study_name!r}")
     checked = _checked_space(space, method)
@@ -658,19 +661,26 @@ def _best(study: optuna.Study) -> FrozenTrial | None:
 @contextlib.contextmanager
 def _alone(storage: str | None) -> Iterator[None]:
     """Hold a lock beside an SQLite file, which ends with the process, however that ends."""
-    prefix = "sqlite:///"
-    if storage is None or not storage.startswith(prefix) or storage == prefix:
+    path = _sqlite_file(storage)
+    if path is None:
         yield
         return
     import fcntl
 
-    path = Path(storage.removeprefix(prefix))
     with Path(f"{path}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"storage {storage!r} is in use by another process") from None
         yield
+
+
+def _sqlite_file(storage: str | None) -> Path | None:
+    """Where the URL of an SQLite storage has it."""
+    prefix = "sqlite:///"
+    if storage is None or not storage.startswith(prefix) or storage == prefix:
+        return None
+    return Path(storage.removeprefix(prefix))
 
 
 @contextlib.contextmanager

@@ -6,9 +6,11 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ gguf = pytest.importorskip("gguf", reason="needs the extra 'cli'")
 
 from test_generation import byte_tokenizer  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 A, B, NEWLINE = (byte_tokenizer()(text)["input_ids"][0] for text in "ab\n")
 END = byte_tokenizer().eos_token_id
 
@@ -528,3 +531,35 @@ def test_the_default_model_answers_in_chat_and_stops_by_itself(run_smollm):
     assert "Paris" in out
     assert "<|" not in out
     assert int(re.search(r"(\d+) tokens? in", err).group(1)) < 60
+
+
+def commands_in_docs():
+    """Every line of the documents' shell blocks that is one of ours, its options as a list."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            for line in re.split(r"\n|&&", block):
+                if line.strip().startswith("llm-sampling "):
+                    yield pytest.param(
+                        shlex.split(line)[1:], id=f"{path.name}: {line.strip()}"[:90]
+                    )
+
+
+@pytest.mark.parametrize("argv", list(commands_in_docs()))
+def test_commands_in_the_docs_are_understood(argv, tmp_path, monkeypatch):
+    requests = []
+    monkeypatch.chdir(tmp_path)
+    for name in ("_generate", "_chat", "_explain", "_tune"):
+        monkeypatch.setattr(cli, name, lambda request: requests.append(request) or 0)
+    if argv[0] == "tune":
+        for package in cli.TUNE_PACKAGES:
+            pytest.importorskip(package, reason="needs the extra 'tune'")
+    assert cli.main(argv) == 0
+    assert len(requests) == 1
+
+
+def test_docs_have_commands():
+    """And one that is wrong is seen."""
+    found = [argv.values[0][0] for argv in commands_in_docs()]
+    assert {"generate", "chat", "explain", "tune"} <= set(found)
+    assert cli.main(["explain", "x", "--tops", "3"]) == 2

@@ -150,6 +150,14 @@ def test_what_is_wrong_is_refused_before_the_model_is_loaded(
     assert message in err
 
 
+def test_a_folder_that_cannot_be_made(capsys: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / "file").write_text("")
+    assert cli.main(["tune", *SPACE, "--out", str(tmp_path / "file/out")]) == 2
+    message = f"{tmp_path}/file/out cannot be written: Not a directory"
+    assert capsys.readouterr() == ("", f"llm-sampling: {message}\n")
+
+
 @pytest.mark.parametrize("package", cli.TUNE_PACKAGES)
 def test_a_missing_package_is_named(package: str, capsys: Any, monkeypatch: Any) -> None:
     find = cli.importlib.util.find_spec

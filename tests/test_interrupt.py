@@ -488,30 +488,14 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 
 @pytest.fixture(scope="module")
-def model_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def model_options(model_path: Path) -> list[str]:
     """Options for a tiny random model over bytes, which goes on writing a."""
     for package in cli.EXTRA_PACKAGES:
         pytest.importorskip(package, reason="needs the extra 'cli'")
-    import transformers
     from test_generation import byte_tokenizer
 
-    path = tmp_path_factory.mktemp("tiny")
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=100_000,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    (letter,) = tokenizer("a")["input_ids"]
-    return ["--model", str(path), "--logit-bias", f"{letter}=100", "--threads", "1"]
+    (letter,) = byte_tokenizer()("a")["input_ids"]
+    return ["--model", str(model_path), "--logit-bias", f"{letter}=100", "--threads", "1"]
 
 
 def test_ctrl_c_leaves_a_usable_prompt(

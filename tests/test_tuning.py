@@ -307,6 +307,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"storage": "tuning.db"},
         "storage must be a URL such as 'sqlite:///tuning.db' or None, got 'tuning.db'",
     ),
+    "folder": (
+        {"storage": "sqlite:///nowhere/tuning.db"},
+        "storage must lie in a folder that is there, got 'sqlite:///nowhere/tuning.db'",
+    ),
     "study": ({"study_name": ""}, "study_name must be a string that is not empty, got ''"),
     "direction": ({"direction": "up"}, "direction must be 'minimize' or 'maximize', got 'up'"),
     "directions": (

@@ -1,0 +1,69 @@
+"""Where a text ends: its length in tokens by stop limit, of the default model.
+
+``python examples/stop_strings.py stop-strings.png`` continues a few prompts up to the first, second
+and so on end of a sentence, and draws how long the texts are. Needs the extra ``tune``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from llm_sampling import SamplingParams, models
+from llm_sampling.generation import generate
+
+PROMPTS = (
+    "The lighthouse keeper",
+    "How to bake a loaf of bread:",
+    "My favourite colour is",
+    "It rained all day, so",
+)
+STOP = (".", "!", "?")
+LIMITS = (1, 2, 3, 4, 5)
+MAX_NEW_TOKENS = 120
+PARAMS = SamplingParams(temperature=0.7, top_p=0.9, seed=1)
+
+
+def lengths(language_model: models.LanguageModel, prompt: str) -> list[int]:
+    """Tokens of the prompt's text for each limit; each text begins with the one before."""
+    return [
+        len(
+            generate(
+                language_model.model,
+                prompt,
+                PARAMS,
+                tokenizer=language_model.tokenizer,
+                stop=STOP,
+                stop_limit=limit,
+                ignore_eos=True,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )[0].token_ids
+        )
+        for limit in LIMITS
+    ]
+
+
+def draw(of_prompt: Sequence[Sequence[int]], path: str) -> None:
+    """A line for each prompt."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for prompt, tokens in zip(PROMPTS, of_prompt, strict=True):
+        axes.plot(LIMITS, tokens, "o-", label=prompt)
+    axes.axhline(MAX_NEW_TOKENS, color="grey", linewidth=0.8, linestyle="--")
+    axes.annotate("max_new_tokens", (1, MAX_NEW_TOKENS), va="bottom", color="grey")
+    axes.set(xticks=LIMITS, xlabel="stop_limit, with . ! ? as stop strings", ylabel="tokens")
+    axes.set_ylim(0, MAX_NEW_TOKENS * 1.12)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120)
+
+
+def main(path: str) -> None:
+    """Load the model, generate and draw."""
+    language_model = models.load(models.default_model_path(), lambda stage: None)
+    draw([lengths(language_model, prompt) for prompt in PROMPTS], path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
