@@ -367,7 +367,7 @@ def picture(
     except ImportError as error:
         raise RuntimeError("a picture needs matplotlib: pip install matplotlib") from error
     with style.context(["default", _STYLE]):  # nobody's own style
-        size = (1.7 + 2.2 * len(stages), 1.7 + 0.225 * (len(lines) + 1))
+        size = (max(7.4, 1.7 + 2.2 * len(stages)), 1.7 + 0.225 * (len(lines) + 1))  # the legend's
         figure = Figure(figsize=size, layout="constrained")
         _draw(figure, explanation, texts, lines, stages, title)
         figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
