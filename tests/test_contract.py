@@ -15,7 +15,7 @@ import torch
 import llm_sampling
 from llm_sampling import BatchParams, SamplingParams, backends, history, library
 from llm_sampling.backends import BACKENDS, SampleCall, args
-from llm_sampling.params import OFF_VALUES
+from llm_sampling.params import _RULES, OFF_VALUES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llm_sampling"
@@ -90,6 +90,19 @@ def test_command_line_has_every_parameter():
     )
     options = {argument.arg for argument in sampling.args.args + sampling.args.kwonlyargs}
     assert set(PARAMETERS) <= options
+
+
+def test_page_has_every_parameter_with_its_rule():
+    """But for the two that it cannot change."""
+    page = read("llm_sampling/data/explain.html")
+    fields = page[page.index("const FIELDS = {") : page.index("const NUMBER")]
+    rules = dict(re.findall(r'^  (\w+): \{.*?rule: "(.*?)"', fields, re.MULTILINE | re.DOTALL))
+    offs = dict(re.findall(r"^  (\w+): \{\s*label: .*?, off: (\S+),", fields, re.MULTILINE))
+    shown = [name for name in PARAMETERS if name not in ("logit_bias", "seed")]
+    assert rules == {name: _RULES[name] for name in shown}
+    assert {name: float(off) for name, off in offs.items()} == {
+        name: OFF_VALUES[name] for name in shown
+    }
 
 
 def parameter_table(path):
