@@ -31,7 +31,9 @@ def replay(
     return subprocess.run([out, *inputs], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_corpus(tmp_path: Path) -> None:
+    """CI's minute of tests/fuzz.sh begins with it, under the same sanitizers."""
     done = replay(ROOT, tmp_path / "replay", CORPUS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == f"{len(CORPUS)} inputs\n"
