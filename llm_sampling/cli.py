@@ -709,8 +709,12 @@ def _progress(messages: "Console", title: str) -> Iterator[Callable[[str], None]
     import tqdm  # type: ignore[import-untyped]
 
     # The loader's own bars would tear the status line, and transformers can switch off only some.
-    tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
-    if messages.is_terminal:
+    own = tqdm.tqdm.__init__
+    tqdm.tqdm.__init__ = functools.partialmethod(own, disable=True)
+    try:
+        if not messages.is_terminal:
+            yield lambda stage: messages.print(f"{title}: {stage}", markup=False, soft_wrap=True)
+            return
         status = messages.status(title)
         try:
             # half of a start would leave the cursor hidden
@@ -720,8 +724,8 @@ def _progress(messages: "Console", title: str) -> Iterator[Callable[[str], None]
         finally:
             with _interrupts_wait():
                 status.stop()
-    else:
-        yield lambda stage: messages.print(f"{title}: {stage}", markup=False, soft_wrap=True)
+    finally:
+        tqdm.tqdm.__init__ = own
 
 
 def _check_fit(

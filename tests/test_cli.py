@@ -533,6 +533,15 @@ def test_the_default_model_answers_in_chat_and_stops_by_itself(run_smollm):
     assert int(re.search(r"(\d+) tokens? in", err).group(1)) < 60
 
 
+def test_progress_bars_of_others_come_back(run):
+    """The loader's are switched off while a model loads, and no longer."""
+    tqdm = pytest.importorskip("tqdm")
+    before = tqdm.tqdm.__init__
+    assert run("x", "--max-new-tokens", 1)[0] == 0
+    assert tqdm.tqdm.__init__ is before
+    assert not tqdm.tqdm(range(3), file=io.StringIO()).disable
+
+
 def commands_in_docs():
     """Every line of the documents' shell blocks that is one of ours, its options as a list."""
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):

@@ -67,6 +67,7 @@ KNOWN = {
     ("backends.compiled.Library._loaded", "ctypes.CDLL"),
     ("cli._closed_pipe", "os.open"),  # the null device, when nobody reads the output
     ("cli._explain", "request.html.write_text"),
+    ("cli._tune", "request.out.mkdir"),
     ("explain.page", "_TEMPLATE.read_text"),
     ("models.check_path", "path.open"),
     ("models.load", "transformers.AutoTokenizer.from_pretrained"),
