@@ -245,6 +245,18 @@ def _interrupts_wait() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
+@contextmanager
+def _shown(display: Any) -> Iterator[None]:
+    """Start what rich draws on a terminal, and stop it; half of either would hide the cursor."""
+    try:
+        with _interrupts_wait():
+            display.start()
+        yield
+    finally:
+        with _interrupts_wait():
+            display.stop()
+
+
 def _complain(message: str) -> None:
     sys.stderr.write(f"llm-sampling: {' '.join(message.split())}\n")
 
@@ -361,7 +373,7 @@ def _build_app() -> "typer.Typer":
     def command(
         run: Callable[[Any], int],
         *groups: Callable[..., dict[str, Any]],
-        needs: tuple[str, Sequence[str]] = ("cli", EXTRA_PACKAGES),
+        needs: tuple[str, Sequence[str]] | None = None,
     ) -> Callable[[Callable[..., Any]], None]:
         """Make a command, with these groups of options, of a function that gives what it runs."""
 
@@ -372,7 +384,7 @@ def _build_app() -> "typer.Typer":
             ]
 
             def called(**values: Any) -> int:
-                if not _has_extra(*needs):
+                if needs is not None and not _has_extra(*needs):
                     return EXIT_FAILED
                 try:
                     try:
@@ -716,14 +728,8 @@ def _progress(messages: "Console", title: str) -> Iterator[Callable[[str], None]
             yield lambda stage: messages.print(f"{title}: {stage}", markup=False, soft_wrap=True)
             return
         status = messages.status(title)
-        try:
-            # half of a start would leave the cursor hidden
-            with _interrupts_wait():
-                status.start()
+        with _shown(status):
             yield lambda stage: status.update(f"{title}: {stage}")
-        finally:
-            with _interrupts_wait():
-                status.stop()
     finally:
         tqdm.tqdm.__init__ = own
 
@@ -959,14 +965,9 @@ def _trials_shown(
         trials.append(trial)
         live.update(_trial_table(request, trials), refresh=True)
 
-    try:
-        # half of a start would leave the cursor hidden
-        with _interrupts_wait():
-            live.start(refresh=True)
+    with _shown(live):
+        live.refresh()
         yield draw
-    finally:
-        with _interrupts_wait():
-            live.stop()
 
 
 #: Of which the table on the terminal has the last.
@@ -983,7 +984,7 @@ def _trial_table(request: TuneRequest, trials: Sequence["FrozenTrial"]) -> "Tabl
     best = _best_by_metric(request, trials)
     first = max(0, len(trials) - SHOWN_TRIALS)
     for number, trial in enumerate(trials[first:], first + 1):
-        values = [f"{value:.4g}" for value in trial.values or ()]
+        values = [_short(value) for value in trial.values or ()]
         marked = [
             f"[bold green]{value}[/]" if trial is best[column] else value
             for column, value in enumerate(values)
