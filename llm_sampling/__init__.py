@@ -13,6 +13,7 @@ from llm_sampling.history import TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits, sample
 from llm_sampling.sampler import Sampler
+from llm_sampling.sharded import sample_sharded
 from llm_sampling.version import VERSION
 
 __version__ = VERSION
@@ -28,4 +29,5 @@ __all__ = [
     "backends",
     "filter_logits",
     "sample",
+    "sample_sharded",
 ]

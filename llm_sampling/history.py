@@ -156,6 +156,17 @@ class TokenHistory:
             self.vocab_size,
         )
 
+    def part(self, start: int, width: int) -> TokenHistory:
+        """The same rows over ids ``start`` up to ``start + width - 1`` alone, to be read.
+
+        The counts and lengths are this history's own memory; append to the whole one.
+        """
+        part = object.__new__(TokenHistory)  # the counts have gaps between their rows
+        part.seen = slice_bits(self.seen, start, width)
+        part.counts = self.counts[:, start : start + width]
+        part.lengths, part.slots, part.vocab_size = self.lengths, self.slots, width
+        return part
+
     def append(self, tokens: Tensor) -> None:
         """Record the token that each row produced. Never waits for the device.
 
@@ -226,6 +237,25 @@ class TokenHistory:
             ValueError: a row does not exist or is named twice.
         """
         self.slots = self.slots[selection(rows, self.rows).to(self.device)]
+
+
+def slice_bits(words: Tensor, start: int, width: int) -> Tensor:
+    """Bits ``start`` up to ``start + width - 1`` of each row of int32 words, in words of their own.
+
+    Bits past ``width`` are clear.
+    """
+    count = -(-width // 32)
+    first, shift = divmod(start, 32)
+    sliced = words[:, first : first + count]
+    if shift:
+        above = words[:, first + 1 : first + 1 + count] & ((1 << shift) - 1)
+        sliced = (sliced >> shift) & ((1 << (32 - shift)) - 1)  # the shift copies the sign
+        sliced[:, : above.shape[1]] |= above << (32 - shift)
+    else:
+        sliced = sliced.clone()
+    if width % 32:
+        sliced[:, -1] &= (1 << (width % 32)) - 1
+    return sliced
 
 
 def check_vocab_size(vocab_size: object) -> None:

@@ -6,7 +6,6 @@ The op takes the batch and the history field by field: a schema knows only tenso
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,14 +14,10 @@ from torch import Tensor
 from llm_sampling import backends
 from llm_sampling.backends import SampleCall, SampleOutput
 from llm_sampling.history import TokenHistory
-from llm_sampling.params import BatchParams
+from llm_sampling.params import DTYPES, BatchParams
 
 _BATCH_FLAGS = ("all_greedy", "any_filter")
-BATCH_FIELDS = tuple(
-    f.name
-    for f in fields(BatchParams)
-    if f.name not in ("unseeded", "needs_history", *_BATCH_FLAGS)
-)
+BATCH_FIELDS = tuple(name for name in DTYPES if name != "unseeded")
 HISTORY_FIELDS = ("seen", "counts", "lengths", "slots")
 
 _INPUTS = ", ".join(

@@ -165,6 +165,20 @@ class SamplingParams:
         return self.top_k > 0 or _float32(self.top_p) < 1 or _float32(self.min_p) > 0
 
     @property
+    def kept_at_most(self) -> int:
+        """How many tokens greedy or top-k leave at most; 0 where neither is on."""
+        if _float32(self.temperature) == 0:
+            return 1
+        return max(self.top_k, self.min_tokens_to_keep) if self.top_k > 0 else 0
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether top-p or min-p may have to keep more than one token."""
+        return self.min_tokens_to_keep > 1 and (
+            _float32(self.top_p) < 1 or _float32(self.min_p) > 0
+        )
+
+    @property
     def needs_history(self) -> bool:
         """Whether a penalty is on, so that the tokens so far matter."""
         return (
@@ -203,7 +217,7 @@ def _as_int64(value: int) -> int:
 
 
 #: Of each tensor of a BatchParams.
-_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "temperature": torch.float32,
         "top_k": torch.int32,
@@ -245,9 +259,14 @@ class BatchParams:
         position: int64, how many tokens each request has produced so far; None if not given.
         needs_history: whether any row has a penalty.
         all_greedy: whether every row has temperature 0.
-        any_filter: whether any row has top-k, top-p or min-p. The last three are read on the host
-            to choose a kernel: who changes tensors in place, under a captured graph for example,
-            keeps them true, or has them say that everything may occur.
+        any_filter: whether any row has top-k, top-p or min-p.
+        kept_at_most: no row's step 11 keeps more tokens than this; 0 if one may keep any number.
+        any_top_k: whether any row has top-k or is greedy.
+        any_top_p: whether any row has top-p.
+        any_floor: whether any row has top-p or min-p and a ``min_tokens_to_keep`` above 1. The last
+            seven are read on the host, to choose a kernel or the messages between ranks: who
+            changes tensors in place, under a captured graph for example, keeps them true, or has
+            them say that everything may occur, as the last four do unless they are given.
     """
 
     temperature: Tensor
@@ -268,6 +287,10 @@ class BatchParams:
     needs_history: bool
     all_greedy: bool
     any_filter: bool
+    kept_at_most: int = 0
+    any_top_k: bool = True
+    any_top_p: bool = True
+    any_floor: bool = True
 
     @classmethod
     def from_list(
@@ -308,6 +331,7 @@ class BatchParams:
         unseeded = [row.seed is None for row in params]
         seeds = [0 if row.seed is None else _as_int64(row.seed) for row in params]
         cuts = [_min_p_cut(row.min_p) for row in params]
+        kept = [row.kept_at_most for row in params]
         return cls(
             temperature=temperature,
             top_k=ints("top_k"),
@@ -335,6 +359,10 @@ class BatchParams:
             needs_history=any(row.needs_history for row in params),
             all_greedy=all(_float32(row.temperature) == 0 for row in params),
             any_filter=any(row.has_filter for row in params),
+            kept_at_most=0 if 0 in kept else max(kept, default=0),
+            any_top_k=any(kept),
+            any_top_p=any(_float32(row.top_p) < 1 for row in params),
+            any_floor=any(row.has_floor for row in params),
         )
 
     @property
@@ -361,7 +389,7 @@ class BatchParams:
     def _check_tensors(self) -> None:
         rows = self.temperature.shape[0] if isinstance(self.temperature, Tensor) else 0
         entries = self.logit_bias_ids.shape[0] if isinstance(self.logit_bias_ids, Tensor) else 0
-        for name, dtype in _DTYPES.items():
+        for name, dtype in DTYPES.items():
             tensor = getattr(self, name)
             if tensor is None and name in ("unseeded", "position"):
                 continue
@@ -415,6 +443,18 @@ class BatchParams:
             raise _refuse("all_greedy", "False where a row has a temperature", self.all_greedy)
         if not self.any_filter and bool(filtered.any()):
             raise _refuse("any_filter", "True where a row has a filter", self.any_filter)
+        kept = torch.where(self.top_k > 0, torch.maximum(self.top_k, self.min_tokens_to_keep), 0)
+        kept = torch.where(temperature == 0, 1, kept)
+        if self.kept_at_most and not bool(((kept > 0) & (kept <= self.kept_at_most)).all()):
+            rule = "0, or at least what top-k keeps in every row"
+            raise _refuse("kept_at_most", rule, self.kept_at_most)
+        floor = (self.min_tokens_to_keep > 1) & ((top_p < 1) | (min_p > 0))
+        if not self.any_top_k and bool(kept.any()):
+            raise _refuse("any_top_k", "True where a row has top_k or is greedy", self.any_top_k)
+        if not self.any_top_p and bool((top_p < 1).any()):
+            raise _refuse("any_top_p", "True where a row has top_p", self.any_top_p)
+        if not self.any_floor and bool(floor.any()):
+            raise _refuse("any_floor", "True where a row has a floor", self.any_floor)
 
     def to(self, device: torch.device | str) -> BatchParams:
         """The same parameters on another device."""

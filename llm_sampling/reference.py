@@ -76,10 +76,13 @@ def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
     return torch.where(nan, -_INF, x + 0.0), nan.any(-1)
 
 
-def depth(x: Tensor, temperature: Tensor) -> Tensor:
-    """Step 9: octaves below the row's best token; ``temperature`` is ``(rows,)``."""
-    m = x.amax(-1, keepdim=True)
-    s = (torch.tensor(_LOG2_E, dtype=torch.float32, device=x.device) / temperature).unsqueeze(1)
+def depth(x: Tensor, temperature: Tensor, best: Tensor | None = None) -> Tensor:
+    """Step 9: octaves below the row's best token, which is looked for in ``x`` unless it is given.
+
+    ``temperature`` and ``best`` are ``(rows,)``.
+    """
+    m = (x.amax(-1) if best is None else best).unsqueeze(1)
+    s = (torch.full_like(temperature, _LOG2_E) / temperature).unsqueeze(1)
     return torch.where(x == m, 0.0, (m - x) * s)
 
 
@@ -94,6 +97,13 @@ def mass(d: Tensor) -> Tensor:
         p = p + c
     m = (p * 2.0**24).to(torch.int64)
     return (m << 18) >> e.to(torch.int64)
+
+
+def target(z: Tensor, top_p: Tensor) -> Tensor:
+    """Step 12: how much of the mass ``z`` the nucleus must have."""
+    share = ((top_p.double() * 2.0**31).floor().to(torch.int64) - 2**11).clamp(min=0)
+    z_high, z_low = z >> 31, z & (2**31 - 1)  # z * P takes up to 94 bits
+    return (z_high * share + ((z_low * share + (2**31 - 1)) >> 31)).clamp(min=1)
 
 
 def kept_set(x: Tensor, batch: BatchParams) -> tuple[Tensor, Tensor]:
@@ -115,12 +125,9 @@ def kept_set(x: Tensor, batch: BatchParams) -> tuple[Tensor, Tensor]:
     at_most = torch.where(top_k > 0, torch.maximum(top_k, keep_at_least), vocab_size)
     length = torch.minimum(length, at_most)
 
-    # 12 top-p: the shortest prefix whose mass reaches target, ceil(Z * P / 2^31) in two halves
+    # 12 top-p: the shortest prefix whose mass reaches the target
     z = cumulative.gather(-1, (length - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    share = ((batch.top_p.double() * 2.0**31).floor().to(torch.int64) - 2**11).clamp(min=0)
-    z_high, z_low = z >> 31, z & (2**31 - 1)
-    target = (z_high * share + ((z_low * share + (2**31 - 1)) >> 31)).clamp(min=1)
-    reaching = (cumulative < target.unsqueeze(-1)).sum(-1) + 1
+    reaching = (cumulative < target(z, batch.top_p).unsqueeze(-1)).sum(-1) + 1
     shortest = torch.where(batch.top_p < 1, torch.maximum(reaching, keep_at_least), vocab_size)
     length = torch.minimum(length, shortest)
 

@@ -170,24 +170,31 @@ def make_call(
     batch = pack(params, rows, device)
     check_history(history, batch, rows, vocab_size, device)
     check_draws(num_samples, logprobs, check)
-    if positions is not None:
-        position: Tensor | None = positions_tensor(positions, rows, device)
-    elif batch.position is not None:
-        position = batch.position
-    elif history is not None:
-        position = history.lengths[history.slots.to(torch.int64)]
-    else:
-        position = torch.zeros(rows, dtype=torch.int64, device=device)
     batch = batch.seeded() if seeded else batch
     return SampleCall(
         logits=logits,
-        batch=replace(batch, position=position),
+        batch=replace(batch, position=position_of(positions, batch, history)),
         history=history if batch.needs_history else None,
-        allowed_mask=None if allowed_mask is None else check_mask(allowed_mask, logits),
+        allowed_mask=None
+        if allowed_mask is None
+        else check_mask(allowed_mask, rows, vocab_size, device),
         num_samples=num_samples,
         logprobs=logprobs,
         check=device.type == "cpu" if check is None else check,
     )
+
+
+def position_of(
+    positions: Sequence[int] | Tensor | None, batch: BatchParams, history: TokenHistory | None
+) -> Tensor:
+    """int64 ``(rows,)``: what was given, else what ``batch`` or ``history`` has, else zeros."""
+    if positions is not None:
+        return positions_tensor(positions, batch.rows, batch.device)
+    if batch.position is not None:
+        return batch.position
+    if history is not None:
+        return history.lengths[history.slots.to(torch.int64)]
+    return torch.zeros(batch.rows, dtype=torch.int64, device=batch.device)
 
 
 def check_history(
@@ -229,9 +236,8 @@ def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> N
         raise ValueError(f"check must be True, False or None, got {check!r}")
 
 
-def check_mask(mask: Tensor, logits: Tensor) -> Tensor:
+def check_mask(mask: Tensor, rows: int, vocab_size: int, device: torch.device) -> Tensor:
     """``mask`` with last stride 1; a ValueError if it does not fit the logits."""
-    rows, vocab_size = logits.shape
     if not isinstance(mask, Tensor) or mask.dtype != torch.int32:
         what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"allowed_mask must be an int32 tensor, got {what}")
@@ -241,8 +247,6 @@ def check_mask(mask: Tensor, logits: Tensor) -> Tensor:
             f"allowed_mask must have shape (rows, ceil(vocab_size / 32)) = {shape}, "
             f"got {tuple(mask.shape)}"
         )
-    if mask.device != logits.device:
-        raise ValueError(
-            f"allowed_mask must be on the logits' device {logits.device}, got {mask.device}"
-        )
+    if mask.device != device:
+        raise ValueError(f"allowed_mask must be on the logits' device {device}, got {mask.device}")
     return mask if mask.stride(1) == 1 else mask.contiguous()

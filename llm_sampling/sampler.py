@@ -147,7 +147,7 @@ class Sampler:
         if self._history is not None and self._history.slots is not self._slots:
             self._check_history()
         if allowed_mask is not None:
-            allowed_mask = check_mask(allowed_mask, logits)
+            allowed_mask = check_mask(allowed_mask, self.rows, self.vocab_size, self.device)
         return step(logits, allowed_mask)
 
     def _check(self, logits: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ PIECES = {"logit_bias": ["logit_bias_offsets", "logit_bias_ids", "logit_bias_val
 
 #: What BatchParams has beyond the parameters: derived from them, or given with a call.
 FLAGS = {"needs_history", "all_greedy", "any_filter"}
+FLAGS |= {"kept_at_most", "any_top_k", "any_top_p", "any_floor"}
 DERIVED = {"min_p_cut", "unseeded", "position", *FLAGS}
 
 #: Each module may import from the lines above its own, and from no other.
@@ -36,7 +37,7 @@ LAYERS = (
     ("reference", "backends.args", "backends.triton_kernel", "library"),
     ("backends.compiled",),
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
-    ("sampler",),
+    ("sampler", "sharded"),
     ("__init__",),
     ("generation", "models", "integrations", "tuning"),
     ("integrations.huggingface", "objectives", "report", "explain"),
@@ -352,13 +353,13 @@ def test_back_edges_are_seen():
     assert imports_of("from llm_sampling import Sampler, history") == {"__init__", "history"}
 
 
-def test_reference_is_for_one_backend_and_to_explain():
+def test_reference_is_for_one_backend_to_explain_and_between_ranks():
     users = [
         name
         for name, path in MODULES.items()
         if "reference" in imports_of(path.read_text(encoding="utf-8"))
     ]
-    assert sorted(users) == ["backends.torch", "explain"]
+    assert sorted(users) == ["backends.torch", "explain", "sharded"]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "cli"])
