@@ -105,8 +105,8 @@ def sample_sharded(
         backend: the kernel that works on this rank's part, as for ``sample``.
         check: have the ranks compare what they were called with, before anything depends on it,
             and raise for rows with NaN, +inf or no candidate. Default: True for logits on the CPU,
-            False where it would wait for the device; then ranks that disagree wait for each other
-            until the group's timeout, or give tokens without meaning.
+            False where it would wait for the device; ranks that disagree then fail as the group's
+            backend does, wait until its timeout, or give tokens without meaning.
 
     Returns:
         ``SampleOutput(tokens, logprobs, status)`` as of ``sample``, the same on every rank.
@@ -445,7 +445,7 @@ def _by_candidates(part: _Part, ranks: _Ranks) -> SampleOutput:
         told += [raw.x.gather(-1, ids).view(torch.int64), raw.words()]
     everyone = ranks.gather(torch.cat(told, -1))
 
-    words = everyone[..., :width].transpose(0, 1).flatten(1)  # in order of id
+    words = everyone[..., :width].transpose(0, 1).flatten(1).contiguous()  # in order of id
     ids = words & _LOW32
     if batch.unseeded is not None:
         batch = _seeded(batch, everyone[..., width + 1].amax(0))

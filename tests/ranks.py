@@ -1,0 +1,104 @@
+"""Processes that make up a gloo group on this machine and run what a test gives them, side by side.
+
+A group is started once for all tests of a module: importing torch costs more than they do.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+#: Seconds that a rank may take for what it was given.
+PATIENCE = 300
+
+
+class Ranks:
+    """``size`` processes, each a rank of one gloo group; ``timeout`` seconds are the group's."""
+
+    def __init__(self, size: int, timeout: float = 60) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(there, rank, size, store, timeout), daemon=True
+            )
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What ``function(rank, *args)``, of a module, returns on every rank, or how it failed."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        return [self._answer(rank) for rank in range(self.size)]
+
+    def _answer(self, rank: int) -> Any:
+        pipe = self._pipes[rank]
+        if not pipe.poll(PATIENCE):
+            raise TimeoutError(f"rank {rank} of {self.size} does not answer")
+        try:
+            return pipe.recv()
+        except EOFError:
+            return Ended()
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._folder.cleanup()
+
+
+class Ended:
+    """What a rank answers that is no more."""
+
+
+class Raised:
+    """What a rank answers that has raised."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.type = type(error).__name__
+        self.message = str(error)
+        self.traceback = traceback.format_exc()
+
+    def __repr__(self) -> str:
+        return self.traceback
+
+
+def _serve(pipe: Connection, rank: int, size: int, store: str, timeout: float) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = function(rank, *args)
+        except BaseException as error:
+            answer = Raised(error)
+        pipe.send(answer)
