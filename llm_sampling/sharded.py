@@ -492,14 +492,35 @@ def _shaped(part: _Part, tokens: Tensor, logprobs: Tensor | None, status: Tensor
 # ------------------------------------------------------------------------------------------- cuts
 
 
+@dataclass
+class _Weighed:
+    """This rank's part of step 10, and what of it is kept.
+
+    Attributes:
+        x: float32 ``(rows, columns)`` after step 6.
+        key: their order.
+        best: the largest x of all ranks, ``(rows,)``.
+        d, w: depth and mass; w is 0 where x is -inf.
+        tied: whether a token has the last kept key, of which not all may be kept.
+        count: of all ranks' tied tokens so many are kept, ``(rows,)``; each has the mass ``each``.
+    """
+
+    x: Tensor
+    key: Tensor
+    best: Tensor
+    d: Tensor
+    w: Tensor
+    tied: Tensor
+    count: Tensor
+    each: Tensor
+
+
 def _by_cuts(part: _Part, ranks: _Ranks) -> SampleOutput:
     """The last key of what is kept, the rank that the draw falls on, and from it the token."""
     batch = part.batch
     call = _call(part)
     x = part.backend.filter_logits(call)
-    candidate = x > -_INF
-    key = _key(x)
-    told = [key.amax(-1), _nan(part, call), *_seeds(part, ranks)]
+    told = [_key(x.amax(-1)), _nan(part, call), *_seeds(part, ranks)]
     first = ranks.max(torch.stack(told, -1))
     best = _value(first[:, 0])
     if batch.unseeded is not None:
@@ -507,101 +528,46 @@ def _by_cuts(part: _Part, ranks: _Ranks) -> SampleOutput:
 
     # 9 depth, 10 mass
     d = reference.depth(x, batch.temperature, best)
-    w = torch.where(candidate, reference.mass(d), 0)
+    w = torch.where(x > -_INF, reference.mass(d), 0)
+    nothing = torch.zeros_like(first[:, 0])
+    weighed = _Weighed(x, x, best, d, w, torch.zeros_like(x, dtype=torch.bool), nothing, nothing)
+    if batch.any_top_k or batch.any_filter:
+        weighed.key = _key(x)
+        _keep(weighed, batch, ranks)
+    tied, w = weighed.tied, weighed.w
 
-    def ending(cut: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of a cut its last key, how many of it are kept, and their depth and mass each."""
-        last = (cut + MAX_VOCAB_SIZE) // _COUNTS
-        count = last * _COUNTS - cut
-        depth = reference.depth(
-            torch.where(count > 0, _value(last.clamp(min=0)), best).unsqueeze(-1),
-            batch.temperature,
-            best,
-        ).squeeze(-1)
-        return last, count, depth, reference.mass(depth)
-
-    # a cut is one number, the smaller the more it keeps; this one keeps everything
-    cut = torch.full_like(first[:, 0], -_COUNTS)
-    one_each = candidate.to(torch.int32)
-
-    # 8 greedy, 11 top-k
-    greedy = batch.temperature == 0
-    floor = batch.min_tokens_to_keep.to(torch.int64)
-    if batch.any_top_k:
-        top_k = batch.top_k.to(torch.int64)
-        at_most = torch.where(top_k > 0, torch.maximum(top_k, floor), MAX_VOCAB_SIZE)
-        at_most = torch.where(greedy, 1, at_most)
-        last, left = _search(ranks, key, one_each, lambda total: torch.minimum(at_most, total))
-        cut = last * _COUNTS - left
-    keep = cut
-    if batch.any_floor:
-        last, left = _search(ranks, key, one_each, lambda total: torch.minimum(floor, total))
-        keep = last * _COUNTS - left
-
-    # 12 top-p
-    if batch.any_top_p:
-        last, count, _, each = ending(cut)
-        inside = torch.where(key > last.unsqueeze(-1), w, 0)
-        nucleus, left = _search(
-            ranks,
-            key,
-            inside,
-            lambda total: reference.target(total, batch.top_p),
-            at_last=(last, count * each),
-        )
-        each = ending(nucleus * _COUNTS - 1)[3].clamp(min=1)
-        nucleus = nucleus * _COUNTS - (left + each - 1) // each
-        if batch.any_floor:
-            nucleus = torch.minimum(nucleus, keep)
-        cut = torch.where(batch.top_p < 1, torch.maximum(cut, nucleus), cut)
-
-    # 13 min-p, whose cut is of depths: what is near enough, unless the floor goes deeper
-    near = d <= batch.min_p_cut.unsqueeze(-1)
-    deeper = torch.zeros_like(greedy)
-    if batch.any_floor:
-        deeper = ending(keep)[2] > batch.min_p_cut
-        cut = torch.where(deeper, torch.maximum(cut, keep), cut)
-        near |= deeper.unsqueeze(-1)
-    last, count, depth, each = ending(cut)
-    count = torch.where((depth <= batch.min_p_cut) | deeper, count, 0)
-
-    # 14 draw: whose it is
-    before_last = torch.where(near & (key > last.unsqueeze(-1)), w, 0)
-    tied = candidate & (key == last.unsqueeze(-1))
-    told = [before_last.sum(-1), tied.sum(-1)]
+    # 14 draw: on which rank, and there which token
+    told = [torch.where(tied, 0, w).sum(-1), tied.sum(-1)]
     if part.logprobs == "raw":
         raw = _Raw.of(part.logits)
         told += raw.words().unbind(-1)
     everyone = ranks.gather(torch.stack(told, -1))
     ties = everyone[..., 1]
     ties_before = ties.cumsum(0) - ties
-    kept_ties = torch.minimum((count - ties_before).clamp(min=0), ties)
-    kept_mass = everyone[..., 0] + kept_ties * each
+    kept_ties = torch.minimum((weighed.count - ties_before).clamp(min=0), ties)
+    kept_mass = everyone[..., 0] + kept_ties * weighed.each
     mass_up_to = kept_mass.cumsum(0)
     s = mass_up_to[-1]
     me = ranks.group.rank()
     mine, before = kept_mass[me], mass_up_to[me] - kept_mass[me]
-
-    kept = tied & (tied.cumsum(-1) <= kept_ties[me].unsqueeze(-1))
-    w = torch.where(kept, w, before_last)
+    w = torch.where(tied & (tied.cumsum(-1) > kept_ties[me].unsqueeze(-1)), 0, w)
     cumulative = w.cumsum(-1)
     draws = []
     assert batch.position is not None
     for draw in range(part.num_samples):
         words = reference.philox(batch.seed, batch.position, draw)
-        r = reference.scaled(words[0], words[1], s) - before
-        index = (cumulative <= r.unsqueeze(-1)).sum(-1).clamp(max=x.shape[1] - 1)
+        r = (reference.scaled(words[0], words[1], s) - before).unsqueeze(-1)
+        index = (cumulative <= r).sum(-1, keepdim=True).clamp(max=x.shape[1] - 1)
         told = [index + part.vocab_start]
         if part.logprobs == "processed":
-            told.append(w.gather(-1, index.unsqueeze(-1)).squeeze(-1))
+            told.append(w.gather(-1, index))
         elif part.logprobs == "raw":
-            told.append(raw.x.gather(-1, index.unsqueeze(-1)).squeeze(-1).view(torch.int64))
-        here = (r >= 0) & (r < mine)
-        draws.append(torch.where(here.unsqueeze(-1), torch.stack(told, -1), 0))
+            told.append(raw.x.gather(-1, index).view(torch.int64))
+        here = (r >= 0) & (r < mine.unsqueeze(-1))
+        draws.append(torch.where(here, torch.cat(told, -1), 0))
     drawn = ranks.sum(torch.stack(draws, 1))
 
     none = best == -_INF
-    tokens = drawn[..., 0].masked_fill(none.unsqueeze(-1), -1)
     logprobs = None
     if part.logprobs == "processed":
         logprobs = (drawn[..., 1].double().log() - s.double().log().unsqueeze(-1)).to(torch.float32)
@@ -609,8 +575,71 @@ def _by_cuts(part: _Part, ranks: _Ranks) -> SampleOutput:
         logprobs = _Raw.logprobs(drawn[..., 1].contiguous().view(torch.float64), everyone[..., 2:])
     if logprobs is not None:
         logprobs = logprobs.masked_fill(none.unsqueeze(-1), math.nan)
+    tokens = drawn[..., 0].masked_fill(none.unsqueeze(-1), -1)
     status = first[:, 1] * STATUS_NAN + none * STATUS_NO_CANDIDATE + (best == _INF) * STATUS_POS_INF
     return _shaped(part, tokens, logprobs, status.to(torch.int32))
+
+
+def _keep(weighed: _Weighed, batch: BatchParams, ranks: _Ranks) -> None:
+    """Steps 8 and 11 to 13: clear the mass of what is not kept, and find the last key's ties.
+
+    A cut is one number: the last kept key, times ``_COUNTS``, minus how many of it are kept. So the
+    smaller one of two keeps more.
+    """
+    x, key, best = weighed.x, weighed.key, weighed.best
+    candidate = x > -_INF
+    cut = torch.full_like(key[:, 0], -_COUNTS)  # keeps everything
+
+    def ending(cut: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Its last key, how many of that are kept, and their depth and mass each."""
+        last = (cut + MAX_VOCAB_SIZE) // _COUNTS
+        count = last * _COUNTS - cut
+        value = torch.where(count > 0, _value(last.clamp(min=0)), best)
+        depth = reference.depth(value.unsqueeze(-1), batch.temperature, best).squeeze(-1)
+        return last, count, depth, reference.mass(depth)
+
+    def first_of_all(number: Tensor) -> Tensor:
+        """The cut that keeps so many, or all there are."""
+        one_each = candidate.to(torch.int32)
+        last, left = _search(ranks, key, one_each, lambda total: torch.minimum(number, total))
+        return last * _COUNTS - left
+
+    # 8 greedy, 11 top-k
+    floor = batch.min_tokens_to_keep.to(torch.int64)
+    if batch.any_top_k:
+        top_k = batch.top_k.to(torch.int64)
+        at_most = torch.where(top_k > 0, torch.maximum(top_k, floor), MAX_VOCAB_SIZE)
+        cut = first_of_all(torch.where(batch.temperature == 0, 1, at_most))
+    at_least = first_of_all(floor) if batch.any_floor else cut
+
+    # 12 top-p
+    if batch.any_top_p:
+        last, count, _, each = ending(cut)
+        nucleus, left = _search(
+            ranks,
+            key,
+            torch.where(key > last.unsqueeze(-1), weighed.w, 0),
+            lambda total: reference.target(total, batch.top_p),
+            at_last=(last, count * each),
+        )
+        _, _, _, each = ending(nucleus * _COUNTS - 1)
+        each = each.clamp(min=1)
+        nucleus = nucleus * _COUNTS - (left + each - 1) // each
+        if batch.any_floor:
+            nucleus = torch.minimum(nucleus, at_least)
+        cut = torch.where(batch.top_p < 1, torch.maximum(cut, nucleus), cut)
+
+    # 13 min-p keeps what is near; where the floor goes deeper, what the floor keeps
+    near = weighed.d <= batch.min_p_cut.unsqueeze(-1)
+    deeper = torch.zeros_like(cut, dtype=torch.bool)
+    if batch.any_floor:
+        deeper = ending(at_least)[2] > batch.min_p_cut
+        cut = torch.where(deeper, torch.maximum(cut, at_least), cut)
+        near |= deeper.unsqueeze(-1)
+    last, count, depth, weighed.each = ending(cut)
+    weighed.count = torch.where((depth <= batch.min_p_cut) | deeper, count, 0)
+    weighed.tied = candidate & (key == last.unsqueeze(-1))
+    weighed.w = torch.where(near & (key >= last.unsqueeze(-1)), weighed.w, 0)
 
 
 def _search(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
@@ -27,6 +28,7 @@ from ranks import Ended, Raised, Ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import sharded as benchmark
 from llm_sampling import (
     BatchParams,
     Sampler,
@@ -913,3 +915,52 @@ def test_latencies_on_paper_are_those_of_the_formula() -> None:
             messages, received = 1, 7 / 8 * 2 * 128256
         for rows, told in zip((1, 64, 256), times, strict=True):
             assert f"{messages * 20 + rows * received / 450e3:.1f}" == told, (what, rows)
+
+
+# ----------------------------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_checks_and_times_both(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "sharded.json"
+    arguments = ["--ranks", "2", "--rows", "1", "3", "--calls", "4", "--json", str(out)]
+    assert benchmark.main(arguments) == 0
+    record = json.loads(out.read_text())
+    assert record["command"] == "python -m benchmarks.sharded " + " ".join(arguments)
+    assert record["environment"]["threads"] == 1
+    lines = record["lines"]
+    assert [(line["ranks"], line["rows"], line["case"]) for line in lines] == [
+        (2, rows, case) for rows in (1, 3) for case in benchmark.CASES
+    ]
+    assert all(line["sharded_us"] > 0 < line["gather_us"] for line in lines)
+    shown = capsys.readouterr().out
+    assert shown.count("| 2 | ") == len(lines)
+    assert benchmark.table(lines) in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0"], "--ranks must be integers >= 1, got [0]"),
+        (["--ranks", "2", "5"], "--ranks must divide 128256"),
+        (["--rows", "0"], "--rows must be integers >= 1, got [0]"),
+        (["--calls", "0"], "--calls must be an integer >= 1, got 0"),
+    ],
+    ids=str,
+)
+def test_the_benchmark_says_what_it_cannot_take(
+    arguments: list[str], message: str, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_docs_show_what_the_benchmark_measured() -> None:
+    """docs/scale.md's table is that of the committed results."""
+    record = json.loads((ROOT / "benchmarks/results/sharded.json").read_text())
+    text = (ROOT / "docs/scale.md").read_text()
+    assert (
+        record["command"] == "python -m benchmarks.sharded --json benchmarks/results/sharded.json"
+    )
+    assert record["command"] in text
+    assert benchmark.table(record["lines"]) in text
