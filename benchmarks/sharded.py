@@ -3,8 +3,8 @@
 ``python -m benchmarks.sharded`` prints a markdown report; ``--json`` writes it to a file.
 
 Each rank has one thread and a slice of each row. "gather" puts the slices of all ranks together on
-every rank, which then samples from whole rows, as engines do. All ranks end with the tokens in both.
-A call's time is that of its slowest rank, from a barrier on. The two take turns.
+every rank, which then samples from whole rows, as engines do. In both, all ranks end with the
+tokens. A call's time is that of its slowest rank, from a barrier on. The two take turns.
 """
 
 from __future__ import annotations
