@@ -116,7 +116,7 @@ def sample_sharded(
             that the slices do not make up a vocabulary, and all ranks raise.
         InvalidLogitsError: ``check`` found bad rows, in whatever slice; all ranks raise.
         RuntimeError: ``check`` found that another rank refused its arguments; a rank has ended, or
-            was not there within the group's timeout; the named backend cannot run here;
+            does not come within the group's timeout; the named backend cannot run here;
             torch.distributed is not ready.
 
     Example:
@@ -351,8 +351,9 @@ class _Ranks:
             collective(*args, group=self.group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"sample_sharded on rank {self.group.rank()} of {self.group.size()}: a rank has "
-                f"ended, or was not there within the group's timeout: {error}"
+                f"sample_sharded on rank {self.group.rank()} of {self.group.size()}: a message "
+                "failed, as it does where a rank has ended or does not come within the group's "
+                f"timeout: {error}"
             ) from error
 
 
