@@ -1,4 +1,4 @@
-"""Processes that make up a gloo group on this machine and run what a test gives them, side by side.
+"""Processes that make up a group on this machine and run what a test gives them, side by side.
 
 A group is started once for all tests of a module: importing torch costs more than they do.
 """
@@ -22,9 +22,12 @@ PATIENCE = 300
 
 
 class Ranks:
-    """``size`` processes, each a rank of one gloo group; ``timeout`` seconds are the group's."""
+    """``size`` processes, each a rank of one group; ``timeout`` seconds are the group's.
 
-    def __init__(self, size: int, timeout: float = 60) -> None:
+    With NCCL each has the GPU of its number.
+    """
+
+    def __init__(self, size: int, timeout: float = 60, backend: str = "gloo") -> None:
         context = multiprocessing.get_context("spawn")
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
@@ -33,7 +36,7 @@ class Ranks:
         for rank in range(size):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(there, rank, size, store, timeout), daemon=True
+                target=_serve, args=(there, rank, size, store, timeout, backend), daemon=True
             )
             process.start()
             there.close()
@@ -83,10 +86,14 @@ class Raised:
         return self.traceback
 
 
-def _serve(pipe: Connection, rank: int, size: int, store: str, timeout: float) -> None:
+def _serve(
+    pipe: Connection, rank: int, size: int, store: str, timeout: float, backend: str
+) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,

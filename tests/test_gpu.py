@@ -5,8 +5,9 @@ The parity tests run there too: ``pytest -m gpu``.
 
 import pytest
 import torch
+from ranks import Ranks
 
-from llm_sampling import BatchParams, Sampler, SamplingParams, TokenHistory, sample
+from llm_sampling import BatchParams, Sampler, SamplingParams, TokenHistory, sample, sample_sharded
 from llm_sampling.backends import BACKENDS, backend_info
 
 pytestmark = [
@@ -136,3 +137,37 @@ def test_time(gpu_backend, benchmark, name, rows):
 
     step()
     benchmark(step)
+
+
+def draw_sharded(rank, size, rows, backend):
+    """On this rank's GPU, without waiting for it."""
+    start, stop = V * rank // size, V * (rank + 1) // size
+    logits = torch.randn(len(EACH), V, generator=torch.Generator().manual_seed(1))
+    local = logits[:, start:stop].cuda()
+    params = BatchParams.from_list(rows, device=local.device)
+    history = TokenHistory.from_ids([[1, 2, 3]] * len(rows), vocab_size=V, device=local.device)
+    options = {"vocab_start": start, "history": history, "num_samples": 2, "logprobs": "raw"}
+    sample_sharded(local, params, backend=backend, **options)  # compiles, and opens the group
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = sample_sharded(local, params, backend=backend, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return output.tokens.tolist(), output.status.tolist()
+
+
+@pytest.mark.parametrize(
+    "rows", [EACH, [SamplingParams(top_k=50, seed=4)] * 4], ids=["cuts", "few"]
+)
+def test_nccl_ranks_give_the_unsharded_tokens(gpu_backend, rows):
+    """As many ranks as there are GPUs; one is a group too."""
+    size = torch.cuda.device_count()
+    ranks = Ranks(size, backend="nccl")
+    try:
+        answers = ranks(draw_sharded, size, rows, gpu_backend)
+    finally:
+        ranks.close()
+    logits = torch.randn(len(EACH), V, generator=torch.Generator().manual_seed(1))
+    history = TokenHistory.from_ids([[1, 2, 3]] * len(rows), vocab_size=V)
+    expected = sample(logits, rows, history=history, num_samples=2)
+    assert answers == [(expected.tokens.tolist(), expected.status.tolist())] * size

@@ -202,7 +202,7 @@ def test_every_vocabulary(ranks: Ranks, vocab_size: int) -> None:
 @pytest.mark.parametrize("vocab_size", [32000, 128256], ids="V{}".format)
 def test_large_vocabularies(ranks: Ranks, vocab_size: int) -> None:
     ends = uneven(vocab_size, ranks.size, 1)
-    groups = covering_cases(vocab_size, 5, rows=5)
+    groups = covering_cases(vocab_size, 5, rows=3)
     for cases in (groups, few(groups, vocab_size)):
         assert_same(ranks, cases, vocab_size, torch.float32, ends, logprobs="raw")
 
