@@ -91,7 +91,8 @@ typedef struct LlmSamplingArgs {
   const int32_t* allowed_mask;  // (rows, ceil(vocab_size / 32)), bit set = allowed; NULL: all are
   int64_t allowed_mask_stride;
 
-  // Token history by slot; NULL seen: no penalties. slots[row] < num_slots, no two rows share one.
+  // Token history by slot; NULL seen: no penalties. slots[row] < num_slots; no two rows that have a
+  // penalty, or advance, share one.
   int32_t* seen;  // (num_slots, ceil(vocab_size / 32)): in prompt or output
   int64_t seen_stride;
   int32_t* counts;  // (num_slots, vocab_size): times in the output

@@ -31,7 +31,8 @@ class TokenHistory:
             when token t occurred in the prompt or the output.
         counts: int32 ``(capacity, vocab_size)``; how often the output holds each token.
         lengths: int64 ``(capacity,)``; how many tokens the output holds.
-        slots: int32 ``(rows,)``, in ``0 .. capacity - 1``; no two rows share a slot.
+        slots: int32 ``(rows,)``, in ``0 .. capacity - 1``; no two rows share a slot, but for rows
+            without a penalty in what :meth:`among` returns.
 
     Raises:
         ValueError: a tensor is not as above, not contiguous, or on another device than the others;
@@ -166,6 +167,24 @@ class TokenHistory:
         part.counts = self.counts[:, start : start + width]
         part.lengths, part.slots, part.vocab_size = self.lengths, self.slots, width
         return part
+
+    def among(self, rows: Sequence[int | None]) -> TokenHistory:
+        """These rows among others, to be read: row i of the result is row ``rows[i]`` of this one.
+
+        None is a row whose tokens do not matter, since it has no penalty; it has no slot of its
+        own. The state is this history's own memory, until a row is added; append to this one.
+
+        Raises:
+            ValueError: a row does not exist or is named twice.
+        """
+        named = [row for row in rows if row is not None]
+        slots = self.slots.new_zeros(len(rows))
+        places = [i for i, row in enumerate(rows) if row is not None]
+        slots[places] = self.slots[selection(named, self.rows).to(self.device)]
+        among = object.__new__(TokenHistory)  # rows without a slot share the first one
+        among.seen, among.counts, among.lengths = self.seen, self.counts, self.lengths
+        among.slots, among.vocab_size = slots, self.vocab_size
+        return among
 
     def append(self, tokens: Tensor) -> None:
         """Record the token that each row produced. Never waits for the device.

@@ -40,14 +40,14 @@ LAYERS = (
     ("sampler", "sharded"),
     ("__init__",),
     ("generation", "models", "integrations", "tuning"),
-    ("integrations.huggingface", "objectives", "report", "explain"),
+    ("integrations.huggingface", "integrations.vllm", "objectives", "report", "explain"),
     ("cli",),
 )
 
 #: Never imported by ``import llm_sampling``.
 HEAVY = (
     *("triton", "transformers", "typer", "rich", "gguf", "accelerate", "scipy"),
-    *("optuna", "matplotlib", "sqlalchemy"),
+    *("optuna", "matplotlib", "sqlalchemy", "vllm"),
 )
 
 
@@ -362,8 +362,9 @@ def test_reference_is_for_one_backend_to_explain_and_between_ranks():
     assert sorted(users) == ["backends.torch", "explain", "sharded"]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "cli"])
-def test_environment_is_read_by_the_command_alone(name):
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in ("cli", "integrations.vllm")])
+def test_environment_is_read_by_commands_alone(name):
+    """Ours, and vLLM's: its plug-ins have no other switch."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not names & {"environ", "getenv"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_sampling import TokenHistory
+from llm_sampling import SamplingParams, TokenHistory, sample
 
 
 def _unpacked(history):
@@ -389,6 +389,39 @@ def test_any_sequence_of_changes(seed):
         assert history.rows == len(prompts)
         assert len(set(history.slots.tolist())) == history.rows
         assert _unpacked(history) == _expected(prompts, outputs, vocab_size)
+
+
+def test_rows_among_others():
+    """What has no row reads somebody's slot; where it has no penalty, that changes nothing."""
+    history = TokenHistory.from_ids([[1], [2], [3]], [[4], [5, 5], []], 40)
+    history.select([2, 0])
+    among = history.among([None, 1, None, 0, None])
+    assert (among.rows, among.vocab_size, among.device) == (5, 40, history.device)
+    rows = _unpacked(among)
+    assert [rows[1], rows[3]] == [_unpacked(history)[1], _unpacked(history)[0]]
+    params = [SamplingParams(temperature=0, presence_penalty=2.0 * (i in (1, 3))) for i in range(5)]
+    logits = torch.zeros(5, 40)
+    logits[:, 4] = 1.0
+    for backend in ("cpu", "torch"):
+        tokens = sample(logits, params, history=among, backend=backend).tokens
+        assert tokens.tolist() == [4, 0, 4, 4, 4]
+
+
+def test_rows_among_others_follow_what_is_appended():
+    history = TokenHistory.from_ids([[1], [2]], None, 40)
+    among = history.among([1, None])
+    history.append(torch.tensor([7, 8]))
+    assert _unpacked(among)[0] == ({2, 8}, {8: 1}, 1)
+
+
+def test_no_rows_among_none():
+    assert TokenHistory.from_ids([], None, 40).among([]).rows == 0
+
+
+@pytest.mark.parametrize("rows", [[2], [-1], [0, None, 0], [True], ["0"]])
+def test_rows_among_others_refuses(rows):
+    with pytest.raises(ValueError, match="rows must"):
+        TokenHistory.from_ids([[1], [2]], None, 40).among(rows)
 
 
 # Copies

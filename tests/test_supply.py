@@ -32,9 +32,9 @@ SOURCES = {
 #: All that may be imported: none of these runs what is in a file or reaches a network by itself.
 ANYWHERE = {
     *("__future__", "base64", "collections", "contextlib", "copy", "ctypes", "dataclasses"),
-    *("fcntl", "functools", "html", "importlib", "inspect", "io", "itertools", "json", "math"),
-    *("numbers", "os", "pathlib", "platform", "re", "secrets", "signal", "string", "struct"),
-    *("sys", "threading", "time", "types", "typing", "warnings"),
+    *("fcntl", "functools", "html", "importlib", "inspect", "io", "itertools", "json", "logging"),
+    *("math", "numbers", "os", "pathlib", "platform", "re", "secrets", "signal", "string"),
+    *("struct", "sys", "threading", "time", "types", "typing", "warnings"),
     *("llm_sampling", "numpy", "torch"),
 }
 SOMEWHERE = {
@@ -69,6 +69,7 @@ KNOWN = {
     ("cli._explain", "request.html.write_text"),
     ("cli._tune", "request.out.mkdir"),
     ("explain.page", "_TEMPLATE.read_text"),
+    ("integrations.vllm._find", "importlib.import_module"),  # of names in the file, all vLLM's
     ("models.check_path", "path.open"),
     ("models.load", "transformers.AutoTokenizer.from_pretrained"),
     ("models.load", "transformers.AutoModelForCausalLM.from_pretrained"),

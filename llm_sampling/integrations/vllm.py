@@ -1,0 +1,619 @@
+"""vLLM: the kernel in place of the sampler of its V1 model runner.
+
+    LLM_SAMPLING_VLLM=1 vllm serve MODEL
+
+vLLM loads :func:`register` by its entry point ``vllm.general_plugins`` in each of its processes. It
+waits until one imports the V1 model runner, and replaces two names of that module then, for which
+vLLM has no plug-in point: ``Sampler``, by a subclass, and ``build_logitsprocs``, so that
+:class:`Requests` hears of every request that enters, leaves or moves. Where vLLM is not as this
+file expects it, nothing is replaced, and one warning says what was different.
+
+Importing this module imports neither vLLM nor anything of it. docs/scale.md says what is kept, what
+is refused, and what differs from vLLM's own sampler.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_sampling import backends
+from llm_sampling.backends import SampleCall, SampleOutput
+from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
+from llm_sampling.params import BatchParams, SamplingParams
+from llm_sampling.sample import filter_logits
+
+#: A child of vLLM's logger, whose handlers it has.
+_LOG = logging.getLogger("vllm.llm_sampling")
+
+SWITCH = "LLM_SAMPLING_VLLM"
+#: What the file was read against and is tested with.
+VERSION = "0.32"
+RUNNER = "vllm.v1.worker.gpu_model_runner"
+RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
+
+
+# ---- registration ----
+
+
+def register() -> None:
+    """Have vLLM's V1 model runner draw by the kernel, if ``LLM_SAMPLING_VLLM`` is 1.
+
+    It imports nothing of vLLM; called once more, it does nothing.
+    """
+    value = os.environ.get(SWITCH, "0")
+    if value in ("", "0"):
+        return
+    if value != "1":
+        _LOG.warning("llm_sampling is off: %s must be 0 or 1, got %r", SWITCH, value)
+        return
+    if any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        return
+    waiting = _WhenImported({RUNNER: replace_sampler, RUNNER_V2: tell_of_v2})
+    sys.meta_path.insert(0, waiting)
+    for name in (RUNNER, RUNNER_V2):
+        if name in sys.modules:
+            waiting.actions.pop(name)(sys.modules[name])
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Calls an action with a module right after its first import.
+
+    An import of our own would come too early: vLLM's workers change torch and parts of vLLM before
+    they import their runner, and its other processes never import one.
+    """
+
+    def __init__(self, actions: dict[str, Callable[[ModuleType], None]]) -> None:
+        self.actions = actions
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """What the other finders say of a module that is waited for; None for every other one."""
+        action = self.actions.pop(fullname, None)
+        if action is None:
+            return None
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module: ModuleType) -> None:
+                execute(module)
+                action(module)
+
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
+
+
+def tell_of_v2(runner: ModuleType) -> None:
+    """Warn where vLLM may choose its V2 runner: it imports the module for V1's sake too."""
+    wanted = _find("vllm.envs:VLLM_USE_V2_MODEL_RUNNER")
+    if wanted or (wanted is None and _find("vllm.triton_utils:HAS_TRITON")):
+        _refuse(
+            "its V2 model runner, where it runs that, has a sampler that is not replaced; "
+            "VLLM_USE_V2_MODEL_RUNNER=0 chooses V1"
+        )
+
+
+def replace_sampler(runner: ModuleType) -> None:
+    """Replace ``Sampler`` and ``build_logitsprocs`` of the module, or say in a warning why not."""
+    reason = _why_not()
+    if reason is not None:
+        _refuse(reason)
+        return
+    runner.Sampler = _fused(runner.Sampler)  # type: ignore[attr-defined]
+    runner.build_logitsprocs = _building(runner.build_logitsprocs)  # type: ignore[attr-defined]
+
+
+def _refuse(reason: str) -> None:
+    _LOG.warning("llm_sampling: vLLM keeps its own sampler: %s", reason)
+
+
+# ---- what is leaned on ----
+
+_PROCESSORS = "vllm.v1.sample.logits_processor"
+_SAMPLER = "vllm.v1.sample.sampler"
+_BATCH = "vllm.v1.worker.gpu_input_batch"
+
+#: Functions that are called or overridden: all of their parameters, in order.
+_SIGNATURES = {
+    f"{_PROCESSORS}:build_logitsprocs": (
+        "vllm_config device is_pin_memory is_pooling_model custom_logitsprocs"
+    ),
+    f"{_SAMPLER}:Sampler.forward": (
+        "self logits sampling_metadata predict_bonus_token logprobs_mode_override"
+    ),
+    f"{_SAMPLER}:Sampler.apply_logits_processors": (
+        "self logits sampling_metadata predict_bonus_token"
+    ),
+    f"{_SAMPLER}:Sampler.sample": "self logits sampling_metadata logprobs_mode_override",
+    f"{_SAMPLER}:Sampler.compute_logprobs": "logits",
+    "vllm.v1.outputs:SamplerOutput": "sampled_token_ids logprobs_tensors",
+}
+#: Records that are read: fields among theirs.
+_FIELDS = {
+    "vllm.sampling_params:SamplingParams": (
+        "temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty seed"
+    ),
+    f"{_PROCESSORS}:BatchUpdate": "batch_size removed added moved",
+    "vllm.v1.sample.metadata:SamplingMetadata": (
+        "max_num_logprobs logprob_token_ids no_penalties allowed_token_ids_mask "
+        "bad_words_token_ids logitsprocs thinking_budget_state_holder"
+    ),
+}
+#: Code that is leaned on: names that it looks up.
+_LOOKUPS = {
+    f"{RUNNER}:GPUModelRunner.__init__": "Sampler build_logitsprocs",
+    f"{RUNNER}:GPUModelRunner._sample": "sampler sampling_metadata",
+    f"{_SAMPLER}:Sampler.__init__": "logprobs_mode",
+    f"{_SAMPLER}:Sampler.forward": "apply_logits_processors sample",
+    f"{_SAMPLER}:Sampler.apply_penalties": "no_penalties",
+    f"{_BATCH}:InputBatch.refresh_metadata": "get_and_reset logitsprocs update_state",
+    f"{_BATCH}:InputBatch._register_add_request": "added prompt_token_ids output_token_ids",
+    f"{_BATCH}:InputBatch.condense": "moved UNIDIRECTIONAL",
+    f"{_BATCH}:InputBatch.swap_states": "moved SWAP",
+    f"{_PROCESSORS}:LogitsProcessors.__init__": "argmax_invariant non_argmax_invariant",
+    f"{_PROCESSORS}:MinTokensLogitsProcessor.apply": "min_toks",
+    f"{_PROCESSORS}:LogitBiasLogitsProcessor.apply": "biases",
+    f"{_PROCESSORS}:AdapterLogitsProcessor.apply": "req_info",
+    f"{_PROCESSORS}:MinPLogitsProcessor.apply": "min_p",
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.has_tracked_requests": "",
+}
+
+
+def _why_not() -> str | None:
+    """None if this vLLM is what the file leans on, else what is different."""
+    try:
+        version = _find("vllm:__version__")
+        if not version.startswith(f"{VERSION}."):
+            return f"its version is {version}, and llm_sampling is for {VERSION}"
+        for place, names in _SIGNATURES.items():
+            found = " ".join(inspect.signature(_find(place)).parameters)
+            if found != names:
+                return f"{place} takes ({found}), and not ({names})"
+        for place, names in _FIELDS.items():
+            fields = inspect.signature(_find(place)).parameters
+            if missing := [name for name in names.split() if name not in fields]:
+                return f"{place} has no {', '.join(missing)}"
+        for place, names in _LOOKUPS.items():
+            known = inspect.unwrap(_find(place)).__code__.co_names
+            if missing := [name for name in names.split() if name not in known]:
+                return f"{place} does not look up {', '.join(missing)}"
+    except (ImportError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def _find(place: str) -> Any:
+    """What is called ``module:name.of.it``."""
+    module, _, names = place.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _why_not_here(vllm_config: Any) -> str | None:
+    """None if the kernel can draw for an engine of this config, else the reason."""
+    if vllm_config.speculative_config is not None:
+        return "speculative_config: drafts are accepted by a sampler of their own"
+    if vllm_config.scheduler_config.async_scheduling:
+        return (
+            "async_scheduling: a step begins before the last one's tokens are known, which "
+            "penalties need; async_scheduling=False (--no-async-scheduling) turns it off"
+        )
+    vocab_size = vllm_config.model_config.get_vocab_size()
+    if vocab_size > MAX_VOCAB_SIZE:
+        return f"vocab_size: it must be in 1 .. 2^20, got {vocab_size}"
+    return None
+
+
+def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
+    """``build_logitsprocs`` with :class:`Requests` among what it builds, which is told first."""
+
+    def build(
+        vllm_config: Any,
+        device: torch.device,
+        is_pin_memory: bool,
+        is_pooling_model: bool,
+        custom_logitsprocs: Sequence[Any] = (),
+    ) -> Any:
+        built = build_logitsprocs(
+            vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs
+        )
+        if is_pooling_model:  # it draws nothing
+            return built
+        reason = _why_not_here(vllm_config)
+        if reason is not None:
+            _refuse(reason)
+            return built
+        requests = Requests(vllm_config.model_config.get_vocab_size(), torch.device(device))
+        built.argmax_invariant.insert(0, requests)
+        _LOG.info("llm_sampling draws, by its backend %r", requests.backend)
+        return built
+
+    return build
+
+
+# ---- the requests of a batch ----
+
+#: Below it vLLM takes a temperature for 0.
+_GREEDY_BELOW = 1e-5
+#: vLLM's repetition penalty is a float64, and the kernel's a float32: the ends of what that holds.
+_LEAST_PENALTY, _LARGEST_PENALTY = 2.0**-149, torch.finfo(torch.float32).max
+
+
+def params_of(theirs: Any) -> SamplingParams:
+    """What vLLM's parameters are in ours, which have a seed.
+
+    Those without a seed get a fresh one from torch's default generator, which vLLM seeds with the
+    engine's; a seed is the ``initial_seed()`` of the generator that vLLM makes of it. What changes
+    logits before the penalties, ``logit_bias`` among it, is left to vLLM.
+    """
+    greedy = theirs.temperature < _GREEDY_BELOW
+    seed = theirs.seed
+    if seed is None:
+        seed = 0 if greedy else int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))
+    return SamplingParams(
+        temperature=0.0 if greedy else float(theirs.temperature),
+        top_k=int(theirs.top_k),
+        top_p=float(theirs.top_p),
+        min_p=float(theirs.min_p),
+        repetition_penalty=min(max(theirs.repetition_penalty, _LEAST_PENALTY), _LARGEST_PENALTY),
+        frequency_penalty=float(theirs.frequency_penalty),
+        presence_penalty=float(theirs.presence_penalty),
+        seed=int(seed),
+    )
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """A request of the batch.
+
+    Attributes:
+        params: ours, with a seed.
+        prompt: its token ids; empty where vLLM has embeddings instead.
+        output: vLLM's own list, which grows with every token of the request.
+        recorded: how many tokens of the output its history holds.
+    """
+
+    params: SamplingParams
+    prompt: Sequence[int]
+    output: Sequence[int]
+    recorded: int = 0
+
+
+def _as_is(params: SamplingParams) -> SamplingParams:
+    return params
+
+
+def _unfiltered(params: SamplingParams) -> SamplingParams:
+    """What comes before processors that vLLM applies after the temperature."""
+    temperature = params.temperature or 1.0
+    return replace(params, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0)
+
+
+def _filters(params: SamplingParams) -> SamplingParams:
+    """What comes after them: the rest."""
+    return replace(
+        params,
+        temperature=1.0 if params.temperature else 0.0,
+        repetition_penalty=1.0,
+        frequency_penalty=0.0,
+        presence_penalty=0.0,
+    )
+
+
+def _shown(params: SamplingParams) -> SamplingParams:
+    """For "processed" logprobs, in which vLLM shows a greedy row whole."""
+    return replace(params, temperature=params.temperature or 1.0)
+
+
+def _shown_filters(params: SamplingParams) -> SamplingParams:
+    return _shown(_filters(params))
+
+
+_Change = Callable[[SamplingParams], SamplingParams]
+
+
+class Requests:
+    """The requests of vLLM's batch, in its order: it follows vLLM's updates, and draws.
+
+    For vLLM it is one of its logits processors, which hear of every update before the model runs;
+    it changes no logits. What a step needs of the host is done there, so that a draw is one launch.
+    A token depends on nothing but its request: its logits, parameters, seed and tokens so far,
+    whose number is the position. A request that was preempted comes back with its output, and goes
+    on where it was.
+
+    Args:
+        vocab_size: the width of the logits, 1 .. 2^20.
+        device: the logits'.
+        backend: as for :func:`llm_sampling.sample`.
+    """
+
+    def __init__(
+        self, vocab_size: int, device: torch.device | str, *, backend: str = "auto"
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.empty(0, device=device).device
+        self._backend = backends.resolve(backend, self.device)
+        self._at: dict[int, _Request] = {}
+        self._rows: list[_Request] = []
+        #: Those with a penalty; row i of the history is that of the i-th.
+        self._penalised: list[_Request] = []
+        self._history = TokenHistory.from_ids([], None, vocab_size, device=self.device)
+        self._read = self._history
+        self._position = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self._batches: dict[_Change, BatchParams] = {}
+        self._steps: dict[object, Callable[[Tensor, Tensor | None], SampleOutput]] = {}
+        self._has_said: set[str] = set()
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that draws."""
+        modules = {backend.module: name for name, backend in backends.BACKENDS.items()}
+        return modules[vars(self._backend)["__name__"]]
+
+    # What vLLM calls
+
+    def is_argmax_invariant(self) -> bool:
+        """Where vLLM lists it: among those that are not asked before the penalties."""
+        return True
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """``logits`` as they are."""
+        return logits
+
+    def update_state(self, update: Any) -> None:
+        """Follow a BatchUpdate of vLLM, or None where no request has come, gone or moved.
+
+        Each step calls it once, when the outputs hold the tokens of the step before.
+        """
+        if update is not None:
+            self._follow(update)
+        self._record(has_changed=update is not None)
+        positions = [len(request.output) for request in self._rows]
+        self._position.copy_(self._on_device(positions), non_blocking=True)
+
+    def _follow(self, update: Any) -> None:
+        for index in update.removed:
+            self._at.pop(index, None)
+        for index, theirs, prompt, output in update.added:
+            self._at[index] = _Request(params_of(theirs), prompt or (), output)
+        for first, second, direction in update.moved:
+            moved, other = self._at.pop(first, None), self._at.pop(second, None)
+            if moved is not None:
+                self._at[second] = moved
+            if other is not None and direction.name == "SWAP":
+                self._at[first] = other
+        self._rows = [self._at[index] for index in range(update.batch_size)]
+        self._position = torch.zeros(len(self._rows), dtype=torch.int64, device=self.device)
+        self._batches, self._steps = {}, {}
+
+    def _record(self, has_changed: bool) -> None:
+        """Bring the histories to what the outputs hold: nearly always one token more."""
+        penalised = self._penalised
+        if has_changed:
+            penalised = [request for request in self._rows if request.params.needs_history]
+        wanted = set(map(id, penalised))
+        kept, tokens = [], []
+        for row, request in enumerate(self._penalised):
+            gained = len(request.output) - request.recorded
+            if gained in (0, 1) and id(request) in wanted:  # vLLM may take tokens back
+                kept.append(row)
+                tokens.append(request.output[-1] if gained else -1)
+        if has_changed or len(kept) < len(self._penalised):
+            self._history.select(kept)
+            self._penalised = [self._penalised[row] for row in kept]
+        if any(token >= 0 for token in tokens):
+            self._history.append(self._on_device(tokens))
+        if has_changed or len(self._penalised) < len(penalised):
+            row_of = {id(request): row for row, request in enumerate(self._penalised)}
+            for request in penalised:
+                if id(request) not in row_of:
+                    row_of[id(request)] = self._history.add(request.prompt, request.output)
+                    self._penalised.append(request)
+            self._read = self._history.among([row_of.get(id(request)) for request in self._rows])
+            self._steps = {}
+        for request in self._penalised:
+            request.recorded = len(request.output)
+
+    def _on_device(self, values: list[int]) -> Tensor:
+        pinned = self.device.type == "cuda"  # so that nobody waits
+        tensor = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
+        return tensor.to(self.device, non_blocking=True)
+
+    # What the sampler calls
+
+    def fit(self, logits: Tensor) -> bool:
+        """Whether ``logits`` are those of these requests; a warning if not."""
+        shape = (len(self._rows), self.vocab_size)
+        if logits.shape == shape and logits.device == self.device:
+            return True
+        self._say(
+            f"vLLM's own sampler draws where logits have shape {tuple(logits.shape)} on "
+            f"{logits.device}, and not {shape} on {self.device}"
+        )
+        return False
+
+    def _say(self, what: str) -> None:
+        """A warning, once."""
+        if what not in self._has_said:
+            self._has_said.add(what)
+            _LOG.warning("llm_sampling: %s", what)
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """int64 ``(rows,)``: each request's next token, in one launch; see :meth:`draw_after`.
+
+        Args:
+            logits: ``(rows, vocab_size)`` float32, float16 or bfloat16. Never modified.
+        """
+        return self._draw(logits, _as_is)
+
+    def draw_after(self, logits: Tensor, processors: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """``draw`` with vLLM's processors between the temperature and the filters.
+
+        Whether they change a row or not, all rows go this way: which is taken must not depend on
+        the other requests, since the rounding differs.
+
+        Returns:
+            The tokens, and the logits that the processors gave.
+        """
+        scaled = filter_logits(logits, self._batch(_unfiltered), history=self._history_of_rows())
+        for processor in processors:
+            scaled = processor.apply(scaled)
+        return self._draw(scaled, _filters), scaled
+
+    def processed(self, logits: Tensor, *, are_scaled: bool = False) -> Tensor:
+        """float32 ``(rows, vocab_size)``: over the temperature, and -inf where a filter is.
+
+        A greedy row is whole and undivided, as in vLLM.
+
+        Args:
+            logits: as for :meth:`draw`; with ``are_scaled`` those that :meth:`draw_after` returned.
+            are_scaled: whether penalties and temperature are in them already.
+        """
+        if are_scaled:
+            return filter_logits(logits, self._batch(_shown_filters))
+        return filter_logits(logits, self._batch(_shown), history=self._history_of_rows())
+
+    def _history_of_rows(self) -> TokenHistory | None:
+        return self._read if self._penalised else None
+
+    def _batch(self, change: _Change) -> BatchParams:
+        batch = self._batches.get(change)
+        if batch is None:
+            params = [change(request.params) for request in self._rows]
+            batch = BatchParams.from_list(params, device=self.device)
+            batch = self._batches[change] = replace(batch, position=self._position)
+        return batch
+
+    def _draw(self, logits: Tensor, change: _Change) -> Tensor:
+        if logits.stride(1) != 1:
+            logits = logits.contiguous()
+        key = (change, logits.dtype)
+        step = self._steps.get(key)
+        if step is None:
+            batch = self._batch(change)
+            history = self._history_of_rows() if batch.needs_history else None
+            step = self._backend.prepare(SampleCall(logits, batch, history, None))
+            self._steps[key] = step
+        tokens = step(logits, None).tokens
+        if tokens.device.type == "cpu" and int(tokens.min()) < 0:  # elsewhere it would wait
+            self._say("logits left a request no token (all of them NaN or -inf): it gets token 0")
+        return tokens.clamp(min=0)  # -1 would end the engine
+
+
+# ---- the sampler ----
+
+
+def _requests_of(metadata: Any, logits: Tensor) -> Requests | None:
+    """Those that draw; None in a trial run of the runner, and where the engine was refused."""
+    for processor in metadata.logitsprocs.argmax_invariant:
+        if isinstance(processor, Requests):
+            return processor if processor.fit(logits) else None
+    return None
+
+
+def _fused(sampler: Any) -> Any:
+    """A subclass of vLLM's Sampler that draws by :class:`Requests`.
+
+    vLLM's own ``forward`` still does what is not drawing: logprobs, and by its own code what
+    changes logits before the penalties. Where a batch needs none of it, the kernel gets the logits
+    as the model gave them.
+    """
+    output_of = _find("vllm.v1.outputs:SamplerOutput")
+    min_tokens = _find(f"{_PROCESSORS}:MinTokensLogitsProcessor")
+    logit_bias = _find(f"{_PROCESSORS}:LogitBiasLogitsProcessor")
+    min_p = _find(f"{_PROCESSORS}:MinPLogitsProcessor")
+    adapted = _find(f"{_PROCESSORS}:AdapterLogitsProcessor.apply")
+
+    def is_idle(processor: Any) -> bool:
+        """Whether a processor of those before the penalties would change no row."""
+        if type(processor) is min_tokens:
+            return not processor.min_toks
+        if type(processor) is logit_bias:
+            return not processor.biases
+        return type(processor).apply is adapted and not processor.req_info
+
+    def is_changed(metadata: Any) -> bool:
+        holder = metadata.thinking_budget_state_holder
+        return (
+            metadata.allowed_token_ids_mask is not None
+            or bool(metadata.bad_words_token_ids)
+            or not all(map(is_idle, metadata.logitsprocs.non_argmax_invariant))
+            or (holder is not None and holder.has_tracked_requests())
+        )
+
+    def needs_logprobs(metadata: Any) -> bool:
+        return metadata.max_num_logprobs is not None or bool(metadata.logprob_token_ids)
+
+    class FusedSampler(sampler):  # type: ignore[misc]
+        """vLLM's Sampler, with the draw and what belongs to it in one launch."""
+
+        def forward(
+            self,
+            logits: Tensor,
+            sampling_metadata: Any,
+            predict_bonus_token: bool = False,
+            logprobs_mode_override: Any = None,
+        ) -> Any:
+            if not needs_logprobs(sampling_metadata) and not is_changed(sampling_metadata):
+                requests = _requests_of(sampling_metadata, logits)
+                if requests is not None:
+                    tokens, _ = self.sample(logits, sampling_metadata)
+                    return output_of(
+                        sampled_token_ids=tokens.to(torch.int32).unsqueeze(-1),
+                        logprobs_tensors=None,
+                    )
+            return super().forward(
+                logits, sampling_metadata, predict_bonus_token, logprobs_mode_override
+            )
+
+        def apply_logits_processors(
+            self, logits: Tensor, sampling_metadata: Any, predict_bonus_token: bool
+        ) -> Any:
+            """All but the penalties, which are the kernel's."""
+            if _requests_of(sampling_metadata, logits) is not None:
+                sampling_metadata = replace(sampling_metadata, no_penalties=True)
+            return super().apply_logits_processors(logits, sampling_metadata, predict_bonus_token)
+
+        def sample(
+            self, logits: Tensor, sampling_metadata: Any, logprobs_mode_override: Any = None
+        ) -> Any:
+            """Tokens, and "processed" logits or logprobs where these are asked for."""
+            requests = _requests_of(sampling_metadata, logits)
+            if requests is None:
+                return super().sample(logits, sampling_metadata, logprobs_mode_override)
+            others = [
+                processor
+                for processor in sampling_metadata.logitsprocs.argmax_invariant
+                if processor is not requests
+                and type(processor) is not min_p  # min-p is the kernel's
+            ]
+            if others:
+                tokens, logits = requests.draw_after(logits, others)
+            else:
+                tokens = requests.draw(logits)
+            mode = logprobs_mode_override or self.logprobs_mode
+            if not mode.startswith("processed") or not needs_logprobs(sampling_metadata):
+                return tokens, None
+            processed = requests.processed(logits, are_scaled=bool(others))
+            if mode == "processed_logprobs":
+                processed = self.compute_logprobs(processed)
+            return tokens, processed
+
+    return FusedSampler
