@@ -16,7 +16,13 @@ collect_ignore = [] if INTERPRETED else ["test_triton_interpreted.py"]
 #: has the others.
 _SOME_VOCABS = {
     "test_every_case": (),
-    "test_covering_cases": (33, 513, 1000, (128256, torch.float16)),
+    "test_covering_cases": (
+        (33, torch.float32),
+        (513, torch.bfloat16),
+        (1000, torch.float16),
+        (128256, torch.float16),
+    ),
+    "test_all_rows_in_one_batch": (7, 64),
     "test_raw_logprobs": ((32000, torch.bfloat16),),
     "test_layouts": (),
     "test_expanded_rows": (),

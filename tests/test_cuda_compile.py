@@ -115,12 +115,14 @@ def test_multiply_adds_are_seen(compile_with):
     )
 
 
+@pytest.mark.slow
 def test_spills_are_seen(compile_with):
     bounds = "__launch_bounds__(kThreads, %d)"
     found = cuda_cost.measure(compile_with("sample.cu", bounds % 2, bounds % 4))
     assert "spilled registers" in all_broken(found)
 
 
+@pytest.mark.slow
 def test_scalar_loads_are_seen(compile_with):
     cubin = compile_with("row.h", "} else if (row.is_whole(group)) {", "} else if (false) {")
     broken = all_broken(cuda_cost.measure(cubin))

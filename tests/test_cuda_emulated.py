@@ -263,10 +263,11 @@ def test_with_sanitizers(tmp_path, expression):
 @pytest.mark.parametrize(
     ("text", "wrong", "expression"),
     [
-        (
+        pytest.param(
             "const int end = row_.is_whole(first_group_ + groups - 1) ? groups : groups - 1;",
             "const int end = groups;",
             "covering and V33 and bfloat16",
+            marks=pytest.mark.slow,
         ),
         (
             "return left < 32 ? bits & ((1u << left) - 1) : bits;",
@@ -290,17 +291,22 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
             "shared_.reach[reached - 1] = mass;\n        }\n    );\n    __syncthreads();\n",
             "shared_.reach[reached - 1] = mass;\n        }\n    );\n",
         ),
-        ("    sync();\n    return slots;\n", "    return slots;\n"),
         ("    wait_for_copies();", "    __pipeline_commit();"),
-        ("    cluster_.sync();\n    sort(count);", "    sort(count);"),
         ("    __syncthreads();\n    cluster_.wait();", "    cluster_.wait();"),
-        ("    cluster_.arrive();\n    const int groups", "    const int groups"),
-        (
-            "    __syncthreads();\n    const int own = static_cast<int>(shared_.appended);",
-            "    const int own = static_cast<int>(shared_.appended);",
+        *(
+            pytest.param(text, wrong, marks=pytest.mark.slow)
+            for text, wrong in (
+                ("    sync();\n    return slots;\n", "    return slots;\n"),
+                ("    cluster_.sync();\n    sort(count);", "    sort(count);"),
+                ("    cluster_.arrive();\n    const int groups", "    const int groups"),
+                (
+                    "    __syncthreads();\n    const int own = static_cast<int>(shared_.appended);",
+                    "    const int own = static_cast<int>(shared_.appended);",
+                ),
+            )
         ),
     ],
-    ids=["sorted", "shared", "copies", "listed", "bits", "started", "appended"],
+    ids=["sorted", "copies", "bits", "shared", "listed", "started", "appended"],
 )
 def test_what_is_not_waited_for_is_seen(monkeypatch, tmp_path, text, wrong):
     """A barrier less, or a wait: some order of threads gives another token, or no end."""
