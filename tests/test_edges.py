@@ -789,3 +789,26 @@ def test_extremes_are_those_of_the_reference(backend, params, backend_dtype):
     assert got == _everything(logits, params, "torch", history=history)
     # draws 0 .. 2 of 32 rows: neither one token for all nor an error for all
     assert len({token for row in got[0] for token in row}) > 5
+
+
+def test_a_part_of_a_history(backend):
+    """Its counts have gaps between their rows, where the neighbours' are."""
+    ids = [[3, 40, 41, 60, 79], [45, 45, 46, 5, 80], [39, 74, 75, 70, 70]]
+    whole = TokenHistory.from_ids(ids, [row[::-1] for row in ids], 2 * V + 1)
+    start, width = 40, 35
+    shifted = [[token - start for token in row] for row in ids]
+    alone = TokenHistory.from_ids(shifted, [row[::-1] for row in shifted], width)
+    params = [MIXED[3], MIXED[4], MIXED[5]]
+    logits, positions = _logits(3, width), [5, 6, 7]
+    for options in ({"num_samples": 1}, {"num_samples": 3}):
+        outputs = [
+            sample(
+                logits, params, history=history, positions=positions, backend=backend, **options
+            ).tokens.tolist()
+            for history in (whole.part(start, width), alone)
+        ]
+        assert outputs[0] == outputs[1]
+    assert torch.equal(
+        filter_logits(logits, params, history=whole.part(start, width), backend=backend),
+        filter_logits(logits, params, history=alone, backend="torch"),
+    )

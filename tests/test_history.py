@@ -427,6 +427,25 @@ def test_rows_among_others_refuses(rows):
 # Copies
 
 
+@pytest.mark.parametrize("start", [0, 1, 31, 32, 45, 64, 100, 149])
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 50, 150])
+def test_a_part_of_the_vocabulary(start, width):
+    """Every bit and count of its ids, and not one of its neighbours'."""
+    width = min(width, 150 - start)
+    rng = random.Random(start + width)
+    prompts, outputs = ([rng.choices(range(150), k=90) for _ in range(3)] for _ in range(2))
+    whole = TokenHistory.from_ids(prompts, outputs, 150)
+    whole.select([2, 0])
+    before = whole.clone()
+    ids = [[[t - start for t in row] for row in (rows[2], rows[0])] for rows in (prompts, outputs)]
+    expected = [(seen, counts, 90) for seen, counts, _ in _expected(*ids, width)]
+    part = whole.part(start, width)
+    assert _unpacked(part) == expected
+    assert part.seen.shape == (3, -(-width // 32))
+    for name in ("seen", "counts", "lengths", "slots"):
+        assert torch.equal(getattr(whole, name), getattr(before, name))
+
+
 def test_a_clone_is_independent():
     history = TokenHistory.from_ids([[1], [2]], [[3], []], 8)
     before = _unpacked(history)
