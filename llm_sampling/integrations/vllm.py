@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import inspect
 import logging
 import os
@@ -82,17 +81,16 @@ class _WhenImported(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """What the other finders say of a module that is waited for; None for every other one."""
-        action = self.actions.pop(fullname, None)
-        if action is None:
+        """A module that is waited for, as Python finds it; None for every other one."""
+        if fullname not in self.actions:
             return None
-        spec = importlib.util.find_spec(fullname)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_act(module: ModuleType) -> None:
-                execute(module)
-                action(module)
+                execute(module)  # it may fail, and be tried again
+                self.actions.pop(fullname)(module)
 
             spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
@@ -100,8 +98,12 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 def tell_of_v2(runner: ModuleType) -> None:
     """Warn where vLLM may choose its V2 runner: it imports the module for V1's sake too."""
-    wanted = _find("vllm.envs:VLLM_USE_V2_MODEL_RUNNER")
-    if wanted or (wanted is None and _find("vllm.triton_utils:HAS_TRITON")):
+    try:
+        wanted = _find("vllm.envs:VLLM_USE_V2_MODEL_RUNNER")
+        may_be = wanted or (wanted is None and _find("vllm.triton_utils:HAS_TRITON"))
+    except (ImportError, AttributeError):
+        may_be = True
+    if may_be:
         _refuse(
             "its V2 model runner, where it runs that, has a sampler that is not replaced; "
             "VLLM_USE_V2_MODEL_RUNNER=0 chooses V1"
@@ -192,8 +194,8 @@ def _why_not() -> str | None:
             known = inspect.unwrap(_find(place)).__code__.co_names
             if missing := [name for name in names.split() if name not in known]:
                 return f"{place} does not look up {', '.join(missing)}"
-    except (ImportError, AttributeError) as error:
-        return str(error)
+    except Exception as error:  # whatever it trips over, vLLM goes on
+        return str(error) or type(error).__name__
     return None
 
 
