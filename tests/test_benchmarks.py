@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import cpu_cost, environments, plots, report, threads, timing
+from benchmarks import (
+    cpu_cost,
+    environments,
+    plots,
+    report,
+    threads,
+    timing,
+    vllm_engine,
+    vllm_worker,
+)
 from benchmarks.cases import CASES, COMPARED, RUNS, Case, Run
 from benchmarks.goals import GOALS, KERNEL, OURS, SAMPLER, judge
 from benchmarks.inputs import MAKERS, AbsentError, assert_model_like, make_buffers, make_inputs
@@ -712,6 +721,147 @@ def test_counting_instructions_needs_valgrind(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="needs valgrind"):
         cpu_cost.main([])
+
+
+# ---- vLLM's engine -------------------------------------------------------------------------------
+
+
+def test_the_requests_are_mixed():
+    requests = vllm_engine.make_requests(64)
+    assert [r["kind"] for r in requests[:8]] == list(vllm_engine.KINDS)
+    assert len({r["prompt"] for r in requests}) > 48
+    seeds = [r["params"]["seed"] for r in requests if "seed" in r["params"]]
+    assert len(set(seeds)) == len(seeds) == 40
+    greedy = [r for r in requests if r["params"]["temperature"] == 0]
+    assert len(greedy) == 16
+    assert not any("seed" in r["params"] for r in greedy)
+
+
+def vllm_results(requests):
+    """As if every request had got its own number as a text, in every run."""
+    tokens = [[number] for number in range(len(requests))]
+    alone = {str(i): tokens[i] for i, request in enumerate(requests) if "seed" in request["params"]}
+    rounds = [
+        {
+            "seconds": seconds,
+            "steps": 10,
+            "step_seconds": 0.5,
+            "forward_seconds": 0.04,
+            "refresh_seconds": 0.01,
+            "preempted": 3,
+        }
+        for seconds in (1.0, 2.0, 4.0)
+    ]
+    one = {"together": tokens, "alone": alone, "rounds": rounds}
+    one["same_every_round"] = [True] * len(requests)
+    return {
+        sampler: {run: dict(one) for run in ("engine", "preempted", "server")}
+        for sampler in vllm_engine.SAMPLERS
+    }
+
+
+@pytest.mark.parametrize(
+    ("run", "field", "number", "seen"),
+    [
+        ("engine", "together", 0, ("greedy", "engine")),
+        ("preempted", "together", 1, ("greedy", "preempted")),
+        ("server", "together", 0, ("greedy", "server")),
+        ("preempted", "together", 2, ("seeds", "llm_sampling", "after preemption")),
+        ("engine", "alone", "3", ("seeds", "llm_sampling", "alone")),
+        ("server", "alone", "4", ("seeds", "llm_sampling", "served, alone")),
+        ("engine", "same_every_round", 5, ("seeds", "llm_sampling", "in every round")),
+        ("preempted", "together", 7, None),  # it has no seed
+    ],
+)
+def test_a_token_that_differs_is_counted(run, field, number, seen):
+    requests = vllm_engine.make_requests(8)
+    results = vllm_results(requests)
+    assert vllm_engine.is_right(vllm_engine.compare(requests, results))
+    of = results["llm_sampling"][run]
+    of[field] = of[field].copy()
+    of[field][number] = "another"
+    checks = vllm_engine.compare(requests, results)
+    assert vllm_engine.is_right(checks) == (seen is None)
+    if seen is not None:
+        for name in seen:
+            checks = checks[name]
+        assert checks["changed"] == 1
+
+
+def test_what_vllm_s_own_sampler_does_with_seeds_fails_nothing():
+    requests = vllm_engine.make_requests(8)
+    results = vllm_results(requests)
+    results["vllm"]["preempted"]["together"] = [[-1]] * 2 + [["another"]] * 6
+    results["llm_sampling"]["preempted"]["together"] = [[-1]] * 2 + [[i] for i in range(2, 8)]
+    checks = vllm_engine.compare(requests, results)
+    assert checks["seeds"]["vllm"]["after preemption"] == {"changed": 5, "of": 5}
+    assert vllm_engine.is_right(checks)
+
+
+def test_the_report_of_vllm_s_engine():
+    requests = vllm_engine.make_requests(16)
+    results = vllm_results(requests)
+    lines = vllm_engine.measure(results, 16, 10)
+    assert lines[0] == {
+        "sampler": "vllm",
+        "rounds": 3,
+        "step_ms": 50.0,
+        "forward_ms": 4.0,
+        "refresh_ms": 1.0,
+        "share": 0.1,
+        "tokens_per_s": 80.0,
+        "served_tokens_per_s": 80.0,
+    }
+    text = vllm_engine.report(
+        {
+            "command": "a command",
+            "environment": {"cpu": "a CPU", "date": "a day"},
+            **{"threads": 2, "vllm": "0.32.0", "torch": "2.13.0", "requests": 16, "tokens": 10},
+            "preempted": {"vllm": 3, "llm_sampling": 4},
+            "checks": vllm_engine.compare(requests, results),
+            "lines": lines,
+        }
+    )
+    assert "| llm_sampling | 80.0 | 80.0 | 50.0 | 4.00 | 1.00 | 10.0% |" in text
+    assert "| after preemption | 0 of 10 | 0 of 10 |" in text
+    assert "| server | 0 of 4 |" in text
+
+
+def test_openai_s_client_gets_what_is_not_openai_s_beside_it():
+    params = {"temperature": 0.8, "top_k": 50, "repetition_penalty": 1.1, "seed": 3}
+    assert vllm_worker.openai_options(params, 7) == {
+        "temperature": 0.8,
+        "seed": 3,
+        "max_tokens": 7,
+        "extra_body": {"top_k": 50, "repetition_penalty": 1.1, "ignore_eos": True},
+    }
+
+
+def test_a_clock_counts_calls_and_their_time():
+    ticks = itertools.count()
+    owner = types.SimpleNamespace(work=lambda x, y: x + y + next(ticks))
+    clock = vllm_worker.Clock()
+    clock.watch(owner, "work")
+    assert [owner.work(1, y=2), owner.work(1, 2)] == [3, 4]
+    seconds, calls = clock.take()
+    assert seconds > 0
+    assert calls == 2
+    assert clock.take() == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--requests", "7"], "--requests must be an integer >= 8"), ([], "makes its environment")],
+)
+def test_vllm_s_engine_is_refused_before_anything_slow(arguments, message, monkeypatch, capsys):
+    def absent(name):
+        raise AbsentError(f"python -m benchmarks.environments {name} makes its environment")
+
+    monkeypatch.setattr(vllm_engine, "python_of", absent)
+    with pytest.raises(SystemExit) as stopped:
+        vllm_engine.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 # ---- Goals and numbers ---------------------------------------------------------------------------

@@ -327,6 +327,7 @@ def test_rows_without_penalties_have_no_history():
     assert requests._history.counts.shape == (1, V)
     requests.update_state(update(3, removed=[4, 3]))
     assert requests._history.rows == 0
+    assert len(requests._at) == 3, "what has left is let go"
 
 
 def test_a_step_without_changes_packs_nothing(monkeypatch):
@@ -449,6 +450,15 @@ def test_called_twice_it_replaces_once(fake):
     register()
     assert runner.Sampler is once
     assert runner.Sampler.__mro__[1].__name__ == "Sampler"
+
+
+def test_an_import_that_fails_is_waited_for_again(fake, monkeypatch):
+    fake(("v1.worker.gpu_model_runner", "import functools", "import functools, not_there_yet"))
+    register()
+    with pytest.raises(ImportError):
+        importlib.import_module(RUNNER)
+    monkeypatch.setitem(sys.modules, "not_there_yet", sys)
+    assert is_replaced(importlib.import_module(RUNNER))
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
@@ -648,26 +658,30 @@ def test_what_changes_logits_before_the_penalties(make_runner):
     runner = make_runner(custom=[adapter])
     min_tokens, logit_bias, _ = runner.logitsprocs.non_argmax_invariant
     logits = torch.randn(4, V) * 3
+    logits[3, 0] = 40.0
+    free = tokens_of(logits)
     mask = torch.zeros(4, V, dtype=torch.bool)
-    mask[1, :90] = True
+    mask[1, free[1]] = True
+    words = [free[2], 3]
     changes = {
         "allowed": lambda x: x.masked_fill_(mask, -torch.inf),
-        "words": lambda x: x[2].__setitem__([0, 1, 2], -torch.inf),
+        "words": lambda x: x[2].__setitem__(words, -torch.inf),
         "min_tokens": lambda x: x[3].__setitem__(0, -torch.inf),
         "bias": lambda x: x[0].__setitem__(5, x[0, 5] + 40.0),
-        "adapter": lambda x: x[1].mul_(0.5),
+        "adapter": lambda x: x[0].mul_(-0.5),
     }
     for names in [*([name] for name in changes), list(changes)]:
         fields = {"no_penalties": False}
         fields |= {"allowed_token_ids_mask": mask} if "allowed" in names else {}
-        fields |= {"bad_words_token_ids": {2: [0, 1, 2]}} if "words" in names else {}
+        fields |= {"bad_words_token_ids": {2: words}} if "words" in names else {}
         min_tokens.min_toks = {3: ()} if "min_tokens" in names else {}
         logit_bias.biases = {0: {5: 40.0}} if "bias" in names else {}
-        adapter.req_info = {1: lambda row: row * 0.5} if "adapter" in names else {}
+        adapter.req_info = {0: lambda row: row * -0.5} if "adapter" in names else {}
         changed = logits.clone()
         for name in names:
             changes[name](changed)
-        assert drawn_by(run(runner, logits.clone(), **fields)) == tokens_of(changed), names
+        want = tokens_of(changed)
+        assert drawn_by(run(runner, logits.clone(), **fields)) == want != free, names
 
 
 def test_a_thinking_budget(make_runner):
@@ -726,6 +740,12 @@ def test_processors_after_the_temperature(make_runner):
     want = sample(halved, rest, positions=positions).tokens.tolist()
     assert drawn_by(run(runner, logits, no_penalties=False)) == want
     assert drawn_by(run(make_runner(), logits))[0] == want[0], "greedy rows stay what they are"
+    requests = runner.logitsprocs.argmax_invariant[0]
+    tokens, given = requests.draw_after(logits, [Halves()])
+    assert tokens.tolist() == want
+    assert torch.equal(given, halved)
+    _, given = requests.draw_after(logits, [])
+    assert torch.equal(given, filter_logits(logits, scaled, history=history()))
 
 
 @pytest.mark.parametrize("custom", [(), (Halves(),)], ids=["", "custom"])

@@ -403,7 +403,7 @@ class Requests:
                 self._at[first] = other
         self._rows = [self._at[index] for index in range(update.batch_size)]
         self._position = torch.zeros(len(self._rows), dtype=torch.int64, device=self.device)
-        self._batches, self._steps = {}, {}
+        self._batches = {}
 
     def _record(self, has_changed: bool) -> None:
         """Bring the histories to what the outputs hold: nearly always one token more."""
