@@ -387,6 +387,7 @@ class Requests:
         if update is not None:
             self._follow(update)
         self._record(has_changed=update is not None)
+        self._batch(_as_is)  # here, since to move it to a device is to wait for that
         positions = [len(request.output) for request in self._rows]
         self._position.copy_(self._on_device(positions), non_blocking=True)
 
