@@ -81,10 +81,12 @@ class _WhenImported(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """A module that is waited for, as Python finds it; None for every other one."""
+        """What the other finders say of a module that is waited for; None for every other one."""
         if fullname not in self.actions:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
