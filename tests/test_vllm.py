@@ -196,8 +196,6 @@ def follow(requests, seed, steps=60, dtype=torch.float32):
     for step in range(steps):
         changes = texts.rng.random() < 0.5
         requests.update_state(texts.change() if changes else None)
-        if not texts.rows:
-            continue
         tokens = requests.draw(texts.logits(dtype)).tolist()
         for request, token in zip(texts.rows, tokens, strict=True):
             if token != alone(request, params_of(request.theirs), dtype):
