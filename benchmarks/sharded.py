@@ -129,8 +129,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="sample_sharded beside gathering the logits.")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--calls", type=int, default=40, help="of each kind")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--calls", type=int, default=20, help="of each kind")
     options = parser.parse_args(argv)
     for name in ("ranks", "rows"):
         if min(getattr(options, name)) < 1:

@@ -849,6 +849,17 @@ def test_a_clock_counts_calls_and_their_time():
     assert clock.take() == (0.0, 0)
 
 
+def test_docs_show_what_was_measured_in_vllm_s_engine():
+    """docs/scale.md has the committed results' tables, and nothing that was promised differed."""
+    root = Path(__file__).parent.parent
+    record = json.loads((root / "benchmarks/results/vllm-cpu.json").read_text(encoding="utf-8"))
+    text = (root / "docs/scale.md").read_text(encoding="utf-8")
+    assert record["command"] in text
+    assert vllm_engine.report(record).split("\n\n", 1)[1].strip() in text
+    assert vllm_engine.is_right(record["checks"])
+    assert all(record["preempted"].values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--requests", "7"], "--requests must be an integer >= 8"), ([], "makes its environment")],

@@ -34,7 +34,7 @@ ANYWHERE = {
     *("__future__", "base64", "collections", "contextlib", "copy", "ctypes", "dataclasses"),
     *("fcntl", "functools", "html", "importlib", "inspect", "io", "itertools", "json", "logging"),
     *("math", "numbers", "os", "pathlib", "platform", "re", "secrets", "signal", "string"),
-    *("struct", "sys", "threading", "time", "types", "typing", "warnings"),
+    *("struct", "sys", "threading", "time", "types", "typing", "warnings", "zlib"),
     *("llm_sampling", "numpy", "torch"),
 }
 SOMEWHERE = {
