@@ -359,7 +359,7 @@ class BatchParams:
             needs_history=any(row.needs_history for row in params),
             all_greedy=all(_float32(row.temperature) == 0 for row in params),
             any_filter=any(row.has_filter for row in params),
-            kept_at_most=0 if 0 in kept else max(kept, default=0),
+            kept_at_most=0 if 0 in kept else min(max(kept, default=0), _INT32_MAX),
             any_top_k=any(kept),
             any_top_p=any(_float32(row.top_p) < 1 for row in params),
             any_floor=any(row.has_floor for row in params),

@@ -508,3 +508,35 @@ def test_positions(positions, held):
 def test_positions_refused(positions, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         BatchParams.from_list([SamplingParams()] * 3, positions=positions)
+
+
+def test_what_top_k_keeps_at_most():
+    """As the tensors have it, whose integers end at 2^31 - 1; 0 where a row has no top-k."""
+
+    def kept(*rows):
+        return BatchParams.from_list([SamplingParams(**row) for row in rows]).checked().kept_at_most
+
+    assert kept({"top_k": 5}, {"temperature": 0}, {"top_k": 2, "min_tokens_to_keep": 7}) == 7
+    assert kept({"top_k": 5}, {}) == 0
+    assert kept({"temperature": 0, "min_tokens_to_keep": 3}) == 1
+    assert kept({"top_k": 10**12}) == kept({"top_k": 1, "min_tokens_to_keep": 2**40}) == 2**31 - 1
+    assert kept() == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "change"),
+    [
+        ({"top_k": 5}, {"kept_at_most": 4}),
+        ({}, {"kept_at_most": 4}),
+        ({"top_k": 5}, {"any_top_k": False}),
+        ({"temperature": 0}, {"any_top_k": False}),
+        ({"top_p": 0.9}, {"any_top_p": False}),
+        ({"min_p": 0.1, "min_tokens_to_keep": 2}, {"any_floor": False}),
+    ],
+    ids=str,
+)
+def test_what_the_host_reads_of_a_batch_must_be_true(params, change):
+    batch = BatchParams.from_list([SamplingParams(**params)])
+    (name,) = change
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        dataclasses.replace(batch, **change).checked()
