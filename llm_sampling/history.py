@@ -162,11 +162,9 @@ class TokenHistory:
 
         The counts and lengths are this history's own memory; append to the whole one.
         """
-        part = object.__new__(TokenHistory)  # the counts have gaps between their rows
-        part.seen = slice_bits(self.seen, start, width)
-        part.counts = self.counts[:, start : start + width]
-        part.lengths, part.slots, part.vocab_size = self.lengths, self.slots, width
-        return part
+        seen = slice_bits(self.seen, start, width)
+        counts = self.counts[:, start : start + width]  # with gaps between their rows
+        return self._to_be_read(seen, counts, self.slots, width)
 
     def among(self, rows: Sequence[int | None]) -> TokenHistory:
         """These rows among others, to be read: row i of the result is row ``rows[i]`` of this one.
@@ -181,10 +179,17 @@ class TokenHistory:
         slots = self.slots.new_zeros(len(rows))
         places = [i for i, row in enumerate(rows) if row is not None]
         slots[places] = self.slots[selection(named, self.rows).to(self.device)]
-        among = object.__new__(TokenHistory)  # rows without a slot share the first one
-        among.seen, among.counts, among.lengths = self.seen, self.counts, self.lengths
-        among.slots, among.vocab_size = slots, self.vocab_size
-        return among
+        # rows without a slot share the first one
+        return self._to_be_read(self.seen, self.counts, slots, self.vocab_size)
+
+    def _to_be_read(
+        self, seen: Tensor, counts: Tensor, slots: Tensor, vocab_size: int
+    ) -> TokenHistory:
+        """A history with these lengths whose other parts need not be those of one of its own."""
+        view = object.__new__(TokenHistory)
+        view.seen, view.counts, view.lengths, view.slots = seen, counts, self.lengths, slots
+        view.vocab_size = vocab_size
+        return view
 
     def append(self, tokens: Tensor) -> None:
         """Record the token that each row produced. Never waits for the device.

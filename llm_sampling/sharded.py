@@ -44,6 +44,7 @@ from llm_sampling.backends import (
     SampleOutput,
     raise_on_status,
 )
+from llm_sampling.backends.args import LOGPROBS_MODES
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory, slice_bits
 from llm_sampling.params import DTYPES, BatchParams
 from llm_sampling.sample import (
@@ -285,7 +286,7 @@ def _word(part: _Part, history: TokenHistory | None, whole: int) -> list[int]:
         "mask": -1 if part.allowed_mask is None else part.allowed_mask.shape[1],
         "rows": part.logits.shape[0],
         "num_samples": part.num_samples,
-        "logprobs": (None, "processed", "raw").index(part.logprobs),
+        "logprobs": LOGPROBS_MODES[part.logprobs],
         "flags": bits,
         "params": checksum,
     }
