@@ -7,7 +7,7 @@ import importlib
 import logging
 import random
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fake_vllm
@@ -21,18 +21,14 @@ from llm_sampling.integrations.vllm import RUNNER, RUNNER_V2, Requests, params_o
 V = 101
 
 
-@dataclass
-class Theirs:
-    """What is read of vLLM's SamplingParams, with its defaults."""
+def their_params():
+    """What is read of vLLM's SamplingParams, with its defaults, as the stand-in package has it."""
+    namespace = {"__name__": __name__}
+    exec(fake_vllm.SOURCES["sampling_params"], namespace)
+    return namespace["SamplingParams"]
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    seed: int | None = None
+
+Theirs = their_params()
 
 
 def random_params(rng):
