@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "llm_sampling.h"
+
 #ifdef __CUDACC__
 #define LLM_SAMPLING_FN __host__ __device__ __forceinline__
 #else
@@ -152,6 +154,12 @@ LLM_SAMPLING_FN int64_t top_p_target(int64_t z, float top_p) {
   const int64_t low = z & 0x7fffffff;
   const int64_t target = high * share + ((low * share + 0x7fffffff) >> 31);
   return target > 1 ? target : 1;
+}
+
+// 13 min-p: the depth down to which a row's filters by depth keep tokens; infinity if none is on.
+// One more filter by depth is one more term of a minimum here.
+LLM_SAMPLING_FN float depth_cut(const LlmSamplingArgs& args, int64_t row) {
+  return args.min_p[row] > 0.0f ? args.min_p_cut[row] : kInfinity;
 }
 
 // 14 draw: Philox4x32-10 (Salmon et al., SC 2011). Key: seed; counter: position, draw, stream.

@@ -106,6 +106,14 @@ def target(z: Tensor, top_p: Tensor) -> Tensor:
     return (z_high * share + ((z_low * share + (2**31 - 1)) >> 31)).clamp(min=1)
 
 
+def depth_cut(batch: BatchParams) -> Tensor:
+    """Step 13: the depth down to which filters by depth keep tokens, ``(rows,)``; inf if none is on.
+
+    One more filter by depth is one more term of a minimum here.
+    """
+    return torch.where(batch.min_p > 0, batch.min_p_cut, _INF)
+
+
 def kept_set(x: Tensor, batch: BatchParams) -> tuple[Tensor, Tensor]:
     """Steps 7 to 13: bool ``(rows, V)``, True in the kept set, and the int64 mass ``(rows, V)``."""
     vocab_size = x.shape[1]
@@ -133,8 +141,9 @@ def kept_set(x: Tensor, batch: BatchParams) -> tuple[Tensor, Tensor]:
 
     # 13 min-p
     sorted_d = d.gather(-1, order)
-    near = ((sorted_d <= batch.min_p_cut.unsqueeze(-1)) & (sorted_x > -_INF)).sum(-1)
-    near = torch.where(batch.min_p > 0, torch.maximum(near, keep_at_least), vocab_size)
+    cut = depth_cut(batch)
+    near = ((sorted_d <= cut.unsqueeze(-1)) & (sorted_x > -_INF)).sum(-1)
+    near = torch.where(cut < _INF, torch.maximum(near, keep_at_least), vocab_size)
     length = torch.minimum(length, near)
 
     # 8 greedy: the first of the order alone

@@ -632,14 +632,15 @@ def _keep(weighed: _Weighed, batch: BatchParams, ranks: _Ranks) -> None:
         cut = torch.where(batch.top_p < 1, torch.maximum(cut, nucleus), cut)
 
     # 13 min-p keeps what is near; where the floor goes deeper, what the floor keeps
-    near = weighed.d <= batch.min_p_cut.unsqueeze(-1)
+    depth_cut = reference.depth_cut(batch)
+    near = weighed.d <= depth_cut.unsqueeze(-1)
     deeper = torch.zeros_like(cut, dtype=torch.bool)
     if batch.any_floor:
-        deeper = ending(at_least)[2] > batch.min_p_cut
+        deeper = ending(at_least)[2] > depth_cut
         cut = torch.where(deeper, torch.maximum(cut, at_least), cut)
         near |= deeper.unsqueeze(-1)
     last, count, depth, weighed.each = ending(cut)
-    weighed.count = torch.where((depth <= batch.min_p_cut) | deeper, count, 0)
+    weighed.count = torch.where((depth <= depth_cut) | deeper, count, 0)
     weighed.tied = candidate & (key == last.unsqueeze(-1))
     weighed.w = torch.where(near & (key >= last.unsqueeze(-1)), weighed.w, 0)
 

@@ -305,7 +305,8 @@ void RowSampler::find_kept(int64_t index) {
 
 // 13 as a bound on x, so that it is a prefix of the order like the others.
 float RowSampler::lowest_kept(int64_t index) const {
-  return args_.min_p[index] > 0.0f ? lowest_within(args_.min_p_cut[index]) : kLowest;
+  const float cut = depth_cut(args_, index);
+  return cut < kInfinity ? lowest_within(cut) : kLowest;
 }
 
 // The smallest x whose depth is at most the limit.

@@ -218,7 +218,7 @@ class RowSampler {
     Parameters& own = shared_.parameters;
     own.temperature = args_.temperature[index_];
     own.top_p = args_.top_p[index_];
-    own.depth_cut = args_.min_p[index_] > 0.0f ? args_.min_p_cut[index_] : kInfinity;
+    own.depth_cut = depth_cut(args_, index_);
     own.top_k = args_.top_k[index_];
     own.keep = args_.min_tokens_to_keep[index_];
     own.seed = args_.seed != nullptr ? static_cast<uint64_t>(args_.seed[index_]) : 0;
