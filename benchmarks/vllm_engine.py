@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.environments import python_of
 from benchmarks.inputs import AbsentError
 from benchmarks.timing import environment, progress
-from llm_sampling import models
+from llm_sampling.generation import models
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = Path(__file__).with_name("text.txt")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from llm_sampling import SamplingParams, models
-from llm_sampling.generation import generate
+from llm_sampling import SamplingParams
+from llm_sampling.generation import generate, models
 
 PROMPTS = (
     "The lighthouse keeper",

@@ -30,8 +30,8 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler, StepL
 
 from llm_sampling import SamplingParams
 from llm_sampling.generation import generate
-from llm_sampling.report import write_report
-from llm_sampling.tuning import METHODS, Range, Space, tune
+from llm_sampling.tools.tuning import METHODS, Range, Space, tune
+from llm_sampling.tools.tuning.report import write_report
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -79,7 +79,9 @@ class Text:
 
 def read_book() -> str:
     """Alice's Adventures in Wonderland, which the package ships."""
-    return (resources.files("llm_sampling") / "data" / "alice.txt").read_text(encoding="utf-8")
+    return (resources.files("llm_sampling.tools") / "data" / "alice.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 def split(book: str, characters: int) -> Text:

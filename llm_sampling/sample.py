@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llm_sampling import backends, library
-from llm_sampling.backends import Logprobs, SampleCall, SampleOutput
+from llm_sampling import backends, ops
+from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams, positions_tensor
 
@@ -81,7 +81,7 @@ def sample(
         check=check,
     )
     if torch.compiler.is_compiling():
-        return library.sample(call, backend)
+        return ops.sample(call, backend)
     return backends.resolve(backend, logits.device).sample(call)
 
 
@@ -112,7 +112,7 @@ def filter_logits(
     """
     call = make_call(logits, params, history=history, allowed_mask=allowed_mask, seeded=False)
     if torch.compiler.is_compiling():
-        return library.filter_logits(call, backend)
+        return ops.filter_logits(call, backend)
     return backends.resolve(backend, logits.device).filter_logits(call)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling import backends
-from llm_sampling.backends import Logprobs, SampleCall, SampleOutput
+from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
 from llm_sampling.history import TokenHistory, check_vocab_size, selection, valid_ids
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import check_draws, check_history, check_logits, check_mask

@@ -4,12 +4,14 @@ import pytest
 import torch
 from cases import INTERPRETED, ON_THE_CPU, device_of
 
-from llm_sampling import models
 from llm_sampling.backends import BACKENDS
+from llm_sampling.generation import models
+
+pytest.register_assert_rewrite("parity")
 
 # It needs Triton's interpreter, which a process has for all of its kernels or for none:
 # test_triton.py starts that process.
-collect_ignore = [] if INTERPRETED else ["test_triton_interpreted.py"]
+collect_ignore = [] if INTERPRETED else ["kernels/test_triton_interpreted.py"]
 
 #: The interpreter takes milliseconds for what a kernel does in microseconds, so by default it runs
 #: the tests with the most rows at some vocabulary sizes only, or with one dtype of a size; -m slow
@@ -123,7 +125,7 @@ def tiny_llama():
 def model_path(tmp_path_factory):
     """A tiny random model over bytes with a chat template, as a Hugging Face directory."""
     transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
-    from test_generation import byte_tokenizer
+    from toy_tokenizers import byte_tokenizer
 
     path = tmp_path_factory.mktemp("tiny")
     tokenizer = byte_tokenizer()

@@ -10,12 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llm_sampling.backends import SampleCall, SampleOutput, compiled, settle
-from llm_sampling.backends.args import SampleArgs
+from llm_sampling.backends import native
+from llm_sampling.backends.base import SampleCall, SampleOutput, settle
+from llm_sampling.backends.c_abi import SampleArgs
 
 DEVICE_TYPES = frozenset({"cuda"})
 
-LIBRARY = compiled.Library("cuda", ctypes.c_void_p)
+LIBRARY = native.Library("cuda", ctypes.c_void_p)
 
 
 def why_unavailable() -> str | None:
@@ -37,7 +38,7 @@ def _why_unusable() -> str | None:
     return None if code == 0 else LIBRARY.error(code)
 
 
-def _run_on(device: torch.device) -> compiled.Run:
+def _run_on(device: torch.device) -> native.Run:
     """One launch, on the current stream of the device."""
 
     def run(args: SampleArgs) -> None:
@@ -54,15 +55,15 @@ def _unchecked(call: SampleCall) -> SampleCall:
 
 def sample(call: SampleCall) -> SampleOutput:
     """Draw tokens in one launch."""
-    return settle(call, compiled.sample(_unchecked(call), _run_on(call.logits.device)))
+    return settle(call, native.sample(_unchecked(call), _run_on(call.logits.device)))
 
 
 def filter_logits(call: SampleCall) -> Tensor:
     """Filter in one launch."""
-    return compiled.filter_logits(call, _run_on(call.logits.device))
+    return native.filter_logits(call, _run_on(call.logits.device))
 
 
 def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
     """Keep what the kernel is called with between steps."""
-    step = compiled.prepare(_unchecked(call), _run_on(call.logits.device))
+    step = native.prepare(_unchecked(call), _run_on(call.logits.device))
     return lambda logits, allowed_mask: settle(call, step(logits, allowed_mask))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from llm_sampling import reference
-from llm_sampling.backends import SampleCall, SampleOutput, advance, raise_on_status
+from llm_sampling.backends.base import SampleCall, SampleOutput, advance, raise_on_status
 
 DEVICE_TYPES = None
 

@@ -24,13 +24,14 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils.generic import ModelOutput
 
-from llm_sampling.backends import Logprobs, check_name, raise_on_status
+from llm_sampling.backends import check_name
+from llm_sampling.backends.base import Logprobs, raise_on_status
 from llm_sampling.generation import TextDecoder, seeded
+from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import check_draws, filter_logits
 from llm_sampling.sampler import Sampler
-from llm_sampling.stopping import StopStrings
 
 
 class _Rows:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling import backends
-from llm_sampling.backends import SampleCall, SampleOutput
+from llm_sampling.backends.base import SampleCall, SampleOutput
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits
