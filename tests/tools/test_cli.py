@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llm_sampling import Sampler, SamplingParams, TokenHistory, backends
-from llm_sampling.generation import models, stream
+from llm_sampling.generation import loop, models, stream
 from llm_sampling.tools import cli
 
 typer = pytest.importorskip("typer", reason="needs the extra 'cli'")
