@@ -23,13 +23,8 @@ optuna = pytest.importorskip("optuna", reason="needs the extra 'tune'")
 from llm_sampling import SamplingParams  # noqa: E402
 from llm_sampling.params import OFF_VALUES  # noqa: E402
 from llm_sampling.tools import tuning  # noqa: E402
-from llm_sampling.tools.tuning import (  # noqa: E402
-    METHODS,
-    Range,
-    search,
-    space_from_text,
-    tune,
-)
+from llm_sampling.tools.tuning import METHODS, Range, space_from_text, tune  # noqa: E402
+from llm_sampling.tools.tuning import search as module  # noqa: E402
 
 SPACE = {"x": Range(0.0, 9.0), "k": Range(1, 10), "rule": ["a", "b", "c"]}
 GRID = {"x": [1.0, 2.0, 3.0, 4.0], "rule": ["a", "b", "c"]}
@@ -528,7 +523,7 @@ def test_optunas_own_sampler_would_begin_anew(
     storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: a sampler whose state dies with its process tries its first values again."""
-    monkeypatch.setattr(search, "_by_index", lambda make: make(0))
+    monkeypatch.setattr(module, "_by_index", lambda make: make(0))
     search(n_trials=4, storage=storage)
     values = tried(search(n_trials=8, storage=storage))
     assert values[4:] == values[:4]
