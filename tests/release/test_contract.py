@@ -16,7 +16,7 @@ import llm_sampling
 from llm_sampling import BatchParams, SamplingParams, history, ops
 from llm_sampling.backends import BACKENDS, base, c_abi
 from llm_sampling.backends.base import SampleCall
-from llm_sampling.params import _RULES, OFF_VALUES
+from llm_sampling.fields import FIELDS, OFF_VALUES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "llm_sampling"
@@ -34,7 +34,8 @@ DERIVED = {"min_p_cut", "unseeded", "position", *FLAGS}
 #: Each module may import from the lines above its own, and from no other.
 LAYERS = (
     ("version", "checks", "backends.triton_kernel"),
-    ("params", "history"),
+    ("fields", "history"),
+    ("params",),
     ("backends.base",),
     ("backends", "reference", "backends.c_abi"),
     ("backends.native", "ops"),
@@ -109,7 +110,7 @@ def test_page_has_every_parameter_with_its_rule():
     rules = dict(re.findall(r'^  (\w+): \{.*?rule: "(.*?)"', fields, re.MULTILINE | re.DOTALL))
     offs = dict(re.findall(r"^  (\w+): \{\s*label: .*?, off: (\S+),", fields, re.MULTILINE))
     shown = [name for name in PARAMETERS if name not in ("logit_bias", "seed")]
-    assert rules == {name: _RULES[name] for name in shown}
+    assert rules == {name: FIELDS[name].rule for name in shown}
     assert {name: float(off) for name, off in offs.items()} == {
         name: OFF_VALUES[name] for name in shown
     }
