@@ -121,10 +121,15 @@ def list_of_params(
     return list(params)
 
 
-def _min_p_cut(min_p: float) -> float:
-    """Step 13's cut in octaves below the best token; inf where min-p is off."""
-    rounded = to_float32(min_p)
-    return math.inf if rounded == 0 else 2.0**-18 - math.log2(rounded)
+def _in_float32(values: Sequence[float]) -> list[float]:
+    """Each of them rounded to float32, which none overflows."""
+    form = f"{len(values)}f"
+    return list(struct.unpack(form, struct.pack(form, *values)))
+
+
+def _min_p_cuts(min_p: Sequence[float]) -> list[float]:
+    """Step 13's depth for each ``min_p`` in float32; inf where min-p is off."""
+    return _in_float32([2.0**-18 - math.log2(p) if p > 0 else math.inf for p in min_p])
 
 
 def _as_int64(value: int) -> int:
@@ -149,29 +154,26 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """The flags of a BatchParams with these values, one per row, as its tensors hold them."""
-    rows = range(len(columns["temperature"]))
-    is_greedy = [t == 0 for t in columns["temperature"]]
+    rows = len(columns["temperature"])
 
-    def is_on(parameters: Iterable[Field], row: int) -> bool:
-        return any(columns[f.name][row] != f.off for f in parameters)
+    def any_on(parameters: Iterable[Field]) -> bool:
+        return any(columns[f.name].count(f.off) < rows for f in parameters)
 
     kept = [
-        1 if greedy else int(max(k, keep)) if k > 0 else 0
-        for greedy, k, keep in zip(
-            is_greedy, columns["top_k"], columns["min_tokens_to_keep"], strict=True
+        1 if temperature == 0 else int(max(k, keep)) if k > 0 else 0
+        for temperature, k, keep in zip(
+            columns["temperature"], columns["top_k"], columns["min_tokens_to_keep"], strict=True
         )
     ]
+    floored = [row for row, keep in enumerate(columns["min_tokens_to_keep"]) if keep > 1]
     return {
-        "needs_history": any(is_on(_PENALTIES, row) for row in rows),
-        "all_greedy": all(is_greedy),
-        "any_filter": any(is_on(_FILTERS, row) for row in rows),
+        "needs_history": any_on(_PENALTIES),
+        "all_greedy": columns["temperature"].count(0) == rows,
+        "any_filter": any_on(_FILTERS),
         "kept_at_most": 0 if 0 in kept else max(kept, default=0),
         "any_top_k": any(kept),
-        "any_top_p": any(p != FIELDS["top_p"].off for p in columns["top_p"]),
-        "any_floor": any(
-            keep > 1 and is_on(_FLOORED, row)
-            for row, keep in enumerate(columns["min_tokens_to_keep"])
-        ),
+        "any_top_p": columns["top_p"].count(FIELDS["top_p"].off) < rows,
+        "any_floor": any(columns[f.name][row] != f.off for f in _FLOORED for row in floored),
     }
 
 
@@ -274,7 +276,7 @@ class BatchParams:
             else:
                 columns[parameter.name] = _in_float32(values)
         # in id order, which is that of a pass over the row
-        biases = [sorted((row.logit_bias or {}).items()) for row in rows]
+        biases = [sorted(row.logit_bias.items()) if row.logit_bias else [] for row in rows]
         offsets = [0]
         for bias in biases:
             offsets.append(offsets[-1] + len(bias))
@@ -285,7 +287,7 @@ class BatchParams:
         return cls(
             **tensors,
             seed=tensor([_as_int64(row.seed or 0) for row in rows], torch.int64),
-            min_p_cut=tensor([_min_p_cut(p) for p in columns["min_p"]], torch.float32),
+            min_p_cut=tensor(_min_p_cuts(columns["min_p"]), torch.float32),
             logit_bias_offsets=tensor(offsets, torch.int64),
             logit_bias_ids=tensor([i for bias in biases for i, _ in bias], torch.int32),
             logit_bias_values=tensor([x for bias in biases for _, x in bias], torch.float32),
@@ -347,7 +349,7 @@ class BatchParams:
         for parameter in _NUMBERS:
             parameter.check_tensor(getattr(self, parameter.name))
         columns = {f.name: getattr(self, f.name).tolist() for f in _NUMBERS}
-        cuts = _in_float32([_min_p_cut(value) for value in columns["min_p"]])
+        cuts = _min_p_cuts(columns["min_p"])
         if self.min_p_cut.tolist() != cuts:
             raise refusal("min_p_cut", "2^-18 - log2(min_p)", self.min_p_cut.tolist())
         offsets, entries = self.logit_bias_offsets.tolist(), self.logit_bias_ids.shape[0]
@@ -378,12 +380,6 @@ class BatchParams:
         fresh = torch.randint(-(2**63), 2**63 - 1, (self.rows,), dtype=torch.int64)
         seed = torch.where(self.unseeded, fresh.to(self.device, non_blocking=True), self.seed)
         return replace(self, seed=seed, unseeded=None)
-
-
-def _in_float32(values: Sequence[float]) -> list[float]:
-    """Each of them rounded to float32, which none overflows."""
-    form = f"{len(values)}f"
-    return list(struct.unpack(form, struct.pack(form, *values)))
 
 
 def positions_tensor(positions: Sequence[int] | Tensor, rows: int, device: torch.device) -> Tensor:

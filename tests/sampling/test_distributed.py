@@ -164,7 +164,13 @@ def differences(
 def few(groups: Sequence[Sequence[Case]], vocab_size: int) -> list[list[Case]]:
     """Those that go by candidates, where the other way would take all of a group."""
     wanted = [
-        [c for c in g if 0 < c.params(vocab_size).kept_at_most <= distributed.MOST_CANDIDATES]
+        [
+            c
+            for c in g
+            if 0
+            < BatchParams.from_list([c.params(vocab_size)]).kept_at_most
+            <= distributed.MOST_CANDIDATES
+        ]
         for g in groups
     ]
     return [cases for cases in wanted if cases]
