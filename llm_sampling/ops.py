@@ -1,6 +1,6 @@
-"""The ops in torch.library, for torch.compile and export; eager calls do not come through here.
+"""The same calls as ops of torch.library, for torch.compile and export. Eager calls bypass them.
 
-The op takes the batch and the history field by field: a schema knows only tensors and numbers.
+An op takes the batch and the history field by field, because a schema has tensors and numbers only.
 """
 
 from __future__ import annotations

@@ -216,10 +216,11 @@ class BatchParams:
         kept_at_most: no row's step 11 keeps more tokens than this; 0 if one may keep any number.
         any_top_k: whether any row has top-k or is greedy.
         any_top_p: whether any row has top-p.
-        any_floor: whether any row has top-p or min-p and a ``min_tokens_to_keep`` above 1. The last
-            seven are read on the host, to choose a kernel or the messages between ranks: who
-            changes tensors in place, under a captured graph for example, keeps them true, or has
-            them say that everything may occur, as the last four do unless they are given.
+        any_floor: whether any row has top-p or min-p and a ``min_tokens_to_keep`` above 1.
+
+    The seven flags are read on the host, to choose a kernel or the messages between ranks. If you
+    change tensors in place, under a captured graph for example, update the flags too or set them to
+    their conservative values, which are the defaults of the last four.
     """
 
     temperature: Tensor

@@ -1,4 +1,4 @@
-"""The prepared object for decode loops: it keeps each row's parameters, seed, position, history."""
+"""The object of a decode loop: it keeps each row's parameters, seed, position and history."""
 
 from __future__ import annotations
 
@@ -255,8 +255,8 @@ class Sampler:
     ) -> None:
         """Pack the rows anew; seeds and positions are carried over, not drawn or counted again.
 
-        Whatever can fail comes first, and no call between the assignments, since after one Python
-        looks for Ctrl-C: rows and history change together or not at all.
+        Everything that can fail comes first. Python handles Ctrl-C after a call, so nothing is called
+        between the assignments: rows and history change together or not at all.
         """
         batch = BatchParams.from_list(params, device=self.device)
         batch = replace(batch, seed=seed, position=position, unseeded=None)

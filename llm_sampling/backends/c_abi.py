@@ -1,4 +1,4 @@
-"""The args struct of csrc/llm_sampling.h for ctypes, and how a call fills it."""
+"""The struct of csrc/llm_sampling.h for ctypes, and the functions that fill it from a call."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ POINTERS = (
 
 
 def make_args(call: SampleCall) -> SampleArgs:
-    """The struct of a call, without results. The call must outlive it: it holds bare pointers."""
+    """The struct of a call, without results. It holds addresses, so the call must outlive it."""
     args = SampleArgs(
         struct_size=ctypes.sizeof(SampleArgs),
         version=ABI_VERSION,
@@ -116,7 +116,7 @@ def set_logits(args: SampleArgs, logits: Tensor, allowed_mask: Tensor | None) ->
 
 
 def set_history(args: SampleArgs, call: SampleCall) -> None:
-    """Point the struct at the history's state, which moves when rows come and go."""
+    """Point the struct at the history's tensors, which are new ones when rows come and go."""
     history = call.history
     assert history is not None
     args.seen = history.seen.data_ptr()

@@ -162,17 +162,13 @@ def differences(
 
 
 def few(groups: Sequence[Sequence[Case]], vocab_size: int) -> list[list[Case]]:
-    """Those that go by candidates, where the other way would take all of a group."""
-    wanted = [
-        [
-            c
-            for c in g
-            if 0
-            < BatchParams.from_list([c.params(vocab_size)]).kept_at_most
-            <= distributed.MOST_CANDIDATES
-        ]
-        for g in groups
-    ]
+    """Of each group the cases that are drawn from candidates, if any; the rest go the other way."""
+
+    def has_candidates(case: Case) -> bool:
+        batch = BatchParams.from_list([case.params(vocab_size)])
+        return 0 < batch.kept_at_most <= distributed.MOST_CANDIDATES
+
+    wanted = [list(filter(has_candidates, group)) for group in groups]
     return [cases for cases in wanted if cases]
 
 
