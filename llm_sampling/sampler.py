@@ -255,8 +255,8 @@ class Sampler:
     ) -> None:
         """Pack the rows anew; seeds and positions are carried over, not drawn or counted again.
 
-        Everything that can fail comes first. Python handles Ctrl-C after a call, so nothing is called
-        between the assignments: rows and history change together or not at all.
+        Everything that can fail comes first. Python handles Ctrl-C after a call, so nothing is
+        called between the assignments: rows and history change together or not at all.
         """
         batch = BatchParams.from_list(params, device=self.device)
         batch = replace(batch, seed=seed, position=position, unseeded=None)

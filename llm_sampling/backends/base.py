@@ -114,8 +114,8 @@ def advance(call: SampleCall, output: SampleOutput) -> None:
 def settle(call: SampleCall, output: SampleOutput) -> SampleOutput:
     """For kernels that cannot see every row's status: raise on bad rows, then advance.
 
-    Without ``check`` the kernel has advanced the rows and nothing is left to do. With ``check`` this
-    waits for the device.
+    Without ``check`` the kernel has advanced the rows and nothing is left to do. With ``check``
+    this waits for the device.
     """
     if call.check:
         raise_on_status(output.status)

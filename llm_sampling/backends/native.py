@@ -178,7 +178,7 @@ def _results(like: SampleOutput) -> Iterator[SampleOutput]:
 
 
 def _state(call: SampleCall) -> tuple[Tensor, ...]:
-    """The history's tensors: kept alive since the struct has their addresses, compared each step."""
+    """The history's tensors, kept alive since the struct has their addresses; read each step."""
     history = call.history
     if history is None:
         return ()
