@@ -30,12 +30,12 @@ PLANTED = {
         "static Workspace workspace;",
     ),
     "results that are read before they are known to be there": (
-        "pool.h",
+        "thread_pool.h",
         "job.working.fetch_sub(1, std::memory_order_release);",
         "job.working.fetch_sub(1, std::memory_order_relaxed);",
     ),
     "a place that is taken without the lock": (
-        "pool.h",
+        "thread_pool.h",
         "--job.places;\n      job.working.fetch_add(1, std::memory_order_relaxed);\n"
         "      lock.unlock();",
         "job.working.fetch_add(1, std::memory_order_relaxed);\n"

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "by_hand.h"
+#include "simd_x86.h"
 #include "tile.h"
 
 namespace llm_sampling {

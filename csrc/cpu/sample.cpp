@@ -1,5 +1,5 @@
 // THE kernel on the CPU. The arithmetic is in ../semantics.h; step numbers are docs/semantics.md's.
-// tile.h has the values of a row, passes.h every loop over tiles (by_hand.h two of them), choose.h
+// tile.h has the values of a row, passes.h every loop over tiles (simd_x86.h two of them), select.h
 // lists and estimates.
 //
 // Work: one thread owns a row; a lone row is split over threads by tiles. A row is read in tiles of
@@ -33,12 +33,12 @@
 #include <thread>
 #include <type_traits>
 
-#include "../check.h"
 #include "../llm_sampling.h"
 #include "../semantics.h"
-#include "choose.h"
+#include "../validate.h"
 #include "passes.h"
-#include "pool.h"
+#include "select.h"
+#include "thread_pool.h"
 #include "tile.h"
 
 namespace llm_sampling {

@@ -30,9 +30,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../check.h"
 #include "../llm_sampling.h"
 #include "../semantics.h"
+#include "../validate.h"
 #include "cluster.h"
 #include "device.h"
 #include "launch.h"

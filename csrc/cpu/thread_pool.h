@@ -10,8 +10,8 @@
 // the threads; a call that finds them taken does its tasks alone instead of waiting for cores. A row is
 // several jobs with little between them, so a worker of ours looks for the next job for a while before
 // it sleeps: to wake it takes longer than a job.
-#ifndef LLM_SAMPLING_CPU_POOL_H_
-#define LLM_SAMPLING_CPU_POOL_H_
+#ifndef LLM_SAMPLING_CPU_THREAD_POOL_H_
+#define LLM_SAMPLING_CPU_THREAD_POOL_H_
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -181,4 +181,4 @@ inline Pool* Pool::current_ = Pool::first();
 
 }  // namespace llm_sampling
 
-#endif  // LLM_SAMPLING_CPU_POOL_H_
+#endif  // LLM_SAMPLING_CPU_THREAD_POOL_H_

@@ -1,7 +1,7 @@
 // Two loops over a tile that are written by hand for x86-64, since the compiler's own code for them
 // bounds the kernel. Each has its definition beside it, in plain C++, which all other CPUs run.
-#ifndef LLM_SAMPLING_CPU_BY_HAND_H_
-#define LLM_SAMPLING_CPU_BY_HAND_H_
+#ifndef LLM_SAMPLING_CPU_SIMD_X86_H_
+#define LLM_SAMPLING_CPU_SIMD_X86_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -145,4 +145,4 @@ void tile_maxima(const float* y, float* group, float* sums) { plain_tile_maxima(
 }  // namespace
 }  // namespace llm_sampling
 
-#endif  // LLM_SAMPLING_CPU_BY_HAND_H_
+#endif  // LLM_SAMPLING_CPU_SIMD_X86_H_

@@ -1,6 +1,6 @@
 // Choosing from a list in linear time, whatever the ties; and estimating where to look.
-#ifndef LLM_SAMPLING_CPU_CHOOSE_H_
-#define LLM_SAMPLING_CPU_CHOOSE_H_
+#ifndef LLM_SAMPLING_CPU_SELECT_H_
+#define LLM_SAMPLING_CPU_SELECT_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -160,4 +160,4 @@ class Histogram {
 }  // namespace
 }  // namespace llm_sampling
 
-#endif  // LLM_SAMPLING_CPU_CHOOSE_H_
+#endif  // LLM_SAMPLING_CPU_SELECT_H_

@@ -1,6 +1,6 @@
 // What every compiled backend checks before it starts, and what its return codes mean.
-#ifndef LLM_SAMPLING_CHECK_H_
-#define LLM_SAMPLING_CHECK_H_
+#ifndef LLM_SAMPLING_VALIDATE_H_
+#define LLM_SAMPLING_VALIDATE_H_
 
 #include <stdint.h>
 #include <string.h>
@@ -130,4 +130,4 @@ inline const char* error_text(int32_t code) {
 
 }  // namespace llm_sampling
 
-#endif  // LLM_SAMPLING_CHECK_H_
+#endif  // LLM_SAMPLING_VALIDATE_H_
