@@ -44,8 +44,8 @@ BROKEN = {
     "a tie too few": ("tile.h", "(j <= last_equal)", "(j < last_equal)", "FAILED: "),
     "past the end of a list": (
         "sample.cpp",
-        "ws_.list_id.at_least(row_.vocab_size + 1)",
-        "ws_.list_id.at_least(row_.vocab_size - 1)",
+        "ws_.candidate_id.at_least(row_.vocab_size)",
+        "ws_.candidate_id.at_least(row_.vocab_size - 1)",
         "AddressSanitizer",
     ),
     "a count that overflows": (

@@ -1,15 +1,15 @@
-// The threads that rows and tiles are shared out among.
+// The threads over which rows and tiles are distributed.
 //
-// Where the process has OpenMP, as it has with torch, these are OpenMP's: the model has just used them,
-// so they still look for work, whereas a thread of our own would first have to be woken, and would then
-// share its core with one of theirs. We look OpenMP up and do not link it, since a second runtime
-// beside torch's would be one more pool. Without it, and in a child after fork, where OpenMP waits for
-// ever for threads that are gone, the threads are our own.
+// If the process has OpenMP, as it has with torch, its threads are used: the model has just run on them, so
+// they still spin for work. A thread of our own would have to be woken first and would share its core with
+// one of theirs. OpenMP is looked up in the process and not linked, because a second runtime beside torch's
+// would be one more pool of threads. Threads of our own are used without OpenMP, and in a child after fork,
+// where OpenMP waits for ever for threads that the child does not have.
 //
-// The caller works too, so tasks start at once and a late worker only helps. One call at a time has
-// the threads; a call that finds them taken does its tasks alone instead of waiting for cores. A row is
-// several jobs with little between them, so a worker of ours looks for the next job for a while before
-// it sleeps: to wake it takes longer than a job.
+// The calling thread works too, so tasks start at once and a late worker only helps. One call at a time
+// uses the threads; another call at the same time does its tasks alone instead of waiting for cores. A row
+// takes several jobs with little time between them, so a worker of our own spins for a while before it
+// sleeps, because to wake it takes longer than a job.
 #ifndef LLM_SAMPLING_CPU_THREAD_POOL_H_
 #define LLM_SAMPLING_CPU_THREAD_POOL_H_
 
@@ -25,8 +25,8 @@
 
 namespace llm_sampling {
 
-// The floating-point environment that the arithmetic is defined in: round to nearest, subnormals kept,
-// whatever the caller has set.
+// Sets the floating-point environment that the arithmetic needs, which rounds to nearest and keeps
+// subnormals, and restores the caller's at the end of the scope.
 class DefaultFloats {
  public:
   DefaultFloats() {
@@ -41,14 +41,15 @@ class DefaultFloats {
   std::fenv_t saved_;
 };
 
-class Pool {
+class ThreadPool {
  public:
   using Task = void (*)(void* context, int64_t index);
 
-  // Runs task(context, i) for i in 0 .. count - 1 on up to `threads` threads; tasks must not throw.
+  // Runs task(context, i) for i in 0 .. count - 1 on up to `threads` threads, and returns when all are done.
+  // Tasks must not throw.
   static void run(int64_t count, int threads, Task task, void* context) {
     if (threads > 1 && count > 1) {
-      Pool& pool = *current_;
+      ThreadPool& pool = *current_;
       std::unique_lock<std::mutex> turn(pool.turn_, std::try_to_lock);
       if (turn.owns_lock()) {
         pool.share(count, threads, task, context);
@@ -58,15 +59,15 @@ class Pool {
     for (int64_t i = 0; i < count; ++i) task(context, i);
   }
 
-  // Threads do not survive fork, and their locks may be held for ever: the child gets a new pool and
-  // leaks the old one. None is ever destroyed, since its threads may outlive static destructors.
-  static void forked() { current_ = new Pool(nullptr); }
+  // Called in a child after fork. Threads do not survive it and may have left locks held, so the child gets a
+  // new pool and leaks the old one. No pool is destroyed, since its threads may outlive static destructors.
+  static void forked() { current_ = new ThreadPool(nullptr); }
 
  private:
-  // Of GCC's runtime; LLVM's and Intel's have it too.
+  // The entry point of GCC's OpenMP runtime, which LLVM's and Intel's have too.
   using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-  static constexpr int kLooks = 2000;  // some tens of microseconds
+  static constexpr int kSpins = 2000;  // before a thread sleeps: some tens of microseconds
 
   struct Job {
     const Task task;
@@ -77,7 +78,7 @@ class Pool {
     std::atomic<int64_t> next{0};
 
     void work() {
-      const DefaultFloats floats;  // a thread begins with what its creator had set
+      const DefaultFloats floats;  // a new thread inherits the environment of its creator
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
     }
   };
@@ -90,37 +91,37 @@ class Pool {
 #endif
   }
 
-  explicit Pool(GompParallel openmp) : openmp_(openmp) {}
+  explicit ThreadPool(GompParallel openmp) : openmp_(openmp) {}
 
-  // When the library is loaded, so that it hears of every fork after that.
-  static Pool* first() {
+  // Runs when the library is loaded, so that the library is told of every later fork.
+  static ThreadPool* first() {
     pthread_atfork(nullptr, nullptr, forked);
-    return new Pool(reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")));
+    return new ThreadPool(reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")));
   }
 
   void share(int64_t count, int threads, Task task, void* context) {
     Job job{task, context, count, static_cast<int>(count < threads ? count : threads) - 1};
     if (openmp_ != nullptr) {
-      // always all of them: OpenMP ends those that a smaller team leaves out
+      // Always all threads, because OpenMP ends those that a smaller team leaves out.
       openmp_([](void* shared) { static_cast<Job*>(shared)->work(); }, &job, threads, 0);
       return;
     }
-    bool somebody_sleeps;
+    bool has_sleepers;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (workers_ < job.places && start_worker()) ++workers_;
       job_ = &job;
       jobs_.store(jobs_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
-      somebody_sleeps = sleeping_ > 0;
+      has_sleepers = sleeping_ > 0;
     }
-    if (somebody_sleeps) work_.notify_all();
+    if (has_sleepers) work_.notify_all();
     job.work();
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      job_ = nullptr;  // nobody joins any more
+      job_ = nullptr;  // no further worker joins
     }
-    for (int looks = 0; job.working.load(std::memory_order_acquire) != 0; ++looks) {
-      if (looks < kLooks) {
+    for (int spins = 0; job.working.load(std::memory_order_acquire) != 0; ++spins) {
+      if (spins < kSpins) {
         pause();
       } else {
         std::this_thread::yield();
@@ -128,7 +129,7 @@ class Pool {
     }
   }
 
-  // False where the system gives no more threads: those that there are do the work.
+  // Returns false if the system starts no more threads; those that exist then do the work.
   bool start_worker() {
     try {
       std::thread([this] { loop(); }).detach();
@@ -138,12 +139,13 @@ class Pool {
     }
   }
 
+  // What a worker does: wait for a job, join it, work, and so on for ever.
   void loop() {
-    uint64_t seen = 0;
+    uint64_t seen = 0;  // the value of jobs_ at the last job
     std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
     for (;;) {
-      for (int looks = 0; looks < kLooks && jobs_.load(std::memory_order_acquire) == seen;
-           ++looks) {
+      for (int spins = 0; spins < kSpins && jobs_.load(std::memory_order_acquire) == seen;
+           ++spins) {
         pause();
       }
       lock.lock();
@@ -152,7 +154,7 @@ class Pool {
       work_.wait(lock, is_new);
       --sleeping_;
       seen = jobs_.load(std::memory_order_relaxed);
-      if (job_ == nullptr || job_->places == 0) {  // too late
+      if (job_ == nullptr || job_->places == 0) {  // the job is over, or has enough workers
         lock.unlock();
         continue;
       }
@@ -161,23 +163,23 @@ class Pool {
       job.working.fetch_add(1, std::memory_order_relaxed);
       lock.unlock();
       job.work();
-      job.working.fetch_sub(1, std::memory_order_release);  // the job may be gone from here on
+      job.working.fetch_sub(1, std::memory_order_release);  // the job may not exist after this
     }
   }
 
-  static Pool* current_;
+  static ThreadPool* current_;
 
   const GompParallel openmp_;
-  std::mutex turn_;   // held by the call that has the pool
+  std::mutex turn_;   // held by the call that uses the threads
   std::mutex mutex_;  // guards everything below
   std::condition_variable work_;
   Job* job_ = nullptr;
   int workers_ = 0;
   int sleeping_ = 0;
-  std::atomic<uint64_t> jobs_{0};  // how many there have been
+  std::atomic<uint64_t> jobs_{0};  // the number of jobs so far
 };
 
-inline Pool* Pool::current_ = Pool::first();
+inline ThreadPool* ThreadPool::current_ = ThreadPool::first();
 
 }  // namespace llm_sampling
 
