@@ -1,7 +1,7 @@
 """Times one row on one thread and on several: the CPU kernel, and torch's amax and softmax.
 
-``python -m benchmarks.threads`` prints a report in Markdown; ``--json`` also writes the results to a
-file.
+``python -m benchmarks.threads`` prints a report in Markdown; ``--json FILE`` also writes the
+results to a file.
 
 Whether a second thread helps depends on whether it is awake. So each call is timed on its own,
 after

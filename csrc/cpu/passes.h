@@ -223,9 +223,9 @@ LLM_SAMPLING_CLONES void find_min_max(const float* value, int64_t size, float& l
   most = *std::max_element(high, high + kLanes);
 }
 
-// A weighted sample of a row's tokens, to estimate where a threshold lies. Part 0: the maximum of each stripe,
-// with weight 1. Part 1: one more token of each stripe of every other tile, weighted to represent all tokens
-// that are not the maximum of their stripe.
+// A weighted sample of a row's tokens, to estimate where a threshold lies. Part 0: the maximum of each
+// stripe, with weight 1. Part 1: one more token of each stripe of every other tile, weighted to represent all
+// tokens that are not the maximum of their stripe.
 struct Probe {
   int64_t size[2];
   float* depth[2];
@@ -315,8 +315,7 @@ count_stripes(const float* stripe_max, const float* tile_max, int64_t tiles, flo
   return count;
 }
 
-// Appends a tile's tokens with low <= logit <= high to x and id, in id order; returns the new size. It may write
-// one element past that.
+// Appends a tile's tokens with low <= logit <= high to x and id, in id order; returns the new size.
 LLM_SAMPLING_CLONES int64_t append_band(
     const Row& row,
     int64_t tile,

@@ -13,18 +13,19 @@
 //                logit, so only the few tiles that reach it are read again. If the penalties can only lower
 //                logits, the maxima are taken before them, and only candidates are penalised.
 //   mass         Top-p, or no filter: the mass of every tile, exact in two int32 halves.
-//   split mass   Top-p on a flat row, one of which most tokens are in the nucleus: also the mass above an
-//                estimate of the threshold.
-//   band         The same row: the tokens between the estimate and a second one on the threshold's other side.
-// These passes leave a short list of candidates in token-id order. A bisection with exact counts, or a radix
+//   split mass   Top-p on a flat row, where the nucleus is a large part of the vocabulary: also the mass
+//                above an estimate of the threshold.
+//   band         The same row: the tokens between this estimate and another one on the threshold's other
+//                side.
+// What is left is a short list of candidates in token-id order. A bisection with exact counts, or a radix
 // select with exact masses, finds the threshold among them, in linear time whatever the ties.
 //
 // A kept set is a prefix of the order, so its Threshold (a logit, and the last id that is kept among its
 // equals) describes it. Estimates choose only where to look: every decision is made on exact integers.
 //
-// Hazards: NaN is not replaced by -inf, so every comparison is written such that NaN is not kept. Loops marked
-// LLM_SAMPLING_CLONES are vectorised by the compiler, once per instruction set. This file needs the flags
-// -ffp-contract=off -fno-trapping-math -fno-math-errno.
+// Hazards: NaN is not replaced by -inf, so every comparison is written such that NaN is not kept. Loops
+// marked LLM_SAMPLING_CLONES are vectorised by the compiler, once per instruction set. This file needs the
+// flags -ffp-contract=off -fno-trapping-math -fno-math-errno.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -74,8 +75,7 @@ struct Workspace {
 // One row's parameters of steps 8 and 11 to 14. Those of steps 2 to 5 and 9 are in its Row.
 struct RowParams {
   float temperature;
-  int64_t
-      top_k;  // how many tokens step 11 keeps, or 1 if step 8 keeps the first; 0 if it keeps all
+  int64_t top_k;  // the number of tokens that step 8 or 11 keeps; 0 if that is all of them
   float top_p;
   float depth_cut;  // infinity if no filter by depth is on
   int64_t min_tokens_to_keep;
@@ -143,7 +143,7 @@ class RowSampler {
       find_maxima(row_);
       find_kept();
     }
-    if (results_.filtered != nullptr) filter();
+    if (results_.filtered != nullptr) write_filtered_logits();
     if (results_.tokens == nullptr) return;
     draw();
     if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) write_raw_logprobs();
@@ -161,10 +161,10 @@ class RowSampler {
   void keep_best();
   void keep_top_k();
   void keep_first_of_row(int64_t count);
-  void keep_from(float lowest);
+  void keep_from(float lowest_kept);
   void keep_every_token();
-  void keep_top_p(float lowest);
-  void keep_flat_nucleus(float guess, float lowest);
+  void keep_top_p(float lowest_kept);
+  void keep_flat_nucleus(float guess, float lowest_kept);
   void keep_candidates();
 
   float bound_of_kth_logit(int64_t k);
@@ -175,13 +175,13 @@ class RowSampler {
   void drop_after_first(int64_t count);
   int64_t weigh_candidates();
   CandidateThreshold threshold_of_mass(int64_t target);
-  void filter_candidates(int64_t target, float lowest);
+  void filter_candidates(int64_t target, float lowest_kept);
 
   int64_t total(const int64_t* tile_mass) const;
   int64_t mass_of_row();
   int64_t count_kept();
 
-  void filter();
+  void write_filtered_logits();
   void draw();
   void write_raw_logprobs();
 
@@ -202,8 +202,8 @@ class RowSampler {
   float* tile_max_ = nullptr;
   Candidates candidates_ = {};
 
-  // The kept set: its threshold, its mass, and how the mass is distributed. Either the candidates are the kept
-  // set and have their masses, or tile_kept_ is the kept mass of each tile.
+  // The kept set: its threshold, its mass, and how the mass is distributed. Either the candidates are the
+  // kept set and have their masses, or tile_kept_ is the kept mass of each tile.
   Threshold threshold_ = {};
   int64_t mass_ = 0;
   bool candidates_are_kept_ = false;
@@ -341,17 +341,17 @@ void RowSampler::find_kept() {
     gather(row_, bound_of_kth_logit(params_.top_k));
     return keep_top_k();
   }
-  const float lowest = lowest_within_depth();
+  const float lowest_kept = lowest_within_depth();
   if (params_.top_p < 1.0f) {
-    keep_top_p(lowest);
-  } else if (lowest > kLowest) {
-    keep_from(lowest);
+    keep_top_p(lowest_kept);
+  } else if (lowest_kept > kLowest) {
+    keep_from(lowest_kept);
   } else {
     keep_every_token();
   }
 }
 
-// Step 13 as a bound on logits: the lowest logit that is within the depth; kLowest if no filter by depth is on.
+// Step 13 as a bound on logits: the lowest logit within the depth, or kLowest if no filter by depth is on.
 float RowSampler::lowest_within_depth() const {
   if (!(params_.depth_cut < kInfinity)) return kLowest;
   uint32_t inside = order_key(row_.m);
@@ -411,18 +411,18 @@ void RowSampler::keep_every_token() {
   mass_ = total(tile_kept_);
 }
 
-// More stripes than this with a token to keep are not worth a list of candidates.
+// If more stripes than this reach a bound, a pass over the tiles costs less than a list of candidates.
 constexpr int64_t kMostListed = 1024;
 
 // Step 13 if it keeps fewer tokens than the other filters, or is the only one.
-void RowSampler::keep_from(float lowest) {
+void RowSampler::keep_from(float lowest_kept) {
   const int64_t at_least = params_.min_tokens_to_keep;
-  const int64_t stripes = count_stripes(stripe_max_, tile_max_, tiles_, lowest);
+  const int64_t stripes = count_stripes(stripe_max_, tile_max_, tiles_, lowest_kept);
   if (stripes <= kMostListed || at_least > stripes) {
-    if (gather(row_, lowest) >= at_least) return keep_candidates();
+    if (gather(row_, lowest_kept) >= at_least) return keep_candidates();
     return keep_first_of_row(at_least);
   }
-  const Threshold threshold = {lowest, kEveryId};
+  const Threshold threshold = {lowest_kept, kEveryId};
   threshold_ = threshold;
   tile_kept_ = ws_.tile_kept.at_least(tiles_);
   over_tiles([&](int64_t begin, int64_t end) {
@@ -445,11 +445,11 @@ void RowSampler::keep_candidates() {
 // ---- Kept sets: the nucleus of a row without top-k -------------------------------------------------
 
 // Step 12, and step 13 after it.
-void RowSampler::keep_top_p(float lowest) {
+void RowSampler::keep_top_p(float lowest_kept) {
   const float top_p = params_.top_p;
   if (tiles_ == 1) {
     gather(row_, kLowest);
-    return filter_candidates(top_p_target(weigh_candidates(), top_p), lowest);
+    return filter_candidates(top_p_target(weigh_candidates(), top_p), lowest_kept);
   }
 
   const int64_t size = tiles_ * kStripes;
@@ -462,14 +462,14 @@ void RowSampler::keep_top_p(float lowest) {
   histogram.fill(probe, ws_.bins.at_least(size));
   if (probe.maxima < 0.5 * probe.total) {  // a flat row
     const double goal = static_cast<double>(top_p) * probe.total;
-    return keep_flat_nucleus(histogram.logit_by_mass_above(row_, goal), lowest);
+    return keep_flat_nucleus(histogram.logit_by_mass_above(row_, goal), lowest_kept);
   }
   // Few tokens have most of the mass, so the nucleus is probably short, and the mass outside of it is known
   // accurately.
   const double outside = (1.0 - static_cast<double>(top_p)) * probe.total;
   float bound = histogram.logit_by_mass_below(row_, 0.5 * outside);
   if (count_stripes(stripe_max_, tile_max_, tiles_, bound) > most_listed) {
-    return keep_flat_nucleus(histogram.logit_by_mass_below(row_, outside), lowest);
+    return keep_flat_nucleus(histogram.logit_by_mass_below(row_, outside), lowest_kept);
   }
   const int64_t target = top_p_target(mass_of_row(), top_p);
   const int64_t at_least = params_.min_tokens_to_keep;
@@ -477,7 +477,9 @@ void RowSampler::keep_top_p(float lowest) {
   // If the estimate was too high, try the best 64 tokens, then more and more.
   for (int64_t tried = 64;; tried *= 8) {
     gather(row_, bound);
-    if (weigh_candidates() >= target || bound == kLowest) return filter_candidates(target, lowest);
+    if (weigh_candidates() >= target || bound == kLowest) {
+      return filter_candidates(target, lowest_kept);
+    }
     bound = std::min(bound, bound_of_kth_logit(tried));
   }
 }
@@ -490,9 +492,9 @@ int64_t RowSampler::mass_of_row() {
   return total(tile_mass);
 }
 
-// The same steps if the nucleus is large. One pass takes the row's mass and the mass at or above `guess`, an
+// Steps 12 and 13 if the nucleus is large. One pass takes the row's mass and the mass at or above `guess`, an
 // estimate of the threshold.
-void RowSampler::keep_flat_nucleus(float guess, float lowest) {
+void RowSampler::keep_flat_nucleus(float guess, float lowest_kept) {
   int64_t* tile_mass = ws_.tile_mass.at_least(tiles_);
   tile_kept_ = ws_.tile_kept.at_least(tiles_);
   over_tiles([&](int64_t begin, int64_t end) {
@@ -511,7 +513,7 @@ void RowSampler::keep_flat_nucleus(float guess, float lowest) {
   for (double margin = 0.25;; margin *= 4) {
     if (margin > 10) {  // the probe was misleading: every token becomes a candidate
       gather(row_, kLowest);
-      return filter_candidates(target, lowest);
+      return filter_candidates(target, lowest_kept);
     }
     const double step = (1 + margin) * wrong_by + 32 * margin * of_a_token;
     const float far =
@@ -537,11 +539,11 @@ void RowSampler::keep_flat_nucleus(float guess, float lowest) {
   }
   mass_ = total(tile_kept_);
 
-  // A token's mass is at most 2^42, so the kept set has at least target / 2^42 tokens, and mostly no count is
-  // needed.
+  // A token's mass is at most 2^42, so the kept set has at least target / 2^42 tokens. Mostly that is enough,
+  // and they need not be counted.
   const int64_t at_least = params_.min_tokens_to_keep;
   if (at_least > target >> 42 && count_kept() < at_least) return keep_first_of_row(at_least);
-  if (lowest > threshold_.value) keep_from(lowest);
+  if (lowest_kept > threshold_.value) keep_from(lowest_kept);
 }
 
 int64_t RowSampler::count_kept() {
@@ -656,9 +658,9 @@ CandidateThreshold RowSampler::threshold_of_mass(int64_t target) {
   return {reached.key, (reached.missing + each - 1) / each};
 }
 
-// Steps 12 (if target > 0) and 13 (if lowest > kLowest) on the candidates, which are a prefix of the order.
-// They must have the target's mass and min_tokens_to_keep tokens, or be all tokens of the row.
-void RowSampler::filter_candidates(int64_t target, float lowest) {
+// Steps 12 (if target > 0) and 13 (if lowest_kept > kLowest) on the candidates, which are a prefix of the
+// order. Their mass must reach the target and their number min_tokens_to_keep, unless they are all tokens.
+void RowSampler::filter_candidates(int64_t target, float lowest_kept) {
   const int64_t at_least = params_.min_tokens_to_keep;
   if (target > 0) {
     const CandidateThreshold threshold = threshold_of_mass(target);
@@ -672,11 +674,11 @@ void RowSampler::filter_candidates(int64_t target, float lowest) {
       drop_after_first(at_least);
     }
   }
-  if (lowest > kLowest) {
+  if (lowest_kept > kLowest) {
     int64_t kept = 0;
-    for (int64_t i = 0; i < candidates_.size; ++i) kept += candidates_.x[i] >= lowest;
+    for (int64_t i = 0; i < candidates_.size; ++i) kept += candidates_.x[i] >= lowest_kept;
     if (kept >= at_least) {
-      drop_after({order_key(lowest), kept});
+      drop_after({order_key(lowest_kept), kept});
     } else {
       drop_after_first(at_least);
     }
@@ -686,7 +688,7 @@ void RowSampler::filter_candidates(int64_t target, float lowest) {
 
 // ---- Step 14 and the results -----------------------------------------------------------------------
 
-void RowSampler::filter() {
+void RowSampler::write_filtered_logits() {
   const float divisor = params_.is_greedy() ? 1.0f : params_.temperature;
   over_tiles([&](int64_t begin, int64_t end) {
     write_filtered(row_, begin, end, threshold_, divisor, results_.filtered);

@@ -101,8 +101,8 @@ INLINE int set_bits(const uint32_t* words, int count, int32_t* __restrict indice
   return size;
 }
 
-// 3 to 5 penalties, for a tile. The indices of the seen tokens are collected first, so that the loads of their counts,
-// which miss the caches, do not wait for one another.
+// 3 to 5 penalties, for a tile. The indices of the seen tokens are collected first, so that the loads of
+// their counts, which miss the caches, do not wait for one another.
 INLINE void penalise(const Row& row, int64_t begin, int count, float* __restrict y) {
   constexpr int kWidth =
       8;  // seen tokens at a time; index 0 pads them, and its results are not stored

@@ -47,7 +47,8 @@ struct Kind {
   int32_t logprobs, samples;
 };
 
-// Calls that together take every path of the kernel: for one row, which is split over threads, and for several.
+// Calls that together take every path of the kernel, for one row, which is split over threads, and for
+// several rows.
 constexpr Kind kKinds[] = {
     {1, true, 1.0f, 0.0f, 0, 1, 1.0f, 0.0f, false, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
     {1, true, 1.0f, 0.0f, 0, 1, 1.0f, 0.1f, true, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
