@@ -1,4 +1,4 @@
-// Every loop over tiles or candidates that is vectorised. Tiles from `begin` to `end`, which is exclusive.
+// Every loop over tiles or candidates that is vectorised. A range of tiles is [begin, end).
 #ifndef LLM_SAMPLING_CPU_PASSES_H_
 #define LLM_SAMPLING_CPU_PASSES_H_
 

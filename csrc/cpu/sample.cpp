@@ -587,7 +587,7 @@ void RowSampler::clear_candidates() {
   candidates_.size = 0;
 }
 
-// Makes the tokens with from <= logit <= to the candidates, and returns how many there are.
+// Lists the tokens with from <= logit <= to as the candidates, and returns how many there are.
 int64_t RowSampler::gather(const Row& row, float from, float to) {
   clear_candidates();
   for (int64_t tile = 0; tile < tiles_; ++tile) {
