@@ -30,9 +30,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../check.h"
 #include "../llm_sampling.h"
 #include "../semantics.h"
+#include "../validate.h"
 #include "cluster.h"
 #include "device.h"
 #include "launch.h"
@@ -1232,7 +1232,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Plan plan) {
 }  // namespace llm_sampling
 
 #ifdef __CUDACC__
-// ---- The host's side. tests/cuda_emulation/ has its own. ----
+// ---- The host's side. tests/kernels/cuda_emulation/ has its own. ----
 
 namespace llm_sampling {
 namespace {
