@@ -124,7 +124,7 @@ def test_spills_are_seen(compile_with):
 
 @pytest.mark.slow
 def test_scalar_loads_are_seen(compile_with):
-    cubin = compile_with("row.h", "} else if (row.is_whole(group)) {", "} else if (false) {")
+    cubin = compile_with("row.cuh", "} else if (row.is_whole(vec)) {", "} else if (false) {")
     broken = all_broken(cuda_cost.measure(cubin))
     for dtype in cuda_cost.DTYPES:
         for name in cuda_cost.LOGIT_PASSES:

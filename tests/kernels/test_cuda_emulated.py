@@ -264,8 +264,8 @@ def test_with_sanitizers(tmp_path, expression):
     ("text", "wrong", "expression"),
     [
         pytest.param(
-            "const int end = row_.is_whole(first_group_ + groups - 1) ? groups : groups - 1;",
-            "const int end = groups;",
+            "const int end = row_.is_whole(first_vec_ + vecs - 1) ? vecs : vecs - 1;",
+            "const int end = vecs;",
             "covering and V33 and bfloat16",
             marks=pytest.mark.slow,
         ),
@@ -288,20 +288,20 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
     ("text", "wrong"),
     [
         (
-            "shared_.reach[reached - 1] = mass;\n        }\n    );\n    __syncthreads();\n",
-            "shared_.reach[reached - 1] = mass;\n        }\n    );\n",
+            "shared_.running[reached - 1] = mass;\n      }\n  );\n  __syncthreads();\n",
+            "shared_.running[reached - 1] = mass;\n      }\n  );\n",
         ),
-        ("    wait_for_copies();", "    __pipeline_commit();"),
-        ("    __syncthreads();\n    cluster_.wait();", "    cluster_.wait();"),
+        ("  wait_for_copies();", "  __pipeline_commit();"),
+        ("  __syncthreads();\n  cluster_.wait();", "  cluster_.wait();"),
         *(
             pytest.param(text, wrong, marks=pytest.mark.slow)
             for text, wrong in (
-                ("    sync();\n    return slots;\n", "    return slots;\n"),
-                ("    cluster_.sync();\n    sort(count);", "    sort(count);"),
-                ("    cluster_.arrive();\n    const int groups", "    const int groups"),
+                ("    sync();\n    return gathered;\n", "    return gathered;\n"),
+                ("  cluster_.sync();\n  sort(count);", "  sort(count);"),
+                ("  cluster_.arrive();\n  const int vecs", "  const int vecs"),
                 (
-                    "    __syncthreads();\n    const int own = static_cast<int>(shared_.appended);",
-                    "    const int own = static_cast<int>(shared_.appended);",
+                    "  __syncthreads();\n  const int own = static_cast<int>(shared_.appended);",
+                    "  const int own = static_cast<int>(shared_.appended);",
                 ),
             )
         ),

@@ -1,6 +1,6 @@
-"""Replays the fuzzer's corpus with AddressSanitizer and UBSan; tests/kernels/fuzz.sh makes more inputs.
+"""Replays the fuzzer's corpus with AddressSanitizer and UBSan; fuzz.sh makes more inputs.
 
-tests/kernels/cpp/fuzz_cpu.cpp compares every result of the CPU kernel with the steps done one by one. Here
+cpp/fuzz_cpu.cpp compares every result of the CPU kernel with the steps done one by one. Here
 it runs the inputs that the fuzzer kept. Three kernels that are broken on purpose must be found.
 """
 
@@ -33,7 +33,7 @@ def replay(
 
 @pytest.mark.slow
 def test_the_corpus(tmp_path: Path) -> None:
-    """tests/kernels/fuzz.sh, which CI runs, begins with the same inputs under the same sanitizers."""
+    """fuzz.sh, which CI runs, begins with the same inputs under the same sanitizers."""
     done = replay(ROOT, tmp_path / "replay", CORPUS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == f"{len(CORPUS)} inputs\n"

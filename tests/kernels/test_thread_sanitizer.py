@@ -1,6 +1,6 @@
 """Runs the CPU kernel under ThreadSanitizer, with threads of its own and with OpenMP's.
 
-The calls are those of tests/kernels/cpp/threads_test.cpp. The kernel is compiled for one instruction set,
+The calls are those of cpp/threads_test.cpp. The kernel is compiled for one instruction set,
 because the loader resolves functions with several versions before the sanitizer's runtime works.
 """
 
@@ -57,7 +57,7 @@ def kernel(folder: Path, sources: Path = ROOT / "csrc") -> Path:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function that builds tests/kernels/cpp/threads_test.cpp with options, linked with a kernel."""
+    """A function that builds cpp/threads_test.cpp with options, linked with a kernel."""
     folder = tmp_path_factory.mktemp("thread_sanitizer")
     own = kernel(folder)
 

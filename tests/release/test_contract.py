@@ -351,8 +351,15 @@ def test_cuda_has_the_step(number, word):
 
 
 def test_cuda_s_kernel_takes_every_parameter():
-    """Every parameter, and everything else that a call has, by its name in the struct."""
-    read_by_it = set(re.findall(r"\bargs_?\.(\w+)", cuda_kernel()))
+    """Every field of the struct is read, by the kernel or by a function of semantics.h it calls."""
+    kernel = cuda_kernel()
+    read_by_it = set(re.findall(r"\bargs_?\.(\w+)", kernel))
+    functions = re.findall(
+        r"(\w+)\(const LlmSamplingArgs& args.*?\{\n(.*?)\n\}", read("csrc/semantics.h"), re.DOTALL
+    )
+    for name, body in functions:
+        if re.search(rf"\b{name}\(args_", kernel):
+            read_by_it |= set(re.findall(r"\bargs\.(\w+)", body))
     not_a_kernel_s = {"struct_size", "version", "num_threads", "reserved", "num_slots"}
     assert set(struct_fields()) - not_a_kernel_s <= read_by_it
 
@@ -546,7 +553,7 @@ FILES = sorted(project_files())
 
 @pytest.mark.parametrize("path", DOCS)
 def test_docs_name_files_that_exist(path):
-    for name in re.findall(r"`([\w./-]+\.(?:py|cpp|cu|h|md|json|toml))`", read(path)):
+    for name in re.findall(r"`([\w./-]+\.(?:py|cpp|cuh?|h|md|json|toml))`", read(path)):
         if "NAME" not in name:
             tail = "/" + name.removeprefix("./")
             assert any(f"/{file}".endswith(tail) for file in FILES), f"{path} names {name}"
