@@ -8,13 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stop_strings import whole
+from toy_tokenizers import byte_tokenizer, transformers
 
 from llm_sampling import InvalidLogitsError, SamplingParams, TokenHistory, sample
 from llm_sampling.generation import Completion, generate, generate_stream
 
-transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
-test_generation = pytest.importorskip("test_generation")
-BYTES, WORD = test_generation.BYTES, test_generation.WORD
+BYTES = byte_tokenizer()
 V = 256
 
 MIXED = [

@@ -13,9 +13,6 @@ from llm_sampling import InvalidLogitsError, SampleOutput, Sampler, SamplingPara
 from llm_sampling.generation import TextDecoder, stream
 from llm_sampling.sample import sample
 
-transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
-tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'cli'")
-
 VOCAB_SIZE = 97
 PROMPTS = torch.tensor([[5, 17, 17, 80, 3], [9, 2, 64, 31, 31]])
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from toy_tokenizers import byte_tokenizer, transformers
 
 from llm_sampling import InvalidLogitsError, Sampler, SamplingParams
 from llm_sampling.generation import generate, seeded
+from llm_sampling.integrations import huggingface
 
-transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
-huggingface = pytest.importorskip("llm_sampling.integrations.huggingface")
-BYTES = pytest.importorskip("test_generation").BYTES
+BYTES = byte_tokenizer()
 FusedLogitsProcessor = huggingface.FusedLogitsProcessor
 FusedLogitsWarper = huggingface.FusedLogitsWarper
 fused_generate = huggingface.fused_generate
