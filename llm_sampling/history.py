@@ -2,7 +2,7 @@
 
 One bit per token says "seen in prompt or output" and one count per token "times in the output"; a
 kernel reads a count only where the bit is set, so a step costs by the length of the history and not
-by the vocabulary. This module imports nothing else of the package.
+by the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from llm_sampling import checks
 
 Ids = Sequence[Sequence[int] | Tensor] | Tensor
 
@@ -42,7 +44,7 @@ class TokenHistory:
     def __init__(
         self, seen: Tensor, counts: Tensor, lengths: Tensor, slots: Tensor, vocab_size: int
     ) -> None:
-        check_vocab_size(vocab_size)
+        vocab_size = check_vocab_size(vocab_size)
         words = -(-vocab_size // 32)
         _check_state("seen", seen, seen, "(capacity, ceil(vocab_size / 32))", (None, words))
         capacity = seen.shape[0]
@@ -82,8 +84,7 @@ class TokenHistory:
             ValueError: ``vocab_size`` is not in 1 .. 2^20, the two lists differ in length, or an id
                 is not an integer.
         """
-        check_vocab_size(vocab_size)
-        assert vocab_size is not None
+        vocab_size = check_vocab_size(vocab_size)
         rows = _row_count("prompt_ids", prompt_ids)
         if output_ids is not None and _row_count("output_ids", output_ids) != rows:
             raise ValueError(
@@ -282,12 +283,12 @@ def slice_bits(words: Tensor, start: int, width: int) -> Tensor:
     return sliced
 
 
-def check_vocab_size(vocab_size: object) -> None:
-    """A ValueError if it is not in 1 .. 2^20."""
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise ValueError(f"vocab_size must be an integer, got {vocab_size!r}")
-    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be in 1 .. 2^20, got {vocab_size}")
+def check_vocab_size(vocab_size: object) -> int:
+    """``vocab_size`` as an int; a ValueError if it is not in 1 .. 2^20."""
+    checked = checks.integer("vocab_size", vocab_size)
+    if not 1 <= checked <= MAX_VOCAB_SIZE:
+        raise checks.refusal("vocab_size", "in 1 .. 2^20", vocab_size)
+    return checked
 
 
 def _check_state(
@@ -317,8 +318,8 @@ def selection(rows: Iterable[int], available: int) -> Tensor:
     """``rows`` as an int64 index, each row at most once and in ``0 .. available - 1``."""
     index = list(rows)
     for row in index:
-        if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < available:
-            raise ValueError(f"rows must be integers in 0 .. {available - 1}, got {row!r}")
+        if not checks.is_integer(row) or not 0 <= row < available:
+            raise checks.refusal("rows", f"integers in 0 .. {available - 1}", row)
     if len(set(index)) != len(index):
         raise ValueError(f"rows must name each row at most once, got {index}")
     return torch.tensor(index, dtype=torch.int64)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from llm_sampling import generation, reference
 from llm_sampling.backends.base import SampleCall, raise_on_status
+from llm_sampling.fields import OFF_VALUES
 from llm_sampling.generation.models import LanguageModel
 from llm_sampling.history import TokenHistory
-from llm_sampling.params import OFF_VALUES, BatchParams, SamplingParams
+from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import make_call
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_sampling import generation
+from llm_sampling.fields import OFF_VALUES
 from llm_sampling.generation.models import LanguageModel
-from llm_sampling.params import OFF_VALUES, SamplingParams
+from llm_sampling.params import SamplingParams
 from llm_sampling.tools.tuning import Direction
 
 #: The lengths of the n-grams that are counted.

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from llm_sampling.params import OFF_VALUES, SamplingParams
+from llm_sampling.fields import OFF_VALUES
+from llm_sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     import optuna
