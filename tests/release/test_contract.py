@@ -43,8 +43,9 @@ LAYERS = (
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
     ("sampler", "distributed"),
     ("__init__",),  # what ``import llm_sampling`` loads ends here
-    ("generation.stop_strings", "generation.text", "generation.prompts", "generation.models"),
-    ("generation.loop",),
+    ("generation.stop_strings", "generation.text", "generation.prompts"),
+    ("generation.rows",),
+    ("generation.loop", "generation.models"),
     ("generation",),
     ("integrations", "tools"),
     ("integrations.huggingface", "integrations.vllm"),
