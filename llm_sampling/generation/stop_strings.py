@@ -54,7 +54,7 @@ class StopStrings:
         # an occurrence may begin.
         self._text = ""
         self._returned = 0  # how many characters of _text have been returned
-        self._last_end = 0  # where in _text the last occurrence ends; the next begins there or later
+        self._last_end = 0  # where in _text the last occurrence ends: no other may begin before
         self.found: str | None = None
 
     @property
