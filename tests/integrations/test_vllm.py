@@ -321,7 +321,7 @@ def test_rows_without_penalties_have_no_history():
     assert requests._history.counts.shape == (1, V)
     requests.update_state(update(3, removed=[4, 3]))
     assert requests._history.rows == 0
-    assert len(requests._at) == 3, "what has left is let go"
+    assert len(requests._by_index) == 3, "requests that have left are dropped"
 
 
 def test_a_step_without_changes_packs_nothing(monkeypatch):
