@@ -332,7 +332,7 @@ def _filters(params: SamplingParams) -> SamplingParams:
 
 
 def _not_greedy(params: SamplingParams) -> SamplingParams:
-    """The same for "processed" logprobs, in which vLLM leaves a greedy row whole."""
+    """A greedy row at temperature 1, for "processed" logprobs: vLLM shows all of such a row."""
     return replace(params, temperature=params.temperature or 1.0)
 
 
@@ -406,7 +406,7 @@ class Requests:
         self._position.copy_(self._on_device(positions), non_blocking=True)
 
     def _follow(self, update: Any) -> None:
-        """Remove, add and move requests, in the order in which vLLM means them."""
+        """Remove, add and then move requests, as vLLM does."""
         requests = self._by_index
         for index in update.removed:
             requests.pop(index, None)

@@ -173,7 +173,7 @@ PLACES = {
     "llm_sampling/backends/c_abi.py": EVERY_KIND,
     "llm_sampling/backends/triton.py": EVERY_KIND,
     "llm_sampling/backends/triton_kernel.py": EVERY_KIND,
-    "llm_sampling/distributed.py": ("scale", *FILTERS, "floor"),
+    "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),  # depth_cut has the rest
     "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
     "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/tools/explain": ("scale", *FILTERS),

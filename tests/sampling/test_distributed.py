@@ -516,7 +516,7 @@ def test_bytes_of_what_else_may_be_asked_for(
 def test_comparing_is_one_message_more(three: Ranks) -> None:
     plain = three(counted, CHAIN_ALONE, 5, {"check": False})[0]
     for sent in three(counted, CHAIN_ALONE, 5, {"check": True}):
-        assert sent == [("all_gather", 8 * len(distributed._WORD)), *plain]
+        assert sent == [("all_gather", 8 * len(distributed._HEADER)), *plain]
 
 
 def test_only_collectives_that_nccl_has(three: Ranks) -> None:
