@@ -43,8 +43,9 @@ LAYERS = (
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
     ("sampler", "distributed"),
     ("__init__",),  # what ``import llm_sampling`` loads ends here
-    ("generation.stop_strings", "generation.text", "generation.prompts", "generation.models"),
-    ("generation.loop",),
+    ("generation.stop_strings", "generation.text", "generation.prompts"),
+    ("generation.rows",),
+    ("generation.loop", "generation.models"),
     ("generation",),
     ("integrations", "tools"),
     ("integrations.huggingface", "integrations.vllm"),
@@ -172,7 +173,7 @@ PLACES = {
     "llm_sampling/backends/c_abi.py": EVERY_KIND,
     "llm_sampling/backends/triton.py": EVERY_KIND,
     "llm_sampling/backends/triton_kernel.py": EVERY_KIND,
-    "llm_sampling/distributed.py": ("scale", *FILTERS, "floor"),
+    "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),  # depth_cut has the rest
     "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
     "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/tools/explain": ("scale", *FILTERS),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llm_sampling import Sampler, SamplingParams, TokenHistory, backends
-from llm_sampling.generation import loop, models, stream
+from llm_sampling.generation import models, rows, stream
 from llm_sampling.tools import cli
 
 typer = pytest.importorskip("typer", reason="needs the extra 'cli'")
@@ -108,7 +108,7 @@ def test_every_backend_gives_the_same_text(run, backend, monkeypatch):
             asked.append(options["backend"])
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(loop, "Sampler", Recorded)
+    monkeypatch.setattr(rows, "Sampler", Recorded)
     options = ["--seed", 5, "--top-p", 0.9, "--presence-penalty", 0.5, "--max-new-tokens", 30]
     torch_out = run("Once", *options, "--backend", "torch")[1]
     code, out, err = run("Once", *options, "--backend", backend)
