@@ -523,7 +523,7 @@ def test_optunas_own_sampler_would_begin_anew(
     storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: a sampler whose state dies with its process tries its first values again."""
-    monkeypatch.setattr(module, "_by_index", lambda make: make(0))
+    monkeypatch.setattr(module, "sampler_by_index", lambda make: make(0))
     search(n_trials=4, storage=storage)
     values = tried(search(n_trials=8, storage=storage))
     assert values[4:] == values[:4]
