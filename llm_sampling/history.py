@@ -2,7 +2,7 @@
 
 One bit per token says "seen in prompt or output" and one count per token "times in the output"; a
 kernel reads a count only where the bit is set, so a step costs by the length of the history and not
-by the vocabulary. This module imports nothing else of the package.
+by the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from llm_sampling import checks
 
 Ids = Sequence[Sequence[int] | Tensor] | Tensor
 
@@ -284,10 +286,8 @@ def slice_bits(words: Tensor, start: int, width: int) -> Tensor:
 
 def check_vocab_size(vocab_size: object) -> None:
     """A ValueError if it is not in 1 .. 2^20."""
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise ValueError(f"vocab_size must be an integer, got {vocab_size!r}")
-    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be in 1 .. 2^20, got {vocab_size}")
+    if not 1 <= checks.integer("vocab_size", vocab_size) <= MAX_VOCAB_SIZE:
+        raise checks.refusal("vocab_size", "in 1 .. 2^20", vocab_size)
 
 
 def _check_state(
@@ -317,8 +317,8 @@ def selection(rows: Iterable[int], available: int) -> Tensor:
     """``rows`` as an int64 index, each row at most once and in ``0 .. available - 1``."""
     index = list(rows)
     for row in index:
-        if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < available:
-            raise ValueError(f"rows must be integers in 0 .. {available - 1}, got {row!r}")
+        if not checks.is_integer(row) or not 0 <= row < available:
+            raise checks.refusal("rows", f"integers in 0 .. {available - 1}", row)
     if len(set(index)) != len(index):
         raise ValueError(f"rows must name each row at most once, got {index}")
     return torch.tensor(index, dtype=torch.int64)

@@ -11,7 +11,7 @@ from torch import Tensor
 from llm_sampling import backends
 from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
 from llm_sampling.history import TokenHistory, check_vocab_size, selection, valid_ids
-from llm_sampling.params import BatchParams, SamplingParams
+from llm_sampling.params import BatchParams, SamplingParams, list_of_params
 from llm_sampling.sample import check_draws, check_history, check_logits, check_mask
 
 Step = Callable[[Tensor, Tensor | None], SampleOutput]
@@ -68,15 +68,7 @@ class Sampler:
         self.num_samples = num_samples
         self.logprobs = logprobs
         self.check = self.device.type == "cpu" if check is None else check
-        if isinstance(params, SamplingParams):
-            rows = [params]
-        elif isinstance(params, Sequence) and not isinstance(params, (str, bytes)):
-            rows = list(params)
-        else:
-            raise ValueError(
-                "params must be a SamplingParams or a sequence of them, "
-                f"got {type(params).__name__}"
-            )
+        rows = list_of_params(params, 1)
         self._params = rows
         self._backend = backends.resolve(backend, self.device)
         batch = BatchParams.from_list(rows, device=self.device)

@@ -21,7 +21,7 @@ import pytest
 optuna = pytest.importorskip("optuna", reason="needs the extra 'tune'")
 
 from llm_sampling import SamplingParams  # noqa: E402
-from llm_sampling.params import OFF_VALUES  # noqa: E402
+from llm_sampling.fields import OFF_VALUES  # noqa: E402
 from llm_sampling.tools import tuning  # noqa: E402
 from llm_sampling.tools.tuning import METHODS, Range, space_from_text, tune  # noqa: E402
 from llm_sampling.tools.tuning import search as module  # noqa: E402

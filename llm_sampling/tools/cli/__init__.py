@@ -33,9 +33,9 @@ import torch
 
 import llm_sampling
 from llm_sampling import InvalidLogitsError, SamplingParams, backends, generation
+from llm_sampling.fields import OFF_VALUES
 from llm_sampling.generation import models
 from llm_sampling.generation.stop_strings import StopStrings
-from llm_sampling.params import OFF_VALUES
 from llm_sampling.tools import explain as explaining
 from llm_sampling.tools import tuning
 from llm_sampling.tools.tuning.objectives import METRICS, ModelObjective, check_objective

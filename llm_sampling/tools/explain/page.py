@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_sampling.fields import FIELDS
 from llm_sampling.history import TokenHistory
-from llm_sampling.params import OFF_VALUES, SamplingParams
+from llm_sampling.params import SamplingParams
 from llm_sampling.tools.explain.steps import check_text, check_texts, checked_call, visible
 
 #: The parameters that have a slider on the page.
-SETTINGS = tuple(name for name in OFF_VALUES if name not in ("logit_bias", "seed"))
+SETTINGS = tuple(name for name, field in FIELDS.items() if field.kind not in ("bias", "seed"))
 
 _TEMPLATE = Path(__file__).parent.parent / "data" / "explain.html"
 _DATA_MARK = "{{data}}"
@@ -60,6 +61,7 @@ def page(
             call.logits[0].to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes()
         ).decode("ascii"),
         "texts": [visible(text) for text in texts],
+        "fields": {name: {"rule": FIELDS[name].rule, "off": FIELDS[name].off} for name in SETTINGS},
         "settings": {name: getattr(params, name) for name in SETTINGS},
         # It is inf if min-p is off, and JSON has no inf.
         "min_p_cut": None if batch.min_p_cut.isinf().item() else batch.min_p_cut.item(),

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from llm_sampling import checks, reference
 from llm_sampling.backends.base import SampleCall, raise_on_status
+from llm_sampling.fields import FIELDS
 from llm_sampling.generation.models import LanguageModel
 from llm_sampling.history import TokenHistory
-from llm_sampling.params import OFF_VALUES, BatchParams, SamplingParams
+from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import make_call
 
 #: The filters, in the order in which they apply.
-FILTERS = ("top_k", "top_p", "min_p")
+FILTERS = tuple(name for name, f in FIELDS.items() if f.kind in ("rank", "mass", "depth"))
 
 #: The stages after which there is a distribution, in order: the model's own, steps 2 to 6 of
 #: docs/semantics.md, steps 9 and 10, then one stage for each filter.
@@ -95,7 +96,7 @@ def explain(
     kept_after = {"raw": own > -torch.inf}
     # Each stage is the reference's result with the later filters switched off.
     for position, stage in enumerate(STAGES[1:], 2):
-        later: dict[str, Any] = {name: OFF_VALUES[name] for name in STAGES[position:]}
+        later: dict[str, Any] = {name: FIELDS[name].off for name in STAGES[position:]}
         so_far = BatchParams.from_list([replace(params, **later)], device=x.device)
         keep, mass = reference.kept_set(x, so_far)
         mass = torch.where(keep, mass, 0)[0]
@@ -285,7 +286,7 @@ def changes(stage: str, params: SamplingParams) -> bool:
         return params.needs_history or bool(params.logit_bias)
     if stage != "temperature" and is_greedy(params):
         return False
-    return bool(getattr(params, stage) != OFF_VALUES[stage])
+    return bool(getattr(params, stage) != FIELDS[stage].off)
 
 
 def check_ids(name: str, ids: object, vocab_size: int) -> None:

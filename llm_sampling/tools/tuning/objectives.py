@@ -22,8 +22,9 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_sampling import checks, generation
+from llm_sampling.fields import FIELDS
 from llm_sampling.generation.models import LanguageModel
-from llm_sampling.params import OFF_VALUES, SamplingParams
+from llm_sampling.params import SamplingParams
 from llm_sampling.tools.tuning.search import Direction
 
 #: The lengths of the n-grams that :func:`distance` counts.
@@ -262,7 +263,7 @@ def _check_length(metrics: Sequence[str], max_new_tokens: object) -> None:
 
 
 def _check_names(names: Iterable[str]) -> None:
-    known = [*OFF_VALUES, "max_new_tokens"]
+    known = [*FIELDS, "max_new_tokens"]
     for name in names:
         if name not in known:
             raise ValueError(f"values must be of {', '.join(known)}, got {name!r}")

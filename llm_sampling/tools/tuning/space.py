@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llm_sampling import checks
-from llm_sampling.params import OFF_VALUES, SamplingParams
+from llm_sampling.fields import FIELDS
+from llm_sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
-
-#: The fields of SamplingParams that hold integers.
-_INTEGER_FIELDS = ("top_k", "min_tokens_to_keep", "seed")
 
 Choice: TypeAlias = "str | int | float | bool | None"
 
@@ -93,12 +91,12 @@ def checked_space(space: object, method: str) -> CheckedSpace:
 
 
 def _checked_range(name: str, values: Range) -> Range:
-    if name not in OFF_VALUES:
+    if name not in FIELDS:
         return values
     # The valid values of every field form an interval, so checking both ends is enough.
     for end in (values.low, values.high):
         check_params({name: end})
-    if name in _INTEGER_FIELDS and not values.is_integer:
+    if FIELDS[name].is_integer and not values.is_integer:
         raise ValueError(f"{name} must be a Range of integers, got {values}")
     return values
 
@@ -109,7 +107,7 @@ def _checked_choices(name: str, values: object) -> list[Choice]:
         raise ValueError(f"{name} must be a Range or a list of values, got {values!r}")
     choices: list[Choice] = list(values)  # type: ignore[call-overload]
     for choice in choices:
-        if name in OFF_VALUES:
+        if name in FIELDS:
             check_params({name: choice})
         is_plain = choice is None or isinstance(choice, (str, bool, int, float))
         if not is_plain or choice != choice:
@@ -125,7 +123,7 @@ def _checked_choices(name: str, values: object) -> list[Choice]:
 
 def check_params(values: Mapping[str, Any]) -> None:
     """Raise SamplingParams' ValueError if a value that is one of its fields breaks its rule."""
-    SamplingParams(**{name: value for name, value in values.items() if name in OFF_VALUES})
+    SamplingParams(**{name: value for name, value in values.items() if name in FIELDS})
 
 
 def space_from_text(entries: Sequence[str]) -> CheckedSpace:
@@ -179,7 +177,7 @@ def distribution(name: str, values: Range | list[Choice]) -> BaseDistribution:
 
     if isinstance(values, list):
         return distributions.CategoricalDistribution(values)
-    is_float_field = name in OFF_VALUES and name not in _INTEGER_FIELDS
+    is_float_field = name in FIELDS and not FIELDS[name].is_integer
     if values.is_integer and not is_float_field:
         step = 1 if values.step is None else int(values.step)
         return distributions.IntDistribution(
