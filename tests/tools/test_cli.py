@@ -19,7 +19,7 @@ from llm_sampling import Sampler, SamplingParams, TokenHistory, backends
 from llm_sampling.generation import loop, models, stream
 from llm_sampling.tools import cli
 
-typer = pytest.importorskip("typer", reason="needs the extra 'cli'")
+pytest.importorskip("rich", reason="needs the extra 'cli'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
 gguf = pytest.importorskip("gguf", reason="needs the extra 'cli'")
 
@@ -68,7 +68,7 @@ def refused(code, out, err, *words):
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingParams)])
 def test_every_field_of_sampling_params_is_an_option(field, model_path, monkeypatch):
     requests = []
-    monkeypatch.setattr(cli, "_generate", lambda request: requests.append(request) or 0)
+    monkeypatch.setattr(cli.generate, "run", lambda request: requests.append(request) or 0)
     options, value = FIELD_OPTIONS[field]
     assert cli.main(["generate", "x", "--model", str(model_path), "--seed", "1"]) == 0
     assert cli.main(["generate", "x", "--model", str(model_path), "--seed", "1", *options]) == 0
@@ -128,7 +128,7 @@ def test_each_piece_is_out_before_the_next_is_made(monkeypatch):
         yield "ran"
         assert written.getvalue().decode() == "Zoë ran"
 
-    cli._print_text(pieces())
+    cli.generate.print_text(pieces())
     assert written.getvalue().decode() == "Zoë ran\n"
 
 
@@ -382,12 +382,16 @@ def test_logits_without_a_token_end_in_one_line(run, model_path, tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("moment", ["_generate", "_build_app", "_print_text"])
-def test_an_interrupt_ends_with_130(moment, run, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "moment"),
+    [(cli.generate, "run"), (cli, "parse"), (cli.generate, "print_text")],
+    ids=["run", "parse", "print_text"],
+)
+def test_an_interrupt_ends_with_130(module, moment, run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, moment, interrupt)
+    monkeypatch.setattr(module, moment, interrupt)
     code, out, err = run("x")
     assert (code, out) == (130, "")
     assert "Traceback" not in err
@@ -455,7 +459,7 @@ def test_importing_the_cli_imports_nothing_of_its_extra():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.split()
     assert "torch" in loaded
-    assert not {"typer", "rich", "transformers", "gguf", "accelerate", "triton"} & set(loaded)
+    assert not {"rich", "transformers", "gguf", "accelerate", "triton"} & set(loaded)
 
 
 def test_info_lists_every_backend_with_its_reason(capsys, monkeypatch):
@@ -551,8 +555,8 @@ def commands_in_docs():
 def test_commands_in_the_docs_are_understood(argv, tmp_path, monkeypatch):
     requests = []
     monkeypatch.chdir(tmp_path)
-    for name in ("_generate", "_chat", "_explain", "_tune"):
-        monkeypatch.setattr(cli, name, lambda request: requests.append(request) or 0)
+    for command in (cli.generate, cli.chat, cli.explain, cli.tune):
+        monkeypatch.setattr(command, "run", lambda request: requests.append(request) or 0)
     if argv[0] == "tune":
         for package in cli.TUNE_PACKAGES:
             pytest.importorskip(package, reason="needs the extra 'tune'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 import signal
@@ -162,9 +163,9 @@ def test_a_folder_that_cannot_be_made(capsys: Any, monkeypatch: Any, tmp_path: P
 
 @pytest.mark.parametrize("package", cli.TUNE_PACKAGES)
 def test_a_missing_package_is_named(package: str, capsys: Any, monkeypatch: Any) -> None:
-    find = cli.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name == package else find(name)
+        importlib.util, "find_spec", lambda name: None if name == package else find(name)
     )
     assert cli.main(["tune", *SPACE]) == 1
     message = f"the command needs the extra 'tune' ({package} not found): "
@@ -176,7 +177,7 @@ def test_on_a_terminal_it_is_a_table(run: Run, monkeypatch: Any) -> None:
 
     terminal = io.StringIO()
     monkeypatch.setattr(
-        cli, "_messages", lambda: Console(file=terminal, force_terminal=True, width=100)
+        cli.console, "messages", lambda: Console(file=terminal, force_terminal=True, width=100)
     )
     code, *_ = run(*SPACE, *SMALL, "--trials", "14")
     assert code == 0
