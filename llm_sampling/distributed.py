@@ -234,7 +234,7 @@ def _looked_at(
     batch = pack(params, rows, device)
     vocab_size = history.vocab_size if isinstance(history, TokenHistory) else 0
     check_history(history, batch, rows, vocab_size, device)
-    check_draws(num_samples, logprobs, check)
+    num_samples = check_draws(num_samples, logprobs, check)
     if allowed_mask is not None:
         words = allowed_mask.shape[-1] if isinstance(allowed_mask, Tensor) else 0
         allowed_mask = check_mask(allowed_mask, rows, 32 * words, device)

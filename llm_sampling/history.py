@@ -44,7 +44,7 @@ class TokenHistory:
     def __init__(
         self, seen: Tensor, counts: Tensor, lengths: Tensor, slots: Tensor, vocab_size: int
     ) -> None:
-        check_vocab_size(vocab_size)
+        vocab_size = check_vocab_size(vocab_size)
         words = -(-vocab_size // 32)
         _check_state("seen", seen, seen, "(capacity, ceil(vocab_size / 32))", (None, words))
         capacity = seen.shape[0]
@@ -84,8 +84,7 @@ class TokenHistory:
             ValueError: ``vocab_size`` is not in 1 .. 2^20, the two lists differ in length, or an id
                 is not an integer.
         """
-        check_vocab_size(vocab_size)
-        assert vocab_size is not None
+        vocab_size = check_vocab_size(vocab_size)
         rows = _row_count("prompt_ids", prompt_ids)
         if output_ids is not None and _row_count("output_ids", output_ids) != rows:
             raise ValueError(
@@ -284,10 +283,12 @@ def slice_bits(words: Tensor, start: int, width: int) -> Tensor:
     return sliced
 
 
-def check_vocab_size(vocab_size: object) -> None:
-    """A ValueError if it is not in 1 .. 2^20."""
-    if not 1 <= checks.integer("vocab_size", vocab_size) <= MAX_VOCAB_SIZE:
+def check_vocab_size(vocab_size: object) -> int:
+    """``vocab_size`` as an int; a ValueError if it is not in 1 .. 2^20."""
+    checked = checks.integer("vocab_size", vocab_size)
+    if not 1 <= checked <= MAX_VOCAB_SIZE:
         raise checks.refusal("vocab_size", "in 1 .. 2^20", vocab_size)
+    return checked
 
 
 def _check_state(

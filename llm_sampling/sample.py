@@ -163,7 +163,7 @@ def make_call(
     device = logits.device
     batch = pack(params, rows, device)
     check_history(history, batch, rows, vocab_size, device)
-    check_draws(num_samples, logprobs, check)
+    num_samples = check_draws(num_samples, logprobs, check)
     batch = batch.seeded() if seeded else batch
     return SampleCall(
         logits=logits,
@@ -220,13 +220,14 @@ def check_history(
         raise ValueError(f"history must be on the logits' device {device}, got {history.device}")
 
 
-def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> None:
-    """A ValueError if one of these is out of its range."""
-    checks.integer_at_least("num_samples", num_samples, 1)
+def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> int:
+    """``num_samples`` as an int; a ValueError if one of these is out of its range."""
+    num_samples = checks.integer_at_least("num_samples", num_samples, 1)
     if logprobs not in (None, "processed", "raw"):
         raise ValueError(f'logprobs must be None, "processed" or "raw", got {logprobs!r}')
     if check is not None and not isinstance(check, bool):
         raise checks.refusal("check", "True, False or None", check)
+    return num_samples
 
 
 def check_mask(mask: Tensor, rows: int, vocab_size: int, device: torch.device) -> Tensor:

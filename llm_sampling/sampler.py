@@ -59,13 +59,12 @@ class Sampler:
         device: torch.device | str | None = None,
         check: bool | None = None,
     ) -> None:
-        check_vocab_size(vocab_size)
-        check_draws(num_samples, logprobs, check)
+        vocab_size = check_vocab_size(vocab_size)
         if device is None:
             device = history.device if isinstance(history, TokenHistory) else "cpu"
         self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         self.vocab_size = vocab_size
-        self.num_samples = num_samples
+        self.num_samples = check_draws(num_samples, logprobs, check)
         self.logprobs = logprobs
         self.check = self.device.type == "cpu" if check is None else check
         rows = list_of_params(params, 1)

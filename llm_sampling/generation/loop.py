@@ -397,7 +397,7 @@ def generate_stream(
         if not is_module:
             raise ValueError("vocab_size must be given where the model has no config")
         vocab_size = getattr(model, "config").get_text_config().vocab_size  # noqa: B009
-    check_vocab_size(vocab_size)
+    vocab_size = check_vocab_size(vocab_size)
     for row in rows:
         for token in (min(row), max(row)):
             if not 0 <= token < vocab_size:

@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -141,6 +142,7 @@ def parameter_table(path):
 
 @pytest.mark.parametrize("path", ["README.md", "docs/semantics.md"])
 def test_docs_list_every_parameter(path):
+    """Read from the text itself, so that it fails where docs/tables.py makes a table wrong."""
     table = parameter_table(path)
     assert sorted(table) == sorted(PARAMETERS)
     for name, (range_, off) in table.items():
@@ -148,6 +150,80 @@ def test_docs_list_every_parameter(path):
         value = OFF_VALUES[name]
         expected = "None" if value is None else f"{value:g}"
         assert re.match(rf"{expected}(\D|$)", off), f"{name} is off at {expected}, not {off!r}"
+
+
+TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
+
+
+@pytest.mark.parametrize("path", TABLES["TABLES"])
+def test_tables_are_made_from_the_fields(path):
+    text = read(path)
+    made = TABLES["with_table"](text, TABLES["TABLES"][path]())
+    assert made == text, "run: python docs/tables.py"
+
+
+# Every place that a new parameter needs
+
+FILTERS = ("rank", "mass", "depth")
+EVERY_KIND = ("bias", "penalty", "scale", *FILTERS, "floor", "seed")
+
+#: File or folder -> the kinds of parameters that it must name.
+PLACES = {
+    "csrc/llm_sampling.h": EVERY_KIND,
+    "csrc/validate.h": EVERY_KIND,
+    "csrc/semantics.h": ("depth",),  # depth_cut
+    "llm_sampling/reference.py": EVERY_KIND,
+    "llm_sampling/backends/c_abi.py": EVERY_KIND,
+    "llm_sampling/backends/triton.py": EVERY_KIND,
+    "llm_sampling/backends/triton_kernel.py": EVERY_KIND,
+    "llm_sampling/distributed.py": ("scale", *FILTERS, "floor"),
+    "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
+    "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
+    "llm_sampling/tools/explain": ("scale", *FILTERS),
+    "llm_sampling/tools/data/explain.html": ("penalty", "scale", *FILTERS, "floor"),
+    "docs/semantics.md": EVERY_KIND,
+    "docs/parameters.md": ("penalty", "scale", *FILTERS, "seed"),
+    "README.md": EVERY_KIND,
+    "tests/cases.py": EVERY_KIND,
+    "tests/strategies.py": EVERY_KIND,
+    "tests/sampling/differential.py": EVERY_KIND,
+    "tests/kernels/cpp/fuzz_cpu.cpp": EVERY_KIND,
+    "tests/tools/test_cli.py": EVERY_KIND,
+    "benchmarks/oracle.py": ("penalty", "scale", *FILTERS),
+}
+
+#: The kernels on the host's side of a filter by depth read ``depth_cut`` alone.
+KERNELS = ("csrc/cpu", "csrc/cuda")
+
+
+def read_all(path):
+    """The text of a file, or of all files of a folder."""
+    return "\n".join(read(file) for file in FILES if file == path or file.startswith(f"{path}/"))
+
+
+def is_named(parameter, text):
+    """Whether a text has its name, that of its threshold, or those of its pieces."""
+    names = [[parameter], [f"{parameter}_cut"], pieces(parameter)]
+    return any(all(re.search(rf"\b{n}\b", text) for n in these) for these in names)
+
+
+@pytest.mark.parametrize("path", PLACES)
+def test_every_place_names_the_parameter(path):
+    text = read_all(path)
+    assert text, f"there is no {path}"
+    wanted = [f.name for f in FIELDS.values() if f.kind in PLACES[path]]
+    assert wanted
+    missing = [name for name in wanted if not is_named(name, text)]
+    assert not missing, f"{path} does not know {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("folder", KERNELS)
+def test_kernels_know_no_filter_by_depth(folder):
+    """A further one changes ``depth_cut`` in csrc/semantics.h, and nothing in these."""
+    code = re.sub(r"//.*", "", read_all(folder))
+    for field in FIELDS.values():
+        if field.kind == "depth":
+            assert not is_named(field.name, code), f"{folder} reads {field.name}"
 
 
 # The C struct
@@ -352,8 +428,9 @@ def layer(name):
 
 def test_every_module_has_a_layer():
     assert sorted(MODULES) == sorted(name for names in LAYERS for name in names)
+    (backends,) = (names for names in LAYERS if "backends.cpu" in names)
     assert {backend.module for backend in BACKENDS.values()} <= {
-        f"llm_sampling.{name}" for name in LAYERS[5]
+        f"llm_sampling.{name}" for name in backends
     }
 
 
