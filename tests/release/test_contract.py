@@ -179,7 +179,6 @@ PLACES = {
     "llm_sampling/distributed.py": ("scale", *FILTERS, "floor"),
     "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
     "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
-    "llm_sampling/tools/explain": ("scale", *FILTERS),
     "llm_sampling/tools/data/explain.html": ("penalty", "scale", *FILTERS, "floor"),
     "docs/semantics.md": EVERY_KIND,
     "docs/parameters.md": ("penalty", "scale", *FILTERS, "seed"),

@@ -1,4 +1,4 @@
-"""Does ``llm-sampling explain`` show the steps of the row, and write what it is asked for?"""
+"""``llm-sampling explain``: its table, its texts, and the files that it writes."""
 
 from __future__ import annotations
 

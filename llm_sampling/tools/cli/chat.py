@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from llm_sampling import SamplingParams, generation
 from llm_sampling.tools.cli import console
-from llm_sampling.tools.cli.generate import (
-    Request,
-    Tally,
-    drawing,
-    print_text,
-    stream,
-    write_texts,
+from llm_sampling.tools.cli.generate import Request, Tally, print_text, stream, write_texts
+from llm_sampling.tools.cli.options import (
+    length_options,
+    request_of,
+    running,
+    running_options,
+    sampling_options,
+    sampling_params,
 )
-from llm_sampling.tools.cli.options import length_options, running_options, sampling_options
 from llm_sampling.tools.cli.running import check_fit
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def add_parser(commands: Commands) -> None:
 
 def make_request(options: argparse.Namespace) -> Request:
     """The command's options, checked."""
-    return Request(prompts=(), chat=True, n=1, as_json=False, **drawing(options))
+    shared = {"params": sampling_params(options), "on": running(options)}
+    return request_of(Request, options, prompts=(), chat=True, n=1, as_json=False, **shared)
 
 
 def run(request: Request) -> int:

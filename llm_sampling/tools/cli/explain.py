@@ -17,14 +17,16 @@ from llm_sampling import InvalidLogitsError, SamplingParams, checks
 from llm_sampling.tools import explain as explaining
 from llm_sampling.tools.cli import console
 from llm_sampling.tools.cli.options import (
+    FLAG,
     INTEGER,
-    flag,
+    request_of,
     running,
     running_options,
     sampling_options,
     sampling_params,
 )
 from llm_sampling.tools.cli.running import Running, check_fit
+from llm_sampling.tools.explain.picture import check_suffix
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,10 +57,8 @@ class ExplainRequest:
         """Check the values."""
         for name in ("top", "n", "max_new_tokens"):
             checks.integer_at_least(name, getattr(self, name), 1)
-        if self.picture is not None and self.picture.suffix.lower() not in explaining.PICTURES:
-            raise ValueError(
-                f"picture must end in {' or '.join(explaining.PICTURES)}, got {str(self.picture)!r}"
-            )
+        if self.picture is not None:
+            check_suffix("picture", self.picture)
 
 
 def add_parser(commands: Commands) -> None:
@@ -71,9 +71,10 @@ def add_parser(commands: Commands) -> None:
     )
     add = parser.add_argument
     add("prompt", metavar="PROMPT", help="The text before the token.")
-    flag(parser, "--chat", "Put PROMPT into the model's chat template.")
+    add("--chat", **FLAG, help="Put PROMPT into the model's chat template.")
     add(
         "--output",
+        default="",
         metavar="TEXT",
         help="What the model has written since PROMPT, which the penalties count.",
     )
@@ -85,30 +86,15 @@ def add_parser(commands: Commands) -> None:
         metavar="PATH",
         help="Write a page too, whose sliders change the parameters.",
     )
-    add(
-        "--n",
-        **INTEGER,
-        default=2,
-        help="How many texts of each decoding type except greedy.",
-    )
+    add("--n", **INTEGER, default=2, help="How many texts of each decoding type except greedy.")
     add("--max-new-tokens", **INTEGER, default=40, help="The length of these texts, in tokens.")
     parser.set_defaults(make_request=make_request, run=run)
 
 
 def make_request(options: argparse.Namespace) -> ExplainRequest:
     """The command's options, checked."""
-    return ExplainRequest(
-        prompt=options.prompt,
-        params=sampling_params(options),
-        chat=options.chat,
-        output=options.output or "",
-        top=options.top,
-        picture=options.picture,
-        html=options.html,
-        n=options.n,
-        max_new_tokens=options.max_new_tokens,
-        on=running(options),
-    )
+    params, on = sampling_params(options), running(options)
+    return request_of(ExplainRequest, options, params=params, on=on)
 
 
 def run(request: ExplainRequest) -> int:

@@ -11,17 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_sampling import InvalidLogitsError, SamplingParams, checks, generation
 from llm_sampling.generation import models
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.tools.cli import console
 from llm_sampling.tools.cli.options import (
+    FLAG,
     INTEGER,
-    LENGTH,
-    flag,
     length_options,
+    request_of,
     running,
     running_options,
     sampling_options,
@@ -76,38 +76,22 @@ def add_parser(commands: Commands) -> None:
         description="Continue each PROMPT with a language model, token by token, on the CPU.",
         parents=[sampling_options(), length_options(), running_options()],
     )
-    parser.add_argument(
-        "prompts", nargs="+", metavar="PROMPT", help="The text to continue, or several."
-    )
-    flag(parser, "--chat", "Put PROMPT into the model's chat template.")
-    parser.add_argument(
+    add = parser.add_argument
+    add("prompts", nargs="+", metavar="PROMPT", help="The text to continue, or several.")
+    add("--chat", **FLAG, help="Put PROMPT into the model's chat template.")
+    add(
         "--n",
         **INTEGER,
         default=1,
         help="How many texts for each PROMPT; they use seed, seed + 1, ...",
     )
-    flag(parser, "--json", "Write a line of JSON for each text.")
+    add("--json", dest="as_json", **FLAG, help="Write a line of JSON for each text.")
     parser.set_defaults(make_request=make_request, run=run)
 
 
 def make_request(options: argparse.Namespace) -> Request:
     """The command's options, checked."""
-    return Request(
-        prompts=options.prompts,
-        chat=options.chat,
-        n=options.n,
-        as_json=options.json,
-        **drawing(options),
-    )
-
-
-def drawing(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a :class:`Request` that ``generate`` and ``chat`` read in the same way."""
-    return {
-        "params": sampling_params(options),
-        "on": running(options),
-        **{name: getattr(options, name) for name in LENGTH},
-    }
+    return request_of(Request, options, params=sampling_params(options), on=running(options))
 
 
 def run(request: Request) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 from llm_sampling import SamplingParams, backends
 from llm_sampling.fields import FIELDS
@@ -22,16 +23,19 @@ from llm_sampling.tools.cli.running import Running
 if TYPE_CHECKING:
     Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
-#: What ``add_argument`` needs for an integer and for any number.
+Request = TypeVar("Request")
+
+#: Arguments of ``add_argument`` for an integer, for any number, and for a pair ``--x``, ``--no-x``.
 INTEGER: dict[str, Any] = {"type": int, "metavar": "INT"}
 NUMBER: dict[str, Any] = {"type": float, "metavar": "FLOAT"}
+FLAG: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults, except those that mean "not given"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default == []:
+        if action.default in (None, "", []):
             return action.help
         return super()._get_help_string(action)
 
@@ -74,9 +78,14 @@ def options_first(parser: Parser, words: Sequence[str]) -> list[str]:
     return options + positional
 
 
-def flag(group: argparse._ActionsContainer, name: str, help: str) -> None:
-    """Add the pair of options ``name`` and its ``--no-`` form, off by default."""
-    group.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=help)
+def request_of(kind: Callable[..., Request], options: argparse.Namespace, **more: Any) -> Request:
+    """A request, a dataclass: its fields are ``more``, and the options of the same names.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    names = {field.name for field in fields(kind)} - more.keys()  # type: ignore[arg-type]
+    return kind(**{name: getattr(options, name) for name in names}, **more)
 
 
 def sampling_options() -> Parser:
@@ -127,13 +136,6 @@ def _parse_logit_bias(entries: Sequence[str]) -> dict[int, float] | None:
     return biases or None
 
 
-#: The names of the options of :func:`length_options`.
-LENGTH = (
-    *("max_new_tokens", "min_new_tokens"),
-    *("stop", "stop_limit", "include_stop", "ignore_eos"),
-)
-
-
 def length_options() -> Parser:
     """Where a text ends."""
     parser = Parser(add_help=False)
@@ -159,8 +161,8 @@ def length_options() -> Parser:
         default=1,
         help="End at this occurrence of a stop text: 2 with '.' is two sentences.",
     )
-    flag(group, "--include-stop", "Write the stop text too.")
-    flag(group, "--ignore-eos", "Go on after the model's end token.")
+    add("--include-stop", **FLAG, help="Write the stop text too.")
+    add("--ignore-eos", **FLAG, help="Go on after the model's end token.")
     return parser
 
 

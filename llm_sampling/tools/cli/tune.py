@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_sampling.tools import tuning
 from llm_sampling.tools.cli import console
-from llm_sampling.tools.cli.options import INTEGER, NUMBER, running, running_options
+from llm_sampling.tools.cli.options import INTEGER, NUMBER, request_of, running, running_options
 from llm_sampling.tools.cli.running import Running
 from llm_sampling.tools.tuning.report import short
 
@@ -100,11 +100,7 @@ def add_parser(commands: Commands) -> None:
         metavar="NAME",
         help=f"The method: {', '.join(tuning.METHODS)}; grid takes only lists.",
     )
-    add(
-        "--trials",
-        **INTEGER,
-        help=f"How many trials. Default: {DEFAULT_TRIALS}; with grid all.",
-    )
+    add("--trials", **INTEGER, help=f"How many trials. Default: {DEFAULT_TRIALS}; with grid all.")
     add("--timeout", **NUMBER, help="Begin no trial after this many seconds.")
     add("--texts", **INTEGER, default=8, help="How many texts in each trial.")
     add("--max-new-tokens", **INTEGER, default=64, help="The length of each text, in tokens.")
@@ -115,10 +111,7 @@ def add_parser(commands: Commands) -> None:
         help="Keep the search there, as sqlite:///tuning.db, and go on with it.",
     )
     add(
-        "--study-name",
-        default="decoding",
-        metavar="NAME",
-        help="The search's name in the storage.",
+        "--study-name", default="decoding", metavar="NAME", help="The search's name in the storage."
     )
     add(
         "--out",
@@ -136,18 +129,12 @@ def make_request(options: argparse.Namespace) -> TuneRequest:
     n_trials = options.trials
     if n_trials is None and options.method != "grid" and options.timeout is None:
         n_trials = DEFAULT_TRIALS
-    return TuneRequest(
+    return request_of(
+        TuneRequest,
+        options,
         space=tuning.space_from_text([*options.space, *options.more_space]),
         metrics=tuple(options.objective or ["distance"]),
-        method=options.method,
         n_trials=n_trials,
-        timeout=options.timeout,
-        texts=options.texts,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-        storage=options.storage,
-        study_name=options.study_name,
-        out=options.out,
         on=running(options),
     )
 

@@ -79,9 +79,7 @@ def picture(
         OSError: the file cannot be written.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in PICTURES:
-        raise ValueError(f"path must end in {' or '.join(PICTURES)}, got {str(path)!r}")
+    suffix = check_suffix("path", path)
     check_text("title", title)
     check_texts(texts, explanation.vocab_size)
     lines = rows(explanation, top)
@@ -99,6 +97,14 @@ def picture(
         figure = Figure(figsize=size, layout="constrained")
         _draw(figure, explanation, texts, lines, stages, title)
         figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+
+
+def check_suffix(name: str, path: Path) -> str:
+    """The suffix in lower case; a ValueError unless :func:`picture` can write such a file."""
+    suffix = path.suffix.lower()
+    if suffix not in PICTURES:
+        raise ValueError(f"{name} must end in {' or '.join(PICTURES)}, got {str(path)!r}")
+    return suffix
 
 
 def _draw(

@@ -265,7 +265,7 @@ def stage_label(stage: str, params: SamplingParams) -> str:
     if stage == "temperature" and is_greedy(params):
         return "greedy"
     value = getattr(params, stage)
-    return f"{cut_label(stage)} {value if stage == 'top_k' else format(value, 'g')}"
+    return f"{cut_label(stage)} {value if FIELDS[stage].is_integer else format(value, 'g')}"
 
 
 def is_greedy(params: SamplingParams) -> bool:
