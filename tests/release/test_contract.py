@@ -2,6 +2,7 @@
 
 import ast
 import ctypes
+import json
 import os
 import re
 import runpy
@@ -18,6 +19,8 @@ from llm_sampling import BatchParams, SamplingParams, history, ops
 from llm_sampling.backends import BACKENDS, base, c_abi
 from llm_sampling.backends.base import SampleCall
 from llm_sampling.fields import FIELDS, OFF_VALUES
+from llm_sampling.tools import explain
+from llm_sampling.tools.cli.options import sampling_options
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "llm_sampling"
@@ -49,9 +52,17 @@ LAYERS = (
     ("generation",),
     ("integrations", "tools"),
     ("integrations.huggingface", "integrations.vllm"),
-    ("tools.explain.steps", "tools.tuning.search"),
-    ("tools.explain", "tools.tuning"),
+    ("tools.explain.steps", "tools.tuning.space"),
+    ("tools.explain.compare", "tools.explain.page", "tools.explain.picture"),
+    ("tools.tuning.resume",),
+    ("tools.tuning.search",),
     ("tools.tuning.objectives", "tools.tuning.report"),
+    ("tools.explain", "tools.tuning"),
+    ("tools.cli.console",),
+    ("tools.cli.running",),
+    ("tools.cli.options",),
+    ("tools.cli.explain", "tools.cli.generate", "tools.cli.info", "tools.cli.tune"),
+    ("tools.cli.chat",),
     ("tools.cli",),
     ("tools.cli.__main__",),
 )
@@ -94,27 +105,20 @@ def test_docstring_describes_every_parameter(name):
 
 
 def test_command_line_has_every_parameter():
-    """Among the options of those that draw."""
-    tree = ast.parse(read("llm_sampling/tools/cli/__init__.py"))
-    (sampling,) = (
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == "sampling"
-    )
-    options = {argument.arg for argument in sampling.args.args + sampling.args.kwonlyargs}
-    assert set(PARAMETERS) <= options
+    """Among the options of the commands that draw."""
+    assert list(vars(sampling_options().parse_args([]))) == PARAMETERS
 
 
 def test_page_has_every_parameter_with_its_rule():
     """But for the two that it cannot change."""
-    page = read("llm_sampling/tools/data/explain.html")
-    fields = page[page.index("const FIELDS = {") : page.index("const NUMBER")]
-    rules = dict(re.findall(r'^  (\w+): \{.*?rule: "(.*?)"', fields, re.MULTILINE | re.DOTALL))
-    offs = dict(re.findall(r"^  (\w+): \{\s*label: .*?, off: (\S+),", fields, re.MULTILINE))
+    template = read("llm_sampling/tools/data/explain.html")
+    fields = template[template.index("const FIELDS = {") : template.index("const NUMBER")]
     shown = [name for name in PARAMETERS if name not in ("logit_bias", "seed")]
-    assert rules == {name: FIELDS[name].rule for name in shown}
-    assert {name: float(off) for name, off in offs.items()} == {
-        name: OFF_VALUES[name] for name in shown
+    assert re.findall(r"^  (\w+): \{", fields, re.MULTILINE) == shown
+    page = explain.page(torch.zeros(1), ["a"], SamplingParams())
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert data["fields"] == {
+        name: {"rule": FIELDS[name].rule, "off": FIELDS[name].off} for name in shown
     }
 
 
@@ -176,7 +180,6 @@ PLACES = {
     "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),  # depth_cut has the rest
     "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
     "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
-    "llm_sampling/tools/explain": ("scale", *FILTERS),
     "llm_sampling/tools/data/explain.html": ("penalty", "scale", *FILTERS, "floor"),
     "docs/semantics.md": EVERY_KIND,
     "docs/parameters.md": ("penalty", "scale", *FILTERS, "seed"),
