@@ -45,6 +45,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Make paths of the site out of paths of the repository."""
     uri = page.file.src_uri
+    if uri == "index.md":
+        page.meta["hide"] = ["navigation"]
     source = next((path for path, at in OUTSIDE.items() if at == uri), f"docs/{uri}")
 
     def rewritten(match: re.Match[str]) -> str:

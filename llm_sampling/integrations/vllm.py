@@ -8,8 +8,8 @@ vLLM has no plug-in point: ``Sampler``, by a subclass, and ``build_logitsprocs``
 :class:`Requests` hears of every request that enters, leaves or moves. Where vLLM is not as this
 file expects it, nothing is replaced, and one warning says what was different.
 
-Importing this module imports neither vLLM nor anything of it. docs/engines.md says what is kept, what
-is refused, and what differs from vLLM's own sampler.
+Importing this module imports neither vLLM nor anything of it. docs/engines.md says what is kept,
+what is refused, and what differs from vLLM's own sampler.
 """
 
 from __future__ import annotations
