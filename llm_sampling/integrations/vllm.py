@@ -8,7 +8,7 @@ has no plug-in point: ``Sampler``, by a subclass, and ``build_logitsprocs``, so 
 :class:`Requests` is told of every request that enters, leaves or moves. If this vLLM differs from
 what the plug-in relies on, nothing is replaced and one warning names the difference.
 
-Importing this module does not import vLLM. docs/scale.md says what remains vLLM's own, what is
+Importing this module does not import vLLM. docs/engines.md says what remains vLLM's own, what is
 refused, and what differs from vLLM's sampler.
 """
 

@@ -29,7 +29,7 @@ MODULE = "llm_sampling.integrations.vllm"
 def model(tmp_path_factory):
     """A folder with a random Llama over bytes, of a size that vLLM's attention supports."""
     if importlib.util.find_spec("vllm") is None:
-        pytest.fail("needs vLLM, docs/scale.md says how to install it")
+        pytest.fail("needs vLLM, docs/engines.md says how to install it")
     import transformers
     from toy_tokenizers import byte_tokenizer
 

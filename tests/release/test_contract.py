@@ -525,22 +525,33 @@ DOCS = sorted(
 
 
 def python_blocks(path):
-    """Each fenced block of Python, with as many lines before it as the document has."""
+    """Each fenced block of Python, with as many lines before it as the document has.
+
+    Beside it is the fenced block of text that follows, which is what the Python prints, or None.
+    """
     text = read(path)
-    return [
-        "\n" * text.count("\n", 0, block.start(1)) + block[1]
-        for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    ]
+    blocks = re.finditer(
+        r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", text, re.MULTILINE | re.DOTALL
+    )
+    return [("\n" * text.count("\n", 0, block.start(1)) + block[1], block[2]) for block in blocks]
 
 
 @pytest.mark.parametrize("path", sorted({"README.md", *filter(python_blocks, DOCS)}))
-def test_code_in_docs_runs(path, tmp_path, monkeypatch):
+def test_code_in_docs_runs(path, tmp_path, monkeypatch, capsys):
+    """And prints what the document shows, where it shows something."""
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(path)
     assert blocks, f"{path} has no code to run"
     namespace = {"__name__": "__main__"}
-    for block in blocks:
+    for block, shown in blocks:
+        capsys.readouterr()
         exec(compile(block, path, "exec"), namespace)
+        if shown is not None:
+            assert capsys.readouterr().out == shown
+
+
+def test_readme_shows_what_its_code_prints():
+    assert all(shown for _, shown in python_blocks("README.md"))
 
 
 def project_files():
