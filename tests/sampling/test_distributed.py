@@ -163,10 +163,12 @@ def differences(
 
 def with_few_candidates(groups: Sequence[Sequence[Case]], vocab_size: int) -> list[list[Case]]:
     """Only the cases that use candidates; in a mixed batch all rows use the threshold."""
-    wanted = [
-        [c for c in g if 0 < c.params(vocab_size).kept_at_most <= distributed.MOST_CANDIDATES]
-        for g in groups
-    ]
+
+    def has_few(case: Case) -> bool:
+        batch = BatchParams.from_list([case.params(vocab_size)])
+        return 0 < batch.kept_at_most <= distributed.MOST_CANDIDATES
+
+    wanted = [list(filter(has_few, cases)) for cases in groups]
     return [cases for cases in wanted if cases]
 
 
