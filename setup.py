@@ -25,7 +25,9 @@ from setuptools.errors import BaseError, CCompilerError, ExecError, OptionError
 # Rounding after every operation is part of the semantics; the other two let loops vectorise.
 EXACT = ["-fno-fast-math", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS = ["-std=c++17", "-O3", *EXACT, "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
-FLAGS += ["-g0"]  # what a debugger is told, which Python's own flags ask for, names the folder
+# Python's own flags come before these: -g would write the name of the folder into the library, and
+# -fwrapv would cost instructions in loops whose integers cannot overflow.
+FLAGS += ["-g0", "-fno-wrapv"]
 LINK = ["-pthread", *(["-ldl", "-Wl,-z,defs"] if sys.platform == "linux" else [])]
 
 HEADERS = sorted(str(path) for end in ("h", "cuh") for path in Path("csrc").rglob(f"*.{end}"))

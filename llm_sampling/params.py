@@ -152,6 +152,10 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 
+#: The tensors that kernels read; the C struct and the ops hold each under the same name.
+KERNEL_TENSORS = tuple(name for name in DTYPES if name != "unseeded")
+
+
 def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """The flags of a BatchParams with these values, one per row, as its tensors hold them."""
     rows = len(columns["temperature"])

@@ -22,10 +22,8 @@ __device__ __forceinline__ Filters RowSampler<kDtype, kCopied>::filters() const 
   const Parameters& row = shared_.parameters;
   Filters filters;
   filters.min_kept = row.min_tokens_to_keep > 1 ? row.min_tokens_to_keep : 1;
-  filters.max_kept = row_.vocab_size;
-  if (row.top_k > 0) {
-    filters.max_kept = row.top_k > filters.min_kept ? row.top_k : filters.min_kept;
-  }
+  filters.max_kept = row.top_k > 0 ? (row.top_k > filters.min_kept ? row.top_k : filters.min_kept)
+                                   : row_.vocab_size;
   filters.top_p = row.top_p;
   filters.depth_cut = row.depth_cut;
   filters.has_top_k = filters.max_kept < row_.vocab_size;
@@ -53,12 +51,19 @@ __device__ void RowSampler<kDtype, kCopied>::find_kept() {
 // Finds each filter's threshold; the largest is that of the kept set. No filter leaves fewer than
 // min_tokens_to_keep.
 //
-// Each filter asks the candidates for the code at which a count or a mass is reached. Before that, new
-// candidates are collected if the present ones do not hold this code. The iterations of the loop are
-// these steps, in their order; they are a loop only because search() and collect() are inlined once then.
+// Each filter asks the candidates for the code at which a count or a mass is reached; if they do not hold
+// it, others are collected first. The steps are iterations of one loop, so that search() and collect()
+// are inlined once.
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::find_thresholds() {
-  enum { kCollectFew, kTopK, kCollectMore, kTopP, kKeepMinimum, kSteps };
+  enum {
+    kCollectFew,  // guesses which of the first tokens of the order the filters need
+    kTopK,
+    kCollectMore,  // guesses again, more of them, where top-p needs them
+    kTopP,
+    kKeepMinimum,  // the depth cut, and min_tokens_to_keep for it and for top-p
+    kSteps
+  };
   uint64_t top_k_threshold = kLowestCode;
   uint64_t threshold = kLowestCode;  // of top-p and of the depth cut
 #pragma unroll 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends.base import LOGPROBS_MODES, SampleCall, SampleOutput
+from llm_sampling.params import KERNEL_TENSORS
 
 ABI_VERSION = 1
 
@@ -62,25 +63,6 @@ class SampleArgs(ctypes.Structure):
     )
 
 
-#: Parameters that are one pointer each, under the same name in BatchParams and in the struct.
-POINTERS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "min_p_cut",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "min_tokens_to_keep",
-    "seed",
-    "position",
-    "logit_bias_offsets",
-    "logit_bias_ids",
-    "logit_bias_values",
-)
-
-
 def make_args(call: SampleCall) -> SampleArgs:
     """The struct of a call, without results. It holds addresses, so the call must outlive it."""
     args = SampleArgs(
@@ -94,7 +76,7 @@ def make_args(call: SampleCall) -> SampleArgs:
         advance=_NEVER if not call.advance else _IF_ALL_VALID if call.check else _ALWAYS,
         num_threads=torch.get_num_threads(),
     )
-    for name in POINTERS:
+    for name in KERNEL_TENSORS:
         setattr(args, name, getattr(call.batch, name).data_ptr())
     if call.batch.logit_bias_ids.numel() == 0:
         args.logit_bias_offsets = None

@@ -14,6 +14,7 @@ import torch
 from llm_sampling import BatchParams, SamplingParams, TokenHistory, reference
 from llm_sampling.backends import base, c_abi, cpu
 from llm_sampling.backends.base import SampleCall
+from llm_sampling.params import KERNEL_TENSORS
 
 ROOT = Path(__file__).parents[2]
 EXACT = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
@@ -67,7 +68,7 @@ def shifting(name: str, by: int) -> Callable[[c_abi.SampleArgs], None]:
 
 
 POINTERS = (
-    *(name for name in c_abi.POINTERS if name != "logit_bias_offsets"),
+    *(name for name in KERNEL_TENSORS if name != "logit_bias_offsets"),
     "logits",
     "counts",
     "lengths",
@@ -109,7 +110,7 @@ BAD_STRUCTS = {
     "more slots than there are addresses": (setting(num_slots=2**60), BAD_STRIDE),
     **{
         f"misaligned {name}": (shifting(name, 1), MISALIGNED)
-        for name in (*c_abi.POINTERS, "logits", "seen", "allowed_mask", "tokens", "status")
+        for name in (*KERNEL_TENSORS, "logits", "seen", "allowed_mask", "tokens", "status")
     },
 }
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import llm_sampling
-from llm_sampling import BatchParams, SamplingParams, history, ops
+from llm_sampling import BatchParams, SamplingParams, history
 from llm_sampling.backends import BACKENDS, base, c_abi
 from llm_sampling.backends.base import SampleCall
 from llm_sampling.fields import FIELDS, OFF_VALUES
+from llm_sampling.params import KERNEL_TENSORS
 from llm_sampling.tools import explain
 from llm_sampling.tools.cli.options import sampling_options
 
@@ -271,14 +272,13 @@ def test_struct_has_every_parameter():
 def test_struct_reads_the_dtypes_that_a_batch_has():
     batch = BatchParams.from_list([SamplingParams(logit_bias={1: 2})], positions=[0])
     struct = struct_fields()
-    for name in c_abi.POINTERS:
+    for name in KERNEL_TENSORS:
         assert struct[name] == C_DTYPES[getattr(batch, name).dtype] + "*", name
 
 
 def test_pointers_are_what_a_batch_has():
     tensors = [f.name for f in fields(BatchParams) if f.name not in ("unseeded", *FLAGS)]
-    assert sorted(c_abi.POINTERS) == sorted(tensors)
-    assert sorted(ops.BATCH_FIELDS) == sorted(tensors)
+    assert sorted(KERNEL_TENSORS) == sorted(tensors)
 
 
 def test_ctypes_struct_is_the_header_s():
@@ -373,7 +373,7 @@ def test_triton_s_kernel_takes_every_parameter():
     source = read("llm_sampling/backends/triton_kernel.py")
     kernel = source[source.index("def sample_kernel(") :]
     arguments = re.findall(r"^    (\w+)(?:: tl.constexpr)?,$", kernel, re.MULTILINE)
-    assert {*c_abi.POINTERS} - {"min_p"} <= set(arguments)
+    assert {*KERNEL_TENSORS} - {"min_p"} <= set(arguments)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,9 @@ def test_site_has_every_entry(site: Path) -> None:
     listed = zlib.decompress(inventory[inventory.index(b"zlib.\n") + 6 :]).decode()
     names = {line.split()[0] for line in listed.splitlines()}
     assert set(entries()) <= names
+    missing = {f"{module}.{name}" for module, own in PUBLIC.items() for name in own} - names
+    # A function that has the path of its module has the entry MODULE.FUNCTION.
+    assert missing == {path for path in missing if f"{path}.{path.rpartition('.')[2]}" in names}
 
 
 def test_site_shows_no_role(site: Path) -> None:

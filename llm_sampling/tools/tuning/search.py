@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
+#: How the next trial is chosen: see ``method`` of :func:`tune`.
 Method = Literal["random", "grid", "bayesian", "gp"]
+#: What is better.
 Direction = Literal["minimize", "maximize"]
 Values: TypeAlias = "float | Sequence[float]"
 #: A function of a trial's values, or a generator function that yields intermediate results.

@@ -19,6 +19,7 @@ from llm_sampling.params import SamplingParams
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+#: A value of a parameter that is not a number in a range.
 Choice: TypeAlias = "str | int | float | bool | None"
 
 

@@ -14,7 +14,7 @@
 #include <limits>
 #include <vector>
 
-#include "../../csrc/cpu/sample.cpp"
+#include "../../../csrc/cpu/sample.cpp"
 
 using namespace llm_sampling;
 

@@ -1,6 +1,6 @@
 // Compares csrc/semantics.h with integer arithmetic and with known answers. The exit status is the number of
 // failures.
-#include "../../csrc/semantics.h"
+#include "../../../csrc/semantics.h"
 
 #include <cstdio>
 #include <initializer_list>

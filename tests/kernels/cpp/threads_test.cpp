@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/llm_sampling.h"
+#include "../../../csrc/llm_sampling.h"
 
 #ifdef OPENMP
 static std::atomic<int> teams{0};
