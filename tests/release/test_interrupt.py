@@ -598,8 +598,8 @@ def test_an_interrupt_in_the_middle_of_the_status_line(
     ("place", "argv"),
     [
         ("info.run", ["info"]),
-        ("generate.Request", ["generate", "x"]),
-        ("chat.Request", ["chat"]),
+        ("generate.Request.__post_init__", ["generate", "x"]),
+        ("chat.Request.__post_init__", ["chat"]),
         ("options._parse_logit_bias", ["generate", "x"]),
         ("running.Running.load", ["chat"]),
     ],
