@@ -1,5 +1,7 @@
 """What every test shares: the ``backend`` fixture, and memory that cannot pass for a result."""
 
+import signal
+
 import pytest
 import torch
 from cases import INTERPRETED, ON_THE_CPU, device_of
@@ -96,6 +98,22 @@ def poisoned_memory(monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def sigint_is_not_ignored():
+    """SIGINT raises KeyboardInterrupt in a test and ends the processes that it starts.
+
+    A process that ignores the signal, as under nohup or in the background of a script, hands that
+    on to its children, and a Python that is started so installs no handler of its own.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
