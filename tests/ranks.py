@@ -28,7 +28,9 @@ class Ranks:
     """
 
     def __init__(self, size: int, timeout: float = 60, backend: str = "gloo") -> None:
-        context = multiprocessing.get_context("spawn")
+        # ranks come from a process that has imported torch, which takes seconds, and used none of it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed"])
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
