@@ -1,23 +1,24 @@
 """Sampling from a vocabulary that is cut into slices, one on each rank of a process group.
 
-    this rank's logits -+- penalties, mask, bias,  -+- few candidates: an all-gather -+- token
-                        |  by the backend's kernel  +- else: cuts, then whose draw  -+
+    this rank's logits -+- bias, mask, penalties  -+- few candidates: an all-gather    -+- token
+                        |  (backend's kernel)      +- else: threshold, then the draw  -+
     params, history, mask of the whole vocabulary, on every rank
 
-No rank sees another's logits. Masses and counts are integers, so what the ranks add up is exact,
-and every rank returns the token, to the bit, that ``sample`` returns for the whole row.
+No rank receives another's logits. Masses and counts are integers, so their sums over the ranks are
+exact, and every rank returns the token that ``sample`` returns for the whole row, to the bit.
 
-Two ways lead there; the parameters, which are the same on every rank, say which:
+There are two algorithms. The parameters, which are the same on every rank, choose one:
 
-* **Candidates**, where each row is greedy or keeps at most ``MOST_CANDIDATES`` tokens by top-k. A
-  rank sends its own best ones, 64 bits each; the kernel draws from those of all, in order of id.
-* **Cuts**, everywhere else. What steps 11 to 13 keep is a prefix of the order: down to a last key,
-  and so many of that key. A radix search finds the key: for each digit, from the highest, the ranks
-  add up how many tokens (or how much mass) have each value of it. Then the kept mass of every rank
-  says on which of them the draw falls, and that one tells the others its token.
+* **Candidates**, if each row is greedy or keeps at most ``MOST_CANDIDATES`` tokens by top-k. A rank
+  sends its own best tokens, 64 bits each, and the kernel draws from all ranks' tokens in id order.
+* **Threshold**, for all other batches. What steps 11 to 13 keep is a prefix of the order, which a
+  threshold describes: the key of the last kept token, and how many tokens with this key are kept. A
+  radix search finds it: for each digit of the key, from the highest, the ranks add up how many
+  tokens (or how much mass) have each value of the digit. Then the kept mass of every rank tells on
+  which rank the draw falls, and that rank sends its token.
 
-Only all-gather and all-reduce are used, of integers, with MAX and SUM. With ``check=False`` nothing
-waits for a device. docs/scale.md counts messages and bytes.
+The only collectives are all-gather and all-reduce of integers, with MAX and SUM. With
+``check=False`` nothing waits for a device. docs/scale.md counts messages and bytes.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ from llm_sampling.backends.base import (
     SampleOutput,
     raise_on_status,
 )
+from llm_sampling.checks import integer_at_least
+from llm_sampling.fields import FIELDS
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory, slice_bits
-from llm_sampling.params import DTYPES, BatchParams
+from llm_sampling.params import DTYPES, BatchParams, SamplingParams
 from llm_sampling.sample import (
     Params,
     check_draws,
@@ -57,14 +60,15 @@ from llm_sampling.sample import (
     position_of,
 )
 
-#: Up to so many tokens a row, a rank sends its best ones rather than digits.
+#: The largest number of tokens a row for which the ranks exchange candidates.
 MOST_CANDIDATES = 256
-#: The widths of the radix search's digits of a 32-bit key, from the highest: a message each.
+#: Bits of each digit of a 32-bit key in the radix search, from the highest. Each costs a message.
 DIGITS = (7, 7, 6, 6, 6)
 
 _INF = math.inf
 _LOW32 = 2**32 - 1
-#: More than there are tokens in a row, so that a key and a count make one number.
+#: A threshold is the last kept key times this, minus how many tokens with that key are kept. A row
+#: has fewer tokens than this.
 _COUNTS = 2 * MAX_VOCAB_SIZE
 
 
@@ -104,10 +108,10 @@ def sample_sharded(
         num_samples: as for ``sample``.
         logprobs: as for ``sample``.
         backend: the kernel that works on this rank's part, as for ``sample``.
-        check: have the ranks compare what they were called with, before anything depends on it,
-            and raise for rows with NaN, +inf or no candidate. Default: True for logits on the CPU,
-            False where it would wait for the device; ranks that disagree then fail as the group's
-            backend does, wait until its timeout, or give tokens without meaning.
+        check: first compare the arguments of all ranks, and in the end raise for rows with NaN,
+            +inf or no candidate. Default: True for logits on the CPU, False elsewhere, because it
+            waits for the device. Without it, ranks that disagree fail as the group's backend does,
+            wait until its timeout, or return meaningless tokens.
 
     Returns:
         ``SampleOutput(tokens, logprobs, status)`` as of ``sample``, the same on every rank.
@@ -115,10 +119,10 @@ def sample_sharded(
     Raises:
         ValueError: an argument is out of its range; or ``check`` found that the ranks disagree or
             that the slices do not make up a vocabulary, and all ranks raise.
-        InvalidLogitsError: ``check`` found bad rows, in whatever slice; all ranks raise.
+        InvalidLogitsError: ``check`` found bad rows, in any slice; all ranks raise.
         RuntimeError: ``check`` found that another rank refused its arguments; a rank has ended, or
-            does not come within the group's timeout; the named backend cannot run here;
-            torch.distributed is not ready.
+            does not join within the group's timeout; the named backend cannot run here;
+            torch.distributed is not initialised.
 
     Example:
         >>> start, stop = rank * 16032, (rank + 1) * 16032
@@ -133,40 +137,40 @@ def sample_sharded(
     compare = on_cpu if check is None else bool(check)
     part: _Part | None = None
     refusal: Exception | None = None
-    word = [0] * len(_WORD)
+    header = [0] * len(_HEADER)
     try:
-        part = _looked_at(
+        part = _checked(
             local, params, vocab_start, history, allowed_mask, positions, num_samples, logprobs,
             backend, check,
         )  # fmt: skip
         if compare:
-            word = _word(part, history, whole)
+            header = _header(part, history, whole)
     except Exception as error:
-        refusal = error  # the others wait for this rank's word
+        refusal = error  # raised after the exchange, since the other ranks wait for the header
     if compare:
         device = "cpu" if on_cpu else local.device
-        words = ranks.gather(torch.tensor([word], dtype=torch.int64, device=device))[:, 0]
+        headers = ranks.gather(torch.tensor([header], dtype=torch.int64, device=device))[:, 0]
     if refusal is not None:
         raise refusal
     if compare:
-        _compare(words.tolist())
+        _check_headers(headers.tolist())
     assert part is not None
     few = 0 < part.batch.kept_at_most <= MOST_CANDIDATES
-    output = _by_candidates(part, ranks) if few else _by_cuts(part, ranks)
+    output = _by_candidates(part, ranks) if few else _by_threshold(part, ranks)
     if compare:
         raise_on_status(output.status)
     return output
 
 
-# ---------------------------------------------------------------- what the ranks have, and agree on
+# ------------------------------------------------------ arguments, and what the ranks compare
 
 
 @dataclass
 class _Part:
-    """This rank's slice and what it was called with; all but the logits is of every id."""
+    """This rank's slice, and the checked arguments, which are of the whole vocabulary."""
 
     logits: Tensor
-    columns: int  # of the slice, of which there may be none; the logits have at least one
+    columns: int  # the width of the slice; where it is 0 the logits have one column of -inf
     vocab_start: int
     batch: BatchParams
     history: TokenHistory | None
@@ -179,8 +183,8 @@ class _Part:
 def _unwrapped(
     logits: Tensor, group: ProcessGroup | None, vocab_start: int | None
 ) -> tuple[Tensor, ProcessGroup | None, int | None, int]:
-    """The slice, its group and first id, and the width of a whole DTensor; -1 of a plain one."""
-    dtensor = sys.modules.get("torch.distributed.tensor")  # there is none before it is imported
+    """The local tensor, its group and first id, and the whole width of a DTensor, -1 for others."""
+    dtensor = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensor exists
     if dtensor is None or not isinstance(logits, dtensor.DTensor):
         if dist.get_rank(group) < 0:
             raise ValueError("group must be one that this process is a member of")
@@ -199,7 +203,7 @@ def _unwrapped(
         )
     local, whole = logits.to_local(), logits.shape[1]
     group = logits.device_mesh.get_group(sharded[0])
-    width = -(-whole // group.size())  # as torch.chunk cuts
+    width = -(-whole // group.size())  # as torch.chunk divides
     start = min(group.rank() * width, whole)
     if local.shape[1] != min(width, whole - start):
         raise ValueError(
@@ -209,7 +213,7 @@ def _unwrapped(
     return local, group, start, whole
 
 
-def _looked_at(
+def _checked(
     logits: Tensor,
     params: Params,
     vocab_start: int | None,
@@ -221,20 +225,19 @@ def _looked_at(
     backend: str,
     check: bool | None,
 ) -> _Part:
-    """All that can be looked at without the other ranks."""
+    """The arguments after all checks that need no other rank."""
     columns = 1
     if isinstance(logits, Tensor) and logits.dim() == 2:
         columns = logits.shape[1]
-        if columns == 0:  # no kernel takes that
+        if columns == 0:  # no kernel takes rows without a token
             logits = logits.new_full((logits.shape[0], 1), -_INF)
     logits = check_logits(logits)
     rows, device = logits.shape[0], logits.device
-    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int) or vocab_start < 0:
-        raise ValueError(f"vocab_start must be an integer >= 0, got {vocab_start!r}")
+    vocab_start = integer_at_least("vocab_start", vocab_start, 0)
     batch = pack(params, rows, device)
     vocab_size = history.vocab_size if isinstance(history, TokenHistory) else 0
     check_history(history, batch, rows, vocab_size, device)
-    check_draws(num_samples, logprobs, check)
+    num_samples = check_draws(num_samples, logprobs, check)
     if allowed_mask is not None:
         words = allowed_mask.shape[-1] if isinstance(allowed_mask, Tensor) else 0
         allowed_mask = check_mask(allowed_mask, rows, 32 * words, device)
@@ -251,12 +254,12 @@ def _looked_at(
     )
 
 
-#: What each rank tells the others first: whether all was well, and numbers; -1 stands for None.
-_WORD = (
+#: Header that all ranks exchange first: validation status and shapes. -1 stands for None.
+_HEADER = (
     *("accepted", "vocab_start", "columns", "whole", "history", "mask"),
     *("rows", "num_samples", "logprobs", "flags", "params"),
 )
-#: How a user knows those that must be the same everywhere.
+#: The entries that must be equal on all ranks, in the words of the error message.
 _SAME = {
     "rows": "the rows of local_logits",
     "num_samples": "num_samples",
@@ -266,11 +269,12 @@ _SAME = {
 }
 
 
-def _word(part: _Part, history: TokenHistory | None, whole: int) -> list[int]:
+def _header(part: _Part, history: TokenHistory | None, whole: int) -> list[int]:
+    """This rank's values of ``_HEADER``."""
     batch = part.batch
     flags = (batch.any_top_k, batch.any_top_p, batch.any_floor, batch.unseeded is not None)
     bits = sum(flag << bit for bit, flag in enumerate(flags)) + (batch.kept_at_most << len(flags))
-    if batch.unseeded is not None:  # where a seed means nothing
+    if batch.unseeded is not None:  # the seeds of such rows have no meaning and may differ
         batch = replace(batch, seed=batch.seed.masked_fill(batch.unseeded, 0))
     tensors = (getattr(batch, name) for name in DTYPES)
     checksum = 0
@@ -290,26 +294,27 @@ def _word(part: _Part, history: TokenHistory | None, whole: int) -> list[int]:
         "flags": bits,
         "params": checksum,
     }
-    return [values[name] for name in _WORD]
+    return [values[name] for name in _HEADER]
 
 
-def _compare(words: list[list[int]]) -> None:
-    """Raise where the ranks disagree: all of them see the same words, and raise the same."""
-    told = {name: [word[i] for word in words] for i, name in enumerate(_WORD)}
-    refusing = [str(rank) for rank, accepted in enumerate(told["accepted"]) if not accepted]
+def _check_headers(headers: list[list[int]]) -> None:
+    """Raise if the ranks disagree. All ranks have the same headers, so all raise the same error."""
+    by_rank = {name: [header[i] for header in headers] for i, name in enumerate(_HEADER)}
+    refusing = [str(rank) for rank, accepted in enumerate(by_rank["accepted"]) if not accepted]
     if refusing:
         raise RuntimeError(
             f"sample_sharded refused the arguments of rank {', '.join(refusing)} of the group, "
             "where it raised the reason"
         )
     for name, known_as in _SAME.items():
-        if len(set(told[name])) > 1:
-            raise ValueError(f"{known_as} must be the same on every rank, got {told[name]} by rank")
-    columns = told["columns"]
-    if told["vocab_start"] != [sum(columns[:rank]) for rank in range(len(columns))]:
+        values = by_rank[name]
+        if len(set(values)) > 1:
+            raise ValueError(f"{known_as} must be the same on every rank, got {values} by rank")
+    columns = by_rank["columns"]
+    if by_rank["vocab_start"] != [sum(columns[:rank]) for rank in range(len(columns))]:
         raise ValueError(
             "the slices must follow each other from id 0 on, got vocab_start "
-            f"{told['vocab_start']} and columns {columns} by rank"
+            f"{by_rank['vocab_start']} and columns {columns} by rank"
         )
     vocab_size = sum(columns)
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
@@ -319,8 +324,9 @@ def _compare(words: list[list[int]]) -> None:
         ("history", vocab_size, "history must have the vocab_size of all slices"),
         ("mask", -(-vocab_size // 32), "allowed_mask must have a bit for each id of all slices"),
     ):
-        if set(told[name]) not in ({-1}, {wanted}):
-            raise ValueError(f"{rule}, {wanted}, or be None everywhere, got {told[name]} by rank")
+        values = by_rank[name]
+        if set(values) not in ({-1}, {wanted}):
+            raise ValueError(f"{rule}, {wanted}, or be None everywhere, got {values} by rank")
 
 
 class _Ranks:
@@ -332,18 +338,18 @@ class _Ranks:
         self.group = group
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Of every rank, ``(ranks, *tensor.shape)``."""
+        """All-gather: every rank's tensor, ``(ranks, *tensor.shape)``."""
         everyone = tensor.new_empty((self.group.size() * tensor.shape[0], *tensor.shape[1:]))
         self._all(_all_gather, everyone, tensor.contiguous())
         return everyone.view(self.group.size(), *tensor.shape)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, in place."""
+        """All-reduce: the sum over the ranks, in place."""
         self._all(dist.all_reduce, tensor, ReduceOp.SUM)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, in place."""
+        """All-reduce: the maximum over the ranks, in place."""
         self._all(dist.all_reduce, tensor, ReduceOp.MAX)
         return tensor
 
@@ -358,24 +364,33 @@ class _Ranks:
             ) from error
 
 
-#: It has a new name since torch 2.13, which warns of the old one.
+#: torch 2.13 renamed it and warns of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-# --------------------------------------------------------------------------------- this rank's part
+# ----------------------------------------------------------------------------- this rank's slice
+
+
+#: The tensors of a batch that steps 2 to 6 and 14 read.
+_NOT_FILTERING = {
+    *(field.name for field in FIELDS.values() if field.kind in ("penalty", "seed")),
+    *("logit_bias_offsets", "logit_bias_ids", "logit_bias_values", "unseeded", "position"),
+}
+_OFF_ROW = BatchParams.from_list([SamplingParams()])
+#: All other tensors, with the value at which each does nothing: temperature, filters and their
+#: floor. Made from the defaults, so that a new filter is among them.
+_OFF: dict[str, float] = {
+    name: getattr(_OFF_ROW, name).item() for name in DTYPES if name not in _NOT_FILTERING
+}
 
 
 def _call(part: _Part, **changes: Tensor | bool) -> SampleCall:
-    """A call of the kernel on this slice: steps 1 to 6 alone but for what ``changes`` turn on."""
+    """A call of the kernel on this slice: steps 1 to 6, and of the others what ``changes`` has."""
     batch = part.batch
-    nothing = torch.zeros_like(batch.temperature)
     off: dict[str, Tensor | bool] = {
-        "temperature": nothing + 1,
-        "top_k": torch.zeros_like(batch.top_k),
-        "top_p": nothing + 1,
-        "min_p": nothing,
-        "min_p_cut": nothing + _INF,
-        "min_tokens_to_keep": torch.ones_like(batch.min_tokens_to_keep),
+        name: torch.full_like(getattr(batch, name), value) for name, value in _OFF.items()
+    }
+    off |= {
         "logit_bias_ids": batch.logit_bias_ids - part.vocab_start,
         "all_greedy": False,
         "any_filter": False,
@@ -392,7 +407,7 @@ def _call(part: _Part, **changes: Tensor | bool) -> SampleCall:
 
 
 def _nan(part: _Part, call: SampleCall) -> Tensor:
-    """int64 ``(rows,)``: whether step 6 meets a NaN in this slice, as a greedy call tells."""
+    """Whether step 6 finds a NaN in this slice, from a greedy call's status: int64 ``(rows,)``."""
     temperature = torch.zeros_like(call.batch.temperature)
     greedy = replace(call.batch, temperature=temperature, all_greedy=True)
     status = part.backend.sample(replace(call, batch=greedy)).status
@@ -400,30 +415,34 @@ def _nan(part: _Part, call: SampleCall) -> Tensor:
 
 
 def _key(x: Tensor) -> Tensor:
-    """An integer of 32 bits, in int64, that orders float32 as they are ordered."""
+    """An unsigned 32-bit integer, in int64, in the order of the float32 numbers ``x``."""
     bits = x.view(torch.int32)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64) + 2**31
 
 
 def _value(key: Tensor) -> Tensor:
-    """The float32 that has this key."""
+    """The float32 number that has this key."""
     bits = (key - 2**31).to(torch.int32)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
 
 
 def _seeds(part: _Part, ranks: _Ranks) -> list[Tensor]:
-    """The first rank's new seeds, from all others the least number there is; none if not needed."""
+    """New seeds for rows without one, so that the maximum over the ranks is the first rank's.
+
+    The list is empty if all rows have a seed.
+    """
     if part.batch.unseeded is None:
         return []
-    seed = part.batch.seeded().seed  # every rank draws, so that their generators stay together
+    # Every rank draws, so that the states of their generators remain equal if they were.
+    seed = part.batch.seeded().seed
     return [seed if ranks.group.rank() == 0 else torch.full_like(seed, -(2**63))]
 
 
-# --------------------------------------------------------------------------------- few candidates
+# ------------------------------------------------------------------------------------- candidates
 
 
 def _by_candidates(part: _Part, ranks: _Ranks) -> SampleOutput:
-    """Every rank's best tokens, from which the kernel draws on every rank."""
+    """Gather every rank's best tokens; the kernel then draws from them on every rank."""
     batch = part.batch
     greedy = batch.temperature == 0
     at_most = torch.where(greedy, 1, batch.top_k)
@@ -431,7 +450,8 @@ def _by_candidates(part: _Part, ranks: _Ranks) -> SampleOutput:
     call = _call(part, top_k=at_most, min_tokens_to_keep=floor, any_filter=True)
     x = part.backend.filter_logits(call)
 
-    # no slice has more candidates than that, and which among equals the kernel has decided
+    # The kernel leaves at most this many tokens and has decided which of equal ones to keep, so
+    # the order in which topk returns them does not matter.
     width = batch.kept_at_most
     values, ids = x.topk(min(width, x.shape[1]), sorted=False)
     ids, by_id = ids.sort(-1)
@@ -439,21 +459,22 @@ def _by_candidates(part: _Part, ranks: _Ranks) -> SampleOutput:
     missing = (0, width - ids.shape[1])
     values = torch.nn.functional.pad(values, missing, value=-_INF)
     ids = torch.nn.functional.pad(ids, missing)
-    word = (values.view(torch.int32).to(torch.int64) << 32) | (ids + part.vocab_start)
-    told = [word, _nan(part, call).unsqueeze(-1)]
-    told += [seed.unsqueeze(-1) for seed in _seeds(part, ranks)]
+    # A candidate is one integer: the bits of its value, then its id.
+    candidates = (values.view(torch.int32).to(torch.int64) << 32) | (ids + part.vocab_start)
+    message = [candidates, _nan(part, call).unsqueeze(-1)]
+    message += [seed.unsqueeze(-1) for seed in _seeds(part, ranks)]
     if part.logprobs == "raw":
-        raw = _Raw.of(part.logits)
-        told += [raw.x.gather(-1, ids).view(torch.int64), raw.words()]
-    everyone = ranks.gather(torch.cat(told, -1))
+        raw = _RawSoftmax.of(part.logits)
+        message += [raw.x.gather(-1, ids).view(torch.int64), raw.message()]
+    gathered = ranks.gather(torch.cat(message, -1))
 
-    words = everyone[..., :width].transpose(0, 1).flatten(1).contiguous()  # in order of id
-    ids = words & _LOW32
+    candidates = gathered[..., :width].transpose(0, 1).flatten(1).contiguous()  # in id order
+    ids = candidates & _LOW32
     if batch.unseeded is not None:
-        batch = _seeded(batch, everyone[..., width + 1].amax(0))
+        batch = _seeded(batch, gathered[..., width + 1].amax(0))
     output = part.backend.sample(
         SampleCall(
-            logits=(words >> 32).to(torch.int32).view(torch.float32),
+            logits=(candidates >> 32).to(torch.int32).view(torch.float32),
             batch=replace(
                 batch,
                 logit_bias_offsets=torch.zeros_like(batch.logit_bias_offsets),
@@ -471,44 +492,45 @@ def _by_candidates(part: _Part, ranks: _Ranks) -> SampleOutput:
     tokens = ids.gather(-1, drawn.clamp(min=0)).masked_fill(drawn < 0, -1)
     logprobs = output.logprobs
     if part.logprobs == "raw":
-        x64 = everyone[..., -2 - width : -2].transpose(0, 1).flatten(1).view(torch.float64)
-        logprobs = _Raw.logprobs(x64.gather(-1, drawn.clamp(min=0)), everyone[..., -2:])
+        x64 = gathered[..., -2 - width : -2].transpose(0, 1).flatten(1).view(torch.float64)
+        logprobs = _RawSoftmax.logprobs(x64.gather(-1, drawn.clamp(min=0)), gathered[..., -2:])
         logprobs = logprobs.masked_fill(drawn < 0, math.nan)
-    nan = everyone[..., width].amax(0).to(torch.int32)
+    nan = gathered[..., width].amax(0).to(torch.int32)
     return _shaped(part, tokens, logprobs, output.status | nan * STATUS_NAN)
 
 
 def _seeded(batch: BatchParams, drawn: Tensor) -> BatchParams:
+    """The batch with the seeds ``drawn`` in the rows that have none."""
     assert batch.unseeded is not None
     return replace(batch, seed=torch.where(batch.unseeded, drawn, batch.seed), unseeded=None)
 
 
 def _shaped(part: _Part, tokens: Tensor, logprobs: Tensor | None, status: Tensor) -> SampleOutput:
-    """``(rows, num_samples)`` as users get it."""
+    """The result, with ``(rows, num_samples)`` in the shape that users get."""
     shape = (-1,) if part.num_samples == 1 else (-1, part.num_samples)
     return SampleOutput(
         tokens.reshape(shape), None if logprobs is None else logprobs.reshape(shape), status
     )
 
 
-# ------------------------------------------------------------------------------------------- cuts
+# -------------------------------------------------------------------------------------- threshold
 
 
 @dataclass
-class _Weighed:
-    """This rank's part of step 10, and what of it is kept.
+class _KeptSet:
+    """This rank's part of the kept set, with the depths and masses of steps 9 and 10.
 
     Attributes:
         x: float32 ``(rows, columns)`` after step 6.
-        key: their order.
         best: the largest x of all ranks, ``(rows,)``.
-        d, w: depth and mass; w is 0 where x is -inf.
-        tied: whether a token has the last kept key, of which not all may be kept.
-        count: of all ranks' tied tokens so many are kept, ``(rows,)``; each has the mass ``each``.
+        d: depths ``(rows, columns)``.
+        w: masses ``(rows, columns)``; 0 for tokens that are not kept.
+        tied: bool ``(rows, columns)``, the tokens with the last kept key. Not all need be kept.
+        count: how many tied tokens are kept, over all ranks, ``(rows,)``.
+        each: the mass of one of them, ``(rows,)``.
     """
 
     x: Tensor
-    key: Tensor
     best: Tensor
     d: Tensor
     w: Tensor
@@ -517,91 +539,103 @@ class _Weighed:
     each: Tensor
 
 
-def _by_cuts(part: _Part, ranks: _Ranks) -> SampleOutput:
-    """The last key of what is kept, the rank that the draw falls on, and from it the token."""
+def _by_threshold(part: _Part, ranks: _Ranks) -> SampleOutput:
+    """Find the threshold of the kept set, then on which rank the draw falls, and its token."""
     batch = part.batch
     call = _call(part)
     x = part.backend.filter_logits(call)
-    told = [_key(x.amax(-1)), _nan(part, call), *_seeds(part, ranks)]
-    first = ranks.max(torch.stack(told, -1))
-    best = _value(first[:, 0])
+    message = [_key(x.amax(-1)), _nan(part, call), *_seeds(part, ranks)]
+    maxima = ranks.max(torch.stack(message, -1))
+    best, nan = _value(maxima[:, 0]), maxima[:, 1]
     if batch.unseeded is not None:
-        batch = _seeded(batch, first[:, 2])
+        batch = _seeded(batch, maxima[:, 2])
 
     # 9 depth, 10 mass
     d = reference.depth(x, batch.temperature, best)
     w = torch.where(x > -_INF, reference.mass(d), 0)
-    nothing = torch.zeros_like(first[:, 0])
-    weighed = _Weighed(x, x, best, d, w, torch.zeros_like(x, dtype=torch.bool), nothing, nothing)
+    zero = torch.zeros_like(nan)
+    kept = _KeptSet(x, best, d, w, torch.zeros_like(x, dtype=torch.bool), zero, zero)
     if batch.any_top_k or batch.any_filter:
-        weighed.key = _key(x)
-        _keep(weighed, batch, ranks)
-    tied, w = weighed.tied, weighed.w
+        _filter(kept, batch, ranks)
+    tokens, logprobs = _draw(kept, part, batch, ranks)
 
-    # 14 draw: on which rank, and there which token
-    told = [torch.where(tied, 0, w).sum(-1), tied.sum(-1)]
+    none = (best == -_INF).unsqueeze(-1)
+    if logprobs is not None:
+        logprobs = logprobs.masked_fill(none, math.nan)
+    status = (
+        nan * STATUS_NAN + (best == -_INF) * STATUS_NO_CANDIDATE + (best == _INF) * STATUS_POS_INF
+    )
+    return _shaped(part, tokens.masked_fill(none, -1), logprobs, status.to(torch.int32))
+
+
+def _draw(
+    kept: _KeptSet, part: _Part, batch: BatchParams, ranks: _Ranks
+) -> tuple[Tensor, Tensor | None]:
+    """Step 14 and the logprobs, each ``(rows, num_samples)``; without meaning in an empty row."""
+    w, tied = kept.w, kept.tied
+    message = [torch.where(tied, 0, w).sum(-1), tied.sum(-1)]
     if part.logprobs == "raw":
-        raw = _Raw.of(part.logits)
-        told += raw.words().unbind(-1)
-    everyone = ranks.gather(torch.stack(told, -1))
-    ties = everyone[..., 1]
+        raw = _RawSoftmax.of(part.logits)
+        message += raw.message().unbind(-1)
+    gathered = ranks.gather(torch.stack(message, -1))
+
+    # The kept ties are the first ones in id order, so those of the first ranks.
+    ties = gathered[..., 1]
     ties_before = ties.cumsum(0) - ties
-    kept_ties = torch.minimum((weighed.count - ties_before).clamp(min=0), ties)
-    kept_mass = everyone[..., 0] + kept_ties * weighed.each
+    kept_ties = torch.minimum((kept.count - ties_before).clamp(min=0), ties)
+    kept_mass = gathered[..., 0] + kept_ties * kept.each
     mass_up_to = kept_mass.cumsum(0)
     s = mass_up_to[-1]
     me = ranks.group.rank()
     mine, before = kept_mass[me], mass_up_to[me] - kept_mass[me]
     w = torch.where(tied & (tied.cumsum(-1) > kept_ties[me].unsqueeze(-1)), 0, w)
+
+    # 14 draw: the rank on which it falls contributes its token to the sum, the others 0.
     cumulative = w.cumsum(-1)
     draws = []
     assert batch.position is not None
     for draw in range(part.num_samples):
         words = reference.philox(batch.seed, batch.position, draw)
         r = (reference.scaled(words[0], words[1], s) - before).unsqueeze(-1)
-        index = (cumulative <= r).sum(-1, keepdim=True).clamp(max=x.shape[1] - 1)
-        told = [index + part.vocab_start]
+        index = (cumulative <= r).sum(-1, keepdim=True).clamp(max=w.shape[1] - 1)
+        message = [index + part.vocab_start]
         if part.logprobs == "processed":
-            told.append(w.gather(-1, index))
+            message.append(w.gather(-1, index))
         elif part.logprobs == "raw":
-            told.append(raw.x.gather(-1, index).view(torch.int64))
+            message.append(raw.x.gather(-1, index).view(torch.int64))
         here = (r >= 0) & (r < mine.unsqueeze(-1))
-        draws.append(torch.where(here, torch.cat(told, -1), 0))
+        draws.append(torch.where(here, torch.cat(message, -1), 0))
     drawn = ranks.sum(torch.stack(draws, 1))
 
-    none = best == -_INF
     logprobs = None
     if part.logprobs == "processed":
         logprobs = (drawn[..., 1].double().log() - s.double().log().unsqueeze(-1)).to(torch.float32)
     elif part.logprobs == "raw":
-        logprobs = _Raw.logprobs(drawn[..., 1].contiguous().view(torch.float64), everyone[..., 2:])
-    if logprobs is not None:
-        logprobs = logprobs.masked_fill(none.unsqueeze(-1), math.nan)
-    tokens = drawn[..., 0].masked_fill(none.unsqueeze(-1), -1)
-    status = first[:, 1] * STATUS_NAN + none * STATUS_NO_CANDIDATE + (best == _INF) * STATUS_POS_INF
-    return _shaped(part, tokens, logprobs, status.to(torch.int32))
+        x64 = drawn[..., 1].contiguous().view(torch.float64)
+        logprobs = _RawSoftmax.logprobs(x64, gathered[..., 2:])
+    return drawn[..., 0], logprobs
 
 
-def _keep(weighed: _Weighed, batch: BatchParams, ranks: _Ranks) -> None:
-    """Steps 8 and 11 to 13: clear the mass of what is not kept, and find the last key's ties.
+def _filter(kept: _KeptSet, batch: BatchParams, ranks: _Ranks) -> None:
+    """Steps 8 and 11 to 13: zero the mass of what is not kept, and find the tied tokens.
 
-    A cut is one number: the last kept key, times ``_COUNTS``, minus how many of it are kept. So the
-    smaller one of two keeps more.
+    A threshold is one number: the last kept key, times ``_COUNTS``, minus how many tokens with that
+    key are kept. So the smaller one of two thresholds keeps more.
     """
-    x, key, best = weighed.x, weighed.key, weighed.best
+    x, key, best = kept.x, _key(kept.x), kept.best
     candidate = x > -_INF
-    cut = torch.full_like(key[:, 0], -_COUNTS)  # keeps everything
+    threshold = torch.full_like(key[:, 0], -_COUNTS)  # keeps everything
 
-    def ending(cut: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Its last key, how many of that are kept, and their depth and mass each."""
-        last = (cut + MAX_VOCAB_SIZE) // _COUNTS
-        count = last * _COUNTS - cut
+    def end_of(threshold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Its last key, how many tokens with that key are kept, their depth and their mass."""
+        last = (threshold + MAX_VOCAB_SIZE) // _COUNTS
+        count = last * _COUNTS - threshold
         value = torch.where(count > 0, _value(last.clamp(min=0)), best)
         depth = reference.depth(value.unsqueeze(-1), batch.temperature, best).squeeze(-1)
         return last, count, depth, reference.mass(depth)
 
-    def first_of_all(number: Tensor) -> Tensor:
-        """The cut that keeps so many, or all there are."""
+    def keeping(number: Tensor) -> Tensor:
+        """The threshold that keeps so many tokens, or all candidates if there are fewer."""
         one_each = candidate.to(torch.int32)
         last, left = _search(ranks, key, one_each, lambda total: torch.minimum(number, total))
         return last * _COUNTS - left
@@ -611,38 +645,38 @@ def _keep(weighed: _Weighed, batch: BatchParams, ranks: _Ranks) -> None:
     if batch.any_top_k:
         top_k = batch.top_k.to(torch.int64)
         at_most = torch.where(top_k > 0, torch.maximum(top_k, floor), MAX_VOCAB_SIZE)
-        cut = first_of_all(torch.where(batch.temperature == 0, 1, at_most))
-    at_least = first_of_all(floor) if batch.any_floor else cut
+        threshold = keeping(torch.where(batch.temperature == 0, 1, at_most))
+    at_least = keeping(floor) if batch.any_floor else threshold
 
     # 12 top-p
     if batch.any_top_p:
-        last, count, _, each = ending(cut)
+        last, count, _, each = end_of(threshold)
         nucleus, left = _search(
             ranks,
             key,
-            torch.where(key > last.unsqueeze(-1), weighed.w, 0),
+            torch.where(key > last.unsqueeze(-1), kept.w, 0),
             lambda total: reference.target(total, batch.top_p),
             at_last=(last, count * each),
         )
-        _, _, _, each = ending(nucleus * _COUNTS - 1)
+        _, _, _, each = end_of(nucleus * _COUNTS - 1)
         each = each.clamp(min=1)
         nucleus = nucleus * _COUNTS - (left + each - 1) // each
         if batch.any_floor:
             nucleus = torch.minimum(nucleus, at_least)
-        cut = torch.where(batch.top_p < 1, torch.maximum(cut, nucleus), cut)
+        threshold = torch.where(batch.top_p < 1, torch.maximum(threshold, nucleus), threshold)
 
-    # 13 min-p keeps what is near; where the floor goes deeper, what the floor keeps
+    # 13 min-p: keep tokens down to a depth, and where the floor reaches deeper, down to the floor
     depth_cut = reference.depth_cut(batch)
-    near = weighed.d <= depth_cut.unsqueeze(-1)
-    deeper = torch.zeros_like(cut, dtype=torch.bool)
+    near = kept.d <= depth_cut.unsqueeze(-1)
+    deeper = torch.zeros_like(threshold, dtype=torch.bool)
     if batch.any_floor:
-        deeper = ending(at_least)[2] > depth_cut
-        cut = torch.where(deeper, torch.maximum(cut, at_least), cut)
+        deeper = end_of(at_least)[2] > depth_cut
+        threshold = torch.where(deeper, torch.maximum(threshold, at_least), threshold)
         near |= deeper.unsqueeze(-1)
-    last, count, depth, weighed.each = ending(cut)
-    weighed.count = torch.where((depth <= depth_cut) | deeper, count, 0)
-    weighed.tied = candidate & (key == last.unsqueeze(-1))
-    weighed.w = torch.where(near & (key >= last.unsqueeze(-1)), weighed.w, 0)
+    last, count, depth, kept.each = end_of(threshold)
+    kept.count = torch.where((depth <= depth_cut) | deeper, count, 0)
+    kept.tied = candidate & (key == last.unsqueeze(-1))
+    kept.w = torch.where(near & (key >= last.unsqueeze(-1)), kept.w, 0)
 
 
 def _search(
@@ -652,17 +686,21 @@ def _search(
     need: Callable[[Tensor], Tensor],
     at_last: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Where the sum of weights over all ranks, from the largest key down, first reaches a need.
+    """Radix search: the key at which a running sum, from the largest key down, reaches a need.
+
+    The sum is that of the weights of all ranks' tokens.
 
     Args:
-        ranks: who adds up.
+        ranks: the group.
         key: ``(rows, columns)``.
-        weight: of each token, an integer.
-        need: from the sum of all weights ``(rows,)``, at most that much.
-        at_last: a key and a weight more at it, known to all ranks.
+        weight: the integer weight of each token, of the same shape.
+        need: gives the need of each row from its sum of all weights ``(rows,)``, which it must not
+            exceed.
+        at_last: a key of each row and a weight to add to it, both ``(rows,)`` and the same on all
+            ranks.
 
     Returns:
-        The key at which it does, and what of the need the keys above have left.
+        The key, and the need less the weights above that key; both int64 ``(rows,)``.
     """
     below = 32
     found, above = torch.zeros_like(key[:, 0]), torch.zeros_like(key[:, 0])
@@ -670,17 +708,17 @@ def _search(
     for bits in DIGITS:
         below -= bits
         digit = (key >> below) & (2**bits - 1)
-        table = weight.new_zeros(key.shape[0], 2**bits).scatter_add_(-1, digit, weight)
-        table = ranks.sum(table).to(torch.int64)
+        histogram = weight.new_zeros(key.shape[0], 2**bits).scatter_add_(-1, digit, weight)
+        histogram = ranks.sum(histogram).to(torch.int64)
         if at_last is not None:
             last, more = at_last
             place = ((last >> below) & (2**bits - 1)).unsqueeze(-1)
-            table.scatter_add_(
+            histogram.scatter_add_(
                 -1, place, torch.where(last >> (below + bits) == found, more, 0).unsqueeze(-1)
             )
         if needed is None:
-            needed = need(table.sum(-1))
-        down = table.flip(-1)
+            needed = need(histogram.sum(-1))
+        down = histogram.flip(-1)
         reached = above.unsqueeze(-1) + down.cumsum(-1)
         step = (reached < needed.unsqueeze(-1)).sum(-1, keepdim=True).clamp(max=2**bits - 1)
         above = (reached - down).gather(-1, step).squeeze(-1)
@@ -695,12 +733,13 @@ def _search(
 
 
 @dataclass
-class _Raw:
-    """The log-softmax of the logits as they are: a rank's largest, and its sum relative to that.
+class _RawSoftmax:
+    """What the log-softmax of the unprocessed logits needs of this rank.
 
     Attributes:
         x: float64 ``(rows, columns)``; a NaN counts as -inf.
-        top, total: float64 ``(rows,)``. +inf tokens share the mass.
+        top: the largest x, float64 ``(rows,)``.
+        total: the sum of ``exp(x - top)``, float64 ``(rows,)``; +inf tokens share the mass.
     """
 
     x: Tensor
@@ -708,21 +747,26 @@ class _Raw:
     total: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor) -> _Raw:
+    def of(cls, logits: Tensor) -> _RawSoftmax:
         x = logits.to(torch.float64)
         x = torch.where(x.isnan(), -_INF, x)
         top = x.amax(-1, keepdim=True)
         total = torch.where(x == top, 0.0, x - top).exp().sum(-1)
         return cls(x, top.squeeze(-1), total)
 
-    def words(self) -> Tensor:
-        """What the others need: the bits of ``top`` and ``total``, ``(rows, 2)``."""
+    def message(self) -> Tensor:
+        """The bits of ``top`` and ``total`` for the other ranks: int64 ``(rows, 2)``."""
         return torch.stack([self.top, self.total], -1).view(torch.int64)
 
     @staticmethod
-    def logprobs(x: Tensor, words: Tensor) -> Tensor:
-        """Of the tokens with logits ``x`` ``(rows, draws)``, from all ranks' ``words``; float32."""
-        tops, totals = words.contiguous().view(torch.float64).unbind(-1)
+    def logprobs(x: Tensor, messages: Tensor) -> Tensor:
+        """The logprobs of tokens with logits ``x``: float32 ``(rows, draws)``, the shape of ``x``.
+
+        Args:
+            x: float64.
+            messages: int64 ``(ranks, rows, 2)``, each rank's :meth:`message`.
+        """
+        tops, totals = messages.contiguous().view(torch.float64).unbind(-1)
         top = tops.amax(0)
         total = (torch.where(tops == top, 0.0, tops - top).exp() * totals).sum(0)
         top = top.unsqueeze(-1)

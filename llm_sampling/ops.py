@@ -1,6 +1,6 @@
-"""The ops in torch.library, for torch.compile and export; eager calls do not come through here.
+"""The same calls as ops of torch.library, for torch.compile and export. Eager calls bypass them.
 
-The op takes the batch and the history field by field: a schema knows only tensors and numbers.
+An op takes the batch and the history field by field, because a schema has tensors and numbers only.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from torch import Tensor
 from llm_sampling import backends
 from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
 from llm_sampling.history import TokenHistory
-from llm_sampling.params import DTYPES, BatchParams
+from llm_sampling.params import KERNEL_TENSORS, BatchParams
 
 _BATCH_FLAGS = ("all_greedy", "any_filter")
-BATCH_FIELDS = tuple(name for name in DTYPES if name != "unseeded")
 HISTORY_FIELDS = ("seen", "counts", "lengths", "slots")
 
 _INPUTS = ", ".join(
     [
         "Tensor logits",
-        *(f"Tensor {name}" for name in BATCH_FIELDS),
+        *(f"Tensor {name}" for name in KERNEL_TENSORS),
         *(f"Tensor? {name}" for name in HISTORY_FIELDS),
         "Tensor? allowed_mask",
         *(f"bool {name}" for name in _BATCH_FLAGS),
@@ -41,7 +40,7 @@ def _inputs(call: SampleCall) -> tuple[Tensor | bool | None, ...]:
     history = [
         None if call.history is None else getattr(call.history, name) for name in HISTORY_FIELDS
     ]
-    batch = [getattr(call.batch, name) for name in BATCH_FIELDS]
+    batch = [getattr(call.batch, name) for name in KERNEL_TENSORS]
     flags = [getattr(call.batch, name) for name in _BATCH_FLAGS]
     return (call.logits, *batch, *history, call.allowed_mask, *flags)
 
@@ -54,8 +53,8 @@ def _call(
 ) -> SampleCall:
     """The inverse of ``_inputs``."""
     logits, *rest, allowed_mask, all_greedy, any_filter = inputs
-    batch = dict(zip(BATCH_FIELDS, rest, strict=False))
-    state = dict(zip(HISTORY_FIELDS, rest[len(BATCH_FIELDS) :], strict=True))
+    batch = dict(zip(KERNEL_TENSORS, rest, strict=False))
+    state = dict(zip(HISTORY_FIELDS, rest[len(KERNEL_TENSORS) :], strict=True))
     has_history = state["seen"] is not None
     params = BatchParams(
         **batch,

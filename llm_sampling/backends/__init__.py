@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ class Backend:
     name: str
     module: str
 
+    @functools.cache  # noqa: B019  (the table's rows live as long as the process)
     def load(self) -> BackendModule:
-        """Import the backend's module; nothing heavy is imported before this."""
+        """Import the backend's module, once; nothing heavy is imported before this."""
         return cast(BackendModule, importlib.import_module(self.module))
 
     @property

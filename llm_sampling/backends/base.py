@@ -15,7 +15,7 @@ from llm_sampling.params import BatchParams
 
 Logprobs = Literal["processed", "raw"]
 
-#: None, and by what name a logprob is asked for -> its number in every kernel.
+#: The values of ``logprobs`` -> their number in every kernel.
 LOGPROBS_MODES = {None: 0, "processed": 1, "raw": 2}
 
 #: Status bits, a set of which is written for every row.
@@ -54,8 +54,8 @@ class SampleCall:
         num_samples: draws per row.
         logprobs: which distribution the tokens' logprobs come from, or None.
         check: raise :class:`InvalidLogitsError` if any status is not 0.
-        advance: after the draw add each row's token to the history and 1 to its position, in place;
-            nothing of it happens when ``check`` raises.
+        advance: after the draw add each row's token to the history and 1 to its position, in place,
+            unless ``check`` raises.
     """
 
     logits: Tensor
@@ -69,10 +69,10 @@ class SampleCall:
 
 
 class BackendModule(Protocol):
-    """What a module of this package offers.
+    """The functions that a backend's module defines.
 
     Attributes:
-        DEVICE_TYPES: where the tensors may be; None is wherever torch runs.
+        DEVICE_TYPES: the types of device whose tensors it takes; None for all of torch's.
     """
 
     DEVICE_TYPES: frozenset[str] | None
@@ -104,7 +104,7 @@ def make_results(call: SampleCall) -> SampleOutput:
 
 
 def advance(call: SampleCall, output: SampleOutput) -> None:
-    """What ``call.advance`` asks for, in torch: for a backend whose kernel has not done it."""
+    """Record the tokens and advance the positions in torch, for kernels that have not done it."""
     assert call.batch.position is not None
     call.batch.position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
     if call.history is not None:
@@ -112,9 +112,10 @@ def advance(call: SampleCall, output: SampleOutput) -> None:
 
 
 def settle(call: SampleCall, output: SampleOutput) -> SampleOutput:
-    """What is left of a call whose kernel does not know whether all rows are valid: one launch.
+    """For kernels that cannot see every row's status: raise on bad rows, then advance.
 
-    With ``check`` it waits for the device; the rows advance in a second step, if all are valid.
+    Without ``check`` the kernel has advanced the rows and nothing is left to do. With ``check``
+    this waits for the device.
     """
     if call.check:
         raise_on_status(output.status)

@@ -1,4 +1,4 @@
-"""The args struct of csrc/llm_sampling.h for ctypes, and how a call fills it."""
+"""The struct of csrc/llm_sampling.h for ctypes, and the functions that fill it from a call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends.base import LOGPROBS_MODES, SampleCall, SampleOutput
+from llm_sampling.params import KERNEL_TENSORS
 
 ABI_VERSION = 1
 
@@ -62,27 +63,8 @@ class SampleArgs(ctypes.Structure):
     )
 
 
-#: Parameters that are one pointer each, under the same name in BatchParams and in the struct.
-POINTERS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "min_p_cut",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "min_tokens_to_keep",
-    "seed",
-    "position",
-    "logit_bias_offsets",
-    "logit_bias_ids",
-    "logit_bias_values",
-)
-
-
 def make_args(call: SampleCall) -> SampleArgs:
-    """The struct of a call, without results. The call must outlive it: it holds bare pointers."""
+    """The struct of a call, without results. It holds addresses, so the call must outlive it."""
     args = SampleArgs(
         struct_size=ctypes.sizeof(SampleArgs),
         version=ABI_VERSION,
@@ -94,7 +76,7 @@ def make_args(call: SampleCall) -> SampleArgs:
         advance=_NEVER if not call.advance else _IF_ALL_VALID if call.check else _ALWAYS,
         num_threads=torch.get_num_threads(),
     )
-    for name in POINTERS:
+    for name in KERNEL_TENSORS:
         setattr(args, name, getattr(call.batch, name).data_ptr())
     if call.batch.logit_bias_ids.numel() == 0:
         args.logit_bias_offsets = None
@@ -116,7 +98,7 @@ def set_logits(args: SampleArgs, logits: Tensor, allowed_mask: Tensor | None) ->
 
 
 def set_history(args: SampleArgs, call: SampleCall) -> None:
-    """Point the struct at the history's state, which moves when rows come and go."""
+    """Point the struct at the history's tensors, which are new ones when rows come and go."""
     history = call.history
     assert history is not None
     args.seen = history.seen.data_ptr()

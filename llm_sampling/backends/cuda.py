@@ -33,7 +33,7 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def _why_unusable() -> str | None:
-    """What the driver says of the library."""
+    """None if the driver can run the library on a device of this machine, else its reason."""
     code = LIBRARY.load().llm_sampling_cuda_usable()
     return None if code == 0 else LIBRARY.error(code)
 
@@ -49,7 +49,7 @@ def _run_on(device: torch.device) -> native.Run:
 
 
 def _unchecked(call: SampleCall) -> SampleCall:
-    """What the kernel does of it: whether all rows are valid is not known to a single one."""
+    """The call as the kernel runs it: a block sees one row and cannot check all of them."""
     return replace(call, check=False, advance=call.advance and not call.check)
 
 

@@ -1,4 +1,4 @@
-"""What the compiled backends share: a library of csrc/, loaded by ctypes, and how it is called."""
+"""Loads a library of csrc/ by ctypes and calls it, for the backends in C++ and CUDA."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class Library:
 
     Args:
         name: of the backend, and of the entry point after ``llm_sampling_``.
-        more: ctypes types of what the entry point takes after the struct.
-        after_fork: what to call in a child process that loads it although its parent did not.
+        more: ctypes types of the entry point's arguments after the struct.
+        after_fork: the function to call when a forked child loads the library and its parent did
+            not.
     """
 
     def __init__(self, name: str, *more: type, after_fork: str | None = None) -> None:
@@ -41,7 +42,7 @@ class Library:
 
     @functools.cached_property
     def _loaded(self) -> tuple[ctypes.CDLL | None, str | None]:
-        """The library, or the reason why there is none; asked once, remembered for good."""
+        """The library, or the reason why there is none; looked for once per process."""
         path = self.path
         if not path.exists():
             failure = path.with_suffix(".failure.txt")
@@ -104,7 +105,7 @@ class Library:
             raise RuntimeError(f"{self.entry}: {self.error(code)}")
 
 
-#: A library's run on a device.
+#: Calls a library's entry point for tensors on one device.
 Run = Callable[[SampleArgs], None]
 
 
@@ -144,7 +145,7 @@ def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], Sam
                 set_history(args, call)
                 held = state
         output = next(results, None)
-        if output is None:  # a generator that Ctrl-C has hit is over
+        if output is None:  # Ctrl-C inside the generator has ended it
             results = _results(like)
             output = next(results)
         set_results(args, output)
@@ -155,10 +156,10 @@ def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], Sam
 
 
 def _results(like: SampleOutput) -> Iterator[SampleOutput]:
-    """New memory for every step, forever.
+    """Result tensors for one step after another, without end.
 
-    On the CPU that of many steps is made at once, which takes a quarter of the time; elsewhere a
-    graph that captures a step must own its memory alone.
+    On the CPU those of many steps are allocated together, which takes a quarter of the time.
+    Elsewhere each step has an allocation of its own, because a captured graph must own its memory.
     """
     tokens = like.tokens
     while tokens.device.type != "cpu":
@@ -166,7 +167,7 @@ def _results(like: SampleOutput) -> Iterator[SampleOutput]:
         yield SampleOutput(torch.empty_like(tokens), logprobs, torch.empty_like(like.status))
     steps = max(1, min(64, 2**16 // max(1, tokens.numel())))
     while True:
-        with torch.inference_mode(False):  # the next step may be outside of it
+        with torch.inference_mode(False):  # a later step may run outside of inference mode
             parts = [
                 itertools.repeat(None, steps)
                 if x is None
@@ -177,7 +178,7 @@ def _results(like: SampleOutput) -> Iterator[SampleOutput]:
 
 
 def _state(call: SampleCall) -> tuple[Tensor, ...]:
-    """The history's tensors. The struct points into them: they are held, and compared each step."""
+    """The history's tensors, kept alive since the struct has their addresses; read each step."""
     history = call.history
     if history is None:
         return ()

@@ -1,4 +1,4 @@
-"""The reference as a backend: any device that torch knows, at the reference's speed."""
+"""The reference as a backend: it runs on every device of torch, at the reference's speed."""
 
 from __future__ import annotations
 

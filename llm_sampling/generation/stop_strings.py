@@ -1,26 +1,28 @@
-"""Where a text ends: stop strings in text that comes piece by piece. It knows no tokens.
+"""Stop strings in a text that comes piece by piece. Nothing here knows of tokens.
 
-pieces of one row's text -> StopStrings.feed -> what may be shown, and whether it was the end
+pieces of one row's text -> StopStrings.feed -> the text that may be shown; StopStrings.found
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llm_sampling.checks import integer_at_least, true_or_false
+
 
 class StopStrings:
-    """Watches the text of one row for stop strings, and lets out what is before them.
+    """Searches the text of one row for stop strings, and returns the text before them.
 
     A stop string is found wherever it lies: across pieces, or in the middle of one, whose rest is
-    then no part of the text. Of two that overlap, the one that is complete first counts, of two
-    that are complete at once the longer one, and the search goes on behind it. What could still
-    become the stop string that ends the text is held back until that is known; nothing else is.
+    then dropped. Of two stop strings that overlap the one that ends first counts, of two that end
+    at the same character the longer one, and the search goes on after it. Text that may still turn
+    out to begin the stop string that ends the text is held back until that is known, and no other.
 
     Args:
         stop: the strings, none of them empty; a single one may be given as it is.
-        stop_limit: the text ends at this occurrence, of any of them: with ``"."`` 1 ends it after
-            one sentence, 2 after two.
-        include: whether the last stop string is part of the text.
+        stop_limit: the text ends at this occurrence, counted over all strings: with ``"."``, 1 ends
+            it after one sentence and 2 after two.
+        include: whether the stop string that ends the text is part of it.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -44,17 +46,15 @@ class StopStrings:
             raise ValueError(f"stop must be a string or a sequence of strings, got {stop!r}")
         if not all(strings):
             raise ValueError(f"stop must have no empty string, got {stop!r}")
-        if isinstance(stop_limit, bool) or not isinstance(stop_limit, int) or stop_limit < 1:
-            raise ValueError(f"stop_limit must be an integer >= 1, got {stop_limit!r}")
-        if not isinstance(include, bool):
-            raise ValueError(f"include must be True or False, got {include!r}")
-        # of those that are complete at once, the first is taken: the longest
+        # The longest first: of several that end at one character, _ending_at takes the first.
         self._strings = sorted(set(strings), key=lambda string: (-len(string), string))
-        self._left = stop_limit
-        self._include = include
-        self._text = ""  # the end of the text: what is not out, and what a match may begin in
-        self._out = 0  # so much of it is out
-        self._behind = 0  # the last occurrence ends there
+        self._occurrences_left = integer_at_least("stop_limit", stop_limit, 1)
+        self._include = true_or_false("include", include)
+        # The last characters of the text: those not yet returned, and before them those in which
+        # an occurrence may begin.
+        self._text = ""
+        self._returned = 0  # how many characters of _text have been returned
+        self._last_end = 0  # where in _text the last occurrence ends: no other may begin before
         self.found: str | None = None
 
     @property
@@ -63,11 +63,11 @@ class StopStrings:
         return bool(self._strings)
 
     def feed(self, piece: str, *, may_stop: bool = True) -> str:
-        """The text that ``piece`` lets out; none after the end.
+        """The text that is certain now that ``piece`` has come; empty after the end.
 
         Args:
             piece: the next piece of the text.
-            may_stop: whether what becomes complete in this piece counts.
+            may_stop: whether an occurrence that ends in this piece counts.
         """
         if self.found is not None:
             return ""
@@ -75,48 +75,51 @@ class StopStrings:
         self._text += piece
         if may_stop:
             for end in range(first, len(self._text) + 1):
-                string = self._complete_at(end)
+                string = self._ending_at(end)
                 if string is None:
                     continue
-                self._behind = end
-                self._left -= 1
-                if self._left == 0:
+                self._last_end = end
+                self._occurrences_left -= 1
+                if self._occurrences_left == 0:
                     self.found = string
-                    shown = self._text[self._out : end if self._include else end - len(string)]
+                    stop = end if self._include else end - len(string)
+                    shown = self._text[self._returned : stop]
                     self._text = ""
                     return shown
-        return self._let_out(len(self._text) - self._held())
+        return self._return_up_to(len(self._text) - self._length_held_back())
 
     def finish(self) -> str:
-        """What is still held back, at the end of a text that no stop string ended."""
-        return self._let_out(len(self._text))
+        """The text that is still held back, for a text that no stop string ended."""
+        return self._return_up_to(len(self._text))
 
-    def _complete_at(self, end: int) -> str | None:
+    def _ending_at(self, end: int) -> str | None:
+        """The stop string that counts among those that end at this place of the text."""
         for string in self._strings:
             start = end - len(string)
-            if start >= self._behind and self._text.startswith(string, start):
+            if start >= self._last_end and self._text.startswith(string, start):
                 return string
         return None
 
-    def _held(self) -> int:
-        """How much of the text's end could still begin the stop string that ends it."""
-        if self._left > 1 or self._include:
+    def _length_held_back(self) -> int:
+        """How many of the last characters may begin the stop string that ends the text."""
+        if self._occurrences_left > 1 or self._include:
             return 0
         longest = 0
         for string in self._strings:
-            most = min(len(string) - 1, len(self._text) - self._behind)
+            most = min(len(string) - 1, len(self._text) - self._last_end)
             for length in range(most, longest, -1):
                 if self._text.endswith(string[:length]):
                     longest = length
                     break
         return longest
 
-    def _let_out(self, end: int) -> str:
-        shown = self._text[self._out : end]
-        # a match begins at most this far back
+    def _return_up_to(self, end: int) -> str:
+        """The text up to ``end``, less what has been returned; forgets what is needed no more."""
+        shown = self._text[self._returned : end]
+        # An occurrence that ends later begins in the last ``longest - 1`` characters.
         longest = len(self._strings[0]) if self._strings else 0
-        kept = max(0, min(end, len(self._text) - longest + 1))
-        self._text = self._text[kept:]
-        self._out = end - kept
-        self._behind = max(0, self._behind - kept)
+        forgotten = max(0, min(end, len(self._text) - longest + 1))
+        self._text = self._text[forgotten:]
+        self._returned = end - forgotten
+        self._last_end = max(0, self._last_end - forgotten)
         return shown

@@ -1,4 +1,4 @@
-"""The loop as a user meets it: prompts in, texts out, with stops, streams and ragged batches."""
+"""``generate`` and ``generate_stream``: ends, stop strings, streaming, batches of unequal rows."""
 
 import inspect
 from dataclasses import replace
@@ -8,13 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stop_strings import whole
+from toy_tokenizers import byte_tokenizer, transformers
 
 from llm_sampling import InvalidLogitsError, SamplingParams, TokenHistory, sample
 from llm_sampling.generation import Completion, generate, generate_stream
 
-transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
-test_generation = pytest.importorskip("test_generation")
-BYTES, WORD = test_generation.BYTES, test_generation.WORD
+BYTES = byte_tokenizer()
 V = 256
 
 MIXED = [
@@ -30,7 +29,7 @@ MIXED = [
 
 
 def words(row_ids, vocab_size=V):
-    """Logits that depend on all ids of their row and on nothing else."""
+    """Logits that depend on all ids of the row and on nothing else."""
     seed = hash(tuple(row_ids)) % 2**31
     return torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
@@ -44,7 +43,7 @@ END = BYTES("~")["input_ids"][0]
 
 
 def script(*texts):
-    """A model whose rows say these texts, whatever is drawn, byte by byte; then END."""
+    """A model whose rows generate these texts byte by byte, whatever is drawn, and then END."""
     rows = [BYTES(text)["input_ids"] for text in texts]
 
     def says(input_ids, cache):
@@ -82,7 +81,7 @@ def test_tokens_are_those_of_sample_step_by_step():
         assert done == Completion(None, output, logprobs, "length", None)
 
 
-def test_a_row_of_eight_is_what_it_is_alone():
+def test_rows_of_a_batch_of_eight_are_what_they_are_alone():
     prompts = [[row, 3, row + 1] for row in range(8)]
     options = {"vocab_size": V, "max_new_tokens": 20, "tokenizer": BYTES, "stop": "a"}
     together = generate(model, prompts, MIXED, **options)
@@ -125,7 +124,7 @@ def test_end_tokens_and_their_reasons():
     assert said("ab", eos_token_ids=[END]).stop_reason is None
     done = said("ab", stop_token_ids=[END])
     assert (done.finish_reason, done.stop_reason, done.text) == ("stop", END, "ab")
-    # an eos token is one, also where it is a stop token too
+    # A token of both lists counts as an eos token.
     assert said("ab", eos_token_ids=[END], stop_token_ids=[END]).stop_reason is None
     done = said("ab", eos_token_ids=[END], ignore_eos=True, max_new_tokens=4)
     assert (done.finish_reason, done.token_ids[-2:]) == ("length", [END, END])
@@ -151,7 +150,7 @@ def test_stop_strings():
     include=st.booleans(),
 )
 def test_the_stream_joins_to_the_text_that_the_rule_gives(text, stop, limit, include):
-    """Characters of three tokens are among them."""
+    """Some of the characters take three tokens."""
     chunks = list(
         generate_stream(
             script(text),
@@ -173,7 +172,7 @@ def test_the_stream_joins_to_the_text_that_the_rule_gives(text, stop, limit, inc
 
 
 def test_the_prompt_s_text_is_not_searched():
-    """Its end and the first token would be a stop string together."""
+    """The end of the prompt and the first token would form a stop string."""
     prompt = BYTES("x EN")["input_ids"]
     (done,) = generate(
         script("D more END"),
@@ -200,7 +199,7 @@ def test_min_new_tokens_delays_every_end():
     assert said("a.b.c.", stop=".", min_new_tokens=2, stop_limit=2).text == "a.b.c"
 
 
-def test_only_a_step_that_goes_on_is_done():
+def test_no_step_runs_before_it_is_asked_for():
     calls = []
 
     def counted(input_ids, cache):
@@ -215,7 +214,7 @@ def test_only_a_step_that_goes_on_is_done():
         eos_token_ids=[END],
         max_new_tokens=50,
     )
-    assert calls == []  # nothing before it is asked for
+    assert calls == []
     next(stream)
     assert calls == [(2, 2)]
     list(stream)
@@ -249,7 +248,7 @@ STOPS = ["<|im_end|>", "stop", "e nd"]
         ("<|im_end|", None),
         ("|im_end|>", None),
         ("s", None),
-        # behind a stop string nothing is generated
+        # nothing is generated after a stop string
         ("<|im_end|><|im_start|>", "<|im_end|>"),
         ("<|im_end|<>stop<|im_end|", "stop"),
     ],
@@ -264,14 +263,14 @@ def test_the_strings_of_transformers_tests(text, found):
     ("texts", "expected"),
     [
         (["last", "stop"], "la"),  # the string lies across two tokens
-        (["topper", "s", "topper"], "topper"),  # and what overhangs is cut
+        (["topper", "s", "topper"], "topper"),  # and ends within the last token
         (["s", "t", "o", "p"], ""),
         (["a stopper"], "a "),
         (["sto", "sto", "p"], "sto"),
     ],
 )
 def test_strings_and_tokens_that_overlap(texts, expected):
-    """A tokenizer whose tokens are these texts."""
+    """With a tokenizer whose tokens are ``texts``."""
 
     class Tokens:
         def decode(self, ids, **options):
@@ -356,7 +355,7 @@ def test_greedy_ragged_rows_are_those_of_hugging_face(llama):
 
 
 def test_a_padded_row_is_penalised_for_its_own_prompt_only(llama):
-    """Padding is id 0 here, and a real token too."""
+    """Padding is id 0, which is also an ordinary token."""
     params = SamplingParams(repetition_penalty=1.8, frequency_penalty=0.5, temperature=0)
     options = {"max_new_tokens": 12, "ignore_eos": True}
     alone = generate(llama, [[9]], params, **options)

@@ -1,4 +1,4 @@
-"""Does a text end where it should, in whatever pieces it comes, and is nothing held back long?"""
+"""StopStrings: where a text ends, however it is split, and what is held back meanwhile."""
 
 import pytest
 from hypothesis import example, given
@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 from llm_sampling.generation.stop_strings import StopStrings
 
-# few letters, so that strings repeat and overlap
+# Few letters, so that strings repeat and overlap.
 texts = st.text(alphabet="ab.", max_size=24)
 stops = st.lists(st.text(alphabet="ab.", min_size=1, max_size=4), min_size=1, max_size=3)
 
 
 def whole(text, stop, limit=1, include=False):
-    """The rule on the whole text: where each occurrence is, then where the text ends."""
+    """The expected text and stop string, found by applying the rule to the whole text."""
     behind, left = 0, limit
     for end in range(1, len(text) + 1):
         complete = [s for s in stop if text[:end].endswith(s) and end - len(s) >= behind]
@@ -53,7 +53,7 @@ def test_any_split_gives_what_the_whole_text_gives(text, stop, cuts, limit, incl
 
 @given(text=texts, stop=stops, cuts=st.lists(st.integers(0, 30), max_size=8))
 def test_only_what_may_become_a_stop_string_is_held(text, stop, cuts):
-    """After each piece what is held is the longest end that begins a stop string."""
+    """After each piece the text held back is the longest suffix that begins a stop string."""
     watched = StopStrings(stop)
     so_far = out = ""
     for piece in split(text, cuts):

@@ -1,4 +1,4 @@
-"""Does the loop feed the model, the sampler and the text right?"""
+"""``stream``, the loop over model and sampler, and TextDecoder, its tokens as text."""
 
 import time
 from types import SimpleNamespace
@@ -13,9 +13,6 @@ from llm_sampling import InvalidLogitsError, SampleOutput, Sampler, SamplingPara
 from llm_sampling.generation import TextDecoder, stream
 from llm_sampling.sample import sample
 
-transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
-tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'cli'")
-
 VOCAB_SIZE = 97
 PROMPTS = torch.tensor([[5, 17, 17, 80, 3], [9, 2, 64, 31, 31]])
 
@@ -26,7 +23,7 @@ def model(tiny_llama):
 
 
 class Recorder(torch.nn.Module):
-    """Passes calls on and keeps the shapes of what went in and came out."""
+    """Forwards calls to a model and records the shapes of inputs and logits."""
 
     def __init__(self, model):
         super().__init__()
@@ -46,7 +43,7 @@ class Recorder(torch.nn.Module):
 
 
 class Script(Sampler):
-    """A sampler that draws what it was told to."""
+    """A sampler that draws given tokens."""
 
     num_samples = 1
     rows = 0
@@ -64,7 +61,7 @@ class Script(Sampler):
 
 
 def generated(model, prompts, params, max_new_tokens, **options):
-    """The tokens of each row, by the loop."""
+    """The tokens that ``stream`` gives each row."""
     history = TokenHistory.from_ids(prompts, None, VOCAB_SIZE)
     sampler = Sampler(params, vocab_size=VOCAB_SIZE, history=history)
     steps = stream(model, prompts, sampler, max_new_tokens=max_new_tokens, **options)

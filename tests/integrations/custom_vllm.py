@@ -5,7 +5,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 
 class Halves(LogitsProcessor):
-    """Nothing far below the best one; vLLM applies it after the temperature."""
+    """Masks logits more than 2 below the best one; vLLM applies it after the temperature."""
 
     def __init__(self, vllm_config, device, is_pin_memory):
         pass
@@ -22,7 +22,7 @@ class Halves(LogitsProcessor):
 
 
 class NoDigits(Halves):
-    """No digit, of which the greedy texts have some; vLLM applies it before the penalties."""
+    """Masks digits, which the greedy texts have; vLLM applies it before the penalties."""
 
     def is_argmax_invariant(self):
         return False

@@ -2,8 +2,8 @@
 
 Both are files of ``torch.save``. JOB has ``engine``, the arguments of ``vllm.LLM``, and ``calls``,
 each a list of requests that are generated together: a prompt's ids, and the arguments of
-``vllm.SamplingParams``. RESULT has of each call the outputs, of each step of the sampler what it
-got and gave, how many requests were preempted, and the sampler's module.
+``vllm.SamplingParams``. RESULT has the outputs of each call, the inputs and outputs of each step of
+the sampler, the number of preempted requests, and the sampler's module.
 """
 
 import os
@@ -77,7 +77,7 @@ def main(job, result):
 
 
 def logprobs_of(output):
-    """Of each token a list of (id, logprob, rank)."""
+    """For each token a list of (id, logprob, rank)."""
     if output.logprobs is None:
         return None
     return [[(i, x.logprob, x.rank) for i, x in place.items()] for place in output.logprobs]

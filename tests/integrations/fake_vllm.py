@@ -1,4 +1,4 @@
-"""A package ``vllm`` with what the plug-in leans on, and nothing else: for tests without vLLM.
+"""A package ``vllm`` with what the plug-in relies on and nothing else, for tests without vLLM.
 
 Names, signatures and the order of steps are those of vLLM 0.32; the arithmetic is plain torch.
 """
@@ -237,7 +237,7 @@ class Sampler:
 
 
 def write(folder: Path, *changes: tuple[str, str, str]) -> None:
-    """Write the package into ``folder``; each change is of a module: a text, and what replaces it.
+    """Write the package into ``folder``; a change is (module, text, replacement).
 
     A module whose text is replaced as a whole by "" is left out.
     """

@@ -1,16 +1,16 @@
-"""Inside transformers' own ``generate``: the processors, and the whole loop."""
+"""The two processors and the whole loop inside transformers' ``generate``."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from toy_tokenizers import byte_tokenizer, transformers
 
 from llm_sampling import InvalidLogitsError, Sampler, SamplingParams
 from llm_sampling.generation import generate, seeded
+from llm_sampling.integrations import huggingface
 
-transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
-huggingface = pytest.importorskip("llm_sampling.integrations.huggingface")
-BYTES = pytest.importorskip("test_generation").BYTES
+BYTES = byte_tokenizer()
 FusedLogitsProcessor = huggingface.FusedLogitsProcessor
 FusedLogitsWarper = huggingface.FusedLogitsWarper
 fused_generate = huggingface.fused_generate
@@ -21,7 +21,7 @@ PROMPTS = torch.tensor([[5, 17, 17, 80, 3], [9, 2, 64, 31, 31]])
 RAGGED = [[5, 17, 80], [9], [4, 4, 64, 31, 31, 2]]
 PADDED = torch.tensor([[0] * (6 - len(row)) + row for row in RAGGED])
 MASK = torch.tensor([[0] * (6 - len(row)) + [1] * len(row) for row in RAGGED])
-#: So that nothing of Hugging Face's own follows.
+#: Options that turn off transformers' own filters.
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": 0, "eos_token_id": None}
 
 EACH = [
@@ -68,7 +68,7 @@ def test_warpers_that_follow_change_nothing(model):
 
 
 def test_a_pad_token_tells_where_padding_is(model):
-    """Id 0 in the middle of a prompt is no padding."""
+    """Id 0 in the middle of a prompt is a token, not padding."""
     prompts = [[5, 0, 80, 7], [9]]
     padded = torch.tensor([[5, 0, 80, 7], [0, 0, 0, 9]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]])
@@ -85,7 +85,7 @@ def test_a_pad_token_tells_where_padding_is(model):
 
 
 def test_padding_matters_where_it_is_not_told():
-    """The control of the two tests above: id 0 would be penalised."""
+    """The control of the two tests above: without mask and pad token, id 0 is penalised."""
     scores = torch.zeros(1, V)
     scores[0, 0] = 1.0
     params = SamplingParams(repetition_penalty=2.0)
@@ -129,7 +129,7 @@ def test_finished_rows_are_padded_and_disturb_nobody(model):
 
 
 def test_embeddings_as_prompts(model):
-    """``generate`` gives ids of width 0 first."""
+    """The first ids that ``generate`` gives have width 0."""
     embeddings = model.get_input_embeddings()(PROMPTS)
     params = [replace(row, repetition_penalty=1.0) for row in EACH[:2]]
     out = model.generate(
@@ -148,7 +148,7 @@ def test_one_object_serves_one_generate_after_the_other(model):
     for prompts, steps in ((PROMPTS, 6), (PROMPTS, 1), (PROMPTS[:, :3], 9), (PROMPTS + 1, 4)):
         out = model.generate(prompts, max_new_tokens=steps, **options)
         assert out[:, prompts.shape[1] :].tolist() == ours(model, prompts, EACH[:2], steps)
-    # what was returned, and goes on: it looks like the next step
+    # A call on the last result looks like a next step, hence the reset.
     processor.reset()
     again = model.generate(out, max_new_tokens=4, **options)
     assert again[:, out.shape[1] :].tolist() == ours(model, out, EACH[:2], 4)
@@ -188,7 +188,7 @@ def test_logprobs_of_the_drawn_tokens(model, kind):
 
 
 def test_the_warper_filters_and_generate_draws(model):
-    """A filter that leaves one token makes the draw certain."""
+    """With filters that leave one token the draw is certain."""
     params = [replace(row, top_k=1) for row in EACH[:2]]
     out = model.generate(
         PROMPTS,
@@ -272,7 +272,7 @@ def test_repetition_penalty():
     expected[0, 0], expected[0, 1], expected[1, 0], expected[1, 5] = -0.2, 0.05, 0.05, 0.2
     assert torch.equal(out, expected)
     assert torch.equal(scores, before)
-    # each token once, however often it is there
+    # Each token is penalised once, however often it occurs.
     again = FusedLogitsWarper(SamplingParams(repetition_penalty=2.0))(ids.repeat(1, 2), scores)
     assert torch.equal(again, expected)
 
@@ -298,7 +298,7 @@ def test_top_k():
     floor = SamplingParams(top_k=1, min_tokens_to_keep=3)
     scores = torch.stack([torch.zeros(5), torch.arange(5.0)])
     assert kept(FusedLogitsWarper(floor)(ids, scores)) == [[0, 1, 2], [2, 3, 4]]
-    # transformers keeps all that are equal to the k-th; here they are exactly k, by their ids
+    # transformers keeps all that equal the k-th; here exactly k are kept, the smallest ids.
     assert kept(FusedLogitsWarper(SamplingParams(top_k=2))(ids, torch.zeros(2, 5))) == [[0, 1]] * 2
 
 
@@ -345,7 +345,7 @@ def test_min_p_and_its_floor():
 
 
 def test_nan_is_no_candidate_and_infinity_wins():
-    """transformers' InfNanRemove changes them; here NaN cannot be drawn and +inf is the largest."""
+    """transformers replaces both; here a NaN cannot be drawn and +inf is the largest."""
     with pytest.raises(InvalidLogitsError):
         FusedLogitsProcessor(SamplingParams())(
             torch.tensor([[0]]), torch.tensor([[0.0, 0.7, 0.8, torch.nan]])
@@ -543,7 +543,7 @@ def test_stopping_criteria_are_asked(model):
 
 
 def test_fused_stop_strings(model):
-    """The row ends with the token that completes the string; the other goes on."""
+    """The row ends with the token that completes the string, and the other row goes on."""
     expected = ours(model, PROMPTS, EACH[:2], 24)
     text = BYTES.decode(expected[0])
     stop = text[3:6]
@@ -596,7 +596,7 @@ def test_other_processors_are_called(model):
     ids=lambda options: "+".join(options),
 )
 def test_greedy_rows_are_those_of_hugging_face_whatever_else_is_asked(model, options):
-    """Its processors are called as in its own loop."""
+    """transformers' processors are called as in its own loop."""
     greedy = NEUTRAL | {"max_new_tokens": 12, "do_sample": False} | options
     want = model.generate(PROMPTS, **greedy)
     got = model.generate(PROMPTS, custom_generate=fused_generate, **greedy)
@@ -607,7 +607,7 @@ def test_greedy_rows_are_those_of_hugging_face_whatever_else_is_asked(model, opt
 
 
 def test_logits_go_to_the_kernel_as_they_are(model, monkeypatch):
-    """No copy, no conversion: a model of bfloat16 gives bfloat16."""
+    """They are not converted: the kernel reads the bfloat16 of a bfloat16 model."""
     dtypes = []
     call = Sampler.__call__
 
@@ -745,7 +745,7 @@ transformers_version generation_kwargs continuous_batching_config mtp_layer_indi
 
 
 def test_every_field_of_a_config_is_known():
-    """A newer transformers may have fields that change the draw."""
+    """Fails where a newer transformers adds fields, which may change the draw."""
     fields = {name for name in vars(config()) if not name.startswith("_")}
     known = (
         set(NOT_ABOUT_SAMPLING.split())

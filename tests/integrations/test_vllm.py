@@ -22,7 +22,7 @@ V = 101
 
 
 def their_params():
-    """What is read of vLLM's SamplingParams, with its defaults, as the stand-in package has it."""
+    """The stand-in package's SamplingParams: the fields that are read, with vLLM's defaults."""
     namespace = {"__name__": __name__}
     exec(fake_vllm.SOURCES["sampling_params"], namespace)
     return namespace["SamplingParams"]
@@ -32,7 +32,7 @@ Theirs = their_params()
 
 
 def random_params(rng):
-    """Of every kind: greedy, seeded or not, with and without penalties and filters."""
+    """Parameters of every kind: greedy or not, with and without penalties and filters."""
     return Theirs(
         temperature=rng.choice([0.0, 0.7, 1.0, 1.3]),
         top_k=rng.choice([-1, 0, 5, 40]),
@@ -105,10 +105,10 @@ def update(size, removed=(), added=(), moved=()):
 
 
 class Texts:
-    """Requests that come, go, wait and move as in vLLM's InputBatch, which tells in its updates.
+    """Requests that come, go, wait and move, with the batch updates of vLLM's InputBatch.
 
-    A request's logits are made of its name and of how many tokens it has, so that it can be
-    followed alone.
+    A request's logits depend only on its name and its number of tokens, so that its tokens can be
+    drawn again without the batch.
     """
 
     def __init__(self, seed):
@@ -128,7 +128,7 @@ class Texts:
         )
 
     def change(self):
-        """Some leave, some for good; some come; the last ones fill what is empty; two swap."""
+        """Some requests leave, some come, the last ones move into empty places, and two swap."""
         rng, rows = self.rng, self.rows
         removed = sorted(i for i in range(len(rows)) if rng.random() < 0.25)
         for i in removed:
@@ -164,7 +164,7 @@ class Texts:
         return torch.stack(rows) if rows else torch.zeros(0, V, dtype=dtype)
 
     def take(self, tokens):
-        """What vLLM does with drawn tokens: nearly always the output gets them."""
+        """Append the tokens to the outputs; rarely drop the token, or several, as vLLM does."""
         for request, token in zip(self.rows, tokens, strict=True):
             chance = self.rng.random()
             if chance < 0.85:
@@ -179,7 +179,7 @@ def logits_of(request, dtype=torch.float32):
 
 
 def alone(request, params, dtype=torch.float32):
-    """The request's next token by ``sample``, with nobody beside it."""
+    """The request's next token by ``sample``, without other requests."""
     history = TokenHistory.from_ids([request.prompt or []], [request.output], V)
     logits = logits_of(request, dtype).unsqueeze(0)
     positions = [len(request.output)]
@@ -187,7 +187,7 @@ def alone(request, params, dtype=torch.float32):
 
 
 def follow(requests, seed, steps=60, dtype=torch.float32):
-    """The first request and step whose token is not the one that it gets alone; None if all are."""
+    """The first (step, request) whose token differs from the one that it gets alone, or None."""
     texts = Texts(seed)
     for step in range(steps):
         changes = texts.rng.random() < 0.5
@@ -197,7 +197,7 @@ def follow(requests, seed, steps=60, dtype=torch.float32):
             if token != alone(request, params_of(request.theirs), dtype):
                 return step, request.name
         texts.take(tokens)
-    assert texts.number > 10, "too few requests to say anything"
+    assert texts.number > 10, "too few requests for a comparison"
     return None
 
 
@@ -224,7 +224,7 @@ class TakesSwapsForMoves(Requests):
 
 
 class CountsSteps(Requests):
-    """Takes the steps in the batch for the position."""
+    """Uses the number of steps since the last change of the batch as the position."""
 
     steps = 0
 
@@ -235,7 +235,7 @@ class CountsSteps(Requests):
 
 
 class ForgetsOutputs(Requests):
-    """Its histories are what they were when the request came."""
+    """Does not add output tokens to the history after the request came."""
 
     def _record(self, has_changed):
         for request in self._penalised:
@@ -250,7 +250,7 @@ class ForgetsPrompts(Requests):
 
 
 class CountsDiscardedTokens(Requests):
-    """Takes a token that vLLM discarded for one of the output."""
+    """Counts tokens that vLLM discarded as part of the output."""
 
     def draw(self, logits):
         tokens = super().draw(logits)
@@ -278,15 +278,15 @@ class CountsDiscardedTokens(Requests):
         CountsDiscardedTokens,
     ],
 )
-def test_the_comparison_sees(broken):
-    """Each of them goes wrong, or trips over itself, within a few sequences."""
+def test_the_comparison_detects(broken):
+    """Each broken class draws a wrong token, or raises, within a few sequences."""
     for seed in range(4):
         try:
             if follow(broken(V, "cpu"), seed) is not None:
                 return
-        except KeyError:  # a row of which it does not know
+        except KeyError:  # it has no request for a row
             return
-    pytest.fail(f"{broken.__name__} was not seen")
+    pytest.fail(f"{broken.__name__} was not detected")
 
 
 def test_a_request_that_returns_goes_on_where_it_was():
@@ -321,7 +321,7 @@ def test_rows_without_penalties_have_no_history():
     assert requests._history.counts.shape == (1, V)
     requests.update_state(update(3, removed=[4, 3]))
     assert requests._history.rows == 0
-    assert len(requests._at) == 3, "what has left is let go"
+    assert len(requests._by_index) == 3, "requests that have left are dropped"
 
 
 def test_a_step_without_changes_packs_nothing(monkeypatch):
@@ -382,7 +382,7 @@ def test_a_row_without_a_candidate_gets_token_0_and_a_warning(value, caplog):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A function: vLLM's stand-in, with changes; whatever was imported of it is forgotten."""
+    """A function that writes the stand-in package, with changes; its imports are undone after."""
     meta_path = list(sys.meta_path)
     real = {name: sys.modules.pop(name) for name in list(sys.modules) if is_vllm(name)}
     monkeypatch.syspath_prepend(tmp_path)
@@ -417,7 +417,7 @@ def is_vllm_s_own(runner):
 def test_it_replaces_two_names_when_the_runner_is_imported(fake, caplog):
     fake()
     register()
-    assert not any(map(is_vllm, sys.modules)), "it waits"
+    assert not any(map(is_vllm, sys.modules)), "register imports nothing of vLLM"
     runner = importlib.import_module(RUNNER)
     assert is_replaced(runner)
     source = importlib.import_module("vllm.v1.sample.sampler")
@@ -598,7 +598,7 @@ PARAMS = [params_of(theirs) for theirs in ROWS]
 
 @pytest.fixture
 def make_runner(fake):
-    """A function: a runner of vLLM's stand-in with four requests in its batch."""
+    """A function that makes a runner of the stand-in package with four requests in its batch."""
     fake()
     register()
 
@@ -647,7 +647,7 @@ def test_the_kernel_gets_the_logits_as_they_are(make_runner, dtype, monkeypatch)
 
 
 def test_what_changes_logits_before_the_penalties(make_runner):
-    """By vLLM's own code, each of them alone and all at once."""
+    """vLLM's own code does it; each change alone and all at once."""
     adapter = importlib.import_module(f"vllm.{PROCESSORS}").AdapterLogitsProcessor()
     runner = make_runner(custom=[adapter])
     min_tokens, logit_bias, _ = runner.logitsprocs.non_argmax_invariant
@@ -704,7 +704,7 @@ def test_idle_processors_cost_nothing(make_runner, monkeypatch):
 
 
 class Halves:
-    """A processor that vLLM applies after the temperature: nothing below half of the best one."""
+    """A processor that vLLM applies after the temperature: masks logits far below the best one."""
 
     def is_argmax_invariant(self):
         return True

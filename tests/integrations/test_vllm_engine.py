@@ -2,7 +2,7 @@
 
 Each engine runs in a process of its own (drive_vllm.py beside this), on a small random model. Every
 row of every step is replayed: its token must be that of ``sample`` for the logits that the sampler
-got, with the request's parameters, prompt, output and seed, and no other request beside it.
+got, with the request's parameters, prompt, output and seed, and without other requests.
 """
 
 import importlib.util
@@ -27,9 +27,9 @@ MODULE = "llm_sampling.integrations.vllm"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with a random Llama over bytes, of a size that vLLM's attention takes."""
+    """A folder with a random Llama over bytes, of a size that vLLM's attention supports."""
     if importlib.util.find_spec("vllm") is None:
-        pytest.fail("needs vLLM, docs/scale.md says how to install it")
+        pytest.fail("needs vLLM, docs/engines.md says how to install it")
     import transformers
     from toy_tokenizers import byte_tokenizer
 
@@ -55,7 +55,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drive(model, tmp_path_factory):
-    """A function: what an engine gave for a job, and what it logged."""
+    """A function that runs an engine and returns its results and its log."""
 
     def run(calls, *, on=True, poison=None, environment=(), **engine):
         folder = tmp_path_factory.mktemp("run")
@@ -128,12 +128,12 @@ def drawn(tokens=40):
 
 
 def replay(result, calls, *, changed=()):
-    """How many rows of all steps were drawn as ``sample`` draws them; the others fail.
+    """Compare each row of each step with ``sample``; return how many rows were compared.
 
     Args:
         result: of ``drive``.
         calls: what it was given; requests have the engine's names "0", "1", ... over all calls.
-        changed: rows of requests whose logits vLLM changes before the penalties are not replayed.
+        changed: parameters by which vLLM changes logits; requests with one are not replayed.
     """
     from vllm import SamplingParams
 
@@ -164,12 +164,12 @@ CHANGED = ("bad_words", "allowed_token_ids", "min_tokens", "logit_bias")
 
 @pytest.fixture(scope="module")
 def own(drive):
-    """What vLLM's own sampler does with the greedy requests, and with all of them."""
+    """The results of vLLM's own sampler for the greedy requests, and for all of them."""
     return drive([greedy(), greedy() + drawn()], on=False)
 
 
 def arrangements():
-    """All together, greedy ones alone, all reversed, and each drawn one with nobody beside it."""
+    """All together, the greedy ones, all in reverse order, and each of the drawn ones alone."""
     together = greedy() + drawn()
     return [together, greedy(), together[::-1], *([request] for request in drawn())]
 
@@ -205,14 +205,14 @@ def test_vllm_s_own_draws_would_not_pass(own):
 
 
 def test_greedy_texts_are_vllm_s_own(own, fused):
-    """With every way to change logits before the draw."""
+    """With every parameter that changes logits before the draw."""
     assert fused["calls"][1]["tokens"] == own["calls"][0]["tokens"]
     assert fused["calls"][1]["texts"] == own["calls"][0]["texts"]
     assert fused["calls"][0]["tokens"][: len(GREEDY)] == own["calls"][1]["tokens"][: len(GREEDY)]
 
 
 def test_what_changes_logits_changed_them(own):
-    """So that the test above says something."""
+    """Otherwise the test above would compare nothing."""
     tokens = own["calls"][0]["tokens"]
     assert len({tuple(row) for row in tokens}) == len(tokens)
     assert set(tokens[4]) <= set(range(60, 90))
@@ -229,11 +229,11 @@ def test_seeded_requests_are_the_same_in_every_batch(fused):
     for i in seeded:
         assert together[i] == alone[i] == reverse[i]
     unseeded = len(DRAWN) - 1
-    assert together[unseeded] != alone[unseeded], "or it would say nothing"
+    assert together[unseeded] != alone[unseeded], "a fresh seed in each call"
 
 
 def test_raw_logprobs(own, fused):
-    """Those of the greedy request are vLLM's; of a drawn one those of the logits that it had."""
+    """Of a greedy request they are vLLM's; of a drawn one they are computed from its logits."""
     place = GREEDY.index({"logprobs": 3})
     ours, theirs = fused["calls"][1]["logprobs"][place], own["calls"][0]["logprobs"][place]
     same_logprobs(ours, theirs)
@@ -261,7 +261,7 @@ def same_logprobs(first, second):
 
 
 def test_after_preemption(drive, fused):
-    """A cache of so few blocks that requests are thrown out and computed again."""
+    """The KV cache has so few blocks that requests are preempted and computed again."""
     together = greedy(120) + drawn(120)
     calls = [together, *([request] for request in drawn(120))]
     result = drive(calls, num_gpu_blocks_override=20, block_size=32)
@@ -275,9 +275,10 @@ def test_after_preemption(drive, fused):
 
 
 def test_prompts_in_chunks(drive):
-    """Drawn tokens of all chunks but the last are discarded, and count for nothing.
+    """vLLM discards the tokens drawn for all chunks but the last; they must have no effect.
 
-    Without seeds: vLLM asks a seeded request's generator for an offset then, and a CPU's has none.
+    Without seeds, because vLLM then asks the generator of a seeded request for an offset, which a
+    CPU generator does not have.
     """
     kinds = [{name: value for name, value in kind.items() if name != "seed"} for kind in DRAWN]
     calls = [requests_of(kinds, tokens=30, lengths=(90, 5, 130, 61))]
@@ -299,7 +300,7 @@ def test_bfloat16(drive):
 
 
 def test_a_row_of_nan(drive):
-    """The engine goes on, and so do the others, undisturbed."""
+    """The engine goes on, and the other requests get the same tokens."""
     calls = [requests_of(DRAWN[:6], tokens=20)]
     clean, poisoned = drive(calls), drive(calls, poison=[7, 2])
     row = int(poisoned["calls"][0]["steps"][7]["requests"][2].partition("-")[0])
@@ -315,7 +316,7 @@ def test_a_row_of_nan(drive):
 
 
 def test_processed_logprobs(drive):
-    """Of greedy rows vLLM's own; of drawn ones the logarithms of what was drawn from."""
+    """Of greedy rows they are vLLM's; of drawn ones the logarithms of the distribution."""
     kinds = [{}, {"repetition_penalty": 1.4}, {"presence_penalty": 0.9}]
     calls = [
         requests_of(kinds, tokens=12, temperature=0.0, logprobs=4)
@@ -351,7 +352,7 @@ CUSTOM = ["custom_vllm:Halves", "custom_vllm:NoDigits"]
 
 
 def test_custom_logits_processors(drive):
-    """One after the temperature, one before the penalties."""
+    """One is applied after the temperature, the other before the penalties."""
     tokens = 25
     together = greedy(tokens) + drawn(tokens)
     calls = [together, greedy(tokens), *([request] for request in drawn(tokens))]

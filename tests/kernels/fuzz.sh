@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# tests/kernels/fuzz.sh SECONDS: the CPU kernel under libFuzzer with AddressSanitizer and UBSan, from tests/kernels/cpp/corpus.
-# What it finds on its way is kept in build/fuzz; with MERGE=1 what adds coverage goes into the corpus.
+# tests/kernels/fuzz.sh SECONDS fuzzes the CPU kernel with libFuzzer, AddressSanitizer and UBSan, from tests/kernels/cpp/corpus.
+# New inputs are kept in build/fuzz; with MERGE=1 those that add coverage are added to the corpus.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seconds=${1:?usage: tests/kernels/fuzz.sh SECONDS}
@@ -8,7 +8,7 @@ compiler=$(command -v clang++ || compgen -c clang++- | sort -u | head -1)
 [ -n "$compiler" ] || { echo "tests/kernels/fuzz.sh needs clang++ with libFuzzer" >&2; exit 2; }
 
 mkdir -p build/fuzz/finds
-# the kernel's own branches alone, not those of the test
+# Coverage of the kernel's branches only, not of the test's.
 printf 'src:*\nfun:*12llm_sampling*\n' >build/fuzz/allowlist.txt
 flags=(-std=c++17 -O2 -g -ffp-contract=off -fno-trapping-math -fno-math-errno -pthread)
 "$compiler" "${flags[@]}" -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \

@@ -1,4 +1,4 @@
-"""Does the compiled half keep its own contract, without Python's checks in front of it?"""
+"""The C interface of the CPU kernel, called without the checks that Python makes first."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from llm_sampling import BatchParams, SamplingParams, TokenHistory, reference
 from llm_sampling.backends import base, c_abi, cpu
 from llm_sampling.backends.base import SampleCall
+from llm_sampling.params import KERNEL_TENSORS
 
 ROOT = Path(__file__).parents[2]
 EXACT = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
@@ -67,7 +68,7 @@ def shifting(name: str, by: int) -> Callable[[c_abi.SampleArgs], None]:
 
 
 POINTERS = (
-    *(name for name in c_abi.POINTERS if name != "logit_bias_offsets"),
+    *(name for name in KERNEL_TENSORS if name != "logit_bias_offsets"),
     "logits",
     "counts",
     "lengths",
@@ -109,7 +110,7 @@ BAD_STRUCTS = {
     "more slots than there are addresses": (setting(num_slots=2**60), BAD_STRIDE),
     **{
         f"misaligned {name}": (shifting(name, 1), MISALIGNED)
-        for name in (*c_abi.POINTERS, "logits", "seen", "allowed_mask", "tokens", "status")
+        for name in (*KERNEL_TENSORS, "logits", "seen", "allowed_mask", "tokens", "status")
     },
 }
 
@@ -128,7 +129,7 @@ def test_a_bad_struct_gives_its_code_and_changes_nothing(
     assert torch.equal(call.history.seen, before.seen)
     assert torch.equal(call.history.counts, before.counts)
     struct, _ = filled(call)
-    assert run(struct) == 0  # the struct was good but for the change
+    assert run(struct) == 0  # without the change the struct is valid
 
 
 BAD_PARAMETERS = {
@@ -175,8 +176,8 @@ def test_slots_must_exist(call: SampleCall, slots: list[int]) -> None:
 
 
 @needs_kernel
-def test_what_counts_up_goes_on_at_the_smallest_number() -> None:
-    """The last position, and the most that a count and a length hold: as in torch, no overflow."""
+def test_counters_wrap_around() -> None:
+    """After the largest position, count and length comes the smallest integer, as in torch."""
     batch = BatchParams.from_list(
         [SamplingParams(presence_penalty=1, seed=5)], positions=[2**63 - 1]
     )
@@ -193,7 +194,7 @@ def test_what_counts_up_goes_on_at_the_smallest_number() -> None:
 
 @needs_kernel
 def test_more_threads_than_a_process_can_have() -> None:
-    """They are not started: OpenMP would end the process."""
+    """The kernel does not start them, because OpenMP would end the process."""
     params = [SamplingParams(top_p=0.9, seed=seed) for seed in range(2)]
     batch = BatchParams.from_list(params, positions=[0, 0])
     logits = torch.randn(2, 40_000, generator=torch.Generator().manual_seed(0))
@@ -205,16 +206,16 @@ def test_more_threads_than_a_process_can_have() -> None:
 
 
 @needs_kernel
-def test_every_code_has_words() -> None:
-    words = [cpu.LIBRARY.load().llm_sampling_error(code).decode() for code in range(9)]
-    assert len(set(words)) == 9
-    assert "unknown code" not in words
+def test_every_code_has_a_text() -> None:
+    texts = [cpu.LIBRARY.load().llm_sampling_error(code).decode() for code in range(9)]
+    assert len(set(texts)) == 9
+    assert "unknown code" not in texts
     assert cpu.LIBRARY.load().llm_sampling_error(99) == b"unknown code"
 
 
 @needs_kernel
 def test_flushing_subnormals_does_not_reach_the_kernel() -> None:
-    """The caller's floating-point mode is neither used nor changed."""
+    """The kernel does not compute in the caller's floating-point mode, and does not change it."""
     logits = torch.tensor([[0.0, 1e-40, 3e-40, 2e-40]])
     batch = BatchParams.from_list([SamplingParams(temperature=0, seed=1)], positions=[0])
     call = SampleCall(logits, batch, None, None)
@@ -237,7 +238,7 @@ def compiler() -> str:
 
 
 def test_the_arithmetic_in_cpp(tmp_path: Path) -> None:
-    """Every depth's mass, every float16, and known answers, in csrc/semantics.h itself."""
+    """csrc/semantics.h: the mass of every depth, every float16, and known answers."""
     program = tmp_path / "semantics_test"
     source = ROOT / "tests/kernels/cpp/semantics_test.cpp"
     subprocess.run(
@@ -251,10 +252,7 @@ def test_the_arithmetic_in_cpp(tmp_path: Path) -> None:
 
 @needs_kernel
 def test_the_oldest_instruction_set_gives_the_same_tokens(tmp_path: Path) -> None:
-    """The kernel compiled for SSE2 alone, on rows that reach all of its paths.
-
-    Newer ones are compared in test_golden.py.
-    """
+    """The kernel compiled for SSE2 only; test_golden.py compares newer instruction sets."""
     library = tmp_path / "kernel.so"
     flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", *EXACT]
     source = ROOT / "csrc/cpu/sample.cpp"

@@ -1,7 +1,7 @@
-"""Rows that the CPU kernel takes a path of its own for, each equal to the reference.
+"""Rows for which the CPU kernel has a path of its own; each result must equal the reference's.
 
-Penalties on candidates alone: rows whose best tokens are pushed below the bound once and again, and
-rows that must not take that path. Top-p: rows that mislead the sample it estimates from.
+Penalties on candidates only: rows whose best tokens the penalties push below the bound, and rows
+that must not take this path. Top-p: rows that mislead the probe from which it estimates.
 """
 
 import pytest
@@ -21,7 +21,7 @@ def generator():
 
 
 def assert_equal(logits, params, prompts=None, outputs=None, **options):
-    """Draws, status and kept sets of the kernel are the reference's, on one thread and on more."""
+    """Tokens, status and kept sets equal the reference's, on one thread and on several."""
     rows, vocab_size = logits.shape
     params = [params] * rows if isinstance(params, SamplingParams) else params
     batch = BatchParams.from_list(params, positions=range(rows))
@@ -67,7 +67,7 @@ CHAINS = {
     "no top-k": {"top_p": 0.9},
 }
 PENALTIES = {
-    "none that acts": {"repetition_penalty": 1.0, "presence_penalty": 1e-30},
+    "no effect": {"repetition_penalty": 1.0, "presence_penalty": 1e-30},
     "repetition": {"repetition_penalty": 1.3},
     "large": {"repetition_penalty": 1e30},
     "counts": {"frequency_penalty": 0.7, "presence_penalty": 0.4},
@@ -98,7 +98,7 @@ def test_best_tokens_that_are_penalised(chain, penalty, pushed):
     ids=str,
 )
 def test_tokens_that_rise_to_the_best(chain, raises):
-    """No bound on the logits as they came says anything about them."""
+    """Penalties that raise a logit: the logits before the penalties are no upper bound."""
     params = SamplingParams(**CHAINS[chain], **raises, seed=5)
     for vocab_size in VOCAB_SIZES:
         logits = torch.rand(3, vocab_size, generator=generator()) + 1
@@ -115,7 +115,9 @@ def test_ties_and_zeros_at_the_bound(chain, dtype):
         logits[1] = torch.where(torch.arange(vocab_size) % 2 == 0, 0.0, -0.0)
         logits[2] = 1.0
         logits[3] = -3e38
-        logits[4] = torch.where(torch.arange(vocab_size) % 3 == 0, 4.0, 2.0)  # 4 becomes 1.5
+        logits[4] = torch.where(
+            torch.arange(vocab_size) % 3 == 0, 4.0, 2.0
+        )  # a penalised 4 becomes 1.5
         logits[5, : vocab_size - 5] = -torch.inf
         ids = torch.randint(vocab_size, (6, 300), generator=generator())
         prompts, outputs = ids[:, :200].tolist(), ids[:, 200:].tolist()
@@ -123,8 +125,8 @@ def test_ties_and_zeros_at_the_bound(chain, dtype):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_what_is_no_number(chain):
-    """In places that are gathered and in others, penalised and not."""
+def test_nan_and_infinity(chain):
+    """Among the candidates and elsewhere, penalised and not."""
     params = SamplingParams(**CHAINS[chain], repetition_penalty=1.5, frequency_penalty=0.3, seed=1)
     nan, inf = float("nan"), torch.inf
     for vocab_size in VOCAB_SIZES:
@@ -178,8 +180,8 @@ def test_a_bias_beside_penalties():
 TOP_P = (1e-6, 0.01, 0.5, 0.9, 0.99, 0.999, 0.999999)
 
 
-def heavy_where_it_is_not_sampled(rows, vocab_size):
-    """Heavy tokens share groups, so that few are the maximum of theirs."""
+def mass_outside_the_probe(rows, vocab_size):
+    """Tokens with most of the mass share stripes, so that few are the maximum of their stripe."""
     logits = torch.randn(rows, vocab_size, generator=generator())
     tile = torch.arange(vocab_size) // 512 % 3 == 1
     heavy = tile & (torch.arange(vocab_size) % 16 == 3)
@@ -193,13 +195,13 @@ def one_more_than_all_the_rest(rows, vocab_size):
 
 
 def staircase(rows, vocab_size):
-    """Steps of equal logits, each as heavy as all that are below."""
+    """Groups of equal logits; each group has about the mass of all lower ones."""
     step = (torch.arange(1, vocab_size + 1).float().log2()).floor()
     return (-step * 0.6931).repeat(rows, 1)[:, torch.randperm(vocab_size, generator=generator())]
 
 
 TRICKS = {
-    "hidden": heavy_where_it_is_not_sampled,
+    "hidden": mass_outside_the_probe,
     "one": one_more_than_all_the_rest,
     "staircase": staircase,
     "cauchy": lambda rows, vocab_size: (
@@ -218,7 +220,7 @@ TRICKS = {
 @pytest.mark.parametrize("trick", TRICKS)
 @pytest.mark.parametrize("top_p", TOP_P)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.3}, {"min_p": 0.01}], ids=str)
-def test_rows_that_mislead_the_sample(trick, top_p, options):
+def test_rows_that_mislead_the_probe(trick, top_p, options):
     for vocab_size in (5003, 40000):
         logits = TRICKS[trick](2, vocab_size)
         assert_equal(logits, SamplingParams(top_p=top_p, **options, seed=3))
@@ -226,7 +228,7 @@ def test_rows_that_mislead_the_sample(trick, top_p, options):
 
 @pytest.mark.parametrize("at_least", [1, 3, 100, 3000, 4999])
 @pytest.mark.parametrize("trick", TRICKS)
-def test_at_least_so_many(trick, at_least):
+def test_min_tokens_to_keep(trick, at_least):
     logits = TRICKS[trick](2, 5003)
     for options in ({"top_p": 0.3}, {"top_p": 0.9, "min_p": 0.3}, {"top_k": 5, "top_p": 0.5}):
         assert_equal(logits, SamplingParams(min_tokens_to_keep=at_least, **options, seed=3))

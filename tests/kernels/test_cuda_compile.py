@@ -1,6 +1,6 @@
-"""The CUDA kernel compiles for GPUs that are not here, and keeps its rules there.
+"""The CUDA kernel compiles for every architecture and keeps the rules of benchmarks/cuda_cost.py.
 
-The rules are those of benchmarks/cuda_cost.py; every one has a control that it must refuse.
+No GPU is needed. Every rule has a negative control, a kernel that must break it.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ KERNELS = {Kernel(dtype, copied) for dtype in cuda_cost.DTYPES for copied in (Tr
 
 @pytest.fixture(scope="module")
 def costs():
-    """Those of sm_90a, pass by pass."""
+    """The costs on sm_90a, with line information, so that passes are known."""
     return cuda_cost.measure(cuda_cost.compile_cubin("sm_90a"))
 
 
@@ -39,7 +39,7 @@ def all_broken(costs, arch="sm_90a"):
 def test_no_rule_is_broken_on_sm_90(costs):
     assert set(costs) == KERNELS
     assert all_broken(costs) == ""
-    # a pass that is not found is not judged
+    # The rules judge only the passes that were found, so all must be.
     for kernel, cost in costs.items():
         only_copied = {"copy", "bits", "places", "score"}
         expected = set(cuda_cost.PASSES) - (set() if kernel.copied else only_copied)
@@ -49,7 +49,7 @@ def test_no_rule_is_broken_on_sm_90(costs):
 
 @pytest.mark.parametrize("arch", cuda_cost.PROCESSORS)
 def test_no_rule_is_broken_in_the_library(arch):
-    """As it is built; it has no line information, so that its passes are not known."""
+    """The library as built, without line information: rules about passes do not apply."""
     if cuda.LIBRARY.why_unavailable() is not None:
         pytest.skip(f"there is no library: {cuda.LIBRARY.why_unavailable()}")
     found = cuda_cost.measure(cuda_cost.library_cubins(cuda.LIBRARY.path)[arch])
@@ -89,12 +89,12 @@ def test_a_detour_is_read():
     assert range(0, 3) in code.loops
 
 
-# Controls
+# Negative controls
 
 
 @pytest.fixture
 def compile_with(tmp_path):
-    """A function: the costs on sm_90a of the kernel with a text replaced, or with other flags."""
+    """A function that compiles the kernel for sm_90a with a text replaced, or with other flags."""
 
     def compile_with(name=None, text="", wrong="", flags=cuda_cost.FLAGS):
         csrc = tmp_path / "csrc"
@@ -124,7 +124,7 @@ def test_spills_are_seen(compile_with):
 
 @pytest.mark.slow
 def test_scalar_loads_are_seen(compile_with):
-    cubin = compile_with("row.h", "} else if (row.is_whole(group)) {", "} else if (false) {")
+    cubin = compile_with("row.cuh", "} else if (row.is_whole(vec)) {", "} else if (false) {")
     broken = all_broken(cuda_cost.measure(cubin))
     for dtype in cuda_cost.DTYPES:
         for name in cuda_cost.LOGIT_PASSES:
@@ -150,11 +150,11 @@ def test_the_lower_bounds_follow_their_formula(costs):
     found = cuda_cost.predict(cuda_cost.CASES[0], "float32", 256, 32000, costs)
     passes = costs[Kernel("float32", True)].passes
     assert (found["case"], found["blocks"], found["copied"]) == ("greedy", 2, True)
-    rounds = math.ceil(2016 / 256)  # of a block, whose groups are a multiple of 32
+    rounds = math.ceil(2016 / 256)  # of a block with 2,016 vecs
     each = passes["copy"]["plain"].cycles + passes["maxima"]["plain"].cycles
     chunks = rounds * 8 * 2
     first = passes["first"]["plain"].cycles * (rounds / chunks + 1)
-    issued = 4 * 2 * (rounds * each + first)  # 4 blocks on the busiest, 8 warps for 4 schedulers
+    issued = 4 * 2 * (rounds * each + first)  # 4 blocks, each 2 warps per scheduler
     assert found["microseconds"]["issue"] == pytest.approx(issued / 1755, abs=0.006)
     assert found["microseconds"]["bytes"] == pytest.approx(256 * 32000 * 4 / 3.35e6, abs=0.006)
 
@@ -170,7 +170,7 @@ def test_the_lane_that_has_most():
     generator = random.Random(0)
 
     def sample(expected):
-        """A Poisson number, by the product of uniform ones."""
+        """A Poisson number, by Knuth's product of uniform numbers."""
         count, product = -1, 1.0
         while product > math.exp(-expected):
             product *= generator.random()

@@ -1,7 +1,7 @@
 """Does the CUDA kernel equal the reference? Its device code runs in tests/kernels/cuda_emulation/.
 
-Every launch branch: one block or a cluster, a copy in shared memory or none; each launch with
-another order of threads.
+Every kind of launch is tested: one block or a cluster, with and without a copy in shared memory.
+Each call runs the threads in another order.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ import backend as emulation
 Launch = emulation.Launch
 LAUNCHES = [Launch(blocks, copied) for blocks in (1, 2, 4, 8) for copied in (True, False)]
 
-#: Where the library is that a process with a sanitizer in it shall use.
+#: The library to use in a process that run_sanitized has started.
 SANITIZED = os.environ.get("LLM_SAMPLING_SANITIZED_EMULATION")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -42,7 +42,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def install(monkeypatch, library):
-    """A function: the name of a backend for this kind of launch."""
+    """A function that registers a backend for a kind of launch and returns its name."""
     return lambda launch: emulation.install(monkeypatch, library, launch)
 
 
@@ -67,7 +67,7 @@ def test_covering_cases(install, vocab_size, launch, dtype):
 @pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
 @pytest.mark.parametrize("vocab_size", SMALL_VOCABS, ids="V{}".format)
 def test_every_case(install, vocab_size, launch):
-    """Every row with every mix; each size has all dtypes, in turn."""
+    """Every row with every mix of parameters; the dtypes of a size take turns over the launches."""
     turn = SMALL_VOCABS.index(vocab_size) + launch.blocks + launch.copied
     dtype = DTYPES[turn % 3]
     batches = build_all(every_case(vocab_size, histories_each=2), vocab_size, dtype, "cpu")
@@ -77,7 +77,7 @@ def test_every_case(install, vocab_size, launch):
 @launches
 @pytest.mark.parametrize("vocab_size", [5003, 32000, 128256], ids="V{}".format)
 def test_every_launch(install, vocab_size, launch):
-    """Lists that overflow, searches, draws by chunks; each launch has the rows of other cases."""
+    """Too many candidates, searches, draws by tiles; each launch has rows of other cases."""
     turn = LAUNCHES.index(launch)
     dtype = DTYPES[turn % 3]
     groups = covering_cases(vocab_size, seed=vocab_size)
@@ -89,7 +89,7 @@ def test_every_launch(install, vocab_size, launch):
 @dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(install, layout, dtype):
-    """Rows that begin anywhere, and NaN and +inf around them."""
+    """Rows at any alignment, with NaN and +inf before and after them in memory."""
     for group in covering_cases(513, seed=3, rows=6):
         batch = build(group, 513, dtype)
         expected = run(batch, "torch", ())
@@ -101,7 +101,7 @@ def test_layouts(install, layout, dtype):
 
 @launches
 def test_orders_of_threads(install, launch):
-    """21 seeds, on rows that take every path."""
+    """21 orders of threads, on rows that take every path of the kernel."""
     name = install(launch)
     mixes = ("plain", "k 50", "p 0.9", "T k p min-p", "all keep 100", "k V-1")
     rows = ("normal", "all equal", "plateau")
@@ -110,14 +110,14 @@ def test_orders_of_threads(install, launch):
     ]
     batch = build(cases, 3001, torch.float32)
     expected = run(batch, "torch", ())
-    for _ in range(7):  # each with three seeds
+    for _ in range(7):  # three seeds each
         assert_same(batch, name, expected, run(batch, name, ()), str(launch))
 
 
 @launches
 @pytest.mark.parametrize("seen", [2047, 2048, 2049, 4000, 9000])
 def test_more_seen_tokens_than_have_scores(install, launch, seen):
-    """A block keeps the scores of 2,048; here the first has nearly all that were seen."""
+    """A block keeps at most 2,048 scores; here the first block has nearly all seen tokens."""
     vocab_size = 9000
     params = [
         SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, seed=1, **filters)
@@ -140,7 +140,7 @@ def test_more_seen_tokens_than_have_scores(install, launch, seen):
 @pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
 @pytest.mark.parametrize("vocab_size", [33, 501])
 def test_bits_beyond_the_vocabulary(install, vocab_size, launch, dtype):
-    """They are in the last words, and belong to no token."""
+    """The last words of bitmasks have bits that belong to no token; they must be ignored."""
     rows = 3
     params = [
         SamplingParams(repetition_penalty=1.5, presence_penalty=0.5, seed=s) for s in (1, 2, 3)
@@ -201,7 +201,7 @@ def test_steps_advance_the_history(install, launch):
 
 @launches
 def test_steps_of_many_draws(install, launch):
-    """Only the C interface has them: the history gets the first. The reference takes one draw."""
+    """Steps with num_samples > 1, which only the C interface has: the history gets draw 0."""
 
     def draw(name):
         params = [SamplingParams(frequency_penalty=2.0, seed=s) for s in range(4)]
@@ -215,11 +215,11 @@ def test_steps_of_many_draws(install, launch):
     assert torch.equal(draw(install(launch)), draw("cpu"))
 
 
-# With sanitizers, and with bugs
+# With sanitizers, and with planted bugs
 
 
 def run_sanitized(folder, expression, planted=()):
-    """Some of these tests in a process of their own, with both sanitizers in the library."""
+    """Run some of these tests in a new process, on a library with both sanitizers."""
     options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     library = emulation.build(folder, options, planted)
     found = subprocess.run(
@@ -264,8 +264,8 @@ def test_with_sanitizers(tmp_path, expression):
     ("text", "wrong", "expression"),
     [
         pytest.param(
-            "const int end = row_.is_whole(first_group_ + groups - 1) ? groups : groups - 1;",
-            "const int end = groups;",
+            "const int end = row_.is_whole(first_vec_ + vecs - 1) ? vecs : vecs - 1;",
+            "const int end = vecs;",
             "covering and V33 and bfloat16",
             marks=pytest.mark.slow,
         ),
@@ -288,20 +288,20 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
     ("text", "wrong"),
     [
         (
-            "shared_.reach[reached - 1] = mass;\n        }\n    );\n    __syncthreads();\n",
-            "shared_.reach[reached - 1] = mass;\n        }\n    );\n",
+            "shared_.running[reached - 1] = mass;\n      }\n  );\n  __syncthreads();\n",
+            "shared_.running[reached - 1] = mass;\n      }\n  );\n",
         ),
-        ("    wait_for_copies();", "    __pipeline_commit();"),
-        ("    __syncthreads();\n    cluster_.wait();", "    cluster_.wait();"),
+        ("  wait_for_copies();", "  __pipeline_commit();"),
+        ("  __syncthreads();\n  cluster_.wait();", "  cluster_.wait();"),
         *(
             pytest.param(text, wrong, marks=pytest.mark.slow)
             for text, wrong in (
-                ("    sync();\n    return slots;\n", "    return slots;\n"),
-                ("    cluster_.sync();\n    sort(count);", "    sort(count);"),
-                ("    cluster_.arrive();\n    const int groups", "    const int groups"),
+                ("    sync();\n    return gathered;\n", "    return gathered;\n"),
+                ("  cluster_.sync();\n  sort(count);", "  sort(count);"),
+                ("  cluster_.arrive();\n  const int vecs", "  const int vecs"),
                 (
-                    "    __syncthreads();\n    const int own = static_cast<int>(shared_.appended);",
-                    "    const int own = static_cast<int>(shared_.appended);",
+                    "  __syncthreads();\n  const int own = static_cast<int>(shared_.appended);",
+                    "  const int own = static_cast<int>(shared_.appended);",
                 ),
             )
         ),
@@ -309,7 +309,7 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
     ids=["sorted", "copies", "bits", "shared", "listed", "started", "appended"],
 )
 def test_what_is_not_waited_for_is_seen(monkeypatch, tmp_path, text, wrong):
-    """A barrier less, or a wait: some order of threads gives another token, or no end."""
+    """Without one barrier or wait, some order of threads gives a wrong token or a deadlock."""
     library = emulation.build(tmp_path, planted=(text, wrong))
     cases = [Case("normal", mix, seed=i) for i, mix in enumerate(("plain", "k 50", "p 0.9"))]
     cases.append(Case("normal", "k 50", mask="half"))
@@ -335,7 +335,7 @@ B200 = (100, 148, 227 * 1024)
 
 @pytest.fixture
 def choose(library):
-    """A function: blocks, whether they copy, groups of a part, bytes of shared memory."""
+    """A function that returns blocks, copied, vecs of a part, bytes of shared memory."""
 
     def choose(rows, vocab_size, logit_bytes, device):
         launch = (ctypes.c_int32 * 4)()
@@ -352,19 +352,19 @@ def choose(library):
 @pytest.mark.parametrize(
     ("rows", "vocab_size", "logit_bytes", "device", "launch"),
     [
-        # one block, where the row fits; more of them while there are processors for them
+        # one block where the row fits; more blocks while multiprocessors would be idle
         (256, 32000, 2, H100, (1, True)),
         (1, 32000, 2, H100, (8, True)),
         (64, 32000, 2, H100, (2, True)),
-        # a cluster, where it does not
+        # a cluster where the row does not fit into one block
         (256, 128256, 2, H100, (4, True)),
         (256, 128256, 4, H100, (8, True)),
-        # room for one row at a time only
+        # a multiprocessor has room for one row at a time only
         (256, 262144, 4, H100, (8, True)),
         (1, 128256, 4, B200, (8, True)),
-        # nothing is left to split
+        # too few vecs for a second block
         (1, 4096, 4, H100, (1, True)),
-        # no copy: too large, or no clusters
+        # no copy, because the row is too large or there are no clusters
         (256, 2**20, 4, H100, (1, False)),
         (1, 2**20, 4, H100, (8, False)),
         (256, 128256, 2, A100, (1, False)),
@@ -382,9 +382,9 @@ def test_branches_of_the_launch(choose, rows, vocab_size, logit_bytes, device, l
 @pytest.mark.parametrize("rows", [0, 1, 40, 133, 4096])
 @pytest.mark.parametrize("logit_bytes", [2, 4])
 def test_every_launch_can_be_started(choose, rows, vocab_size, logit_bytes, device):
-    blocks, copied, groups, shared = choose(rows, vocab_size, logit_bytes, device)
+    blocks, copied, vecs, shared = choose(rows, vocab_size, logit_bytes, device)
     assert blocks in ((1, 2, 4, 8) if device[0] >= 90 else (1,))
     assert shared <= device[2]
-    assert groups % 32 == 0
-    assert blocks * groups * 8 >= vocab_size + 7, "wherever the row begins"
-    assert shared >= groups * 8 * logit_bytes * copied
+    assert vecs % 32 == 0
+    assert blocks * vecs * 8 >= vocab_size + 7, "a row fits wherever it begins"
+    assert shared >= vecs * 8 * logit_bytes * copied

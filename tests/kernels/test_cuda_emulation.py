@@ -1,6 +1,6 @@
-"""Can the emulation be believed? Right kernels give the right numbers, wrong ones are caught.
+"""Tests of the emulation: correct kernels give the right numbers, and wrong ones are caught.
 
-tests/kernels/cuda_emulation/cuda_emulation.h says what it shows and what it does not.
+tests/kernels/cuda_emulation/cuda_emulation.h says what the emulation detects and what it does not.
 """
 
 import shutil
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++")
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    """A function: what a kernel prints, or the last of several, and how the process ended."""
+    """A function that runs kernels in a new process and returns it, with the last one's output."""
     folder = tmp_path_factory.mktemp("cuda_emulation")
     programs = {}
 
@@ -46,7 +46,7 @@ def _signed(value):
 
 
 def _warp_collectives():
-    """Two blocks of 64 threads; what the kernel folds, one thread after another."""
+    """What warp_collectives computes, one thread after another, for two blocks of 64 threads."""
     out = []
     for thread in range(64):
         first, lane = thread - thread % 32, thread % 32
@@ -98,7 +98,7 @@ RIGHT = {
     ],
     "pipeline": _pipeline(),
 }
-RIGHT["trapped ring"] = RIGHT["ring"]  # one after the other
+RIGHT["trapped ring"] = RIGHT["ring"]  # a failed launch, then a correct one
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -142,7 +142,7 @@ def test_wrong_kernels_fail(emulated, build, kernel, reason, seed):
 )
 @pytest.mark.parametrize("build", BUILDS)
 def test_what_is_not_waited_for_is_not_there(emulated, build, kernel, right, seed):
-    """Memory without a value has a large one."""
+    """Each result is right or a large number, which is what uninitialised memory holds."""
     done = emulated(build, kernel, seed)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not {int(word) for word in done.stdout.split()} - {0} <= right
@@ -164,7 +164,7 @@ def test_sanitizers_see_wrong_accesses(emulated, kernel, report, seed):
 
 
 def test_a_seed_is_an_order(emulated):
-    """The same one each time, and others for others."""
+    """A seed gives the same order of threads each time; other seeds give other orders."""
     runs = [emulated("plain", "missing_barrier", seed).stdout for seed in (0, 1, 2, 3, 4, 1)]
     assert runs[1] == runs[5]
     assert len(set(runs)) > 2
@@ -172,6 +172,6 @@ def test_a_seed_is_an_order(emulated):
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_the_kernels_are_cuda(tmp_path):
-    """What the emulation offers has CUDA's names and arguments."""
+    """The emulated functions have CUDA's names and arguments."""
     command = [NVCC, "-std=c++17", "-arch=sm_90a", "-cubin", str(FOLDER / "kernels.cu")]
     subprocess.run([*command, "-o", str(tmp_path / "kernels.cubin")], check=True)

@@ -1,7 +1,7 @@
-"""The fuzzer's corpus, run by AddressSanitizer and UBSan; tests/kernels/fuzz.sh makes more of it.
+"""Replays the fuzzer's corpus with AddressSanitizer and UBSan; fuzz.sh makes more inputs.
 
-cpp/fuzz_cpu.cpp compares every result of the CPU kernel with the steps done one by one. Here it
-runs the inputs that the fuzzer kept, and three broken kernels show that it finds what is wrong.
+cpp/fuzz_cpu.cpp compares every result of the CPU kernel with the steps done one by one. Here
+it runs the inputs that the fuzzer kept. Three kernels that are broken on purpose must be found.
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ FLAGS += ["-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=und
 
 
 def replay(
-    root: Path, out: Path, inputs: list[Path], *options: str
+    root: Path, program: Path, inputs: list[Path], *options: str
 ) -> subprocess.CompletedProcess[str]:
-    """Builds the harness of a checkout, and runs it on the inputs."""
+    """Build the fuzz test of a checkout, and run it on the inputs."""
     found = shutil.which("g++")
     if found is None:
         pytest.skip("there is no g++")
     source = root / "tests" / "kernels" / "cpp" / "fuzz_cpu.cpp"
-    build = [found, *FLAGS, "-DREPLAY", *options, str(source), "-ldl", "-o", str(out)]
+    build = [found, *FLAGS, "-DREPLAY", *options, str(source), "-ldl", "-o", str(program)]
     subprocess.run(build, check=True)
-    return subprocess.run([out, *inputs], capture_output=True, text=True)
+    return subprocess.run([program, *inputs], capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_the_corpus(tmp_path: Path) -> None:
-    """CI's minute of tests/kernels/fuzz.sh begins with it, under the same sanitizers."""
+    """fuzz.sh, which CI runs, begins with the same inputs under the same sanitizers."""
     done = replay(ROOT, tmp_path / "replay", CORPUS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == f"{len(CORPUS)} inputs\n"
     assert len(CORPUS) > 100
 
 
+#: Bugs: a file of csrc/cpu, the right code, the wrong code, and what the program then prints.
 BROKEN = {
     "a tie too few": ("tile.h", "(j <= last_equal)", "(j < last_equal)", "FAILED: "),
-    "past the end of a list": (
+    "past the end of the candidates": (
         "sample.cpp",
-        "ws_.list_id.at_least(row_.vocab_size + 1)",
-        "ws_.list_id.at_least(row_.vocab_size - 1)",
+        "ws_.candidate_id.at_least(row_.vocab_size)",
+        "ws_.candidate_id.at_least(row_.vocab_size - 1)",
         "AddressSanitizer",
     ),
     "a count that overflows": (
@@ -58,22 +59,22 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(
-    ("file", "good", "bad", "said"),
+    ("file", "right", "wrong", "message"),
     [
-        pytest.param(*how, id=name, marks=() if name == "a tie too few" else pytest.mark.slow)
-        for name, how in BROKEN.items()
+        pytest.param(*bug, id=name, marks=() if name == "a tie too few" else pytest.mark.slow)
+        for name, bug in BROKEN.items()
     ],
 )
 def test_a_broken_kernel_is_found(
-    tmp_path: Path, file: str, good: str, bad: str, said: str
+    tmp_path: Path, file: str, right: str, wrong: str, message: str
 ) -> None:
-    """By the corpus, without any luck."""
+    """The corpus alone finds it, without new inputs."""
     for folder in ("csrc", "tests/kernels/cpp"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("corpus"))
     path = tmp_path / "csrc" / "cpu" / file
     text = path.read_text()
-    assert text.count(good) == 1
-    path.write_text(text.replace(good, bad))
+    assert text.count(right) == 1
+    path.write_text(text.replace(right, wrong))
     done = replay(tmp_path, tmp_path / "replay", CORPUS, "-DLLM_SAMPLING_CLONES=")
     assert done.returncode != 0
-    assert said in done.stderr
+    assert message in done.stderr

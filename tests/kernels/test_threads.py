@@ -1,4 +1,4 @@
-"""The threads of the CPU kernel: whose they are, and what is left of them in a child process."""
+"""The threads that the CPU kernel uses: torch's, or its own, also in a child process after fork."""
 
 import os
 import subprocess
@@ -64,7 +64,7 @@ def run(program: str) -> None:
 
 
 def test_torch_s_threads_are_used():
-    """Those that torch has are all that there are, and it keeps them."""
+    """The kernel starts no thread beside torch's, and ends none of them."""
     run(
         """
 use_openmp()
@@ -80,7 +80,10 @@ assert threads() == before
 
 
 def test_small_work_is_done_alone():
-    """No thread is woken for it; in a child, where the kernel starts its own, none is started."""
+    """Fewer than 32,768 tokens use one thread.
+
+    It is seen in a child process, where the kernel starts threads of its own.
+    """
     run(
         """
 def started(logits):
@@ -97,7 +100,7 @@ assert in_child(lambda: started(logits[:, :4096].repeat(8, 1))) == 2
 
 
 def test_a_child_after_use():
-    """OpenMP would wait for ever there; a child of a child is no different."""
+    """A child can sample, where OpenMP would wait for ever; so can a child of a child."""
     run(
         """
 use_openmp()
@@ -110,7 +113,7 @@ assert draw() == mine
 
 
 def test_a_child_that_is_the_first_to_sample():
-    """The library is loaded after the fork, and cannot have heard of it."""
+    """The library is loaded after the fork, so its own fork handler has not run."""
     run(
         """
 use_openmp()
@@ -121,14 +124,14 @@ assert draw() == theirs
 
 
 def test_workers_that_flush_subnormals():
-    """A thread begins in the floating-point mode of the one that started it."""
+    """Workers inherit a mode that flushes subnormals; the kernel does not compute in it."""
     run(
         """
 if torch.set_flush_denormal(True):
     use_openmp()
     for token in range(0, 100_000, 9_999):
         logits = torch.zeros(1, 100_000)
-        logits.view(torch.int32)[0, token] = 1  # the smallest number there is
+        logits.view(torch.int32)[0, token] = 1  # the smallest positive float
         assert draw(logits, temperature=0) == [token]
 """
     )

@@ -2,8 +2,10 @@
 
 import ast
 import ctypes
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,10 +15,13 @@ import pytest
 import torch
 
 import llm_sampling
-from llm_sampling import BatchParams, SamplingParams, history, ops
+from llm_sampling import BatchParams, SamplingParams, history
 from llm_sampling.backends import BACKENDS, base, c_abi
 from llm_sampling.backends.base import SampleCall
-from llm_sampling.params import _RULES, OFF_VALUES
+from llm_sampling.fields import FIELDS, OFF_VALUES
+from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.tools import explain
+from llm_sampling.tools.cli.options import sampling_options
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "llm_sampling"
@@ -34,21 +39,31 @@ DERIVED = {"min_p_cut", "unseeded", "position", *FLAGS}
 #: Each module may import from the lines above its own, and from no other.
 LAYERS = (
     ("version", "checks", "backends.triton_kernel"),
-    ("params", "history"),
+    ("fields", "history"),
+    ("params",),
     ("backends.base",),
     ("backends", "reference", "backends.c_abi"),
     ("backends.native", "ops"),
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
     ("sampler", "distributed"),
     ("__init__",),  # what ``import llm_sampling`` loads ends here
-    ("generation.stop_strings", "generation.text", "generation.prompts", "generation.models"),
-    ("generation.loop",),
+    ("generation.stop_strings", "generation.text", "generation.prompts"),
+    ("generation.rows",),
+    ("generation.loop", "generation.models"),
     ("generation",),
     ("integrations", "tools"),
     ("integrations.huggingface", "integrations.vllm"),
-    ("tools.explain.steps", "tools.tuning.search"),
-    ("tools.explain", "tools.tuning"),
+    ("tools.explain.steps", "tools.tuning.space"),
+    ("tools.explain.compare", "tools.explain.page", "tools.explain.picture"),
+    ("tools.tuning.resume",),
+    ("tools.tuning.search",),
     ("tools.tuning.objectives", "tools.tuning.report"),
+    ("tools.explain", "tools.tuning"),
+    ("tools.cli.console",),
+    ("tools.cli.running",),
+    ("tools.cli.options",),
+    ("tools.cli.explain", "tools.cli.generate", "tools.cli.info", "tools.cli.tune"),
+    ("tools.cli.chat",),
     ("tools.cli",),
     ("tools.cli.__main__",),
 )
@@ -91,27 +106,20 @@ def test_docstring_describes_every_parameter(name):
 
 
 def test_command_line_has_every_parameter():
-    """Among the options of those that draw."""
-    tree = ast.parse(read("llm_sampling/tools/cli/__init__.py"))
-    (sampling,) = (
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == "sampling"
-    )
-    options = {argument.arg for argument in sampling.args.args + sampling.args.kwonlyargs}
-    assert set(PARAMETERS) <= options
+    """Among the options of the commands that draw."""
+    assert list(vars(sampling_options().parse_args([]))) == PARAMETERS
 
 
 def test_page_has_every_parameter_with_its_rule():
     """But for the two that it cannot change."""
-    page = read("llm_sampling/tools/data/explain.html")
-    fields = page[page.index("const FIELDS = {") : page.index("const NUMBER")]
-    rules = dict(re.findall(r'^  (\w+): \{.*?rule: "(.*?)"', fields, re.MULTILINE | re.DOTALL))
-    offs = dict(re.findall(r"^  (\w+): \{\s*label: .*?, off: (\S+),", fields, re.MULTILINE))
+    template = read("llm_sampling/tools/data/explain.html")
+    fields = template[template.index("const FIELDS = {") : template.index("const NUMBER")]
     shown = [name for name in PARAMETERS if name not in ("logit_bias", "seed")]
-    assert rules == {name: _RULES[name] for name in shown}
-    assert {name: float(off) for name, off in offs.items()} == {
-        name: OFF_VALUES[name] for name in shown
+    assert re.findall(r"^  (\w+): \{", fields, re.MULTILINE) == shown
+    page = explain.page(torch.zeros(1), ["a"], SamplingParams())
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert data["fields"] == {
+        name: {"rule": FIELDS[name].rule, "off": FIELDS[name].off} for name in shown
     }
 
 
@@ -136,6 +144,7 @@ def parameter_table(path):
 
 @pytest.mark.parametrize("path", ["README.md", "docs/semantics.md"])
 def test_docs_list_every_parameter(path):
+    """Read from the text itself, so that it fails where docs/tables.py makes a table wrong."""
     table = parameter_table(path)
     assert sorted(table) == sorted(PARAMETERS)
     for name, (range_, off) in table.items():
@@ -143,6 +152,79 @@ def test_docs_list_every_parameter(path):
         value = OFF_VALUES[name]
         expected = "None" if value is None else f"{value:g}"
         assert re.match(rf"{expected}(\D|$)", off), f"{name} is off at {expected}, not {off!r}"
+
+
+TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
+
+
+@pytest.mark.parametrize("path", TABLES["TABLES"])
+def test_tables_are_made_from_the_fields(path):
+    text = read(path)
+    made = TABLES["with_table"](text, TABLES["TABLES"][path]())
+    assert made == text, "run: python docs/tables.py"
+
+
+# Every place that a new parameter needs
+
+FILTERS = ("rank", "mass", "depth")
+EVERY_KIND = ("bias", "penalty", "scale", *FILTERS, "floor", "seed")
+
+#: File or folder -> the kinds of parameters that it must name.
+PLACES = {
+    "csrc/llm_sampling.h": EVERY_KIND,
+    "csrc/validate.h": EVERY_KIND,
+    "csrc/semantics.h": ("depth",),  # depth_cut
+    "llm_sampling/reference.py": EVERY_KIND,
+    "llm_sampling/backends/c_abi.py": EVERY_KIND,
+    "llm_sampling/backends/triton.py": EVERY_KIND,
+    "llm_sampling/backends/triton_kernel.py": EVERY_KIND,
+    "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),  # depth_cut has the rest
+    "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
+    "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
+    "llm_sampling/tools/data/explain.html": ("penalty", "scale", *FILTERS, "floor"),
+    "docs/semantics.md": EVERY_KIND,
+    "docs/parameters.md": ("penalty", "scale", *FILTERS, "seed"),
+    "README.md": EVERY_KIND,
+    "tests/cases.py": EVERY_KIND,
+    "tests/strategies.py": EVERY_KIND,
+    "tests/sampling/differential.py": EVERY_KIND,
+    "tests/kernels/cpp/fuzz_cpu.cpp": EVERY_KIND,
+    "tests/tools/test_cli.py": EVERY_KIND,
+    "benchmarks/oracle.py": ("penalty", "scale", *FILTERS),
+}
+
+#: The kernels on the host's side of a filter by depth read ``depth_cut`` alone.
+KERNELS = ("csrc/cpu", "csrc/cuda")
+
+
+def read_all(path):
+    """The text of a file, or of all files of a folder."""
+    return "\n".join(read(file) for file in FILES if file == path or file.startswith(f"{path}/"))
+
+
+def is_named(parameter, text):
+    """Whether a text has its name, that of its threshold, or those of its pieces."""
+    names = [[parameter], [f"{parameter}_cut"], pieces(parameter)]
+    return any(all(re.search(rf"\b{n}\b", text) for n in these) for these in names)
+
+
+@pytest.mark.parametrize("path", PLACES)
+def test_every_place_names_the_parameter(path):
+    text = read_all(path)
+    assert text, f"there is no {path}"
+    wanted = [f.name for f in FIELDS.values() if f.kind in PLACES[path]]
+    assert wanted
+    missing = [name for name in wanted if not is_named(name, text)]
+    assert not missing, f"{path} does not know {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("folder", KERNELS)
+def test_kernels_know_no_filter_by_depth(folder):
+    """A further one changes ``depth_cut`` in csrc/semantics.h, and nothing in these."""
+    code = re.sub(r"//.*", "", read_all(folder))
+    for field in FIELDS.values():
+        if field.kind == "depth":
+            assert not is_named(field.name, code), f"{folder} reads {field.name}"
 
 
 # The C struct
@@ -190,14 +272,13 @@ def test_struct_has_every_parameter():
 def test_struct_reads_the_dtypes_that_a_batch_has():
     batch = BatchParams.from_list([SamplingParams(logit_bias={1: 2})], positions=[0])
     struct = struct_fields()
-    for name in c_abi.POINTERS:
+    for name in KERNEL_TENSORS:
         assert struct[name] == C_DTYPES[getattr(batch, name).dtype] + "*", name
 
 
 def test_pointers_are_what_a_batch_has():
     tensors = [f.name for f in fields(BatchParams) if f.name not in ("unseeded", *FLAGS)]
-    assert sorted(c_abi.POINTERS) == sorted(tensors)
-    assert sorted(ops.BATCH_FIELDS) == sorted(tensors)
+    assert sorted(KERNEL_TENSORS) == sorted(tensors)
 
 
 def test_ctypes_struct_is_the_header_s():
@@ -274,8 +355,15 @@ def test_cuda_has_the_step(number, word):
 
 
 def test_cuda_s_kernel_takes_every_parameter():
-    """Every parameter, and everything else that a call has, by its name in the struct."""
-    read_by_it = set(re.findall(r"\bargs_?\.(\w+)", cuda_kernel()))
+    """Every field of the struct is read, by the kernel or by a function of semantics.h it calls."""
+    kernel = cuda_kernel()
+    read_by_it = set(re.findall(r"\bargs_?\.(\w+)", kernel))
+    functions = re.findall(
+        r"(\w+)\(const LlmSamplingArgs& args.*?\{\n(.*?)\n\}", read("csrc/semantics.h"), re.DOTALL
+    )
+    for name, body in functions:
+        if re.search(rf"\b{name}\(args_", kernel):
+            read_by_it |= set(re.findall(r"\bargs\.(\w+)", body))
     not_a_kernel_s = {"struct_size", "version", "num_threads", "reserved", "num_slots"}
     assert set(struct_fields()) - not_a_kernel_s <= read_by_it
 
@@ -285,7 +373,7 @@ def test_triton_s_kernel_takes_every_parameter():
     source = read("llm_sampling/backends/triton_kernel.py")
     kernel = source[source.index("def sample_kernel(") :]
     arguments = re.findall(r"^    (\w+)(?:: tl.constexpr)?,$", kernel, re.MULTILINE)
-    assert {*c_abi.POINTERS} - {"min_p"} <= set(arguments)
+    assert {*KERNEL_TENSORS} - {"min_p"} <= set(arguments)
 
 
 @pytest.mark.parametrize(
@@ -347,8 +435,9 @@ def layer(name):
 
 def test_every_module_has_a_layer():
     assert sorted(MODULES) == sorted(name for names in LAYERS for name in names)
+    (backends,) = (names for names in LAYERS if "backends.cpu" in names)
     assert {backend.module for backend in BACKENDS.values()} <= {
-        f"llm_sampling.{name}" for name in LAYERS[5]
+        f"llm_sampling.{name}" for name in backends
     }
 
 
@@ -436,22 +525,33 @@ DOCS = sorted(
 
 
 def python_blocks(path):
-    """Each fenced block of Python, with as many lines before it as the document has."""
+    """Each fenced block of Python, with as many lines before it as the document has.
+
+    Beside it is the fenced block of text that follows, which is what the Python prints, or None.
+    """
     text = read(path)
-    return [
-        "\n" * text.count("\n", 0, block.start(1)) + block[1]
-        for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    ]
+    blocks = re.finditer(
+        r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", text, re.MULTILINE | re.DOTALL
+    )
+    return [("\n" * text.count("\n", 0, block.start(1)) + block[1], block[2]) for block in blocks]
 
 
 @pytest.mark.parametrize("path", sorted({"README.md", *filter(python_blocks, DOCS)}))
-def test_code_in_docs_runs(path, tmp_path, monkeypatch):
+def test_code_in_docs_runs(path, tmp_path, monkeypatch, capsys):
+    """And prints what the document shows, where it shows something."""
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(path)
     assert blocks, f"{path} has no code to run"
     namespace = {"__name__": "__main__"}
-    for block in blocks:
+    for block, shown in blocks:
+        capsys.readouterr()
         exec(compile(block, path, "exec"), namespace)
+        if shown is not None:
+            assert capsys.readouterr().out == shown
+
+
+def test_readme_shows_what_its_code_prints():
+    assert all(shown for _, shown in python_blocks("README.md"))
 
 
 def project_files():
@@ -468,7 +568,7 @@ FILES = sorted(project_files())
 
 @pytest.mark.parametrize("path", DOCS)
 def test_docs_name_files_that_exist(path):
-    for name in re.findall(r"`([\w./-]+\.(?:py|cpp|cu|h|md|json|toml))`", read(path)):
+    for name in re.findall(r"`([\w./-]+\.(?:py|cpp|cuh?|h|md|json|toml))`", read(path)):
         if "NAME" not in name:
             tail = "/" + name.removeprefix("./")
             assert any(f"/{file}".endswith(tail) for file in FILES), f"{path} names {name}"

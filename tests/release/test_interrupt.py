@@ -622,7 +622,7 @@ def test_an_interrupt_in_the_middle_of_the_status_line(
     handler, threads = signal.getsignal(signal.SIGINT), threading.active_count()
     reports = []
     messages = console(file=written, force_terminal=True)
-    with pytest.raises(KeyboardInterrupt), cli._progress(messages, "Loading") as report:
+    with pytest.raises(KeyboardInterrupt), cli.console.progress(messages, "Loading") as report:
         reports.append(report)
     assert written.getvalue().rfind(SHOW) > written.getvalue().rfind(HIDE) >= 0
     assert len(reports) == shows
@@ -634,17 +634,17 @@ def test_an_interrupt_in_the_middle_of_the_status_line(
 
 
 @pytest.mark.parametrize(
-    ("moment", "argv"),
+    ("place", "argv"),
     [
-        ("_info", ["info"]),
-        ("Request", ["generate", "x"]),
-        ("Request", ["chat"]),
-        ("_parse_logit_bias", ["generate", "x"]),
-        ("_load", ["chat"]),
+        ("info.run", ["info"]),
+        ("generate.Request", ["generate", "x"]),
+        ("chat.Request", ["chat"]),
+        ("options._parse_logit_bias", ["generate", "x"]),
+        ("running.Running.load", ["chat"]),
     ],
 )
 def test_an_interrupt_before_the_work_begins(
-    moment: str,
+    place: str,
     argv: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -652,7 +652,7 @@ def test_an_interrupt_before_the_work_begins(
     """While options are read; what is on the terminal's line then, as ^C, is not written over."""
     for package in cli.EXTRA_PACKAGES:
         pytest.importorskip(package, reason="needs the extra 'cli'")
-    monkeypatch.setattr(cli, moment, lambda *_, **__: press_ctrl_c())
+    monkeypatch.setattr(f"llm_sampling.tools.cli.{place}", lambda *_, **__: press_ctrl_c())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert cli.main(argv) == INTERRUPTED
     assert capsys.readouterr() == ("", f"{SHOW}\n")

@@ -31,7 +31,16 @@ SOURCES = {
 
 #: All that may be imported: none of these runs what is in a file or reaches a network by itself.
 ANYWHERE = {
-    *("__future__", "base64", "collections", "contextlib", "copy", "ctypes", "dataclasses"),
+    *(
+        "__future__",
+        "argparse",
+        "base64",
+        "collections",
+        "contextlib",
+        "copy",
+        "ctypes",
+        "dataclasses",
+    ),
     *("fcntl", "functools", "html", "importlib", "inspect", "io", "itertools", "json", "logging"),
     *("math", "numbers", "os", "pathlib", "platform", "re", "secrets", "signal", "string"),
     *("struct", "sys", "threading", "time", "types", "typing", "warnings", "zlib"),
@@ -41,10 +50,18 @@ SOMEWHERE = {
     "generation.models": {"gguf", "transformers"},
     "integrations.huggingface": {"transformers"},
     "backends.triton_kernel": {"triton"},
-    "tools.cli.__init__": {"optuna", "rich", "tqdm", "typer"},
-    "tools.explain.steps": {"matplotlib"},
+    "tools.cli.chat": {"rich"},
+    "tools.cli.console": {"rich", "tqdm"},
+    "tools.cli.explain": {"rich"},
+    "tools.cli.generate": {"rich"},
+    "tools.cli.info": {"rich"},
+    "tools.cli.running": {"rich"},
+    "tools.cli.tune": {"optuna", "rich"},
+    "tools.explain.picture": {"matplotlib"},
     "tools.tuning.report": {"matplotlib", "optuna"},
+    "tools.tuning.resume": {"optuna"},
     "tools.tuning.search": {"optuna"},
+    "tools.tuning.space": {"optuna"},
 }
 #: Calls of these names, whatever they belong to, reach a file, a process or code in a text.
 REACHING = {
@@ -65,10 +82,10 @@ KNOWN = {
     ("backends.Backend.load", "importlib.import_module"),  # of a name in the table
     ("backends.native.Library._loaded", "failure.read_text"),  # why it was not built
     ("backends.native.Library._loaded", "ctypes.CDLL"),
-    ("tools.cli._closed_pipe", "os.open"),  # the null device, when nobody reads the output
-    ("tools.cli._explain", "request.html.write_text"),
-    ("tools.cli._tune", "request.out.mkdir"),
-    ("tools.explain.steps.page", "_TEMPLATE.read_text"),
+    ("tools.cli.console.closed_pipe", "os.open"),  # the null device, when nobody reads the output
+    ("tools.cli.explain.run", "request.html.write_text"),
+    ("tools.cli.tune.run", "request.out.mkdir"),
+    ("tools.explain.page.page", "_TEMPLATE.read_text"),
     ("integrations.vllm._find", "importlib.import_module"),  # of names in the file, all vLLM's
     ("generation.models.check_path", "path.open"),
     ("generation.models.load", "transformers.AutoTokenizer.from_pretrained"),
@@ -77,7 +94,7 @@ KNOWN = {
     ("tools.tuning.report.write_report", "folder.mkdir"),
     ("tools.tuning.report.write_report", "page.write_text"),
     ("tools.tuning.report.write_report", "path.write_bytes"),
-    ("tools.tuning.search._alone", "?.open"),  # a lock
+    ("tools.tuning.resume.locked", "?.open"),  # a lock
 }
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llm_sampling import SamplingParams, TokenHistory, backends, filter_logits, sample
 from llm_sampling.backends.base import Logprobs
-from llm_sampling.params import OFF_VALUES
+from llm_sampling.fields import OFF_VALUES
 
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16)

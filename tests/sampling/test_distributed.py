@@ -1,4 +1,4 @@
-"""Does every rank of a group give the token that the unsharded kernel gives, however it is cut?"""
+"""sample_sharded: every rank of a group returns the tokens of ``sample``, for any slices."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def three() -> Iterator[Ranks]:
 
 
 def even(vocab_size: int, size: int) -> list[int]:
-    """Where slices of one width end, from 0 on; the last may be less, or nothing, as of chunk."""
+    """The bounds of slices of one width, as torch.chunk makes them; the last may be shorter."""
     width = -(-vocab_size // size)
     return [min(rank * width, vocab_size) for rank in range(size + 1)]
 
 
 def uneven(vocab_size: int, size: int, seed: int) -> list[int]:
-    """Where slices of any width end, some without a token."""
+    """The bounds of slices of any widths, of which some may be empty."""
     rng = random.Random(seed)
     return [0, *sorted(rng.randrange(vocab_size + 1) for _ in range(size - 1)), vocab_size]
 
@@ -75,7 +75,7 @@ def uneven(vocab_size: int, size: int, seed: int) -> list[int]:
 
 
 def draw(rank: int, batch: Batch, ends: Sequence[int], options: dict[str, Any]) -> Any:
-    """What this rank returns for its slice of a batch; its tensors by value."""
+    """What this rank returns for its slice of a batch, as lists."""
     output = sample_sharded(
         batch.logits[:, ends[rank] : ends[rank + 1]],
         BatchParams.from_list(batch.params, positions=batch.positions),
@@ -106,7 +106,7 @@ def assert_same(
     ends: Sequence[int],
     **options: Any,
 ) -> None:
-    """Every rank's tokens and status equal the unsharded kernel's; so do logprobs, nearly."""
+    """Every rank's tokens and status equal those of ``sample``, logprobs to the tolerance."""
     differing, every = differences(ranks, groups, vocab_size, dtype, ends, **options)
     assert every, "nothing was compared"
     if differing:
@@ -125,7 +125,7 @@ def differences(
     ends: Sequence[int],
     **options: Any,
 ) -> tuple[list[str], int]:
-    """What differs on any rank, in words, and how many rows were compared."""
+    """A description of each row that differs on a rank, and how many rows were compared."""
     options = {"check": False, **options}
     answers = ranks(draw_all, groups, vocab_size, dtype, ends, options)
     differing, every = [], 0
@@ -161,12 +161,14 @@ def differences(
     return differing, every
 
 
-def few(groups: Sequence[Sequence[Case]], vocab_size: int) -> list[list[Case]]:
-    """Those that go by candidates, where the other way would take all of a group."""
-    wanted = [
-        [c for c in g if 0 < c.params(vocab_size).kept_at_most <= distributed.MOST_CANDIDATES]
-        for g in groups
-    ]
+def with_few_candidates(groups: Sequence[Sequence[Case]], vocab_size: int) -> list[list[Case]]:
+    """Only the cases that use candidates; in a mixed batch all rows use the threshold."""
+
+    def has_candidates(case: Case) -> bool:
+        batch = BatchParams.from_list([case.params(vocab_size)])
+        return 0 < batch.kept_at_most <= distributed.MOST_CANDIDATES
+
+    wanted = [list(filter(has_candidates, group)) for group in groups]
     return [cases for cases in wanted if cases]
 
 
@@ -175,7 +177,7 @@ def few(groups: Sequence[Sequence[Case]], vocab_size: int) -> list[list[Case]]:
 
 @pytest.mark.parametrize("slices", ["even", "uneven"])
 def test_every_row_with_every_mix(ranks: Ranks, slices: str) -> None:
-    """The whole table; sizes of vocabularies, dtypes and logprobs change with the group."""
+    """All cases; vocabulary size, dtype and logprobs depend on the size of the group."""
     turn = SIZES.index(ranks.size) + 3 * (slices == "uneven")
     vocab_size = (33, 513, 31, 512, 511, 7, 33, 513)[turn]
     ends = (
@@ -185,17 +187,17 @@ def test_every_row_with_every_mix(ranks: Ranks, slices: str) -> None:
     options = {"logprobs": (None, "processed", "raw")[turn % 3], "num_samples": 1 + turn % 2}
     dtype = DTYPES[turn % len(DTYPES)]
     assert_same(ranks, groups, vocab_size, dtype, ends, **options)
-    assert_same(ranks, few(groups, vocab_size), vocab_size, dtype, ends, **options)
+    assert_same(ranks, with_few_candidates(groups, vocab_size), vocab_size, dtype, ends, **options)
 
 
 @pytest.mark.parametrize("vocab_size", SMALL_VOCABS, ids="V{}".format)
 def test_every_vocabulary(ranks: Ranks, vocab_size: int) -> None:
-    """Also with fewer ids than ranks."""
+    """Some have fewer ids than there are ranks."""
     seed = ranks.size + vocab_size
     ends = (even(vocab_size, ranks.size), uneven(vocab_size, ranks.size, vocab_size))[seed % 2]
     dtype = DTYPES[seed % len(DTYPES)]
     groups = covering_cases(vocab_size, seed)
-    for cases in (groups, few(groups, vocab_size)):
+    for cases in (groups, with_few_candidates(groups, vocab_size)):
         assert_same(ranks, cases, vocab_size, dtype, ends, num_samples=4, logprobs="processed")
 
 
@@ -203,7 +205,7 @@ def test_every_vocabulary(ranks: Ranks, vocab_size: int) -> None:
 def test_large_vocabularies(ranks: Ranks, vocab_size: int) -> None:
     ends = uneven(vocab_size, ranks.size, 1)
     groups = covering_cases(vocab_size, 5, rows=3)
-    for cases in (groups, few(groups, vocab_size)):
+    for cases in (groups, with_few_candidates(groups, vocab_size)):
         assert_same(ranks, cases, vocab_size, torch.float32, ends, logprobs="raw")
 
 
@@ -211,12 +213,12 @@ def test_large_vocabularies(ranks: Ranks, vocab_size: int) -> None:
 def test_every_backend(three: Ranks, backend: str) -> None:
     groups = covering_cases(513, 11)
     ends = uneven(513, 3, 2)
-    for cases in (groups, few(groups, 513)):
+    for cases in (groups, with_few_candidates(groups, 513)):
         assert_same(three, cases, 513, torch.float32, ends, backend=backend, logprobs="processed")
 
 
 def each_mix_alone(vocab_size: int) -> list[list[Case]]:
-    """Batches of one kind, so that what the parameters leave out is left out."""
+    """A batch for each mix of filters, so that searches that it does not need are left out."""
     rows = ("normal x3", "plateau", "octaves", "two values", "deep tail", "random bits")
     return [
         [Case(row, mix, seed=seed) for seed, row in enumerate(rows)]
@@ -243,7 +245,7 @@ def test_digits_of_any_width_give_the_same_tokens(three: Ranks, digits: tuple[in
 
 
 def greater_ties(rank: int, *args: Any) -> Any:
-    """Broken: every rank may keep as many ties as all together."""
+    """Broken: every rank keeps one tie too many."""
     before = torch.minimum
     torch.minimum = lambda a, b: before(a + 1, b) if a.dim() == 2 else before(a, b)
     try:
@@ -268,7 +270,7 @@ def local_best(rank: int, *args: Any) -> Any:
 
 
 @pytest.mark.parametrize("broken", [greater_ties, fewer_bits, local_best])
-def test_broken_sharding_is_seen(three: Ranks, broken: Any) -> None:
+def test_broken_sharding_is_detected(three: Ranks, broken: Any) -> None:
     class Broken:
         size = 3
 
@@ -301,7 +303,7 @@ def logits_of(step: int, rows: int, vocab_size: int) -> Tensor:
 
 
 def stream(rank: int, steps: int, vocab_size: int, ends: Sequence[int]) -> list[list[int]]:
-    """A decode loop: parameters packed once, the history followed by every rank."""
+    """A decode loop with parameters packed once, in which every rank updates the history."""
     params = BatchParams.from_list(STREAMS)
     history = TokenHistory.from_ids([[1, 2], [3], [], [4]], None, vocab_size)
     tokens = []
@@ -324,7 +326,7 @@ def test_a_loop_gives_the_streams_of_a_sampler(three: Ranks) -> None:
 
 
 def unseeded(rank: int, params: SamplingParams, ends: Sequence[int]) -> list[list[int]]:
-    """Twice, from generators that differ from rank to rank."""
+    """The tokens of two calls, with a different generator state on each rank."""
     torch.manual_seed(100 + rank)
     logits = logits_of(0, 40, 64)[:, ends[rank] : ends[rank + 1]]
     rows = [params, SamplingParams(top_k=50, seed=1)] * 20
@@ -332,7 +334,7 @@ def unseeded(rank: int, params: SamplingParams, ends: Sequence[int]) -> list[lis
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(), SamplingParams(top_k=50)], ids=["cuts", "few"]
+    "params", [SamplingParams(), SamplingParams(top_k=50)], ids=["threshold", "candidates"]
 )
 def test_rows_without_a_seed_get_the_first_rank_s(three: Ranks, params: SamplingParams) -> None:
     rows = [params, SamplingParams(top_k=50, seed=1)] * 20
@@ -369,7 +371,7 @@ def four() -> Iterator[Ranks]:
 
 
 def in_a_subgroup(rank: int, ends: Sequence[int]) -> Any:
-    """Ranks 1 and 3 hold a vocabulary between them; 0 and 2 are no part of it."""
+    """Ranks 1 and 3 share a vocabulary; 0 and 2 are not in their group."""
     group = dist.new_group([1, 3])
     place = {1: 0, 3: 1}.get(rank, 0)
     logits = logits_of(2, 4, 90)[:, ends[place] : ends[place + 1]]
@@ -406,7 +408,7 @@ CHAIN_ALONE = SamplingParams(top_p=0.9, seed=1)
 
 
 class Counted:
-    """Counts what the collectives are given: their names and operators, messages and bytes."""
+    """Records the collectives that are called: name and operator, and bytes sent."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, int]] = []
@@ -436,7 +438,7 @@ class Counted:
         return counting
 
 
-#: Everything in torch.distributed that sends.
+#: Every function of torch.distributed that sends.
 COLLECTIVES = {
     *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object"),
     *("all_gather_single", "all_reduce", "all_reduce_coalesced", "all_to_all", "all_to_all_single"),
@@ -455,7 +457,7 @@ def counted(rank: int, params: SamplingParams, rows: int, options: dict[str, Any
 
 
 def traffic() -> dict[str, tuple[str, str]]:
-    """docs/scale.md's table: parameters to messages and bytes a row, as formulas of k and n."""
+    """The table of docs/scale.md: parameters to formulas of messages and of bytes a row."""
     rows = re.findall(
         r"^\| `(SamplingParams\(.*?\))` \| ([^|]+) \| ([^|]+) \|",
         (ROOT / "docs/scale.md").read_text(),
@@ -475,8 +477,8 @@ def test_messages_and_bytes_are_those_of_the_docs(three: Ranks, call: str, rows:
     assert eval(size, {"k": distributed.MOST_CANDIDATES}) <= 8 * 1024
 
 
-def test_docs_count_every_way() -> None:
-    """Those of both ways, with each search and without."""
+def test_docs_count_both_algorithms() -> None:
+    """Its rows cover both algorithms, with and without each of the searches."""
     calls = [eval(call, {"SamplingParams": SamplingParams, "k": 40}) for call in traffic()]
     assert len(calls) >= 6
     batches = [BatchParams.from_list([params]) for params in calls]
@@ -513,14 +515,14 @@ def test_bytes_of_what_else_may_be_asked_for(
         assert sum(size for _, size in sent) == before + 5 * more
 
 
-def test_comparing_is_one_message_more(three: Ranks) -> None:
+def test_check_costs_one_more_message(three: Ranks) -> None:
     plain = three(counted, CHAIN_ALONE, 5, {"check": False})[0]
     for sent in three(counted, CHAIN_ALONE, 5, {"check": True}):
-        assert sent == [("all_gather", 8 * len(distributed._WORD)), *plain]
+        assert sent == [("all_gather", 8 * len(distributed._HEADER)), *plain]
 
 
 def test_only_collectives_that_nccl_has(three: Ranks) -> None:
-    """Of integers, whose sums and maxima do not depend on an order."""
+    """They carry integers, whose sums and maxima do not depend on an order."""
     everything = SamplingParams(top_p=0.9, top_k=300, min_p=0.1, min_tokens_to_keep=2)
     for params in (everything, SamplingParams(top_k=40)):
         for sent in three(counted, params, 2, {"logprobs": "raw", "num_samples": 2}):
@@ -532,7 +534,7 @@ def test_only_collectives_that_nccl_has(three: Ranks) -> None:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what would wait for a device: values for Python, and shapes that depend on values."""
+    """Raises for operations that would wait for a device: reading values, data-dependent shapes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -565,7 +567,9 @@ def without_waiting(rank: int, options: dict[str, Any], waiting: str | None) -> 
 
 
 @pytest.mark.parametrize("logprobs", [None, "processed", "raw"])
-@pytest.mark.parametrize("rows", [STREAMS, [SamplingParams(top_k=9)] * 4], ids=["cuts", "few"])
+@pytest.mark.parametrize(
+    "rows", [STREAMS, [SamplingParams(top_k=9)] * 4], ids=["threshold", "candidates"]
+)
 def test_nothing_waits_for_a_device(three: Ranks, rows: Any, logprobs: Any) -> None:
     answers = three(without_waiting, {"rows": rows, "logprobs": logprobs}, None)
     assert answers == [answers[0]] * 3
@@ -573,7 +577,7 @@ def test_nothing_waits_for_a_device(three: Ranks, rows: Any, logprobs: Any) -> N
 
 
 @pytest.mark.parametrize("waiting", ["item", "tolist", "cpu", "__bool__", "nonzero"])
-def test_waiting_is_seen(three: Ranks, waiting: str) -> None:
+def test_waiting_is_detected(three: Ranks, waiting: str) -> None:
     for answer in three(without_waiting, {"rows": STREAMS}, waiting):
         assert "waits for the device" in answer.message
 
@@ -594,7 +598,7 @@ def two() -> Iterator[Ranks]:
 
 
 def call(rank: int, by_rank: Sequence[dict[str, Any]]) -> Any:
-    """A call with this rank's arguments instead of good ones, then a good one."""
+    """A call with this rank's changed arguments, and then one with valid arguments."""
     good = {"rows": 2, "width": 5, "params": CHAIN_ALONE, "vocab_start": 5 * rank, "dtype": None}
 
     def once(changes: dict[str, Any]) -> Any:
@@ -693,7 +697,7 @@ def test_ranks_that_disagree_all_raise(two: Ranks, by_rank: Any, message: str) -
     expected = sample(torch.zeros(2, 10), CHAIN_ALONE).tokens.tolist()
     for told, tokens in two(call, by_rank):
         assert (told.type, told.message) == ("ValueError", message)
-        assert tokens == expected, "the group is of use afterwards"
+        assert tokens == expected, "the group works afterwards"
 
 
 @pytest.mark.parametrize(
@@ -745,7 +749,7 @@ def test_ranks_at_other_positions_all_raise(two: Ranks) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_one_rank_refuses_the_others_learn(two: Ranks, changes: Any, message: str) -> None:
-    """At once, and not when the group's timeout is over."""
+    """They learn it at once, without waiting for the group's timeout."""
     (told, tokens), (refused, same_tokens) = two(call, [{}, changes])
     assert refused.type == "ValueError"
     assert message in refused.message
@@ -763,7 +767,9 @@ def invalid(rank: int, value: float, params: SamplingParams) -> Any:
     sample_sharded(logits, params, vocab_start=5 * rank)
 
 
-@pytest.mark.parametrize("params", [CHAIN_ALONE, SamplingParams(top_k=3)], ids=["cuts", "few"])
+@pytest.mark.parametrize(
+    "params", [CHAIN_ALONE, SamplingParams(top_k=3)], ids=["threshold", "candidates"]
+)
 def test_a_bad_row_in_one_slice_raises_everywhere(two: Ranks, params: SamplingParams) -> None:
     for value, message in (
         (float("nan"), "NaN in logits in row 2"),
@@ -825,7 +831,7 @@ def test_without_a_group() -> None:
 
 
 def end_or_sample(rank: int, when: str) -> Any:
-    """Rank 1 ends, before the call or in the middle of it; the others sample."""
+    """Rank 1 ends, before the call or during it; the others sample."""
     if rank == 1:
         if when == "before":
             import os
@@ -883,7 +889,7 @@ def other_shape_unchecked(rank: int) -> Any:
 
 
 def test_another_shape_unchecked_is_no_hang() -> None:
-    """With check the ranks compare first. Without it gloo ends a process or raises on its rank."""
+    """Without ``check`` nothing compares the shapes: gloo ends a process or raises on a rank."""
     group = Ranks(2, timeout=5)
     start = time.monotonic()
     try:

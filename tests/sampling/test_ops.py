@@ -14,6 +14,7 @@ from llm_sampling import (
     ops,
     sample,
 )
+from llm_sampling.params import KERNEL_TENSORS
 from llm_sampling.sample import make_call
 
 V = 70
@@ -115,7 +116,7 @@ def test_the_op_is_the_function(backend, logits, history):
 )
 def test_fake_shapes(dtype, num_samples, logprobs, shapes):
     batch = BatchParams.from_list([SamplingParams(seed=1)] * 5, positions=[0] * 5, device="meta")
-    fields = [getattr(batch, name) for name in ops.BATCH_FIELDS]
+    fields = [getattr(batch, name) for name in KERNEL_TENSORS]
     nothing = [None] * 5
     inputs = (torch.empty(5, V, dtype=dtype, device="meta"), *fields, *nothing, False, True)
     results = torch.ops.llm_sampling.sample(*inputs, num_samples, logprobs, False, "auto")

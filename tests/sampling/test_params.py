@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm_sampling import BatchParams, SamplingParams, sample
-from llm_sampling.params import OFF_VALUES
+from llm_sampling.fields import OFF_VALUES
 
 NAN, INF = float("nan"), float("inf")
 

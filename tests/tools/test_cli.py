@@ -1,4 +1,4 @@
-"""Does the command do what its options say, and keep text, messages and exit codes apart?"""
+"""The command: its options, what goes to stdout and to stderr, and its exit codes."""
 
 import dataclasses
 import importlib.util
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from llm_sampling import Sampler, SamplingParams, TokenHistory, backends
-from llm_sampling.generation import loop, models, stream
+from llm_sampling.generation import models, rows, stream
 from llm_sampling.tools import cli
 
-typer = pytest.importorskip("typer", reason="needs the extra 'cli'")
+pytest.importorskip("rich", reason="needs the extra 'cli'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
 gguf = pytest.importorskip("gguf", reason="needs the extra 'cli'")
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 A, B, NEWLINE = (byte_tokenizer()(text)["input_ids"][0] for text in "ab\n")
 END = byte_tokenizer().eos_token_id
 
-#: For each field of SamplingParams: options that set it, and the value they mean.
+#: For each field of SamplingParams, options that set it and the value that they set.
 FIELD_OPTIONS = {
     "temperature": (["--temperature", "0.5"], 0.5),
     "top_k": (["--top-k", "7"], 7),
@@ -68,7 +68,7 @@ def refused(code, out, err, *words):
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingParams)])
 def test_every_field_of_sampling_params_is_an_option(field, model_path, monkeypatch):
     requests = []
-    monkeypatch.setattr(cli, "_generate", lambda request: requests.append(request) or 0)
+    monkeypatch.setattr(cli.generate, "run", lambda request: requests.append(request) or 0)
     options, value = FIELD_OPTIONS[field]
     assert cli.main(["generate", "x", "--model", str(model_path), "--seed", "1"]) == 0
     assert cli.main(["generate", "x", "--model", str(model_path), "--seed", "1", *options]) == 0
@@ -108,7 +108,7 @@ def test_every_backend_gives_the_same_text(run, backend, monkeypatch):
             asked.append(options["backend"])
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(loop, "Sampler", Recorded)
+    monkeypatch.setattr(rows, "Sampler", Recorded)
     options = ["--seed", 5, "--top-p", 0.9, "--presence-penalty", 0.5, "--max-new-tokens", 30]
     torch_out = run("Once", *options, "--backend", "torch")[1]
     code, out, err = run("Once", *options, "--backend", backend)
@@ -128,7 +128,7 @@ def test_each_piece_is_out_before_the_next_is_made(monkeypatch):
         yield "ran"
         assert written.getvalue().decode() == "Zoë ran"
 
-    cli._print_text(pieces())
+    cli.generate.print_text(pieces())
     assert written.getvalue().decode() == "Zoë ran\n"
 
 
@@ -198,7 +198,7 @@ def test_ignore_eos(run):
 
 
 def test_several_prompts_and_texts(run):
-    """Each text is what it is alone; an empty line is between two."""
+    """Each text equals the text generated alone; an empty line separates them."""
     options = ["--max-new-tokens", 12, "--temperature", 0.7, "--top-k", 5]
     alone = [run(text, *options, "--seed", seed)[1] for text in "ab" for seed in (7, 8)]
     code, out, err = run("a", "b", *options, "--seed", 7, "--n", 2)
@@ -321,6 +321,22 @@ def test_a_bad_value_is_named_in_one_line(options, words, capsys):
     assert refused(code, *capsys.readouterr(), *words)
 
 
+def test_options_and_prompts_in_any_order():
+    """A value may begin with a dash; what follows ``--`` is a prompt."""
+    words = ["a", "--stop", "---", "b", "--frequency-penalty", "-1e-3", "--no-chat", "--json"]
+    options = cli.parse(["generate", *words, "--seed=7", "--", "--c", "-d"])
+    assert options.prompts == ["a", "b", "--c", "-d"]
+    assert (options.stop, options.frequency_penalty, options.seed) == (["---"], -1e-3, 7)
+    assert (options.chat, options.as_json, options.include_stop) == (False, True, False)
+
+
+@pytest.mark.parametrize("options", [["--stop", "--"], ["--stop=--"], ["--top-k"], ["--tem", "1"]])
+def test_an_option_that_is_not_understood_is_refused(options, capsys):
+    """No part of a name stands for it, and some versions of argparse would drop a value ``--``."""
+    code = cli.main(["generate", "x", *options])
+    assert refused(code, *capsys.readouterr(), options[0].partition("=")[0])
+
+
 @pytest.mark.parametrize("argv", [[], ["generate"], ["no-such-command"]])
 def test_an_incomplete_command_line_is_refused(argv, capsys):
     assert refused(cli.main(argv), *capsys.readouterr())
@@ -349,7 +365,7 @@ def test_a_model_that_does_not_load_is_named(run, tmp_path):
     broken.write_bytes(b"GGUF" + bytes(64))
     reader = gguf.GGUFReader
     code, out, err = run("x", model=broken)
-    assert gguf.GGUFReader is reader  # swapped while loading
+    assert gguf.GGUFReader is reader  # it is replaced only while loading
     assert (code, out) == (2, "")
     assert str(broken) in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("llm-sampling: ")
@@ -382,12 +398,16 @@ def test_logits_without_a_token_end_in_one_line(run, model_path, tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("moment", ["_generate", "_build_app", "_print_text"])
-def test_an_interrupt_ends_with_130(moment, run, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "moment"),
+    [(cli.generate, "run"), (cli, "parse"), (cli.generate, "print_text")],
+    ids=["run", "parse", "print_text"],
+)
+def test_an_interrupt_ends_with_130(module, moment, run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, moment, interrupt)
+    monkeypatch.setattr(module, moment, interrupt)
     code, out, err = run("x")
     assert (code, out) == (130, "")
     assert "Traceback" not in err
@@ -406,12 +426,14 @@ def command(*argv):
 
 
 def test_ctrl_c_and_a_closed_pipe_end_a_running_stream(model_path):
-    # Both at once: the time goes into starting the processes.
+    # Both run at once, because starting the processes takes most of the time.
     endless = ["generate", "x", "--model", model_path, "--max-new-tokens", 90_000]
     endless += ["--logit-bias", f"{A}=100"]
     interrupted, piped = command(*endless), command(*endless)
     try:
-        assert interrupted.stdout.read(3) == b"aaa"  # it streams: the text is far from done
+        assert (
+            interrupted.stdout.read(3) == b"aaa"
+        )  # the text is streamed, long before it is finished
         interrupted.send_signal(signal.SIGINT)
         assert piped.stdout.read(3) == b"aaa"
         piped.stdout.close()
@@ -455,7 +477,7 @@ def test_importing_the_cli_imports_nothing_of_its_extra():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.split()
     assert "torch" in loaded
-    assert not {"typer", "rich", "transformers", "gguf", "accelerate", "triton"} & set(loaded)
+    assert not {*cli.EXTRA_PACKAGES, *cli.TUNE_PACKAGES, "triton"} & set(loaded)
 
 
 def test_info_lists_every_backend_with_its_reason(capsys, monkeypatch):
@@ -480,6 +502,14 @@ def test_help_names_every_command(capsys):
     out = capsys.readouterr().out
     for name in ("generate", "chat", "info"):
         assert name in out
+
+
+def test_help_shows_defaults_and_groups(capsys):
+    assert cli.main(["generate", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for words in ("--top-k INT", "(default: 128)", "--no-ignore-eos", "where a text ends:"):
+        assert words in out
+    assert "(default: None)" not in out
 
 
 # The real model
@@ -511,7 +541,7 @@ def test_the_default_model_continues_greedily_as_hugging_face_does(smollm, run_s
     want = smollm.model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
     code, out, _ = run_smollm(prompt, "--temperature", 0, "--max-new-tokens", 16)
     assert (code, out) == (0, smollm.tokenizer.decode(want) + "\n")
-    # English, by its commonest words.
+    # The text is English: it has some of the commonest words.
     words = out.lower().split()
     assert sum(word in {"the", "a", "of", "was", "and", "to", "with", "in"} for word in words) >= 3
 
@@ -527,7 +557,7 @@ def test_the_default_model_answers_in_chat_and_stops_by_itself(run_smollm):
 
 
 def test_progress_bars_of_others_come_back(run):
-    """The loader's are switched off while a model loads, and no longer."""
+    """Loading a model disables tqdm's progress bars only while it loads."""
     tqdm = pytest.importorskip("tqdm")
     before = tqdm.tqdm.__init__
     assert run("x", "--max-new-tokens", 1)[0] == 0
@@ -536,7 +566,7 @@ def test_progress_bars_of_others_come_back(run):
 
 
 def commands_in_docs():
-    """Every line of the documents' shell blocks that is one of ours, its options as a list."""
+    """The arguments of every ``llm-sampling`` line in the shell blocks of the documents."""
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
@@ -551,8 +581,8 @@ def commands_in_docs():
 def test_commands_in_the_docs_are_understood(argv, tmp_path, monkeypatch):
     requests = []
     monkeypatch.chdir(tmp_path)
-    for name in ("_generate", "_chat", "_explain", "_tune"):
-        monkeypatch.setattr(cli, name, lambda request: requests.append(request) or 0)
+    for command in (cli.generate, cli.chat, cli.explain, cli.tune):
+        monkeypatch.setattr(command, "run", lambda request: requests.append(request) or 0)
     if argv[0] == "tune":
         for package in cli.TUNE_PACKAGES:
             pytest.importorskip(package, reason="needs the extra 'tune'")
@@ -561,7 +591,7 @@ def test_commands_in_the_docs_are_understood(argv, tmp_path, monkeypatch):
 
 
 def test_docs_have_commands():
-    """And one that is wrong is seen."""
+    """The documents have commands to test, and a wrong command fails."""
     found = [argv.values[0][0] for argv in commands_in_docs()]
     assert {"generate", "chat", "explain", "tune"} <= set(found)
     assert cli.main(["explain", "x", "--tops", "3"]) == 2

@@ -1,7 +1,8 @@
-"""Does ``llm-sampling explain`` show the steps of the row, and write what it is asked for?"""
+"""``llm-sampling explain``: its table, its texts, and the files that it writes."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -155,9 +156,9 @@ def test_a_prompt_that_is_too_long(run: Run) -> None:
 
 
 def test_a_missing_matplotlib_is_named(run: Run, monkeypatch: Any) -> None:
-    find = cli.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
     code, out, err = run("Once", "--picture", "a.png")
     assert (code, out) == (1, "")

@@ -1,7 +1,8 @@
-"""Does ``llm-sampling tune`` search, show, report and go on; does ``generate`` take the best?"""
+"""``llm-sampling tune``: the search, its display, its report, and resuming it."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 import signal
@@ -75,7 +76,7 @@ def test_several_objectives_have_a_front_and_a_page_of_its_own(run: Run, tmp_pat
     for name in pictures:
         assert (folder / name).read_bytes().startswith(PNG)
     assert page.count("data:image/png;base64,") == len(pictures)
-    # nothing is fetched: every source and address is in the page
+    # The page loads nothing: every source and link is a data URL.
     assert set(re.findall(r"""(?:src|href)=["']?(.{10})""", page)) == {"data:image"}
     assert "url(" not in page
     assert "<script" not in page
@@ -162,9 +163,9 @@ def test_a_folder_that_cannot_be_made(capsys: Any, monkeypatch: Any, tmp_path: P
 
 @pytest.mark.parametrize("package", cli.TUNE_PACKAGES)
 def test_a_missing_package_is_named(package: str, capsys: Any, monkeypatch: Any) -> None:
-    find = cli.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name == package else find(name)
+        importlib.util, "find_spec", lambda name: None if name == package else find(name)
     )
     assert cli.main(["tune", *SPACE]) == 1
     message = f"the command needs the extra 'tune' ({package} not found): "
@@ -176,7 +177,7 @@ def test_on_a_terminal_it_is_a_table(run: Run, monkeypatch: Any) -> None:
 
     terminal = io.StringIO()
     monkeypatch.setattr(
-        cli, "_messages", lambda: Console(file=terminal, force_terminal=True, width=100)
+        cli.console, "messages", lambda: Console(file=terminal, force_terminal=True, width=100)
     )
     code, *_ = run(*SPACE, *SMALL, "--trials", "14")
     assert code == 0
@@ -185,14 +186,14 @@ def test_on_a_terminal_it_is_a_table(run: Run, monkeypatch: Any) -> None:
     assert re.search(r"trial +temperature +top_p +distance", last)
     rows = re.findall(r"^ *(\d+) +[\d.]+ +[\d.]+ +[\d.]+ *$", last, re.M)
     assert rows == [str(number) for number in range(3, 15)]  # the last twelve
-    assert drawn.rfind("\x1b[?25h") > drawn.rfind("\x1b[?25l") >= 0  # the cursor is back
+    assert drawn.rfind("\x1b[?25h") > drawn.rfind("\x1b[?25l") >= 0  # the cursor is shown again
 
 
 # ---- the report ----------------------------------------------------------------------------------
 
 
 def test_a_report_of_trials_that_failed_and_were_pruned(tmp_path: Path) -> None:
-    """Its table says so; hostile names and values stay text."""
+    """The table shows the states; names and values with HTML in them are escaped."""
 
     def objective(values: Any) -> Any:
         yield 1.0 + values["x"]

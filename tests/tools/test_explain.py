@@ -1,4 +1,4 @@
-"""Does the explanation say what each step does, in `sample`'s own numbers?"""
+"""``explain``: its numbers are those of `sample`; its picture, page and texts show them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_each_stage_of_a_row_by_hand() -> None:
 
 
 def test_greedy_keeps_the_first_of_the_order() -> None:
-    """And no filter has anything left to cut."""
+    """No filter has anything left to cut."""
     explanation = explain(
         torch.tensor([1.0, 3.0, 3.0, -INF]), SamplingParams(temperature=0, top_k=1)
     )
@@ -134,7 +134,7 @@ FILTERS = ("top_k", "top_p", "min_p")
 )
 @given(data=st.data())
 def test_stages_are_nested_and_end_where_sample_draws(data: st.DataObject) -> None:
-    """The kernel says what is kept after each stage: the later filters are off."""
+    """Compared with the kernel, with the filters after each stage switched off."""
     vocab_size = data.draw(st.integers(1, 12) | st.sampled_from((33, 513)))
     logits = torch.tensor(data.draw(values(vocab_size)))
     params = data.draw(sampling_params(vocab_size))
@@ -149,7 +149,7 @@ def test_stages_are_nested_and_end_where_sample_draws(data: st.DataObject) -> No
     explanation = explain(logits, params, history=history)
 
     x, temperature = explanation.processed.float(), torch.tensor(params.temperature)
-    # what is kept may be -inf once it is divided, and then filter_logits cannot show it
+    # A kept logit may be -inf after the division, where filter_logits cannot show that it is kept.
     is_seen = x / (temperature if temperature > 0 else 1) > -INF
     for place, stage in enumerate(STAGES[2:]):
         off: dict[str, Any] = dict.fromkeys(FILTERS[place:])
@@ -311,7 +311,7 @@ def test_visible(text: str, shown: str) -> None:
 
 
 def drawn_words(svg: str) -> list[str]:
-    """What matplotlib wrote: beside the shapes of its letters it leaves a comment."""
+    """The texts in the picture: matplotlib writes each as a comment beside its glyphs."""
     return [words.strip() for words in re.findall(r"<!--(.*?)-->", svg, re.DOTALL)]
 
 
@@ -341,7 +341,7 @@ def test_a_picture_is_the_same_bytes_each_time(tmp_path) -> None:
         made = []
         for font_size in (10, 30):
             path = tmp_path / f"{font_size}.{suffix}"
-            with matplotlib.rc_context({"font.size": font_size}):  # nobody's own style counts
+            with matplotlib.rc_context({"font.size": font_size}):  # the user's own style is ignored
                 picture(plain, TEXTS, path, top=1)
                 assert matplotlib.rcParams["font.size"] == font_size
             made.append(path.read_bytes())
@@ -482,7 +482,7 @@ def test_token_texts_keep_the_space_in_front(tiny: LanguageModel) -> None:
 
     texts = token_texts(tiny)
     assert len(texts) == 300
-    assert sorted(texts)[-1] == "\ufffd"  # a byte that is no character
+    assert sorted(texts)[-1] == "\ufffd"  # a byte that is not a character
     (space,) = tiny.tokenizer(" ")["input_ids"]
     assert texts[space] == " "
     assert texts[299] == ""

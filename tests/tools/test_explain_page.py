@@ -35,7 +35,7 @@ Setting = dict[str, Any]
 
 
 def run_in_browser(source: str, script: str, folder: Path, link: str = "") -> Any:
-    """What the function body ``script`` returns at the page's end, by way of JSON."""
+    """The result of ``script``, a function body, run at the end of the page; passed as JSON."""
     if CHROMIUM is None:
         reason = "there is no chromium"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
@@ -62,10 +62,10 @@ def run_in_browser(source: str, script: str, folder: Path, link: str = "") -> An
     return answer
 
 
-#: How many tokens' probabilities are compared after the steps before the last.
+#: How many tokens' probabilities are compared after all steps but the last.
 SOME = 100
 
-#: Moves the fields to each of SETTINGS and tells what is kept, and how likely, in order.
+#: Sets the inputs to each of SETTINGS and returns the kept tokens in order, with probabilities.
 MOVE = """
   return SETTINGS.map((setting) => {
     for (const [name, value] of Object.entries(setting)) {
@@ -101,7 +101,7 @@ BIAS = {70: 1.3, 700: -2.7, 5000: 9.0}
 
 
 def ties() -> Tensor:
-    """3,000 eighths, so most tokens tie with others; a few are no candidates."""
+    """3,000 multiples of 1/8, so most tokens have ties; a few are at -inf."""
     generator = torch.Generator().manual_seed(1)
     row = (torch.randn(3000, generator=generator) * 24).round() / 8
     row[torch.randperm(3000, generator=generator)[:20]] = -INF
@@ -110,12 +110,12 @@ def ties() -> Tensor:
 
 
 def plateau() -> Tensor:
-    """64 equals: their masses are the largest, and every cut is between equals."""
+    """64 equal logits: all masses are as large as possible, and every threshold is among ties."""
     return torch.zeros(64)
 
 
 def real_sized() -> Tensor:
-    """As models give: a few dominant tokens over a long tail that falls with the rank."""
+    """Logits like a model's: a few dominant tokens and a long tail that falls with the rank."""
     generator = torch.Generator().manual_seed(2)
     rank = torch.arange(1, 49153, dtype=torch.float32)
     row = 14.0 - 1.6 * rank.log() + 0.7 * torch.randn(49152, generator=generator)
@@ -192,7 +192,7 @@ def page_of(row: Tensor) -> str:
 
 
 def differences(row: Tensor, setting: Setting, answer: dict[str, Any]) -> set[str]:
-    """Where the page differs from the kernels, and where from the reference's own integers."""
+    """What differs between the page and the kernels, or the reference's integers."""
     params = SamplingParams(**setting, logit_bias=BIAS, seed=3)
     history = history_of(row)
     found = set()
@@ -233,7 +233,7 @@ def test_the_page_keeps_what_sample_keeps(name: str, tmp_path: Path) -> None:
     row = ROWS[name]()
     settings = [OFF | setting for setting in SETTINGS[name]]
     answers = moved(page_of(row), settings, tmp_path)
-    with threads(1):  # several wait for each other on a busy machine, and rows are short
+    with threads(1):  # rows are short, and on a busy machine threads would wait
         for setting, answer in zip(settings, answers, strict=True):
             assert differences(row, setting, answer) == set(), setting
 
@@ -260,7 +260,7 @@ def test_a_page_that_is_wrong_is_seen(
 
 HOSTILE = ["</script><script>document.title = 'x'</script>", "<img src=x>", " \u2028\ud800", ""]
 
-#: What SamplingParams refuses, and the page should in the same words.
+#: Values that SamplingParams refuses, as the page should, in the same words.
 BAD = {
     "temperature": ["-1", "1e39"],
     "top_k": ["-2", "1.5"],
@@ -318,7 +318,7 @@ USE = """
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The page was opened by a link, and somebody tried everything on it."""
+    """What a page shows that is opened by a link and whose inputs are all used."""
     source = page(
         torch.tensor([1.0, 3.0, 2.0, -INF]),
         HOSTILE,
@@ -395,7 +395,7 @@ def test_what_is_refused_is_told_in_the_words_of_sampling_params(
 
 
 def test_cuts_of_min_p_are_the_hosts(used: dict[str, Any]) -> None:
-    """For each place of the slider: here the browser's logarithm is as good as ours."""
+    """At every position of the slider the browser's logarithm gives the host's value."""
     params = [SamplingParams(min_p=(i + 1) / 1000) for i in range(1000)]
     assert used["cuts"] == BatchParams.from_list(params).min_p_cut.tolist()
     assert math.isclose(used["cuts"][499], 1 + 2**-18)

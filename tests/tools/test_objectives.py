@@ -1,4 +1,4 @@
-"""Are the metrics what they say, the same for a seed, and about the text that was generated?"""
+"""The metrics: their values by hand, and that they measure the generated texts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_distance_by_hand() -> None:
     # n = 1: distinct 1/4 and repeated 3/4; 2: 1/3, 2/3; 3: 1/2, 1/2; 4: 1, 0. The other: 1, 0
     expected = (2 * 3 / 4 + 2 * 2 / 3 + 2 * 1 / 2) / 8
     assert distance([[1, 1, 1, 1]], [[1, 2, 3, 4]]) == pytest.approx(expected, abs=1e-15)
-    # what two texts share is less diversity of both, and no repetition of either
+    # n-grams that two texts share reduce the diversity of the set, not repetition in a text.
     assert distance([[1, 2, 3, 4]] * 2, [[1, 2, 3, 4], [5, 6, 7, 8]]) == pytest.approx(4 / 2 / 8)
 
 
@@ -61,7 +61,7 @@ def test_distance_is_zero_for_equals_and_symmetric() -> None:
     assert distance(first, first) == 0
     assert distance(first, second) == distance(second, first) > 0
     renamed = [[token + 100 for token in text] for text in first]
-    assert distance(first, renamed) == 0  # it is not about which tokens they are
+    assert distance(first, renamed) == 0  # it does not depend on which tokens they are
 
 
 @pytest.mark.parametrize("texts", [[], [[1, 2, 3]], [[1, 2, 3, 4], []]])
@@ -90,7 +90,7 @@ def test_questions_are_forty_and_not_among_the_examples() -> None:
 # ---- a model -------------------------------------------------------------------------------------
 
 VALUES = {"temperature": 0.9, "top_p": 0.8, "repetition_penalty": 1.2}
-OF_TEXTS = ["perplexity", "distance"]  # without the speed, which is another every time
+OF_TEXTS = ["perplexity", "distance"]  # without the speed, which varies
 
 
 def test_a_seed_is_a_number(tiny: Any) -> None:
@@ -133,7 +133,7 @@ def test_fixed_values_hold_unless_the_trial_has_its_own(tiny: Any) -> None:
 def test_texts_continue_the_book_and_are_measured_against_it(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Perplexity is that of a plain forward over prompt and text; each row has its own seed."""
+    """Perplexity equals that of one forward pass over each text; each row has its own seed."""
     called: list[Any] = []
     right = generation.generate
 
@@ -148,7 +148,7 @@ def test_texts_continue_the_book_and_are_measured_against_it(
     objective = ModelObjective(tiny, ["distance", "perplexity"], texts=3, max_new_tokens=20, seed=7)
     far, perplexity = objective(VALUES)
     assert far == 0.5
-    ((prompts, params, done),) = called  # once for both
+    ((prompts, params, done),) = called  # one call for both metrics
     assert params == [SamplingParams(**VALUES, seed=seed) for seed in (7, 8, 9)]
     ours, human = measured
     assert ours == [text.token_ids for text in done]
@@ -173,7 +173,7 @@ def test_texts_continue_the_book_and_are_measured_against_it(
 
 
 class Pupil(torch.nn.Module):
-    """A model that knows some answers; it writes them a letter at a time, then a new line."""
+    """A model that knows some answers and writes them letter by letter, then a newline."""
 
     def __init__(self, tokenizer: Any, known: dict[str, str]) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def test_a_value_of_another_name_is_refused(tiny: Any) -> None:
 def test_a_real_model_answers_and_repeats_itself(
     smollm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What every user of temperature knows: greedy answers best and writes worst."""
+    """Greedy decoding has the best answers and the least human texts."""
     some = questions()[::4]
     monkeypatch.setattr(objectives, "questions", lambda: some)
     objective = ModelObjective(smollm, ["exact_match", "distance"], texts=3, max_new_tokens=48)

@@ -1,4 +1,4 @@
-"""The example that tunes a training: does it train, judge and compare its models as it says?"""
+"""The example that tunes a training: how it trains, judges and compares its models."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_a_text_is_split_into_its_beginning_and_its_last_tenth():
         "abcabc",
         "ce",
     )
-    assert len(example.split("ab" * 10, 99).train) == 18  # never any of the validation text
+    assert len(example.split("ab" * 10, 99).train) == 18  # never includes the validation text
 
 
 def test_windows_tile_the_text_and_a_target_is_the_next_token():
@@ -74,7 +74,7 @@ def test_a_later_token_changes_no_earlier_logits(text):
     changed[:, 9] = (ids[:, 9] + 1) % 30
     differs = (model(ids) - model(changed)).abs().amax(-1) > 1e-4
     assert not differs[:, :9].any()
-    assert differs[:, 9:].all()  # and all later ones see it
+    assert differs[:, 9:].all()  # all later tokens see it
 
 
 def test_the_order_of_earlier_tokens_matters():
@@ -139,7 +139,7 @@ def test_an_unknown_schedule_is_refused():
 
 
 def test_training_follows_its_schedule(text):
-    """With a rate so large that the steps after the first epoch are nothing."""
+    """At a rate so large that later epochs change nothing."""
     losses = trained(text, decay="exponential", decay_rate=50.0)[1].train
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
     losses = trained(text, decay="step", decay_rate=50.0)[1].train
@@ -168,7 +168,7 @@ def test_verdicts(train, validation, name):
 
 
 def test_a_text_learnt_by_heart_is_overfitted_and_one_hardly_read_underfitted():
-    """Of random letters there is nothing to learn but the very text."""
+    """Random letters cannot be learnt, only memorised."""
     generator = torch.Generator().manual_seed(3)
     noise = torch.randint(8, (3000,), generator=generator)
     text = example.Text("abcdefgh", noise[:200], noise[2000:])
@@ -193,7 +193,7 @@ def test_distinct_shares():
 
 
 def test_a_text_continues_what_the_model_can_see(text, model):
-    """Against a loop that shows the model the last CONTEXT tokens."""
+    """Compared with a loop that gives the model the last CONTEXT tokens."""
     prompt = "The quick brown fox "
     assert len(prompt) > CONTEXT
     ids = text.encode(prompt)
@@ -247,7 +247,7 @@ TINY = [
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """The command on a tiny budget: a function of more options, which gives its stdout."""
+    """A function that runs the command with a tiny budget and more options; gives its stdout."""
 
     def run(*options):
         example.main([*TINY, "--out", str(tmp_path / "out"), *options])

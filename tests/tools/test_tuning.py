@@ -1,4 +1,4 @@
-"""Does a search try what it should, find what is there, and go on where it was broken off?"""
+"""The search: which values it tries, what it finds, and how it resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 optuna = pytest.importorskip("optuna", reason="needs the extra 'tune'")
 
 from llm_sampling import SamplingParams  # noqa: E402
-from llm_sampling.params import OFF_VALUES  # noqa: E402
+from llm_sampling.fields import OFF_VALUES  # noqa: E402
 from llm_sampling.tools import tuning  # noqa: E402
 from llm_sampling.tools.tuning import METHODS, Range, space_from_text, tune  # noqa: E402
 from llm_sampling.tools.tuning import search as module  # noqa: E402
@@ -47,7 +47,7 @@ def tried(result: tuning.TuningResult) -> list[dict[str, Any]]:
 
 
 def says(message: str) -> str:
-    """A pattern: an error of these words alone."""
+    """A pattern that matches exactly this message."""
     return f"^{re.escape(message)}$"
 
 
@@ -57,7 +57,7 @@ def space_of(method: str) -> Any:
 
 @contextlib.contextmanager
 def no_trial() -> Iterator[Callable[[dict[str, Any]], float]]:
-    """An objective that must not be called in this block."""
+    """Give an objective that must not be called in this block."""
     calls: list[object] = []
     yield lambda values: calls.append(values) or 0.0
     assert calls == []
@@ -97,7 +97,7 @@ def test_values_come_from_the_method(
         optuna.samplers, sampler, lambda seed=None: made.append(seed) or right(seed=seed)
     )
     search(method=method)
-    seeds = [seed for seed in made if seed is not None]  # a study makes one, before it gets ours
+    seeds = [seed for seed in made if seed is not None]  # a study makes one of its own first
     assert len(seeds) == len(set(seeds)) == 8
 
 
@@ -136,7 +136,7 @@ def test_a_grid_is_tried_once_each() -> None:
 
 
 def test_bayesian_methods_find_more_than_chance() -> None:
-    """The median over seeds, of as many trials; random search against itself is the control."""
+    """The median over seeds with equally many trials; random against itself is the control."""
     space = {"x": Range(0.0, 9.0), "y": Range(-5.0, 5.0)}
 
     def far(values: dict[str, Any]) -> float:
@@ -201,7 +201,7 @@ def test_a_pareto_front_is_what_nothing_is_better_than() -> None:
     assert {trial.number for trial in result.pareto_front} == front
     assert len(front) > 2
     assert result.best_values in {tuple(trial.values) for trial in result.pareto_front}
-    # nearest to the best of each, on a front that is scaled to the unit square
+    # Nearest to the ideal point, on the front scaled to the unit square.
     costs = [values[number] for number in sorted(front)]
     low = [min(column) for column in zip(*costs, strict=True)]
     high = [max(column) for column in zip(*costs, strict=True)]
@@ -474,7 +474,7 @@ def storage(tmp_path: Path) -> str:
 
 
 def in_a_child(work: Callable[[], object]) -> int:
-    """What a forked process that does this ends with, as os.waitpid has it."""
+    """Do the work in a forked process; its status as os.waitpid returns it."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -490,7 +490,7 @@ def in_a_child(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_search_goes_on(method: str, storage: str, tmp_path: Path) -> None:
-    """Killed in its third and in its fifth call; what is tried is as if it had not been."""
+    """Killed in its third and fifth call, it tries the values of a search that was not killed."""
     if method == "gp":
         pytest.importorskip("scipy")
     calls = tmp_path / "calls"
@@ -516,14 +516,14 @@ def test_a_killed_search_goes_on(method: str, storage: str, tmp_path: Path) -> N
     assert lines[5] == lines[6]
     again = run()
     assert tried(again) == tried(result)
-    assert calls.read_text().splitlines() == lines  # there was nothing left to do
+    assert calls.read_text().splitlines() == lines  # nothing was left to do
 
 
 def test_optunas_own_sampler_would_begin_anew(
     storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control: a sampler whose state dies with its process tries its first values again."""
-    monkeypatch.setattr(module, "_by_index", lambda make: make(0))
+    """The control: a sampler whose state is lost with its process repeats its first values."""
+    monkeypatch.setattr(module, "sampler_by_index", lambda make: make(0))
     search(n_trials=4, storage=storage)
     values = tried(search(n_trials=8, storage=storage))
     assert values[4:] == values[:4]
@@ -550,7 +550,7 @@ def test_a_search_that_an_exception_ended_goes_on(error: type[BaseException], st
 
 def test_a_finished_search_takes_more_trials(storage: str) -> None:
     search(n_trials=5, storage=storage)
-    more = search(n_trials=8, storage=storage, seed=None)  # the seed of the one that is there
+    more = search(n_trials=8, storage=storage, seed=None)  # the seed of the stored study
     assert tried(more) == tried(search(n_trials=8))
 
 
@@ -570,7 +570,7 @@ def test_another_search_is_not_taken_for_this_one(options: Any, what: str, stora
         search(objective, storage=storage, **options)
     other = search(storage=storage, study_name="other", **options)
     assert len(other.trials) == 8
-    assert tried(search(storage=storage)) == tried(search())  # and it is as it was
+    assert tried(search(storage=storage)) == tried(search())  # the first search is unchanged
 
 
 def test_one_process_at_a_time(storage: str, tmp_path: Path) -> None:

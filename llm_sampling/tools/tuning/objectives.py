@@ -1,11 +1,11 @@
-"""What a model's sampling parameters can be tuned for: functions of a trial's values.
+"""Objectives for tuning a model's sampling parameters.
 
-    values -> SamplingParams -> generation.generate -> measures, one for each metric asked for
+    values -> SamplingParams -> generation.generate -> one number for each metric
 
-The texts that are measured continue passages of Alice's Adventures in Wonderland, whose own
-continuations are what they are compared with; the questions are forty with short answers. Both lie
-in llm_sampling/tools/data. Every metric but tokens per second is the same every time for the same
-seed.
+The model continues passages of Alice's Adventures in Wonderland, and its texts are compared with
+the book's own continuations; or it answers forty questions with short answers. Both are files in
+llm_sampling/tools/data. With the same seed every metric but tokens per second is the same each
+time.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from importlib import resources
 from types import MappingProxyType
 from typing import Any
 
-from llm_sampling import generation
+from llm_sampling import checks, generation
+from llm_sampling.fields import FIELDS
 from llm_sampling.generation.models import LanguageModel
-from llm_sampling.params import OFF_VALUES, SamplingParams
-from llm_sampling.tools.tuning import Direction
+from llm_sampling.params import SamplingParams
+from llm_sampling.tools.tuning.search import Direction
 
-#: The lengths of the n-grams that are counted.
+#: The lengths of the n-grams that :func:`distance` counts.
 NGRAMS = (1, 2, 3, 4)
+#: The length of each prompt of "distance", "perplexity" and "tokens_per_second".
 PROMPT_TOKENS = 32
-#: Of which no answer in questions.tsv has more.
+#: The largest length of an answer; no answer in questions.tsv is longer.
 ANSWER_TOKENS = 8
 
-#: What the questions are put after, so that a model that was never trained to answer does so.
+#: The beginning of each question's prompt, which shows a base model how to answer.
 EXAMPLES = """\
 Question: What is the capital of Italy?
 Answer: Rome
@@ -48,12 +50,12 @@ Answer: black
 
 @dataclass(frozen=True)
 class Metric:
-    """One number about what a model generates.
+    """A number that describes what a model generates.
 
     Attributes:
-        direction: whether less of it is better, or more.
-        meaning: what it is, in words.
-        of_texts: whether it is about the texts, or about the answers to the questions.
+        direction: whether a smaller or a larger number is better.
+        meaning: a description.
+        of_texts: whether it measures the texts, or else the answers to the questions.
     """
 
     direction: Direction
@@ -79,24 +81,24 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 
 class ModelObjective:
-    """A function of a trial's values for :func:`llm_sampling.tools.tuning.tune`, on a real model.
+    """An objective for :func:`llm_sampling.tools.tuning.tune` that measures a model.
 
-    A call generates once, whatever the number of metrics of texts. The values are fields of
-    SamplingParams, or ``max_new_tokens``.
+    It is called with values of fields of SamplingParams and of ``max_new_tokens``. A call
+    generates the texts once for all metrics of texts.
 
     Attributes:
-        metrics: their names, in the order of the numbers that a call returns.
-        directions: for :func:`~llm_sampling.tools.tuning.tune`.
+        metrics: the metrics' names, in the order of the numbers that a call returns.
+        directions: the argument of that name for :func:`~llm_sampling.tools.tuning.tune`.
 
     Args:
         model: from :func:`llm_sampling.generation.models.load`.
         metrics: names from :data:`METRICS`.
         fixed: values that are the same in every trial.
         texts: how many passages are continued, all in one batch.
-        max_new_tokens: the length of each continuation; end tokens do not end it, since diversity
-            depends on length.
-        seed: of the first row; row i draws with seed + i.
-        backend: what draws the tokens.
+        max_new_tokens: the length of each continuation. End tokens do not end it, because measures
+            of diversity depend on the length.
+        seed: the seed of the first row; row i uses seed + i.
+        backend: the backend, as for :class:`~llm_sampling.Sampler`.
 
     Raises:
         ValueError: an argument is out of its range, or the texts are too long for the model's
@@ -129,14 +131,14 @@ class ModelObjective:
         self._seed = seed
         self._backend = backend
         self._passages = functools.cache(self._cut_passages)
-        _, length = self._params({})  # what is wrong is refused here
+        _, length = self._params({})  # so that wrong values of `fixed` raise here
         self._passages(length)
 
     def __call__(self, values: Mapping[str, Any]) -> tuple[float, ...]:
-        """The metrics of what the model generates with these values, in their order.
+        """The metrics of what the model generates with these values, in the order of ``metrics``.
 
         Raises:
-            ValueError: a value's name is unknown or it is out of its range.
+            ValueError: a value is out of its range, or its name is unknown.
         """
         params, max_new_tokens = self._params(values)
         measured: dict[str, float] = {}
@@ -202,7 +204,7 @@ class ModelObjective:
         return sum(right) / len(right)
 
     def _cut_passages(self, max_new_tokens: int) -> list[tuple[list[int], list[int]]]:
-        """Prompts and what the book goes on with, at paragraphs that lie evenly in the text."""
+        """Prompts and the book's own continuations, from paragraphs spread evenly over the book."""
         _check_length(self.metrics, max_new_tokens)
         wanted = PROMPT_TOKENS + max_new_tokens
         context = self._model.context_length
@@ -216,9 +218,10 @@ class ModelObjective:
         passages = []
         for index in range(self._texts):
             rest = book[starts[index * len(starts) // self._texts] :]
-            length = 8 * wanted  # letters; a token has four or so
+            length = 8 * wanted  # characters; a token has about four
             ids = self._model.encode(rest[:length])
-            while len(ids) <= wanted and length < len(rest):  # its last token may be cut off
+            # One token more than wanted: the last may end where the text was cut off.
+            while len(ids) <= wanted and length < len(rest):
                 length *= 2
                 ids = self._model.encode(rest[:length])
             if len(ids) < wanted:
@@ -233,37 +236,34 @@ class ModelObjective:
 def check_objective(
     metrics: Sequence[str], names: Iterable[str], texts: int, max_new_tokens: int
 ) -> None:
-    """Refuse what a :class:`ModelObjective` would refuse, before a model is loaded for it.
+    """Raise what :class:`ModelObjective` would raise, before a model is loaded for it.
 
     Args:
-        metrics: as there.
-        names: of the values that it is to be called with.
-        texts: as there.
-        max_new_tokens: as there.
+        metrics: as for :class:`ModelObjective`.
+        names: the names of the values that it will be called with.
+        texts: as for :class:`ModelObjective`.
+        max_new_tokens: as for :class:`ModelObjective`.
 
     Raises:
-        ValueError: one of them is out of its range or unknown.
+        ValueError: an argument is out of its range, or a name is unknown.
     """
     if isinstance(metrics, str) or not metrics or len(set(metrics)) != len(metrics):
         raise ValueError(f"metrics must be a list of different names, got {metrics!r}")
     for name in metrics:
         if name not in METRICS:
             raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {name!r}")
-    if isinstance(texts, bool) or not isinstance(texts, int) or texts < 1:
-        raise ValueError(f"texts must be an integer >= 1, got {texts!r}")
+    checks.integer_at_least("texts", texts, 1)
     _check_length(metrics, max_new_tokens)
     _check_names(names)
 
 
 def _check_length(metrics: Sequence[str], max_new_tokens: object) -> None:
     least = max(NGRAMS) if "distance" in metrics else 1
-    is_integer = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
-    if not is_integer or max_new_tokens < least:  # type: ignore[operator]
-        raise ValueError(f"max_new_tokens must be an integer >= {least}, got {max_new_tokens!r}")
+    checks.integer_at_least("max_new_tokens", max_new_tokens, least)
 
 
 def _check_names(names: Iterable[str]) -> None:
-    known = [*OFF_VALUES, "max_new_tokens"]
+    known = [*FIELDS, "max_new_tokens"]
     for name in names:
         if name not in known:
             raise ValueError(f"values must be of {', '.join(known)}, got {name!r}")
@@ -273,11 +273,12 @@ def _check_names(names: Iterable[str]) -> None:
 
 
 def distance(texts: Sequence[Sequence[int]], humans: Sequence[Sequence[int]]) -> float:
-    """How differently two sets of token sequences repeat themselves: 0 not at all, 1 at most.
+    """How much two sets of token sequences differ in diversity and repetition, from 0 to 1.
 
-    The mean absolute difference of eight shares, for n-grams of 1 to 4 tokens: of the different
-    ones among all of a set (distinct-n, Li et al. 2016, arXiv:1510.03055), and, mean over the texts
-    of a set, of those that the text had before (seq-rep-n, Welleck et al. 2020, arXiv:1908.04319).
+    The mean absolute difference of eight shares, two for each n-gram length from 1 to 4: the share
+    of distinct n-grams among all n-grams of a set (distinct-n, Li et al. 2016, arXiv:1510.03055),
+    and the share of n-grams that occurred before in their text, averaged over the texts (seq-rep-n,
+    Welleck et al. 2020, arXiv:1908.04319).
 
     Raises:
         ValueError: a text has fewer than four tokens.
@@ -299,9 +300,9 @@ def _shares(texts: Sequence[Sequence[int]]) -> list[float]:
 
 
 def normalised(answer: str) -> str:
-    """Lower case, without punctuation, articles and spaces around: what is compared.
+    """The answer in lower case, without punctuation, articles and surplus spaces.
 
-    The normalisation of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250).
+    This is SQuAD's normalisation (Rajpurkar et al. 2016, arXiv:1606.05250).
     """
     plain = answer.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(word for word in plain.split() if word not in ("a", "an", "the"))

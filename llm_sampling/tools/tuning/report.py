@@ -1,8 +1,8 @@
-"""A search in pictures: its history, what matters, each parameter, and the Pareto front.
+"""A report of a search: its history, the parameters' importance and values, the Pareto front.
 
-    TuningResult -> Optuna's plots (matplotlib) -> PNG files -> one HTML page that holds them all
+    TuningResult -> Optuna's plots (matplotlib) -> PNG files -> one HTML page that embeds them
 
-Needs the extra ``tune``; matplotlib is imported when a report is written.
+Needs the extra ``tune``; optuna and matplotlib are imported when a report is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_sampling.tools.tuning import TuningResult
+from llm_sampling.tools.tuning.search import TuningResult
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -38,18 +38,19 @@ def write_report(
     """Write the pictures of a search as PNG and one self-contained page, ``report.html``.
 
     Args:
-        result: of :func:`llm_sampling.tools.tuning.tune`.
-        folder: where to; made if it is not there. Files of these names are written over.
-        metrics: what the objective's numbers are called, in their order.
+        result: the result of :func:`llm_sampling.tools.tuning.tune`.
+        folder: the folder to write to, created if it does not exist. Existing files of the same
+            names are overwritten.
+        metrics: a name for each of the objective's numbers, in their order.
         best_line: how to use the best values, shown on the page.
 
     Returns:
-        The files. Of several metrics each has its own ``history-NAME.png``, ``importance-NAME.png``
-        and ``slice-NAME.png``. Importance needs two trials with different values; the Pareto
-        front two or three metrics.
+        The files: history.png, importance.png, slice.png, pareto.png and report.html. With several
+        metrics the first three are written for each, as ``history-NAME.png`` and so on. Importance
+        needs two trials with different values; the Pareto front needs two or three metrics.
 
     Raises:
-        ValueError: there are not as many names as numbers.
+        ValueError: the number of names is not that of the objective's numbers.
         OSError: a file cannot be written.
     """
     directions = result.study.directions
@@ -87,7 +88,7 @@ def _pictures(result: TuningResult, metrics: Sequence[str]) -> Iterator[tuple[st
             return float(trial.values[index])
 
         def cost(trial: FrozenTrial, index: int = index, sign: int = sign) -> float:
-            return sign * float(trial.values[index])  # importance is for what is small
+            return sign * float(trial.values[index])  # plot_param_importances minimises
 
         of_value: dict[str, Any] = {"target_name": metric}
         of_cost = dict(of_value)
@@ -115,14 +116,14 @@ def _pictures(result: TuningResult, metrics: Sequence[str]) -> Iterator[tuple[st
 
 
 def _importances_exist(result: TuningResult) -> bool:
-    """Whether there is something to compare: two trials, and a parameter that is not one value."""
+    """Whether some parameter has different values in two completed trials."""
     params = [trial.params for trial in result.trials if trial.state.name == "COMPLETE"]
     return any(len({one[name] for one in params}) > 1 for name in result.best_params)
 
 
 @contextlib.contextmanager
 def _drawing() -> Iterator[Any]:
-    """A function: what has been drawn in this block, as PNG."""
+    """Gives a function that returns as PNG what was plotted in this block, under a title."""
     import matplotlib
     from matplotlib import pyplot
     from optuna.exceptions import ExperimentalWarning
@@ -130,12 +131,12 @@ def _drawing() -> Iterator[Any]:
     def draw(title: str) -> bytes:
         figure = pyplot.gcf()
         if len(figure.axes) == 1:
-            figure.axes[0].set_title("", loc="left")  # where Optuna has its own
+            figure.axes[0].set_title("", loc="left")  # removes Optuna's own title
             figure.axes[0].set_title(title)
         else:
             figure.suptitle(title)
         written = io.BytesIO()
-        # without the date and matplotlib's version, so that one search has one picture
+        # Without matplotlib's version the same search gives the same bytes.
         figure.savefig(
             written, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None}
         )
@@ -146,10 +147,10 @@ def _drawing() -> Iterator[Any]:
     try:
         with pyplot.style.context("default"), warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            warnings.simplefilter("ignore", UserWarning)  # that few trials say little
+            warnings.simplefilter("ignore", UserWarning)  # about few trials
             yield draw
     finally:
-        pyplot.close()  # the figure of this block, which is the newest
+        pyplot.close()  # closes this block's figure, the current one
         pyplot.switch_backend(before)
 
 
@@ -197,10 +198,11 @@ def _trial_table(result: TuningResult, metrics: Sequence[str]) -> list[str]:
 
 
 def _cells(values: Mapping[str, object]) -> str:
-    return "".join(f"<td>{html.escape(_short(value))}</td>" for value in values.values())
+    return "".join(f"<td>{html.escape(short(value))}</td>" for value in values.values())
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A trial's value with four digits; "" for None."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,11 +1,11 @@
-// The CPU kernel against whatever a fuzzer makes up: good batches, whose every result must be that of
-// docs/semantics.md's steps done one by one and with a sort, and structs that break the contract, which
-// must get their code and leave everything as it was. tests/kernels/fuzz.sh builds it with libFuzzer; compiled
-// with -DREPLAY it runs the inputs that it is given as files.
+// A fuzz test of the CPU kernel. On valid batches every result must equal that of the steps of
+// docs/semantics.md, done one by one with a sort. Structs that break the contract must give their return
+// code, and nothing may be written. tests/kernels/fuzz.sh builds it with libFuzzer; compiled with -DREPLAY it runs
+// the inputs in the files that it is given.
 //
-// An input is read from its first byte on, and is zeros past its end, so that every input means
-// something and a change of a byte is a small change of the batch. Rows are too long to be spelled out:
-// a few bytes choose a shape, a seed and some values.
+// An input is read from its first byte on and continues with zeros past its end, so every input is a valid
+// description of a batch, and a change of one byte is a small change of the batch. Rows are too long to be
+// stored in an input: a few bytes choose a shape, a seed and some values.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -14,7 +14,7 @@
 #include <limits>
 #include <vector>
 
-#include "../../csrc/cpu/sample.cpp"
+#include "../../../csrc/cpu/sample.cpp"
 
 using namespace llm_sampling;
 
@@ -63,7 +63,7 @@ class Noise {
   int64_t below(int64_t limit) {
     return static_cast<int64_t>(next() % static_cast<uint64_t>(limit));
   }
-  // About normal, deviation 1.
+  // About normally distributed, with standard deviation 1.
   float normal() {
     const uint64_t z = next();
     const int sum =
@@ -102,13 +102,13 @@ constexpr float kFloats[] = {
     -kLowest,
 };
 
-// A value that hurts, or any at all.
+// A special value, or an arbitrary one.
 float take_float(Bytes& bytes) {
   const uint8_t which = bytes.take<uint8_t>();
   return which < 200 ? kFloats[which % std::size(kFloats)] : bytes.take<float>();
 }
 
-// Rounded towards zero, which is good enough for an input.
+// To float16 or bfloat16, rounded towards zero, which is good enough for an input.
 uint16_t narrow(float x, int32_t dtype) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   if (dtype == LLM_SAMPLING_BFLOAT16) return static_cast<uint16_t>(bits >> 16);
@@ -119,10 +119,10 @@ uint16_t narrow(float x, int32_t dtype) {
   if (exponent >= 31) return static_cast<uint16_t>(sign | 0x7c00);
   if (exponent > 0)
     return static_cast<uint16_t>(sign | static_cast<uint32_t>(exponent) << 10 | fraction);
-  return static_cast<uint16_t>(sign | fraction >> 4);  // some subnormal
+  return static_cast<uint16_t>(sign | fraction >> 4);  // not the nearest, but a subnormal
 }
 
-// A batch, with exactly the memory that the contract asks for.
+// The inputs of a batch, each in exactly the memory that the contract asks for.
 struct Inputs {
   std::vector<float> logits;
   std::vector<uint16_t> narrow_logits;
@@ -143,7 +143,7 @@ struct State {
   }
 };
 
-// Bits, so that a NaN equals itself.
+// Floats are kept as bits, so that a NaN equals itself.
 struct Outputs {
   std::vector<int64_t> tokens;
   std::vector<int32_t> status;
@@ -192,7 +192,7 @@ void make_row(Bytes& bytes, float* x, int64_t size) {
   }
 }
 
-// The longest is enough for several threads; most are short, for the fuzzer's speed.
+// The longest is split over several threads; most are short, for the fuzzer's speed.
 constexpr int64_t kVocabSizes[] = {1,    2,    5,    7,    31,   32,   33,   64,   100,  200,  300,
                                    400,  500,  511,  512,  513,  600,  700,  800,  900,  1024, 1025,
                                    1300, 1500, 1600, 2048, 2049, 3000, 5000, 9001, 33000};
@@ -262,7 +262,7 @@ struct Case {
     a.seed = inputs.seed.data();
 
     if (parts & 1) {
-      inputs.offsets.push_back(bytes.below(2));  // the first entries may be nobody's
+      inputs.offsets.push_back(bytes.below(2));  // the first entry may belong to no row
       for (size_t row = 0; row < rows; ++row) {
         inputs.offsets.push_back(inputs.offsets.back() + bytes.below(8));
       }
@@ -296,7 +296,7 @@ struct Case {
       for (int32_t& word : state.seen) word = make_word(noise, density);
       const int32_t most = bytes.one_of({1, 3, 1 << 25, INT32_MAX});
       state.counts.resize(slots * static_cast<size_t>(a.counts_stride));
-      // whatever is not seen has a count too, which must not be looked at
+      // Tokens that were not seen have counts too, which must not be read.
       for (int32_t& count : state.counts) count = static_cast<int32_t>(noise.below(most));
       state.lengths.resize(slots, 3);
       for (int64_t row = 0; row < a.rows; ++row) {
@@ -320,7 +320,7 @@ struct Case {
     return static_cast<size_t>((args.rows - 1) * stride + width);
   }
 
-  // Room for the results, filled so that what is not written shows.
+  // Room for the results, filled with values that show what was not written.
   Outputs make_outputs() const {
     const size_t draws_of_all = static_cast<size_t>(args.rows * args.num_samples);
     Outputs out;
@@ -364,7 +364,7 @@ struct Case {
   }
 };
 
-// ---- The steps, one by one -----------------------------------------------------------------------
+// ---- Valid batches: the steps, one by one --------------------------------------------------------
 
 bool is_close(uint32_t bits, double expected) {
   const double value = bit_cast<float>(bits);
@@ -374,11 +374,11 @@ bool is_close(uint32_t bits, double expected) {
   return std::abs(value - expected) <= 1e-5 + 1e-6 * std::abs(expected);
 }
 
-// Holds the results of one row against the definition.
+// Compares the results of one row with the definition.
 void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   const int64_t v = a.vocab_size;
   std::vector<float> x(static_cast<size_t>(v));
-  for (int64_t i = 0; i < v; ++i) {  // 1
+  for (int64_t i = 0; i < v; ++i) {  // 1 widen
     const int64_t at = row * a.logits_stride + i;
     const uint16_t* narrow = static_cast<const uint16_t*>(a.logits);
     x[i] = a.dtype == LLM_SAMPLING_FLOAT32    ? static_cast<const float*>(a.logits)[at]
@@ -386,7 +386,7 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
                                               : widen_float16(narrow[at]);
   }
   const std::vector<float> raw = x;
-  if (a.logit_bias_offsets != nullptr) {  // 2
+  if (a.logit_bias_offsets != nullptr) {  // 2 bias, mask
     for (int64_t e = a.logit_bias_offsets[row]; e < a.logit_bias_offsets[row + 1]; ++e) {
       const int32_t id = a.logit_bias_ids[e];
       if (id >= 0 && id < v) x[id] = x[id] + a.logit_bias_values[e];
@@ -396,7 +396,7 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
     const int32_t word = a.allowed_mask[row * a.allowed_mask_stride + (i >> 5)];
     if ((static_cast<uint32_t>(word) >> (i & 31) & 1) == 0) x[i] = -kInfinity;
   }
-  for (int64_t i = 0; a.seen != nullptr && i < v; ++i) {  // 3, 4, 5
+  for (int64_t i = 0; a.seen != nullptr && i < v; ++i) {  // 3 to 5 penalties
     const int32_t word = a.seen[a.slots[row] * a.seen_stride + (i >> 5)];
     if ((static_cast<uint32_t>(word) >> (i & 31) & 1) == 0) continue;
     x[i] = repetition(x[i], a.repetition_penalty[row]);
@@ -407,7 +407,7 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   }
   int32_t status = 0;
   std::vector<int64_t> kept;
-  for (int64_t i = 0; i < v; ++i) {  // 6
+  for (int64_t i = 0; i < v; ++i) {  // 6 canonical
     if (x[i] != x[i]) {
       status |= LLM_SAMPLING_STATUS_NAN;
       x[i] = -kInfinity;
@@ -419,7 +419,7 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   if (kept.empty()) status |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
   std::stable_sort(kept.begin(), kept.end(), [&](int64_t i, int64_t j) {
     return x[i] > x[j];
-  });  // 7
+  });  // 7 order
 
   const float temperature = a.temperature[row];
   const bool greedy = temperature == 0.0f;
@@ -427,16 +427,16 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   const auto keep = [&](size_t size, size_t at_least) {
     kept.resize(std::min(kept.size(), std::max(size, at_least)));
   };
-  if (greedy && !kept.empty()) {  // 8
+  if (greedy && !kept.empty()) {  // 8 greedy
     keep(1, 1);
     w[kept[0]] = 1;
   } else if (!kept.empty()) {
     const size_t at_least = static_cast<size_t>(a.min_tokens_to_keep[row]);
     const float m = x[kept[0]];
     const float scale = depth_scale(temperature);
-    for (int64_t i : kept) w[i] = whole_mass(depth(x[i], m, scale));          // 9, 10
-    if (a.top_k[row] > 0) keep(static_cast<size_t>(a.top_k[row]), at_least);  // 11
-    if (a.top_p[row] < 1.0f) {                                                // 12
+    for (int64_t i : kept) w[i] = whole_mass(depth(x[i], m, scale));          // 9 depth, 10 mass
+    if (a.top_k[row] > 0) keep(static_cast<size_t>(a.top_k[row]), at_least);  // 11 top-k
+    if (a.top_p[row] < 1.0f) {                                                // 12 top-p
       int64_t z = 0, sum = 0;
       for (int64_t i : kept) z += w[i];
       const int64_t target = top_p_target(z, a.top_p[row]);
@@ -444,7 +444,7 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
       while (sum < target) sum += w[kept[size++]];
       keep(size, at_least);
     }
-    if (a.min_p[row] > 0.0f) {  // 13
+    if (a.min_p[row] > 0.0f) {  // 13 min-p
       size_t size = 0;
       while (size < kept.size() && depth(x[kept[size]], m, scale) <= a.min_p_cut[row]) ++size;
       keep(size, at_least);
@@ -456,7 +456,10 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
     std::vector<float> expected(static_cast<size_t>(v), -kInfinity);
     for (int64_t i : kept) expected[i] = greedy ? x[i] : x[i] / temperature;
     const uint32_t* filtered = out.filtered.data() + row * a.filtered_stride;
-    require(std::memcmp(filtered, expected.data(), static_cast<size_t>(v) * 4) == 0, "filtered");
+    require(
+        std::memcmp(filtered, expected.data(), static_cast<size_t>(v) * 4) == 0,
+        "filtered logits"
+    );
   }
   if (a.tokens == nullptr) return;
   require(a.status[row] == status, "status");
@@ -467,7 +470,7 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   for (float value : raw) {
     if (value == value) raw_sum += value == raw_max ? 1.0 : std::exp(value - raw_max);
   }
-  for (int32_t draw = 0; draw < a.num_samples; ++draw) {  // 14
+  for (int32_t draw = 0; draw < a.num_samples; ++draw) {  // 14 draw
     int64_t expected = -1;
     const uint64_t seed = static_cast<uint64_t>(a.seed[row]);
     const uint64_t position = static_cast<uint64_t>(a.position[row]);
@@ -492,6 +495,7 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   }
 }
 
+// The state after the step of a batch whose results are in a.
 State advanced(const Case& batch, const LlmSamplingArgs& a) {
   State after = batch.state;
   bool valid = true;
@@ -515,17 +519,20 @@ void run_good(const Case& batch) {
   State own = batch.state;
   Outputs out = batch.make_outputs();
   const LlmSamplingArgs a = batch.with(own, out);
-  // bias values may be anything; Python lets none through that is not finite
-  require(llm_sampling_cpu(&a) == LLM_SAMPLING_OK, "a good batch is taken");
+  // Any bias value is valid here, although Python refuses those that are not finite.
+  require(llm_sampling_cpu(&a) == LLM_SAMPLING_OK, "a valid batch is accepted");
   State before = batch.state;
   LlmSamplingArgs given = batch.with(before, out);
   for (int64_t row = 0; row < a.rows; ++row) check_row(given, out, row);
   require(own == advanced(batch, a), "the state after a step");
 
-  // gaps between rows are nobody's
+  // The gaps between rows must not be written.
   for (int64_t row = 0; batch.filters && row + 1 < a.rows; ++row) {
     for (int64_t i = a.vocab_size; i < a.filtered_stride; ++i) {
-      require(out.filtered[row * a.filtered_stride + i] == 7, "between filtered rows");
+      require(
+          out.filtered[row * a.filtered_stride + i] == 7,
+          "the gaps between filtered rows are not written"
+      );
     }
   }
 
@@ -535,7 +542,7 @@ void run_good(const Case& batch) {
   one.num_threads = a.num_threads == 1 ? 3 : 1;
   require(
       llm_sampling_cpu(&one) == LLM_SAMPLING_OK && alone == out && again == own,
-      "other threads"
+      "another number of threads gives the same results"
   );
 }
 
@@ -595,8 +602,8 @@ constexpr Field kFields[] = {
     FIELD(filtered_stride),
 };
 
-// Whether everything that the struct speaks of lies within what it points to: what no callee can know.
-bool is_true(const Case& batch, const LlmSamplingArgs& a) {
+// Whether all that the struct describes lies within the memory of the batch, which no callee can check.
+bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
   using Wide = __int128;
   const auto holds = [&](const void* pointer, Wide stride, Wide width, size_t there) {
     return pointer == nullptr ||
@@ -652,7 +659,7 @@ void run_bad(Case& batch, Bytes& bytes) {
         static_cast<int32_t>(take_number(bytes, batch.args));
   }
   if ((what & 3) == 2 && !batch.inputs.offsets.empty()) {
-    // not above: how many entries there are is what no callee can know
+    // Not above the number of entries, which no callee can check.
     int64_t& offset = batch.inputs.offsets[what % batch.inputs.offsets.size()];
     offset = std::min(take_number(bytes, batch.args), batch.bias_entries);
   }
@@ -692,9 +699,12 @@ void run_bad(Case& batch, Bytes& bytes) {
   LlmSamplingArgs read;
   int32_t expected = read_struct(&a, read);
   if (expected == LLM_SAMPLING_OK) expected = check_struct(a);
-  if (expected == LLM_SAMPLING_OK && !is_true(batch, a)) return;
+  if (expected == LLM_SAMPLING_OK && !is_within_memory(batch, a)) return;
   const int32_t code = llm_sampling_cpu(&a);
-  require(expected == LLM_SAMPLING_OK || code == expected, "a bad struct gives its code");
+  require(
+      expected == LLM_SAMPLING_OK || code == expected,
+      "a struct that breaks the contract gives its code"
+  );
   if (code != LLM_SAMPLING_OK) {
     require(own == before_state && out == before, "nothing is written after an error");
   }

@@ -1,9 +1,9 @@
-// The CPU kernel under many callers at once, for ThreadSanitizer: they share the library and read the
-// same logits, each with rows and state of its own, on one, two, three and five threads. All that a call
-// gives must be, to the bit, what it gives alone on one thread. Exits with 0 where it is.
+// The CPU kernel with several callers at once, for ThreadSanitizer. They share the library and the logits;
+// each has rows and state of its own, on one, two, three or five threads. The results of a call must equal,
+// bit for bit, those of the same call alone on one thread. The exit status is 0 if they do.
 //
-// Compiled with -DOPENMP the process has GOMP_parallel, as it has with torch, here made of threads that the
-// sanitizer can see through. With -DRACE the callers wrongly share their rows and state.
+// Compiled with -DOPENMP the process has GOMP_parallel, as it has with torch, implemented here with threads
+// that the sanitizer understands. With -DRACE the callers wrongly share their rows and state.
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/llm_sampling.h"
+#include "../../../csrc/llm_sampling.h"
 
 #ifdef OPENMP
 static std::atomic<int> teams{0};
@@ -39,15 +39,16 @@ constexpr int kSteps = 2;
 
 struct Kind {
   int64_t rows;
-  bool flat;  // else few tokens have most of the mass
+  bool flat;  // false: few tokens have most of the mass
   float top_p, min_p;
   int32_t top_k, at_least;
-  float repetition, frequency;  // with either there is a history
+  float repetition, frequency;  // if either is on, there is a history
   bool masked, filtered;
   int32_t logprobs, samples;
 };
 
-// Each way through the kernel, for one row, which is split over the threads, and for several.
+// Calls that together take every path of the kernel, for one row, which is split over threads, and for
+// several rows.
 constexpr Kind kKinds[] = {
     {1, true, 1.0f, 0.0f, 0, 1, 1.0f, 0.0f, false, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
     {1, true, 1.0f, 0.0f, 0, 1, 1.0f, 0.1f, true, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
@@ -63,7 +64,7 @@ constexpr Kind kKinds[] = {
 };
 constexpr int kKindCount = sizeof(kKinds) / sizeof(kKinds[0]);
 
-// Rows and state of a caller's own.
+// The rows and the state of one caller.
 struct Step {
   std::vector<float> temperature, top_p, min_p, min_p_cut, repetition, frequency, presence;
   std::vector<int32_t> top_k, at_least, slots, mask, seen, counts, status;
@@ -135,24 +136,24 @@ struct Step {
     args.filtered_stride = kVocabSize;
   }
 
-  // Some steps in a row: the bits of all that they give; nothing where one of them fails.
+  // Runs kSteps steps and returns the bits of all their results; nothing if a step fails.
   std::vector<int64_t> run() {
-    std::vector<int64_t> given;
-    const auto give = [&](const auto& values) {
+    std::vector<int64_t> results;
+    const auto append = [&](const auto& values) {
       for (const auto value : values) {
         int64_t bits = 0;
         std::memcpy(&bits, &value, sizeof(value));
-        given.push_back(bits);
+        results.push_back(bits);
       }
     };
     for (int step = 0; step < kSteps; ++step) {
       if (llm_sampling_cpu(&args) != LLM_SAMPLING_OK) return {};
-      give(tokens);
-      give(status);
-      give(logprobs);
-      give(filtered);
+      append(tokens);
+      append(status);
+      append(logprobs);
+      append(filtered);
     }
-    return given;
+    return results;
   }
 };
 
@@ -164,7 +165,7 @@ std::vector<float> make_logits(bool flat) {
     const float uniform = static_cast<float>((state >> 8) + 1) * 0x1p-24f;
     x = flat ? 3.0f * uniform : -1.6f * std::log(uniform);
   }
-  if (!flat) logits[kVocabSize / 2] = std::nanf("");  // every thread may find one
+  if (!flat) logits[kVocabSize / 2] = std::nanf("");  // a NaN, which any thread may find
   return logits;
 }
 
@@ -190,18 +191,18 @@ int main() {
       for (int i = 0; i < kKindCount; ++i) {
         const int kind = (i + caller / 2) % kKindCount;
 #ifdef RACE
-        const std::vector<int64_t> given = shared->run();
+        const std::vector<int64_t> results = shared->run();
 #else
-        const std::vector<int64_t> given = make(kind, kThreads[(caller + i) % 4])->run();
+        const std::vector<int64_t> results = make(kind, kThreads[(caller + i) % 4])->run();
 #endif
-        if (given.empty() || given != alone[kind]) ++failures;
+        if (results.empty() || results != alone[kind]) ++failures;
       }
     });
   }
   for (std::thread& caller : callers) caller.join();
 #ifdef OPENMP
   if (teams == 0) {
-    std::printf("no team of OpenMP's was asked for\n");
+    std::printf("OpenMP was not used\n");
     ++failures;
   }
 #endif

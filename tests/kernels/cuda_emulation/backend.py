@@ -1,4 +1,4 @@
-"""The CUDA kernel in the emulation, as a backend for the parity tests."""
+"""The emulated CUDA kernel as a backend for the parity tests."""
 
 import ctypes
 import itertools
@@ -16,22 +16,22 @@ from llm_sampling.backends import c_abi, native
 from llm_sampling.backends.base import SampleCall, SampleOutput
 
 FOLDER = Path(__file__).parent
-#: Rounding as nvcc's -fmad=false.
+#: -ffp-contract=off corresponds to nvcc's -fmad=false.
 FLAGS = ("-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow")
 FLAGS += ("-Werror", "-Wno-unknown-pragmas")
 
 
 class Launch(NamedTuple):
-    """Blocks of a row's cluster, and whether each has a copy of its part in shared memory."""
+    """Blocks of a row's cluster, and whether each block copies its part into shared memory."""
 
     blocks: int
     copied: bool
 
 
 class EmulatedBackend:
-    """What a module in llm_sampling.backends offers, for one kind of launch.
+    """Has the interface of a module of llm_sampling.backends, for one kind of launch.
 
-    Every launch takes its threads in another order.
+    Each call runs the threads in another order.
     """
 
     DEVICE_TYPES = frozenset({"cpu"})
@@ -70,7 +70,7 @@ class EmulatedBackend:
 
 
 def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str] = ()) -> Path:
-    """Compile the kernel and the emulation; with a text of the kernel replaced by another."""
+    """Compile the kernel with the emulation; `planted` replaces a text of the kernel by another."""
     root = FOLDER.parents[2]
     if planted:
         text, wrong = planted
@@ -89,7 +89,7 @@ def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str
 
 
 def install(monkeypatch: object, library: Path, launch: Launch) -> str:
-    """Put the backend into the table; its name."""
+    """Register the backend for one test and return its name."""
     row = backends.Backend("emulated", "cuda_emulated")
     monkeypatch.setitem(sys.modules, row.module, EmulatedBackend(library, launch))
     monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, row.name: row})

@@ -1,16 +1,19 @@
-// Runs CUDA device code on a CPU: each thread of a cluster is a fiber, all of them on one OS thread.
+// Runs CUDA device code on a CPU. Each thread of a cluster is a fiber; all fibers share one OS thread.
 //
-// The device code is compiled as it is, by g++ with this header in front. A fiber runs until it waits: at
-// a barrier, at a collective of its warp, or where an atomic operation or an arrival at the cluster's
-// barrier gives way. Who is next is shuffled by a seed, so that a missing barrier gives a wrong result for
-// some seeds. What nobody can leave is reported as a deadlock, with those who wait; so are barriers that a
-// thread's exit leaves incomplete, collectives that lanes of a warp disagree about, copies that nobody
-// waited for, and a look into a block that need not have started. Reads and writes out
-// of bounds are for AddressSanitizer, which sees every block's shared memory as an allocation of its own,
-// and misaligned vectors for UndefinedBehaviorSanitizer.
+// g++ compiles the device code unchanged, with this header included before it. A fiber runs until it
+// waits at a barrier or at a collective of its warp; it may also yield at an atomic operation and after
+// arriving at the cluster's barrier. A seed shuffles the order in which fibers run, so that a missing
+// barrier gives a wrong result for some seeds.
 //
-// It does not show races without a waiting point in between, memory weaker than sequentially consistent,
-// or anything about time. Shared memory is dynamic only: __shared__ is not defined, on purpose.
+// A launch fails, with a message, on a deadlock (the message names the threads that wait), on a barrier
+// that cannot complete because a thread has exited, on a collective about which the lanes of a warp
+// disagree, on a copy that its thread never waits for, and on access to the shared memory of a block that
+// need not have started. AddressSanitizer sees accesses out of bounds, because the shared memory of each
+// block is an allocation of its own, and UndefinedBehaviorSanitizer sees misaligned vectors.
+//
+// Not detected are races without a waiting point between the accesses, what only a memory model weaker
+// than sequential consistency allows, and anything about time. Shared memory is dynamic only: __shared__
+// is deliberately not defined.
 #ifndef LLM_SAMPLING_CUDA_EMULATION_H_
 #define LLM_SAMPLING_CUDA_EMULATION_H_
 
@@ -32,7 +35,7 @@
 #endif
 
 #if !defined(__x86_64__)
-#define CUDA_EMULATION_UCONTEXT  // elsewhere the C library switches, more slowly
+#define CUDA_EMULATION_UCONTEXT  // other processors use the C library's context switch, a slower one
 #endif
 #ifdef CUDA_EMULATION_UCONTEXT
 #include <ucontext.h>
@@ -66,7 +69,7 @@ namespace cuda_emulation {
 constexpr unsigned kWarp = 32;
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStack =
-    1024 * 1024;  // a report is written on the stack of the thread that it is about
+    1024 * 1024;  // a sanitizer's report is made on the stack of the thread that caused it
 #else
 constexpr size_t kStack = 64 * 1024;
 #endif
@@ -74,12 +77,12 @@ constexpr size_t kPage = 4096;
 constexpr unsigned char kUninitialised = 0xCD;
 constexpr unsigned char kFreed = 0xDD;
 
-// A fiber that does not run, and how one gives way to another.
+// The saved state of a fiber that does not run, and the switch from one fiber to another.
 #ifdef CUDA_EMULATION_UCONTEXT
 using Context = ucontext_t;
 inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
 #else
-using Context = void*;  // its stack, with the registers on top
+using Context = void*;  // the fiber's stack pointer; its registers are on top of the stack
 extern "C" void cuda_emulation_switch(void** from, void* to);
 asm(R"(
 .text
@@ -125,18 +128,18 @@ enum class Collective {
   kOr
 };
 
-// Of the lanes of a mask, again and again.
+// Where the lanes of one mask meet, once for each collective.
 struct Meeting {
   uint32_t mask = 0;
   uint32_t arrived = 0;
   Collective collective = Collective::kNone;
   uint64_t generation = 0;
-  uint64_t values[2][kWarp];  // of this generation and of the last, which is still being read
+  uint64_t values[2][kWarp];  // of this generation, and of the previous one, which lanes still read
 };
 
 struct Warp {
-  uint32_t lanes = 0;            // that exist
-  std::deque<Meeting> meetings;  // lanes of a warp may be at several, each with its mask
+  uint32_t lanes = 0;            // mask of the lanes that exist
+  std::deque<Meeting> meetings;  // one per mask; lanes of a warp may wait at different ones
 };
 
 struct Block {
@@ -146,7 +149,7 @@ struct Block {
   unsigned char* shared = nullptr;
   std::vector<Warp> warps;
   Barrier barrier;
-  unsigned predicates = 0;  // true ones at the barrier that is being waited at
+  unsigned predicates = 0;  // true predicates at the current barrier
   unsigned last_predicates = 0;
 };
 
@@ -165,11 +168,11 @@ struct Thread {
   Block* block = nullptr;
   State state = State::kReady;
   const char* waits_at = "";
-  const uint64_t* generation = nullptr;  // it waits for this to change
+  const uint64_t* generation = nullptr;  // a waiting thread waits until this differs from `seen`
   uint64_t seen = 0;
-  uint64_t cluster_seen = 0;  // between arriving at the cluster's barrier and waiting there
+  uint64_t cluster_seen = 0;  // generation of the cluster's barrier when the thread arrived
   bool has_arrived = false;
-  std::vector<std::vector<Copy>> copies;  // groups that are on their way; the last one is open
+  std::vector<std::vector<Copy>> copies;  // committed groups in flight, then the open group
   unsigned char* stack = nullptr;
   void* fake_stack = nullptr;
   Context context = {};
@@ -180,13 +183,13 @@ struct Launch {
   dim3 block;
   unsigned cluster = 1;  // blocks of a cluster, along x
   size_t shared_bytes = 0;
-  uint64_t seed = 0;  // 0: threads in their order, and atomics do not give way
+  uint64_t seed = 0;  // 0: threads run in their order, and atomics do not yield
 };
 
 struct Machine {
   Launch launch;
   std::function<void()> kernel;
-  std::vector<Block> blocks;  // of the cluster that runs
+  std::vector<Block> blocks;  // of the running cluster
   std::vector<Thread> threads;
   std::vector<unsigned char*> stacks;  // kept from launch to launch
   Thread* current = nullptr;
@@ -245,7 +248,7 @@ inline std::string name(const Thread& thread) {
          ", " + std::to_string(block.y) + ", " + std::to_string(block.z) + ")";
 }
 
-// Ends the launch; the thread that calls it never goes on, and whatever it had allocated would leak.
+// Ends the launch. The calling thread is never resumed, so its memory is not freed.
 [[noreturn]] inline void fail(const char* what, const char* why = "") {
   machine.failure = name(*machine.current);
   machine.failure.append(": ").append(what).append(why);
@@ -263,7 +266,7 @@ inline void wait_for(const uint64_t& generation, uint64_t seen, const char* wher
   to_scheduler();
 }
 
-// So that others come between two operations of a thread.
+// Yields at random, so that other threads run between two operations of this one.
 inline void give_way() {
   if (machine.launch.seed != 0 && random_below(4) == 0) to_scheduler();
 }
@@ -283,7 +286,7 @@ inline void run_thread() {
   Block& block = *thread.block;
   block.running -= 1;
   if (block.running == 0 && machine.launch.shared_bytes > 0) {
-    // nobody may look into the shared memory of a block that has left
+    // The shared memory of a block that has exited must not be read any more.
     memset(block.shared, kFreed, machine.launch.shared_bytes);
 #ifdef __SANITIZE_ADDRESS__
     __asan_poison_memory_region(block.shared, machine.launch.shared_bytes);
@@ -295,7 +298,7 @@ inline void run_thread() {
 
 inline unsigned char* take_stack(size_t number) {
   while (machine.stacks.size() <= number) {
-    // the page below is never there, so that an overflow ends the program
+    // The page below the stack is not accessible, so a stack overflow ends the program.
     void* made = mmap(
         nullptr,
         kPage + kStack,
@@ -309,7 +312,7 @@ inline unsigned char* take_stack(size_t number) {
   }
   unsigned char* stack = machine.stacks[number];
 #ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(stack, kStack);  // a failed launch leaves frames behind
+  __asan_unpoison_memory_region(stack, kStack);  // a failed launch leaves poisoned frames behind
 #endif
   return stack;
 }
@@ -324,9 +327,9 @@ inline void start(Thread& thread, size_t number) {
   makecontext(&thread.context, run_thread, 0);
 #else
   void** top = reinterpret_cast<void**>(thread.stack + kStack) - 1;
-  *top = nullptr;  // where run_thread would return to: the stack is aligned as after a call
+  *top = nullptr;  // run_thread's return address: it never returns, but it aligns the stack
   *--top = reinterpret_cast<void*>(&run_thread);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;  // the registers that a switch takes back
+  for (int i = 0; i < 6; ++i) *--top = nullptr;  // the registers that a switch restores
   thread.context = top;
 #endif
 }
@@ -406,7 +409,7 @@ inline void run_cluster(unsigned first_x, unsigned y, unsigned z) {
   }
 }
 
-// Runs a kernel to its end. Returns what went wrong, or an empty string.
+// Runs a launch to its end. Returns what went wrong, or an empty string.
 template <typename Kernel, typename... Args>
 std::string run(const Launch& launch, Kernel kernel, Args... args) {
   machine.launch = launch;
@@ -442,7 +445,7 @@ inline unsigned per_block() {
   return size.x * size.y * size.z;
 }
 
-// How many threads of the block came with a true predicate.
+// Waits for all threads of the block; returns how many of them have a true predicate.
 inline unsigned block_barrier(bool predicate, const char* what) {
   Block& block = *machine.current->block;
   if (block.running != per_block()) fail(what, " after threads of the block have exited");
@@ -461,7 +464,7 @@ inline unsigned lane() { return machine.current->number % kWarp; }
 
 inline Warp& warp() { return machine.current->block->warps[machine.current->number / kWarp]; }
 
-// Every lane of the mask meets here; what they brought, by lane.
+// Waits for all lanes of the mask; returns the values of all of them, indexed by lane.
 inline const uint64_t* meet(
     uint32_t mask,
     uint64_t value,
@@ -592,7 +595,7 @@ inline void __cluster_barrier_arrive() {
   thread.has_arrived = true;
   thread.cluster_seen = machine.cluster_barrier.generation;
   arrive(machine.cluster_barrier, static_cast<unsigned>(machine.threads.size()));
-  give_way();  // others may go on before what this thread does ahead of its wait
+  give_way();  // other threads may run ahead of what this one does between arrival and wait
 }
 inline void __cluster_barrier_wait() {
   using namespace cuda_emulation;
@@ -731,7 +734,7 @@ T atomicCAS(T* place, T expected, T value) {
   });
 }
 
-// Copies to shared memory arrive as late as they may, or by chance when a group is closed.
+// A group of copies to shared memory arrives when it is waited for, or at random when it is committed.
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros = 0) {
   using namespace cuda_emulation;
   if (size != 4 && size != 8 && size != 16)
@@ -756,7 +759,7 @@ inline void __pipeline_wait_prior(size_t groups) {
   }
 }
 
-// That of C returns NaN where one of them is a signalling NaN.
+// CUDA's fmaxf ignores every NaN; that of C returns NaN if one argument is a signalling NaN.
 inline float cuda_fmaxf(float a, float b) {
   if (a != a) return b;
   return b > a ? b : a;

@@ -1,6 +1,6 @@
-// Kernels that try the emulation, right ones and wrong ones: see main.
+// Correct and wrong kernels that test the emulation; main() runs them by name.
 //
-// nvcc compiles the kernels too, which shows that what they call is CUDA's.
+// nvcc compiles these kernels too, which shows that the emulated functions have CUDA's signatures.
 #ifdef __CUDACC__
 #include <cuda_pipeline_primitives.h>
 #include <stdint.h>
@@ -12,9 +12,9 @@ __device__ unsigned char* dynamic_shared_memory() {
 #include "cuda_emulation.h"
 #endif
 
-constexpr int kTiles = 5;  // of 4 numbers for each of 64 threads
+constexpr int kTiles = 5;  // each has 4 numbers for each of 64 threads
 
-// ------------------------------------------------------------------------------------------- right
+// ----------------------------------------------------------------------------------------- correct
 
 // The sum of the numbers below n, by a tree in shared memory.
 __global__ void tree_sum(long long* out, const int*) {
@@ -27,7 +27,7 @@ __global__ void tree_sum(long long* out, const int*) {
   if (threadIdx.x == 0) out[blockIdx.x] = sums[0];
 }
 
-// Every collective of a warp, each folded into one number per thread.
+// Every collective of a warp; each thread folds their results into one number.
 __global__ void warp_collectives(long long* out, const int*) {
   const unsigned all = 0xffffffffu;
   const unsigned lane = threadIdx.x % 32;
@@ -90,7 +90,7 @@ __global__ void ring(long long* out, const int*) {
   __cluster_barrier_wait();
 }
 
-// Copies that are two groups ahead.
+// Asynchronous copies that run two groups ahead of their use.
 __global__ void pipeline(long long* out, const int* in) {
   int* shared = reinterpret_cast<int*>(dynamic_shared_memory());
   const int width = 4 * static_cast<int>(blockDim.x);
@@ -104,7 +104,7 @@ __global__ void pipeline(long long* out, const int* in) {
   for (int tile = 0; tile < kTiles; ++tile) {
     __pipeline_wait_prior(1);
     __syncthreads();
-    // another thread's
+    // Numbers that another thread has copied.
     for (int i = 0; i < 4; ++i)
       sum += shared[tile % 2 * width + (mine + 4 * 5 + i) % width] * (tile + 1);
     __syncthreads();
@@ -122,7 +122,7 @@ __global__ void pipeline(long long* out, const int* in) {
 __global__ void missing_barrier(long long* out, const int*) {
   int* shared = reinterpret_cast<int*>(dynamic_shared_memory());
   shared[threadIdx.x] = 1;
-  // here
+  // __syncthreads() is missing here.
   if (threadIdx.x == 17) {
     long long sum = 0;
     for (unsigned i = 0; i < blockDim.x; ++i) sum += shared[i];
@@ -176,13 +176,13 @@ __global__ void early_exit(long long* out, const int*) {
   own[threadIdx.x] = 5;
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
-  // the last barrier is missing: the other block may have left
+  // The last barrier is missing: the other block may have exited.
   const unsigned other = 1 - __clusterRelativeBlockRank();
   out[blockIdx.x * blockDim.x + threadIdx.x] =
       static_cast<const int*>(__cluster_map_shared_rank(own, other))[threadIdx.x];
 }
 
-// The other block may not have started.
+// Writes to the other block, which need not have started.
 __global__ void early_look(long long* out, const int*) {
   int* own = reinterpret_cast<int*>(dynamic_shared_memory());
   const unsigned other = 1 - __clusterRelativeBlockRank();
@@ -245,7 +245,7 @@ const Case kCases[] = {
     {"trapped", trapped},
 };
 
-// KERNEL SEED; with more kernels in front of the last, those run before it.
+// Arguments: KERNEL... SEED. Runs the kernels one after another and prints the last one's output.
 int main(int count, char** words) {
   if (count < 3) return 2;
   const uint64_t seed = strtoull(words[count - 1], nullptr, 10);

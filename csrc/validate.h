@@ -1,17 +1,21 @@
-// What every compiled backend checks before it starts, and what its return codes mean.
-#ifndef LLM_SAMPLING_CHECK_H_
-#define LLM_SAMPLING_CHECK_H_
+// The checks that a compiled backend makes before it starts, and the meaning of its return codes.
+#ifndef LLM_SAMPLING_VALIDATE_H_
+#define LLM_SAMPLING_VALIDATE_H_
 
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "llm_sampling.h"
+#include "semantics.h"
 
 namespace llm_sampling {
 
-// A caller's struct, which may be of an older version: fields that it does not know are off.
+// Copies the caller's struct, which may be that of an older version of this header: the fields that the
+// caller does not know become zero, which is "off".
 inline int32_t read_struct(const LlmSamplingArgs* args, LlmSamplingArgs& own) {
-  constexpr uint32_t kFirstSize = sizeof(LlmSamplingArgs);  // that of version 1, for good
+  constexpr uint32_t kFirstSize = sizeof(LlmSamplingArgs);  // the size in version 1; never changes
   if (args == nullptr || args->version != LLM_SAMPLING_ABI_VERSION ||
       args->struct_size < kFirstSize || args->struct_size > sizeof(LlmSamplingArgs)) {
     return LLM_SAMPLING_BAD_STRUCT;
@@ -20,18 +24,28 @@ inline int32_t read_struct(const LlmSamplingArgs* args, LlmSamplingArgs& own) {
   return LLM_SAMPLING_OK;
 }
 
+// True if the pointer is NULL or a multiple of its type's alignment.
 template <typename T>
 inline bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0;
 }
 
-// Whether so many rows of `width` elements, `stride` apart, have sizes in bytes that an int64 holds.
+// Whether holds(pointer) is true for the pointer of every parameter that a call must have. A new parameter
+// is added here, and the range of its values in check_values.
+template <typename F>
+inline bool all_parameters(const LlmSamplingArgs& a, const F& holds) {
+  return holds(a.temperature) && holds(a.top_k) && holds(a.top_p) && holds(a.min_p) &&
+         holds(a.min_p_cut) && holds(a.repetition_penalty) && holds(a.frequency_penalty) &&
+         holds(a.presence_penalty) && holds(a.min_tokens_to_keep);
+}
+
+// Whether the size in bytes of `rows` rows of `width` elements, `stride` elements apart, fits an int64.
 inline bool is_addressable(int64_t rows, int64_t stride, int64_t width) {
   constexpr int64_t kMost = INT64_MAX / 8;
   return width <= kMost && (rows <= 1 || stride <= (kMost - width) / (rows - 1));
 }
 
-// LLM_SAMPLING_OK as far as the struct itself tells: no pointer is followed.
+// Checks everything that can be checked without following a pointer.
 inline int32_t check_struct(const LlmSamplingArgs& a) {
   if (a.rows < 0 || a.vocab_size < 1 || a.vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE ||
       a.num_samples < 1 || a.num_threads < 1 ||
@@ -54,35 +68,22 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
     return LLM_SAMPLING_NULL_POINTER;
   }
   if (wants_logprobs && a.logprobs == nullptr) return LLM_SAMPLING_NULL_POINTER;
-  for (const void* pointer :
-       {a.logits,
-        static_cast<const void*>(a.temperature),
-        static_cast<const void*>(a.top_k),
-        static_cast<const void*>(a.top_p),
-        static_cast<const void*>(a.min_p),
-        static_cast<const void*>(a.min_p_cut),
-        static_cast<const void*>(a.repetition_penalty),
-        static_cast<const void*>(a.frequency_penalty),
-        static_cast<const void*>(a.presence_penalty),
-        static_cast<const void*>(a.min_tokens_to_keep)}) {
-    if (pointer == nullptr) return LLM_SAMPLING_NULL_POINTER;
+  if (a.logits == nullptr || !all_parameters(a, [](const auto* p) { return p != nullptr; })) {
+    return LLM_SAMPLING_NULL_POINTER;
   }
   const bool aligned_logits = a.dtype == LLM_SAMPLING_FLOAT32
                                   ? is_aligned(static_cast<const float*>(a.logits))
                                   : is_aligned(static_cast<const uint16_t*>(a.logits));
-  if (!(aligned_logits && is_aligned(a.temperature) && is_aligned(a.top_k) && is_aligned(a.top_p) &&
-        is_aligned(a.min_p) && is_aligned(a.min_p_cut) && is_aligned(a.repetition_penalty) &&
-        is_aligned(a.frequency_penalty) && is_aligned(a.presence_penalty) &&
-        is_aligned(a.min_tokens_to_keep) && is_aligned(a.seed) && is_aligned(a.position) &&
-        is_aligned(a.logit_bias_offsets) && is_aligned(a.logit_bias_ids) &&
-        is_aligned(a.logit_bias_values) && is_aligned(a.allowed_mask) && is_aligned(a.seen) &&
-        is_aligned(a.counts) && is_aligned(a.lengths) && is_aligned(a.slots) &&
-        is_aligned(a.tokens) && is_aligned(a.logprobs) && is_aligned(a.status) &&
-        is_aligned(a.filtered))) {
+  if (!(aligned_logits && all_parameters(a, [](const auto* p) { return is_aligned(p); }) &&
+        is_aligned(a.seed) && is_aligned(a.position) && is_aligned(a.logit_bias_offsets) &&
+        is_aligned(a.logit_bias_ids) && is_aligned(a.logit_bias_values) &&
+        is_aligned(a.allowed_mask) && is_aligned(a.seen) && is_aligned(a.counts) &&
+        is_aligned(a.lengths) && is_aligned(a.slots) && is_aligned(a.tokens) &&
+        is_aligned(a.logprobs) && is_aligned(a.status) && is_aligned(a.filtered))) {
     return LLM_SAMPLING_MISALIGNED;
   }
   const int64_t words = (a.vocab_size + 31) / 32;
-  // a stride of 0 repeats a row, which only what is read may do
+  // A stride of 0 repeats one row, which is allowed for inputs only.
   if (a.logits_stride < 0 || a.allowed_mask_stride < 0 ||
       (a.filtered != nullptr && a.filtered_stride < a.vocab_size) ||
       !is_addressable(a.rows, a.logits_stride, a.vocab_size) ||
@@ -103,6 +104,36 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   return LLM_SAMPLING_OK;
 }
 
+// Checks what the pointers of a struct that check_struct accepts point to: bias offsets, slots, and the
+// range of every parameter. It reads the arrays, so they must be in host memory.
+inline int32_t check_values(const LlmSamplingArgs& a) {
+  if (a.logit_bias_offsets != nullptr) {
+    const int64_t* offsets = a.logit_bias_offsets;
+    if (offsets[0] < 0 || !std::is_sorted(offsets, offsets + a.rows + 1))
+      return LLM_SAMPLING_BAD_SIZE;
+    if (offsets[a.rows] > 0 && (a.logit_bias_ids == nullptr || a.logit_bias_values == nullptr)) {
+      return LLM_SAMPLING_NULL_POINTER;
+    }
+  }
+  for (int64_t row = 0; a.seen != nullptr && row < a.rows; ++row) {
+    if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
+  }
+  // Each comparison is false for NaN.
+  const auto is_within = [](float x, float least, float most) { return x >= least && x <= most; };
+  for (int64_t row = 0; row < a.rows; ++row) {
+    if (!(is_within(a.temperature[row], 0.0f, -kLowest) &&
+          is_within(a.top_p[row], 0.0f, 1.0f) &&  // a tiny top_p may have been rounded to 0
+          is_within(a.min_p[row], 0.0f, 1.0f) && a.min_p_cut[row] >= 0.0f &&
+          a.repetition_penalty[row] > 0.0f && a.repetition_penalty[row] < kInfinity &&
+          is_within(a.frequency_penalty[row], -2.0f, 2.0f) &&
+          is_within(a.presence_penalty[row], -2.0f, 2.0f) && a.min_tokens_to_keep[row] >= 1)) {
+      return LLM_SAMPLING_BAD_PARAMETER;
+    }
+  }
+  return LLM_SAMPLING_OK;
+}
+
+// What a return code means; never NULL.
 inline const char* error_text(int32_t code) {
   switch (code) {
     case LLM_SAMPLING_OK:
@@ -130,4 +161,4 @@ inline const char* error_text(int32_t code) {
 
 }  // namespace llm_sampling
 
-#endif  // LLM_SAMPLING_CHECK_H_
+#endif  // LLM_SAMPLING_VALIDATE_H_

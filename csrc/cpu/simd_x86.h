@@ -1,15 +1,16 @@
-// Two loops over a tile that are written by hand for x86-64, since the compiler's own code for them
-// bounds the kernel. Each has its definition beside it, in plain C++, which all other CPUs run.
-#ifndef LLM_SAMPLING_CPU_BY_HAND_H_
-#define LLM_SAMPLING_CPU_BY_HAND_H_
+// Two loops over a tile, written with intrinsics for x86-64, because the compiler's code for them would limit
+// the kernel's speed. Beside each is the same loop in plain C++, which is its definition and what other CPUs
+// run.
+#ifndef LLM_SAMPLING_CPU_SIMD_X86_H_
+#define LLM_SAMPLING_CPU_SIMD_X86_H_
 
 #include <algorithm>
 #include <cstdint>
 
 #include "tile.h"
 
-// With LLM_SAMPLING_VERSIONS all versions are compiled and the CPU chooses when the library is loaded;
-// without it the one that the build is for.
+// With LLM_SAMPLING_VERSIONS every version is compiled and the CPU chooses when the library is loaded;
+// without it only the version of the build's own instruction set is compiled.
 #ifdef LLM_SAMPLING_VERSIONS
 #define LLM_SAMPLING_VERSION(name) __attribute__((target(name)))
 #else
@@ -28,8 +29,8 @@
 namespace llm_sampling {
 namespace {
 
-// ---- Which of a tile's values lie in a band, as bits -----------------------------------------------
-// The compiler makes shifts and ORs of a loop over bits.
+// ---- band_bits: bit j of the result is set if low <= y[j] <= high ----------------------------------
+// By hand because the compiler turns the loop over bits into shifts and ORs, not into compare masks.
 
 #ifdef LLM_SAMPLING_V4
 LLM_SAMPLING_VERSION("arch=x86-64-v4")
@@ -83,14 +84,14 @@ void band_bits(const float* y, float low, float high, uint64_t* inside) {
 }
 #endif
 
-// ---- The maxima of a tile's groups -----------------------------------------------------------------
-// And sums of its values, 2 * kGroups of them, added to `sums`: one is NaN if a value is. The compiler
-// loads each value twice, and the pass is bound by its loads.
+// ---- tile_maxima: the maximum of each stripe of a tile, NaN ignored ---------------------------------
+// It also adds the tile's logits to the 2 * kStripes elements of `sums`, one of which becomes NaN if a logit
+// is NaN. By hand because the compiler loads each logit twice, and loads limit the speed of this pass.
 
 #ifdef LLM_SAMPLING_V4
 LLM_SAMPLING_VERSION("arch=x86-64-v4")
-void tile_maxima(const float* y, float* group, float* sums) {
-  static_assert(kGroups == 16, "a group is a lane");
+void tile_maxima(const float* y, float* stripe_max, float* sums) {
+  static_assert(kStripes == 16, "a stripe is a lane of a 512-bit vector");
   const __m512 nothing = _mm512_set1_ps(-kInfinity);
   __m512 top[4] = {nothing, nothing, nothing, nothing};
   __m512 sum[2] = {_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16)};
@@ -98,28 +99,28 @@ void tile_maxima(const float* y, float* group, float* sums) {
     __m512 x[4];
     for (int i = 0; i < 4; ++i) {
       x[i] = _mm512_loadu_ps(y + begin + i * 16);
-      asm("" : "+v"(x[i]));                  // in a register, for both of its uses
-      top[i] = _mm512_max_ps(x[i], top[i]);  // the second where one is NaN
+      asm("" : "+v"(x[i]));                  // loaded once, into a register, for both uses
+      top[i] = _mm512_max_ps(x[i], top[i]);  // top[i] if x[i] is NaN
     }
     sum[0] = _mm512_add_ps(sum[0], _mm512_add_ps(x[0], x[1]));
     sum[1] = _mm512_add_ps(sum[1], _mm512_add_ps(x[2], x[3]));
   }
   const __m512 first = _mm512_max_ps(top[0], top[1]);
-  _mm512_storeu_ps(group, _mm512_max_ps(first, _mm512_max_ps(top[2], top[3])));
+  _mm512_storeu_ps(stripe_max, _mm512_max_ps(first, _mm512_max_ps(top[2], top[3])));
   _mm512_storeu_ps(sums, sum[0]);
   _mm512_storeu_ps(sums + 16, sum[1]);
 }
 #endif
 
-INLINE void plain_tile_maxima(const float* y, float* group, float* sums) {
-  alignas(64) float top[kGroups * 2];
-  for (int j = 0; j < kGroups * 2; ++j) top[j] = -kInfinity;
-  for (int k = 0; k < kTile; k += kGroups * 8) {  // four steps at once, in order of memory
-    for (int j = 0; j < kGroups * 2; ++j) {
+INLINE void plain_tile_maxima(const float* y, float* stripe_max, float* sums) {
+  alignas(64) float top[kStripes * 2];
+  for (int j = 0; j < kStripes * 2; ++j) top[j] = -kInfinity;
+  for (int k = 0; k < kTile; k += kStripes * 8) {  // four vectors at once, in memory order
+    for (int j = 0; j < kStripes * 2; ++j) {
       const float x0 = y[k + j];
-      const float x1 = y[k + j + kGroups * 2];
-      const float x2 = y[k + j + kGroups * 4];
-      const float x3 = y[k + j + kGroups * 6];
+      const float x1 = y[k + j + kStripes * 2];
+      const float x2 = y[k + j + kStripes * 4];
+      const float x3 = y[k + j + kStripes * 6];
       float best = top[j];
       best = x0 > best ? x0 : best;
       best = x1 > best ? x1 : best;
@@ -129,20 +130,24 @@ INLINE void plain_tile_maxima(const float* y, float* group, float* sums) {
       sums[j] += (x0 + x1) + (x2 + x3);
     }
   }
-  for (int j = 0; j < kGroups; ++j) group[j] = std::max(top[j], top[j + kGroups]);
+  for (int j = 0; j < kStripes; ++j) stripe_max[j] = std::max(top[j], top[j + kStripes]);
 }
 
 #ifdef LLM_SAMPLING_V3
 LLM_SAMPLING_VERSION("arch=x86-64-v3")
-void tile_maxima(const float* y, float* group, float* sums) { plain_tile_maxima(y, group, sums); }
+void tile_maxima(const float* y, float* stripe_max, float* sums) {
+  plain_tile_maxima(y, stripe_max, sums);
+}
 #endif
 
 #if defined(LLM_SAMPLING_VERSIONS) || !(defined(LLM_SAMPLING_V4) || defined(LLM_SAMPLING_V3))
 LLM_SAMPLING_VERSION("default")
-void tile_maxima(const float* y, float* group, float* sums) { plain_tile_maxima(y, group, sums); }
+void tile_maxima(const float* y, float* stripe_max, float* sums) {
+  plain_tile_maxima(y, stripe_max, sums);
+}
 #endif
 
 }  // namespace
 }  // namespace llm_sampling
 
-#endif  // LLM_SAMPLING_CPU_BY_HAND_H_
+#endif  // LLM_SAMPLING_CPU_SIMD_X86_H_
