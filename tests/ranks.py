@@ -31,7 +31,7 @@ class Ranks:
     """
 
     def __init__(self, size: int, timeout: float = 60, backend: str = "gloo") -> None:
-        # ranks come from a process that has imported torch, which takes seconds, and used none of it
+        # forked from a process that has imported torch, which takes seconds, and not used it
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed"])
         self.size = size
