@@ -31,7 +31,9 @@ class Ranks:
     """
 
     def __init__(self, size: int, timeout: float = 60, backend: str = "gloo") -> None:
-        context = multiprocessing.get_context("spawn")
+        # forked from a process that has imported torch, which takes seconds, and not used it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed"])
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")

@@ -36,8 +36,11 @@ launches = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return Path(SANITIZED) if SANITIZED else emulation.build(tmp_path_factory.mktemp("emulated"))
+def library(build_once):
+    if SANITIZED:
+        return Path(SANITIZED)
+    (built,) = build_once("cuda_emulated", emulation.build).iterdir()
+    return built
 
 
 @pytest.fixture

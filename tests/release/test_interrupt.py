@@ -453,13 +453,18 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
+    def exit_code(self) -> int:
+        """Wait until the program ends."""
+        self._read(lambda: self._process.poll() is not None)
+        return self._process.returncode
+
     def complaints(self) -> list[str]:
         """What is wrong with how the program ended, and how it left the terminal."""
-        self._read(lambda: self._process.poll() is not None)
+        code = self.exit_code()
         while select.select([self._ours], [], [], 0)[0]:
             self._written += os.read(self._ours, 65536)
         is_wrong = {
-            "exit code": self._process.returncode != INTERRUPTED,
+            "exit code": code != INTERRUPTED,
             "traceback": "Traceback" in self.output,
             "cursor": self.output.rfind(HIDE) > self.output.rfind(SHOW),
             "newline": not self.output.endswith("\n"),
@@ -537,6 +542,40 @@ def test_ctrl_c_leaves_a_usable_prompt(
     for one in (text, answer, prompt):
         assert re.search(end_line, one.output), one.output
     assert "aaa" not in loading.output
+
+
+def test_a_command_that_is_started_with_ctrl_c_ignored_keeps_it_ignored(
+    terminal: Callable[..., Terminal], model_options: list[str]
+) -> None:
+    """Under nohup or in a script's background, as programs do there."""
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    chat = terminal(ignored + COMMAND, "chat", *model_options, "--max-new-tokens", "3")
+    asks = r"> \S*$"
+    chat.wait_for(asks)
+    chat.type("\x03hello\n")
+    chat.wait_for(r"aaa\r\n" + r"\S*" + asks)
+    chat.type("\x04")
+    assert chat.exit_code() == 0, chat.output
+
+
+def test_what_is_interrupted_here_is_so_where_the_parent_ignores_ctrl_c() -> None:
+    """Tests of each kind pass in a process that starts with SIGINT ignored."""
+    program = (
+        "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    chosen = "test_an_interrupted_stream_is_over or test_a_prompt_that_is_not_usable_is_seen"
+    options = ["-q", "-x", "-n0", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"PYTHONPATH": str(Path(llm_sampling.__file__).parent.parent)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"{1 + len(BROKEN)} passed" in done.stdout
 
 
 BROKEN = {

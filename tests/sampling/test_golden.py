@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -18,7 +19,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -379,25 +379,17 @@ def build(compiler: str, architecture: str, library: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def builds(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[tuple[str, str], Future[Path]]]:
-    """Libraries by compiler and instruction set, as far as this machine makes and runs them."""
+def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A function: the library of a compiler and an instruction set, built when first needed."""
     folder = tmp_path_factory.mktemp("kernels")
-    made: dict[tuple[str, str], Future[Path]] = {}
 
-    def make_library(name: str, architecture: str) -> Path:
+    @functools.cache
+    def library_of(name: str, architecture: str) -> Path:
         library = folder / f"{name}-{architecture}.so"
         build(str(find_compiler(name)), architecture, library)
         return library
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name in COMPILERS:
-            for architecture in ARCHITECTURES:
-                if find_compiler(name) and not what_is_missing(architecture):
-                    made[name, architecture] = pool.submit(make_library, name, architecture)
-        yield made
-        pool.shutdown(cancel_futures=True)
+    return library_of
 
 
 def count_threads() -> int:
@@ -412,7 +404,7 @@ def test_every_build_gives_them(
     compiler: str,
     architecture: str,
     whose: str,
-    builds: dict[tuple[str, str], Future[Path]],
+    library_of: Callable[[str, str], Path],
     calls: list[tuple[Question, SampleCall]],
     golden: list[Golden],
     recorded: Answers,
@@ -425,7 +417,7 @@ def test_every_build_gives_them(
     if missing := what_is_missing(architecture):
         pytest.skip(f"this CPU has no {', '.join(missing)}")
     # a copy of its own, since a library that is loaded twice is one, with one pool of threads
-    copy = shutil.copy(builds[compiler, architecture].result(), tmp_path)
+    copy = shutil.copy(library_of(compiler, architecture), tmp_path)
     library = ctypes.CDLL(str(copy))
     if whose == "own threads":
         library.llm_sampling_cpu_forked()
