@@ -29,20 +29,20 @@ MOST_PROCESSES = 8
 def pytest_cmdline_main(config):
     """Run whole folders in a process per core where pytest-xdist is installed and -n is not given.
 
-    One process runs a file or a test that is named, and all where there is a debugger, output that
-    is not captured, a GPU or vLLM's engine.
+    One process runs a file or a test that is named, and everything with a debugger, with output
+    that is not captured, on a GPU, in vLLM's engine, and where a test takes most of the memory.
     """
     option = config.option
-    is_worker = hasattr(config, "workerinput")
-    if is_worker or not hasattr(option, "numprocesses") or option.numprocesses is not None:
-        return
-    wants_one = option.usepdb or option.trace or option.capture == "no"
-    wants_one |= re.search(r"(?<!not )(gpu|vllm)", option.markexpr) is not None
-    if not wants_one and all(Path(arg).is_dir() for arg in config.args):
-        option.numprocesses = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
-        # neighbouring tests share what they build, so that they stay in one process
-        option.dist = "worksteal"
-        option.benchmark_disable = True  # or pytest-benchmark warns that it is
+    if hasattr(config, "workerinput"):
+        option.benchmark_disable = True  # as it is here; pytest-benchmark would warn
+    elif getattr(option, "numprocesses", 0) is None:  # there is xdist, and no -n
+        wants_one = option.usepdb or option.trace or option.capture == "no"
+        wants_one |= re.search(r"(?<!not )(gpu|vllm|large)", option.markexpr) is not None
+        if not wants_one and all(Path(arg).is_dir() for arg in config.args):
+            option.numprocesses = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+            # a worker has tests that follow each other, which share what they build
+            option.dist = "worksteal"
+            option.benchmark_disable = True
 
 
 def pytest_configure(config):

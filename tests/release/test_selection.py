@@ -17,7 +17,7 @@ TABLES = (
 )
 
 
-@pytest.mark.parametrize("name", [name for table in TABLES for name in table])
+@pytest.mark.parametrize("name", sorted(name for table in TABLES for name in table))
 def test_every_row_names_a_test(name):
     file, function = name.partition("[")[0].split("::")
     (path,) = [path for path in PATHS if path.name == file]  # one alone has this name
