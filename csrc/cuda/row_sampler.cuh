@@ -13,13 +13,16 @@
 
 namespace llm_sampling {
 
-constexpr int kMaxCandidates = 384;
-constexpr int kAbreast = 16;  // candidates that one iteration of compare_all takes
-constexpr int kProbed = 256;  // tokens of a probe
-constexpr int kMaxima = 2;    // maxima that each thread keeps
+constexpr int kMaxCandidates = 384;  // in shared memory
+constexpr int kAbreast = 16;         // candidates that one iteration of compare_all takes
+constexpr int kProbed = 256;         // tokens of a probe
+constexpr int kMaxima = 2;           // maxima that each thread keeps
 constexpr int kBins = 2 * kThreads;
 constexpr uint64_t kNoCode = 0;
-static_assert(kMaxCandidates % kAbreast == 0 && kProbed % kAbreast == 0, "arrays are padded");
+static_assert(
+    kMaxCandidates % kAbreast == 0 && kProbed % kAbreast == 0,
+    "compare_all reads whole multiples of kAbreast"
+);
 static_assert(kMaxima == 2, "find_maxima and find_tile_maxima name both");
 
 // The start of a block's shared memory.
@@ -41,13 +44,22 @@ struct Parameters {
   int64_t slot;     // the row's slot of the history
 };
 
-// What filters() works out of the parameters.
+// What the filters of a row ask for.
 struct Filters {
   int min_kept;  // no filter leaves fewer tokens
   int max_kept;  // top-k leaves no more
   float top_p, depth_cut;
   bool has_top_k, has_top_p, has_depth_cut;
 
+  __device__ Filters(const Parameters& row, int vocab_size) {
+    min_kept = row.min_tokens_to_keep > 1 ? row.min_tokens_to_keep : 1;
+    max_kept = row.top_k > 0 ? (row.top_k > min_kept ? row.top_k : min_kept) : vocab_size;
+    top_p = row.top_p;
+    depth_cut = row.depth_cut;
+    has_top_k = max_kept < vocab_size;
+    has_top_p = top_p < 1.0f;
+    has_depth_cut = depth_cut < kInfinity;
+  }
   __device__ bool are_off() const { return !has_top_k && !has_top_p && !has_depth_cut; }
   // Whether the mass of the whole row is needed.
   __device__ bool need_total() const { return !has_top_k && (has_top_p || !has_depth_cut); }
@@ -65,7 +77,7 @@ struct Candidates {
   int count;
   int count_above;     // tokens of the row above all candidates
   int64_t mass_above;  // and their mass
-  bool is_last;        // whether no token of the row is below them
+  bool is_last;        // whether all other tokens of the row are above them or at -inf
 };
 
 // The fixed part of a block's shared memory.
@@ -85,7 +97,7 @@ struct Shared {
       int64_t running[kMaxCandidates];  // running masses of `sorted`; for a draw, see draw.cuh
     };
   };
-  uint32_t bins[kBins];  // histogram of this block's maxima, used once
+  uint32_t bins[kBins];  // histogram of the maxima of this block's threads
 };
 static_assert(sizeof(Shared) <= kFixedBytes, "launch.cuh reserves kFixedBytes for it");
 
@@ -191,7 +203,7 @@ class RowSampler {
   const int index_;  // of the row
   Shared& shared_;
   Cluster cluster_;
-  const int part_vecs_;   // vecs of a part: every block's but the last ones'
+  const int part_vecs_;   // vecs of a part; the last parts may have fewer
   int64_t* tile_masses_;  // running masses of this block's tiles, in shared memory
   uint32_t* tile_keys_;   // order keys of their largest logits, in shared memory
   unsigned char* copy_;   // this block's copy, in shared memory
@@ -205,8 +217,8 @@ class RowSampler {
 
   uint64_t threshold_;          // the lowest code of the kept set
   bool in_candidates_ = false;  // whether the candidates contain the whole kept set
-  Sums mass_ =
-      {};  // of all tokens where top-p needs it; then of the kept set unless in_candidates_
+  // The mass of all tokens where a filter needs it; later that of the kept set, unless in_candidates_.
+  Sums mass_ = {};
 
   float raw_m_ = 0.0f;        // the largest raw logit
   float raw_log_sum_ = 0.0f;  // the logarithm of the sum of exp(x - raw_m_)

@@ -9,21 +9,21 @@
 // reads the row from global memory again. launch.cuh chooses the number of blocks, where it can, such that
 // two rows share a multiprocessor: one is copied while the other is searched.
 //
-// Passes over a part, with the function that makes each:
-//   score            a history, where there is a copy: the logits of the seen tokens after step 5, divided
-//                    evenly among the threads. They are kept apart, and -inf takes their place in the copy.
-//   find_maxima      every row: the largest logit of each tile, and two of each thread, that of the lower
-//                    halves of its vecs and that of the upper halves.
+// Passes over a part, by the function that makes them:
+//   score            rows with a history, where there is a copy: the seen tokens' logits after step 5. They
+//                    are divided evenly among the threads and kept apart; -inf replaces them in the copy.
+//   find_maxima      every row: the largest logit of each tile, and two for each thread, one over the lower
+//                    halves of its vecs and one over the upper halves.
 //   find_first       greedy rows: the first token of the order.
-//   collect          the candidates, which are all tokens of a range of the order, from the tiles that have
-//                    one. A logarithmic histogram of the threads' maxima tells at first which range is
-//                    likely to hold as many tokens as the filters need.
+//   collect          the candidates: all tokens of a range of the order, from the tiles that have any. The
+//                    first range is estimated from a logarithmic histogram of the threads' maxima.
 //   weigh            no filter, or top-p without top-k: the mass of each tile.
-//   search           a threshold that the candidates do not hold: counts and masses of the tokens that
-//                    reach three codes, which a probe of the row chooses at first. Each pass narrows the
-//                    range, until the candidates hold it.
-//   weigh            the same row: the mass of the kept tokens of each tile.
-//   find_raw_sum, write_filtered   where the caller asks for their results.
+//   search           rows with a threshold that the candidates do not hold: counts and masses of the tokens
+//                    that reach three codes, at first those that a probe of the row suggests. Each pass
+//                    narrows the range, until it is short enough for the candidates.
+//   weigh            where the candidates do not hold the kept set: the mass of its tokens in each tile.
+//   write_filtered   where the caller asks for filtered logits.
+//   find_raw_sum     where the caller asks for raw logprobs: two passes over global memory.
 // A pass is inlined where it is called. Steps that share a pass are iterations of one loop, because each
 // call would add the whole of its code to the kernel.
 //

@@ -19,17 +19,7 @@ constexpr int kMoreTokens = 192;
 // Worked out anew at each use, because there are no registers to keep it in.
 template <int kDtype, bool kCopied>
 __device__ __forceinline__ Filters RowSampler<kDtype, kCopied>::filters() const {
-  const Parameters& row = shared_.parameters;
-  Filters filters;
-  filters.min_kept = row.min_tokens_to_keep > 1 ? row.min_tokens_to_keep : 1;
-  filters.max_kept = row.top_k > 0 ? (row.top_k > filters.min_kept ? row.top_k : filters.min_kept)
-                                   : row_.vocab_size;
-  filters.top_p = row.top_p;
-  filters.depth_cut = row.depth_cut;
-  filters.has_top_k = filters.max_kept < row_.vocab_size;
-  filters.has_top_p = filters.top_p < 1.0f;
-  filters.has_depth_cut = filters.depth_cut < kInfinity;
-  return filters;
+  return Filters(shared_.parameters, row_.vocab_size);
 }
 
 // Finds the threshold of the kept set, and the masses from which draw() chooses if the candidates do not
