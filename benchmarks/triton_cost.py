@@ -1,30 +1,32 @@
 """What the Triton kernel costs, read from its machine code: ``python -m benchmarks.triton_cost``.
 
-It compiles the kernel ahead of time for every kind of call and several architectures. Triton's JIT
+The kernel is compiled ahead of time for every kind of call and several architectures. Triton's JIT
 gets the very arguments that the wrapper launches with, so types, alignment and options are those of
-a launch. Nothing runs on a device: all numbers are predicted, not measured. It takes Triton 3.9 or
-newer, whose line information says where a function was inlined.
+a launch. Nothing runs on a device: all numbers are predicted, not measured. Triton 3.9 or newer is
+needed, whose line information says where a function was inlined.
 
-The loops over the row have the names of LOOPS, "mass 2" is that of the kept set. An iteration has
-all instructions from a loop's label to its last jump back, both sides of an ``if`` included; of the
-loops in a floor only "gather" has one. Instructions per logit are those of a thread: a warp issues
-them for 32 logits at once. Those of "gather" are per token of the lanes that are read again.
+The loops over the row have the names in LOOPS; "mass 2" is the mass of the kept set. An iteration
+is all instructions from a loop's label to its last jump back, both sides of an ``if`` included; of
+the loops in a lower bound, only "gather" has an ``if``. Instructions per logit are those of a
+thread: a warp issues them for 32 logits at once. Those of "gather" are per token of the columns
+that are read again.
 
-The floor of a call on an H100 is the largest of three times:
+The lower bound of a call's time on an H100 is the largest of three times:
 
 * bytes: ``rows * V * size * reads / (3.35 TB/s)``
 * issue: ``n * V / 32 * (sum over the loops of reads * instructions per logit) / (4 * 1.755 GHz)``
 * latency: ``n * V * size * reads / in_flight * 0.7 us``,
-  ``in_flight = min(n, programs) * (num_stages - 1) * BLOCK * size``
+  ``in_flight = min(n, programs) * (num_stages - 1) * tile * size``
 
-``n = ceil(rows / 132)`` rows are on the busiest multiprocessor, and as many programs at once as
-registers, threads and shared memory let in. Reads of the row: greedy 1, unfiltered 2, top-p 2 (the
-nucleus is in the slab), top-k 1 and the lanes that are read again, at most k * 1.125 + 16 of BLOCK.
-top-p takes its lanes, NUCLEUS * 1.125 + 16, from copies: instructions, but no read of the row.
+``n = ceil(rows / 132)`` rows are on the busiest multiprocessor, which runs as many programs at once
+as its registers, threads and shared memory hold. Reads of the row: greedy 1; unfiltered 2; top-p 2,
+with a nucleus that fits the candidates; top-k 1, and the columns that are read again, at most
+k * 1.125 + 16 of those of a tile. For top-p, the NUCLEUS * 1.125 + 16 columns are read from copies:
+they cost instructions, but no read of the row.
 
-It is a lower bound for logits that come from HBM at every read; the second of two reads is cheaper
-where the L2 cache still holds the row. Launch, barriers, reductions, shared memory's latency, the
-filters in the slab and the draw are not in it.
+The bound is for logits that come from HBM at every read; the second of two reads is cheaper where
+the L2 cache still holds the row. Launch, barriers, reductions, shared memory's latency, the filters
+of the candidates and the draw are not in it.
 """
 
 from __future__ import annotations
@@ -147,14 +149,14 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
 
 #: Name: the statement, a call that none below has, and which field of Launch is its tokens.
 LOOPS = {
-    "maxima": ("for", "_processed_and_flags", "block"),
-    "search": ("for", "_packed_counts", "slab"),
-    "gather": ("while", "_append", "slab"),
-    "collect": ("for", "_append", "slab"),
-    "draw": ("while", "_mass", "slab"),
-    "mass": ("for", "_mass", "block"),
-    "raw": ("for", "tl.exp", "block"),
-    "write": ("for", "tl.div_rn", "block"),
+    "maxima": ("for", "_processed_and_flags", "tile"),
+    "search": ("for", "_packed_counts", "candidates"),
+    "gather": ("while", "_append", "candidates"),
+    "collect": ("for", "_append", "candidates"),
+    "draw": ("while", "_mass", "candidates"),
+    "mass": ("for", "_mass", "tile"),
+    "raw": ("for", "tl.exp", "tile"),
+    "write": ("for", "tl.div_rn", "tile"),
 }
 
 
@@ -178,13 +180,13 @@ def source() -> Lines:
         lines = range(first, first + 1 + body.count("\n"))
         if text.startswith("def _mass(", match.start()):
             mass = lines
-        reads = "_processed" in body or "tl.load(logits" in body
+        reads = "_processed" in body or "_loaded(" in body
         if word != "def" and reads and not re.search(r"^ *(for|while) ", body, re.MULTILINE):
             of_word = [(name, call) for name, (w, call, _) in LOOPS.items() if w == word]
             loops[lines] = next(
                 (name for name, call in of_word if f"{call}(" in body), f"line {first}"
             )
-    for match in re.finditer(r"tl\.load\(logits", text):
+    for match in re.finditer(r"tl\.load\(row\.logits", text):
         first = text.count("\n", 0, match.start()) + 1
         loads |= set(range(first, first + 4))  # the compiler may give it the next statement's line
     return Lines(loops, loads, mass)
@@ -336,9 +338,9 @@ def broken_rules(variant: Variant, arch: str, cost: Cost) -> list[str]:
     for name, loop in cost.loops.items():
         if loop.fused:
             broken.append(f"{name}: {loop.fused} fused multiply-adds in steps 9 and 10")
-        # gather reads single tokens, and a thread's part of the slab may have fewer bytes
-        is_of_slab = LOOPS[name.split()[0]][2] == "slab"
-        wanted = min(16, loop.logit_bytes) if is_of_slab else 16
+        # gather reads single tokens; a loop over few tokens may have fewer bytes for a thread
+        by_candidates = LOOPS[name.split()[0]][2] == "candidates"
+        wanted = min(16, loop.logit_bytes) if by_candidates else 16
         if name != "gather" and loop.narrowest_load < wanted:
             broken.append(f"{name}: logits are loaded {loop.narrowest_load} bytes at a time")
     return [f"{variant.kind}, {variant.dtype}, {arch}: {reason}" for reason in broken]
@@ -353,7 +355,7 @@ def floor(case: str, variant: Variant, cost: Cost) -> dict[str, Any]:
         reads["mass"] = 1.0
     of_row = sum(reads.values())
     if case in again:
-        reads["gather"] = (again[case] * 1.125 + 16) / launch.block
+        reads["gather"] = (again[case] * 1.125 + 16) / launch.tile
     if case == "top-k 50":
         of_row += reads["gather"]
     busiest = -(-variant.rows // 132)
@@ -365,7 +367,7 @@ def floor(case: str, variant: Variant, cost: Cost) -> dict[str, Any]:
     microseconds = {
         "bytes": variant.rows * row_bytes / 3.35e6,
         "issue": busiest * variant.vocab_size / 32 * instructions / (4 * 1.755e3),
-        "latency": busiest * row_bytes / (stages * launch.block * itemsize) * 0.7,
+        "latency": busiest * row_bytes / (stages * launch.tile * itemsize) * 0.7,
     }
     limit = max(microseconds, key=lambda name: microseconds[name])
     found = {"case": case, **variant._asdict(), "reads": of_row, "programs": cost.programs()}
