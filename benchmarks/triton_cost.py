@@ -33,10 +33,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
-import json
 import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -53,21 +50,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import sass
+from benchmarks.cost_report import BY_ROWS, DTYPES, ROWS, VOCAB_SIZES, join_rows, publish, table
 from benchmarks.sass import Code, Instruction, count_spills, run_tool
-from benchmarks.timing import ROOT, progress
+from benchmarks.timing import progress
 from llm_sampling import SamplingParams, TokenHistory
 from llm_sampling.backends import triton as wrapper
 from llm_sampling.backends import triton_kernel
 from llm_sampling.backends.args import make_results
 from llm_sampling.sample import make_call
 
-RESULTS = ROOT / "benchmarks" / "results"
 SOURCE = Path(triton_kernel.__file__)
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 #: What a program may have of a multiprocessor's shared memory.
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = (
     "greedy",
     "unfiltered",
@@ -86,8 +82,6 @@ KINDS = (
 #: What the floor is worked out for: cases and their kinds, sizes, and rows.
 CASES = {"greedy": "greedy", "unfiltered": "unfiltered"}
 CASES |= {"top-k 50": "filtered", "top-p 0.9": "filtered"}
-VOCAB_SIZES = (32000, 128256, 262144)
-ROWS = (1, 8, 64, 256)
 
 # Compiling
 
@@ -378,18 +372,10 @@ def floor(case: str, variant: Variant, cost: Cost) -> dict[str, Any]:
 # The report
 
 
-def table(caption: str, header: Sequence[str], cells: Iterable[tuple[Any, Sequence[str]]]) -> str:
-    """A markdown table; cells with the same key are in one row."""
-    rows: dict[Any, list[str]] = {}
-    for key, more in cells:
-        rows.setdefault(key, list(key)).extend(more)
-    lines = [f"## {caption} (predicted, not measured)\n", f"| {' | '.join(header)} |"]
-    lines.append("|---" * 2 + "|--:" * (len(header) - 2) + "|")
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows.values()])
-
-
-def tables(costs: Sequence[tuple[Variant, str, Cost]], floors: Sequence[dict[str, Any]]) -> str:
-    """The three tables."""
+def tables(
+    costs: Sequence[tuple[Variant, str, Cost]], floors: Sequence[dict[str, Any]]
+) -> list[str]:
+    """What the kernels need, their instructions, and lower bounds of their times."""
     needs, instructions, bounds = [], [], []
     names = ["maxima", "mass", "mass 2", *(n for n in LOOPS if n not in ("maxima", "mass"))]
     for variant, arch, cost in costs:
@@ -407,11 +393,11 @@ def tables(costs: Sequence[tuple[Variant, str, Cost]], floors: Sequence[dict[str
     a = "Registers / spills (gfx942: vector + scalar) / shared bytes / instructions"
     b = "Instructions per logit on sm_90, and bytes of logits per logit"
     c = "Lower bounds in µs on an H100, and which of the three times it is"
-    by_rows = [f"{rows} row{'s' * (rows > 1)}" for rows in ROWS]
-    found = [table(a, ["call", "dtype", *TARGETS], needs)]
-    found += [table(b, ["call", "dtype", *names, "bytes"], instructions)]
-    found += [table(c, ["V", "case", "dtype", "reads", *by_rows], bounds)]
-    return "\n\n".join(found)
+    return [
+        table(a, ["call", "dtype", *TARGETS], join_rows(needs)),
+        table(b, ["call", "dtype", *names, "bytes"], join_rows(instructions)),
+        table(c, ["V", "case", "dtype", "reads", *BY_ROWS], join_rows(bounds)),
+    ]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -441,25 +427,18 @@ def main(argv: Sequence[str]) -> int:
     ]
     found = measure_all([(variant, "sm_90") for _, variant in cases])
     floors = [floor(*case, cost) for case, cost in zip(cases, found, strict=True)]
-    record = {
-        "what": "predicted from the machine code, not measured",
-        "triton": triton.__version__,
-        "kernel": hashlib.sha256(SOURCE.read_bytes()).hexdigest(),
-        "command": shlex.join(["python", "-m", "benchmarks.triton_cost", *argv]),
-    }
-    text = "# The Triton kernel's cost: predicted from its machine code, not measured\n\n"
-    text += f"* `{record['command']}`, triton {record['triton']}\n"
-    text += f"* SHA-256 of `{SOURCE.name}`: {record['kernel']}\n"
-    text += (__doc__ or "").partition("\n")[2] + "\n" + tables(costs, floors)
-    text += "\n\n## Broken rules\n\n" + "\n".join(f"* {line}" for line in broken or ["none"])
-    print(text)
-    if not options.quick:
-        lines = [{**variant._asdict(), "arch": a, **asdict(cost)} for variant, a, cost in costs]
-        report = json.dumps(
-            {**record, "costs": lines, "floors": floors, "broken": broken}, indent=1
-        )
-        (RESULTS / "triton-cost.md").write_text(text + "\n", encoding="utf-8")
-        (RESULTS / "triton-cost.json").write_text(report + "\n", encoding="utf-8")
+    lines = [{**variant._asdict(), "arch": arch, **asdict(cost)} for variant, arch, cost in costs]
+    publish(
+        "Triton",
+        argv,
+        ("triton", triton.__version__),
+        [SOURCE],
+        __doc__ or "",
+        tables(costs, floors),
+        {"costs": lines, "floors": floors},
+        broken,
+        to_files=not options.quick,
+    )
     return 0
 
 
