@@ -25,10 +25,12 @@ from setuptools.errors import BaseError, CCompilerError, ExecError, OptionError
 # Rounding after every operation is part of the semantics; the other two let loops vectorise.
 EXACT = ["-fno-fast-math", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS = ["-std=c++17", "-O3", *EXACT, "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
-FLAGS += ["-g0"]  # what a debugger is told, which Python's own flags ask for, names the folder
+# Python's own flags come before these: -g would write the name of the folder into the library, and
+# -fwrapv would cost instructions in loops whose integers cannot overflow.
+FLAGS += ["-g0", "-fno-wrapv"]
 LINK = ["-pthread", *(["-ldl", "-Wl,-z,defs"] if sys.platform == "linux" else [])]
 
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+HEADERS = sorted(str(path) for end in ("h", "cuh") for path in Path("csrc").rglob(f"*.{end}"))
 
 CPU = Extension(
     "llm_sampling.lib.libllm_sampling_cpu",
@@ -39,19 +41,21 @@ CPU = Extension(
     language="c++",
 )
 
-# Multiply-adds stay apart, and subnormals are kept, which is nvcc's default.
+# No contraction into fused multiply-adds. That subnormals are kept is nvcc's default.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-shared", "-cudart", "static", "--threads", "0"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-#: The last one's PTX is for what comes after it.
+#: PTX of the last one serves the architectures that come after it.
 ARCHITECTURES = ["80", "86", "89", "90a", "100a", "120"]
 
 CUDA = Extension(
-    "llm_sampling.lib.libllm_sampling_cuda", sources=["csrc/cuda/sample.cu"], depends=HEADERS
+    "llm_sampling.lib.libllm_sampling_cuda",
+    sources=["csrc/cuda/launch.cu", "csrc/cuda/sample.cu"],
+    depends=HEADERS,
 )
 
 
 def find_nvcc() -> str | None:
-    """The compiler of CUDA_HOME, else the first on the path, else that of the usual folder."""
+    """The nvcc of CUDA_HOME or CUDA_PATH, else the first on the path, else /usr/local/cuda's."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which("nvcc", path=str(Path(home) / "bin"))
@@ -59,7 +63,7 @@ def find_nvcc() -> str | None:
 
 
 def architecture_options(nvcc: str) -> list[str]:
-    """What this nvcc knows of ARCHITECTURES; "90a" is there where 90 is."""
+    """The -gencode options for those of ARCHITECTURES that this nvcc knows; it lists 90a as 90."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
     known = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in listed.stdout.split()]
     if not known:

@@ -1,12 +1,13 @@
-"""How many instructions the CPU kernel takes, by function, from Valgrind's callgrind.
+"""Counts the instructions of the CPU kernel, by function, with Valgrind's callgrind.
 
-``python -m benchmarks.cpu_cost --json FILE`` writes FILE and a table beside it, FILE.md. It needs
-``valgrind`` (3.19 is known to work), takes two minutes, and gives the same counts on every run.
+``python -m benchmarks.cpu_cost --json FILE`` writes FILE, and beside it a table with the suffix
+``.md``. It needs ``valgrind`` (3.19 is known to work) and takes two minutes. A build gives the same
+counts on every run; another compiler, or other flags of Python's own build, give others.
 
-Valgrind has no AVX-512, so these are the AVX2 loops, of 8 values a vector: counts are given per 8
-tokens of the row. A count is not a time, but what a loop must at least issue is what bounds it:
-a core of today retires four to six instructions a cycle, and half of those of a mass are on the
-two or three ports that can do them.
+Valgrind does not support AVX-512, so these are the AVX2 loops with 8 floats a vector, and counts
+are given per 8 tokens of the row. A count is not a time, but it bounds the time from below: a core
+retires four to six instructions a cycle, and half of those that compute a mass can run on only two
+or three of its ports.
 """
 
 from __future__ import annotations
@@ -52,41 +53,41 @@ SHOWN = {
     ),
 }
 OBJECTS = {"libllm_sampling_cpu.so", "libtorch_cpu.so", "libsleef.so"}
-#: A function of the C library that nobody else calls: callgrind writes a file before each call.
+#: A function of the C library that nothing else calls; callgrind writes a file before each call.
 MARK = "getpgid"
 
 
 def mark() -> None:
-    """End a part of the counts."""
+    """End a part of the counts: callgrind writes the counts since the last mark into a file."""
     os.getpgid(0)
 
 
 def parts() -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
-    """What is counted: its names, the call, and how many buffers there are."""
+    """Yield the names of each part, its call, and the number of buffers to call it on."""
     for name in INPUTS:
         buffers = make_buffers(name, 1, VOCAB_SIZE)[:CALLS]
         for provider, cases in SHOWN.items():
             for case in cases:
                 task = Task(CASES[case], make_inputs(name, buffers, CASES[case]))
-                what = {"input": name, "case": case, "provider": provider}
-                yield what, PROVIDERS[provider].build(task).call, len(buffers)
+                names = {"input": name, "case": case, "provider": provider}
+                yield names, PROVIDERS[provider].build(task).call, len(buffers)
 
 
 def count() -> None:
-    """Make every call between two marks; what callgrind runs."""
+    """Make the calls of every part between two marks. This runs under callgrind."""
     torch.set_num_threads(1)
-    for what, call, buffers in parts():
-        for buffer in range(buffers):  # whatever a first call prepares
+    for names, call, buffers in parts():
+        for buffer in range(buffers):  # a first call may prepare something
             call(buffer)
         mark()
         for buffer in range(buffers):
             call(buffer)
         mark()
-        print(json.dumps(what | {"calls": buffers}), flush=True)
+        print(json.dumps(names | {"calls": buffers}), flush=True)
 
 
 def functions(profile: str) -> Counter[str]:
-    """Instructions of each function of our library and torch's, from a file of callgrind's."""
+    """Return the instructions of each function of OBJECTS, from the text of a callgrind file."""
     names: dict[tuple[str, str], str] = {}
     found: Counter[str] = Counter()
     place = {"ob": "", "fn": ""}
@@ -98,7 +99,7 @@ def functions(profile: str) -> Counter[str]:
             if not called:
                 place[kind] = name
         elif line.startswith("calls="):
-            inclusive = True  # the next line is what was called, which is counted there
+            inclusive = True  # the next line counts the callee, which has lines of its own
         elif re.match(r"[+*\d-]", line):
             if not inclusive and Path(place["ob"]).name in OBJECTS:
                 found[_short(place["fn"])] += int(line.split()[-1])
@@ -107,15 +108,15 @@ def functions(profile: str) -> Counter[str]:
 
 
 def _short(name: str) -> str:
-    """A function's name without namespaces, classes, arguments and clones."""
+    """Return a function's name without namespaces, classes, arguments and clones."""
     name = re.sub(r"\(anonymous namespace\)::|\[clone [^]]*\]", "", name)
-    while name != (name := re.sub(r"<[^<>]*>", "", name)):  # from the inside out
+    while name != (name := re.sub(r"<[^<>]*>", "", name)):  # innermost first
         pass
     return name.split("(")[0].rpartition("::")[2].strip()
 
 
 def run() -> list[dict[str, Any]]:
-    """Every part, with its instructions per LANES tokens."""
+    """Return every part with its instructions per LANES tokens."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         raise SystemExit("cpu_cost needs valgrind: apt install valgrind")
@@ -133,7 +134,7 @@ def run() -> list[dict[str, Any]]:
         )
         lines = [json.loads(line) for line in done.stdout.splitlines()]
         for number, line in enumerate(lines):
-            # the file before a part's first mark is of what prepares it
+            # A part has two marks, and the file of its first one counts its preparation.
             text = Path(f"{profile}.{2 * number + 2}").read_text(encoding="utf-8")
             per = LANES / (VOCAB_SIZE * line.pop("calls"))
             counts = {name: per * ir for name, ir in functions(text).most_common()}
@@ -143,8 +144,10 @@ def run() -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """The report's table."""
-    text = f"| input | case | who | instructions per {LANES} tokens | of them, from 0.2 |\n"
+    """Return the report's table in Markdown."""
+    text = (
+        f"| input | case | who | instructions per {LANES} tokens | functions with at least 0.2 |\n"
+    )
     text += "|---|---|---|--:|---|\n"
     for line in lines:
         ours = line["provider"] == sampler_of("cpu")
@@ -155,7 +158,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the report."""
+    """Print the report, and write it to files on request."""
     parser = argparse.ArgumentParser(description="Instructions of the CPU kernel, by function.")
     parser.add_argument("--json", type=Path, help="write the results here, and a table beside it")
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)

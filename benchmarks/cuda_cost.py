@@ -1,40 +1,43 @@
 """What the CUDA kernel costs, read from its machine code: ``python -m benchmarks.cuda_cost``.
 
-It compiles csrc/cuda/sample.cu by nvcc for every architecture that setup.py builds. Nothing runs on
-a device: all numbers are predicted, not measured.
+nvcc compiles csrc/cuda/sample.cu for every architecture that setup.py builds. Nothing runs on a
+device: all numbers are predicted, not measured.
 
-A pass is a loop over the groups of eight tokens that a thread has. Its instructions are those whose
-line information says that the pass's function called the loop; per logit they are an eighth. Sides
-that not every row takes are apart: groups that reach beyond the row, bias, mask, history. What the
-compiler has put there twice counts twice. A warp issues an instruction for 32 threads at once.
+A pass is a loop over a thread's vecs, of eight tokens each. The instructions of a pass are those
+whose line information leads back to that loop; the table divides them by eight, for one logit.
+What only some rows execute is counted apart, as a side of the pass: vecs that reach beyond the row,
+bias, mask, history. Code that the compiler has duplicated counts twice. A warp issues each
+instruction once for its 32 threads.
 
-A call on an H100 (132 multiprocessors of 4 schedulers, 3.35 TB/s, 1.755 GHz) takes at least
+A call on an H100 (132 multiprocessors of 4 schedulers, 3.35 TB/s, 1.755 GHz) takes at least the
+time of either of these:
 
 * bytes: all logits once, and the bits of the history, at 3.35 TB/s;
-* issue: the instructions of all passes on the busiest multiprocessor. A scheduler issues one a
-  cycle, but of comparisons, selections, integer additions, shifts and logic one every other cycle,
-  and so of integer multiplications.
+* issue: the instructions of all passes on the busiest multiprocessor. A scheduler issues one
+  instruction per cycle, but a comparison, selection, integer addition, shift or logic operation
+  only every second cycle, and an integer multiplication likewise.
 
-What it should take is the time of one row's cluster from its first read to its end, times how often
-the clusters follow each other, ``ceil(rows / clusters at a time)``. Two rows on the same
-multiprocessors take turns: one is copied while the other is searched. These assumptions are in it:
+The predicted time is that of one row's cluster, from its first read to its end, times the number of
+clusters that run one after another, ``ceil(rows / clusters at a time)``. Two rows on the same
+multiprocessors overlap: one is copied while the other is searched. The prediction assumes
 
-* 0.7 us for a read of global memory that waits for the one before: 1 before the copy, and until the
-  counts of the history are there 3, beside it;
-* the copy: 70 GB/s for a block, or its share of 3.35 TB/s;
-* a round of a pass takes as many cycles as its warps need to issue it, but at least 2.5 an
-  instruction and 60 for shared memory; of the maxima, two rounds do. Another row's passes on the
-  same multiprocessor are met as often as they take of its time, and are issued in turn then;
-* 40 cycles for a barrier of a block, 350 for one of a cluster with what it waits for, and 200 for a
-  read of another block's shared memory;
-* 35 cycles for each step of what has to be done one after the other: a shuffle, a vote, a read of
-  shared memory;
-* lists of 60 tokens where top-k is 50, of 80 where top-p is 0.9 and they have its mass; on a flat
-  row 5 passes search a part for a list of 300, as the emulation counts them;
-* a history of 4,096 tokens, each as likely as any other.
+* 0.7 us for a read of global memory that depends on the read before it: one such read before the
+  copy, and beside the copy three more until the counts of the history have arrived;
+* 70 GB/s for the copy of a block, or the block's share of 3.35 TB/s;
+* for a round of a pass, as many cycles as its warps need to issue it, but at least 2.5 per
+  instruction and 60 for shared memory; two rounds of the maxima overlap. The passes of another row
+  on the same multiprocessor are met for the share of time that they take, and both then issue in
+  turn;
+* 40 cycles for a barrier of a block, 350 for a barrier of a cluster with what it waits for, and 200
+  for a read of another block's shared memory;
+* 35 cycles for each step of a chain of dependent operations: a shuffle, a vote, a read of shared
+  memory;
+* 60 candidates where top-k is 50, and 80 where top-p is 0.9 and they have its mass; on a flat row,
+  5 passes of the search and then 300 candidates, as counted in the emulation;
+* a history of 4,096 tokens, spread uniformly over the vocabulary.
 
-A launch, about 2 us before the first instruction runs, is not in it: every kernel has that. "All
-parameters" are the three penalties, temperature, top-k 50, top-p 0.9 and min-p.
+The launch itself, about 2 us before the first instruction runs, is not included: every kernel has
+it. "All parameters" are the three penalties, temperature, top-k 50, top-p 0.9 and min-p.
 """
 
 from __future__ import annotations
@@ -64,8 +67,9 @@ from benchmarks.timing import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 CSRC = ROOT / "csrc"
 SOURCE = CSRC / "cuda" / "sample.cu"
-#: What a block may have of a multiprocessor's shared memory, in KiB.
+#: The most shared memory that a block may have, in KiB.
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120": 99}
+#: The multiprocessors of the largest device of each architecture.
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_100a": 148, "sm_120": 188}
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo"]
@@ -76,7 +80,7 @@ ROWS = (1, 8, 64, 256)
 
 
 class Kernel(NamedTuple):
-    """An instance of the kernel's template."""
+    """An instance of the kernel's template: its dtype, and whether parts are copied."""
 
     dtype: str
     copied: bool
@@ -93,7 +97,7 @@ def compile_cubin(arch: str, flags: Sequence[str] = FLAGS, csrc: Path = CSRC) ->
 
 
 def library_cubins(library: Path) -> dict[str, bytes]:
-    """The machine code in a library, by architecture."""
+    """The machine code of the kernels in a library, by architecture."""
     tool = sass.find_tool("cuobjdump")
     if tool is None:
         raise FileNotFoundError("cuobjdump is neither on the path nor in Triton's package")
@@ -102,49 +106,49 @@ def library_cubins(library: Path) -> dict[str, bytes]:
         subprocess.run(command, check=True, cwd=folder, capture_output=True)
         found: dict[str, bytes] = {}
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_size):
-            # the larger one: the other has what linking needs
+            # Each architecture has several cubins; the kernels are in the largest one.
             found[re.findall(r"sm_\d+a?", path.name)[-1]] = path.read_bytes()
         return found
 
 
 def kernel_of(name: str) -> Kernel:
-    """What a mangled name says."""
+    """The kernel that has this mangled name."""
     dtype, copied = re.search(r"sample_kernelILi(\d)ELb(\d)E", name).groups()  # type: ignore[union-attr]
     return Kernel(list(DTYPES)[int(dtype)], copied == "1")
 
 
 class Usage(NamedTuple):
-    """What cuobjdump says of a kernel."""
+    """Registers of a thread, and bytes of its stack."""
 
     registers: int
     stack: int
 
 
 def usages(cubin: bytes) -> dict[Kernel, Usage]:
-    """The registers and the stack of each kernel."""
+    """What cuobjdump reports for each kernel."""
     text = sass.run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
     found = re.findall(r"Function (\S*sample_kernel\S*):\s*REG:(\d+) STACK:(\d+)", text)
     return {kernel_of(name): Usage(int(reg), int(stack)) for name, reg, stack in found}
 
 
 class Launch(NamedTuple):
-    """What csrc/cuda/launch.h chooses."""
+    """What csrc/cuda/launch.cuh chooses, and the threads of a block."""
 
     blocks: int
     copied: bool
-    groups: int
-    shared: int
+    vecs: int  # of a block's part
+    shared: int  # bytes of a block
     threads: int
 
 
 @functools.cache
 def _launch_library() -> ctypes.CDLL:
-    """launch.h needs no CUDA."""
+    """launch.cuh as a library: it needs no CUDA."""
     code = f"""
-#include "{CSRC}/cuda/launch.h"
+#include "{CSRC}/cuda/launch.cuh"
 extern "C" void choose(const int* of, int* to) {{
   const auto launch = llm_sampling::choose_launch(of[0], of[1], of[2], {{of[3], of[4], of[5]}});
-  to[0] = launch.blocks, to[1] = launch.copied, to[2] = launch.groups, to[3] = launch.shared_bytes;
+  to[0] = launch.blocks, to[1] = launch.copied, to[2] = launch.vecs, to[3] = launch.shared_bytes;
   to[4] = llm_sampling::kThreads;
 }}"""
     with tempfile.TemporaryDirectory() as folder:
@@ -155,66 +159,68 @@ extern "C" void choose(const int* of, int* to) {{
 
 
 def choose_launch(rows: int, vocab_size: int, itemsize: int, arch: str) -> Launch:
-    """The launch on a device of this architecture."""
+    """The launch on the largest device of this architecture."""
     number = int(re.findall(r"\d+", arch)[0])
     of = rows, vocab_size, itemsize, number, PROCESSORS[arch], SHARED_KIB[arch] * 1024
     to = (ctypes.c_int * 5)()
     _launch_library().choose((ctypes.c_int * 6)(*of), to)
-    blocks, copied, groups, shared, threads = to
-    return Launch(blocks, bool(copied), groups, shared, threads)
+    blocks, copied, vecs, shared, threads = to
+    return Launch(blocks, bool(copied), vecs, shared, threads)
 
 
 # The passes, in the source and in the machine code
 
-#: A function of sample.cu, the statement in it that is the loop, and what an iteration has one of:
-#: a loop that is unrolled, or there several times, has more.
+#: For each pass: a method of RowSampler, the statement in it that is or calls the loop, and an
+#: instruction that one iteration has once. If the loop is unrolled or duplicated there are more of
+#: them, which tells how many iterations the code has.
 PASSES = {
     "copy": ("copy_logits", "for (int local", "LDGSTS"),
     "bits": (
         "copy_bits",
-        "for (int i = thread; i < words; i += kThreads) {\n        copies.seen",
+        "for (int i = thread; i < words; i += kThreads) {\n      copy.seen",
         "POPC",
     ),
     "places": (
         "copy_bits",
-        "for (int i = thread; i < words; i += kThreads) {\n        copies.places",
+        "for (int i = thread; i < words; i += kThreads) {\n      copy.places",
         "",
     ),
-    "maxima": ("find_maxima", "any_nan |= find_chunk_maxima<true>", "REDUX"),
-    "other maxima": ("find_maxima", "any_nan |= find_chunk_maxima<false>", ""),
+    "maxima": ("find_maxima", "any_nan |= find_tile_maxima<true>", "REDUX"),
+    "other maxima": ("find_maxima", "any_nan |= find_tile_maxima<false>", ""),
     "score": ("score", "for (int i = static_cast<int>(threadIdx.x); i < count", ""),
-    "first": ("find_first", "over_chunks(", ""),
-    "list": ("list", "over_chunks(", ""),
+    "first": ("find_first", "over_tiles(", ""),
+    "collect": ("collect", "over_tiles(", ""),
     "compare": ("compare_all", "for (int i = part", "LDS"),
-    "search": ("search", "over_chunks(", ""),
-    "weigh": ("weigh", "over_groups(", ""),
+    "search": ("search", "over_tiles(", ""),
+    "weigh": ("weigh", "over_vecs(", ""),
     "raw": ("find_raw_sum", "for (int round", ""),
-    "filtered": ("write_filtered", "over_groups(", ""),
+    "filtered": ("write_filtered", "over_vecs(", ""),
 }
-#: Those that stream over the logits.
-LOGIT_PASSES = ("copy", "maxima", "first", "list", "search", "weigh", "filtered")
-#: What not every row comes to: a file, and the text with which a line of it begins a block, or the
-#: rest of one.
+#: The passes that load vecs of logits.
+LOGIT_PASSES = ("copy", "maxima", "first", "collect", "search", "weigh", "filtered")
+#: What only some rows execute: a file, and a text in it. The text begins with a line that opens a
+#: block, which is meant as a whole, or with a line from which on the rest of a block is meant.
 SIDES = {
-    "edge": [("row.h", "    const int first = row.first_id(group);\n#pragma")],
-    "bias": [("row.h", "  const int32_t* ids = args.logit_bias_ids")],
-    "mask": [("sample.cu", "    if (row_.allowed.words != nullptr) {\n      leave(kCopied")],
-    "history": [("sample.cu", "    const uint32_t here = kCopied")],
+    "edge": [("row.cuh", "    const int first = row.first_id(vec);\n#pragma")],
+    "bias": [("row.cuh", "  const int32_t* ids = args.logit_bias_ids")],
+    "mask": [("copy.cuh", "  if (row_.allowed.words != nullptr) {\n    const unsigned allowed")],
+    "history": [("copy.cuh", "  const uint32_t here = kCopied")],
     "seen": [
-        ("sample.cu", "      const int next = __ffs("),
-        ("sample.cu", "          if (place >= kScored) continue;"),
+        ("copy.cuh", "    const int next = __ffs("),
+        ("copy.cuh", "        if (place >= kMaxScores) continue;"),
     ],
-    "unscored": [("sample.cu", "        for (int i = 0; i < kGroup; ++i) value = i == next")],
-    "hit": [("sample.cu", "          // nobody adds to what is too long already")],
-    "all": [("sample.cu", "      if (all) {\n")],
+    "unscored": [("copy.cuh", "      for (int i = 0; i < kVec; ++i) value = i == next")],
+    "hit": [("candidates.cuh", "    // Once there are too many")],
+    "all": [("passes.cuh", "    if (all) {\n")],
     "kept": [
         (
-            "sample.cu",
-            "      } else {\n#pragma unroll\n        for (int i = 0; i < kGroup; ++i) sum +=",
+            "passes.cuh",
+            "    } else {\n#pragma unroll\n      for (int i = 0; i < kVec; ++i) sum +=",
         )
     ],
 }
-#: One every other cycle of a scheduler: the 16 lanes of the integer units, or of the multipliers.
+#: Instructions that a scheduler issues every second cycle only: those of the integer units, which
+#: have 16 lanes, and those of the multipliers.
 HALF_RATE = (
     {"FSETP", "FMNMX", "FSEL", "SEL", "ISETP", "IADD3", "VIADD", "VIMNMX"}
     | {"LOP3", "PLOP3", "SHF", "PRMT", "LEA", "BREV", "I2FP"},
@@ -223,25 +229,25 @@ HALF_RATE = (
 
 
 class Place(NamedTuple):
-    """Lines of a file."""
+    """A range of lines of a file."""
 
     file: str
     lines: range
 
     def has(self, chain: Iterable[tuple[str, int]]) -> bool:
-        """Whether one of these is here."""
+        """Whether one of these lines is in it."""
         return any(file == self.file and line in self.lines for file, line in chain)
 
 
 class Source(NamedTuple):
-    """Where the source has what the machine code is asked about."""
+    """Where the loops of the passes and their sides are in the source."""
 
     passes: dict[str, Place]
     sides: dict[str, list[Place]]
 
 
 def block_at(text: str, start: int) -> range:
-    """The lines from there to the first one that closes what the line is in, or opens."""
+    """The lines of the block that the line at ``start`` opens, or the rest of the one it is in."""
     first = text.count("\n", 0, start) + 1
     lines = text.split("\n")
     line = lines[first - 1]
@@ -257,14 +263,16 @@ def block_at(text: str, start: int) -> range:
 
 @functools.cache
 def source() -> Source:
-    """The lines by which the machine code is read."""
-    texts = {name: (CSRC / "cuda" / name).read_text() for name in ("sample.cu", "row.h")}
-    kernel = texts["sample.cu"]
+    """The places by which instructions are assigned to passes and sides."""
+    texts = {path.name: path.read_text() for path in sources()}
     passes = {}
     for name, (function, statement, _) in PASSES.items():
-        (definition,) = re.finditer(rf"__ \w+ {function}\(", kernel)
-        start = kernel.index(statement, definition.start())
-        passes[name] = Place("sample.cu", block_at(kernel, start))
+        ((file, start),) = (
+            (file, text.index(statement, definition.start()))
+            for file, text in texts.items()
+            for definition in re.finditer(rf"RowSampler<kDtype, kCopied>::{function}\(", text)
+        )
+        passes[name] = Place(file, block_at(texts[file], start))
     sides = {
         kind: [Place(file, block_at(texts[file], texts[file].index(text))) for file, text in places]
         for kind, places in SIDES.items()
@@ -273,7 +281,7 @@ def source() -> Source:
 
 
 def side_of(chain: Sequence[tuple[str, int]]) -> str:
-    """The innermost of the sides that an instruction is in, or "plain"."""
+    """The innermost of the sides that an instruction belongs to, or "plain"."""
     for link in chain:
         found = {
             kind: len(place.lines)
@@ -287,49 +295,49 @@ def side_of(chain: Sequence[tuple[str, int]]) -> str:
 
 
 def pass_of(chain: Sequence[tuple[str, int]]) -> str | None:
-    """The pass that an instruction is part of."""
+    """The pass that an instruction belongs to."""
     return next((name for name, place in source().passes.items() if place.has(chain)), None)
 
 
-# What a kernel costs, and what it must not
+# What a kernel costs, and what it must not cost
 
 
 class Mix(NamedTuple):
-    """Instructions of a thread."""
+    """How many instructions a thread executes, on average."""
 
     all: float
-    logic: float  # of the first kind of HALF_RATE
-    multiply: float  # of the second
+    logic: float  # those of the first kind of HALF_RATE
+    multiply: float  # those of the second
 
     @classmethod
     def of(cls, names: Counter[str]) -> Mix:
-        """How many of these there are."""
+        """The mix of instructions with these names."""
         return cls(names.total(), *(sum(names[name] for name in kind) for kind in HALF_RATE))
 
     def __add__(self, other: tuple[float, ...]) -> Mix:  # type: ignore[override]
-        """Both."""
+        """The sum of both."""
         return Mix(*map(operator.add, self, other))
 
     def times(self, factor: float) -> Mix:
-        """So often, on average."""
+        """The mix repeated so often."""
         return Mix(*(value * factor for value in self))
 
     @property
     def cycles(self) -> float:
-        """Of a scheduler, for a warp."""
+        """The cycles that a scheduler needs to issue it for a warp."""
         return max(self.all, 2 * self.logic, 2 * self.multiply)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a compiled kernel needs; instructions by pass and side, for a group of eight tokens."""
+    """What a compiled kernel needs."""
 
     registers: int
     spills: int
     instructions: int
     fused: int  # instructions with a constant of the mass that are no addition or multiplication
-    loads: dict[str, dict[int, int]]  # by pass and bytes: loads from global memory
-    passes: dict[str, dict[str, Mix]]
+    loads: dict[str, dict[int, int]]  # number of loads from global memory, by pass and bytes
+    passes: dict[str, dict[str, Mix]]  # instructions for one vec, by pass and side
 
 
 def mass_constants() -> list[str]:
@@ -341,11 +349,13 @@ def mass_constants() -> list[str]:
 
 
 def count_fused(code: Iterable[sass.Instruction]) -> int:
-    """How many instructions of the mass are not the addition or the multiplication that they are.
+    """How many instructions of the mass are neither an addition nor a multiplication.
 
-    Its coefficients are in no other code: each is an operand of an addition or a multiplication.
+    An instruction belongs to the mass if a coefficient of its polynomial is an operand; no other
+    code has these constants.
     """
-    constants = [f"{float(text):.10e}" for text in mass_constants()[:-1]]  # the last is 1
+    # The last coefficient is 1, which other code has too.
+    constants = [f"{float(text):.10e}" for text in mass_constants()[:-1]]
     wrong = 0
     for instruction in code:
         numbers = re.findall(r"-?\d+\.\d+(?:e[+-]\d+)?", instruction.operands)
@@ -389,7 +399,7 @@ def measure(cubin: bytes) -> dict[Kernel, Cost]:
 
 
 def copies_of(kernel: Kernel, name: str, sides: dict[str, Counter[str]]) -> float:
-    """How often an iteration is in the code of a loop that is unrolled."""
+    """How many iterations the code of a loop has; 1 where it is not unrolled."""
     once = PASSES[name][2]
     if not once:
         return 1
@@ -399,7 +409,7 @@ def copies_of(kernel: Kernel, name: str, sides: dict[str, Counter[str]]) -> floa
 
 
 def broken_rules(kernel: Kernel, arch: str, cost: Cost) -> list[str]:
-    """What is not as it must be, in words."""
+    """The rules that a kernel breaks, in words."""
     broken = []
     if cost.spills:
         broken.append(f"{cost.spills} loads and stores of spilled registers")
@@ -412,7 +422,7 @@ def broken_rules(kernel: Kernel, arch: str, cost: Cost) -> list[str]:
             continue
         loads = dict(cost.loads.get(name, {}))
         wide = loads.pop(16, 0)
-        # one of a group at the row's end may have got the line of the others
+        # A load of a vec at the row's end may have the line number of the wide loads.
         if (wide > 0) != (name == "copy" or not kernel.copied) or sum(loads.values()) > 1:
             broken.append(
                 f"{name}: logits are loaded {sorted(loads)} bytes at a time, {wide} times 16"
@@ -425,30 +435,30 @@ def broken_rules(kernel: Kernel, arch: str, cost: Cost) -> list[str]:
     return [f"{kernel.dtype}{', copied' * kernel.copied}, {arch}: {reason}" for reason in broken]
 
 
-# What a call takes
+# How long a call takes
 
 
 @dataclass(frozen=True)
 class Case:
-    """Parameters of all rows."""
+    """What the parameters of all rows make the kernel do."""
 
     name: str
     is_greedy: bool = False
-    lists: tuple[int, ...] = ()  # how many tokens each has
-    weighs: bool = False  # whether the mass of the whole row is asked for
-    searches: int = 0
-    history: int = 0
-    has_min_p: bool = False
+    candidates: tuple[int, ...] = ()  # how many, each time they are collected
+    weighs: bool = False  # whether the mass of the whole row is needed
+    searches: int = 0  # passes of the search
+    history: int = 0  # seen tokens
+    has_depth_cut: bool = False
 
 
 CASES = (
     Case("greedy", is_greedy=True),
     Case("no filter", weighs=True),
-    Case("top-k 50", lists=(60,)),
-    Case("top-p 0.9", lists=(80,), weighs=True),
-    Case("top-p 0.9, flat", lists=(300,), weighs=True, searches=5),
-    Case("top-k 50 + top-p 0.9", lists=(60,)),
-    Case("all parameters", lists=(60,), history=4096, has_min_p=True),
+    Case("top-k 50", candidates=(60,)),
+    Case("top-p 0.9", candidates=(80,), weighs=True),
+    Case("top-p 0.9, flat", candidates=(300,), weighs=True, searches=5),
+    Case("top-k 50 + top-p 0.9", candidates=(60,)),
+    Case("all parameters", candidates=(60,), history=4096, has_depth_cut=True),
 )
 
 PROCESSORS_H100 = PROCESSORS["sm_90a"]
@@ -457,12 +467,12 @@ BYTES_PER_US = 3.35e6
 BLOCK_BYTES_PER_US = 70e3
 READ_US = 0.7
 BARRIER, CLUSTER_BARRIER, REMOTE, STEP = 40, 350, 200, 35
-SLOWEST = 2.5  # cycles an instruction
-SHARED_MEMORY = 60
+SLOWEST = 2.5  # cycles per instruction of a warp that runs alone
+SHARED_MEMORY = 60  # cycles
 
 
 def most_seen(expected: float) -> float:
-    """How many a lane has, of the one in a warp that has most, where each expects so many."""
+    """The expected maximum over the 32 lanes of a warp of a Poisson number with this mean."""
     at_most, term, found = 0.0, math.exp(-expected), 0.0
     for n in range(33):
         at_most += term
@@ -472,19 +482,22 @@ def most_seen(expected: float) -> float:
 
 
 class Chain:
-    """The cycles of one row's cluster, by what they are for; functions as in sample.cu."""
+    """The cycles of one row's cluster, by what they are for.
+
+    Methods with the name of one of RowSampler or Cluster follow it, step by step.
+    """
 
     def __init__(self, case: Case, cost: Cost, launch: Launch, vocab_size: int):
         self.case = case
         self.cost = cost
         self.launch = launch
-        self.rounds = math.ceil(launch.groups / launch.threads)
+        self.rounds = math.ceil(launch.vecs / launch.threads)
         self.warps = launch.threads // 32
         self.per_scheduler = self.warps / 4
         self.share_seen = case.history / vocab_size
         self.cycles: Counter[str] = Counter()
-        self.issued = 0.0  # of a scheduler, for the warps of one block
-        self.hindered = 0.0  # more cycles of the passes where another block has its passes too
+        self.issued = 0.0  # cycles in which a scheduler issues for the warps of one block
+        self.hindered = 0.0  # further cycles of the passes if another block has its passes then
 
     def steps(self, count: float) -> None:
         self.cycles["steps"] += STEP * count
@@ -500,37 +513,37 @@ class Chain:
             self.cycles["barriers"] += REMOTE * count
 
     def code(self, instructions: float) -> None:
-        """What is issued once, with nothing beside it."""
+        """Instructions that a warp issues once, with nothing to overlap them."""
         self.cycles["steps"] += SLOWEST * instructions
 
     def mix(self, name: str, *sides: str) -> Mix:
-        """The instructions of a round, as this case takes it."""
+        """The instructions of a round of a pass in this case."""
         found = self.cost.passes[name]
         mix = sum((found[side] for side in sides), found["plain"])
         if self.case.history and "history" in found:
             mix += found["history"] + found["seen"].times(most_seen(8 * self.share_seen))
         return mix
 
-    def loop(self, mix: Mix, rounds: float, steps: int = 0, abreast: int = 1) -> None:
-        """All warps of a block do it so often, so many rounds abreast."""
-        slowest = (SLOWEST * mix.all + SHARED_MEMORY + STEP * steps) / abreast
+    def loop(self, mix: Mix, rounds: float, steps: int = 0, overlapping: int = 1) -> None:
+        """So many rounds of all warps of a block, of which so many overlap."""
+        slowest = (SLOWEST * mix.all + SHARED_MEMORY + STEP * steps) / overlapping
         alone = max(self.per_scheduler * mix.cycles, slowest)
         self.cycles["passes"] += rounds * alone
         self.hindered += rounds * (max(2 * self.per_scheduler * mix.cycles, slowest) - alone)
         self.issued += rounds * self.per_scheduler * mix.cycles
 
-    def over_groups(self, name: str, *sides: str, steps: int = 0) -> None:
+    def over_vecs(self, name: str, *sides: str, steps: int = 0) -> None:
         self.loop(self.mix(name, *sides), self.rounds, steps)
 
-    def over_chunks(self, name: str, tokens: int) -> None:
-        """Only those that have one of so many tokens; a warp has one more than on average."""
-        chunks = self.rounds * self.warps * self.launch.blocks
-        share = 1 - (1 - 1 / chunks) ** tokens
+    def over_tiles(self, name: str, tokens: int) -> None:
+        """The tiles that have one of so many tokens; the slowest warp has one more than average."""
+        tiles = self.rounds * self.warps * self.launch.blocks
+        share = 1 - (1 - 1 / tiles) ** tokens
         self.loop(self.mix(name), min(self.rounds, self.rounds * share + 1))
         self.steps(self.rounds)
 
     def copy(self, copy_us: float) -> None:
-        """The logits, and beside them the history, whose reads wait for each other."""
+        """The logits, and beside them the history, whose reads depend on each other."""
         instructions = self.cost.passes["copy"]["plain"]
         self.issued += self.rounds * self.per_scheduler * instructions.cycles
         cycles = (READ_US + copy_us * self.launch.copied) * CYCLES_PER_US
@@ -544,7 +557,7 @@ class Chain:
         self.barrier()
 
     def copy_bits(self) -> None:
-        words = math.ceil(self.launch.groups / 4 / self.launch.threads)
+        words = math.ceil(self.launch.vecs / 4 / self.launch.threads)
         passes = self.cost.passes
         self.loop(passes["bits"]["plain"], words)
         self.barrier()
@@ -583,28 +596,28 @@ class Chain:
         self.code(self.cost.passes["weigh"]["all"].all / 8)
 
     def compare_all(self, count: int) -> None:
-        """Four lanes share a token, in iterations of four others."""
+        """Four lanes share a candidate; an iteration compares it with four others in each lane."""
         four = SHARED_MEMORY + SLOWEST * 4 * self.cost.passes["compare"]["plain"].all
         rounds = math.ceil(count / (self.launch.threads // 4))
-        self.cycles["lists"] += rounds * (math.ceil(count / 16) * four + 2 * STEP)
+        self.cycles["candidates"] += rounds * (math.ceil(count / 16) * four + 2 * STEP)
 
-    def search_list(self, times: int) -> None:
-        """count_while_together: two steps of a read and a vote."""
+    def search_sorted(self, times: int) -> None:
+        """So many calls of count_leading_by_warp: two iterations of a read and a vote."""
         self.steps(4 * times)
 
-    def sum_chunks(self) -> None:
+    def sum_tiles(self) -> None:
         self.barrier()
         self.steps(2 * math.ceil(self.rounds * self.warps / self.launch.threads))
         self.scan()
         self.barrier()
         self.sum()
 
-    def list(self, count: int) -> None:
+    def collect(self, count: int) -> None:
         self.barrier()
         self.steps(3)
-        self.over_chunks("list", count)
+        self.over_tiles("collect", count)
         of_warp = math.ceil(count / self.launch.blocks / self.warps)
-        self.code(of_warp * self.cost.passes["list"]["hit"].all)
+        self.code(of_warp * self.cost.passes["collect"]["hit"].all)
         self.steps(of_warp)
         self.barrier()
         self.sum()
@@ -614,7 +627,7 @@ class Chain:
         self.compare_all(count)
         self.barrier()
 
-    def first_tokens(self) -> None:
+    def guess_range(self) -> None:
         self.barrier()
         self.steps(2)
         self.sync()
@@ -631,9 +644,9 @@ class Chain:
         self.barrier()
         self.compare_all(256)
         self.barrier()
-        self.search_list(4)
+        self.search_sorted(4)
         for _ in range(self.case.searches):
-            self.over_groups("search")
+            self.over_vecs("search")
             self.combine()
             self.steps(6)
 
@@ -641,33 +654,33 @@ class Chain:
         case = self.case
         if case.weighs:
             self.barrier()
-            self.over_groups("weigh", "all", steps=5)
-            self.sum_chunks()
-        for count in case.lists:
+            self.over_vecs("weigh", "all", steps=5)
+            self.sum_tiles()
+        for count in case.candidates:
             if case.searches:
                 self.search()
             else:
-                self.first_tokens()
-            self.list(count)
-            self.search_list(2)
-        if case.has_min_p:
-            self.search_list(1)
-            self.mass()  # more than a depth takes
+                self.guess_range()
+            self.collect(count)
+            self.search_sorted(2)
+        if case.has_depth_cut:
+            self.search_sorted(1)
+            self.mass()  # an upper bound of what a depth takes
         if case.searches:
             self.barrier()
-            self.over_groups("weigh", "kept", steps=5)
-            self.sum_chunks()
+            self.over_vecs("weigh", "kept", steps=5)
+            self.sum_tiles()
 
     def draw(self) -> None:
         case = self.case
         if case.is_greedy:
             return
-        if case.lists and not case.searches:
-            self.search_list(1)
+        if case.candidates and not case.searches:
+            self.search_sorted(1)
             self.barrier()
-            self.compare_all(case.lists[0])
+            self.compare_all(case.candidates[0])
             self.barrier()
-            self.steps(math.ceil(case.lists[0] / 32) * 2 + 2)
+            self.steps(math.ceil(case.candidates[0] / 32) * 2 + 2)
         else:
             self.steps(2 * math.log2(self.rounds * self.warps))
             self.process_any()
@@ -678,10 +691,10 @@ class Chain:
         self.copy(copy_us)
         if self.case.history:
             self.score()
-        self.loop(self.cost.passes["maxima"]["plain"], self.rounds, abreast=2)
+        self.loop(self.cost.passes["maxima"]["plain"], self.rounds, overlapping=2)
         self.combine()
         if self.case.is_greedy:
-            self.over_chunks("first", 1)
+            self.over_tiles("first", 1)
             self.combine()
         else:
             self.find_kept()
@@ -708,7 +721,7 @@ def predict(
     chain = Chain(case, cost, launch, vocab_size)
     chain.run(copy)
     if per_processor == 2:
-        # the other row's passes are met as often as they take of the time
+        # The other row's passes are met for the share of time that passes take: a fixed point.
         alone = passes = chain.cycles["passes"]
         rest = chain.cycles.total() - alone
         for _ in range(20):
@@ -747,7 +760,7 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]])
 def tables(
     costs: dict[str, dict[Kernel, Cost]], predictions: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """Needs, instructions, launches, times."""
+    """The tables of the report: what kernels need, instructions, launches, times."""
     kernels = sorted(costs["sm_90a"])
     needs = []
     for kernel in kernels:
@@ -764,7 +777,7 @@ def tables(
     for vocab_size in VOCAB_SIZES:
         for dtype, itemsize in DTYPES.items():
             if dtype == "float16":
-                continue  # as bfloat16
+                continue  # the same as bfloat16
             for arch in costs:
                 cells = []
                 for rows in ROWS:
@@ -794,12 +807,12 @@ def tables(
 
 
 def sources() -> list[Path]:
-    """What the kernel is made of."""
+    """The files that the kernel is made of."""
     return sorted([*(CSRC / "cuda").iterdir(), CSRC / "semantics.h"])
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print and write the report; or, with ``--check``, what is broken, and exit with 1 then."""
+    """Print and write the report; with ``--check``, print the broken rules and return 1 if any."""
     parser = argparse.ArgumentParser(description="What the CUDA kernel costs, predicted.")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a rule is broken")
     options = parser.parse_args(argv)

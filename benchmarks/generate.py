@@ -29,7 +29,8 @@ import torch
 import transformers
 
 from benchmarks.timing import command_line, environment, progress, write_result
-from llm_sampling import SamplingParams, models
+from llm_sampling import SamplingParams
+from llm_sampling.generation import models
 from llm_sampling.integrations.huggingface import FusedLogitsProcessor, fused_generate
 
 PROMPT = "The history of the lighthouse begins with a storm, a lost ship and a promise: "

@@ -22,7 +22,8 @@ from benchmarks.suite import Result
 from benchmarks.timing import Protocol, Timing, measure, runner
 from llm_sampling import BatchParams, Sampler, SamplingParams, sample
 from llm_sampling.backends import cpu
-from llm_sampling.backends.args import make_args, make_results, set_results
+from llm_sampling.backends.base import make_results
+from llm_sampling.backends.c_abi import make_args, set_results
 from llm_sampling.sample import make_call
 
 OURS = sampler_of("cpu")

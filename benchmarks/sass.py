@@ -1,4 +1,4 @@
-"""Reads machine code of NVIDIA's GPUs, by cuobjdump and nvdisasm of CUDA's toolkit or Triton."""
+"""Reads the machine code of NVIDIA's GPUs, by the cuobjdump and nvdisasm of CUDA or of Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
-    """An instruction, and where its source is, from the innermost function outwards."""
+    """An instruction, and the lines of its source, from the innermost inlined call outwards."""
 
     name: str
     suffixes: list[str]
@@ -22,18 +22,18 @@ class Instruction(NamedTuple):
 
     @property
     def loaded(self) -> int:
-        """The bytes that a thread loads with it from global memory."""
+        """The bytes that a thread loads from global memory; 0 for other instructions."""
         return self.bytes if self.name in ("LDG", "LDGSTS") else 0
 
     @property
     def bytes(self) -> int:
-        """The bytes of a thread that it loads or stores, if it does."""
+        """The bytes of each thread, for an instruction that loads or stores."""
         sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
         return next((sizes[suffix] for suffix in self.suffixes if suffix in sizes), 4)
 
 
 def find_tool(name: str) -> str | None:
-    """Where a tool is: on the path, or in Triton's package."""
+    """The path of a tool, from the PATH or else from Triton's package."""
     triton = importlib.util.find_spec("triton")
     folders = triton.submodule_search_locations if triton is not None else None
     more = [Path(folder, "backends/nvidia/bin") for folder in folders or ()]
@@ -43,7 +43,7 @@ def find_tool(name: str) -> str | None:
 
 
 def run_tool(name: str, *options: str, cubin: bytes) -> str:
-    """What one of the tools says of a cubin."""
+    """What one of the tools prints about a cubin."""
     tool = find_tool(name)
     if tool is None:
         raise FileNotFoundError(f"{name} is neither on the path nor in Triton's package")
@@ -55,9 +55,10 @@ def run_tool(name: str, *options: str, cubin: bytes) -> str:
 
 
 class Code(NamedTuple):
-    """A function's instructions; its loops, each from a label to the last jump back to it.
+    """A function's instructions, and the places of its loops and detours among them.
 
-    Detours are where the lanes of a warp that has come apart meet one by one, at a shuffle.
+    A loop extends from a label to the last jump back to it. A detour is the code by which the lanes
+    of a diverged warp execute a shuffle or a vote; a warp that has not diverged never runs it.
     """
 
     instructions: list[Instruction]
@@ -66,7 +67,7 @@ class Code(NamedTuple):
 
 
 def disassemble(cubin: bytes, is_of_interest: Callable[[Path], bool]) -> dict[str, Code]:
-    """Each function by its name, with the lines of such files only."""
+    """The functions of a cubin by name; instructions have the lines of files of interest only."""
     text = run_tool("nvdisasm", "-c", "-gi", cubin=cubin)
     parts = re.split(r"^\s*\.text\.(\S+):$", text, flags=re.M)
     functions = zip(parts[1::2], parts[2::2], strict=True)
@@ -74,10 +75,10 @@ def disassemble(cubin: bytes, is_of_interest: Callable[[Path], bool]) -> dict[st
 
 
 def read_function(text: str, is_of_interest: Callable[[Path], bool]) -> Code:
-    """What nvdisasm has written of a function."""
+    """Parse what nvdisasm prints for one function."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
-    jumps: list[tuple[int, str, bool]] = []  # from where, to which label, whether always
+    jumps: list[tuple[int, str, bool]] = []  # place, label, whether it is unconditional
     diverging: list[str] = []
     lines: tuple[tuple[str, int], ...] = ()
     is_new = True
@@ -108,5 +109,5 @@ def read_function(text: str, is_of_interest: Callable[[Path], bool]) -> Code:
 
 
 def count_spills(code: Iterable[Instruction]) -> int:
-    """How many loads and stores of spilled registers there are."""
+    """The number of loads and stores of spilled registers."""
     return sum(i.name in ("LDL", "STL") for i in code)

@@ -1,12 +1,14 @@
-"""One row on one thread and on more, by what the threads have just done; ours, amax and softmax.
+"""Times one row on one thread and on several: the CPU kernel, and torch's amax and softmax.
 
-``python -m benchmarks.threads`` prints a markdown report; ``--json`` writes it to a file.
+``python -m benchmarks.threads`` prints a report in Markdown; ``--json FILE`` also writes the
+results to a file.
 
-Whether a second thread helps depends on whether it is awake. So each call is timed alone, after
+Whether a second thread helps depends on whether it is awake. So each call is timed on its own,
+after
 
-* a model: an operation of torch that writes these very logits on all the threads;
+* a model: an operation of torch that writes the same logits on all threads;
 * itself: the same call on other logits, on as many threads;
-* a pause of 5 ms, in which the threads have gone to sleep and the caches to others.
+* a pause of 5 ms, in which the threads fall asleep and the caches lose the logits.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def measure(
     threads: int,
     calls: int,
 ) -> dict[str, float]:
-    """Median microseconds of a call on one thread and on ``threads``, which take turns."""
+    """Return the median microseconds of a call on one thread and on ``threads``, in turn."""
     times: dict[int, list[int]] = {1: [], threads: []}
     for turn in range(calls):
         for count, taken in times.items():
@@ -62,7 +64,7 @@ def measure(
 def befores(
     call: Callable[[int], object], buffers: Sequence[torch.Tensor], threads: int
 ) -> dict[str, Callable[[int], object]]:
-    """What happens just before the call on a buffer."""
+    """Return what runs just before a timed call, by name; each takes the number of a buffer."""
 
     def model(buffer: int) -> None:
         torch.set_num_threads(threads)
@@ -76,7 +78,7 @@ def befores(
 
 
 def run(threads: int, calls: int) -> list[dict[str, Any]]:
-    """Every line of the table."""
+    """Return every line of the table."""
     lines = []
     for name in ("model", "flat"):
         buffers = make_buffers(name, 1, VOCAB_SIZE)
@@ -93,7 +95,7 @@ def run(threads: int, calls: int) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]], threads: int) -> str:
-    """The report's table."""
+    """Return the report's table in Markdown."""
     text = f"| input | case | who | after | 1 thread, µs | {threads} threads, µs | ratio |\n"
     text += "|---|---|---|---|--:|--:|--:|\n"
     for line in lines:
@@ -104,11 +106,11 @@ def table(lines: Sequence[dict[str, Any]], threads: int) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the report."""
+    """Print the report, and write the results to a file on request."""
     parser = argparse.ArgumentParser(description="One row on one thread and on more.")
-    parser.add_argument("--json", type=Path, help="write the results to this file too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--calls", type=int, default=400, help="of each kind")
+    parser.add_argument("--calls", type=int, default=400, help="timed calls of each kind")
     options = parser.parse_args(argv)
     if options.threads < 2:
         parser.error(f"--threads must be an integer >= 2, got {options.threads}")

@@ -56,7 +56,7 @@ from benchmarks.timing import progress
 from llm_sampling import SamplingParams, TokenHistory
 from llm_sampling.backends import triton as wrapper
 from llm_sampling.backends import triton_kernel
-from llm_sampling.backends.args import make_results
+from llm_sampling.backends.base import make_results
 from llm_sampling.sample import make_call
 
 SOURCE = Path(triton_kernel.__file__)

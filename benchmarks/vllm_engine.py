@@ -1,7 +1,7 @@
 """64 requests in vLLM's engine on the CPU, by its own sampler and by the kernel.
 
 ``python -m benchmarks.vllm_engine`` prints a markdown report; ``--json`` writes it to a file. It
-needs an environment with vLLM and this package, which docs/scale.md makes.
+needs an environment with vLLM and this package, which docs/engines.md makes.
 
 Every run is in a process of its own, and the two samplers take turns. All requests are generated
 together, by ``LLM.generate`` and through the OpenAI server with the openai client, then each seeded
@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.environments import python_of
 from benchmarks.inputs import AbsentError
 from benchmarks.timing import ROOT, command_line, environment, progress, write_result
-from llm_sampling import models
+from llm_sampling.generation import models
 
 TEXT = Path(__file__).with_name("text.txt")
 SAMPLERS = {"vllm": "0", "llm_sampling": "1"}

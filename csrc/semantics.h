@@ -1,7 +1,7 @@
-// The arithmetic of docs/semantics.md, for host and device: the only place in C++ where it is written.
+// The arithmetic of docs/semantics.md, for host and device. No other C++ file repeats it.
 //
-// Every float32 operation is rounded once, so this must be compiled without contraction into fused
-// multiply-adds (-ffp-contract=off, -fmad=false) and without flushing subnormals.
+// Every float32 operation is rounded on its own, so compile without contraction into fused multiply-adds
+// (-ffp-contract=off, -fmad=false) and without flushing subnormals.
 #ifndef LLM_SAMPLING_SEMANTICS_H_
 #define LLM_SAMPLING_SEMANTICS_H_
 
@@ -20,23 +20,24 @@ namespace llm_sampling {
 
 constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLowest = -0x1.fffffep+127f;  // every candidate is at least this
+constexpr float kLowest =
+    -0x1.fffffep+127f;  // the lowest finite float: a lower one is no candidate
 
 template <typename To, typename From>
 LLM_SAMPLING_FN To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps every bit");
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of the same size");
   To to;
   memcpy(&to, &from, sizeof(to));
   return to;
 }
 
-// 1 widen, exactly.
+// 1 widen, which is exact.
 LLM_SAMPLING_FN float widen_bfloat16(uint16_t bits) {
   return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
 LLM_SAMPLING_FN float widen_float16(uint16_t bits) {
-  // Moving the exponent's bias by a multiplication makes subnormals right too.
+  // The multiplication changes the exponent's bias, and is right for subnormals too.
   const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fff) << 13;
   const float finite = bit_cast<float>(magnitude) * 0x1p112f;
   const uint32_t special = magnitude | 0x7f800000u;
@@ -57,7 +58,8 @@ LLM_SAMPLING_FN float frequency(float x, float penalty, int32_t count) {
   return x - amount;
 }
 
-// 7 order: larger key first, equal keys by smaller token id. -0.0 is +0.0 (step 6); not for NaN.
+// 7 order: the larger key comes first, and of equal keys the smaller token id. -0.0 has the key of +0.0
+// (step 6). x must not be NaN.
 LLM_SAMPLING_FN uint32_t order_key(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x + 0.0f);
   return bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
@@ -67,7 +69,7 @@ LLM_SAMPLING_FN float from_order_key(uint32_t key) {
   return bit_cast<float>(key ^ ((key >> 31) != 0 ? 0x80000000u : 0xffffffffu));
 }
 
-// 9 depth in octaves below the row's maximum m; never negative, nor -0.0 where m is not; NaN for a NaN.
+// 9 depth: octaves below the row's maximum m. It is never negative, and not -0.0 unless m is; NaN if x is.
 LLM_SAMPLING_FN float depth_scale(float temperature) { return kLog2E / temperature; }
 
 LLM_SAMPLING_FN float depth(float x, float m, float scale) {
@@ -75,16 +77,18 @@ LLM_SAMPLING_FN float depth(float x, float m, float scale) {
   return x == m ? 0.0f : d;
 }
 
-// The same where m and the scale are finite.
+// The same depth, if m and the scale are finite.
 LLM_SAMPLING_FN float finite_depth(float x, float m, float scale) { return (m - x) * scale; }
 
-// 10 mass, an integer in 0 .. 2^42, of a depth that is neither negative nor -0.0; none for NaN.
+// 10 mass: an integer in 0 .. 2^42. The depth must be neither negative nor -0.0; the mass of NaN is 0.
 //
-// p of the polynomial has 24 significant bits and is at least 0.5, so p * 2^24 is the integer M, and
-// p * 2^(42 - e) cut to an integer is (M << 18) >> e. Here it is p * 2^(21 - e), uncut, in two steps: a
-// loop over each keeps a CPU busier than one over both, whose chain of operations is too long.
+// The polynomial's p has 24 significant bits and is at least 0.5, so p * 2^24 is the integer M of
+// docs/semantics.md, and p * 2^(42 - e) truncated to an integer is (M << 18) >> e. A scaled mass is
+// p * 2^(21 - e), which is the mass times 2^-21 before truncation. It takes two functions, split_depth and
+// scaled_mass: a loop over each keeps a CPU busier than one loop over both, whose chain of dependent
+// operations is too long.
 LLM_SAMPLING_FN void split_depth(float d, float& fraction, int32_t& exponent_bits) {
-  // such floats are ordered like their bits, and those of NaN are above all of them
+  // Floats that are not negative are ordered like their bits, and the bits of NaN are above all of them.
   const uint32_t bits = bit_cast<uint32_t>(d);
   d = bit_cast<float>(bits < 0x427c0000u ? bits : 0x427c0000u);  // at most 63
   const int32_t e = static_cast<int32_t>(d);
@@ -107,45 +111,49 @@ LLM_SAMPLING_FN float polynomial(float fraction) {
   return p;
 }
 
-LLM_SAMPLING_FN float uncut_mass(float fraction, int32_t exponent_bits) {
+LLM_SAMPLING_FN float scaled_mass(float fraction, int32_t exponent_bits) {
   return bit_cast<float>(bit_cast<int32_t>(polynomial(fraction)) + exponent_bits);
 }
 
-// The mass in a float32, which holds it exactly.
+// The mass as a float32, which represents it exactly.
 LLM_SAMPLING_FN float mass(float d) {
   float fraction;
   int32_t exponent_bits;
   split_depth(d, fraction, exponent_bits);
-  return __builtin_truncf(uncut_mass(fraction, exponent_bits) * 0x1p21f);
+  return __builtin_truncf(scaled_mass(fraction, exponent_bits) * 0x1p21f);
 }
 
-// The mass as high * 2^21 + low, of an uncut one; 512 of each have a sum below 2^31.
-LLM_SAMPLING_FN void mass_halves(float uncut, int32_t& high, int32_t& low) {
-  high = static_cast<int32_t>(uncut);
-  low = static_cast<int32_t>((uncut - static_cast<float>(high)) * 0x1p21f);
+// So many halves of masses, each at most 2^21, have a sum that fits an int32.
+constexpr int kMaxSummedHalves = 512;
+static_assert(int64_t{kMaxSummedHalves} << 21 <= INT32_MAX, "a sum of halves fits an int32");
+
+// Splits a scaled mass: its mass is high * 2^21 + low.
+LLM_SAMPLING_FN void mass_halves(float scaled, int32_t& high, int32_t& low) {
+  high = static_cast<int32_t>(scaled);
+  low = static_cast<int32_t>((scaled - static_cast<float>(high)) * 0x1p21f);
 }
 
 LLM_SAMPLING_FN int64_t join_halves(int32_t high, int32_t low) {
   return static_cast<int64_t>(high) * (1 << 21) + low;
 }
 
-// The mass as an integer, without a conversion: they are slow on a GPU. The same for every depth.
+// The same mass as an integer, without conversions between float and integer, which are slow on a GPU.
 LLM_SAMPLING_FN int64_t whole_mass(float d) {
-  d = d < 63.0f ? d : 63.0f;  // also of NaN
-  // 2^23 + d is rounded to an integer, perhaps to the one above
+  d = d < 63.0f ? d : 63.0f;  // 63 for NaN too
+  // 2^23 + d is rounded to the nearest integer, which may be the one above d.
   const float shifted = d + 0x1p23f;
   const float nearest = shifted - 0x1p23f;
   const bool above = nearest > d;
   const float fraction = d - (above ? nearest - 1.0f : nearest);
   const int32_t e = bit_cast<int32_t>(shifted) - 0x4b000000 - (above ? 1 : 0);
-  // floats from 0.5 to 1 are 2^-24 apart and their bits are 1 apart
+  // Floats from 0.5 to 1 are 2^-24 apart, and their bits are 1 apart.
   const int32_t m = bit_cast<int32_t>(polynomial(fraction)) - 0x3e800000;
   return (static_cast<int64_t>(m) << 18) >> e;
 }
 
-constexpr float kMassless = 43.0f;  // no token this deep, or deeper, has mass
+constexpr float kMassless = 43.0f;  // a token at this depth, or deeper, has no mass
 
-// 12 top-p: the mass that the nucleus must reach, out of z.
+// 12 top-p: the mass that the nucleus must reach, where z is the mass that step 11 kept.
 LLM_SAMPLING_FN int64_t top_p_target(int64_t z, float top_p) {
   const double scaled = static_cast<double>(top_p) * 0x1p31;  // exact
   int64_t share = static_cast<int64_t>(scaled) - (1 << 11);
@@ -156,8 +164,8 @@ LLM_SAMPLING_FN int64_t top_p_target(int64_t z, float top_p) {
   return target > 1 ? target : 1;
 }
 
-// 13 min-p: the depth down to which a row's filters by depth keep tokens; infinity if none is on.
-// One more filter by depth is one more term of a minimum here.
+// 13 min-p: the largest depth that a row's filters by depth keep; infinity if none is on. A further filter
+// by depth is one more term of a minimum here.
 LLM_SAMPLING_FN float depth_cut(const LlmSamplingArgs& args, int64_t row) {
   return args.min_p[row] > 0.0f ? args.min_p_cut[row] : kInfinity;
 }
@@ -184,7 +192,7 @@ random_bits(uint64_t seed, uint64_t position, uint32_t draw, uint32_t stream = 0
   return static_cast<uint64_t>(c0) | static_cast<uint64_t>(c1) << 32;
 }
 
-// (random * s) >> 64: uniform in 0 .. s - 1.
+// (random * s) >> 64, which is uniform in 0 .. s - 1.
 LLM_SAMPLING_FN int64_t scaled_random(uint64_t random, int64_t s) {
 #ifdef __CUDA_ARCH__
   return static_cast<int64_t>(__umul64hi(random, static_cast<uint64_t>(s)));

@@ -1,7 +1,7 @@
-"""Where a text ends: its length in tokens by stop limit, of the default model.
+"""How long the default model's texts are, in tokens, for each ``stop_limit``.
 
 ``python examples/stop_strings.py stop-strings.png`` continues a few prompts up to the first, second
-and so on end of a sentence, and draws how long the texts are. Needs the extra ``tune``.
+and so on end of a sentence, and plots the lengths of the texts. Needs the extra ``tune``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from llm_sampling import SamplingParams, models
-from llm_sampling.generation import generate
+from llm_sampling import SamplingParams
+from llm_sampling.generation import generate, models
 
 PROMPTS = (
     "The lighthouse keeper",
@@ -25,7 +25,7 @@ PARAMS = SamplingParams(temperature=0.7, top_p=0.9, seed=1)
 
 
 def lengths(language_model: models.LanguageModel, prompt: str) -> list[int]:
-    """Tokens of the prompt's text for each limit; each text begins with the one before."""
+    """The length of the prompt's text for each limit; each text is a prefix of the next."""
     return [
         len(
             generate(
@@ -44,7 +44,7 @@ def lengths(language_model: models.LanguageModel, prompt: str) -> list[int]:
 
 
 def draw(of_prompt: Sequence[Sequence[int]], path: str) -> None:
-    """A line for each prompt."""
+    """Plot a line for each prompt."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")

@@ -1,11 +1,11 @@
-"""Tune the training of a small transformer on a book, and see which models under- and overfit.
+"""Tune the training of a small transformer on a book, and show which models under- and overfit.
 
-    book -> Setup.trial: new_model, train -> curves, weights   (tune: what gives the best model?)
-         -> the best model's texts                             (tune: what decodes it best?)
+    book -> Setup.trial: new_model, train -> curves, weights   (first search: training)
+         -> the best model's texts                             (second search: decoding)
          -> table, curves.png, trials.png, samples.md, report.html
 
-``python examples/tune_training.py`` takes some minutes on a CPU; examples/README.md says what to
-look at. Needs the extra ``tune``.
+``python examples/tune_training.py`` takes some minutes on a CPU; examples/README.md explains the
+results. Needs the extra ``tune``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler, StepL
 
 from llm_sampling import SamplingParams
 from llm_sampling.generation import generate
-from llm_sampling.report import write_report
-from llm_sampling.tuning import METHODS, Range, Space, tune
+from llm_sampling.tools.tuning import METHODS, Range, Space, tune
+from llm_sampling.tools.tuning.report import write_report
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -41,12 +41,12 @@ WIDTHS = (32, 64, 96, 128)
 SCHEDULES = ("time", "step", "exponential")
 STEP_EPOCHS = 4
 
-#: By how much of itself a validation loss must change to count in a verdict.
+#: The relative change of a validation loss from which on it counts in a verdict.
 TOLERANCE = 0.02
 
 NGRAM = 4
 DECODING_SPACE: Space = {"temperature": Range(0.3, 1.5), "top_p": Range(0.5, 1.0)}
-#: Texts for each trial of the decoding; one alone is a matter of luck.
+#: Texts in each trial of the search for decoding parameters; a single text varies too much.
 DECODING_ROWS = 4
 COLUMN = 38
 
@@ -60,8 +60,8 @@ class Text:
 
     Attributes:
         vocabulary: all characters, sorted; a token is an index into it.
-        train: int64 ``(characters,)``, the book's beginning.
-        validation: int64 ``(characters,)``, its last tenth.
+        train: int64 ``(characters,)``, the beginning of the book.
+        validation: int64 ``(characters,)``, the last tenth of the book.
     """
 
     vocabulary: str
@@ -69,7 +69,7 @@ class Text:
     validation: Tensor
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text; ValueError for a character that the book does not have."""
+        """The tokens of a text; a ValueError if a character does not occur in the book."""
         return [self.vocabulary.index(character) for character in text]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -78,12 +78,14 @@ class Text:
 
 
 def read_book() -> str:
-    """Alice's Adventures in Wonderland, which the package ships."""
-    return (resources.files("llm_sampling") / "data" / "alice.txt").read_text(encoding="utf-8")
+    """Alice's Adventures in Wonderland, which is part of the package."""
+    return (resources.files("llm_sampling.tools") / "data" / "alice.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 def split(book: str, characters: int) -> Text:
-    """The first ``characters`` to learn from, nine tenths at most, and the last one to validate."""
+    """The first ``characters``, at most nine tenths of the book, and the last tenth to validate."""
     vocabulary = "".join(sorted(set(book)))
     tokens = torch.tensor([vocabulary.index(character) for character in book])
     held_out = len(book) - len(book) // 10
@@ -91,7 +93,7 @@ def split(book: str, characters: int) -> Text:
 
 
 def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets ``(windows, context)``: a target is the token after its input."""
+    """Inputs and targets, ``(windows, context)``; each target is the token after its input."""
     count = (len(tokens) - 1) // context
     inputs, targets = tokens[: count * context], tokens[1 : count * context + 1]
     return inputs.view(count, context), targets.view(count, context)
@@ -101,7 +103,7 @@ def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
 
 
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, each behind a norm and around a residual."""
+    """Causal self-attention and a feed-forward layer, each with a norm before and a residual."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -125,10 +127,10 @@ class Transformer(nn.Module):
     """A decoder-only transformer that learns characters within seconds on a CPU.
 
     Args:
-        vocab_size: how many tokens there are.
-        context: tokens of a row in training; it should not be shown more.
-        layers: how many blocks.
-        width: what a token's vector holds; a multiple of HEAD_SIZE.
+        vocab_size: the number of tokens.
+        context: the number of tokens in a row of training data; longer inputs work badly.
+        layers: the number of blocks.
+        width: the size of a token's vector, a multiple of HEAD_SIZE.
     """
 
     def __init__(self, vocab_size: int, context: int, layers: int, width: int) -> None:
@@ -151,10 +153,11 @@ class Transformer(nn.Module):
 
 
 def causal_mask(heads: int, length: int) -> Tensor:
-    """What is added to the attention scores, ``(heads, length, length)``: -inf for later tokens.
+    """The bias of the attention scores, ``(heads, length, length)``; -inf for later tokens.
 
-    For earlier ones, minus their distance times 1/2, 1/4, ... by head (ALiBi): the only thing that
-    tells positions apart. With learned positions a training needs about four times the epochs.
+    For earlier tokens it is minus their distance times 1/2, 1/4, ... by head (ALiBi, Press et al.
+    2022, arXiv:2108.12409). There is no other encoding of positions: learned positions need about
+    four times as many epochs.
     """
     positions = torch.arange(length)
     distance = positions[:, None] - positions
@@ -166,13 +169,13 @@ def new_model(
     vocab_size: int, context: int, values: Mapping[str, Any], generator: torch.Generator
 ) -> Transformer:
     """An untrained model of the trial's ``layers`` and ``width``, drawn with ``generator``."""
-    # torch's own initialisation would draw from the global generator, and on "meta" it cannot
+    # On "meta" torch does not initialise the weights, which would use the global generator.
     with torch.device("meta"):
         model = Transformer(vocab_size, context, values["layers"], values["width"])
     model.to_empty(device="cpu")
     for weight in model.parameters():
         if weight.dim() == 1:
-            nn.init.ones_(weight)  # a norm's
+            nn.init.ones_(weight)  # the weight of a norm
         else:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
     return model
@@ -183,33 +186,33 @@ def new_model(
 
 @dataclass
 class Curves:
-    """Losses after each epoch, in nats a character."""
+    """Losses after each epoch, in nats per character."""
 
     train: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
 
     @property
     def best_epoch(self) -> int:
-        """The one with the smallest validation loss; the first has number 1."""
+        """The epoch with the smallest validation loss, counted from 1."""
         return 1 + self.validation.index(min(self.validation))
 
     @property
     def rise(self) -> float:
-        """How much of its smallest validation loss the last one lies above it."""
+        """By what share the last validation loss is above the smallest."""
         return self.validation[-1] / min(self.validation) - 1
 
 
 def schedule(name: str, optimizer: torch.optim.Optimizer, rate: float) -> LRScheduler:
-    """The learning rate of each epoch e = 0, 1, ..., from the optimizer's first one, lr.
+    """A schedule of the learning rate over epochs e = 0, 1, ..., where lr is the optimizer's own.
 
-    All fall by the share ``rate`` an epoch at first, so that one range of rates suits them all:
+    All begin by falling by the share ``rate`` per epoch, so that one range of rates suits them all:
 
     * time: lr / (1 + rate e)
-    * step: lr exp(-rate s), with s the last multiple of STEP_EPOCHS up to e
+    * step: lr exp(-rate s), where s is the largest multiple of STEP_EPOCHS that is <= e
     * exponential: lr exp(-rate e)
 
     Raises:
-        ValueError: there is no schedule of that name.
+        ValueError: the name is unknown.
     """
     if name == "time":
         return LambdaLR(optimizer, lambda epoch: 1 / (1 + rate * epoch))
@@ -227,19 +230,19 @@ def train(
     generator: torch.Generator,
     curves: Curves,
 ) -> Iterator[float]:
-    """Train ``model``; adds each epoch's losses to ``curves`` and yields the validation loss.
+    """Train ``model``; after each epoch, add its losses to ``curves``, yield the validation loss.
 
     Args:
-        model: changed in place.
-        text: its parts longer than two of the model's contexts.
+        model: the model, which is changed in place.
+        text: what to train on; both parts must be longer than two of the model's contexts.
         values: the trial's ``epochs``, ``learning_rate``, ``decay`` (a schedule's name),
             ``decay_rate`` and ``batch_size`` (windows).
-        generator: draws where the windows begin and their order. Nothing else is drawn.
-        curves: where the losses go.
+        generator: draws where the windows begin and their order, which is all that is random.
+        curves: receives the losses.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=values["learning_rate"])
     decay = schedule(values["decay"], optimizer, values["decay_rate"])
-    # as much of the text as there is to validate on: the two losses are equally exact
+    # As many characters as there are to validate on, so both losses are equally precise.
     seen = text.train[: len(text.validation)]
     for _ in range(values["epochs"]):
         begin = int(torch.randint(model.context, (), generator=generator))
@@ -248,7 +251,7 @@ def train(
         for batch in order.split(values["batch_size"]):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs[batch]).flatten(0, 1), targets[batch].flatten()).backward()
-            # without it the largest learning rates diverge
+            # Without clipping, training diverges at the largest learning rates.
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         decay.step()
@@ -259,7 +262,7 @@ def train(
 
 @torch.no_grad()
 def loss_on(model: Transformer, tokens: Tensor) -> float:
-    """The mean loss of tokens in nats, in windows that do not overlap."""
+    """The mean loss of the tokens in nats, over windows that do not overlap."""
     inputs, targets = windows(tokens, model.context)
     total = 0.0
     for some, wanted in zip(inputs.split(64), targets.split(64), strict=True):
@@ -269,15 +272,15 @@ def loss_on(model: Transformer, tokens: Tensor) -> float:
 
 
 def verdict(curves: Curves, best: Curves) -> str:
-    """What went wrong in a training, if anything, by its last losses and those of the best trial.
+    """Whether a training over- or underfits, by comparison with the best trial.
 
-    * overfits: it knows the text that it learnt from better than the best trial does, and the one
-      that it has not seen worse. Or the latter's loss has risen again since its smallest.
-    * underfits: it knows both texts worse: too small a model, too slow a training or too short a
-      one. Or the validation loss was still falling in the last epoch, as it is in the first.
+    * overfits: the last training loss is below the best trial's, but the last validation loss is
+      above it; or the validation loss has risen again since its minimum.
+    * underfits: both losses are above the best trial's, because the model is too small or the
+      training too slow or too short; or the validation loss still fell in the last epoch.
     * fits: neither.
 
-    A validation loss is worse, rising or falling if it is so by more than TOLERANCE of itself.
+    Differences of validation losses below TOLERANCE of them do not count.
     """
     before, last = [math.inf, *curves.validation][-2:]
     is_worse = last > best.validation[-1] * (1 + TOLERANCE)
@@ -294,13 +297,13 @@ def verdict(curves: Curves, best: Curves) -> str:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all trials share, and where what they leave lies.
+    """What all trials share, and the directory of their files.
 
     Attributes:
-        text: what they learn.
-        context: tokens that a model can look at.
-        seed: all models begin with it, so that only the trial's values make a difference.
-        out: a directory.
+        text: the text to train on.
+        context: the number of tokens that a model can look at.
+        seed: the seed of every training, so that only the trial's values make a difference.
+        out: the directory that the trials' files are in.
     """
 
     text: Text
@@ -310,16 +313,16 @@ class Setup:
 
     @property
     def name(self) -> str:
-        """Another for each setup whose trials cannot be compared with this one's."""
+        """A name that differs for setups whose trials cannot be compared."""
         return f"{len(self.text.train)} characters, context {self.context}, seed {self.seed}"
 
     def file(self, values: Mapping[str, Any], kind: str) -> Path:
-        """Where a trial's curves ("json") or weights ("pt") lie: the same in a resumed search."""
+        """The file of a trial's curves ("json") or weights ("pt"), the same in a resumed search."""
         key = json.dumps([self.name, dict(values)], sort_keys=True)
         return self.out / "trials" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.{kind}"
 
     def trial(self, values: dict[str, Any]) -> Generator[float, None, None]:
-        """Train a model: yields each epoch's validation loss, writes curves and last weights."""
+        """Train a model, yield each epoch's validation loss, write the curves and last weights."""
         generator = torch.Generator().manual_seed(self.seed)
         model = new_model(len(self.text.vocabulary), self.context, values, generator)
         size = sum(weight.numel() for weight in model.parameters())
@@ -327,14 +330,14 @@ class Setup:
         record = self.file(values, "json")
         record.parent.mkdir(parents=True, exist_ok=True)
         for loss in train(model, self.text, values, generator, curves):
-            # in each epoch: a trial that is pruned does not come to the end
+            # Written after each epoch, because a pruned trial does not reach the end.
             content = {"values": values, "parameters": size, **asdict(curves)}
             record.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             yield loss
         torch.save(model.state_dict(), self.file(values, "pt"))
 
     def model(self, values: Mapping[str, Any]) -> Transformer:
-        """The model that a trial left."""
+        """The model that a trial saved."""
         size = len(self.text.vocabulary), self.context
         model = new_model(*size, values, torch.Generator())
         model.load_state_dict(torch.load(self.file(values, "pt"), weights_only=True))
@@ -342,7 +345,7 @@ class Setup:
 
 
 def search_space(options: argparse.Namespace) -> Space:
-    """What is searched: ranges and lists, for a grid short lists."""
+    """The space of the search: ranges and lists, or short lists for a grid."""
     widths = [width for width in WIDTHS if width <= options.max_width]
     if options.method == "grid":
         return {
@@ -367,14 +370,14 @@ def search_space(options: argparse.Namespace) -> Space:
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial that is done.
+    """A finished trial.
 
     Attributes:
-        number: Optuna's.
+        number: Optuna's number of the trial.
         state: "complete", "pruned" or "fail".
-        values: what it was given.
-        parameters: weights of the model.
-        curves: up to where it was pruned.
+        values: the values that it was called with.
+        parameters: the number of the model's weights.
+        curves: the losses, up to the epoch in which it was pruned.
     """
 
     number: int
@@ -385,20 +388,20 @@ class Tried:
 
     @property
     def loss(self) -> float:
-        """The last epoch's validation loss, which the search made small."""
+        """The last epoch's validation loss, which the search minimises."""
         return self.curves.validation[-1]
 
     @property
     def gap(self) -> float:
-        """How much better the model knows the text that it learnt from."""
+        """The generalisation gap: the last validation loss minus the last training loss."""
         return self.loss - self.curves.train[-1]
 
 
 def read_trials(setup: Setup, trials: Sequence[FrozenTrial]) -> list[Tried]:
-    """The trials with what they left, in order.
+    """The trials with the curves that they wrote, in order.
 
     Raises:
-        FileNotFoundError: a trial of the storage has left nothing in this directory.
+        FileNotFoundError: a trial of the storage has no file in this directory.
     """
     tried = []
     for trial in trials:
@@ -415,19 +418,19 @@ def read_trials(setup: Setup, trials: Sequence[FrozenTrial]) -> list[Tried]:
 
 
 def best_first(tried: Sequence[Tried]) -> list[Tried]:
-    """Those that were not pruned, by their validation loss."""
+    """The completed trials, sorted by validation loss."""
     return sorted((x for x in tried if x.state == "complete"), key=lambda x: x.loss)
 
 
 def verdicts(tried: Sequence[Tried]) -> list[str]:
-    """A :func:`verdict` for each; for one that was not completed, its state."""
+    """The :func:`verdict` of each completed trial; the state of any other."""
     best = best_first(tried)[0].curves
     return [verdict(x.curves, best) if x.state == "complete" else x.state for x in tried]
 
 
 def keep_best(setup: Setup, tried: Sequence[Tried], keep: int) -> list[Tried]:
-    """The best trials, best first; the weights of all others are removed."""
-    # an earlier run on the same storage may have kept fewer
+    """The ``keep`` best trials, best first. The weights of all others are deleted."""
+    # An earlier run on the same storage may have kept fewer weights.
     left = [x for x in best_first(tried) if setup.file(x.values, "pt").exists()]
     kept = left[:keep]
     for file in {setup.file(x.values, "pt") for x in left} - {
@@ -441,7 +444,7 @@ def keep_best(setup: Setup, tried: Sequence[Tried], keep: int) -> list[Tried]:
 
 
 def windowed(model: Transformer) -> Callable[[Tensor, Any], tuple[Tensor, Tensor]]:
-    """The model as ``generate`` calls it, on the last ``context`` tokens; they are its "cache"."""
+    """The model as a callable for ``generate``; its "cache" is the last ``context`` tokens."""
 
     def forward(input_ids: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
         ids = input_ids if cache is None else torch.cat([cache, input_ids], dim=1)
@@ -467,26 +470,26 @@ def sample_texts(
 
 
 def distinct_share(text: str) -> float:
-    """Of all runs of NGRAM characters, the share that is left when each counts once."""
+    """The share of distinct n-grams among all n-grams of NGRAM characters."""
     runs = [text[i : i + NGRAM] for i in range(len(text) - NGRAM + 1)]
     return len(set(runs)) / len(runs)
 
 
 def mean_distinct_share(texts: Sequence[str]) -> float:
-    """Of texts of one length, since a longer text repeats more."""
+    """The mean of texts that must have the same length, because longer texts repeat more."""
     return sum(map(distinct_share, texts)) / len(texts)
 
 
 def tune_decoding(
     model: Transformer, text: Text, prompt: str, *, length: int, trials: int, seed: int
 ) -> tuple[SamplingParams, float, float]:
-    """The parameters whose texts repeat themselves as much as the author does.
+    """Search for the parameters whose texts are as repetitive as the author's.
 
-    Low temperatures go round in circles, high ones make up words: the share of distinct runs of
-    characters is below the author's or above it.
+    Low temperatures give loops and high ones invented words: the share of distinct n-grams is
+    below or above the author's.
 
     Returns:
-        The parameters, the share of the texts drawn with them, and the author's.
+        The parameters, the share in the texts drawn with them, and the author's share.
     """
     book = text.decode(text.validation.tolist())
     author = mean_distinct_share(
@@ -514,7 +517,7 @@ def tune_decoding(
 
 
 def table(tried: Sequence[Tried]) -> str:
-    """A line for each trial, with losses in nats a character."""
+    """A line for each trial, with losses in nats per character."""
     lines = [
         "trial  layers  width  weights  epochs       lr        decay   rate  batch"
         "  train  validation    gap  verdict"
@@ -532,7 +535,7 @@ def table(tried: Sequence[Tried]) -> str:
 
 
 def selected(tried: Sequence[Tried]) -> dict[str, Tried]:
-    """By title, the trials to look at: the best, and the worst of those that under- and overfit."""
+    """The best trial, the most underfitted and the most overfitted one, by title."""
     judged = list(zip(tried, verdicts(tried), strict=True))
     found = {"best": best_first(tried)[0]}
     underfitted = [x for x, name in judged if name == "underfits"]
@@ -545,7 +548,7 @@ def selected(tried: Sequence[Tried]) -> dict[str, Tried]:
 
 
 def draw(tried: Sequence[Tried], out: Path) -> list[Path]:
-    """Draw curves.png and trials.png; the files written.
+    """Draw curves.png and trials.png, and return their paths.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -597,7 +600,7 @@ def draw(tried: Sequence[Tried], out: Path) -> list[Path]:
 
 
 def side_by_side(headers: Sequence[str], texts: Sequence[str]) -> str:
-    """The texts in columns, wrapped at words."""
+    """The texts in columns, wrapped between words."""
     columns = [
         [header, "-" * COLUMN]
         + [line for part in text.split("\n") for line in textwrap.wrap(part, COLUMN) or [""]]
@@ -610,7 +613,7 @@ def side_by_side(headers: Sequence[str], texts: Sequence[str]) -> str:
 def compare(
     setup: Setup, kept: Sequence[Tried], prompt: str, tuned: SamplingParams, length: int
 ) -> str:
-    """The models' texts side by side, greedy and tuned, as Markdown."""
+    """The models' texts side by side as Markdown, with greedy and with tuned decoding."""
     headers = [f"trial {x.number}: validation {x.loss:.3f}" for x in kept]
     parts = []
     for title, params in (
@@ -629,7 +632,7 @@ def compare(
 
 
 def parse(argv: Sequence[str] | None, book: str) -> argparse.Namespace:
-    """The options, checked."""
+    """The options of the command line, checked."""
     parser = argparse.ArgumentParser(description="Tune the training of a small transformer.")
     parser.add_argument("--method", choices=METHODS, default="bayesian")
     parser.add_argument("--trials", type=int, help="default: 20, or all of a grid")
@@ -676,7 +679,7 @@ def parse(argv: Sequence[str] | None, book: str) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Search, then report what the trials and their models are like."""
+    """Run both searches and write the reports."""
     book = read_book()
     options = parse(argv, book)
     text = split(book, options.characters)

@@ -8,12 +8,13 @@ Importing this package imports torch and numpy; a backend is loaded when it is f
 """
 
 from llm_sampling import backends
-from llm_sampling.backends import InvalidLogitsError, SampleOutput, backend_info
+from llm_sampling.backends import backend_info
+from llm_sampling.backends.base import InvalidLogitsError, SampleOutput
+from llm_sampling.distributed import sample_sharded
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits, sample
 from llm_sampling.sampler import Sampler
-from llm_sampling.sharded import sample_sharded
 from llm_sampling.version import VERSION
 
 __version__ = VERSION

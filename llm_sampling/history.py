@@ -1,8 +1,8 @@
-"""Which tokens each request has seen and how often it produced them: the state of the penalties.
+"""The tokens of each request's prompt and output: the state that the penalties need.
 
-One bit per token says "seen in prompt or output" and one count per token "times in the output"; a
-kernel reads a count only where the bit is set, so a step costs by the length of the history and not
-by the vocabulary. This module imports nothing else of the package.
+One bit per token says whether prompt or output hold it, one count per token how often the output
+does. A kernel reads a count only where the bit is set, so the cost of a step grows with the length
+of the history and not with the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from llm_sampling import checks
 
 Ids = Sequence[Sequence[int] | Tensor] | Tensor
 
@@ -42,7 +44,7 @@ class TokenHistory:
     def __init__(
         self, seen: Tensor, counts: Tensor, lengths: Tensor, slots: Tensor, vocab_size: int
     ) -> None:
-        check_vocab_size(vocab_size)
+        vocab_size = check_vocab_size(vocab_size)
         words = -(-vocab_size // 32)
         _check_state("seen", seen, seen, "(capacity, ceil(vocab_size / 32))", (None, words))
         capacity = seen.shape[0]
@@ -82,8 +84,7 @@ class TokenHistory:
             ValueError: ``vocab_size`` is not in 1 .. 2^20, the two lists differ in length, or an id
                 is not an integer.
         """
-        check_vocab_size(vocab_size)
-        assert vocab_size is not None
+        vocab_size = check_vocab_size(vocab_size)
         rows = _row_count("prompt_ids", prompt_ids)
         if output_ids is not None and _row_count("output_ids", output_ids) != rows:
             raise ValueError(
@@ -158,19 +159,20 @@ class TokenHistory:
         )
 
     def part(self, start: int, width: int) -> TokenHistory:
-        """The same rows over ids ``start`` up to ``start + width - 1`` alone, to be read.
+        """A read-only view of the same rows over ids ``start`` up to ``start + width - 1``.
 
-        The counts and lengths are this history's own memory; append to the whole one.
+        Counts and lengths are this history's own memory. Append to this history, not to the view.
         """
         seen = slice_bits(self.seen, start, width)
         counts = self.counts[:, start : start + width]  # with gaps between their rows
-        return self._to_be_read(seen, counts, self.slots, width)
+        return self._view(seen, counts, self.slots, width)
 
     def among(self, rows: Sequence[int | None]) -> TokenHistory:
-        """These rows among others, to be read: row i of the result is row ``rows[i]`` of this one.
+        """A read-only view whose row i is row ``rows[i]`` of this history.
 
-        None is a row whose tokens do not matter, since it has no penalty; it has no slot of its
-        own. The state is this history's own memory, until a row is added; append to this one.
+        None stands for a row without a penalty, whose tokens do not matter: it shares a slot with
+        another. The view shares this history's memory until a row is added. Append to this history,
+        not to the view.
 
         Raises:
             ValueError: a row does not exist or is named twice.
@@ -179,13 +181,11 @@ class TokenHistory:
         slots = self.slots.new_zeros(len(rows))
         places = [i for i, row in enumerate(rows) if row is not None]
         slots[places] = self.slots[selection(named, self.rows).to(self.device)]
-        # rows without a slot share the first one
-        return self._to_be_read(self.seen, self.counts, slots, self.vocab_size)
+        # rows without a penalty share the first slot
+        return self._view(self.seen, self.counts, slots, self.vocab_size)
 
-    def _to_be_read(
-        self, seen: Tensor, counts: Tensor, slots: Tensor, vocab_size: int
-    ) -> TokenHistory:
-        """A history with these lengths whose other parts need not be those of one of its own."""
+    def _view(self, seen: Tensor, counts: Tensor, slots: Tensor, vocab_size: int) -> TokenHistory:
+        """A history of these tensors, which need not be contiguous or name each slot once."""
         view = object.__new__(TokenHistory)
         view.seen, view.counts, view.lengths, view.slots = seen, counts, self.lengths, slots
         view.vocab_size = vocab_size
@@ -218,7 +218,7 @@ class TokenHistory:
         word = token >> 5
         count, length = valid.to(torch.int32), valid.to(torch.int64)
         bit = torch.bitwise_left_shift(count, (token & 31).to(torch.int32))
-        # no call from here on, since after one Python looks for Ctrl-C
+        # Python handles Ctrl-C after a call, so no function is called between the three updates
         self.seen[slot, word] |= bit
         self.counts[slot, token] += count
         self.lengths[slot] += length
@@ -282,12 +282,12 @@ def slice_bits(words: Tensor, start: int, width: int) -> Tensor:
     return sliced
 
 
-def check_vocab_size(vocab_size: object) -> None:
-    """A ValueError if it is not in 1 .. 2^20."""
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise ValueError(f"vocab_size must be an integer, got {vocab_size!r}")
-    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be in 1 .. 2^20, got {vocab_size}")
+def check_vocab_size(vocab_size: object) -> int:
+    """``vocab_size`` as an int; a ValueError if it is not in 1 .. 2^20."""
+    checked = checks.integer("vocab_size", vocab_size)
+    if not 1 <= checked <= MAX_VOCAB_SIZE:
+        raise checks.refusal("vocab_size", "in 1 .. 2^20", vocab_size)
+    return checked
 
 
 def _check_state(
@@ -298,7 +298,7 @@ def _check_state(
     shape: tuple[int | None, ...],
     dtype: torch.dtype = torch.int32,
 ) -> None:
-    """A ValueError if a part of the state is not of this shape, in which None is any size."""
+    """A ValueError if a tensor of the state is not as it must be; None in ``shape`` is any size."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype != dtype:
@@ -317,8 +317,8 @@ def selection(rows: Iterable[int], available: int) -> Tensor:
     """``rows`` as an int64 index, each row at most once and in ``0 .. available - 1``."""
     index = list(rows)
     for row in index:
-        if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < available:
-            raise ValueError(f"rows must be integers in 0 .. {available - 1}, got {row!r}")
+        if not checks.is_integer(row) or not 0 <= row < available:
+            raise checks.refusal("rows", f"integers in 0 .. {available - 1}", row)
     if len(set(index)) != len(index):
         raise ValueError(f"rows must name each row at most once, got {index}")
     return torch.tensor(index, dtype=torch.int64)

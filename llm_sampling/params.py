@@ -1,14 +1,10 @@
-"""What a user may ask for, :class:`SamplingParams`, checked once, and its tensors, `BatchParams`.
-
-This module imports nothing else of the package. It is the only place where user values are checked.
-"""
+"""What a user asks for, :class:`SamplingParams`, and the same of a batch, :class:`BatchParams`."""
 
 from __future__ import annotations
 
 import math
-import numbers
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,68 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: The value at which each parameter does nothing. ``None`` stands for it everywhere, and so does
-#: ``top_k=-1``, as in Hugging Face and vLLM. ``temperature`` 1 divides by one; 0 is greedy.
-OFF_VALUES: Mapping[str, Any] = MappingProxyType(
-    {
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "min_tokens_to_keep": 1,
-        "logit_bias": None,
-        "seed": None,
-    }
-)
-
-#: What each parameter must be, in words.
-_RULES: Mapping[str, str] = MappingProxyType(
-    {
-        "temperature": "finite and >= 0 in float32",
-        "top_k": "an integer >= -1",
-        "top_p": "in (0, 1]",
-        "min_p": "in [0, 1]",
-        "repetition_penalty": "finite and > 0 in float32",
-        "frequency_penalty": "in [-2, 2]",
-        "presence_penalty": "in [-2, 2]",
-        "min_tokens_to_keep": "an integer >= 1",
-        "seed": "an integer in [-2^63, 2^64)",
-    }
-)
+from llm_sampling import checks
+from llm_sampling.checks import refusal
+from llm_sampling.fields import FIELDS, Field, to_float32
 
 _INT32_MAX = 2**31 - 1
 
-
-def _float32(value: float) -> float:
-    """The float32 nearest to ``value``, as the kernels read it; inf where it overflows."""
-    try:
-        return float(struct.unpack("f", struct.pack("f", value))[0])
-    except OverflowError:
-        return math.copysign(math.inf, value)
-
-
-def _refuse(name: str, rule: str, value: object) -> ValueError:
-    return ValueError(f"{name} must be {rule}, got {value!r}")
-
-
-def _number(name: str, rule: str, value: object) -> float:
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:  # an int or a fraction past the largest float
-            number = math.inf
-        if math.isfinite(number):
-            return number
-    raise _refuse(name, rule, value)
-
-
-def _integer(name: str, rule: str, value: object) -> int:
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    raise _refuse(name, rule, value)
+#: The fields whose tensors hold one number per row that is checked and read as it is.
+_NUMBERS = tuple(f for f in FIELDS.values() if f.dtype in (torch.float32, torch.int32))
+_PENALTIES = tuple(f for f in FIELDS.values() if f.kind == "penalty")
+_FILTERS = tuple(f for f in FIELDS.values() if f.kind in ("rank", "mass", "depth"))
+#: The filters that ``min_tokens_to_keep`` may hold back; top-k's own number is at least that.
+_FLOORED = tuple(f for f in FIELDS.values() if f.kind in ("mass", "depth"))
 
 
 @dataclass(frozen=True)
@@ -125,89 +71,65 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, off in OFF_VALUES.items():
-            if getattr(self, name) is None:
-                self._set(name, off)
-
-        self._check("temperature", _number, lambda x: x >= 0 and _float32(x) < math.inf)
-        self._check("top_k", _integer, lambda k: k >= -1)
-        self._set("top_k", max(self.top_k, 0))
-        self._check("top_p", _number, lambda p: 0 < p <= 1)
-        self._check("min_p", _number, lambda p: 0 <= p <= 1)
-        self._check("repetition_penalty", _number, lambda r: 0 < _float32(r) < math.inf)
-        self._check("frequency_penalty", _number, lambda a: -2 <= a <= 2)
-        self._check("presence_penalty", _number, lambda b: -2 <= b <= 2)
-        self._check("min_tokens_to_keep", _integer, lambda n: n >= 1)
-        if self.logit_bias is not None:
-            self._set("logit_bias", _checked_bias(self.logit_bias))
-        if self.seed is not None:
-            self._check("seed", _integer, lambda seed: -(2**63) <= seed < 2**64)
-
-    def _check(
-        self,
-        name: str,
-        read: Callable[[str, str, object], Any],
-        holds: Callable[[Any], bool],
-    ) -> None:
-        """Put a value into its type; a ValueError if it breaks its rule."""
-        given = getattr(self, name)
-        value = read(name, _RULES[name], given)
-        if not holds(value):
-            raise _refuse(name, _RULES[name], given)
-        self._set(name, value)
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    @property
-    def has_filter(self) -> bool:
-        """Whether top-k, top-p or min-p is on."""
-        return self.top_k > 0 or _float32(self.top_p) < 1 or _float32(self.min_p) > 0
-
-    @property
-    def kept_at_most(self) -> int:
-        """How many tokens greedy or top-k leave at most; 0 where neither is on."""
-        if _float32(self.temperature) == 0:
-            return 1
-        return max(self.top_k, self.min_tokens_to_keep) if self.top_k > 0 else 0
-
-    @property
-    def has_floor(self) -> bool:
-        """Whether top-p or min-p may have to keep more than one token."""
-        return self.min_tokens_to_keep > 1 and (
-            _float32(self.top_p) < 1 or _float32(self.min_p) > 0
-        )
+        for name, parameter in FIELDS.items():
+            value = getattr(self, name)
+            if value is None or parameter.dtype is None:
+                checked = parameter.off if value is None else _checked_bias(value)
+            else:
+                checked = parameter.checked(value)
+            object.__setattr__(self, name, checked)
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
 
     @property
     def needs_history(self) -> bool:
         """Whether a penalty is on, so that the tokens so far matter."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.frequency_penalty != 0.0
-            or self.presence_penalty != 0.0
-        )
+        return any(to_float32(getattr(self, f.name)) != f.off for f in _PENALTIES)
 
 
 def _checked_bias(bias: object) -> dict[int, float]:
     if not isinstance(bias, Mapping):
-        raise _refuse("logit_bias", "a mapping of token id to bias", bias)
+        raise refusal("logit_bias", FIELDS["logit_bias"].rule, bias)
     checked = {}
     for token, value in bias.items():
         rule = "a mapping whose token ids are integers in [0, 2^31)"
-        token_id = _integer("logit_bias", rule, token)
+        token_id = checks.integer("logit_bias", token, rule)
         if not 0 <= token_id <= _INT32_MAX:
-            raise _refuse("logit_bias", rule, token)
-        number = _number(f"logit_bias[{token_id}]", "in [-100, 100]", value)
+            raise refusal("logit_bias", rule, token)
+        number = checks.number(f"logit_bias[{token_id}]", value, "in [-100, 100]")
         if not -100 <= number <= 100:
-            raise _refuse(f"logit_bias[{token_id}]", "in [-100, 100]", value)
+            raise refusal(f"logit_bias[{token_id}]", "in [-100, 100]", value)
         checked[token_id] = number
     return checked
 
 
-def _min_p_cut(min_p: float) -> float:
-    """Step 13's cut in octaves below the best token; inf where min-p is off."""
-    rounded = _float32(min_p)
-    return math.inf if rounded == 0 else 2.0**-18 - math.log2(rounded)
+def list_of_params(
+    params: object, rows: int, *, rule: str = "a SamplingParams or a sequence of them"
+) -> list[SamplingParams]:
+    """``params`` as a list: one that stands for ``rows`` rows, or the sequence that it is.
+
+    Raises:
+        ValueError: it is neither, or an element is not a SamplingParams. The caller checks the
+            length of a sequence.
+    """
+    if isinstance(params, SamplingParams):
+        return [params] * rows
+    if not isinstance(params, Sequence) or isinstance(params, (str, bytes)):
+        raise ValueError(f"params must be {rule}, got {type(params).__name__}")
+    for index, row in enumerate(params):
+        if not isinstance(row, SamplingParams):
+            raise refusal(f"params[{index}]", "a SamplingParams", row)
+    return list(params)
+
+
+def _in_float32(values: Sequence[float]) -> list[float]:
+    """Each of them rounded to float32, which none overflows."""
+    form = f"{len(values)}f"
+    return list(struct.unpack(form, struct.pack(form, *values)))
+
+
+def _min_p_cuts(min_p: Sequence[float]) -> list[float]:
+    """Step 13's depth for each ``min_p`` in float32; inf where min-p is off."""
+    return _in_float32([2.0**-18 - math.log2(p) if p > 0 else math.inf for p in min_p])
 
 
 def _as_int64(value: int) -> int:
@@ -219,21 +141,56 @@ def _as_int64(value: int) -> int:
 #: Of each tensor of a BatchParams.
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
-        "temperature": torch.float32,
-        "top_k": torch.int32,
-        "top_p": torch.float32,
-        "min_p": torch.float32,
-        "repetition_penalty": torch.float32,
-        "frequency_penalty": torch.float32,
-        "presence_penalty": torch.float32,
-        "min_tokens_to_keep": torch.int32,
-        "seed": torch.int64,
+        **{f.name: f.dtype for f in FIELDS.values() if f.dtype is not None},
         "min_p_cut": torch.float32,
         "logit_bias_offsets": torch.int64,
         "logit_bias_ids": torch.int32,
         "logit_bias_values": torch.float32,
         "unseeded": torch.bool,
         "position": torch.int64,
+    }
+)
+
+
+#: The tensors that kernels read; the C struct and the ops hold each under the same name.
+KERNEL_TENSORS = tuple(name for name in DTYPES if name != "unseeded")
+
+
+def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The flags of a BatchParams with these values, one per row, as its tensors hold them."""
+    rows = len(columns["temperature"])
+
+    def any_on(parameters: Iterable[Field]) -> bool:
+        return any(columns[f.name].count(f.off) < rows for f in parameters)
+
+    kept = [
+        1 if temperature == 0 else int(max(k, keep)) if k > 0 else 0
+        for temperature, k, keep in zip(
+            columns["temperature"], columns["top_k"], columns["min_tokens_to_keep"], strict=True
+        )
+    ]
+    floored = [row for row, keep in enumerate(columns["min_tokens_to_keep"]) if keep > 1]
+    return {
+        "needs_history": any_on(_PENALTIES),
+        "all_greedy": columns["temperature"].count(0) == rows,
+        "any_filter": any_on(_FILTERS),
+        "kept_at_most": 0 if 0 in kept else max(kept, default=0),
+        "any_top_k": any(kept),
+        "any_top_p": columns["top_p"].count(FIELDS["top_p"].off) < rows,
+        "any_floor": any(columns[f.name][row] != f.off for f in _FLOORED for row in floored),
+    }
+
+
+#: What a flag of a BatchParams must be that was built by hand.
+_FLAG_RULES: Mapping[str, str] = MappingProxyType(
+    {
+        "needs_history": "True where a row has a penalty",
+        "all_greedy": "False where a row has a temperature",
+        "any_filter": "True where a row has a filter",
+        "kept_at_most": "0, or at least what top-k keeps in every row",
+        "any_top_k": "True where a row has top_k or is greedy",
+        "any_top_p": "True where a row has top_p",
+        "any_floor": "True where a row has a floor",
     }
 )
 
@@ -263,10 +220,11 @@ class BatchParams:
         kept_at_most: no row's step 11 keeps more tokens than this; 0 if one may keep any number.
         any_top_k: whether any row has top-k or is greedy.
         any_top_p: whether any row has top-p.
-        any_floor: whether any row has top-p or min-p and a ``min_tokens_to_keep`` above 1. The last
-            seven are read on the host, to choose a kernel or the messages between ranks: who
-            changes tensors in place, under a captured graph for example, keeps them true, or has
-            them say that everything may occur, as the last four do unless they are given.
+        any_floor: whether any row has top-p or min-p and a ``min_tokens_to_keep`` above 1.
+
+    The seven flags are read on the host, to choose a kernel or the messages between ranks. If you
+    change tensors in place, under a captured graph for example, update the flags too or set them to
+    their conservative values, which are the defaults of the last four.
     """
 
     temperature: Tensor
@@ -310,59 +268,39 @@ class BatchParams:
         Raises:
             ValueError: an element is not a SamplingParams, or ``positions`` has another length.
         """
-        for index, row in enumerate(params):
-            if not isinstance(row, SamplingParams):
-                raise _refuse(f"params[{index}]", "a SamplingParams", row)
+        rows = list_of_params(params, 1)
 
-        def floats(name: str) -> Tensor:
-            values = [getattr(row, name) for row in params]
-            return torch.tensor(values, dtype=torch.float32, device=device)
+        def tensor(values: Sequence[object], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
 
-        def ints(name: str) -> Tensor:
-            values = [min(getattr(row, name), _INT32_MAX) for row in params]
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        temperature = floats("temperature")
+        columns: dict[str, list[Any]] = {}
+        for parameter in _NUMBERS:
+            values = [getattr(row, parameter.name) for row in rows]
+            if parameter.is_integer:
+                columns[parameter.name] = [min(value, _INT32_MAX) for value in values]
+            else:
+                columns[parameter.name] = _in_float32(values)
         # in id order, which is that of a pass over the row
-        biases = [dict(sorted((row.logit_bias or {}).items())) for row in params]
+        biases = [sorted(row.logit_bias.items()) if row.logit_bias else [] for row in rows]
         offsets = [0]
         for bias in biases:
             offsets.append(offsets[-1] + len(bias))
-        unseeded = [row.seed is None for row in params]
-        seeds = [0 if row.seed is None else _as_int64(row.seed) for row in params]
-        cuts = [_min_p_cut(row.min_p) for row in params]
-        kept = [row.kept_at_most for row in params]
+        unseeded = [row.seed is None for row in rows]
+        tensors: dict[str, Any] = {
+            name: tensor(column, DTYPES[name]) for name, column in columns.items()
+        }
         return cls(
-            temperature=temperature,
-            top_k=ints("top_k"),
-            top_p=floats("top_p"),
-            min_p=floats("min_p"),
-            repetition_penalty=floats("repetition_penalty"),
-            frequency_penalty=floats("frequency_penalty"),
-            presence_penalty=floats("presence_penalty"),
-            min_tokens_to_keep=ints("min_tokens_to_keep"),
-            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
-            min_p_cut=torch.tensor(cuts, dtype=torch.float32, device=device),
-            logit_bias_offsets=torch.tensor(offsets, dtype=torch.int64, device=device),
-            logit_bias_ids=torch.tensor(
-                [token for bias in biases for token in bias], dtype=torch.int32, device=device
-            ),
-            logit_bias_values=torch.tensor(
-                [value for bias in biases for value in bias.values()],
-                dtype=torch.float32,
-                device=device,
-            ),
-            unseeded=torch.tensor(unseeded, device=device) if any(unseeded) else None,
+            **tensors,
+            seed=tensor([_as_int64(row.seed or 0) for row in rows], torch.int64),
+            min_p_cut=tensor(_min_p_cuts(columns["min_p"]), torch.float32),
+            logit_bias_offsets=tensor(offsets, torch.int64),
+            logit_bias_ids=tensor([i for bias in biases for i, _ in bias], torch.int32),
+            logit_bias_values=tensor([x for bias in biases for _, x in bias], torch.float32),
+            unseeded=tensor(unseeded, torch.bool) if any(unseeded) else None,
             position=None
             if positions is None
-            else positions_tensor(positions, len(params), temperature.device),
-            needs_history=any(row.needs_history for row in params),
-            all_greedy=all(_float32(row.temperature) == 0 for row in params),
-            any_filter=any(row.has_filter for row in params),
-            kept_at_most=0 if 0 in kept else min(max(kept, default=0), _INT32_MAX),
-            any_top_k=any(kept),
-            any_top_p=any(_float32(row.top_p) < 1 for row in params),
-            any_floor=any(row.has_floor for row in params),
+            else positions_tensor(positions, len(rows), tensors["temperature"].device),
+            **_flags(columns),
         )
 
     @property
@@ -376,14 +314,17 @@ class BatchParams:
         return self.temperature.device
 
     def checked(self) -> BatchParams:
-        """Itself, after a look at it, which is taken once.
+        """Itself, after a check that is made once.
 
         Raises:
-            ValueError: a tensor is not what this class says, or holds what it must not.
+            ValueError: a tensor is not what this class says, or holds a value out of its range, or
+                a flag promises what the tensors do not keep. Values are looked at on the CPU only.
         """
         if "_is_sound" not in vars(self):
             self._check_tensors()
-            vars(self)["_is_sound"] = True  # no field, so what `replace` makes is looked at anew
+            if self.device.type == "cpu":
+                self._check_values()
+            vars(self)["_is_sound"] = True  # no field, so what `replace` makes is checked anew
         return self
 
     def _check_tensors(self) -> None:
@@ -394,7 +335,7 @@ class BatchParams:
             if tensor is None and name in ("unseeded", "position"):
                 continue
             if not isinstance(tensor, Tensor):
-                raise _refuse(name, "a torch.Tensor", tensor)
+                raise refusal(name, "a torch.Tensor", tensor)
             shape = (rows,)
             if name.startswith("logit_bias"):
                 shape = (rows + 1,) if name == "logit_bias_offsets" else (entries,)
@@ -408,53 +349,25 @@ class BatchParams:
                 )
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-        if self.device.type == "cpu":
-            self._check_values(entries)
 
-    def _check_values(self, entries: int) -> None:
-        temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
-        holds = {
-            "temperature": (temperature >= 0) & (temperature < math.inf),
-            "top_k": self.top_k >= -1,
-            "top_p": (top_p >= 0) & (top_p <= 1),  # one that is tiny has become 0
-            "min_p": (min_p >= 0) & (min_p <= 1),
-            "repetition_penalty": (self.repetition_penalty > 0)
-            & (self.repetition_penalty < math.inf),
-            "frequency_penalty": self.frequency_penalty.abs() <= 2,
-            "presence_penalty": self.presence_penalty.abs() <= 2,
-            "min_tokens_to_keep": self.min_tokens_to_keep >= 1,
-        }
-        for name, good in holds.items():
-            if not bool(good.all()):
-                row = int((~good).nonzero()[0])
-                raise _refuse(f"{name}[{row}]", _RULES[name], getattr(self, name)[row].item())
-        cuts = [_float32(_min_p_cut(value)) for value in min_p.tolist()]
+    def _check_values(self) -> None:
+        for parameter in _NUMBERS:
+            parameter.check_tensor(getattr(self, parameter.name))
+        columns = {f.name: getattr(self, f.name).tolist() for f in _NUMBERS}
+        cuts = _min_p_cuts(columns["min_p"])
         if self.min_p_cut.tolist() != cuts:
-            raise _refuse("min_p_cut", "2^-18 - log2(min_p)", self.min_p_cut.tolist())
-        offsets = self.logit_bias_offsets.tolist()
+            raise refusal("min_p_cut", "2^-18 - log2(min_p)", self.min_p_cut.tolist())
+        offsets, entries = self.logit_bias_offsets.tolist(), self.logit_bias_ids.shape[0]
         if offsets != sorted(offsets) or offsets[0] != 0 or offsets[-1] != entries:
-            raise _refuse("logit_bias_offsets", f"ascending from 0 to {entries}", offsets)
-        penalised = (self.repetition_penalty != 1) | (self.frequency_penalty != 0)
-        penalised |= self.presence_penalty != 0
-        filtered = (self.top_k > 0) | (top_p < 1) | (min_p > 0)
-        if not self.needs_history and bool(penalised.any()):
-            raise _refuse("needs_history", "True where a row has a penalty", self.needs_history)
-        if self.all_greedy and bool((temperature != 0).any()):
-            raise _refuse("all_greedy", "False where a row has a temperature", self.all_greedy)
-        if not self.any_filter and bool(filtered.any()):
-            raise _refuse("any_filter", "True where a row has a filter", self.any_filter)
-        kept = torch.where(self.top_k > 0, torch.maximum(self.top_k, self.min_tokens_to_keep), 0)
-        kept = torch.where(temperature == 0, 1, kept)
-        if self.kept_at_most and not bool(((kept > 0) & (kept <= self.kept_at_most)).all()):
-            rule = "0, or at least what top-k keeps in every row"
-            raise _refuse("kept_at_most", rule, self.kept_at_most)
-        floor = (self.min_tokens_to_keep > 1) & ((top_p < 1) | (min_p > 0))
-        if not self.any_top_k and bool(kept.any()):
-            raise _refuse("any_top_k", "True where a row has top_k or is greedy", self.any_top_k)
-        if not self.any_top_p and bool((top_p < 1).any()):
-            raise _refuse("any_top_p", "True where a row has top_p", self.any_top_p)
-        if not self.any_floor and bool(floor.any()):
-            raise _refuse("any_floor", "True where a row has a floor", self.any_floor)
+            raise refusal("logit_bias_offsets", f"ascending from 0 to {entries}", offsets)
+        for name, least in _flags(columns).items():
+            given = getattr(self, name)
+            if name == "kept_at_most":
+                is_true = not given or 0 < least <= given
+            else:
+                is_true = given == least or given == (name != "all_greedy")
+            if not is_true:
+                raise refusal(name, _FLAG_RULES[name], given)
 
     def to(self, device: torch.device | str) -> BatchParams:
         """The same parameters on another device."""
@@ -483,7 +396,7 @@ def positions_tensor(positions: Sequence[int] | Tensor, rows: int, device: torch
     if isinstance(positions, Tensor):
         dtype = positions.dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-            raise _refuse("positions", "integers", dtype)
+            raise refusal("positions", "integers", dtype)
         if positions.device != device:
             raise ValueError(
                 f"positions must be on the logits' device {device}, got {positions.device}"
@@ -491,14 +404,14 @@ def positions_tensor(positions: Sequence[int] | Tensor, rows: int, device: torch
         tensor = positions.to(torch.int64)
     else:
         if not isinstance(positions, Iterable):
-            raise _refuse("positions", "integers, one per row", positions)
-        values = [_integer("positions", "integers", value) for value in positions]
+            raise refusal("positions", "integers, one per row", positions)
+        values = [checks.integer("positions", value, "integers") for value in positions]
         for value in values:
             if not 0 <= value < 2**64:
-                raise _refuse("positions", "in [0, 2^64)", value)
+                raise refusal("positions", "in [0, 2^64)", value)
         tensor = torch.tensor(
             [_as_int64(value) for value in values], dtype=torch.int64, device=device
         )
     if tensor.shape != (rows,):
-        raise _refuse("positions", f"of shape ({rows},)", tuple(tensor.shape))
+        raise refusal("positions", f"of shape ({rows},)", tuple(tensor.shape))
     return tensor.contiguous()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_sampling.backends import (
+from llm_sampling.backends.base import (
     STATUS_NAN,
     STATUS_NO_CANDIDATE,
     STATUS_POS_INF,
@@ -107,9 +107,9 @@ def target(z: Tensor, top_p: Tensor) -> Tensor:
 
 
 def depth_cut(batch: BatchParams) -> Tensor:
-    """Step 13: the depth down to which filters by depth keep tokens, ``(rows,)``; inf if none is on.
+    """Step 13: the depth down to which filters by depth keep tokens; inf where none is on.
 
-    One more filter by depth is one more term of a minimum here.
+    One more filter by depth is one more term of a minimum here. Returns float32 ``(rows,)``.
     """
     return torch.where(batch.min_p > 0, batch.min_p_cut, _INF)
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llm_sampling import backends, library
-from llm_sampling.backends import Logprobs, SampleCall, SampleOutput
+from llm_sampling import backends, checks, ops
+from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
-from llm_sampling.params import BatchParams, SamplingParams, positions_tensor
+from llm_sampling.params import BatchParams, SamplingParams, list_of_params, positions_tensor
 
 Params = SamplingParams | Sequence[SamplingParams] | BatchParams
 
@@ -81,7 +81,7 @@ def sample(
         check=check,
     )
     if torch.compiler.is_compiling():
-        return library.sample(call, backend)
+        return ops.sample(call, backend)
     return backends.resolve(backend, logits.device).sample(call)
 
 
@@ -112,7 +112,7 @@ def filter_logits(
     """
     call = make_call(logits, params, history=history, allowed_mask=allowed_mask, seeded=False)
     if torch.compiler.is_compiling():
-        return library.filter_logits(call, backend)
+        return ops.filter_logits(call, backend)
     return backends.resolve(backend, logits.device).filter_logits(call)
 
 
@@ -133,17 +133,11 @@ def check_logits(logits: Tensor) -> Tensor:
 
 def pack(params: Params, rows: int, device: torch.device) -> BatchParams:
     """``params`` in any of its forms as a BatchParams of ``rows`` rows on ``device``."""
-    if isinstance(params, SamplingParams):
-        return BatchParams.from_list([params] * rows, device=device)
     if isinstance(params, BatchParams):
         batch = params.checked()
-    elif isinstance(params, Sequence) and not isinstance(params, (str, bytes)):
-        batch = BatchParams.from_list(params, device=device)
     else:
-        raise ValueError(
-            "params must be a SamplingParams, a sequence of them or a BatchParams, "
-            f"got {type(params).__name__}"
-        )
+        rule = "a SamplingParams, a sequence of them or a BatchParams"
+        batch = BatchParams.from_list(list_of_params(params, rows, rule=rule), device=device)
     if batch.rows != rows:
         raise ValueError(f"params must have one entry per row of logits ({rows}), got {batch.rows}")
     if batch.device != device:
@@ -169,7 +163,7 @@ def make_call(
     device = logits.device
     batch = pack(params, rows, device)
     check_history(history, batch, rows, vocab_size, device)
-    check_draws(num_samples, logprobs, check)
+    num_samples = check_draws(num_samples, logprobs, check)
     batch = batch.seeded() if seeded else batch
     return SampleCall(
         logits=logits,
@@ -226,14 +220,14 @@ def check_history(
         raise ValueError(f"history must be on the logits' device {device}, got {history.device}")
 
 
-def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> None:
-    """A ValueError if one of these is out of its range."""
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples must be an integer >= 1, got {num_samples!r}")
+def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> int:
+    """``num_samples`` as an int; a ValueError if one of these is out of its range."""
+    num_samples = checks.integer_at_least("num_samples", num_samples, 1)
     if logprobs not in (None, "processed", "raw"):
         raise ValueError(f'logprobs must be None, "processed" or "raw", got {logprobs!r}')
     if check is not None and not isinstance(check, bool):
-        raise ValueError(f"check must be True, False or None, got {check!r}")
+        raise checks.refusal("check", "True, False or None", check)
+    return num_samples
 
 
 def check_mask(mask: Tensor, rows: int, vocab_size: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The prepared object for decode loops: it keeps each row's parameters, seed, position, history."""
+"""The object of a decode loop: it keeps each row's parameters, seed, position and history."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from llm_sampling import backends
-from llm_sampling.backends import Logprobs, SampleCall, SampleOutput
+from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
 from llm_sampling.history import TokenHistory, check_vocab_size, selection, valid_ids
-from llm_sampling.params import BatchParams, SamplingParams
+from llm_sampling.params import BatchParams, SamplingParams, list_of_params
 from llm_sampling.sample import check_draws, check_history, check_logits, check_mask
 
 Step = Callable[[Tensor, Tensor | None], SampleOutput]
@@ -59,24 +59,15 @@ class Sampler:
         device: torch.device | str | None = None,
         check: bool | None = None,
     ) -> None:
-        check_vocab_size(vocab_size)
-        check_draws(num_samples, logprobs, check)
+        vocab_size = check_vocab_size(vocab_size)
         if device is None:
             device = history.device if isinstance(history, TokenHistory) else "cpu"
         self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         self.vocab_size = vocab_size
-        self.num_samples = num_samples
+        self.num_samples = check_draws(num_samples, logprobs, check)
         self.logprobs = logprobs
         self.check = self.device.type == "cpu" if check is None else check
-        if isinstance(params, SamplingParams):
-            rows = [params]
-        elif isinstance(params, Sequence) and not isinstance(params, (str, bytes)):
-            rows = list(params)
-        else:
-            raise ValueError(
-                "params must be a SamplingParams or a sequence of them, "
-                f"got {type(params).__name__}"
-            )
+        rows = list_of_params(params, 1)
         self._params = rows
         self._backend = backends.resolve(backend, self.device)
         batch = BatchParams.from_list(rows, device=self.device)
@@ -264,8 +255,8 @@ class Sampler:
     ) -> None:
         """Pack the rows anew; seeds and positions are carried over, not drawn or counted again.
 
-        Whatever can fail comes first, and no call between the assignments, since after one Python
-        looks for Ctrl-C: rows and history change together or not at all.
+        Everything that can fail comes first. Python handles Ctrl-C after a call, so nothing is
+        called between the assignments: rows and history change together or not at all.
         """
         batch = BatchParams.from_list(params, device=self.device)
         batch = replace(batch, seed=seed, position=position, unseeded=None)

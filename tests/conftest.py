@@ -1,47 +1,60 @@
-"""What every test shares: the ``backend`` fixture, and memory that cannot pass for a result."""
+"""What every test shares: processes, markers, and fixtures."""
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
+import selection
 import torch
 from cases import INTERPRETED, ON_THE_CPU, device_of
 
-from llm_sampling import models
 from llm_sampling.backends import BACKENDS
+from llm_sampling.generation import models
+
+pytest.register_assert_rewrite("parity")
 
 # It needs Triton's interpreter, which a process has for all of its kernels or for none:
 # test_triton.py starts that process.
-collect_ignore = [] if INTERPRETED else ["test_triton_interpreted.py"]
+collect_ignore = [] if INTERPRETED else ["kernels/test_triton_interpreted.py"]
 
-#: The interpreter takes milliseconds for what a kernel does in microseconds, so by default it runs
-#: the tests with the most rows at some vocabulary sizes only, or with one dtype of a size; -m slow
-#: has the others.
-_SOME_VOCABS = {
-    "test_every_case": (),
-    "test_covering_cases": (
-        (33, torch.float32),
-        (513, torch.bfloat16),
-        (1000, torch.float16),
-        (128256, torch.float16),
-    ),
-    "test_all_rows_in_one_batch": (7, 64),
-    "test_raw_logprobs": ((32000, torch.bfloat16),),
-    "test_layouts": (),
-    "test_expanded_rows": (),
-    "test_mask_layouts": (),
-    "test_masses_to_the_bit": (),
-    "test_largest_vocabulary": (),
-}
+#: More of them take more memory than time is gained.
+MOST_PROCESSES = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run whole folders in a process per core where pytest-xdist is installed and -n is not given.
+
+    One process runs a file or a test that is named, and everything with a debugger, with output
+    that is not captured, on a GPU, in vLLM's engine, and where a test takes most of the memory.
+    """
+    option = config.option
+    if hasattr(config, "workerinput"):
+        option.benchmark_disable = True  # as it is here; pytest-benchmark would warn
+    elif getattr(option, "numprocesses", 0) is None:  # there is xdist, and no -n
+        wants_one = option.usepdb or option.trace or option.capture == "no"
+        wants_one |= re.search(r"(?<!not )(gpu|vllm|large)", option.markexpr) is not None
+        if not wants_one and all(Path(arg).is_dir() for arg in config.args):
+            option.numprocesses = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+            # a worker has tests that follow each other, which share what they build
+            option.dist = "worksteal"
+            option.benchmark_disable = True
+
+
+def pytest_configure(config):
+    """Processes side by side have a thread each: more wait for each other for most of the time."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what the interpreter leaves to -m slow."""
-    for item in items:
-        values = item.callspec.params if hasattr(item, "callspec") else {}
-        some = _SOME_VOCABS.get(getattr(item.function, "__name__", ""))
-        size = values.get("vocab_size")
-        is_left = some is not None and size not in some and (size, values.get("dtype")) not in some
-        if values.get("backend") in INTERPRETED and is_left:
-            item.add_marker(pytest.mark.slow)
+    """Mark what the default run leaves to -m sweep, and the interpreter to -m slow."""
+    selection.mark(items)
 
 
 def _patch_less_often():
@@ -96,6 +109,43 @@ def poisoned_memory(monkeypatch):
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(autouse=True)
+def sigint_is_not_ignored():
+    """SIGINT raises KeyboardInterrupt in a test and ends the processes that it starts.
+
+    A process that ignores the signal, as under nohup or in the background of a script, hands that
+    on to its children, and a Python that is started so installs no handler of its own.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def build_once(request, tmp_path_factory):
+    """A function: the folder of this name, which one of the processes of the run has built in."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        root = root.parent  # that of all workers
+
+    def build(name, build_in):
+        folder, unfinished = root / name, root / f"{name}.unfinished"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                build_in(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def tiny_llama():
     """A function: a small random Hugging Face model of this vocabulary."""
@@ -123,7 +173,7 @@ def tiny_llama():
 def model_path(tmp_path_factory):
     """A tiny random model over bytes with a chat template, as a Hugging Face directory."""
     transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
-    from test_generation import byte_tokenizer
+    from toy_tokenizers import byte_tokenizer
 
     path = tmp_path_factory.mktemp("tiny")
     tokenizer = byte_tokenizer()

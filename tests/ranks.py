@@ -1,6 +1,6 @@
-"""Processes that make up a group on this machine and run what a test gives them, side by side.
+"""Processes that form a group of ranks on this machine and run a test's functions in parallel.
 
-A group is started once for all tests of a module: importing torch costs more than they do.
+A group is started once for all tests of a module, because importing torch takes longer than they.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-#: Seconds that a rank may take for what it was given.
+#: Seconds to wait for the answer of a rank.
 PATIENCE = 300
 
 
 class Ranks:
-    """``size`` processes, each a rank of one group; ``timeout`` seconds are the group's.
+    """``size`` processes, each a rank of one group.
 
-    With NCCL each has the GPU of its number.
+    Args:
+        size: the number of ranks.
+        timeout: that of the group's collectives, in seconds.
+        backend: of torch.distributed. With NCCL each rank has the GPU of its number.
     """
 
     def __init__(self, size: int, timeout: float = 60, backend: str = "gloo") -> None:
-        context = multiprocessing.get_context("spawn")
+        # forked from a process that has imported torch, which takes seconds, and not used it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed"])
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
@@ -44,7 +49,10 @@ class Ranks:
             self._processes.append(process)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What ``function(rank, *args)``, of a module, returns on every rank, or how it failed."""
+        """What ``function(rank, *args)`` returns on every rank, or how it failed.
+
+        The function must be one of a module, which the processes import.
+        """
         for pipe in self._pipes:
             pipe.send((function, args))
         return [self._answer(rank) for rank in range(self.size)]
@@ -71,11 +79,11 @@ class Ranks:
 
 
 class Ended:
-    """What a rank answers that is no more."""
+    """The answer of a rank whose process has ended."""
 
 
 class Raised:
-    """What a rank answers that has raised."""
+    """The answer of a rank on which the function raised."""
 
     def __init__(self, error: BaseException) -> None:
         self.type = type(error).__name__

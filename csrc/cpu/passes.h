@@ -1,41 +1,42 @@
-// Every loop over tiles: what is vectorised, and nothing else. Ranges are of tiles, [begin, end).
+// Every loop over tiles or candidates that is vectorised. A range of tiles is [begin, end).
 #ifndef LLM_SAMPLING_CPU_PASSES_H_
 #define LLM_SAMPLING_CPU_PASSES_H_
 
 #include <algorithm>
 #include <cstdint>
 
-#include "by_hand.h"
+#include "simd_x86.h"
 #include "tile.h"
 
 namespace llm_sampling {
 namespace {
 
-// Maxima of groups and tiles. True if a NaN may have been seen: some sum of a group's values is NaN,
-// which +inf and -inf together make too.
+// Writes the maximum of every stripe and every tile. Returns true if a logit may be NaN, which is when a sum
+// of logits is NaN: +inf plus -inf is NaN too.
 LLM_SAMPLING_CLONES bool scan_maxima(
     const Row& row,
     int64_t begin,
     int64_t end,
-    float* group_max,
+    float* stripe_max,
     float* tile_max
 ) {
   alignas(64) float buffer[kTile];
-  alignas(64) float sums[kGroups * 2] = {};
+  alignas(64) float sums[kStripes * 2] = {};
   for (int64_t tile = begin; tile < end; ++tile) {
-    float* group = group_max + tile * kGroups;
-    tile_maxima(load_tile(row, tile, buffer), group, sums);
-    // in halves, each step for all at once
-    float best[kGroups / 2];
-    for (int j = 0; j < 8; ++j) best[j] = std::max(group[j], group[j + 8]);
+    float* stripes = stripe_max + tile * kStripes;
+    tile_maxima(load_tile(row, tile, buffer), stripes, sums);
+    // Halved three times, so that each step is one vector operation.
+    float best[kStripes / 2];
+    for (int j = 0; j < 8; ++j) best[j] = std::max(stripes[j], stripes[j + 8]);
     for (int j = 0; j < 4; ++j) best[j] = std::max(best[j], best[j + 4]);
     tile_max[tile] = std::max(std::max(best[0], best[1]), std::max(best[2], best[3]));
   }
   bool nan = false;
-  for (int j = 0; j < kGroups * 2; ++j) nan |= sums[j] != sums[j];
+  for (int j = 0; j < kStripes * 2; ++j) nan |= sums[j] != sums[j];
   return nan;
 }
 
+// Whether a logit is NaN.
 LLM_SAMPLING_CLONES bool has_nan(const Row& row, int64_t begin, int64_t end) {
   alignas(64) float buffer[kTile];
   int nan = 0;
@@ -46,12 +47,13 @@ LLM_SAMPLING_CLONES bool has_nan(const Row& row, int64_t begin, int64_t end) {
   return nan != 0;
 }
 
+// Whether no token of a tile has mass.
 INLINE bool is_massless(const Row& row, float tile_max) {
   return !(depth(tile_max, row.m, row.scale) < kMassless);
 }
 
-// The uncut masses of a tile.
-INLINE void uncut_masses(const Row& row, const float* y, float* __restrict uncut) {
+// The scaled masses of a tile.
+INLINE void scaled_masses(const Row& row, const float* y, float* __restrict scaled) {
   alignas(64) float fraction[kTile];
   alignas(64) int32_t exponent[kTile];
   if (row.m < kInfinity && row.scale < kInfinity) {
@@ -63,15 +65,16 @@ INLINE void uncut_masses(const Row& row, const float* y, float* __restrict uncut
       split_depth(depth(y[j], row.m, row.scale), fraction[j], exponent[j]);
     }
   }
-  for (int j = 0; j < kTile; ++j) uncut[j] = uncut_mass(fraction[j], exponent[j]);
+  for (int j = 0; j < kTile; ++j) scaled[j] = scaled_mass(fraction[j], exponent[j]);
 }
 
-INLINE int64_t sum_masses(const float* uncut) {
+INLINE int64_t sum_masses(const float* scaled) {
+  static_assert(kTile <= kMaxSummedHalves, "the sums of a tile's halves fit an int32");
   int32_t high = 0;
   int32_t low = 0;
   for (int j = 0; j < kTile; ++j) {
     int32_t h, l;
-    mass_halves(uncut[j], h, l);
+    mass_halves(scaled[j], h, l);
     high += h;
     low += l;
   }
@@ -87,12 +90,12 @@ LLM_SAMPLING_CLONES void scan_mass(
     int64_t* tile_mass
 ) {
   alignas(64) float buffer[kTile];
-  alignas(64) float uncut[kTile];
+  alignas(64) float scaled[kTile];
   for (int64_t tile = begin; tile < end; ++tile) {
     tile_mass[tile] = 0;
     if (is_massless(row, tile_max[tile])) continue;
-    uncut_masses(row, load_tile(row, tile, buffer), uncut);
-    tile_mass[tile] = sum_masses(uncut);
+    scaled_masses(row, load_tile(row, tile, buffer), scaled);
+    tile_mass[tile] = sum_masses(scaled);
   }
 }
 
@@ -101,25 +104,25 @@ LLM_SAMPLING_CLONES void scan_kept_mass(
     const Row& row,
     int64_t begin,
     int64_t end,
-    Cut cut,
+    Threshold threshold,
     const float* tile_max,
     int64_t* tile_kept
 ) {
   alignas(64) float buffer[kTile];
-  alignas(64) float uncut[kTile];
+  alignas(64) float scaled[kTile];
   for (int64_t tile = begin; tile < end; ++tile) {
     tile_kept[tile] = 0;
-    if (!(tile_max[tile] >= cut.value) || is_massless(row, tile_max[tile])) continue;
+    if (!(tile_max[tile] >= threshold.value) || is_massless(row, tile_max[tile])) continue;
     const float* y = load_tile(row, tile, buffer);
-    uncut_masses(row, y, uncut);
+    scaled_masses(row, y, scaled);
     for (int32_t j = 0; j < kTile; ++j) {
-      uncut[j] = is_kept(cut, tile * kTile, y[j], j) ? uncut[j] : 0.0f;
+      scaled[j] = is_kept(threshold, tile * kTile, y[j], j) ? scaled[j] : 0.0f;
     }
-    tile_kept[tile] = sum_masses(uncut);
+    tile_kept[tile] = sum_masses(scaled);
   }
 }
 
-// The mass of each tile, and that of its tokens of at least `value`.
+// The mass of each tile, and in tile_kept the mass of its tokens whose logit is at least `value`.
 LLM_SAMPLING_CLONES void scan_split_mass(
     const Row& row,
     int64_t begin,
@@ -130,17 +133,18 @@ LLM_SAMPLING_CLONES void scan_split_mass(
     int64_t* tile_kept
 ) {
   alignas(64) float buffer[kTile];
-  alignas(64) float uncut[kTile];
+  alignas(64) float scaled[kTile];
   for (int64_t tile = begin; tile < end; ++tile) {
     tile_mass[tile] = tile_kept[tile] = 0;
     if (is_massless(row, tile_max[tile])) continue;
     const float* y = load_tile(row, tile, buffer);
-    uncut_masses(row, y, uncut);
+    scaled_masses(row, y, scaled);
+    static_assert(kTile <= kMaxSummedHalves, "the sums of a tile's halves fit an int32");
     int32_t high[2] = {};
     int32_t low[2] = {};
     for (int j = 0; j < kTile; ++j) {
       int32_t h, l;
-      mass_halves(uncut[j], h, l);
+      mass_halves(scaled[j], h, l);
       high[0] += h;
       low[0] += l;
       high[1] += y[j] >= value ? h : 0;
@@ -151,40 +155,57 @@ LLM_SAMPLING_CLONES void scan_split_mass(
   }
 }
 
-LLM_SAMPLING_CLONES int64_t
-scan_count(const Row& row, int64_t begin, int64_t end, Cut cut, const float* tile_max) {
+// How many tokens are kept.
+LLM_SAMPLING_CLONES int64_t scan_kept_count(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    Threshold threshold,
+    const float* tile_max
+) {
   alignas(64) float buffer[kTile];
   int64_t count = 0;
   for (int64_t tile = begin; tile < end; ++tile) {
-    if (!(tile_max[tile] >= cut.value)) continue;
+    if (!(tile_max[tile] >= threshold.value)) continue;
     const float* y = load_tile(row, tile, buffer);
     int32_t inside = 0;
-    for (int32_t j = 0; j < kTile; ++j) inside += is_kept(cut, tile * kTile, y[j], j);
+    for (int32_t j = 0; j < kTile; ++j) inside += is_kept(threshold, tile * kTile, y[j], j);
     count += inside;
   }
   return count;
 }
 
-// The masses of one tile's kept tokens, in w.
-LLM_SAMPLING_CLONES void tile_kept_masses(const Row& row, int64_t tile, Cut cut, float* w) {
+// The mass of each kept token of a tile, 0 for the others, as float32.
+LLM_SAMPLING_CLONES void tile_kept_masses(
+    const Row& row,
+    int64_t tile,
+    Threshold threshold,
+    float* w
+) {
   alignas(64) float buffer[kTile];
   const float* y = load_tile(row, tile, buffer);
-  uncut_masses(row, y, w);
+  scaled_masses(row, y, w);
   for (int32_t j = 0; j < kTile; ++j) {
     const float whole = __builtin_truncf(w[j] * 0x1p21f);
-    w[j] = is_kept(cut, tile * kTile, y[j], j) ? whole : 0.0f;
+    w[j] = is_kept(threshold, tile * kTile, y[j], j) ? whole : 0.0f;
   }
 }
 
-LLM_SAMPLING_CLONES void list_masses(const Row& row, const float* x, int64_t size, int64_t* w) {
+// The masses of candidates, whose logits are x.
+LLM_SAMPLING_CLONES void candidate_masses(
+    const Row& row,
+    const float* x,
+    int64_t size,
+    int64_t* w
+) {
   for (int64_t i = 0; i < size; ++i) {
     w[i] = static_cast<int64_t>(mass(depth(x[i], row.m, row.scale)));
   }
 }
 
-// The least and the largest of the values, of which there are some and none is NaN.
-LLM_SAMPLING_CLONES void find_ends(const float* value, int64_t size, float& least, float& most) {
-  // in lanes: the compiler may not change the order of one running maximum
+// The smallest and the largest value; size >= 1, and no value is NaN.
+LLM_SAMPLING_CLONES void find_min_max(const float* value, int64_t size, float& least, float& most) {
+  // By lanes, because the compiler must not reorder a single running maximum.
   constexpr int kLanes = 32;
   float low[kLanes];
   float high[kLanes];
@@ -202,38 +223,40 @@ LLM_SAMPLING_CLONES void find_ends(const float* value, int64_t size, float& leas
   most = *std::max_element(high, high + kLanes);
 }
 
-// A weighted sample of a row: the maximum of each group, which stands for itself, and of every other
-// tile another value of each group, which stand for all that are no maxima.
-struct Sample {
+// A weighted sample of a row's tokens, to estimate where a threshold lies. Part 0: the maximum of each
+// stripe, with weight 1. Part 1: one more token of each stripe of every other tile, weighted to represent all
+// tokens that are not the maximum of their stripe.
+struct Probe {
   int64_t size[2];
   float* depth[2];
-  float* mass[2];  // of all the tokens that the value stands for
-  double total;    // an estimate of the row's mass
-  double maxima;   // of it the mass of the maxima
-  float deepest;   // of the others that have mass
+  float* mass[2];   // times the weight
+  double total;     // the estimated mass of the row
+  double maxima;    // the mass of part 0, which is a part of the total
+  float max_depth;  // the largest depth in the probe that has mass
 };
 
-LLM_SAMPLING_CLONES void take_sample(const Row& row, const float* group_max, Sample& out) {
+LLM_SAMPLING_CLONES void take_probe(const Row& row, const float* stripe_max, Probe& out) {
   alignas(64) float buffer[kTile];
   const int64_t tiles = row.tiles();
   float* other = out.depth[1];
   for (int64_t tile = 0; tile < tiles; tile += 2) {
-    const float* y = load_tile(row, tile, buffer) + tile * 7 % kSteps * kGroups;
-    const float* top = group_max + tile * kGroups;
-    for (int j = 0; j < kGroups; ++j) other[j] = y[j] < top[j] ? y[j] : -kInfinity;
-    other += kGroups;
+    // Another 16 neighbours in each tile, one of each stripe.
+    const float* y = load_tile(row, tile, buffer) + tile * 7 % kStripeTokens * kStripes;
+    const float* top = stripe_max + tile * kStripes;
+    for (int j = 0; j < kStripes; ++j) other[j] = y[j] < top[j] ? y[j] : -kInfinity;
+    other += kStripes;
   }
-  out.size[0] = tiles * kGroups;
+  out.size[0] = tiles * kStripes;
   out.size[1] = other - out.depth[1];
-  std::copy(group_max, group_max + out.size[0], out.depth[0]);
-  const float others = static_cast<float>((kSteps - 1) * tiles * kGroups);
+  std::copy(stripe_max, stripe_max + out.size[0], out.depth[0]);
+  const float others = static_cast<float>((kStripeTokens - 1) * tiles * kStripes);
   const float weight[2] = {0x1p21f, 0x1p21f * (others / static_cast<float>(out.size[1]))};
   alignas(64) float fraction[kTile];
   alignas(64) int32_t exponent[kTile];
   alignas(64) float weighing[kTile];
-  // in lanes, whose sums are exact enough for an estimate
-  float lane[2][kGroups] = {};
-  out.deepest = 0;
+  // Sums by lanes in float32, which are exact enough for an estimate.
+  float lane[2][kStripes] = {};
+  out.max_depth = 0;
   for (int part = 0; part < 2; ++part) {
     float* __restrict d = out.depth[part];
     float* __restrict w = out.mass[part];
@@ -242,22 +265,22 @@ LLM_SAMPLING_CLONES void take_sample(const Row& row, const float* group_max, Sam
       const int count = static_cast<int>(std::min<int64_t>(kTile, out.size[part] - at));
       for (int j = 0; j < count; ++j) split_depth(d[at + j], fraction[j], exponent[j]);
       for (int j = 0; j < count; ++j)
-        w[at + j] = uncut_mass(fraction[j], exponent[j]) * weight[part];
+        w[at + j] = scaled_mass(fraction[j], exponent[j]) * weight[part];
       for (int j = 0; j < count; ++j) weighing[j] = d[at + j] < kMassless ? d[at + j] : 0.0f;
       float least, most;
-      find_ends(weighing, count, least, most);
-      out.deepest = std::max(out.deepest, most);
+      find_min_max(weighing, count, least, most);
+      out.max_depth = std::max(out.max_depth, most);
     }
-    for (int64_t i = 0; i < out.size[part]; i += kGroups) {
-      for (int j = 0; j < kGroups; ++j) lane[part][j] += w[i + j];
+    for (int64_t i = 0; i < out.size[part]; i += kStripes) {
+      for (int j = 0; j < kStripes; ++j) lane[part][j] += w[i + j];
     }
   }
   out.maxima = out.total = 0;
-  for (int j = 0; j < kGroups; ++j) out.maxima += lane[0][j];
-  for (int j = 0; j < kGroups; ++j) out.total += lane[0][j] + lane[1][j];
+  for (int j = 0; j < kStripes; ++j) out.maxima += lane[0][j];
+  for (int j = 0; j < kStripes; ++j) out.total += lane[0][j] + lane[1][j];
 }
 
-// The bin of each depth: depth * scale, or the last.
+// The bin of each depth in a histogram: depth * scale, at most `last`.
 LLM_SAMPLING_CLONES void find_bins(
     const float* d,
     int64_t size,
@@ -273,27 +296,27 @@ LLM_SAMPLING_CLONES void find_bins(
 }
 
 // How many of the values are at least the bound.
-LLM_SAMPLING_CLONES int64_t count_from(const float* value, int64_t size, float bound) {
+LLM_SAMPLING_CLONES int64_t count_at_least(const float* value, int64_t size, float bound) {
   int32_t count = 0;
   for (int64_t i = 0; i < size; ++i) count += value[i] >= bound;
   return count;
 }
 
-// How many groups have a maximum of at least the bound.
+// How many stripes have a maximum of at least the bound.
 LLM_SAMPLING_CLONES int64_t
-count_groups(const float* group_max, const float* tile_max, int64_t tiles, float bound) {
+count_stripes(const float* stripe_max, const float* tile_max, int64_t tiles, float bound) {
   int64_t count = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!(tile_max[tile] >= bound)) continue;
     int32_t inside = 0;
-    for (int j = 0; j < kGroups; ++j) inside += group_max[tile * kGroups + j] >= bound;
+    for (int j = 0; j < kStripes; ++j) inside += stripe_max[tile * kStripes + j] >= bound;
     count += inside;
   }
   return count;
 }
 
-// A tile's tokens with low <= x <= high, appended to x and id in id order; the new size.
-LLM_SAMPLING_CLONES int64_t tile_band(
+// Appends a tile's tokens with low <= logit <= high to x and id, in id order; returns the new size.
+LLM_SAMPLING_CLONES int64_t append_band(
     const Row& row,
     int64_t tile,
     float low,
@@ -306,7 +329,7 @@ LLM_SAMPLING_CLONES int64_t tile_band(
   uint64_t inside[kTile / 64];
   const float* y = load_tile(row, tile, buffer);
   band_bits(y, low, high, inside);
-  // words without bits are passed over without a branch that nobody could predict
+  // Collect the words that have bits without a branch, which the CPU could not predict.
   int words[kTile / 64 + 1];
   int number = 0;
   for (int word = 0; word < kTile / 64; ++word) {
@@ -325,12 +348,12 @@ LLM_SAMPLING_CLONES int64_t tile_band(
   return size;
 }
 
-// Writes x / T in the kept set, -inf elsewhere.
+// Writes x / temperature for kept tokens, -inf for the others.
 LLM_SAMPLING_CLONES void write_filtered(
     const Row& row,
     int64_t begin_tile,
     int64_t end_tile,
-    Cut cut,
+    Threshold threshold,
     float temperature,
     float* out
 ) {
@@ -340,9 +363,9 @@ LLM_SAMPLING_CLONES void write_filtered(
     const float* y = load_tile(row, tile, buffer);
     const int64_t begin = tile * kTile;
     for (int32_t j = 0; j < kTile; ++j) {
-      const float x = y[j] + 0.0f;  // 6
+      const float x = y[j] + 0.0f;  // 6 canonical
       const float divided = x / temperature;
-      z[j] = is_kept(cut, begin, x, j) ? divided : -kInfinity;
+      z[j] = is_kept(threshold, begin, x, j) ? divided : -kInfinity;
     }
     const int64_t count = std::min<int64_t>(kTile, row.vocab_size - begin);
     std::copy(z, z + count, out + begin);

@@ -1,29 +1,31 @@
-// THE kernel on the CPU. The arithmetic is in ../semantics.h; step numbers are docs/semantics.md's.
-// tile.h has the values of a row, passes.h every loop over tiles (by_hand.h two of them), choose.h
-// lists and estimates.
+// The CPU kernel. The arithmetic is in ../semantics.h, and steps have the numbers of docs/semantics.md.
+// tile.h: the logits of a row after steps 1 to 5. passes.h: the vectorised loops over tiles (two of them in
+// simd_x86.h). select.h: selection among candidates, and estimates. thread_pool.h: threads.
 //
-// Work: one thread owns a row; a lone row is split over threads by tiles. A row is read in tiles of
-// 512 tokens; a tile is widened, biased, masked and penalised (steps 1 to 5) into 2 KiB of the stack,
-// or read in place where none of that is needed. No copy of the row is kept.
+// Work: one thread owns a row; if there are fewer rows than threads, each row is split over threads by tiles.
+// A row is read in tiles of 512 tokens. Steps 1 to 5 write a tile to 2 KiB of the stack, or read it in place
+// if they change nothing. There is no copy of the row.
 //
 // Passes over the row:
-//   maxima       every row: the maximum of each tile and of each of its 16 groups (tokens j = g mod 16).
-//   (no more)    greedy, and top-k: the k-th largest group maximum bounds the k-th largest logit from
-//                below, so only the few tiles that reach it are looked at again. Where the penalties
-//                only lower, the maxima are those before them, and only candidates are penalised.
-//   mass         top-p, or no filter: the mass of every tile, exact in two int32 halves.
-//   mass, split  top-p on a flat row: the mass above a cut estimated from a sample as well; the tokens
-//                between the estimate and the exact cut are then few.
-//   band         the same row: those tokens.
-// What is left to choose from is a short list in token-id order; a bisection by exact counts, or a radix
-// select with exact masses, finds a cut in it, in linear time, whatever the ties.
+//   maxima       Every row: the maximum of each tile and of each of its 16 stripes (tokens with the same
+//                j mod 16).
+//   (no other)   Greedy, and top-k: the k-th largest stripe maximum is a lower bound of the k-th largest
+//                logit, so only the few tiles that reach it are read again. If the penalties can only lower
+//                logits, the maxima are taken before them, and only candidates are penalised.
+//   mass         Top-p, or no filter: the mass of every tile, exact in two int32 halves.
+//   split mass   Top-p on a flat row, where the nucleus is a large part of the vocabulary: also the mass
+//                above an estimate of the threshold.
+//   band         The same row: the tokens between this estimate and another one on the threshold's other
+//                side.
+// What is left is a short list of candidates in token-id order. A bisection with exact counts, or a radix
+// select with exact masses, finds the threshold among them, in linear time whatever the ties.
 //
-// A kept set is a prefix of the order, so a Cut (a logit, and the last id that is kept among its
-// equals) says it all. Estimates choose only where to look: every decision is on exact integers.
+// A kept set is a prefix of the order, so its Threshold (a logit, and the last id that is kept among its
+// equals) describes it. Estimates choose only where to look: every decision is made on exact integers.
 //
-// Hazards: NaN is never made canonical; every comparison is written so that NaN is not a candidate.
-// Loops marked LLM_SAMPLING_CLONES are vectorised by the compiler, once per instruction set. Flags
-// that this file needs: -ffp-contract=off -fno-trapping-math -fno-math-errno.
+// Hazards: NaN is not replaced by -inf, so every comparison is written such that NaN is not kept. Loops
+// marked LLM_SAMPLING_CLONES are vectorised by the compiler, once per instruction set. This file needs the
+// flags -ffp-contract=off -fno-trapping-math -fno-math-errno.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -33,18 +35,18 @@
 #include <thread>
 #include <type_traits>
 
-#include "../check.h"
 #include "../llm_sampling.h"
 #include "../semantics.h"
-#include "choose.h"
+#include "../validate.h"
 #include "passes.h"
-#include "pool.h"
+#include "select.h"
+#include "thread_pool.h"
 #include "tile.h"
 
 namespace llm_sampling {
 namespace {
 
-// Memory that grows and is not touched before it is used.
+// Grow-only scratch memory; its contents are uninitialised.
 template <typename T>
 class Buffer {
  public:
@@ -61,108 +63,164 @@ class Buffer {
   int64_t size_ = 0;
 };
 
+// The scratch memory of a thread, kept from call to call.
 struct Workspace {
-  Buffer<float> group_max, tile_max, maxima, sample_depth, sample_mass, list_x, bias_values;
-  Buffer<int64_t> tile_mass, tile_kept, list_w, weights, bias_order;
-  Buffer<uint32_t> list_id, keys;
+  Buffer<float> stripe_max, tile_max, maxima, probe_depth, probe_mass, candidate_x, bias_values;
+  Buffer<int64_t> tile_mass, tile_kept, candidate_w, weights, bias_order;
+  Buffer<uint32_t> candidate_id, keys;
   Buffer<int32_t> bias_ids, bins;
   Histogram histogram;
 };
+
+// One row's parameters of steps 8 and 11 to 14. Those of steps 2 to 5 and 9 are in its Row.
+struct RowParams {
+  float temperature;
+  int64_t top_k;  // the number of tokens that step 8 or 11 keeps; 0 if that is all of them
+  float top_p;
+  float depth_cut;  // infinity if no filter by depth is on
+  int64_t min_tokens_to_keep;
+  uint64_t seed, position;  // 0 if no token is drawn
+
+  bool is_greedy() const { return temperature == 0.0f; }
+};
+
+RowParams read_params(const LlmSamplingArgs& args, int64_t row) {
+  RowParams params = {};
+  params.temperature = args.temperature[row];
+  params.top_p = args.top_p[row];
+  params.depth_cut = depth_cut(args, row);
+  params.min_tokens_to_keep = args.min_tokens_to_keep[row];
+  if (params.is_greedy()) {
+    params.top_k = 1;
+  } else if (args.top_k[row] > 0) {
+    const int64_t k = std::max<int64_t>(args.top_k[row], params.min_tokens_to_keep);
+    params.top_k = k < args.vocab_size ? k : 0;
+  }
+  if (args.tokens != nullptr) {
+    params.seed = static_cast<uint64_t>(args.seed[row]);
+    params.position = static_cast<uint64_t>(args.position[row]);
+  }
+  return params;
+}
+
+// Where one row's results go; NULL for a result that is not wanted.
+struct RowResults {
+  int64_t* tokens;
+  float* logprobs;
+  int32_t* status;
+  float* filtered;
+};
+
+RowResults find_results(const LlmSamplingArgs& args, int64_t row) {
+  RowResults results = {};
+  if (args.tokens != nullptr) {
+    results.tokens = args.tokens + row * args.num_samples;
+    results.status = args.status + row;
+  }
+  if (args.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE) {
+    results.logprobs = args.logprobs + row * args.num_samples;
+  }
+  if (args.filtered != nullptr) results.filtered = args.filtered + row * args.filtered_stride;
+  return results;
+}
 
 // ---- One row -------------------------------------------------------------------------------------
 
 class RowSampler {
  public:
-  RowSampler(const LlmSamplingArgs& args, Workspace& workspace, int threads)
-      : args_(args), ws_(workspace), threads_(threads) {}
+  RowSampler(const LlmSamplingArgs& args, int64_t row, Workspace& workspace, int threads)
+      : args_(args),
+        ws_(workspace),
+        threads_(threads),
+        params_(read_params(args, row)),
+        results_(find_results(args, row)),
+        row_(make_row(row)),
+        tiles_(row_.tiles()) {}
 
-  // Everything for one row but the state, which `advance` writes.
-  void run(int64_t index) {
-    row_ = make_row(index);
-    tiles_ = row_.tiles();
-    status_ = 0;
-    listed_ = false;
-    if (!find_penalised_late(index)) {
+  // Writes the row's results. The state, which is positions and histories, is left to `advance`.
+  void run() {
+    if (!find_kept_penalising_late()) {
       find_maxima(row_);
-      find_kept(index);
+      find_kept();
     }
-    if (args_.filtered != nullptr) filter(index);
-    if (args_.tokens == nullptr) return;
-    draw(index);
-    if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) write_raw_logprobs(index);
-    args_.status[index] = status_;
+    if (results_.filtered != nullptr) write_filtered_logits();
+    if (results_.tokens == nullptr) return;
+    draw();
+    if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) write_raw_logprobs();
+    *results_.status = status_;
   }
 
  private:
-  Row make_row(int64_t index);
+  Row make_row(int64_t row);
   void find_maxima(const Row& row);
-  bool find_penalised_late(int64_t index);
-  void find_kept(int64_t index);
-  int64_t top_k_of(int64_t index) const;
+  bool find_kept_penalising_late();
+  void find_kept();
+  float lowest_within_depth() const;
 
   void keep_nothing();
-  void keep_first();
-  void keep_top_k_of_list(int64_t index, int64_t k);
-  void keep_at_least(int64_t k);
-  void keep_top_p(float top_p, float low, int64_t at_least);
-  void keep_flat_nucleus(float top_p, float guess, float low, int64_t at_least);
-  void keep_from(float low, int64_t at_least);
-  void keep_every_candidate();
-  void keep_list();
+  void keep_best();
+  void keep_top_k();
+  void keep_first_of_row(int64_t count);
+  void keep_from(float lowest_kept);
+  void keep_every_token();
+  void keep_top_p(float lowest_kept);
+  void keep_flat_nucleus(float guess, float lowest_kept);
+  void keep_candidates();
 
-  float bound_of_first(int64_t k);
+  float bound_of_kth_logit(int64_t k);
+  void clear_candidates();
   int64_t gather(const Row& row, float from, float to = kInfinity);
   void drop_below(float bound);
-  void shorten_list(int64_t size);
-  void shorten_list_to(LastKept last);
-  LastKept where_reached(int64_t target);
-  void start_list();
-  void finish_list(int64_t target, float low, int64_t at_least);
-  int64_t weigh_list();
+  void drop_after(CandidateThreshold threshold);
+  void drop_after_first(int64_t count);
+  int64_t weigh_candidates();
+  CandidateThreshold threshold_of_mass(int64_t target);
+  void filter_candidates(int64_t target, float lowest_kept);
 
-  float lowest_kept(int64_t index) const;
-  float lowest_within(float depth_limit) const;
   int64_t total(const int64_t* tile_mass) const;
   int64_t mass_of_row();
   int64_t count_kept();
 
-  void filter(int64_t index);
-  void draw(int64_t index);
-  void write_raw_logprobs(int64_t index);
+  void write_filtered_logits();
+  void draw();
+  void write_raw_logprobs();
 
-  // part(begin, end) for ranges that cover all tiles, on all threads.
+  // Calls part(begin, end) for ranges of tiles that together are all tiles, on all threads.
   template <typename F>
   void over_tiles(const F& part);
 
   const LlmSamplingArgs& args_;
   Workspace& ws_;
   const int threads_;
+  const RowParams params_;
+  const RowResults results_;
 
-  Row row_ = {};
-  int64_t tiles_ = 0;
+  Row row_;
+  const int64_t tiles_;
   int32_t status_ = 0;
-  float* group_max_ = nullptr;
+  float* stripe_max_ = nullptr;
   float* tile_max_ = nullptr;
+  Candidates candidates_ = {};
 
-  // The kept set: its cut, its mass, and either its tokens or the kept mass of each tile.
-  Cut cut_ = {};
+  // The kept set: its threshold, its mass, and how the mass is distributed. Either the candidates are the
+  // kept set and have their masses, or tile_kept_ is the kept mass of each tile.
+  Threshold threshold_ = {};
   int64_t mass_ = 0;
-  bool listed_ = false;
-  List list_ = {};
+  bool candidates_are_kept_ = false;
   int64_t* tile_kept_ = nullptr;
 };
 
 template <typename F>
 void RowSampler::over_tiles(const F& part) {
-  constexpr int64_t kLeast = 16;  // tiles that are worth another thread
-  // more parts than threads, since a worker may come late
+  constexpr int64_t kLeastTiles = 16;  // fewer are not worth another thread
+  // More parts than threads, so that a thread that starts late still finds work.
   const int64_t wanted = threads_ > 1 ? 4 * threads_ : 1;
-  const int64_t parts = std::min<int64_t>(wanted, std::max<int64_t>(1, tiles_ / kLeast));
+  const int64_t parts = std::min<int64_t>(wanted, std::max<int64_t>(1, tiles_ / kLeastTiles));
   struct Context {
     const F& part;
     int64_t tiles, parts;
   } context{part, tiles_, parts};
-  Pool::run(
+  ThreadPool::run(
       parts,
       threads_,
       [](void* opaque, int64_t i) {
@@ -179,7 +237,7 @@ Row RowSampler::make_row(int64_t index) {
   row.logits = static_cast<const char*>(args_.logits) + index * args_.logits_stride * element_size;
   row.dtype = args_.dtype;
   row.vocab_size = args_.vocab_size;
-  row.scale = depth_scale(args_.temperature[index]);
+  row.scale = depth_scale(params_.temperature);
 
   if (args_.logit_bias_offsets != nullptr) {
     const int64_t begin = args_.logit_bias_offsets[index];
@@ -221,102 +279,87 @@ Row RowSampler::make_row(int64_t index) {
   return row;
 }
 
+// Finds the maxima of stripes, tiles and the row, and whether a logit is NaN.
 void RowSampler::find_maxima(const Row& row) {
-  group_max_ = ws_.group_max.at_least(tiles_ * kGroups);
+  stripe_max_ = ws_.stripe_max.at_least(tiles_ * kStripes);
   tile_max_ = ws_.tile_max.at_least(tiles_);
   std::atomic<bool> nan{false};
   over_tiles([&](int64_t begin, int64_t end) {
-    if (scan_maxima(row, begin, end, group_max_, tile_max_) && has_nan(row, begin, end)) {
+    if (scan_maxima(row, begin, end, stripe_max_, tile_max_) && has_nan(row, begin, end)) {
       nan.store(true, std::memory_order_relaxed);
     }
   });
   if (nan.load(std::memory_order_relaxed)) status_ |= LLM_SAMPLING_STATUS_NAN;
-  row_.m = *std::max_element(tile_max_, tile_max_ + tiles_) + 0.0f;  // not -0.0
+  row_.m = *std::max_element(tile_max_, tile_max_ + tiles_) + 0.0f;  // -0.0 becomes +0.0
 }
 
-// How many step 11 keeps, 1 where step 8 keeps the first; 0 where all.
-int64_t RowSampler::top_k_of(int64_t index) const {
-  if (args_.temperature[index] == 0.0f) return 1;
-  const int64_t k = args_.top_k[index];
-  const int64_t kept = k > 0 ? std::max<int64_t>(k, args_.min_tokens_to_keep[index]) : 0;
-  return kept < row_.vocab_size ? kept : 0;
-}
-
-// Steps 3 to 13 where top-k is on and the penalties only lower: the penalised logit of a token is at
-// most its logit before. So of those before, only the tokens from some bound on are looked at, and only
-// they are penalised; if k of them are still at or above the bound, the first k of the order are among
-// them. What a history costs then does not grow with it. False where that is not so, or too many tokens
-// would have to be tried.
-bool RowSampler::find_penalised_late(int64_t index) {
-  const int64_t k = top_k_of(index);
+// Steps 3 to 13 if top-k is on and the penalties can only lower logits. A token's logit before the penalties
+// is then an upper bound of its logit after them. So only the tokens whose logit was at or above some bound
+// become candidates, and only they are penalised. If k of them are still at or above the bound, the first k
+// of the order are among them. The cost does not grow with the history. Returns false, with nothing kept,
+// if the conditions do not hold or too many tokens would have to be tried.
+bool RowSampler::find_kept_penalising_late() {
+  const int64_t k = params_.top_k;
   const bool lowers = row_.seen != nullptr && row_.repetition_penalty >= 1.0f &&
                       row_.frequency_penalty >= 0.0f && row_.presence_penalty >= 0.0f;
   if (k == 0 || !lowers) return false;
 
-  Row before = row_;
-  before.seen = nullptr;
-  find_maxima(before);
+  Row unpenalised = row_;
+  unpenalised.seen = nullptr;
+  find_maxima(unpenalised);
   for (int64_t tried = k + k / 4 + 16; tried <= row_.vocab_size / 8; tried *= 4) {
-    const float bound = bound_of_first(tried);
-    gather(before, bound);
-    penalise_list(row_, list_.x, list_.id, list_.size);
+    const float bound = bound_of_kth_logit(tried);
+    gather(unpenalised, bound);
+    penalise_candidates(row_, candidates_.x, candidates_.id, candidates_.size);
     drop_below(bound);
-    if (list_.size < k && bound > kLowest) continue;
-    if (list_.size == 0) {
+    if (candidates_.size < k && bound > kLowest) continue;
+    if (candidates_.size == 0) {
       status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
       keep_nothing();
       return true;
     }
     float least;
-    find_ends(list_.x, list_.size, least, row_.m);
-    row_.m += 0.0f;  // not -0.0
+    find_min_max(candidates_.x, candidates_.size, least, row_.m);
+    row_.m += 0.0f;  // -0.0 becomes +0.0
     if (row_.m == kInfinity) status_ |= LLM_SAMPLING_STATUS_POS_INF;
-    keep_top_k_of_list(index, k);
+    keep_top_k();
     return true;
   }
   return false;
 }
 
 // Steps 7 to 13.
-void RowSampler::find_kept(int64_t index) {
+void RowSampler::find_kept() {
   if (row_.m == -kInfinity) {
     status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
     return keep_nothing();
   }
   if (row_.m == kInfinity) status_ |= LLM_SAMPLING_STATUS_POS_INF;
 
-  const int64_t at_least = args_.min_tokens_to_keep[index];
-  const float top_p = args_.top_p[index];
-  const int64_t k = top_k_of(index);
-  if (k == 1) return keep_first();
-  if (k > 0) {
-    gather(row_, bound_of_first(k));
-    return keep_top_k_of_list(index, k);
+  if (params_.top_k == 1) return keep_best();
+  if (params_.top_k > 0) {
+    gather(row_, bound_of_kth_logit(params_.top_k));
+    return keep_top_k();
   }
-  const float low = lowest_kept(index);
-  if (top_p < 1.0f) {
-    keep_top_p(top_p, low, at_least);
-  } else if (low > kLowest) {
-    keep_from(low, at_least);
+  const float lowest_kept = lowest_within_depth();
+  if (params_.top_p < 1.0f) {
+    keep_top_p(lowest_kept);
+  } else if (lowest_kept > kLowest) {
+    keep_from(lowest_kept);
   } else {
-    keep_every_candidate();
+    keep_every_token();
   }
 }
 
-// 13 as a bound on x, so that it is a prefix of the order like the others.
-float RowSampler::lowest_kept(int64_t index) const {
-  const float cut = depth_cut(args_, index);
-  return cut < kInfinity ? lowest_within(cut) : kLowest;
-}
-
-// The smallest x whose depth is at most the limit.
-float RowSampler::lowest_within(float depth_limit) const {
+// Step 13 as a bound on logits: the lowest logit within the depth, or kLowest if no filter by depth is on.
+float RowSampler::lowest_within_depth() const {
+  if (!(params_.depth_cut < kInfinity)) return kLowest;
   uint32_t inside = order_key(row_.m);
   uint32_t outside = order_key(kLowest) - 1;
   while (inside - outside > 1) {
     const uint32_t middle = outside + (inside - outside) / 2;
-    const bool within = depth(from_order_key(middle), row_.m, row_.scale) <= depth_limit;
-    (within ? inside : outside) = middle;
+    const float d = depth(from_order_key(middle), row_.m, row_.scale);
+    (d <= params_.depth_cut ? inside : outside) = middle;
   }
   return from_order_key(inside);
 }
@@ -327,231 +370,117 @@ int64_t RowSampler::total(const int64_t* tile_mass) const {
   return sum;
 }
 
+// ---- Kept sets: which tokens are kept, by the filters that are on ----------------------------------
+
 void RowSampler::keep_nothing() {
-  cut_ = {kInfinity, -1};
+  threshold_ = {kInfinity, -1};
   mass_ = 0;
 }
 
-// 8, and top-k of one: the smallest id among the largest logits.
-void RowSampler::keep_first() {
+// Step 8, and top-k of 1: the smallest id among the largest logits.
+void RowSampler::keep_best() {
   const int64_t tile = std::find(tile_max_, tile_max_ + tiles_, row_.m) - tile_max_;
-  start_list();
-  tile_band(row_, tile, row_.m, row_.m, list_.x, list_.id, 0);
-  list_.size = 1;
-  keep_list();
+  clear_candidates();
+  append_band(row_, tile, row_.m, row_.m, candidates_.x, candidates_.id, 0);
+  candidates_.size = 1;
+  keep_candidates();
 }
 
-// 11 to 13 where top-k is on and the list holds the first k of the order.
-void RowSampler::keep_top_k_of_list(int64_t index, int64_t k) {
-  shorten_list(k);
-  if (args_.temperature[index] == 0.0f) return keep_list();  // 8
-  const float top_p = args_.top_p[index];
-  const int64_t target = top_p < 1.0f ? top_p_target(weigh_list(), top_p) : 0;
-  finish_list(target, lowest_kept(index), args_.min_tokens_to_keep[index]);
+// Steps 11 to 13 if top-k is on and the first k of the order are among the candidates.
+void RowSampler::keep_top_k() {
+  drop_after_first(params_.top_k);
+  if (params_.is_greedy()) return keep_candidates();
+  const int64_t target = params_.top_p < 1.0f ? top_p_target(weigh_candidates(), params_.top_p) : 0;
+  filter_candidates(target, lowest_within_depth());
 }
 
-// The first k of the order, whatever comes after them.
-void RowSampler::keep_at_least(int64_t k) {
-  gather(row_, bound_of_first(k));
-  shorten_list(k);
-  keep_list();
+// The first `count` tokens of the order, whichever filters are on.
+void RowSampler::keep_first_of_row(int64_t count) {
+  gather(row_, bound_of_kth_logit(count));
+  drop_after_first(count);
+  keep_candidates();
 }
 
-// A lower bound of the k-th largest logit: about the k-th largest maximum of the groups.
-float RowSampler::bound_of_first(int64_t k) {
-  if (k > tiles_ * kGroups) return kLowest;
-  const int64_t close = 4 + k / 4;  // so many tokens too many are cheaper than an exact bound
-  float bound = kLowest;
-  if (k <= tiles_) {
-    // the k-th largest maximum of the tiles is not above it, and leaves less to look at
-    bound = std::max(bound, bisect(tile_max_, tiles_, k, close).value());
-    if (count_groups(group_max_, tile_max_, tiles_, bound) <= k + close) return bound;
-  }
-  float* maxima = ws_.maxima.at_least(tiles_ * kGroups);
-  int64_t size = 0;
-  for (int64_t tile = 0; tile < tiles_; ++tile) {
-    if (!(tile_max_[tile] >= bound)) continue;
-    std::copy_n(group_max_ + tile * kGroups, kGroups, maxima + size);
-    size += kGroups;
-  }
-  return size < k ? bound : std::max(bound, bisect(maxima, size, k, close).value());
-}
-
-// An empty list with room for the row and for one write past its end.
-void RowSampler::start_list() {
-  list_.x = ws_.list_x.at_least(row_.vocab_size + 1);
-  list_.id = ws_.list_id.at_least(row_.vocab_size + 1);
-  list_.w = nullptr;
-  list_.size = 0;
-}
-
-// Makes the list of all tokens with from <= x <= to; its size.
-int64_t RowSampler::gather(const Row& row, float from, float to) {
-  start_list();
-  for (int64_t tile = 0; tile < tiles_; ++tile) {
-    if (!(tile_max_[tile] >= from)) continue;
-    list_.size = tile_band(row, tile, from, to, list_.x, list_.id, list_.size);
-  }
-  return list_.size;
-}
-
-// Drops what is below the bound, and the masses, if there were any.
-void RowSampler::drop_below(float bound) {
-  int64_t size = 0;
-  for (int64_t i = 0; i < list_.size; ++i) {
-    const bool kept = list_.x[i] >= bound;
-    list_.x[size] = list_.x[i];
-    list_.id[size] = list_.id[i];
-    size += kept;
-  }
-  list_.size = size;
-  list_.w = nullptr;
-}
-
-// The list's masses; their sum.
-int64_t RowSampler::weigh_list() {
-  if (list_.w == nullptr) {
-    list_.w = ws_.list_w.at_least(list_.size);
-    list_masses(row_, list_.x, list_.size, list_.w);
-  }
-  int64_t sum = 0;
-  for (int64_t i = 0; i < list_.size; ++i) sum += list_.w[i];
-  return sum;
-}
-
-// Keeps the first `size` of the order.
-void RowSampler::shorten_list(int64_t size) {
-  if (list_.size <= size) return;
-  const Bound last = bisect(list_.x, list_.size, size, 0);
-  if (last.number == size) return drop_below(last.value());
-  const int64_t above = count_from(list_.x, list_.size, from_order_key(last.key + 1));
-  shorten_list_to({last.key, size - above});
-}
-
-// Where the masses of the list's tokens, in order, reach the target.
-LastKept RowSampler::where_reached(int64_t target) {
-  weigh_list();
-  uint32_t* keys = ws_.keys.at_least(list_.size);
-  int64_t* weights = ws_.weights.at_least(list_.size);
-  for (int64_t i = 0; i < list_.size; ++i) keys[i] = order_key(list_.x[i]);
-  std::copy(list_.w, list_.w + list_.size, weights);
-  const Reached reached = select(keys, weights, list_.size, target);
-  const float value = from_order_key(reached.key);
-  const int64_t each = static_cast<int64_t>(mass(depth(value, row_.m, row_.scale)));
-  return {reached.key, (reached.missing + each - 1) / each};
-}
-
-void RowSampler::shorten_list_to(LastKept last) {
-  int64_t size = 0;
-  for (int64_t i = 0; i < list_.size; ++i) {
-    const bool kept = last.keeps(list_.x[i]);
-    list_.x[size] = list_.x[i];
-    list_.id[size] = list_.id[i];
-    if (list_.w != nullptr) list_.w[size] = list_.w[i];
-    size += kept;
-  }
-  list_.size = size;
-}
-
-// 12 (where target > 0) and 13 on the list: a prefix of the order with at least that mass and
-// that many tokens, or every candidate.
-void RowSampler::finish_list(int64_t target, float low, int64_t at_least) {
-  if (target > 0) {
-    const LastKept last = where_reached(target);
-    int64_t kept = last.equals;
-    for (int64_t i = 0; i < list_.size; ++i) kept += order_key(list_.x[i]) > last.key;
-    if (kept >= at_least) {
-      shorten_list_to(last);
-    } else {
-      shorten_list(at_least);
-    }
-  }
-  if (low > kLowest) {
-    int64_t kept = 0;
-    for (int64_t i = 0; i < list_.size; ++i) kept += list_.x[i] >= low;
-    if (kept >= at_least) {
-      shorten_list_to({order_key(low), kept});
-    } else {
-      shorten_list(at_least);
-    }
-  }
-  keep_list();
-}
-
-void RowSampler::keep_list() {
-  listed_ = true;
-  mass_ = weigh_list();
-  float most;
-  find_ends(list_.x, list_.size, cut_.value, most);
-  int64_t last = list_.size - 1;
-  while (list_.x[last] > cut_.value) --last;
-  cut_.last_id = list_.id[last];
-}
-
-// 14 without filters.
-void RowSampler::keep_every_candidate() {
+// Step 14 without filters.
+void RowSampler::keep_every_token() {
   tile_kept_ = ws_.tile_kept.at_least(tiles_);
   over_tiles([&](int64_t begin, int64_t end) {
     scan_mass(row_, begin, end, tile_max_, tile_kept_);
   });
-  cut_ = {kLowest, kEveryId};
+  threshold_ = {kLowest, kEveryId};
   mass_ = total(tile_kept_);
 }
 
-// 13 where only min-p, or nothing that cuts deeper, is on.
-void RowSampler::keep_from(float low, int64_t at_least) {
-  const int64_t groups = count_groups(group_max_, tile_max_, tiles_, low);
-  const Cut cut = {low, kEveryId};
-  listed_ = false;
-  if (groups <= 1024 || at_least > groups) {
-    if (gather(row_, low) >= at_least) return keep_list();
-    // fewer than asked for: the first of the order instead
-    return keep_at_least(at_least);
+// If more stripes than this reach a bound, a pass over the tiles costs less than a list of candidates.
+constexpr int64_t kMostListed = 1024;
+
+// Step 13 if it keeps fewer tokens than the other filters, or is the only one.
+void RowSampler::keep_from(float lowest_kept) {
+  const int64_t at_least = params_.min_tokens_to_keep;
+  const int64_t stripes = count_stripes(stripe_max_, tile_max_, tiles_, lowest_kept);
+  if (stripes <= kMostListed || at_least > stripes) {
+    if (gather(row_, lowest_kept) >= at_least) return keep_candidates();
+    return keep_first_of_row(at_least);
   }
-  cut_ = cut;
+  const Threshold threshold = {lowest_kept, kEveryId};
+  threshold_ = threshold;
   tile_kept_ = ws_.tile_kept.at_least(tiles_);
   over_tiles([&](int64_t begin, int64_t end) {
-    scan_kept_mass(row_, begin, end, cut, tile_max_, tile_kept_);
+    scan_kept_mass(row_, begin, end, threshold, tile_max_, tile_kept_);
   });
   mass_ = total(tile_kept_);
 }
 
-// ---- 12 on its own: the nucleus ------------------------------------------------------------------
+// The candidates are the kept set.
+void RowSampler::keep_candidates() {
+  candidates_are_kept_ = true;
+  mass_ = weigh_candidates();
+  float most;
+  find_min_max(candidates_.x, candidates_.size, threshold_.value, most);
+  int64_t last = candidates_.size - 1;
+  while (candidates_.x[last] > threshold_.value) --last;
+  threshold_.last_id = candidates_.id[last];
+}
 
-// 12, and 13 after it, where top-k is off.
-void RowSampler::keep_top_p(float top_p, float low, int64_t at_least) {
-  constexpr int64_t kHead = 64;  // groups to gather from where the estimate was too high
+// ---- Kept sets: the nucleus of a row without top-k -------------------------------------------------
+
+// Step 12, and step 13 after it.
+void RowSampler::keep_top_p(float lowest_kept) {
+  const float top_p = params_.top_p;
   if (tiles_ == 1) {
     gather(row_, kLowest);
-    return finish_list(top_p_target(weigh_list(), top_p), low, at_least);
+    return filter_candidates(top_p_target(weigh_candidates(), top_p), lowest_kept);
   }
 
-  const int64_t size = tiles_ * kGroups;
-  const int64_t listed = std::min<int64_t>(1024, size / 2);  // groups: more are not worth a list
-  float* sample_depth = ws_.sample_depth.at_least(2 * size);
-  float* sample_mass = ws_.sample_mass.at_least(2 * size);
-  Sample sample =
-      {{}, {sample_depth, sample_depth + size}, {sample_mass, sample_mass + size}, 0, 0, 0};
-  take_sample(row_, group_max_, sample);
+  const int64_t size = tiles_ * kStripes;
+  const int64_t most_listed = std::min<int64_t>(kMostListed, size / 2);
+  float* probe_depth = ws_.probe_depth.at_least(2 * size);
+  float* probe_mass = ws_.probe_mass.at_least(2 * size);
+  Probe probe = {{}, {probe_depth, probe_depth + size}, {probe_mass, probe_mass + size}, 0, 0, 0};
+  take_probe(row_, stripe_max_, probe);
   Histogram& histogram = ws_.histogram;
-  histogram.fill(sample, ws_.bins.at_least(size));
-  if (sample.maxima < 0.5 * sample.total) {
-    // a flat row: one pass takes its mass, and the mass above where the nucleus should end
-    const double goal = static_cast<double>(top_p) * sample.total;
-    return keep_flat_nucleus(top_p, histogram.value_at(row_, goal), low, at_least);
+  histogram.fill(probe, ws_.bins.at_least(size));
+  if (probe.maxima < 0.5 * probe.total) {  // a flat row
+    const double goal = static_cast<double>(top_p) * probe.total;
+    return keep_flat_nucleus(histogram.logit_by_mass_above(row_, goal), lowest_kept);
   }
-  // few tokens have most: the nucleus is likely to be short, and what is outside of it is known well
-  const double outside = (1.0 - static_cast<double>(top_p)) * sample.total;
-  float bound = histogram.value_over(row_, 0.5 * outside);
-  if (count_groups(group_max_, tile_max_, tiles_, bound) > listed) {
-    return keep_flat_nucleus(top_p, histogram.value_over(row_, outside), low, at_least);
+  // Few tokens have most of the mass, so the nucleus is probably short, and the mass outside of it is known
+  // accurately.
+  const double outside = (1.0 - static_cast<double>(top_p)) * probe.total;
+  float bound = histogram.logit_by_mass_below(row_, 0.5 * outside);
+  if (count_stripes(stripe_max_, tile_max_, tiles_, bound) > most_listed) {
+    return keep_flat_nucleus(histogram.logit_by_mass_below(row_, outside), lowest_kept);
   }
   const int64_t target = top_p_target(mass_of_row(), top_p);
-  if (at_least > 1) bound = std::min(bound, bound_of_first(at_least));
-  for (int64_t tried = kHead;; tried *= 8) {
+  const int64_t at_least = params_.min_tokens_to_keep;
+  if (at_least > 1) bound = std::min(bound, bound_of_kth_logit(at_least));
+  // If the estimate was too high, try the best 64 tokens, then more and more.
+  for (int64_t tried = 64;; tried *= 8) {
     gather(row_, bound);
-    if (weigh_list() >= target || bound == kLowest) return finish_list(target, low, at_least);
-    bound = std::min(bound, bound_of_first(tried));
+    if (weigh_candidates() >= target || bound == kLowest) {
+      return filter_candidates(target, lowest_kept);
+    }
+    bound = std::min(bound, bound_of_kth_logit(tried));
   }
 }
 
@@ -563,145 +492,275 @@ int64_t RowSampler::mass_of_row() {
   return total(tile_mass);
 }
 
-// The same where the nucleus is large; `guess` is about where it ends.
-void RowSampler::keep_flat_nucleus(float top_p, float guess, float low, int64_t at_least) {
+// Steps 12 and 13 if the nucleus is large. One pass takes the row's mass and the mass at or above `guess`, an
+// estimate of the threshold.
+void RowSampler::keep_flat_nucleus(float guess, float lowest_kept) {
   int64_t* tile_mass = ws_.tile_mass.at_least(tiles_);
   tile_kept_ = ws_.tile_kept.at_least(tiles_);
   over_tiles([&](int64_t begin, int64_t end) {
     scan_split_mass(row_, begin, end, guess, tile_max_, tile_mass, tile_kept_);
   });
-  const int64_t target = top_p_target(total(tile_mass), top_p);
+  const int64_t target = top_p_target(total(tile_mass), params_.top_p);
   const int64_t above = total(tile_kept_);
 
-  // The cut is among the tokens between the guess and a second one beyond the target, which is found
-  // from the sampled mass near the guess.
-  const bool lower = above < target;
+  // The candidates are the tokens between the guess and a second estimate on the threshold's other side. The
+  // histogram gives it, from the mass by which the guess is wrong and a margin that grows until it suffices.
+  const bool is_lower = above < target;  // the threshold is below the guess
   const double wrong_by = std::abs(static_cast<double>(target) - static_cast<double>(above));
   const double of_a_token = static_cast<double>(mass(depth(guess, row_.m, row_.scale)));
-  const double sampled = ws_.histogram.mass_above(row_, guess);
-  int64_t goal = 0;
+  const double estimated = ws_.histogram.mass_above(row_, guess);
+  int64_t goal = 0;  // the mass that the kept candidates must reach
   for (double margin = 0.25;; margin *= 4) {
-    if (margin > 10) {  // the sample misled us: choose among all
+    if (margin > 10) {  // the probe was misleading: every token becomes a candidate
       gather(row_, kLowest);
-      return finish_list(target, low, at_least);
+      return filter_candidates(target, lowest_kept);
     }
     const double step = (1 + margin) * wrong_by + 32 * margin * of_a_token;
-    const float far = ws_.histogram.value_at(row_, lower ? sampled + step : sampled - step);
+    const float far =
+        ws_.histogram.logit_by_mass_above(row_, is_lower ? estimated + step : estimated - step);
     const float below_guess = std::nextafter(guess, -kInfinity);
-    const float from = lower ? std::min(far, below_guess) : guess;
-    const float to = lower ? below_guess : std::max(far, guess);
+    const float from = is_lower ? std::min(far, below_guess) : guess;
+    const float to = is_lower ? below_guess : std::max(far, guess);
     gather(row_, from, to);
-    const int64_t between = weigh_list();
-    goal = lower ? target - above : target - (above - between);
+    const int64_t between = weigh_candidates();
+    goal = is_lower ? target - above : target - (above - between);
     if (goal >= 1 && goal <= between) break;
   }
 
-  LastKept last = where_reached(goal);
-  cut_ = {from_order_key(last.key), -1};
-  for (int64_t i = 0; i < list_.size; ++i) {
-    const bool kept = last.keeps(list_.x[i]);
-    // below the guess kept tokens are to be added, above it those that are not to be taken away
-    tile_kept_[list_.id[i] / kTile] += (lower ? list_.w[i] : -list_.w[i]) * (kept == lower);
-    if (kept & (list_.x[i] == cut_.value)) cut_.last_id = list_.id[i];
+  CandidateThreshold threshold = threshold_of_mass(goal);
+  threshold_ = {from_order_key(threshold.key), -1};
+  for (int64_t i = 0; i < candidates_.size; ++i) {
+    const bool kept = threshold.keeps(candidates_.x[i]);
+    // tile_kept_ is the mass at or above the guess. Below it, add the candidates that are kept; above it,
+    // subtract those that are not.
+    tile_kept_[candidates_.id[i] / kTile] +=
+        (is_lower ? candidates_.w[i] : -candidates_.w[i]) * (kept == is_lower);
+    if (kept & (candidates_.x[i] == threshold_.value)) threshold_.last_id = candidates_.id[i];
   }
-  listed_ = false;
   mass_ = total(tile_kept_);
 
-  // no token has a mass above 2^42, which bounds the size of the set from below
-  if (at_least > target >> 42 && count_kept() < at_least) {
-    return keep_at_least(at_least);
-  }
-  if (low > cut_.value) keep_from(low, at_least);
+  // A token's mass is at most 2^42, so the kept set has at least target / 2^42 tokens. Mostly that is enough,
+  // and they need not be counted.
+  const int64_t at_least = params_.min_tokens_to_keep;
+  if (at_least > target >> 42 && count_kept() < at_least) return keep_first_of_row(at_least);
+  if (lowest_kept > threshold_.value) keep_from(lowest_kept);
 }
 
 int64_t RowSampler::count_kept() {
   std::atomic<int64_t> sum{0};
   over_tiles([&](int64_t begin, int64_t end) {
-    sum.fetch_add(scan_count(row_, begin, end, cut_, tile_max_), std::memory_order_relaxed);
+    sum.fetch_add(
+        scan_kept_count(row_, begin, end, threshold_, tile_max_),
+        std::memory_order_relaxed
+    );
   });
   return sum.load(std::memory_order_relaxed);
 }
 
-// ---- 14 and the results --------------------------------------------------------------------------
+// ---- Candidates ------------------------------------------------------------------------------------
 
-void RowSampler::filter(int64_t index) {
-  float* out = args_.filtered + index * args_.filtered_stride;
-  const float temperature = args_.temperature[index];
-  const float divisor = temperature == 0.0f ? 1.0f : temperature;
+// A lower bound of the row's k-th largest logit, from the maxima: about the k-th largest stripe maximum.
+float RowSampler::bound_of_kth_logit(int64_t k) {
+  if (k > tiles_ * kStripes) return kLowest;
+  const int64_t slack = 4 + k / 4;  // this many tokens too many cost less than an exact bound
+  float bound = kLowest;
+  if (k <= tiles_) {
+    // The k-th largest tile maximum is a lower bound too, and leaves fewer tiles to look at.
+    bound = std::max(bound, bound_kth_largest(tile_max_, tiles_, k, slack).value());
+    if (count_stripes(stripe_max_, tile_max_, tiles_, bound) <= k + slack) return bound;
+  }
+  float* maxima = ws_.maxima.at_least(tiles_ * kStripes);
+  int64_t size = 0;
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    if (!(tile_max_[tile] >= bound)) continue;
+    std::copy_n(stripe_max_ + tile * kStripes, kStripes, maxima + size);
+    size += kStripes;
+  }
+  return size < k ? bound : std::max(bound, bound_kth_largest(maxima, size, k, slack).value());
+}
+
+// No candidates, with room for all tokens of the row.
+void RowSampler::clear_candidates() {
+  candidates_.x = ws_.candidate_x.at_least(row_.vocab_size);
+  candidates_.id = ws_.candidate_id.at_least(row_.vocab_size);
+  candidates_.w = nullptr;
+  candidates_.size = 0;
+}
+
+// Lists the tokens with from <= logit <= to as the candidates, and returns how many there are.
+int64_t RowSampler::gather(const Row& row, float from, float to) {
+  clear_candidates();
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    if (!(tile_max_[tile] >= from)) continue;
+    candidates_.size =
+        append_band(row, tile, from, to, candidates_.x, candidates_.id, candidates_.size);
+  }
+  return candidates_.size;
+}
+
+// Drops the candidates below a bound. Masses have to be computed again.
+void RowSampler::drop_below(float bound) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < candidates_.size; ++i) {
+    const bool kept = candidates_.x[i] >= bound;
+    candidates_.x[size] = candidates_.x[i];
+    candidates_.id[size] = candidates_.id[i];
+    size += kept;
+  }
+  candidates_.size = size;
+  candidates_.w = nullptr;
+}
+
+// Drops the candidates that come after a threshold in the order.
+void RowSampler::drop_after(CandidateThreshold threshold) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < candidates_.size; ++i) {
+    const bool kept = threshold.keeps(candidates_.x[i]);
+    candidates_.x[size] = candidates_.x[i];
+    candidates_.id[size] = candidates_.id[i];
+    if (candidates_.w != nullptr) candidates_.w[size] = candidates_.w[i];
+    size += kept;
+  }
+  candidates_.size = size;
+}
+
+// Drops all candidates but the first `count` of the order.
+void RowSampler::drop_after_first(int64_t count) {
+  if (candidates_.size <= count) return;
+  const RankBound last = bound_kth_largest(candidates_.x, candidates_.size, count, 0);
+  if (last.count == count) return drop_below(last.value());
+  const int64_t above =
+      count_at_least(candidates_.x, candidates_.size, from_order_key(last.key + 1));
+  drop_after({last.key, count - above});
+}
+
+// Computes the candidates' masses unless they are known, and returns their sum.
+int64_t RowSampler::weigh_candidates() {
+  if (candidates_.w == nullptr) {
+    candidates_.w = ws_.candidate_w.at_least(candidates_.size);
+    candidate_masses(row_, candidates_.x, candidates_.size, candidates_.w);
+  }
+  int64_t sum = 0;
+  for (int64_t i = 0; i < candidates_.size; ++i) sum += candidates_.w[i];
+  return sum;
+}
+
+// The threshold of the shortest prefix of the candidates' order whose mass is at least the target.
+CandidateThreshold RowSampler::threshold_of_mass(int64_t target) {
+  weigh_candidates();
+  uint32_t* keys = ws_.keys.at_least(candidates_.size);
+  int64_t* weights = ws_.weights.at_least(candidates_.size);
+  for (int64_t i = 0; i < candidates_.size; ++i) keys[i] = order_key(candidates_.x[i]);
+  std::copy(candidates_.w, candidates_.w + candidates_.size, weights);
+  const MassReached reached = select_by_mass(keys, weights, candidates_.size, target);
+  const float value = from_order_key(reached.key);
+  const int64_t each = static_cast<int64_t>(mass(depth(value, row_.m, row_.scale)));
+  return {reached.key, (reached.missing + each - 1) / each};
+}
+
+// Steps 12 (if target > 0) and 13 (if lowest_kept > kLowest) on the candidates, which are a prefix of the
+// order. Their mass must reach the target and their number min_tokens_to_keep, unless they are all tokens.
+void RowSampler::filter_candidates(int64_t target, float lowest_kept) {
+  const int64_t at_least = params_.min_tokens_to_keep;
+  if (target > 0) {
+    const CandidateThreshold threshold = threshold_of_mass(target);
+    int64_t kept = threshold.ties;
+    for (int64_t i = 0; i < candidates_.size; ++i) {
+      kept += order_key(candidates_.x[i]) > threshold.key;
+    }
+    if (kept >= at_least) {
+      drop_after(threshold);
+    } else {
+      drop_after_first(at_least);
+    }
+  }
+  if (lowest_kept > kLowest) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < candidates_.size; ++i) kept += candidates_.x[i] >= lowest_kept;
+    if (kept >= at_least) {
+      drop_after({order_key(lowest_kept), kept});
+    } else {
+      drop_after_first(at_least);
+    }
+  }
+  keep_candidates();
+}
+
+// ---- Step 14 and the results -----------------------------------------------------------------------
+
+void RowSampler::write_filtered_logits() {
+  const float divisor = params_.is_greedy() ? 1.0f : params_.temperature;
   over_tiles([&](int64_t begin, int64_t end) {
-    write_filtered(row_, begin, end, cut_, divisor, out);
+    write_filtered(row_, begin, end, threshold_, divisor, results_.filtered);
   });
 }
 
-void RowSampler::draw(int64_t index) {
-  int64_t* tokens = args_.tokens + index * args_.num_samples;
-  float* logprobs = args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE
-                        ? nullptr
-                        : args_.logprobs + index * args_.num_samples;
+void RowSampler::draw() {
   if ((status_ & LLM_SAMPLING_STATUS_NO_CANDIDATE) != 0) {
-    std::fill(tokens, tokens + args_.num_samples, -1);
-    if (logprobs != nullptr) std::fill(logprobs, logprobs + args_.num_samples, std::nanf(""));
+    std::fill_n(results_.tokens, args_.num_samples, -1);
+    if (results_.logprobs != nullptr) {
+      std::fill_n(results_.logprobs, args_.num_samples, std::nanf(""));
+    }
     return;
   }
-  const int64_t parts = listed_ ? list_.size : tiles_;
-  const int64_t* part_mass = listed_ ? list_.w : tile_kept_;
-  int64_t* reached = ws_.weights.at_least(parts);
+  // A part is a candidate or a tile; its running mass is the mass of all parts up to it.
+  const int64_t parts = candidates_are_kept_ ? candidates_.size : tiles_;
+  const int64_t* part_mass = candidates_are_kept_ ? candidates_.w : tile_kept_;
+  int64_t* running_mass = ws_.weights.at_least(parts);
   int64_t sum = 0;
-  for (int64_t i = 0; i < parts; ++i) reached[i] = sum += part_mass[i];
+  for (int64_t i = 0; i < parts; ++i) running_mass[i] = sum += part_mass[i];
 
-  const uint64_t seed = static_cast<uint64_t>(args_.seed[index]);
-  const uint64_t position = static_cast<uint64_t>(args_.position[index]);
   for (int32_t sample = 0; sample < args_.num_samples; ++sample) {
-    const uint64_t random = random_bits(seed, position, static_cast<uint32_t>(sample));
+    const uint64_t random =
+        random_bits(params_.seed, params_.position, static_cast<uint32_t>(sample));
     int64_t r = scaled_random(random, mass_);
-    const int64_t part = std::upper_bound(reached, reached + parts, r) - reached;
+    const int64_t part = std::upper_bound(running_mass, running_mass + parts, r) - running_mass;
     int64_t token;
     int64_t w = part_mass[part];
-    if (listed_) {
-      token = list_.id[part];
+    if (candidates_are_kept_) {
+      token = candidates_.id[part];
     } else {
       alignas(64) float tile_w[kTile];
-      tile_kept_masses(row_, part, cut_, tile_w);
-      r -= reached[part] - w;
+      tile_kept_masses(row_, part, threshold_, tile_w);
+      r -= running_mass[part] - w;
       int j = 0;
       while (r >= (w = static_cast<int64_t>(tile_w[j]))) r -= w, ++j;
       token = part * kTile + j;
     }
-    tokens[sample] = token;
-    if (logprobs != nullptr) {
+    results_.tokens[sample] = token;
+    if (results_.logprobs != nullptr) {
       const double share = std::log(static_cast<double>(w)) - std::log(static_cast<double>(mass_));
-      logprobs[sample] = static_cast<float>(share);
+      results_.logprobs[sample] = static_cast<float>(share);
     }
   }
 }
 
-// log-softmax of step 1's logits, by the same masses at T = 1.
-void RowSampler::write_raw_logprobs(int64_t index) {
-  const int64_t* tokens = args_.tokens + index * args_.num_samples;
-  float* logprobs = args_.logprobs + index * args_.num_samples;
-  if (tokens[0] < 0) return;  // NaN already
+// The log-softmax of step 1's logits, by masses at temperature 1.
+void RowSampler::write_raw_logprobs() {
+  if (results_.tokens[0] < 0) return;  // draw() has written NaN
   Row& row = row_;
   if (!row.is_raw()) {
     row.bias_count = 0;
     row.allowed = row.seen = nullptr;
     over_tiles([&](int64_t begin, int64_t end) {
-      scan_maxima(row, begin, end, group_max_, tile_max_);
+      scan_maxima(row, begin, end, stripe_max_, tile_max_);
     });
     row.m = *std::max_element(tile_max_, tile_max_ + tiles_) + 0.0f;
   }
   row.scale = depth_scale(1.0f);
-  const double all = std::log(static_cast<double>(mass_of_row())) - 42.0 * std::log(2.0);
+  const double log_mass = std::log(static_cast<double>(mass_of_row())) - 42.0 * std::log(2.0);
   alignas(64) float buffer[kTile];
   for (int32_t sample = 0; sample < args_.num_samples; ++sample) {
-    const float x = load_tile(row, tokens[sample] / kTile, buffer)[tokens[sample] % kTile];
+    const int64_t token = results_.tokens[sample];
+    const float x = load_tile(row, token / kTile, buffer)[token % kTile];
     const double below = x == row.m ? 0.0 : static_cast<double>(x) - static_cast<double>(row.m);
-    logprobs[sample] = static_cast<float>(below - all);
+    results_.logprobs[sample] = static_cast<float>(below - log_mass);
   }
 }
 
 // ---- The batch -----------------------------------------------------------------------------------
 
-// One more; after the largest value comes the smallest, as in torch.
+// Adds 1. The largest value is followed by the smallest, as in torch.
 template <typename T>
 void count_up(T& value) {
   value = static_cast<T>(static_cast<std::make_unsigned_t<T>>(value) + 1);
@@ -722,45 +781,16 @@ void advance(const LlmSamplingArgs& args) {
   }
 }
 
-// LLM_SAMPLING_OK if the batch can be run without reading or writing out of bounds.
-int32_t check(const LlmSamplingArgs& a) {
-  const int32_t code = check_struct(a);
-  if (code != LLM_SAMPLING_OK || a.rows == 0) return code;
-  if (a.logit_bias_offsets != nullptr) {
-    const int64_t* offsets = a.logit_bias_offsets;
-    if (offsets[0] < 0 || !std::is_sorted(offsets, offsets + a.rows + 1))
-      return LLM_SAMPLING_BAD_SIZE;
-    if (offsets[a.rows] > 0 && (a.logit_bias_ids == nullptr || a.logit_bias_values == nullptr)) {
-      return LLM_SAMPLING_NULL_POINTER;
-    }
-  }
-  for (int64_t row = 0; a.seen != nullptr && row < a.rows; ++row) {
-    if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
-  }
-  for (int64_t row = 0; row < a.rows; ++row) {
-    const auto is_within = [](float x, float least, float most) { return x >= least && x <= most; };
-    if (!(is_within(a.temperature[row], 0.0f, -kLowest) &&
-          is_within(a.top_p[row], 0.0f, 1.0f) &&  // one that is tiny has become 0
-          is_within(a.min_p[row], 0.0f, 1.0f) && a.min_p_cut[row] >= 0.0f &&
-          a.repetition_penalty[row] > 0.0f && a.repetition_penalty[row] < kInfinity &&
-          is_within(a.frequency_penalty[row], -2.0f, 2.0f) &&
-          is_within(a.presence_penalty[row], -2.0f, 2.0f) && a.min_tokens_to_keep[row] >= 1)) {
-      return LLM_SAMPLING_BAD_PARAMETER;
-    }
-  }
-  return LLM_SAMPLING_OK;
-}
-
-// What the tasks of a batch share.
+// The rows of a batch, as tasks for threads.
 struct Batch {
   const LlmSamplingArgs& args;
   int threads_per_row;
   std::atomic<bool> out_of_memory{false};
 
-  void run_row(int64_t index) noexcept {
+  void run_row(int64_t row) noexcept {
     static thread_local Workspace workspace;
     try {
-      RowSampler(args, workspace, threads_per_row).run(index);
+      RowSampler(args, row, workspace, threads_per_row).run();
     } catch (const std::bad_alloc&) {
       out_of_memory.store(true, std::memory_order_relaxed);
     }
@@ -768,21 +798,23 @@ struct Batch {
 };
 
 int32_t run(const LlmSamplingArgs& args) {
-  const int32_t code = check(args);
+  int32_t code = check_struct(args);
   if (code != LLM_SAMPLING_OK || args.rows == 0) return code;
+  code = check_values(args);
+  if (code != LLM_SAMPLING_OK) return code;
   const DefaultFloats floats;
-  constexpr int64_t kLeast = 32768;  // tokens that are worth a second thread, for torch too
-  // more than this many a core are of no use, and OpenMP ends the process where it cannot start them
+  constexpr int64_t kLeastTokens = 32768;  // fewer are not worth a second thread, in torch neither
+  // More threads are of no use, and OpenMP ends the process if it cannot start them.
   static const int most_threads =
       4 * std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  const bool is_small = args.rows < kLeast && args.rows * args.vocab_size < kLeast;
+  const bool is_small = args.rows < kLeastTokens && args.rows * args.vocab_size < kLeastTokens;
   const int threads = is_small ? 1 : std::min(args.num_threads, most_threads);
   const bool split_rows = args.rows < threads;
   Batch batch{args, split_rows ? threads : 1};
   if (split_rows) {
     for (int64_t row = 0; row < args.rows; ++row) batch.run_row(row);
   } else {
-    Pool::run(
+    ThreadPool::run(
         args.rows,
         threads,
         [](void* context, int64_t row) { static_cast<Batch*>(context)->run_row(row); },
@@ -811,7 +843,7 @@ __attribute__((visibility("default"))) int32_t llm_sampling_cpu(const LlmSamplin
 }
 
 __attribute__((visibility("default"))) void llm_sampling_cpu_forked(void) {
-  llm_sampling::Pool::forked();
+  llm_sampling::ThreadPool::forked();
 }
 
 __attribute__((visibility("default"))) uint32_t llm_sampling_abi_version(void) {

@@ -1,4 +1,5 @@
-// Steps 1 to 5: the values of a row, 512 tokens at a time; and what a kept set is.
+// Steps 1 to 5: the processed logits of a row, one tile of 512 tokens at a time; and the threshold that
+// describes a kept set.
 #ifndef LLM_SAMPLING_CPU_TILE_H_
 #define LLM_SAMPLING_CPU_TILE_H_
 
@@ -8,7 +9,8 @@
 #include "../llm_sampling.h"
 #include "../semantics.h"
 
-// A build that sets this to nothing and -march by hand tests one instruction set.
+// LLM_SAMPLING_CLONES marks a function that is compiled once per instruction set; the CPU chooses when the
+// library is loaded. A build that defines it otherwise, and sets -march, is for one instruction set alone.
 // clang-format off
 #ifndef LLM_SAMPLING_CLONES
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
@@ -25,11 +27,11 @@
 namespace llm_sampling {
 namespace {
 
-constexpr int kTile = 512;
-constexpr int kGroups = 16;
-constexpr int kSteps = kTile / kGroups;
-constexpr int64_t kEveryId = INT64_MAX;
+constexpr int kTile = 512;    // tokens
+constexpr int kStripes = 16;  // stripe i of a tile is its tokens j with j mod 16 == i
+constexpr int kStripeTokens = kTile / kStripes;
 
+// One row's logits, and all that steps 1 to 5 and 9 need.
 struct Row {
   const void* logits;
   int32_t dtype;
@@ -37,15 +39,16 @@ struct Row {
   const int32_t* bias_ids;  // ascending
   const float* bias_values;
   int64_t bias_count;
-  const uint32_t* allowed;
-  const uint32_t* seen;
-  const int32_t* counts;  // NULL where no penalty needs them
+  const uint32_t* allowed;  // NULL without a mask
+  const uint32_t* seen;     // NULL without penalties
+  const int32_t* counts;    // NULL if no penalty needs them
   float repetition_penalty;
   float frequency_penalty;
   float presence_penalty;
-  float m;      // step 9's maximum, known after the first pass
-  float scale;  // step 9's s
+  float m;      // the row's maximum (step 9), known after the first pass
+  float scale;  // s of step 9
 
+  // Whether steps 2 to 5 change nothing.
   bool is_raw() const { return bias_count == 0 && allowed == nullptr && seen == nullptr; }
   int64_t tiles() const { return (vocab_size + kTile - 1) / kTile; }
 };
@@ -53,7 +56,7 @@ struct Row {
 template <typename T, float (*kWiden)(T)>
 INLINE void widen(const void* logits, int64_t begin, int count, float* __restrict out) {
   const T* in = static_cast<const T*>(logits) + begin;
-  // what follows takes longer than the hardware's prefetcher looks ahead
+  // Prefetch the next tile: the work on this one takes longer than the hardware's prefetcher looks ahead.
   for (int j = 0; j < kTile; j += 64 / sizeof(T)) __builtin_prefetch(in + kTile + j);
   for (int j = 0; j < count; ++j) out[j] = kWiden(in[j]);
 }
@@ -72,20 +75,21 @@ INLINE void mask_out(const uint32_t* allowed, int count, float* __restrict y) {
   for (int w = 0; w * 32 < count; ++w) {
     const uint32_t bits = allowed[w];
     if (bits == 0xffffffffu) continue;
-    float* z = y + w * 32;  // a tile has room for the whole of its last word
+    float* z = y + w * 32;  // may reach past count, but not past the tile
     for (int j = 0; j < 32; ++j) z[j] = (bits >> j & 1) != 0 ? z[j] : -kInfinity;
   }
 }
 
-// The places of the set bits among the first `count`, in order; their number. Writes up to 4 past it.
-INLINE int set_bits(const uint32_t* words, int count, int32_t* __restrict places) {
+// Writes the ascending indices of the set bits among the first `count` bits, and returns how many there
+// are. It writes up to 4 elements past the last index.
+INLINE int set_bits(const uint32_t* words, int count, int32_t* __restrict indices) {
   int size = 0;
   for (int begin = 0; begin < count; begin += 64) {
     uint64_t bits = words[begin / 32];
     if (begin + 32 < count) bits |= static_cast<uint64_t>(words[begin / 32 + 1]) << 32;
     if (begin + 64 > count) bits &= (uint64_t{1} << (count - begin)) - 1;
-    // four at a time, so that most words take no branch that depends on their bits
-    int32_t* out = places + size;
+    // Four at a time, so that most words take no branch that depends on their bits.
+    int32_t* out = indices + size;
     size += __builtin_popcountll(bits);
     do {
       *out++ = begin + __builtin_ctzll(bits | uint64_t{1} << 63), bits &= bits - 1;
@@ -97,34 +101,36 @@ INLINE int set_bits(const uint32_t* words, int count, int32_t* __restrict places
   return size;
 }
 
-// 3 to 5: the seen tokens are gathered first, since what a loop over bits reads misses the caches.
+// 3 to 5 penalties, for a tile. The indices of the seen tokens are collected first, so that the loads of
+// their counts, which miss the caches, do not wait for one another.
 INLINE void penalise(const Row& row, int64_t begin, int count, float* __restrict y) {
-  constexpr int kBlock = 8;  // what is past the last place is worked out too and not written
-  int32_t places[kTile + kBlock];
+  constexpr int kWidth =
+      8;  // seen tokens at a time; index 0 pads them, and its results are not stored
+  int32_t indices[kTile + kWidth];
   alignas(64) float x[kTile];
   alignas(64) int32_t times[kTile];
-  const int size = set_bits(row.seen + begin / 32, count, places);
-  const int padded = (size + kBlock - 1) / kBlock * kBlock;
-  for (int i = size; i < padded; ++i) places[i] = 0;
-  for (int i = 0; i < padded; ++i) x[i] = y[places[i]];
-  for (int i = 0; i < padded; i += kBlock) {
-    for (int j = i; j < i + kBlock; ++j) x[j] = repetition(x[j], row.repetition_penalty);
+  const int size = set_bits(row.seen + begin / 32, count, indices);
+  const int padded = (size + kWidth - 1) / kWidth * kWidth;
+  for (int i = size; i < padded; ++i) indices[i] = 0;
+  for (int i = 0; i < padded; ++i) x[i] = y[indices[i]];
+  for (int i = 0; i < padded; i += kWidth) {
+    for (int j = i; j < i + kWidth; ++j) x[j] = repetition(x[j], row.repetition_penalty);
   }
   if (row.counts != nullptr) {
     const int32_t* counts = row.counts + begin;
-    for (int i = 0; i < padded; ++i) times[i] = counts[places[i]];
-    for (int i = 0; i < padded; i += kBlock) {
-      for (int j = i; j < i + kBlock; ++j) {
+    for (int i = 0; i < padded; ++i) times[i] = counts[indices[i]];
+    for (int i = 0; i < padded; i += kWidth) {
+      for (int j = i; j < i + kWidth; ++j) {
         const float less = frequency(x[j], row.frequency_penalty, times[j]) - row.presence_penalty;
         x[j] = times[j] > 0 ? less : x[j];
       }
     }
   }
-  for (int i = 0; i < size; ++i) y[places[i]] = x[i];
+  for (int i = 0; i < size; ++i) y[indices[i]] = x[i];
 }
 
-// 3 to 5 for tokens of a list.
-INLINE void penalise_list(const Row& row, float* x, const uint32_t* id, int64_t size) {
+// 3 to 5 penalties, for candidates whose logits are x and whose token ids are id.
+INLINE void penalise_candidates(const Row& row, float* x, const uint32_t* id, int64_t size) {
   for (int64_t i = 0; i < size; ++i) {
     if ((row.seen[id[i] >> 5] >> (id[i] & 31) & 1) == 0) continue;
     x[i] = repetition(x[i], row.repetition_penalty);
@@ -133,11 +139,12 @@ INLINE void penalise_list(const Row& row, float* x, const uint32_t* id, int64_t 
   }
 }
 
-// The 512 values of a tile, -inf past the row's end: in `buffer`, or where they lie.
+// The 512 logits of a tile after steps 1 to 5, -inf past the row's end. They are written to `buffer`, or
+// returned in place if they are float32 and steps 2 to 5 change nothing.
 INLINE const float* load_tile(const Row& row, int64_t tile, float* __restrict buffer) {
   const int64_t begin = tile * kTile;
   const int count = static_cast<int>(std::min<int64_t>(kTile, row.vocab_size - begin));
-  switch (row.dtype) {  // 1
+  switch (row.dtype) {  // 1 widen
     case LLM_SAMPLING_FLOAT32:
       if (count == kTile && row.is_raw()) return static_cast<const float*>(row.logits) + begin;
       widen<float, same>(row.logits, begin, count, buffer);
@@ -149,25 +156,28 @@ INLINE const float* load_tile(const Row& row, int64_t tile, float* __restrict bu
       widen<uint16_t, widen_bfloat16>(row.logits, begin, count, buffer);
   }
   for (int j = count; j < kTile; ++j) buffer[j] = -kInfinity;
-  if (row.bias_count > 0) add_bias(row, begin, count, buffer);                    // 2
-  if (row.allowed != nullptr) mask_out(row.allowed + begin / 32, count, buffer);  // 2
-  if (row.seen != nullptr) penalise(row, begin, count, buffer);                   // 3 to 5
+  if (row.bias_count > 0) add_bias(row, begin, count, buffer);                    // 2 bias
+  if (row.allowed != nullptr) mask_out(row.allowed + begin / 32, count, buffer);  // 2 mask
+  if (row.seen != nullptr) penalise(row, begin, count, buffer);  // 3 to 5 penalties
   return buffer;
 }
 
 // ---- Kept sets -----------------------------------------------------------------------------------
 
-// The tokens above `value`, and those equal to it with an id of at most `last_id`.
-struct Cut {
+// The end of a kept set, which is a prefix of the order: logits above `value` are kept, and of those equal
+// to it the ones of ids up to `last_id`.
+struct Threshold {
   float value;
   int64_t last_id;
 };
 
-// Whether token begin + j, of value x, is kept; begin is its tile's first token.
-INLINE bool is_kept(const Cut& cut, int64_t begin, float x, int32_t j) {
-  const int64_t last = cut.last_id - begin;
+constexpr int64_t kEveryId = INT64_MAX;  // a last_id that keeps all logits equal to the value
+
+// Whether token begin + j, whose logit is x, is kept; begin is the first token of its tile.
+INLINE bool is_kept(const Threshold& threshold, int64_t begin, float x, int32_t j) {
+  const int64_t last = threshold.last_id - begin;
   const int32_t last_equal = static_cast<int32_t>(last > kTile ? kTile : last < -1 ? -1 : last);
-  return (x > cut.value) | ((x == cut.value) & (j <= last_equal));
+  return (x > threshold.value) | ((x == threshold.value) & (j <= last_equal));
 }
 
 }  // namespace

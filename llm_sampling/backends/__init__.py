@@ -2,146 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
 
-from llm_sampling.history import TokenHistory
-from llm_sampling.params import BatchParams
-
-Logprobs = Literal["processed", "raw"]
-
-#: Status bits, a set of which is written for every row.
-STATUS_NAN, STATUS_NO_CANDIDATE, STATUS_POS_INF = 1, 2, 4
-
-
-class SampleOutput(NamedTuple):
-    """What :func:`llm_sampling.sample` returns.
-
-    Attributes:
-        tokens: int64 ``(rows,)``, or ``(rows, num_samples)`` when ``num_samples`` > 1; -1 in a row
-            without candidates.
-        logprobs: float32 natural logarithms of the shape of ``tokens`` (NaN where the token is -1),
-            or None if not asked for.
-        status: int32 ``(rows,)``, a set of bits: 1 NaN seen, 2 no candidate, 4 +inf seen.
-    """
-
-    tokens: Tensor
-    logprobs: Tensor | None
-    status: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class SampleCall:
-    """Everything that a backend needs, checked by :mod:`llm_sampling.sample`.
-
-    Attributes:
-        logits: ``(rows, vocab_size)`` float32, float16 or bfloat16, last stride 1.
-        batch: the parameters; every row has a seed, and ``position`` is set.
-        history: penalty state of the same rows, or None.
-        allowed_mask: int32 ``(rows, ceil(vocab_size / 32))``, last stride 1, or None.
-        num_samples: draws per row.
-        logprobs: which distribution the tokens' logprobs come from, or None.
-        check: raise :class:`InvalidLogitsError` if any status is not 0.
-        advance: after the draw add each row's token to the history and 1 to its position, in place;
-            nothing of it happens when ``check`` raises.
-    """
-
-    logits: Tensor
-    batch: BatchParams
-    history: TokenHistory | None
-    allowed_mask: Tensor | None
-    num_samples: int = 1
-    logprobs: Logprobs | None = None
-    check: bool = False
-    advance: bool = False
-
-
-class BackendModule(Protocol):
-    """What a module of this package offers.
-
-    Attributes:
-        DEVICE_TYPES: where the tensors may be; None is wherever torch runs.
-    """
-
-    DEVICE_TYPES: frozenset[str] | None
-
-    def why_unavailable(self) -> str | None:
-        """None if the backend works here, else the reason."""
-
-    def sample(self, call: SampleCall) -> SampleOutput:
-        """Draw tokens."""
-
-    def filter_logits(self, call: SampleCall) -> Tensor:
-        """Processed logits over temperature, -inf outside the kept set; float32."""
-
-    def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
-        """``sample`` of new logits of the same shape, dtype and device, and a mask or None."""
-
-
-def advance(call: SampleCall, output: SampleOutput) -> None:
-    """What ``call.advance`` asks for, in torch: for a backend whose kernel has not done it."""
-    assert call.batch.position is not None
-    call.batch.position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
-    if call.history is not None:
-        call.history.append(output.tokens)
-
-
-def settle(call: SampleCall, output: SampleOutput) -> SampleOutput:
-    """What is left of a call whose kernel does not know whether all rows are valid: one launch.
-
-    With ``check`` it waits for the device; the rows advance in a second step, if all are valid.
-    """
-    if call.check:
-        raise_on_status(output.status)
-        if call.advance:
-            advance(call, output)
-    return output
-
-
-class InvalidLogitsError(ValueError):
-    """Rows whose logits hold NaN or +inf, or leave no candidate.
-
-    Attributes:
-        rows: the indices of those rows.
-    """
-
-    def __init__(self, message: str, rows: list[int]) -> None:
-        super().__init__(message)
-        self.rows = rows
-
-
-def raise_on_status(status: Tensor) -> None:
-    """Raise :class:`InvalidLogitsError` naming the rows whose status is not 0."""
-    values = status.tolist()
-    if not any(values):
-        return
-    reasons = (
-        (STATUS_NAN, "NaN in logits"),
-        (STATUS_NO_CANDIDATE, "no candidate left (every logit is -inf or masked)"),
-        (STATUS_POS_INF, "+inf in logits"),
-    )
-    parts = []
-    for bit, reason in reasons:
-        rows = [row for row, value in enumerate(values) if value & bit]
-        if rows:
-            parts.append(f"{reason} in {'row' if len(rows) == 1 else 'rows'} {_enumerate(rows)}")
-    raise InvalidLogitsError("; ".join(parts), [row for row, value in enumerate(values) if value])
-
-
-def _enumerate(rows: list[int]) -> str:
-    shown = ", ".join(map(str, rows[:8]))
-    return shown if len(rows) <= 8 else f"{shown} and {len(rows) - 8} more"
-
-
-#: The process that imported the package; one with another id was forked from it.
-IMPORTED_BY = os.getpid()
+from llm_sampling.backends.base import BackendModule
 
 
 @dataclass(frozen=True)
@@ -151,8 +21,9 @@ class Backend:
     name: str
     module: str
 
+    @functools.cache  # noqa: B019  (the table's rows live as long as the process)
     def load(self) -> BackendModule:
-        """Import the backend's module; nothing heavy is imported before this."""
+        """Import the backend's module, once; nothing heavy is imported before this."""
         return cast(BackendModule, importlib.import_module(self.module))
 
     @property

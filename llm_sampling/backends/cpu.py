@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llm_sampling.backends import SampleCall, SampleOutput, compiled, raise_on_status
+from llm_sampling.backends import native
+from llm_sampling.backends.base import SampleCall, SampleOutput, raise_on_status
 
 DEVICE_TYPES = frozenset({"cpu"})
 
-LIBRARY = compiled.Library("cpu", after_fork="llm_sampling_cpu_forked")
+LIBRARY = native.Library("cpu", after_fork="llm_sampling_cpu_forked")
 
 
 def why_unavailable() -> str | None:
@@ -20,17 +21,17 @@ def why_unavailable() -> str | None:
 
 def sample(call: SampleCall) -> SampleOutput:
     """Draw tokens in one call of the kernel, which advances the rows only if ``check`` lets it."""
-    return _checked(call, compiled.sample(call, LIBRARY.run))
+    return _checked(call, native.sample(call, LIBRARY.run))
 
 
 def filter_logits(call: SampleCall) -> Tensor:
     """Filter in one call of the kernel."""
-    return compiled.filter_logits(call, LIBRARY.run)
+    return native.filter_logits(call, LIBRARY.run)
 
 
 def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
     """Keep what the kernel is called with between steps."""
-    step = compiled.prepare(call, LIBRARY.run)
+    step = native.prepare(call, LIBRARY.run)
     if not call.check:
         return step
     return lambda logits, allowed_mask: _checked(call, step(logits, allowed_mask))

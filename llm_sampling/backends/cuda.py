@@ -10,12 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llm_sampling.backends import SampleCall, SampleOutput, compiled, settle
-from llm_sampling.backends.args import SampleArgs
+from llm_sampling.backends import native
+from llm_sampling.backends.base import SampleCall, SampleOutput, settle
+from llm_sampling.backends.c_abi import SampleArgs
 
 DEVICE_TYPES = frozenset({"cuda"})
 
-LIBRARY = compiled.Library("cuda", ctypes.c_void_p)
+LIBRARY = native.Library("cuda", ctypes.c_void_p)
 
 
 def why_unavailable() -> str | None:
@@ -32,12 +33,12 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def _why_unusable() -> str | None:
-    """What the driver says of the library."""
+    """None if the driver can run the library on a device of this machine, else its reason."""
     code = LIBRARY.load().llm_sampling_cuda_usable()
     return None if code == 0 else LIBRARY.error(code)
 
 
-def _run_on(device: torch.device) -> compiled.Run:
+def _run_on(device: torch.device) -> native.Run:
     """One launch, on the current stream of the device."""
 
     def run(args: SampleArgs) -> None:
@@ -48,21 +49,21 @@ def _run_on(device: torch.device) -> compiled.Run:
 
 
 def _unchecked(call: SampleCall) -> SampleCall:
-    """What the kernel does of it: whether all rows are valid is not known to a single one."""
+    """The call as the kernel runs it: a block sees one row and cannot check all of them."""
     return replace(call, check=False, advance=call.advance and not call.check)
 
 
 def sample(call: SampleCall) -> SampleOutput:
     """Draw tokens in one launch."""
-    return settle(call, compiled.sample(_unchecked(call), _run_on(call.logits.device)))
+    return settle(call, native.sample(_unchecked(call), _run_on(call.logits.device)))
 
 
 def filter_logits(call: SampleCall) -> Tensor:
     """Filter in one launch."""
-    return compiled.filter_logits(call, _run_on(call.logits.device))
+    return native.filter_logits(call, _run_on(call.logits.device))
 
 
 def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
     """Keep what the kernel is called with between steps."""
-    step = compiled.prepare(_unchecked(call), _run_on(call.logits.device))
+    step = native.prepare(_unchecked(call), _run_on(call.logits.device))
     return lambda logits, allowed_mask: settle(call, step(logits, allowed_mask))

@@ -1,4 +1,4 @@
-"""The reference as a backend: any device that torch knows, at the reference's speed."""
+"""The reference as a backend: it runs on every device of torch, at the reference's speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from llm_sampling import reference
-from llm_sampling.backends import SampleCall, SampleOutput, advance, raise_on_status
+from llm_sampling.backends.base import SampleCall, SampleOutput, advance, raise_on_status
 
 DEVICE_TYPES = None
 

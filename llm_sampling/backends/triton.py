@@ -14,8 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm_sampling.backends import SampleCall, SampleOutput, settle
-from llm_sampling.backends.args import LOGPROBS_MODES, make_results
+from llm_sampling.backends.base import (
+    LOGPROBS_MODES,
+    SampleCall,
+    SampleOutput,
+    make_results,
+    settle,
+)
 from llm_sampling.history import TokenHistory
 
 

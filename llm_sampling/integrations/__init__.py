@@ -1,1 +1,1 @@
-"""Plugs for the generation loops of other libraries, each in a module that imports its library."""
+"""The kernel inside other libraries, in a module each: Hugging Face transformers and vLLM."""

@@ -1,18 +1,19 @@
-"""Hugging Face: the kernel inside ``model.generate``.
+"""Hugging Face: the kernel inside ``model.generate``, in three ways.
 
     model.generate(**inputs, custom_generate=fused_generate, params=params)
     model.generate(**inputs, logits_processor=[FusedLogitsProcessor(params)])
     model.generate(**inputs, logits_processor=[FusedLogitsWarper(params)], do_sample=True)
 
-The first is the whole loop, the second the draw, the third the filters. They know what ``generate``
-hides: where padding is, where the prompt ends, which row is whose. The first two give the tokens of
-:func:`llm_sampling.generation.generate`.
+:func:`fused_generate` is the whole loop, :class:`FusedLogitsProcessor` draws the tokens and
+:class:`FusedLogitsWarper` only filters. They keep track of padding, of where the prompt ends and of
+which rows belong to which prompt, which ``generate`` does not tell a processor. The first two give
+the tokens of :func:`llm_sampling.generation.generate`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -24,23 +25,32 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils.generic import ModelOutput
 
-from llm_sampling.backends import Logprobs, check_name, raise_on_status
-from llm_sampling.generation import TextDecoder, seeded
+from llm_sampling.backends import check_name
+from llm_sampling.backends.base import Logprobs, raise_on_status
+from llm_sampling.checks import integer
+from llm_sampling.generation.prompts import unpadded
+from llm_sampling.generation.rows import (
+    RowText,
+    new_sampler,
+    params_of_prompts,
+    params_of_sequences,
+    prompt_history,
+)
+from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import check_draws, filter_logits
 from llm_sampling.sampler import Sampler
-from llm_sampling.stopping import StopStrings
 
 
-class _Rows:
-    """What both processors know of a call of ``generate``: its prompts, and the tokens since.
+class _Prompts:
+    """The prompts of a call of ``generate``: their parameters, and which ids are padding.
 
     Args:
-        params: one for all rows, or one a prompt.
+        params: one for all prompts, or one a prompt.
         attention_mask: that of the prompts, 0 where they are padded.
-        pad_token_id: of padding on the left, where there is no mask.
-        backend: what will run, so that a name that there is not is refused at once.
+        pad_token_id: the id of padding on the left, where there is no mask.
+        backend: checked here so that an unknown name is refused before ``generate`` starts.
     """
 
     def __init__(
@@ -51,15 +61,8 @@ class _Rows:
         backend: str,
     ) -> None:
         check_name(backend)
-        if isinstance(params, SamplingParams):
-            params = [params]
-        elif not isinstance(params, Sequence) or not all(
-            isinstance(row, SamplingParams) for row in params
-        ):
-            raise ValueError(
-                f"params must be a SamplingParams or a sequence of them, got {params!r}"
-            )
-        if not params:
+        self.params = params_of_prompts(params, 1)
+        if not self.params:
             raise ValueError("params must have at least one, got none")
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2
@@ -69,64 +72,31 @@ class _Rows:
             )
         if attention_mask is not None and pad_token_id is not None:
             raise ValueError("pad_token_id must not be given beside an attention_mask")
-        if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, (int, type(None))):
-            raise ValueError(f"pad_token_id must be an integer, got {pad_token_id!r}")
-        self.params = list(params)
         self._mask = attention_mask
-        self._pad = pad_token_id
-        self._ids: Tensor | None = None  # of the last call
+        self._pad = None if pad_token_id is None else integer("pad_token_id", pad_token_id)
 
-    def reset(self) -> None:
-        """Take the next call for the first one of a ``generate``."""
-        self._ids = None
-
-    def begins(self, input_ids: Tensor) -> bool:
-        """Whether this call is the first of a ``generate``; it remembers the ids.
-
-        It is, unless the ids are those of the last call and one more for each row.
-        """
-        last, self._ids = self._ids, input_ids
-        goes_on = (
-            last is not None
-            and input_ids.shape == (last.shape[0], last.shape[1] + 1)
-            and input_ids.device == last.device
-            and torch.equal(input_ids[:, :-1], last)
-        )
-        if not goes_on:
-            _refuse_other_loops()
-        return not goes_on
-
-    def expanded(self, rows: int) -> list[SamplingParams]:
+    def params_of_rows(self, rows: int) -> list[SamplingParams]:
         """One a row: ``num_return_sequences`` rows of a prompt have its seed, + 1, + 2, ..."""
-        if len(self.params) == 1 and self.params[0].seed is None:
-            return self.params * rows
         if rows % len(self.params) != 0:
             raise ValueError(
                 f"params must have one for each prompt, got {len(self.params)} for {rows} rows"
             )
-        each = rows // len(self.params)
-        return [seeded(row, i) for row in self.params for i in range(each)]
+        return params_of_sequences(self.params, rows // len(self.params))
 
     def sampler(
         self, input_ids: Tensor, logits: Tensor, logprobs: Logprobs | None, backend: str
     ) -> Sampler:
-        """A new one, for these prompts."""
-        params = self.expanded(input_ids.shape[0])
-        vocab_size = logits.shape[1]
-        history = None
-        if any(row.needs_history for row in params):
-            prompts = self.prompts(input_ids)
-            history = TokenHistory.from_ids(prompts, None, vocab_size, device=logits.device)
-        return Sampler(
-            params,
-            vocab_size=vocab_size,
-            history=history,
+        """A new Sampler for the prompts ``input_ids``."""
+        return new_sampler(
+            self.params_of_rows(input_ids.shape[0]),
+            lambda: self.unpadded(input_ids),
+            vocab_size=logits.shape[1],
+            device=logits.device,
             logprobs=logprobs,
             backend=backend,
-            device=logits.device,
         )
 
-    def prompts(self, input_ids: Tensor) -> list[Tensor]:
+    def unpadded(self, input_ids: Tensor) -> list[Tensor]:
         """The ids of each row without padding, on the host."""
         ids = input_ids.cpu()
         if self._mask is not None:
@@ -138,50 +108,96 @@ class _Rows:
                 )
             if ids.shape[1] > 0:
                 mask = mask.repeat_interleave(ids.shape[0] // mask.shape[0], dim=0)
-                return [row[keep] for row, keep in zip(ids, mask, strict=True)]
+                return unpadded(ids, mask)
         if self._pad is not None:
-            # a pad token behind the first other one is a token like any other
-            return [row[(row != self._pad).cumsum(0) > 0] for row in ids]
+            # A pad token after the first other token is a token like any other.
+            return unpadded(ids, (ids != self._pad).cumsum(-1))
         return list(ids)
 
 
-def _refuse_other_loops() -> None:
-    """A ValueError inside beam search or assisted decoding, whose rows are no texts."""
+class _StepTracker:
+    """Tells the first call of a ``generate`` from the next ones, by the ids of the call before."""
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+
+    def reset(self) -> None:
+        """Take the next call for the first one of a ``generate``."""
+        self._last = None
+
+    def is_first(self, input_ids: Tensor) -> bool:
+        """Whether a ``generate`` begins with this call.
+
+        It does unless the ids are those of the last call and one more for each row.
+
+        Raises:
+            ValueError: ``generate`` searches beams or has an assistant, so that a row of the batch
+                is not one text.
+        """
+        last, self._last = self._last, input_ids
+        goes_on = (
+            last is not None
+            and input_ids.shape == (last.shape[0], last.shape[1] + 1)
+            and input_ids.device == last.device
+            and torch.equal(input_ids[:, :-1], last)
+        )
+        if not goes_on:
+            _refuse_other_loops()
+        return not goes_on
+
+
+def _callers() -> Iterator[FrameType]:
+    """The stack frames of transformers' generation code, the innermost first.
+
+    There is no plainer way: a logits processor is not told which loop calls it, and ``generate``
+    does not pass ``streamer``, ``synced_gpus`` and ``assistant_model`` to a custom loop (see its
+    ``_extract_generation_mode_kwargs``).
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_name
-        is_theirs = frame.f_globals.get("__name__", "").startswith("transformers.generation.")
-        if is_theirs and name.startswith("_") and name.endswith(("_search", "_decoding")):
+        if frame.f_globals.get("__name__", "").startswith("transformers.generation."):
+            yield frame
+        frame = frame.f_back
+
+
+def _refuse_other_loops() -> None:
+    """A ValueError inside of beam search or assisted decoding."""
+    for name in (frame.f_code.co_name for frame in _callers()):
+        if name.startswith("_") and name.endswith(("_search", "_decoding")):
             raise ValueError(
                 "a fused processor must draw one text a row (num_beams=1, no assistant_model, no "
                 f"prompt lookup), and transformers called it in {name}"
             )
-        frame = frame.f_back
+
+
+def _argument_of_generate(name: str) -> Any:
+    """The argument that ``generate`` was called with; None if it is not among the callers."""
+    calls = (frame.f_locals for frame in _callers() if frame.f_code.co_name == "generate")
+    return next(calls, {}).get(name)
 
 
 class FusedLogitsProcessor(LogitsProcessor):
     """Draws each row's token in one call of the kernel, inside ``model.generate``.
 
-    What it returns is 0.0 at the token that was drawn and -inf elsewhere, so that ``generate``
-    takes this token with ``do_sample`` on or off and whatever warpers follow. Every row has its own
-    parameters and its own seed, which no other row can change; frequency and presence penalties
-    count the output only, temperature 0 is greedy, and padding is penalised nowhere.
+    It returns 0.0 at the token that was drawn and -inf elsewhere, so that ``generate`` takes this
+    token with ``do_sample`` on or off and whatever warpers follow. Every row has its own parameters
+    and its own seed, and no row depends on another one. Frequency and presence penalties count the
+    output only, temperature 0 is greedy, and padding is not penalised.
 
-    Set ``top_k=0`` and ``top_p=1.0`` in ``generate``: its own warpers run after this one and can
-    change nothing but the time that they take.
+    Set ``top_k=0`` and ``top_p=1.0`` in ``generate``: its own warpers run after this processor,
+    which takes time and changes nothing.
 
-    One object serves one call of ``generate`` after the other. Only where a call goes on with
-    exactly what the last one returned, :meth:`reset` must be called between them: it looks like the
-    next step of the last call.
+    One object serves one call of ``generate`` after the other. Call :meth:`reset` before a call
+    whose prompts are exactly what the last call returned: it looks like a next step of that one.
 
     Args:
         params: one for all prompts, or one a prompt, in the order of ``input_ids``. With
             ``num_return_sequences`` row i of a prompt has the prompt's seed + i.
-        attention_mask: ``(prompts, length)``, the mask that ``generate`` gets; needed where prompts
-            are padded and a repetition penalty is on, unless ``pad_token_id`` tells it.
+        attention_mask: ``(prompts, length)``, the mask that ``generate`` gets. It is needed where
+            prompts are padded and a repetition penalty is on, unless ``pad_token_id`` is given.
         pad_token_id: the token that prompts are padded with on the left, instead of the mask.
-        logprobs: None, "processed" or "raw", as for :func:`llm_sampling.sample`: those of the drawn
-            tokens are then in :attr:`logprobs`.
+        logprobs: None, "processed" or "raw", as for :func:`llm_sampling.sample`: :attr:`logprobs`
+            then has those of the drawn tokens.
         backend: as for :func:`llm_sampling.sample`.
 
     Raises:
@@ -204,44 +220,48 @@ class FusedLogitsProcessor(LogitsProcessor):
         logprobs: Logprobs | None = None,
         backend: str = "auto",
     ) -> None:
-        self._rows = _Rows(params, attention_mask, pad_token_id, backend)
+        self._prompts = _Prompts(params, attention_mask, pad_token_id, backend)
+        self._steps = _StepTracker()
         check_draws(1, logprobs, None)
         self._logprobs: Logprobs | None = logprobs
         self._backend = backend
         self._sampler: Sampler | None = None
-        self._drawn: list[Tensor] = []
+        self._step_logprobs: list[Tensor] = []
 
     def reset(self) -> None:
         """Take the next call for the first one of a ``generate``."""
-        self._rows.reset()
+        self._steps.reset()
 
     @property
     def logprobs(self) -> Tensor | None:
-        """float32 ``(rows, steps)`` of this ``generate``, in a row that has ended too; or None."""
-        return torch.stack(self._drawn, dim=1) if self._drawn else None
+        """float32 ``(rows, steps)`` of the last ``generate``; None if not asked for.
+
+        They go on in a row that has ended.
+        """
+        return torch.stack(self._step_logprobs, dim=1) if self._step_logprobs else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``(rows, vocab_size)`` float32, new; see the class."""
-        begins = self._rows.begins(input_ids)
-        if begins or self._sampler is None:
-            self._sampler = self._rows.sampler(input_ids, scores, self._logprobs, self._backend)
-            self._drawn = []
+        """float32 ``(rows, vocab_size)``, a new tensor: 0.0 at the drawn tokens, -inf elsewhere."""
+        is_first = self._steps.is_first(input_ids)
+        if is_first or self._sampler is None:
+            self._sampler = self._prompts.sampler(input_ids, scores, self._logprobs, self._backend)
+            self._step_logprobs = []
         drawn = self._sampler(scores)
         if drawn.logprobs is not None:
-            self._drawn.append(drawn.logprobs)
+            self._step_logprobs.append(drawn.logprobs)
         tokens = drawn.tokens[:, None]
         chosen = torch.full_like(scores, -torch.inf, dtype=torch.float32)
-        # a row without a candidate has token -1, and stays without one
+        # A row without a candidate has token -1, and remains all -inf.
         return chosen.scatter_(1, tokens.clamp(min=0), torch.where(tokens < 0, -torch.inf, 0.0))
 
 
 class FusedLogitsWarper(LogitsProcessor):
     """Penalises, divides by the temperature and filters in one call of the kernel.
 
-    What it returns is :func:`llm_sampling.filter_logits` of the scores. ``generate`` draws, from
-    torch's generator with ``do_sample`` on: seeds do not matter here.
+    It returns :func:`llm_sampling.filter_logits` of the scores. ``generate`` draws, with
+    ``do_sample`` on from torch's generator, so seeds have no effect.
 
-    Arguments, and what is said about them, are those of :class:`FusedLogitsProcessor`.
+    Its arguments, and what it raises, are those of :class:`FusedLogitsProcessor`.
     """
 
     def __init__(
@@ -252,26 +272,27 @@ class FusedLogitsWarper(LogitsProcessor):
         pad_token_id: int | None = None,
         backend: str = "auto",
     ) -> None:
-        self._rows = _Rows(params, attention_mask, pad_token_id, backend)
+        self._prompts = _Prompts(params, attention_mask, pad_token_id, backend)
+        self._steps = _StepTracker()
         self._backend = backend
         self._history: TokenHistory | None = None
         self._params: BatchParams | None = None
 
     def reset(self) -> None:
         """Take the next call for the first one of a ``generate``."""
-        self._rows.reset()
+        self._steps.reset()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``(rows, vocab_size)`` float32, new; see the class."""
-        if self._rows.begins(input_ids):
-            rows = self._rows.expanded(input_ids.shape[0])
-            self._params = BatchParams.from_list(rows, device=scores.device)
-            self._history = None
-            if self._params.needs_history:
-                prompts = self._rows.prompts(input_ids)
-                self._history = TokenHistory.from_ids(
-                    prompts, None, scores.shape[1], device=scores.device
-                )
+        """float32 ``(rows, vocab_size)``, a new tensor; see the class."""
+        if self._steps.is_first(input_ids):
+            params = self._prompts.params_of_rows(input_ids.shape[0])
+            self._params = BatchParams.from_list(params, device=scores.device)
+            self._history = prompt_history(
+                params,
+                lambda: self._prompts.unpadded(input_ids),
+                scores.shape[1],
+                scores.device,
+            )
         elif self._history is not None:
             self._history.append(input_ids[:, -1])
         assert self._params is not None
@@ -280,9 +301,9 @@ class FusedLogitsWarper(LogitsProcessor):
 
 # ---- parameters from a config ----
 
-#: Fields of a GenerationConfig that change which tokens are drawn, and what each is when it is off,
-#: beside None. Of the first ``generate`` builds processors, which :func:`fused_generate` calls;
-#: nobody does the others.
+#: Fields of a GenerationConfig that change which tokens are drawn, and the values besides None at
+#: which each is off. ``generate`` makes logits processors of the first, and :func:`fused_generate`
+#: calls those. What the second ask for is not supported.
 _AS_PROCESSORS: dict[str, tuple[object, ...]] = {
     "no_repeat_ngram_size": (0,),
     "bad_words_ids": (),
@@ -322,17 +343,17 @@ def params_from_generation_config(
 ) -> SamplingParams:
     """The parameters that ``generate`` would sample with, given this config.
 
-    A field that is None means what it means to ``generate``: ``do_sample`` off, which is greedy,
-    and with it on a ``top_k`` of 50. What is about lengths and end tokens is no parameter of
-    sampling; give it to ``generate``.
+    A field that is None has ``generate``'s default: ``do_sample`` is off, which is greedy, and
+    where it is on ``top_k`` is 50. Fields about lengths and end tokens are ignored, since they are
+    no parameters of sampling; give them to ``generate``.
 
     Args:
         config: a ``transformers.GenerationConfig``, such as ``model.generation_config``.
         seed: of the parameters; a config has none.
 
     Raises:
-        ValueError: the config asks for what :class:`~llm_sampling.SamplingParams` have not, by the
-            field's name, or has a value out of its range.
+        ValueError: ``config`` is no GenerationConfig, or has a value out of its range, or sets a
+            field that :class:`~llm_sampling.SamplingParams` cannot express; the message names it.
     """
     if not isinstance(config, GenerationConfig):
         raise ValueError(f"config must be a GenerationConfig, got {type(config).__name__}")
@@ -353,7 +374,7 @@ def _params_of(config: GenerationConfig, seed: int | None) -> SamplingParams:
         return default if found is None else found
 
     penalty = value("repetition_penalty", 1.0)
-    if not config.do_sample:  # none of the filters is built then
+    if not config.do_sample:  # generate then builds none of the filters
         return SamplingParams(temperature=0.0, repetition_penalty=penalty, seed=seed)
     return SamplingParams(
         temperature=value("temperature", 1.0),
@@ -374,8 +395,8 @@ class FusedGenerateOutput(ModelOutput):
 
     Attributes:
         sequences: int64 ``(rows, length)``, prompts included, as ``generate`` returns them.
-        logprobs: float32 ``(rows, steps)`` of the drawn tokens, where asked for; NaN where a row
-            has ended.
+        logprobs: float32 ``(rows, steps)`` of the drawn tokens, NaN where a row has ended; None if
+            not asked for.
         logits: of each step ``(rows, vocab_size)``, with ``output_logits``.
     """
 
@@ -384,7 +405,9 @@ class FusedGenerateOutput(ModelOutput):
     logits: tuple[Tensor, ...] | None = None
 
 
-#: By class: what :func:`_params_of` does instead.
+#: The logits processors that ``params`` replace, by their class. Each has the field of the
+#: generation config that ``generate`` makes it from, and the values besides None for which it makes
+#: none.
 _REPLACED = {
     "TemperatureLogitsWarper": ("temperature", (1.0,)),
     "TopKLogitsWarper": ("top_k", (0,)),
@@ -397,7 +420,11 @@ _REPLACED = {
 def _other_processors(
     processors: LogitsProcessorList, config: GenerationConfig
 ) -> list[LogitsProcessor]:
-    """Those that ``params`` do not stand for; a ValueError for what the user gave beside them."""
+    """The processors that ``params`` do not replace.
+
+    Raises:
+        ValueError: the user gave one of a replaced class, beside what ``generate`` made itself.
+    """
     kept = []
     from_config = {
         name
@@ -410,24 +437,13 @@ def _other_processors(
         if name not in _REPLACED:
             kept.append(processor)
         elif name in from_config:
-            from_config.remove(name)  # another one is the user's
+            from_config.remove(name)  # a second one of this class is the user's
         else:
             raise ValueError(
                 f"logits_processor must not have a {name} beside params: set "
                 f"{_REPLACED[name][0]} there"
             )
     return kept
-
-
-def _argument_of_generate(name: str) -> Any:
-    """One of ``generate``'s that it does not hand on to a custom loop; None outside of it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        is_theirs = frame.f_globals.get("__name__") == "transformers.generation.utils"
-        if is_theirs and frame.f_code.co_name == "generate":
-            return frame.f_locals.get(name)
-        frame = frame.f_back
-    return None
 
 
 def fused_generate(
@@ -447,17 +463,17 @@ def fused_generate(
 ) -> Tensor | FusedGenerateOutput:
     """The loop of ``model.generate``, with one fused call a step.
 
-    It is called by ``generate``, which prepares everything as for its own loop: prompts, cache,
-    padding, ``num_return_sequences``, a streamer, stopping criteria, what other processors there
-    are. These are called on a float32 copy of the logits, if there are any.
+    ``generate`` calls it after preparing everything as for its own loop: prompts, cache, padding,
+    ``num_return_sequences``, a streamer, stopping criteria and logits processors. Processors that
+    ``params`` do not replace are called on a float32 copy of the logits.
 
     Args:
-        model: and the next five: what ``generate`` gives.
-        input_ids: see there.
-        logits_processor: see there.
-        stopping_criteria: see there.
-        generation_config: see there.
-        synced_gpus: not done.
+        model: given by ``generate``, as are the next five.
+        input_ids: int64 ``(rows, length)``.
+        logits_processor: the processors that ``generate`` has made, and the user's.
+        stopping_criteria: the criteria that ``generate`` has made, and the user's.
+        generation_config: the config of this call.
+        synced_gpus: not supported.
         params: one for all prompts, or one a prompt; with ``num_return_sequences`` row i of a
             prompt has the prompt's seed + i. They replace the temperature, top_k, top_p, min_p,
             repetition_penalty and do_sample of the generation config. Default: those of the config.
@@ -465,85 +481,74 @@ def fused_generate(
             ``return_dict_in_generate``.
         stop: strings that end a row, searched in the generated text; its tokens stay in the
             sequence. ``generate``'s own ``stop_strings`` does not work with a custom loop.
-        stop_limit: at which occurrence.
-        stop_tokenizer: the tokenizer that ``stop`` needs; ``generate`` hands on none called
-            ``tokenizer``.
+        stop_limit: a row ends at this occurrence, counted over all of ``stop``.
+        stop_tokenizer: the tokenizer that ``stop`` needs. It has a name of its own because
+            ``generate`` does not pass on an argument called ``tokenizer``.
         backend: as for :func:`llm_sampling.sample`.
-        **model_kwargs: what ``generate`` gives.
+        **model_kwargs: given by ``generate``, for the model.
 
     Returns:
         int64 ``(rows, length)``, or with ``return_dict_in_generate`` a
         :class:`FusedGenerateOutput`.
 
     Raises:
-        ValueError: an argument is out of its range, or cannot be honoured.
+        ValueError: an argument is out of its range, or asks for what is not supported.
         InvalidLogitsError: the logits leave a row without a token, or hold NaN or +inf.
 
     Example:
         >>> params = [SamplingParams(top_p=0.9, seed=1), SamplingParams(temperature=0)]
         >>> model.generate(**inputs, custom_generate=fused_generate, params=params)
     """
-    streamer = _argument_of_generate("streamer")
-    config: Any = generation_config
-    if config is None:
+    if generation_config is None:
         raise ValueError("fused_generate must be called by generate, as its custom_generate")
-    outputs = ("output_scores", "output_attentions", "output_hidden_states")
-    _refuse_fields(config, _NOT_DONE | dict.fromkeys(outputs, (False,)))
-    if synced_gpus or _argument_of_generate("synced_gpus"):
-        raise ValueError("synced_gpus cannot be honoured")
-    if _argument_of_generate("assistant_model") is not None:
-        raise ValueError("assistant_model cannot be honoured")
-    if logprobs is not None and not config.return_dict_in_generate:
-        raise ValueError("logprobs needs return_dict_in_generate=True")
-    watch = StopStrings(stop, stop_limit=stop_limit)
-    if watch.is_on and stop_tokenizer is None:
+    config: Any = generation_config
+    _refuse_unsupported(config, synced_gpus, logprobs)
+    has_stop = StopStrings(stop, stop_limit=stop_limit).is_on
+    if has_stop and stop_tokenizer is None:
         raise ValueError("stop_tokenizer must be given for stop")
     processors = _other_processors(logits_processor or LogitsProcessorList(), config)
     mask = None if model.config.is_encoder_decoder else model_kwargs.get("attention_mask")
-    rows = _Rows(_params_of(config, None) if params is None else params, mask, None, backend)
-    criteria = stopping_criteria or StoppingCriteriaList()
-    has_end = any(hasattr(one, "eos_token_id") for one in criteria)
-    pad = config._pad_token_tensor
-    ends = [
-        (TextDecoder(stop_tokenizer, prompt.tolist()), StopStrings(stop, stop_limit=stop_limit))
-        for prompt in (rows.prompts(input_ids) if watch.is_on else ())
+    prompts = _Prompts(_params_of(config, None) if params is None else params, mask, None, backend)
+    texts = [
+        RowText(stop_tokenizer, prompt.tolist(), StopStrings(stop, stop_limit=stop_limit))
+        for prompt in (prompts.unpadded(input_ids) if has_stop else ())
     ]
+    criteria = stopping_criteria or StoppingCriteriaList()
+    rows_may_end = has_stop or any(hasattr(one, "eos_token_id") for one in criteria)
+    pad = config._pad_token_tensor if rows_may_end else None
+    streamer = _argument_of_generate("streamer")
+
     going = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    is_going = True
     sampler: Sampler | None = None
     kept_logits: list[Tensor] = []
     kept_logprobs: list[Tensor] = []
     steps = _ModelSteps(model, input_ids, config, model_kwargs)
     with steps.optimised():
-        while True:
+        while is_going:
             logits = steps(input_ids)
             if config.return_dict_in_generate and config.output_logits:
                 kept_logits.append(logits.float().clone())
-            scores = logits
-            if processors:
-                scores = logits.to(torch.float32, copy=True)
-                for processor in processors:
-                    scores = processor(input_ids, scores)
+            scores = _processed(logits, input_ids, processors)
             if sampler is None:
-                sampler = rows.sampler(input_ids, scores, logprobs, backend)
+                sampler = prompts.sampler(input_ids, scores, logprobs, backend)
             drawn = sampler(scores)
-            tokens = drawn.tokens
             if drawn.logprobs is not None:
                 kept_logprobs.append(drawn.logprobs.masked_fill(~going, torch.nan))
-            if (has_end or ends) and pad is not None:
+            tokens = drawn.tokens
+            if pad is not None:
                 tokens = torch.where(going, tokens, pad.to(tokens.device))
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             going = going & ~criteria(input_ids, None)
-            # the step's one wait for the device
+            # The only wait for the device in a step.
             is_invalid, is_going = torch.stack([(drawn.tokens < 0).any(), going.any()]).tolist()
             if is_invalid:
                 raise_on_status(drawn.status)
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            if ends:
-                going = going & ~_stopped(ends, tokens.tolist()).to(going.device)
+            if texts:
+                going = going & ~_stopped(texts, tokens.tolist()).to(going.device)
                 is_going = bool(going.any())
-            if not is_going:
-                break
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
@@ -555,15 +560,37 @@ def fused_generate(
     )
 
 
-def _stopped(ends: list[tuple[TextDecoder, StopStrings]], tokens: list[int]) -> Tensor:
-    """Which rows have met their stop string, with these tokens."""
-    for (decoder, watch), token in zip(ends, tokens, strict=True):
-        watch.feed(decoder.decode(token))
-    return torch.tensor([watch.found is not None for _, watch in ends])
+def _refuse_unsupported(config: Any, synced_gpus: bool, logprobs: Logprobs | None) -> None:
+    """A ValueError for what ``generate`` was asked for and :func:`fused_generate` cannot do."""
+    outputs = ("output_scores", "output_attentions", "output_hidden_states")
+    _refuse_fields(config, _NOT_DONE | dict.fromkeys(outputs, (False,)))
+    if synced_gpus or _argument_of_generate("synced_gpus"):
+        raise ValueError("synced_gpus cannot be honoured")
+    if _argument_of_generate("assistant_model") is not None:
+        raise ValueError("assistant_model cannot be honoured")
+    if logprobs is not None and not config.return_dict_in_generate:
+        raise ValueError("logprobs needs return_dict_in_generate=True")
+
+
+def _processed(logits: Tensor, input_ids: Tensor, processors: Sequence[LogitsProcessor]) -> Tensor:
+    """What the processors make of a float32 copy; the logits themselves if there are none."""
+    if not processors:
+        return logits
+    scores = logits.to(torch.float32, copy=True)
+    for processor in processors:
+        scores = processor(input_ids, scores)
+    return scores
+
+
+def _stopped(texts: Sequence[RowText], tokens: Sequence[int]) -> Tensor:
+    """Whether each row has reached its stop string with its new token: bool ``(rows,)``."""
+    for text, token in zip(texts, tokens, strict=True):
+        text.feed(token)
+    return torch.tensor([text.stop_string is not None for text in texts])
 
 
 class _ModelSteps:
-    """The model's calls as ``generate`` makes them, in transformers 4.57 and 5."""
+    """Calls the model as ``generate``'s own loop does, in transformers 4.57 and 5."""
 
     def __init__(
         self, model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[str, Any]
@@ -571,7 +598,6 @@ class _ModelSteps:
         self._model = model
         self._config = config
         self._kwargs = model_kwargs
-        self._outputs: Any = None
         self._forward: Any = None
         self._has_prefill = hasattr(model, "_prefill")
         if not self._has_prefill:
@@ -581,30 +607,37 @@ class _ModelSteps:
             self._kwargs = model._get_initial_cache_position(length, input_ids.device, model_kwargs)
 
     def optimised(self) -> Any:
-        """Around the loop."""
+        """The context in which the loop runs: that of ``generate``, where this version has one."""
         optimise = getattr(self._model, "_optimize_model_for_decode", nullcontext)
         return optimise()
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """The last logits of each row: ``(rows, vocab_size)``, in the model's dtype."""
-        model, options = self._model, {}
-        if self._forward is None:
-            if self._has_prefill:
-                outputs = model._prefill(input_ids, self._config, self._kwargs)
-            else:
-                inputs = model.prepare_inputs_for_generation(input_ids, **self._kwargs)
-                outputs = model(**inputs, return_dict=True)
-            compiles = model._valid_auto_compile_criteria(self._kwargs, self._config)
-            self._forward = model
-            if compiles:
-                self._forward = model.get_compiled_call(self._config.compile_config)
-        else:
-            if self._has_prefill:
-                options["next_sequence_length"] = 1 if self._kwargs["use_cache"] else None
-            inputs = model.prepare_inputs_for_generation(input_ids, **options, **self._kwargs)
-            outputs = self._forward(**inputs, return_dict=True)
+        model = self._model
+        outputs = self._prefill(input_ids) if self._forward is None else self._decode(input_ids)
         self._kwargs = model._update_model_kwargs_for_generation(
             outputs, self._kwargs, is_encoder_decoder=model.config.is_encoder_decoder
         )
         logits: Tensor = outputs.logits[:, -1]
         return logits.to(input_ids.device)
+
+    def _prefill(self, input_ids: Tensor) -> Any:
+        """The first call, of the whole prompt; chooses what the next ones run."""
+        model = self._model
+        if self._has_prefill:
+            outputs = model._prefill(input_ids, self._config, self._kwargs)
+        else:
+            inputs = model.prepare_inputs_for_generation(input_ids, **self._kwargs)
+            outputs = model(**inputs, return_dict=True)
+        self._forward = model
+        if model._valid_auto_compile_criteria(self._kwargs, self._config):
+            self._forward = model.get_compiled_call(self._config.compile_config)
+        return outputs
+
+    def _decode(self, input_ids: Tensor) -> Any:
+        """A later call, of one token for each row."""
+        options = {}
+        if self._has_prefill:
+            options["next_sequence_length"] = 1 if self._kwargs["use_cache"] else None
+        inputs = self._model.prepare_inputs_for_generation(input_ids, **options, **self._kwargs)
+        return self._forward(**inputs, return_dict=True)

@@ -2,14 +2,14 @@
 
     LLM_SAMPLING_VLLM=1 vllm serve MODEL
 
-vLLM loads :func:`register` by its entry point ``vllm.general_plugins`` in each of its processes. It
-waits until one imports the V1 model runner, and replaces two names of that module then, for which
-vLLM has no plug-in point: ``Sampler``, by a subclass, and ``build_logitsprocs``, so that
-:class:`Requests` hears of every request that enters, leaves or moves. Where vLLM is not as this
-file expects it, nothing is replaced, and one warning says what was different.
+vLLM calls :func:`register`, by the entry point ``vllm.general_plugins``, in each of its processes.
+When a process imports the V1 model runner, two names of that module are replaced, for which vLLM
+has no plug-in point: ``Sampler``, by a subclass, and ``build_logitsprocs``, so that
+:class:`Requests` is told of every request that enters, leaves or moves. If this vLLM differs from
+what the plug-in relies on, nothing is replaced and one warning names the difference.
 
-Importing this module imports neither vLLM nor anything of it. docs/scale.md says what is kept, what
-is refused, and what differs from vLLM's own sampler.
+Importing this module does not import vLLM. docs/engines.md says what remains vLLM's own, what is
+refused, and what differs from vLLM's sampler.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ import torch
 from torch import Tensor
 
 from llm_sampling import backends
-from llm_sampling.backends import SampleCall, SampleOutput
+from llm_sampling.backends.base import SampleCall, SampleOutput
+from llm_sampling.fields import FIELDS
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits
 
-#: A child of vLLM's logger, whose handlers it has.
+#: A child of vLLM's logger, so that vLLM's handlers print it.
 _LOG = logging.getLogger("vllm.llm_sampling")
 
 SWITCH = "LLM_SAMPLING_VLLM"
-#: What the file was read against and is tested with.
+#: The release of vLLM that this module was written for and is tested with.
 VERSION = "0.32"
 RUNNER = "vllm.v1.worker.gpu_model_runner"
 RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
@@ -51,7 +52,7 @@ RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
 def register() -> None:
     """Have vLLM's V1 model runner draw by the kernel, if ``LLM_SAMPLING_VLLM`` is 1.
 
-    It imports nothing of vLLM; called once more, it does nothing.
+    It does not import vLLM. A second call has no effect.
     """
     value = os.environ.get(SWITCH, "0")
     if value in ("", "0"):
@@ -69,10 +70,13 @@ def register() -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Calls an action with a module right after its first import.
+    """Calls an action with a module right after the module's first import.
 
-    An import of our own would come too early: vLLM's workers change torch and parts of vLLM before
-    they import their runner, and its other processes never import one.
+    To import the runner from :func:`register` would be too early: vLLM's workers change torch and
+    parts of vLLM before they import it, and vLLM's other processes never do.
+
+    Args:
+        actions: by the name of the module.
     """
 
     def __init__(self, actions: dict[str, Callable[[ModuleType], None]]) -> None:
@@ -81,7 +85,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """What the other finders say of a module that is waited for; None for every other one."""
+        """The spec that the other finders give, with the action added; None for other modules."""
         if fullname not in self.actions:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
@@ -91,7 +95,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
             execute = spec.loader.exec_module
 
             def execute_and_act(module: ModuleType) -> None:
-                execute(module)  # it may fail, and be tried again
+                execute(module)  # if it raises, the next attempt to import it comes here again
                 self.actions.pop(fullname)(module)
 
             spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
@@ -99,7 +103,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def tell_of_v2(runner: ModuleType) -> None:
-    """Warn where vLLM may choose its V2 runner: it imports the module for V1's sake too."""
+    """Warn if vLLM may choose its V2 runner. Importing the module does not mean that it does."""
     try:
         wanted = _find("vllm.envs:VLLM_USE_V2_MODEL_RUNNER")
         may_be = wanted or (wanted is None and _find("vllm.triton_utils:HAS_TRITON"))
@@ -113,8 +117,8 @@ def tell_of_v2(runner: ModuleType) -> None:
 
 
 def replace_sampler(runner: ModuleType) -> None:
-    """Replace ``Sampler`` and ``build_logitsprocs`` of the module, or say in a warning why not."""
-    reason = _why_not()
+    """Replace ``Sampler`` and ``build_logitsprocs`` of the runner, or warn why they stay."""
+    reason = _difference()
     if reason is not None:
         _refuse(reason)
         return
@@ -126,13 +130,13 @@ def _refuse(reason: str) -> None:
     _LOG.warning("llm_sampling: vLLM keeps its own sampler: %s", reason)
 
 
-# ---- what is leaned on ----
+# ---- what this module relies on in vLLM ----
 
 _PROCESSORS = "vllm.v1.sample.logits_processor"
 _SAMPLER = "vllm.v1.sample.sampler"
 _BATCH = "vllm.v1.worker.gpu_input_batch"
 
-#: Functions that are called or overridden: all of their parameters, in order.
+#: Functions that are called or overridden, with all of their parameters in order.
 _SIGNATURES = {
     f"{_PROCESSORS}:build_logitsprocs": (
         "vllm_config device is_pin_memory is_pooling_model custom_logitsprocs"
@@ -147,7 +151,7 @@ _SIGNATURES = {
     f"{_SAMPLER}:Sampler.compute_logprobs": "logits",
     "vllm.v1.outputs:SamplerOutput": "sampled_token_ids logprobs_tensors",
 }
-#: Records that are read: fields among theirs.
+#: Records that are read, with the fields that are read.
 _FIELDS = {
     "vllm.sampling_params:SamplingParams": (
         "temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty seed"
@@ -158,7 +162,10 @@ _FIELDS = {
         "bad_words_token_ids logitsprocs thinking_budget_state_holder"
     ),
 }
-#: Code that is leaned on: names that it looks up.
+#: Functions that are relied on to call something or to read an attribute, with the names of these.
+#: Patch releases and vendors' builds have the same version, a signature does not show what a body
+#: does, and to run one takes an engine. So the names that the compiled function refers to are
+#: compared; a search of its source would also find them in comments, and where it calls nothing.
 _LOOKUPS = {
     f"{RUNNER}:GPUModelRunner.__init__": "Sampler build_logitsprocs",
     f"{RUNNER}:GPUModelRunner._sample": "sampler sampling_metadata",
@@ -178,8 +185,8 @@ _LOOKUPS = {
 }
 
 
-def _why_not() -> str | None:
-    """None if this vLLM is what the file leans on, else what is different."""
+def _difference() -> str | None:
+    """How this vLLM differs from what the module relies on; None if it does not."""
     try:
         version = _find("vllm:__version__")
         if not version.startswith(f"{VERSION}."):
@@ -196,13 +203,13 @@ def _why_not() -> str | None:
             known = inspect.unwrap(_find(place)).__code__.co_names
             if missing := [name for name in names.split() if name not in known]:
                 return f"{place} does not look up {', '.join(missing)}"
-    except Exception as error:  # whatever it trips over, vLLM goes on
+    except Exception as error:  # whatever is wrong, vLLM must start
         return str(error) or type(error).__name__
     return None
 
 
 def _find(place: str) -> Any:
-    """What is called ``module:name.of.it``."""
+    """The object at ``module:attribute.of.attribute``."""
     module, _, names = place.partition(":")
     found: Any = importlib.import_module(module)
     for name in names.split("."):
@@ -211,7 +218,7 @@ def _find(place: str) -> Any:
 
 
 def _why_not_here(vllm_config: Any) -> str | None:
-    """None if the kernel can draw for an engine of this config, else the reason."""
+    """Why the kernel cannot draw for an engine of this config; None if it can."""
     if vllm_config.speculative_config is not None:
         return "speculative_config: drafts are accepted by a sampler of their own"
     if vllm_config.scheduler_config.async_scheduling:
@@ -226,7 +233,7 @@ def _why_not_here(vllm_config: Any) -> str | None:
 
 
 def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
-    """``build_logitsprocs`` with :class:`Requests` among what it builds, which is told first."""
+    """``build_logitsprocs`` with a :class:`Requests` added, as the first to get batch updates."""
 
     def build(
         vllm_config: Any,
@@ -238,7 +245,7 @@ def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
         built = build_logitsprocs(
             vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs
         )
-        if is_pooling_model:  # it draws nothing
+        if is_pooling_model:  # such a model draws no tokens
             return built
         reason = _why_not_here(vllm_config)
         if reason is not None:
@@ -254,18 +261,21 @@ def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
 
 # ---- the requests of a batch ----
 
-#: Below it vLLM takes a temperature for 0.
+#: vLLM treats a temperature below this as greedy.
 _GREEDY_BELOW = 1e-5
-#: vLLM's repetition penalty is a float64, and the kernel's a float32: the ends of what that holds.
+#: vLLM's repetition penalty is a float64 and the kernel's a float32: the range of positive float32.
 _LEAST_PENALTY, _LARGEST_PENALTY = 2.0**-149, torch.finfo(torch.float32).max
 
 
 def params_of(theirs: Any) -> SamplingParams:
-    """What vLLM's parameters are in ours, which have a seed.
+    """A request's parameters as :class:`~llm_sampling.SamplingParams`, with a seed.
 
-    Those without a seed get a fresh one from torch's default generator, which vLLM seeds with the
-    engine's; a seed is the ``initial_seed()`` of the generator that vLLM makes of it. What changes
-    logits before the penalties, ``logit_bias`` among it, is left to vLLM.
+    A request without a seed gets a fresh one from torch's default generator, which vLLM seeds with
+    the engine's ``seed``. What changes logits before the penalties, such as ``logit_bias``, is left
+    to vLLM.
+
+    Args:
+        theirs: a ``vllm.SamplingParams``.
     """
     greedy = theirs.temperature < _GREEDY_BELOW
     seed = theirs.seed
@@ -288,10 +298,10 @@ class _Request:
     """A request of the batch.
 
     Attributes:
-        params: ours, with a seed.
-        prompt: its token ids; empty where vLLM has embeddings instead.
-        output: vLLM's own list, which grows with every token of the request.
-        recorded: how many tokens of the output its history holds.
+        params: as :func:`params_of` gives them.
+        prompt: its token ids; empty if the prompt came as embeddings.
+        output: vLLM's own list, to which vLLM appends every token of the request.
+        recorded: how many tokens of the output are in the request's row of the history.
     """
 
     params: SamplingParams
@@ -300,47 +310,44 @@ class _Request:
     recorded: int = 0
 
 
-def _as_is(params: SamplingParams) -> SamplingParams:
+_NO_PENALTY = {f.name: f.off for f in FIELDS.values() if f.kind == "penalty"}
+_NO_FILTER = {f.name: f.off for f in FIELDS.values() if f.kind in ("rank", "mass", "depth")}
+
+#: Which part of a request's parameters a call of the kernel applies.
+_Part = Callable[[SamplingParams], SamplingParams]
+
+
+def _everything(params: SamplingParams) -> SamplingParams:
     return params
 
 
-def _unfiltered(params: SamplingParams) -> SamplingParams:
-    """What comes before processors that vLLM applies after the temperature."""
-    temperature = params.temperature or 1.0
-    return replace(params, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0)
+def _scaling(params: SamplingParams) -> SamplingParams:
+    """Penalties and temperature, which come before processors that vLLM applies after these."""
+    return _not_greedy(replace(params, **_NO_FILTER))
 
 
 def _filters(params: SamplingParams) -> SamplingParams:
-    """What comes after them: the rest."""
-    return replace(
-        params,
-        temperature=1.0 if params.temperature else 0.0,
-        repetition_penalty=1.0,
-        frequency_penalty=0.0,
-        presence_penalty=0.0,
-    )
+    """The filters and the draw, which come after those processors."""
+    return replace(params, temperature=1.0 if params.temperature else 0.0, **_NO_PENALTY)
 
 
-def _shown(params: SamplingParams) -> SamplingParams:
-    """For "processed" logprobs, in which vLLM shows a greedy row whole."""
+def _not_greedy(params: SamplingParams) -> SamplingParams:
+    """A greedy row at temperature 1, for "processed" logprobs: vLLM shows all of such a row."""
     return replace(params, temperature=params.temperature or 1.0)
 
 
-def _shown_filters(params: SamplingParams) -> SamplingParams:
-    return _shown(_filters(params))
-
-
-_Change = Callable[[SamplingParams], SamplingParams]
+def _not_greedy_filters(params: SamplingParams) -> SamplingParams:
+    return _not_greedy(_filters(params))
 
 
 class Requests:
-    """The requests of vLLM's batch, in its order: it follows vLLM's updates, and draws.
+    """The requests of vLLM's batch, in its order: follows vLLM's updates, and draws.
 
-    For vLLM it is one of its logits processors, which hear of every update before the model runs;
-    it changes no logits. What a step needs of the host is done there, so that a draw is one launch.
-    A token depends on nothing but its request: its logits, parameters, seed and tokens so far,
-    whose number is the position. A request that was preempted comes back with its output, and goes
-    on where it was.
+    To vLLM it is a logits processor, since these get every update of the batch before the model
+    runs; it changes no logits. All work on the host is done in the update, so that a draw is one
+    launch. A token depends on nothing but its request: logits, parameters, seed and the tokens so
+    far, whose number is the position. A preempted request comes back with its output, so it goes on
+    where it stopped.
 
     Args:
         vocab_size: the width of the logits, 1 .. 2^20.
@@ -354,16 +361,18 @@ class Requests:
         self.vocab_size = vocab_size
         self.device = torch.empty(0, device=device).device
         self._backend = backends.resolve(backend, self.device)
-        self._at: dict[int, _Request] = {}
-        self._rows: list[_Request] = []
-        #: Those with a penalty; row i of the history is that of the i-th.
+        self._by_index: dict[int, _Request] = {}  # by vLLM's index of the request in its batch
+        self._rows: list[_Request] = []  # the same in order
+        # The requests with a penalty. The history has a row for each of these, in this order, and
+        # the view has a row for each request of the batch.
         self._penalised: list[_Request] = []
         self._history = TokenHistory.from_ids([], None, vocab_size, device=self.device)
-        self._read = self._history
+        self._history_view = self._history
         self._position = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self._batches: dict[_Change, BatchParams] = {}
+        # Packed parameters and prepared calls, until the batch changes.
+        self._batches: dict[_Part, BatchParams] = {}
         self._steps: dict[object, Callable[[Tensor, Tensor | None], SampleOutput]] = {}
-        self._has_said: set[str] = set()
+        self._warned_of: set[str] = set()
 
     @property
     def backend(self) -> str:
@@ -371,10 +380,10 @@ class Requests:
         modules = {backend.module: name for name, backend in backends.BACKENDS.items()}
         return modules[vars(self._backend)["__name__"]]
 
-    # What vLLM calls
+    # Called by vLLM
 
     def is_argmax_invariant(self) -> bool:
-        """Where vLLM lists it: among those that are not asked before the penalties."""
+        """True, so that vLLM does not call :meth:`apply` before the penalties."""
         return True
 
     def apply(self, logits: Tensor) -> Tensor:
@@ -382,34 +391,42 @@ class Requests:
         return logits
 
     def update_state(self, update: Any) -> None:
-        """Follow a BatchUpdate of vLLM, or None where no request has come, gone or moved.
+        """Follow a change of the batch. vLLM calls it once a step.
 
-        Each step calls it once, when the outputs hold the tokens of the step before.
+        The outputs hold the tokens of the step before by then.
+
+        Args:
+            update: a ``BatchUpdate``, or None if no request has come, gone or moved.
         """
         if update is not None:
             self._follow(update)
         self._record(has_changed=update is not None)
-        self._batch(_as_is)  # here, since to move it to a device is to wait for that
+        self._packed(_everything)  # copied to the device here, because the copy waits for it
         positions = [len(request.output) for request in self._rows]
         self._position.copy_(self._on_device(positions), non_blocking=True)
 
     def _follow(self, update: Any) -> None:
+        """Remove, add and then move requests, as vLLM does."""
+        requests = self._by_index
         for index in update.removed:
-            self._at.pop(index, None)
+            requests.pop(index, None)
         for index, theirs, prompt, output in update.added:
-            self._at[index] = _Request(params_of(theirs), prompt or (), output)
+            requests[index] = _Request(params_of(theirs), prompt or (), output)
         for first, second, direction in update.moved:
-            moved, other = self._at.pop(first, None), self._at.pop(second, None)
+            moved, other = requests.pop(first, None), requests.pop(second, None)
             if moved is not None:
-                self._at[second] = moved
+                requests[second] = moved
             if other is not None and direction.name == "SWAP":
-                self._at[first] = other
-        self._rows = [self._at[index] for index in range(update.batch_size)]
+                requests[first] = other
+        self._rows = [requests[index] for index in range(update.batch_size)]
         self._position = torch.zeros(len(self._rows), dtype=torch.int64, device=self.device)
         self._batches = {}
 
     def _record(self, has_changed: bool) -> None:
-        """Bring the histories to what the outputs hold: nearly always one token more."""
+        """Make the history hold the outputs, which have one token more in nearly every step.
+
+        A request whose output changed in another way is added anew.
+        """
         penalised = self._penalised
         if has_changed:
             penalised = [request for request in self._rows if request.params.needs_history]
@@ -417,7 +434,7 @@ class Requests:
         kept, tokens = [], []
         for row, request in enumerate(self._penalised):
             gained = len(request.output) - request.recorded
-            if gained in (0, 1) and id(request) in wanted:  # vLLM may take tokens back
+            if gained in (0, 1) and id(request) in wanted:
                 kept.append(row)
                 tokens.append(request.output[-1] if gained else -1)
         if has_changed or len(kept) < len(self._penalised):
@@ -431,33 +448,33 @@ class Requests:
                 if id(request) not in row_of:
                     row_of[id(request)] = self._history.add(request.prompt, request.output)
                     self._penalised.append(request)
-            self._read = self._history.among([row_of.get(id(request)) for request in self._rows])
+            rows = [row_of.get(id(request)) for request in self._rows]
+            self._history_view = self._history.among(rows)
             self._steps = {}
         for request in self._penalised:
             request.recorded = len(request.output)
 
     def _on_device(self, values: list[int]) -> Tensor:
-        pinned = self.device.type == "cuda"  # so that nobody waits
+        pinned = self.device.type == "cuda"  # a copy from pageable memory would wait
         tensor = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
         return tensor.to(self.device, non_blocking=True)
 
-    # What the sampler calls
+    # Called by the sampler
 
     def fit(self, logits: Tensor) -> bool:
-        """Whether ``logits`` are those of these requests; a warning if not."""
+        """Whether ``logits`` have a row for each request, on its device; warns if not."""
         shape = (len(self._rows), self.vocab_size)
         if logits.shape == shape and logits.device == self.device:
             return True
-        self._say(
+        self._warn_once(
             f"vLLM's own sampler draws where logits have shape {tuple(logits.shape)} on "
             f"{logits.device}, and not {shape} on {self.device}"
         )
         return False
 
-    def _say(self, what: str) -> None:
-        """A warning, once."""
-        if what not in self._has_said:
-            self._has_said.add(what)
+    def _warn_once(self, what: str) -> None:
+        if what not in self._warned_of:
+            self._warned_of.add(what)
             _LOG.warning("llm_sampling: %s", what)
 
     def draw(self, logits: Tensor) -> Tensor:
@@ -466,67 +483,73 @@ class Requests:
         Args:
             logits: ``(rows, vocab_size)`` float32, float16 or bfloat16. Never modified.
         """
-        return self._draw(logits, _as_is)
+        return self._draw(logits, _everything)
 
     def draw_after(self, logits: Tensor, processors: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """``draw`` with vLLM's processors between the temperature and the filters.
+        """:meth:`draw` with logits processors between the temperature and the filters.
 
-        Whether they change a row or not, all rows go this way: which is taken must not depend on
-        the other requests, since the rounding differs.
+        All rows take two launches, even those that no processor changes: the rounding differs from
+        that of one launch, and a request's tokens must not depend on the other requests.
 
         Returns:
-            The tokens, and the logits that the processors gave.
+            The tokens, and float32 ``(rows, vocab_size)``, the logits after the processors.
         """
-        scaled = filter_logits(logits, self._batch(_unfiltered), history=self._history_of_rows())
+        scaled = filter_logits(logits, self._packed(_scaling), history=self._history_of_rows())
         for processor in processors:
             scaled = processor.apply(scaled)
         return self._draw(scaled, _filters), scaled
 
     def processed(self, logits: Tensor, *, are_scaled: bool = False) -> Tensor:
-        """float32 ``(rows, vocab_size)``: over the temperature, and -inf where a filter is.
+        """float32 ``(rows, vocab_size)``: divided by the temperature, -inf outside the kept set.
 
-        A greedy row is whole and undivided, as in vLLM.
+        A greedy row is neither divided nor filtered, as in vLLM.
 
         Args:
             logits: as for :meth:`draw`; with ``are_scaled`` those that :meth:`draw_after` returned.
-            are_scaled: whether penalties and temperature are in them already.
+            are_scaled: whether penalties and temperature have been applied to them already.
         """
         if are_scaled:
-            return filter_logits(logits, self._batch(_shown_filters))
-        return filter_logits(logits, self._batch(_shown), history=self._history_of_rows())
+            return filter_logits(logits, self._packed(_not_greedy_filters))
+        return filter_logits(logits, self._packed(_not_greedy), history=self._history_of_rows())
 
     def _history_of_rows(self) -> TokenHistory | None:
-        return self._read if self._penalised else None
+        return self._history_view if self._penalised else None
 
-    def _batch(self, change: _Change) -> BatchParams:
-        batch = self._batches.get(change)
+    def _packed(self, part: _Part) -> BatchParams:
+        batch = self._batches.get(part)
         if batch is None:
-            params = [change(request.params) for request in self._rows]
+            params = [part(request.params) for request in self._rows]
             batch = BatchParams.from_list(params, device=self.device)
-            batch = self._batches[change] = replace(batch, position=self._position)
+            batch = self._batches[part] = replace(batch, position=self._position)
         return batch
 
-    def _draw(self, logits: Tensor, change: _Change) -> Tensor:
+    def _draw(self, logits: Tensor, part: _Part) -> Tensor:
         if logits.stride(1) != 1:
             logits = logits.contiguous()
-        key = (change, logits.dtype)
+        key = (part, logits.dtype)
         step = self._steps.get(key)
         if step is None:
-            batch = self._batch(change)
+            batch = self._packed(part)
             history = self._history_of_rows() if batch.needs_history else None
             step = self._backend.prepare(SampleCall(logits, batch, history, None))
             self._steps[key] = step
         tokens = step(logits, None).tokens
-        if tokens.device.type == "cpu" and bool((tokens < 0).any()):  # elsewhere it would wait
-            self._say("logits left a request no token (all of them NaN or -inf): it gets token 0")
-        return tokens.clamp(min=0)  # -1 would end the engine
+        # Elsewhere this check would wait for the device.
+        if tokens.device.type == "cpu" and bool((tokens < 0).any()):
+            self._warn_once(
+                "logits left a request no token (all of them NaN or -inf): it gets token 0"
+            )
+        return tokens.clamp(min=0)  # vLLM has no row without a token: -1 would end the engine
 
 
 # ---- the sampler ----
 
 
 def _requests_of(metadata: Any, logits: Tensor) -> Requests | None:
-    """Those that draw; None in a trial run of the runner, and where the engine was refused."""
+    """The :class:`Requests` that draw this batch; None if vLLM's own sampler does.
+
+    There is none in the runner's dummy runs, and none if the engine was refused.
+    """
     for processor in metadata.logitsprocs.argmax_invariant:
         if isinstance(processor, Requests):
             return processor if processor.fit(logits) else None
@@ -536,9 +559,8 @@ def _requests_of(metadata: Any, logits: Tensor) -> Requests | None:
 def _fused(sampler: Any) -> Any:
     """A subclass of vLLM's Sampler that draws by :class:`Requests`.
 
-    vLLM's own ``forward`` still does what is not drawing: logprobs, and by its own code what
-    changes logits before the penalties. Where a batch needs none of it, the kernel gets the logits
-    as the model gave them.
+    vLLM's own ``forward`` still computes logprobs and applies what changes logits before the
+    penalties. If a batch needs neither, the kernel reads the logits as the model gave them.
     """
     output_of = _find("vllm.v1.outputs:SamplerOutput")
     min_tokens = _find(f"{_PROCESSORS}:MinTokensLogitsProcessor")
@@ -547,14 +569,15 @@ def _fused(sampler: Any) -> Any:
     adapted = _find(f"{_PROCESSORS}:AdapterLogitsProcessor.apply")
 
     def is_idle(processor: Any) -> bool:
-        """Whether a processor of those before the penalties would change no row."""
+        """Whether a processor that is applied before the penalties would change no row."""
         if type(processor) is min_tokens:
             return not processor.min_toks
         if type(processor) is logit_bias:
             return not processor.biases
         return type(processor).apply is adapted and not processor.req_info
 
-    def is_changed(metadata: Any) -> bool:
+    def changes_logits(metadata: Any) -> bool:
+        """Whether vLLM's code would change a row's logits before the penalties."""
         holder = metadata.thinking_budget_state_holder
         return (
             metadata.allowed_token_ids_mask is not None
@@ -567,7 +590,7 @@ def _fused(sampler: Any) -> Any:
         return metadata.max_num_logprobs is not None or bool(metadata.logprob_token_ids)
 
     class FusedSampler(sampler):  # type: ignore[misc]
-        """vLLM's Sampler, with the draw and what belongs to it in one launch."""
+        """vLLM's Sampler, with penalties, filters and the draw in one launch."""
 
         def forward(
             self,
@@ -576,7 +599,7 @@ def _fused(sampler: Any) -> Any:
             predict_bonus_token: bool = False,
             logprobs_mode_override: Any = None,
         ) -> Any:
-            if not needs_logprobs(sampling_metadata) and not is_changed(sampling_metadata):
+            if not needs_logprobs(sampling_metadata) and not changes_logits(sampling_metadata):
                 requests = _requests_of(sampling_metadata, logits)
                 if requests is not None:
                     tokens, _ = self.sample(logits, sampling_metadata)
@@ -591,7 +614,7 @@ def _fused(sampler: Any) -> Any:
         def apply_logits_processors(
             self, logits: Tensor, sampling_metadata: Any, predict_bonus_token: bool
         ) -> Any:
-            """All but the penalties, which are the kernel's."""
+            """All of vLLM's processors but the penalties, which the kernel applies."""
             if _requests_of(sampling_metadata, logits) is not None:
                 sampling_metadata = replace(sampling_metadata, no_penalties=True)
             return super().apply_logits_processors(logits, sampling_metadata, predict_bonus_token)
@@ -599,15 +622,14 @@ def _fused(sampler: Any) -> Any:
         def sample(
             self, logits: Tensor, sampling_metadata: Any, logprobs_mode_override: Any = None
         ) -> Any:
-            """Tokens, and "processed" logits or logprobs where these are asked for."""
+            """The tokens, and "processed" logits or logprobs if they are asked for, else None."""
             requests = _requests_of(sampling_metadata, logits)
             if requests is None:
                 return super().sample(logits, sampling_metadata, logprobs_mode_override)
             others = [
                 processor
                 for processor in sampling_metadata.logitsprocs.argmax_invariant
-                if processor is not requests
-                and type(processor) is not min_p  # min-p is the kernel's
+                if processor is not requests and type(processor) is not min_p  # the kernel does it
             ]
             if others:
                 tokens, logits = requests.draw_after(logits, others)

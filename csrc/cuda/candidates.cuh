@@ -1,0 +1,230 @@
+// The candidates: a short list of the tokens that may be kept, from which thresholds and drawn tokens are
+// chosen. Every block of the cluster has the same candidates, so all blocks take the same decisions.
+#ifndef LLM_SAMPLING_CUDA_CANDIDATES_CUH_
+#define LLM_SAMPLING_CUDA_CANDIDATES_CUH_
+
+#include <stdint.h>
+
+#include "passes.cuh"
+#include "row_sampler.cuh"
+
+namespace llm_sampling {
+
+constexpr int64_t kLargestMass = int64_t{1} << 42;  // of a token
+
+// Bins of a logarithmic histogram of how far an order key is below the row's largest one: 16 bins per
+// doubling of that distance.
+static_assert(kBins >= 29 * 16, "there is a bin for every distance");
+__device__ __forceinline__ int bin_of(uint32_t below) {
+  if (below < 16) return static_cast<int>(below);
+  const int log = 31 - __clz(static_cast<int>(below));
+  return (log - 3) * 16 + static_cast<int>(below >> (log - 4) & 15);
+}
+
+// The smallest distance that belongs to a bin.
+__device__ __forceinline__ uint64_t first_of_bin(int bin) {
+  return bin < 16 ? static_cast<uint64_t>(bin)
+                  : static_cast<uint64_t>(16 + bin % 16) << (bin / 16 - 1);
+}
+
+// Estimates, from the threads' maxima, a range that begins at the top of the order and holds about as
+// many tokens as the filters need; `nucleus` is how many top-p is assumed to need. Returns whether the
+// candidates may hold that many; `range` is set only then.
+template <int kDtype, bool kCopied>
+__device__ bool RowSampler<kDtype, kCopied>::guess_range(
+    const Filters& filters,
+    int nucleus,
+    Range& range
+) {
+  int64_t wanted = filters.min_kept;
+  if (filters.has_top_k) {
+    wanted = filters.max_kept;
+  } else if (filters.has_top_p) {
+    // The estimate is good as long as it asks for no more than half of the maxima.
+    const int half = kThreads * kMaxima / 2 * cluster_.blocks();
+    nucleus = half < nucleus ? half : nucleus;
+    wanted = wanted > nucleus ? wanted : nucleus;
+    if (top_p_target(mass_.total, filters.top_p) > wanted * kLargestMass) return false;
+  }
+  if (wanted > kMaxCandidates) return false;
+  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) shared_.bins[i] = 0;
+  __syncthreads();
+  const uint32_t top = order_key(m_);
+#pragma unroll
+  for (int half = 0; half < kMaxima; ++half) {
+    if (largest_[half] == -kInfinity) continue;
+    atomicAdd(&shared_.bins[bin_of(top - order_key(largest_[half]))], 1u);
+  }
+  cluster_.sync();
+  const int own = static_cast<int>(threadIdx.x) * 2;
+  int counts[2] = {0, 0};
+#pragma unroll 4
+  for (int block = 0; block < cluster_.blocks(); ++block) {
+    const uint32_t* bins = in_block(shared_.bins, block);
+    counts[0] += static_cast<int>(bins[own]);
+    counts[1] += static_cast<int>(bins[own + 1]);
+  }
+  // The first `limit` bins hold fewer maxima than wanted, so the range ends with the bin at `limit`.
+  const int64_t reached = cluster_.scan(counts[0] + counts[1]);
+  const int limit =
+      __syncthreads_count(reached - counts[1] < wanted) + __syncthreads_count(reached < wanted);
+  const uint32_t lowest = static_cast<uint32_t>(kLowestCode >> 20);
+  uint32_t key = lowest;
+  if (limit < kBins && first_of_bin(limit + 1) <= top - lowest) {
+    key = top - static_cast<uint32_t>(first_of_bin(limit + 1) - 1);
+  }
+  if (!filters.has_top_k && !filters.has_top_p) {
+    const uint32_t deepest = key_at_depth(filters.depth_cut);
+    key = key < deepest ? key : deepest;
+  }
+  range = {first_code(key), first_code(top + 1), 0, 0};
+  return true;
+}
+
+// Makes all tokens of a range the candidates, sorted, in every block. If the range has more than
+// kMaxCandidates, there are no candidates afterwards.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::collect(const Range& range) {
+  if (threadIdx.x == 0) shared_.appended = 0;
+  __syncthreads();
+  const float low = logit_of(range.low);
+  over_tiles(static_cast<uint32_t>(range.low >> 20), [&](int, int vec, const float (&x)[kVec]) {
+    const int first = row_.first_id(vec);
+    unsigned wanted = 0;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) wanted |= x[i] >= low ? 1u << i : 0;
+    // Once there are too many, how many there are does not matter any more.
+    if (wanted == 0 || *const_cast<volatile uint32_t*>(&shared_.appended) > kMaxCandidates) return;
+#pragma unroll 1
+    for (; wanted != 0; wanted &= wanted - 1) {
+      const int next = __ffs(static_cast<int>(wanted)) - 1;
+      float value = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) value = i == next ? x[i] : value;
+      const uint64_t code = code_of(value, first + next);
+      if (code < range.low || code >= range.high) continue;
+      const unsigned place = atomicAdd(&shared_.appended, 1u);
+      if (place < kMaxCandidates) shared_.sorted[place] = code;
+    }
+  });
+  __syncthreads();
+  const int own = static_cast<int>(shared_.appended);
+  const Sums counts = cluster_.sum(own);
+  const int count = counts.total <= kMaxCandidates ? static_cast<int>(counts.total) : 0;
+  for (int i = static_cast<int>(threadIdx.x); count > 0 && i < own; i += kThreads) {
+    const uint64_t code = shared_.sorted[i];
+    const int64_t w = mass_of(logit_of(code));
+    const int64_t place = counts.before + i;
+#pragma unroll 1
+    for (int block = 0; block < cluster_.blocks(); ++block) {
+      in_block(shared_.codes, block)[place] = code;
+      in_block(shared_.masses, block)[place] = w;
+    }
+  }
+  // compare_all reads whole multiples of kAbreast.
+  if (threadIdx.x < (kMaxCandidates - static_cast<unsigned>(count)) % kAbreast) {
+    shared_.codes[count + threadIdx.x] = kNoCode;
+    shared_.masses[count + threadIdx.x] = 0;
+  }
+  if (threadIdx.x == 0) {
+    const bool is_last = range.low <= kLowestCode;
+    shared_.candidates = {count, range.count_above, range.mass_above, is_last};
+  }
+  cluster_.sync();
+  sort(count);
+}
+
+// Compares the first `count` codes with each other: calls visit(own, code, held, mass) for each, with the
+// number of codes `other` for which holds(other, code) is true, and their mass. Four lanes share a code.
+// `codes` must be padded to a multiple of kAbreast with codes for which it is false.
+template <int kDtype, bool kCopied>
+template <typename Holds, typename Visit>
+__device__ __forceinline__ void RowSampler<kDtype, kCopied>::compare_all(
+    int count,
+    const Holds& holds,
+    const Visit& visit
+) const {
+  constexpr int kLanes = 4;
+  const int part = static_cast<int>(threadIdx.x) % kLanes;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kThreads / kLanes) {
+    const int own = first + static_cast<int>(threadIdx.x) / kLanes;
+    const uint64_t code = shared_.codes[own < count ? own : 0];
+    int held = 0;
+    int64_t mass = 0;
+#pragma unroll 1
+    for (int i = part; i < count; i += kAbreast) {
+#pragma unroll
+      for (int j = i; j < i + kAbreast; j += kLanes) {
+        const bool is_held = holds(shared_.codes[j], code);
+        held += is_held ? 1 : 0;
+        mass += is_held ? shared_.masses[j] : 0;
+      }
+    }
+#pragma unroll
+    for (int other = 1; other < kLanes; other *= 2) {
+      held += __shfl_xor_sync(kWholeWarp, held, other);
+      mass += __shfl_xor_sync(kWholeWarp, mass, other);
+    }
+    if (part == 0 && own < count) visit(own, code, held, mass);
+  }
+}
+
+// Writes `sorted` and `running`.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::sort(int count) {
+  compare_all(
+      count,
+      [](uint64_t other, uint64_t code) { return other >= code; },
+      [&](int, uint64_t code, int reached, int64_t mass) {
+        shared_.sorted[reached - 1] = code;
+        shared_.running[reached - 1] = mass;
+      }
+  );
+  __syncthreads();
+}
+
+// The number of candidates that are at least a code.
+template <int kDtype, bool kCopied>
+__device__ int RowSampler<kDtype, kCopied>::count_from(uint64_t code) const {
+  return count_leading_by_warp(shared_.candidates.count, [&](int i) {
+    return shared_.sorted[i] >= code;
+  });
+}
+
+// The mass of all tokens of the row from a code on. The code must be a candidate's, or no token may lie
+// between it and the last candidate.
+template <int kDtype, bool kCopied>
+__device__ int64_t RowSampler<kDtype, kCopied>::mass_from(uint64_t code) const {
+  const int count = count_from(code);
+  return shared_.candidates.mass_above + (count > 0 ? shared_.running[count - 1] : 0);
+}
+
+// Whether threshold_at() can answer: the target, a count or a mass, is reached at a candidate, or the
+// candidates end where the row does.
+template <int kDtype, bool kCopied>
+__device__ bool RowSampler<kDtype, kCopied>::has_threshold(int64_t target, bool by_mass) const {
+  if (shared_.candidates.count == 0) return false;
+  const int64_t above = by_mass ? shared_.candidates.mass_above : shared_.candidates.count_above;
+  const int64_t own =
+      by_mass ? shared_.running[shared_.candidates.count - 1] : shared_.candidates.count;
+  return above < target && (above + own >= target || shared_.candidates.is_last);
+}
+
+// The code at which the target, a count or a mass, is reached; `lowest` if the row does not reach it.
+template <int kDtype, bool kCopied>
+__device__ uint64_t
+RowSampler<kDtype, kCopied>::threshold_at(int64_t target, bool by_mass, uint64_t lowest) const {
+  const int place =
+      by_mass
+          ? count_leading_by_warp(
+                shared_.candidates.count,
+                [&](int i) { return shared_.candidates.mass_above + shared_.running[i] < target; }
+            )
+          : static_cast<int>(target - shared_.candidates.count_above - 1);
+  return place < shared_.candidates.count ? shared_.sorted[place] : lowest;
+}
+
+}  // namespace llm_sampling
+
+#endif  // LLM_SAMPLING_CUDA_CANDIDATES_CUH_

@@ -1,0 +1,230 @@
+// How threads work together: the lanes of a warp, the threads of a block, and the blocks of the cluster
+// that owns a row.
+#ifndef LLM_SAMPLING_CUDA_CLUSTER_CUH_
+#define LLM_SAMPLING_CUDA_CLUSTER_CUH_
+
+#include <stdint.h>
+
+#include "launch.cuh"
+
+namespace llm_sampling {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr int kWarps = kThreads / kWarpSize;
+
+// ---- a thread and a warp ----
+
+// Binary search: the number of leading i in [0, count) for which holds(i) is true.
+template <typename Holds>
+__device__ __forceinline__ int count_leading(int count, const Holds& holds) {
+  int low = 0;
+  while (low < count) {
+    const int middle = (low + count) / 2;
+    if (holds(middle)) {
+      low = middle + 1;
+    } else {
+      count = middle;
+    }
+  }
+  return low;
+}
+
+// The same search by all lanes of a warp together: two steps for a count of up to 1,024.
+template <typename Holds>
+__device__ __forceinline__ int count_leading_by_warp(int count, const Holds& holds) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  int low = 0;
+  int stride = count;
+  while (stride > 0) {
+    stride = (stride + kWarpSize - 1) / kWarpSize;
+    const int last = low + (lane + 1) * stride - 1;
+    const bool is_before = last < count && holds(last);
+    low += stride * __popc(__ballot_sync(kWholeWarp, is_before));
+    if (stride == 1) break;
+  }
+  return low;
+}
+
+// The inclusive running sum of one value of each lane.
+__device__ __forceinline__ int64_t scan_warp(int64_t value) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int delta = 1; delta < kWarpSize; delta *= 2) {
+    const int64_t other = __shfl_up_sync(kWholeWarp, value, static_cast<unsigned>(delta));
+    if (lane >= delta) value += other;
+  }
+  return value;
+}
+
+// ---- the cluster ----
+
+// A launch without clusters behaves as one of clusters of one block.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ int cluster_rank() {
+  return static_cast<int>(__clusterRelativeBlockRank());
+}
+__device__ __forceinline__ int cluster_size() { return static_cast<int>(__clusterSizeInBlocks()); }
+
+// A barrier of all threads of all blocks, in two halves: what a thread writes before it arrives, also
+// into another block's shared memory, is visible to all threads after they have waited.
+__device__ __forceinline__ void cluster_arrive() { __cluster_barrier_arrive(); }
+__device__ __forceinline__ void cluster_wait() { __cluster_barrier_wait(); }
+
+// The address in another block's shared memory that corresponds to an address in this block's.
+template <typename T>
+__device__ __forceinline__ T* in_block(T* own, int rank) {
+  return static_cast<T*>(__cluster_map_shared_rank(own, static_cast<unsigned>(rank)));
+}
+#else
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ int cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+template <typename T>
+__device__ __forceinline__ T* in_block(T* own, int) {
+  return own;
+}
+#endif
+
+// Operations for Cluster::combine.
+struct Add {
+  __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
+};
+struct Larger {
+  __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
+};
+// The larger of the upper halves; the bitwise or of the lower halves.
+struct LargerWithFlags {
+  __device__ uint64_t operator()(uint64_t a, uint64_t b) const {
+    return (a > b ? a : b) | (a & 0xffffffffu) | (b & 0xffffffffu);
+  }
+};
+
+// The exclusive prefix sum, this block's own value, and the total over the blocks.
+struct Sums {
+  int64_t before, own, total;
+};
+
+// Barriers and reductions over the cluster. All threads of all blocks must make the same calls in the
+// same order; every thread gets the same result, unless the function says otherwise.
+class Cluster {
+ public:
+  struct Memory {
+    uint64_t gathered[2][kMaxBlocks][4];
+    uint64_t partial[kWarps][4];
+  };
+
+  __device__ explicit Cluster(Memory& memory)
+      : memory_(memory), rank_(cluster_rank()), blocks_(cluster_size()) {}
+
+  __device__ int rank() const { return rank_; }
+  __device__ int blocks() const { return blocks_; }
+
+  // The two halves of sync() between the blocks. They do nothing in a cluster of one block.
+  __device__ void arrive() const {
+    if (blocks_ > 1) cluster_arrive();
+  }
+  __device__ void wait() const {
+    if (blocks_ > 1) cluster_wait();
+  }
+
+  // A barrier of all threads of the cluster: what they wrote before it is visible to all after it.
+  __device__ void sync() const {
+    if (blocks_ > 1) {
+      arrive();
+      wait();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // Reduces the values of all threads, element by element; 0 must be neutral.
+  template <int kCount, typename Combine>
+  __device__ void combine(uint64_t (&values)[kCount], Combine two) {
+    const int warp = threadIdx.x / kWarpSize;
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int other = kWarpSize / 2; other > 0; other /= 2) {
+        values[i] = two(values[i], __shfl_xor_sync(kWholeWarp, values[i], other));
+      }
+      if (lane == 0) memory_.partial[warp][i] = values[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = memory_.partial[lane % kWarps][i];
+#pragma unroll
+      for (int other = kWarps / 2; other > 0; other /= 2) {
+        values[i] = two(values[i], __shfl_xor_sync(kWholeWarp, values[i], other));
+      }
+    }
+    const uint64_t (*all)[4] = all_gather(values);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = lane % kMaxBlocks < blocks_ ? all[lane % kMaxBlocks][i] : 0;
+#pragma unroll
+      for (int other = kMaxBlocks / 2; other > 0; other /= 2) {
+        values[i] = two(values[i], __shfl_xor_sync(kWholeWarp, values[i], other));
+      }
+    }
+  }
+
+  // The inclusive running sum of one value of each thread of this block; each thread gets its own.
+  __device__ int64_t scan(int64_t value) {
+    const int warp = threadIdx.x / kWarpSize;
+    const int lane = threadIdx.x % kWarpSize;
+    value = scan_warp(value);
+    if (lane == kWarpSize - 1) memory_.partial[warp][0] = static_cast<uint64_t>(value);
+    __syncthreads();
+    const int64_t warps = lane < kWarps ? static_cast<int64_t>(memory_.partial[lane][0]) : 0;
+    const int64_t before = __shfl_sync(kWholeWarp, scan_warp(warps) - warps, warp);
+    __syncthreads();
+    return value + before;
+  }
+
+  // Sums one value of each block; each block gets the sums from its own place.
+  __device__ Sums sum(int64_t own) {
+    const uint64_t value[1] = {static_cast<uint64_t>(own)};
+    const uint64_t (*all)[4] = all_gather(value);
+    const int block = threadIdx.x % kMaxBlocks;
+    const int64_t one = block < blocks_ ? static_cast<int64_t>(all[block][0]) : 0;
+    Sums sums = {block < rank_ ? one : 0, own, one};
+#pragma unroll
+    for (int other = kMaxBlocks / 2; other > 0; other /= 2) {
+      sums.before += __shfl_xor_sync(kWholeWarp, sums.before, other);
+      sums.total += __shfl_xor_sync(kWholeWarp, sums.total, other);
+    }
+    return sums;
+  }
+
+ private:
+  // All-gather of values that are the same in all threads of a block; the result is indexed by block
+  // rank and valid until the caller's next call. It is double-buffered: a block that is already in the
+  // next call writes the other buffer, and none can write this one again before all threads have
+  // reached the barrier of the next call.
+  template <int kCount>
+  __device__ const uint64_t (*all_gather(const uint64_t (&values)[kCount]))[4] {
+    uint64_t (*gathered)[4] = memory_.gathered[phase_];
+    phase_ ^= 1;
+    const int block = static_cast<int>(threadIdx.x);
+    if (block < blocks_) {
+      uint64_t* there = in_block(gathered[rank_], block);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) there[i] = values[i];
+    }
+    sync();
+    return gathered;
+  }
+
+  Memory& memory_;
+  const int rank_;
+  const int blocks_;
+  int phase_ = 0;
+};
+
+}  // namespace llm_sampling
+
+#endif  // LLM_SAMPLING_CUDA_CLUSTER_CUH_

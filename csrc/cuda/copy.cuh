@@ -1,0 +1,299 @@
+// Where a row is, its copy in shared memory, and steps 1 to 6 of its vecs.
+//
+// All copies to shared memory are started before any is waited for, except where one tells the address of
+// another. The logits of a copy are as they came; bits and counts are those of the block's part.
+#ifndef LLM_SAMPLING_CUDA_COPY_CUH_
+#define LLM_SAMPLING_CUDA_COPY_CUH_
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __CUDACC__
+#include <cuda_pipeline_primitives.h>
+#endif
+
+#include "row_sampler.cuh"
+
+namespace llm_sampling {
+
+// Starts a copy to shared memory; it has arrived once the same thread returns from wait_for_copies().
+template <int kBytes>
+__device__ __forceinline__ void start_copy(void* to, const void* from) {
+  __pipeline_memcpy_async(to, from, kBytes);
+}
+__device__ __forceinline__ void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
+
+// ---- where the row is ----
+
+// Returns the number of vecs of this block's part.
+template <int kDtype, bool kCopied>
+__device__ int RowSampler<kDtype, kCopied>::locate_logits() {
+  const unsigned char* logits = static_cast<const unsigned char*>(args_.logits);
+  logits += int64_t{index_} * args_.logits_stride * kLogitBytes<kDtype>;
+  const unsigned beyond = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits) & 15);
+  row_.aligned = logits - beyond;
+  row_.shift = static_cast<int>(beyond) / kLogitBytes<kDtype>;
+  row_.vocab_size = static_cast<int>(args_.vocab_size);
+  first_vec_ = cluster_.rank() * part_vecs_;
+  const int left = row_.vecs() - first_vec_;
+  return left < 0 ? 0 : left < part_vecs_ ? left : part_vecs_;
+}
+
+// Reads everything but the logits. Thread 0 alone reads what is not needed before the first barrier.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::read_parameters(int vecs) {
+  row_.bias_count = 0;
+  row_.bias_first = 0;
+  if (args_.logit_bias_offsets != nullptr) {
+    row_.bias_first = args_.logit_bias_offsets[index_];
+    row_.bias_count = static_cast<int>(args_.logit_bias_offsets[index_ + 1] - row_.bias_first);
+  }
+  const int64_t slot = args_.seen != nullptr ? args_.slots[index_] : 0;
+  row_.repetition = args_.repetition_penalty[index_];
+  row_.frequency = args_.frequency_penalty[index_];
+  row_.presence = args_.presence_penalty[index_];
+  locate_bits(slot);
+  row_.is_plain =
+      row_.bias_count == 0 && row_.allowed.words == nullptr && row_.seen.words == nullptr;
+  if (threadIdx.x != 0) return;
+  shared_.vecs = vecs;
+  shared_.seen_count = 0;
+  shared_.candidates.count = 0;
+  Parameters& own = shared_.parameters;
+  own.temperature = args_.temperature[index_];
+  own.top_p = args_.top_p[index_];
+  own.depth_cut = depth_cut(args_, index_);
+  own.top_k = args_.top_k[index_];
+  own.min_tokens_to_keep = args_.min_tokens_to_keep[index_];
+  own.seed = args_.seed != nullptr ? static_cast<uint64_t>(args_.seed[index_]) : 0;
+  own.position = args_.position != nullptr ? static_cast<uint64_t>(args_.position[index_]) : 0;
+  own.slot = slot;
+  own.random = random_bits(own.seed, own.position, 0);
+}
+
+// Finds the row's token bitmask, and its history where a penalty is on.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::locate_bits(int64_t slot) {
+  row_.allowed = {nullptr};
+  if (args_.allowed_mask != nullptr) {
+    const int32_t* words = args_.allowed_mask + int64_t{index_} * args_.allowed_mask_stride;
+    row_.allowed.words = reinterpret_cast<const uint32_t*>(words);
+  }
+  row_.seen = {nullptr};
+  row_.counts = nullptr;
+  const bool has_output_penalty = row_.frequency != 0.0f || row_.presence != 0.0f;
+  if (args_.seen == nullptr || (row_.repetition == 1.0f && !has_output_penalty)) return;
+  row_.seen.words = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
+  if (has_output_penalty) row_.counts = args_.counts + slot * args_.counts_stride;
+}
+
+// ---- the copy ----
+
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::copy_logits(int vecs) {
+  if (vecs == 0) return;
+  const unsigned char* from = row_.aligned + static_cast<int64_t>(first_vec_) * kVecBytes;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int whole = row_.is_whole(first_vec_) ? 0 : 1;
+  const int end = row_.is_whole(first_vec_ + vecs - 1) ? vecs : vecs - 1;
+#pragma unroll 4
+  for (int local = whole + thread; local < end; local += kThreads) {
+#pragma unroll
+    for (int i = 0; i < kVecBytes; i += 16) {
+      start_copy<16>(copy_ + local * kVecBytes + i, from + local * kVecBytes + i);
+    }
+  }
+  if (thread == 0 && whole > 0) copy_edge(copy_, from, row_.first_id(first_vec_));
+  if (thread == kWarpSize && end < vecs && vecs > whole) {
+    const int first = row_.first_id(first_vec_ + vecs - 1);
+    copy_edge(copy_ + (vecs - 1) * kVecBytes, from + (vecs - 1) * kVecBytes, first);
+  }
+}
+
+// Copies a vec that reaches beyond the row, with -inf for the ids outside of it.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::copy_edge(
+    unsigned char* to,
+    const unsigned char* from,
+    int first
+) const {
+  LogitWord words[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    const bool is_inside = first + i >= 0 && first + i < row_.vocab_size;
+    words[i] = is_inside ? reinterpret_cast<const LogitWord*>(from)[i] : kLowestBits<kDtype>;
+  }
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) memcpy(to + i * sizeof(LogitWord), &words[i], sizeof(LogitWord));
+}
+
+// Copies the bits of mask and history. Each seen token gets a place of its own for its output count,
+// which is copied too, and later for its score. Returns once all copies have arrived.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::copy_bits(int vecs) {
+  const Copy copy = copy_of(cluster_.rank());
+  const int first = row_.first_id(first_vec_);
+  const int words = (vecs + 3) / 4;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (row_.allowed.words != nullptr) {
+#pragma unroll 4
+    for (int i = thread; i < words; i += kThreads) {
+      copy.allowed[i] = row_.allowed.word_at(first + i * 32, row_.vocab_size);
+    }
+  }
+  if (row_.seen.words != nullptr) {
+    int count = 0;
+#pragma unroll 4
+    for (int i = thread; i < words; i += kThreads) {
+      copy.seen[i] = row_.seen.word_at(first + i * 32, row_.vocab_size);
+      count += __popc(copy.seen[i]);
+    }
+    __syncthreads();  // thread 0 has set seen_count to 0
+    const int before = static_cast<int>(scan_warp(count));
+    int place = 0;
+    if (thread % kWarpSize == kWarpSize - 1) {
+      place = static_cast<int>(atomicAdd(&shared_.seen_count, static_cast<uint32_t>(before)));
+    }
+    place = __shfl_sync(kWholeWarp, place, kWarpSize - 1) + before - count;
+#pragma unroll 1
+    for (int i = thread; i < words; i += kThreads) {
+      copy.places[i] = static_cast<uint16_t>(place);
+#pragma unroll 1
+      for (uint32_t seen = copy.seen[i]; seen != 0; seen &= seen - 1, ++place) {
+        if (place >= kMaxScores) continue;
+        const int id = first + i * 32 + __ffs(static_cast<int>(seen)) - 1;
+        shared_.seen_ids[place] = static_cast<uint32_t>(id);
+        if (row_.counts != nullptr) start_copy<4>(copy.scores + place, row_.counts + id);
+      }
+    }
+  }
+  wait_for_copies();
+}
+
+// Steps 1 to 5 of the seen tokens, divided evenly among the threads: stores their scores, replaces their
+// logits in the copy by -inf, and starts the maxima of tiles and threads. Returns whether one is NaN.
+template <int kDtype, bool kCopied>
+__device__ bool RowSampler<kDtype, kCopied>::score() {
+  const Copy copy = copy_of(cluster_.rank());
+  const int first = row_.first_id(first_vec_);
+  const int count = static_cast<int>(shared_.seen_count);
+  const int tiles = rounds() * kWarps;
+  bool any_nan = false;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kThreads) tile_keys_[i] = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    const int id = static_cast<int>(shared_.seen_ids[i]);
+    const int offset = id - first;
+    const int local = offset / kVec;
+    unsigned char* place = copy.logits + offset * kLogitBytes<kDtype>;
+    float x[1] = {widen<kDtype>(place)};
+    const auto lowest = kLowestBits<kDtype>;
+    memcpy(place, &lowest, sizeof(lowest));
+    add_bias(args_, row_, id, x);
+    if (row_.allowed.words != nullptr) apply_mask(copy.allowed[local / 4] >> offset % 32, x);
+    int32_t times = 0;
+    if (row_.counts != nullptr) memcpy(&times, copy.scores + i, sizeof(times));
+    x[0] = penalize(row_, x[0], times);
+    copy.scores[i] = x[0];
+    any_nan |= x[0] != x[0];
+    const float value = canonical(x[0]);
+    // Each token is in exactly one maximum of one thread; which one does not matter.
+    largest_[0] = fmaxf(largest_[0], value);
+    const int tile = local / kThreads * kWarps + local % kThreads / kWarpSize;
+    atomicMax(&tile_keys_[tile], order_key(value));
+  }
+  __syncthreads();
+  return any_nan;
+}
+
+// ---- steps 1 to 6 of a vec ----
+
+template <int kDtype, bool kCopied>
+__device__ Copy RowSampler<kDtype, kCopied>::copy_of(int block) const {
+  unsigned char* base = block == cluster_.rank() ? copy_ : in_block(copy_, block);
+  return Copy(base, part_vecs_, kLogitBytes<kDtype>);
+}
+
+// Whether a block has stored the scores of all seen tokens of its part.
+template <int kDtype, bool kCopied>
+__device__ __forceinline__ bool RowSampler<kDtype, kCopied>::has_scores(int block) const {
+  if (!kCopied || row_.seen.words == nullptr) return false;
+  const bool is_own = block == cluster_.rank();
+  return *(is_own ? &shared_.seen_count : in_block(&shared_.seen_count, block)) <= kMaxScores;
+}
+
+// Where a vec's logits are read from; `local` is the vec's index within the part that holds it.
+template <int kDtype, bool kCopied>
+__device__ __forceinline__ const unsigned char* RowSampler<kDtype, kCopied>::logits_of(
+    const Copy& copy,
+    int local,
+    int vec
+) const {
+  return kCopied ? copy.logits + local * kVecBytes
+                 : row_.aligned + static_cast<int64_t>(vec) * kVecBytes;
+}
+
+// Steps 1 to 5 of a vec. `copy` and `is_scored` are those of the block whose part holds the vec, and
+// `local` is its index there.
+template <int kDtype, bool kCopied>
+__device__ __forceinline__ void RowSampler<kDtype, kCopied>::process(
+    const Copy& copy,
+    bool is_scored,
+    int local,
+    int vec,
+    float (&x)[kVec]
+) const {
+  load<kDtype, kCopied>(row_, logits_of(copy, local, vec), vec, x);
+  if (row_.is_plain) return;
+  const int first = row_.first_id(vec);
+  add_bias(args_, row_, first, x);
+  const int word = local / 4;
+  const int bit = local % 4 * kVec;
+  if (row_.allowed.words != nullptr) {
+    const unsigned allowed =
+        kCopied ? copy.allowed[word] >> bit : row_.allowed.of_vec(first, row_.vocab_size);
+    apply_mask(allowed, x);
+  }
+  if (row_.seen.words == nullptr) return;
+  const uint32_t here = kCopied ? copy.seen[word] : 0;
+  unsigned seen = kCopied ? here >> bit & 0xff : row_.seen.of_vec(first, row_.vocab_size);
+  const float* scores = nullptr;
+  if (kCopied && is_scored)
+    scores = copy.scores + copy.places[word] + __popc(here & ((1u << bit) - 1));
+  // A vec has few seen tokens, so a loop over them is shorter than the unrolled body for all eight.
+#pragma unroll 1
+  for (; seen != 0; seen &= seen - 1) {
+    const int next = __ffs(static_cast<int>(seen)) - 1;
+    float value = 0.0f;
+    if (kCopied && is_scored) {
+      value = *scores++;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) value = i == next ? x[i] : value;
+      value = penalize(row_, value, row_.counts != nullptr ? row_.counts[first + next] : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = i == next ? value : x[i];
+  }
+}
+
+// Steps 1 to 6 of any vec of the row, whichever block's part holds it.
+template <int kDtype, bool kCopied>
+__device__ __forceinline__ void RowSampler<kDtype, kCopied>::process_any(
+    int vec,
+    float (&x)[kVec]
+) const {
+  const int owner = vec / part_vecs_;
+  process(copy_of(owner), has_scores(owner), vec - owner * part_vecs_, vec, x);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) x[i] = canonical(x[i]);
+}
+
+}  // namespace llm_sampling
+
+#endif  // LLM_SAMPLING_CUDA_COPY_CUH_

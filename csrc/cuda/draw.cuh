@@ -1,0 +1,210 @@
+// Step 14 and the other results of a row: tokens, logprobs, filtered logits, and the advanced history.
+#ifndef LLM_SAMPLING_CUDA_DRAW_CUH_
+#define LLM_SAMPLING_CUDA_DRAW_CUH_
+
+#include <math.h>
+#include <stdint.h>
+
+#include "candidates.cuh"
+#include "passes.cuh"
+#include "row_sampler.cuh"
+
+namespace llm_sampling {
+
+// 14 draw
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::draw(bool is_greedy) {
+  const int samples = args_.num_samples;
+  if (m_ == -kInfinity || is_greedy) {
+    if (cluster_.rank() != 0) return;
+    for (int i = static_cast<int>(threadIdx.x); i < samples; i += kThreads) {
+      write(i, m_ == -kInfinity ? -1 : id_of(threshold_), 1, 1);
+    }
+  } else if (in_candidates_) {
+    if (cluster_.rank() == 0) draw_from_candidates();
+  } else {
+    draw_from_tiles();
+  }
+}
+
+// A uniform integer in [0, total).
+template <int kDtype, bool kCopied>
+__device__ int64_t RowSampler<kDtype, kCopied>::random_below(int draw, int64_t total) const {
+  const Parameters& row = shared_.parameters;
+  if (draw == 0) return scaled_random(row.random, total);
+  return scaled_random(random_bits(row.seed, row.position, static_cast<uint32_t>(draw)), total);
+}
+
+// First works out, for each candidate, the mass of the kept candidates with smaller ids, in `running`.
+// Then each warp takes a draw, and the lane writes it whose candidate holds the random number.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::draw_from_candidates() {
+  const int count = shared_.candidates.count;
+  const int64_t total = mass_from(threshold_);
+  const uint64_t threshold = threshold_;
+  __syncthreads();
+  compare_all(
+      count,
+      [=](uint64_t other, uint64_t code) {
+        // The lower bits of a code are larger for smaller ids.
+        const auto bits = [](uint64_t of) { return static_cast<uint32_t>(of) & kLastId; };
+        return other >= threshold && bits(other) > bits(code);
+      },
+      [&](int own, uint64_t, int, int64_t mass) { shared_.running[own] = mass; }
+  );
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x / kWarpSize; i < args_.num_samples; i += kWarps) {
+    const int64_t r = random_below(i, total);
+#pragma unroll 1
+    for (int own = threadIdx.x % kWarpSize; own < count; own += kWarpSize) {
+      const uint64_t code = shared_.codes[own];
+      const int64_t w = shared_.masses[own];
+      const int64_t below = shared_.running[own];
+      if (code >= threshold && below <= r && r < below + w) write(i, id_of(code), w, total);
+    }
+  }
+}
+
+// Each warp takes a draw, in the block whose part holds the token: finds its tile by the running masses,
+// then the token within it.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::draw_from_tiles() {
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const Threshold threshold(threshold_);
+#pragma unroll 1
+  for (int i = warp; i < args_.num_samples; i += kWarps) {
+    const int64_t r = random_below(i, mass_.total) - mass_.before;
+    if (r < 0 || r >= mass_.own) continue;
+    const int tile =
+        count_leading(rounds() * kWarps - 1, [&](int j) { return tile_masses_[j] <= r; });
+    const int local = tile / kWarps * kThreads + tile % kWarps * kWarpSize + lane;
+    const int vec = first_vec_ + local;
+    int64_t w[kVec] = {};
+    int64_t sum = 0;
+    if (local < vecs()) {
+      float x[kVec];
+      process_any(vec, x);
+#pragma unroll
+      for (int t = 0; t < kVec; ++t) {
+        w[t] = kept_mass(threshold, x[t], row_.first_id(vec) + t);
+        sum += w[t];
+      }
+    }
+    int64_t running = (tile > 0 ? tile_masses_[tile - 1] : 0) + scan_warp(sum);
+    const unsigned past = __ballot_sync(kWholeWarp, running > r);
+    if (lane != __ffs(static_cast<int>(past)) - 1) continue;
+    running -= sum;
+    bool is_found = false;
+    int token = 0;
+    int64_t own = 0;
+#pragma unroll
+    for (int t = 0; t < kVec; ++t) {
+      running += w[t];
+      if (is_found || running <= r) continue;
+      is_found = true;
+      token = row_.first_id(vec) + t;
+      own = w[t];
+    }
+    write(i, token, own, mass_.total);
+  }
+}
+
+// Writes a token of mass `w` out of `total`, and its logprob. The token is -1 where the row has none to
+// draw. The thread that writes draw 0 remembers it for advance().
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::write(int draw, int token, int64_t w, int64_t total) {
+  const int64_t place = int64_t{index_} * args_.num_samples + draw;
+  args_.tokens[place] = token;
+  if (draw == 0) {
+    drew_ = true;
+    token_ = token;
+  }
+  if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE) return;
+  float logprob = __uint_as_float(0x7fc00000u);  // NaN
+  if (token >= 0 && args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_PROCESSED) {
+    logprob = logf(static_cast<float>(w) / static_cast<float>(total));
+  } else if (token >= 0) {
+    const float x = raw_logit(token);
+    logprob = (x == raw_m_ ? 0.0f : x - raw_m_) - raw_log_sum_;
+  }
+  args_.logprobs[place] = logprob;
+}
+
+// A token's logit after step 1.
+template <int kDtype, bool kCopied>
+__device__ float RowSampler<kDtype, kCopied>::raw_logit(int id) const {
+  const unsigned char* first = row_.aligned + row_.shift * kLogitBytes<kDtype>;
+  return widen<kDtype>(first + static_cast<int64_t>(id) * kLogitBytes<kDtype>);
+}
+
+// Finds the largest raw logit, then the logarithm of the sum of exp(x - raw_m_). It reads global memory,
+// because the copy has -inf in place of the seen tokens' logits.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::find_raw_sum() {
+  uint64_t sum[1] = {0};
+  // Two passes: a loop, so that their code is there once.
+#pragma unroll 1
+  for (bool sums = false;; sums = true) {
+    float own = sums ? 0.0f : -kInfinity;
+#pragma unroll 1
+    for (int round = 0; round < rounds(); ++round) {
+      const int local = round * kThreads + static_cast<int>(threadIdx.x);
+      if (local >= vecs()) continue;
+      float x[kVec];
+      const int vec = first_vec_ + local;
+      load<kDtype, false>(row_, row_.aligned + static_cast<int64_t>(vec) * kVecBytes, vec, x);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const float valid = x[i] == x[i] ? x[i] : -kInfinity;
+        if (sums) {
+          own += valid == raw_m_ ? 1.0f : expf(valid - raw_m_);
+        } else {
+          own = fmaxf(own, valid);
+        }
+      }
+    }
+    // A sum is added up in fixed point with 40 fractional bits, which holds a sum of 2^20.
+    sum[0] = sums ? static_cast<uint64_t>(own * 0x1p40f) : order_key(own);
+    if (sums) break;
+    cluster_.combine(sum, Larger());
+    raw_m_ = from_order_key(static_cast<uint32_t>(sum[0]));
+  }
+  cluster_.combine(sum, Add());
+  raw_log_sum_ = logf(static_cast<float>(sum[0]) * 0x1p-40f);
+}
+
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::write_filtered(bool is_greedy) {
+  const float t = shared_.parameters.temperature;
+  const Threshold threshold(threshold_);
+  float* out = args_.filtered + int64_t{index_} * args_.filtered_stride;
+  over_vecs([&](int, int vec, const float (&x)[kVec]) {
+    if (vec >= first_vec_ + vecs()) return;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const int id = row_.first_id(vec) + i;
+      if (id < 0 || id >= row_.vocab_size) continue;
+      out[id] = threshold.is_reached(x[i], id) ? (is_greedy ? x[i] : x[i] / t) : -kInfinity;
+    }
+  });
+}
+
+// Adds the token of draw 0 to the row's history and 1 to its position.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::advance() {
+  if (args_.advance == LLM_SAMPLING_ADVANCE_NEVER || token_ < 0) return;
+  const Parameters& row = shared_.parameters;
+  args_.position[index_] = static_cast<int64_t>(row.position + 1);
+  if (args_.seen == nullptr) return;
+  // Atomics whose results are not used: the thread waits for none of them.
+  int32_t* seen = args_.seen + row.slot * args_.seen_stride + (token_ >> 5);
+  atomicOr(seen, static_cast<int32_t>(1u << (token_ & 31)));
+  atomicAdd(args_.counts + row.slot * args_.counts_stride + token_, 1);
+  atomicAdd(reinterpret_cast<unsigned long long*>(args_.lengths + row.slot), 1ull);
+}
+
+}  // namespace llm_sampling
+
+#endif  // LLM_SAMPLING_CUDA_DRAW_CUH_

@@ -1,0 +1,231 @@
+// The class that samples one row: its state in shared memory and registers, and its methods by file.
+#ifndef LLM_SAMPLING_CUDA_ROW_SAMPLER_CUH_
+#define LLM_SAMPLING_CUDA_ROW_SAMPLER_CUH_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../llm_sampling.h"
+#include "../semantics.h"
+#include "cluster.cuh"
+#include "launch.cuh"
+#include "row.cuh"
+
+namespace llm_sampling {
+
+constexpr int kMaxCandidates = 384;  // in shared memory
+constexpr int kAbreast = 16;         // candidates that one iteration of compare_all takes
+constexpr int kProbed = 256;         // tokens of a probe
+constexpr int kMaxima = 2;           // maxima that each thread keeps
+constexpr int kBins = 2 * kThreads;
+constexpr uint64_t kNoCode = 0;
+static_assert(
+    kMaxCandidates % kAbreast == 0 && kProbed % kAbreast == 0,
+    "compare_all reads whole multiples of kAbreast"
+);
+static_assert(kMaxima == 2, "find_maxima and find_tile_maxima name both");
+
+// The start of a block's shared memory.
+#ifdef __CUDACC__
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+#else
+__device__ __forceinline__ unsigned char* dynamic_shared() { return dynamic_shared_memory(); }
+#endif
+
+// The row's parameters that are not needed before the first barrier.
+struct Parameters {
+  float temperature, top_p, depth_cut;  // depth_cut: infinity where no filter by depth is on
+  int32_t top_k, min_tokens_to_keep;
+  uint64_t seed, position;
+  uint64_t random;  // the random bits of draw 0
+  int64_t slot;     // the row's slot of the history
+};
+
+// What the filters of a row ask for.
+struct Filters {
+  int min_kept;  // no filter leaves fewer tokens
+  int max_kept;  // top-k leaves no more
+  float top_p, depth_cut;
+  bool has_top_k, has_top_p, has_depth_cut;
+
+  __device__ Filters(const Parameters& row, int vocab_size) {
+    min_kept = row.min_tokens_to_keep > 1 ? row.min_tokens_to_keep : 1;
+    max_kept = row.top_k > 0 ? (row.top_k > min_kept ? row.top_k : min_kept) : vocab_size;
+    top_p = row.top_p;
+    depth_cut = row.depth_cut;
+    has_top_k = max_kept < vocab_size;
+    has_top_p = top_p < 1.0f;
+    has_depth_cut = depth_cut < kInfinity;
+  }
+  __device__ bool are_off() const { return !has_top_k && !has_top_p && !has_depth_cut; }
+  // Whether the mass of the whole row is needed.
+  __device__ bool need_total() const { return !has_top_k && (has_top_p || !has_depth_cut); }
+};
+
+// A range of codes, and the count and mass of the tokens above it.
+struct Range {
+  uint64_t low, high;  // low included, high excluded
+  int count_above;
+  int64_t mass_above;
+};
+
+// What is known of the candidates besides their codes.
+struct Candidates {
+  int count;
+  int count_above;     // tokens of the row above all candidates
+  int64_t mass_above;  // and their mass
+  bool is_last;        // whether all other tokens of the row are above them or at -inf
+};
+
+// The fixed part of a block's shared memory.
+struct Shared {
+  Cluster::Memory cluster;
+  Parameters parameters;  // written by thread 0, once
+  int vecs;               // vecs of this block's part; written by thread 0, once
+  uint32_t seen_count;    // seen tokens of this block's part
+  uint32_t appended;      // candidates that this block has found
+  Candidates candidates;  // written by thread 0
+  union {
+    uint32_t seen_ids[kMaxScores];  // in any order; used before there are candidates
+    struct {
+      uint64_t codes[kMaxCandidates];   // in any order; written by all blocks, between two barriers
+      int64_t masses[kMaxCandidates];   // of `codes`
+      uint64_t sorted[kMaxCandidates];  // codes in the order; before that, those this block found
+      int64_t running[kMaxCandidates];  // running masses of `sorted`; for a draw, see draw.cuh
+    };
+  };
+  uint32_t bins[kBins];  // histogram of the maxima of this block's threads
+};
+static_assert(sizeof(Shared) <= kFixedBytes, "launch.cuh reserves kFixedBytes for it");
+
+// Samples one row. All threads of the row's cluster make one and call run().
+template <int kDtype, bool kCopied>
+class RowSampler {
+ public:
+  __device__ RowSampler(const Plan& plan, int index)
+      : args_(plan.args),
+        index_(index),
+        shared_(*reinterpret_cast<Shared*>(dynamic_shared())),
+        cluster_(shared_.cluster),
+        part_vecs_(plan.vecs) {
+    unsigned char* after = dynamic_shared() + kFixedBytes;
+    tile_masses_ = reinterpret_cast<int64_t*>(after);
+    tile_keys_ = reinterpret_cast<uint32_t*>(tile_masses_ + count_tiles(plan.vecs));
+    copy_ = after + tiles_bytes(plan.vecs);
+  }
+
+  __device__ void run();
+
+ private:
+  using LogitWord = Unsigned<kLogitBytes<kDtype>>;
+  static constexpr int kVecBytes = kVec * kLogitBytes<kDtype>;
+
+  // copy.cuh: where the row is, its copy in shared memory, steps 1 to 6 of a vec
+  __device__ int locate_logits();
+  __device__ void read_parameters(int vecs);
+  __device__ void locate_bits(int64_t slot);
+  __device__ void copy_logits(int vecs);
+  __device__ void copy_edge(unsigned char* to, const unsigned char* from, int first) const;
+  __device__ void copy_bits(int vecs);
+  __device__ bool score();
+  __device__ Copy copy_of(int block) const;
+  __device__ __forceinline__ bool has_scores(int block) const;
+  __device__ __forceinline__ const unsigned char* logits_of(const Copy&, int local, int vec) const;
+  __device__ __forceinline__ void process(
+      const Copy& copy,
+      bool is_scored,
+      int local,
+      int vec,
+      float (&x)[kVec]
+  ) const;
+  __device__ __forceinline__ void process_any(int vec, float (&x)[kVec]) const;
+
+  // passes.cuh: passes over the block's part
+  __device__ int vecs() const { return shared_.vecs; }
+  __device__ int rounds() const { return (vecs() + kThreads - 1) / kThreads; }
+  template <typename Visit>
+  __device__ __forceinline__ void over_vecs(const Visit& visit) const;
+  template <typename Visit>
+  __device__ __forceinline__ void over_tiles(uint32_t lowest, const Visit& visit) const;
+  template <typename Visit>
+  __device__ __forceinline__ void visit_round(int round, int count, const Visit& visit) const;
+  __device__ __forceinline__ void prefetch_later(int local, int count) const;
+  __device__ void find_maxima();
+  template <bool kPlain>
+  __device__ __forceinline__ bool find_tile_maxima();
+  __device__ void find_first();
+  __device__ __forceinline__ float depth_of(float x) const;
+  __device__ __forceinline__ int64_t mass_of(float x) const;
+  __device__ __forceinline__ int64_t kept_mass(const Threshold& threshold, float x, int id) const;
+  __device__ void weigh();
+  __device__ void sum_tiles();
+
+  // candidates.cuh: the short list from which thresholds and tokens are chosen
+  __device__ bool guess_range(const Filters& filters, int nucleus, Range& range);
+  __device__ void collect(const Range& range);
+  template <typename Holds, typename Visit>
+  __device__ __forceinline__ void compare_all(
+      int count,
+      const Holds& holds,
+      const Visit& visit
+  ) const;
+  __device__ void sort(int count);
+  __device__ int count_from(uint64_t code) const;
+  __device__ int64_t mass_from(uint64_t code) const;
+  __device__ bool has_threshold(int64_t target, bool by_mass) const;
+  __device__ uint64_t threshold_at(int64_t target, bool by_mass, uint64_t lowest) const;
+
+  // select.cuh: steps 11 to 13
+  __device__ __forceinline__ Filters filters() const;
+  __device__ void find_kept();
+  __device__ void find_thresholds();
+  __device__ uint64_t code_at_depth(float depth_cut) const;
+  __device__ uint32_t key_at_depth(float depth_cut) const;
+  __device__ Range search(int64_t target, bool by_mass, uint64_t lowest);
+  __device__ void probe(int64_t target, bool by_mass, uint64_t lowest, uint64_t (&pivots)[3]);
+  __device__ static void split(uint64_t low, uint64_t high, uint64_t (&pivots)[3]);
+
+  // draw.cuh: step 14 and the other results
+  __device__ void draw(bool is_greedy);
+  __device__ int64_t random_below(int draw, int64_t total) const;
+  __device__ void draw_from_candidates();
+  __device__ void draw_from_tiles();
+  __device__ void write(int draw, int token, int64_t w, int64_t total);
+  __device__ float raw_logit(int id) const;
+  __device__ void find_raw_sum();
+  __device__ void write_filtered(bool is_greedy);
+  __device__ void advance();
+
+  const LlmSamplingArgs& args_;
+  const int index_;  // of the row
+  Shared& shared_;
+  Cluster cluster_;
+  const int part_vecs_;   // vecs of a part; the last parts may have fewer
+  int64_t* tile_masses_;  // running masses of this block's tiles, in shared memory
+  uint32_t* tile_keys_;   // order keys of their largest logits, in shared memory
+  unsigned char* copy_;   // this block's copy, in shared memory
+  Row row_;
+  int first_vec_;  // of this block's part
+
+  float largest_[kMaxima] = {-kInfinity, -kInfinity};  // of this thread's tokens
+  float m_;                                            // the row's largest logit after step 6
+  float scale_ = 0.0f;                                 // of the depth
+  bool is_scored_ = false;                             // has_scores() of this block
+
+  uint64_t threshold_;          // the lowest code of the kept set
+  bool in_candidates_ = false;  // whether the candidates contain the whole kept set
+  // The mass of all tokens where a filter needs it; later that of the kept set, unless in_candidates_.
+  Sums mass_ = {};
+
+  float raw_m_ = 0.0f;        // the largest raw logit
+  float raw_log_sum_ = 0.0f;  // the logarithm of the sum of exp(x - raw_m_)
+  bool drew_ = false;         // whether this thread has drawn draw 0
+  int token_ = -1;            // the token of draw 0, in that thread
+};
+
+}  // namespace llm_sampling
+
+#endif  // LLM_SAMPLING_CUDA_ROW_SAMPLER_CUH_

@@ -1,0 +1,159 @@
+"""What every backend shares: the call that it is given, what it returns, and how a call fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from llm_sampling.history import TokenHistory
+from llm_sampling.params import BatchParams
+
+Logprobs = Literal["processed", "raw"]
+
+#: The values of ``logprobs`` -> their number in every kernel.
+LOGPROBS_MODES = {None: 0, "processed": 1, "raw": 2}
+
+#: Status bits, a set of which is written for every row.
+STATUS_NAN, STATUS_NO_CANDIDATE, STATUS_POS_INF = 1, 2, 4
+
+
+#: The process that imported the package; one with another id was forked from it.
+IMPORTED_BY = os.getpid()
+
+
+class SampleOutput(NamedTuple):
+    """What :func:`llm_sampling.sample` returns.
+
+    Attributes:
+        tokens: int64 ``(rows,)``, or ``(rows, num_samples)`` when ``num_samples`` > 1; -1 in a row
+            without candidates.
+        logprobs: float32 natural logarithms of the shape of ``tokens`` (NaN where the token is -1),
+            or None if not asked for.
+        status: int32 ``(rows,)``, a set of bits: 1 NaN seen, 2 no candidate, 4 +inf seen.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor | None
+    status: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SampleCall:
+    """Everything that a backend needs, checked by :mod:`llm_sampling.sample`.
+
+    Attributes:
+        logits: ``(rows, vocab_size)`` float32, float16 or bfloat16, last stride 1.
+        batch: the parameters; every row has a seed, and ``position`` is set.
+        history: penalty state of the same rows, or None.
+        allowed_mask: int32 ``(rows, ceil(vocab_size / 32))``, last stride 1, or None.
+        num_samples: draws per row.
+        logprobs: which distribution the tokens' logprobs come from, or None.
+        check: raise :class:`InvalidLogitsError` if any status is not 0.
+        advance: after the draw add each row's token to the history and 1 to its position, in place,
+            unless ``check`` raises.
+    """
+
+    logits: Tensor
+    batch: BatchParams
+    history: TokenHistory | None
+    allowed_mask: Tensor | None
+    num_samples: int = 1
+    logprobs: Logprobs | None = None
+    check: bool = False
+    advance: bool = False
+
+
+class BackendModule(Protocol):
+    """The functions that a backend's module defines.
+
+    Attributes:
+        DEVICE_TYPES: the types of device whose tensors it takes; None for all of torch's.
+    """
+
+    DEVICE_TYPES: frozenset[str] | None
+
+    def why_unavailable(self) -> str | None:
+        """None if the backend works here, else the reason."""
+
+    def sample(self, call: SampleCall) -> SampleOutput:
+        """Draw tokens."""
+
+    def filter_logits(self, call: SampleCall) -> Tensor:
+        """Processed logits over temperature, -inf outside the kept set; float32."""
+
+    def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+        """``sample`` of new logits of the same shape, dtype and device, and a mask or None."""
+
+
+def make_results(call: SampleCall) -> SampleOutput:
+    """Memory for a call's results."""
+    rows, device = call.logits.shape[0], call.logits.device
+    shape = (rows,) if call.num_samples == 1 else (rows, call.num_samples)
+    return SampleOutput(
+        tokens=torch.empty(shape, dtype=torch.int64, device=device),
+        logprobs=None
+        if call.logprobs is None
+        else torch.empty(shape, dtype=torch.float32, device=device),
+        status=torch.empty(rows, dtype=torch.int32, device=device),
+    )
+
+
+def advance(call: SampleCall, output: SampleOutput) -> None:
+    """Record the tokens and advance the positions in torch, for kernels that have not done it."""
+    assert call.batch.position is not None
+    call.batch.position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
+    if call.history is not None:
+        call.history.append(output.tokens)
+
+
+def settle(call: SampleCall, output: SampleOutput) -> SampleOutput:
+    """For kernels that cannot see every row's status: raise on bad rows, then advance.
+
+    Without ``check`` the kernel has advanced the rows and nothing is left to do. With ``check``
+    this waits for the device.
+    """
+    if call.check:
+        raise_on_status(output.status)
+        if call.advance:
+            advance(call, output)
+    return output
+
+
+class InvalidLogitsError(ValueError):
+    """Rows whose logits hold NaN or +inf, or leave no candidate.
+
+    Attributes:
+        rows: the indices of those rows.
+    """
+
+    def __init__(self, message: str, rows: list[int]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+def raise_on_status(status: Tensor) -> None:
+    """Raise :class:`InvalidLogitsError` naming the rows whose status is not 0."""
+    values = status.tolist()
+    if not any(values):
+        return
+    reasons = (
+        (STATUS_NAN, "NaN in logits"),
+        (STATUS_NO_CANDIDATE, "no candidate left (every logit is -inf or masked)"),
+        (STATUS_POS_INF, "+inf in logits"),
+    )
+    parts = []
+    for bit, reason in reasons:
+        rows = [row for row, value in enumerate(values) if value & bit]
+        if rows:
+            parts.append(f"{reason} in {'row' if len(rows) == 1 else 'rows'} {_enumerate(rows)}")
+    raise InvalidLogitsError("; ".join(parts), [row for row, value in enumerate(values) if value])
+
+
+def _enumerate(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:8]))
+    return shown if len(rows) <= 8 else f"{shown} and {len(rows) - 8} more"

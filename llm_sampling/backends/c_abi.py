@@ -1,0 +1,119 @@
+"""The struct of csrc/llm_sampling.h for ctypes, and the functions that fill it from a call."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from llm_sampling.backends.base import LOGPROBS_MODES, SampleCall, SampleOutput
+from llm_sampling.params import KERNEL_TENSORS
+
+ABI_VERSION = 1
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_NEVER, _ALWAYS, _IF_ALL_VALID = 0, 1, 2
+
+
+class SampleArgs(ctypes.Structure):
+    """``LlmSamplingArgs``, field by field."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("version", ctypes.c_uint32),
+        ("rows", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("num_samples", ctypes.c_int32),
+        ("logprobs_mode", ctypes.c_int32),
+        ("advance", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("logits", ctypes.c_void_p),
+        ("logits_stride", ctypes.c_int64),
+        ("temperature", ctypes.c_void_p),
+        ("top_k", ctypes.c_void_p),
+        ("top_p", ctypes.c_void_p),
+        ("min_p", ctypes.c_void_p),
+        ("min_p_cut", ctypes.c_void_p),
+        ("repetition_penalty", ctypes.c_void_p),
+        ("frequency_penalty", ctypes.c_void_p),
+        ("presence_penalty", ctypes.c_void_p),
+        ("min_tokens_to_keep", ctypes.c_void_p),
+        ("seed", ctypes.c_void_p),
+        ("position", ctypes.c_void_p),
+        ("logit_bias_offsets", ctypes.c_void_p),
+        ("logit_bias_ids", ctypes.c_void_p),
+        ("logit_bias_values", ctypes.c_void_p),
+        ("allowed_mask", ctypes.c_void_p),
+        ("allowed_mask_stride", ctypes.c_int64),
+        ("seen", ctypes.c_void_p),
+        ("seen_stride", ctypes.c_int64),
+        ("counts", ctypes.c_void_p),
+        ("counts_stride", ctypes.c_int64),
+        ("lengths", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("num_slots", ctypes.c_int64),
+        ("tokens", ctypes.c_void_p),
+        ("logprobs", ctypes.c_void_p),
+        ("status", ctypes.c_void_p),
+        ("filtered", ctypes.c_void_p),
+        ("filtered_stride", ctypes.c_int64),
+    )
+
+
+def make_args(call: SampleCall) -> SampleArgs:
+    """The struct of a call, without results. It holds addresses, so the call must outlive it."""
+    args = SampleArgs(
+        struct_size=ctypes.sizeof(SampleArgs),
+        version=ABI_VERSION,
+        rows=call.logits.shape[0],
+        vocab_size=call.logits.shape[1],
+        dtype=_DTYPES[call.logits.dtype],
+        num_samples=call.num_samples,
+        logprobs_mode=LOGPROBS_MODES[call.logprobs],
+        advance=_NEVER if not call.advance else _IF_ALL_VALID if call.check else _ALWAYS,
+        num_threads=torch.get_num_threads(),
+    )
+    for name in KERNEL_TENSORS:
+        setattr(args, name, getattr(call.batch, name).data_ptr())
+    if call.batch.logit_bias_ids.numel() == 0:
+        args.logit_bias_offsets = None
+    set_logits(args, call.logits, call.allowed_mask)
+    if call.history is not None:
+        set_history(args, call)
+    return args
+
+
+def set_logits(args: SampleArgs, logits: Tensor, allowed_mask: Tensor | None) -> None:
+    """Point the struct at one step's logits and mask."""
+    args.logits = logits.data_ptr()
+    args.logits_stride = logits.stride(0)
+    if allowed_mask is not None:
+        args.allowed_mask = allowed_mask.data_ptr()
+        args.allowed_mask_stride = allowed_mask.stride(0)
+    elif args.allowed_mask:
+        args.allowed_mask = None
+
+
+def set_history(args: SampleArgs, call: SampleCall) -> None:
+    """Point the struct at the history's tensors, which are new ones when rows come and go."""
+    history = call.history
+    assert history is not None
+    args.seen = history.seen.data_ptr()
+    args.seen_stride = history.seen.stride(0)
+    args.counts = history.counts.data_ptr()
+    args.counts_stride = history.counts.stride(0)
+    args.lengths = history.lengths.data_ptr()
+    args.slots = history.slots.data_ptr()
+    args.num_slots = history.seen.shape[0]
+
+
+def set_results(args: SampleArgs, output: SampleOutput) -> None:
+    """Point the struct at the results' memory."""
+    tokens, logprobs, status = output
+    args.tokens = tokens.data_ptr()
+    args.status = status.data_ptr()
+    if logprobs is not None:
+        args.logprobs = logprobs.data_ptr()

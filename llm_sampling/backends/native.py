@@ -1,0 +1,189 @@
+"""Loads a library of csrc/ by ctypes and calls it, for the backends in C++ and CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm_sampling.backends.base import IMPORTED_BY, SampleCall, SampleOutput, make_results
+from llm_sampling.backends.c_abi import (
+    ABI_VERSION,
+    SampleArgs,
+    make_args,
+    set_history,
+    set_logits,
+    set_results,
+)
+
+
+class Library:
+    """``libllm_sampling_NAME.so``, loaded when it is first asked for.
+
+    Args:
+        name: of the backend, and of the entry point after ``llm_sampling_``.
+        more: ctypes types of the entry point's arguments after the struct.
+        after_fork: the function to call when a forked child loads the library and its parent did
+            not.
+    """
+
+    def __init__(self, name: str, *more: type, after_fork: str | None = None) -> None:
+        self.name = name
+        self.entry = f"llm_sampling_{name}"
+        self.path = Path(__file__).parent.parent / "lib" / f"libllm_sampling_{name}.so"
+        self._more = more
+        self._after_fork = after_fork
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[ctypes.CDLL | None, str | None]:
+        """The library, or the reason why there is none; looked for once per process."""
+        path = self.path
+        if not path.exists():
+            failure = path.with_suffix(".failure.txt")
+            if failure.exists():
+                return (
+                    None,
+                    f"it was not built when the package was installed: {failure.read_text()}",
+                )
+            return None, f"{path} does not exist; build it by installing the package"
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            return None, f"{path} does not load: {error}"
+        entry = getattr(library, self.entry)
+        entry.argtypes = [ctypes.POINTER(SampleArgs), *self._more]
+        entry.restype = ctypes.c_int32
+        library.llm_sampling_error.argtypes = [ctypes.c_int32]
+        library.llm_sampling_error.restype = ctypes.c_char_p
+        library.llm_sampling_abi_version.restype = ctypes.c_uint32
+        library.llm_sampling_args_size.restype = ctypes.c_uint32
+        built = (library.llm_sampling_abi_version(), library.llm_sampling_args_size())
+        if built != (ABI_VERSION, ctypes.sizeof(SampleArgs)):
+            return None, f"{path} is of another version of this package; install the package again"
+        if self._after_fork is not None and os.getpid() != IMPORTED_BY:
+            getattr(library, self._after_fork)()
+        return library, None
+
+    def why_unavailable(self) -> str | None:
+        """None if the library is there and loads."""
+        return self._loaded[1]
+
+    def load(self) -> ctypes.CDLL:
+        """The library.
+
+        Raises:
+            RuntimeError: there is none; the message says why.
+        """
+        library, reason = self._loaded
+        if library is None:
+            raise RuntimeError(f"backend {self.name!r} is unavailable: {reason}")
+        return library
+
+    @functools.cached_property
+    def _function(self) -> Callable[..., int]:
+        function: Callable[..., int] = getattr(self.load(), self.entry)
+        return function
+
+    def error(self, code: int) -> str:
+        """What a return code means."""
+        return str(self.load().llm_sampling_error(code).decode())
+
+    def run(self, args: SampleArgs, *more: object) -> None:
+        """Call the entry point.
+
+        Raises:
+            RuntimeError: it returned a code, which the message has in words.
+        """
+        code = self._function(args, *more)
+        if code:
+            raise RuntimeError(f"{self.entry}: {self.error(code)}")
+
+
+#: Calls a library's entry point for tensors on one device.
+Run = Callable[[SampleArgs], None]
+
+
+def sample(call: SampleCall, run: Run) -> SampleOutput:
+    """Draw tokens in one call of the kernel."""
+    args = make_args(call)
+    output = make_results(call)
+    set_results(args, output)
+    run(args)
+    return output
+
+
+def filter_logits(call: SampleCall, run: Run) -> Tensor:
+    """Filter in one call of the kernel."""
+    args = make_args(call)
+    filtered = torch.empty(call.logits.shape, dtype=torch.float32, device=call.logits.device)
+    args.filtered = filtered.data_ptr()
+    args.filtered_stride = filtered.shape[1]
+    run(args)
+    return filtered
+
+
+def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+    """Keep the args struct between steps, so that a step costs a few microseconds of Python."""
+    args = make_args(call)
+    held = _state(call)
+    like = make_results(call)
+    results = _results(like)
+
+    def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
+        nonlocal held, results
+        args.num_threads = torch.get_num_threads()
+        set_logits(args, logits, allowed_mask)
+        if held:
+            state = _state(call)
+            if any(mine is not theirs for mine, theirs in zip(held, state, strict=True)):
+                set_history(args, call)
+                held = state
+        output = next(results, None)
+        if output is None:  # Ctrl-C inside the generator has ended it
+            results = _results(like)
+            output = next(results)
+        set_results(args, output)
+        run(args)
+        return output
+
+    return step
+
+
+def _results(like: SampleOutput) -> Iterator[SampleOutput]:
+    """Result tensors for one step after another, without end.
+
+    On the CPU those of many steps are allocated together, which takes a quarter of the time.
+    Elsewhere each step has an allocation of its own, because a captured graph must own its memory.
+    """
+    tokens = like.tokens
+    while tokens.device.type != "cpu":
+        logprobs = None if like.logprobs is None else torch.empty_like(like.logprobs)
+        yield SampleOutput(torch.empty_like(tokens), logprobs, torch.empty_like(like.status))
+    steps = max(1, min(64, 2**16 // max(1, tokens.numel())))
+    while True:
+        with torch.inference_mode(False):  # a later step may run outside of inference mode
+            parts = [
+                itertools.repeat(None, steps)
+                if x is None
+                else x.new_empty(steps, *x.shape).unbind()
+                for x in like
+            ]
+        yield from map(SampleOutput, *parts)
+
+
+def _state(call: SampleCall) -> tuple[Tensor, ...]:
+    """The history's tensors, kept alive since the struct has their addresses; read each step."""
+    history = call.history
+    if history is None:
+        return ()
+    if history.rows != call.batch.rows:
+        raise ValueError(
+            f"history must have one row per row of logits ({call.batch.rows}), got {history.rows}"
+        )
+    return history.seen, history.counts, history.lengths, history.slots

@@ -1,0 +1,82 @@
+"""Checks of arguments. Each raises a ValueError that names the argument, the rule and the value.
+
+This module imports nothing else of the package.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Collection
+
+
+def refusal(name: str, rule: str, value: object) -> ValueError:
+    """The error for an argument that breaks its rule, to be raised by the caller."""
+    return ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer of any type, numpy's included, and not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def integer(name: str, value: object, rule: str = "an integer") -> int:
+    """``value`` as an int.
+
+    Raises:
+        ValueError: it is not an integer, or it is a bool.
+    """
+    if not is_integer(value):
+        raise refusal(name, rule, value)
+    return int(value)  # type: ignore[call-overload,no-any-return]
+
+
+def integer_at_least(name: str, value: object, least: int) -> int:
+    """``value`` as an int.
+
+    Raises:
+        ValueError: it is not an integer, it is a bool, or it is below ``least``.
+    """
+    rule = f"an integer >= {least}"
+    checked = integer(name, value, rule)
+    if checked < least:
+        raise refusal(name, rule, value)
+    return checked
+
+
+def number(name: str, value: object, rule: str = "a finite number") -> float:
+    """``value`` as a float.
+
+    Raises:
+        ValueError: it is not a real number, it is a bool, NaN, infinite, or too large for a float.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            checked = float(value)
+        except OverflowError:  # an int or a fraction past the largest float
+            checked = math.inf
+        if math.isfinite(checked):
+            return checked
+    raise refusal(name, rule, value)
+
+
+def true_or_false(name: str, value: object) -> bool:
+    """``value`` itself.
+
+    Raises:
+        ValueError: it is not a bool.
+    """
+    if not isinstance(value, bool):
+        raise refusal(name, "True or False", value)
+    return value
+
+
+def token_ids(name: str, ids: object) -> list[int]:
+    """``ids`` as a list of ints.
+
+    Raises:
+        ValueError: it is not a collection, or holds something that is not an integer.
+    """
+    if not isinstance(ids, Collection) or isinstance(ids, (str, bytes)):
+        raise refusal(name, "a collection of token ids", ids)
+    return [integer(name, token, "integers") for token in ids]

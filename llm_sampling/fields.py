@@ -1,0 +1,243 @@
+"""The table of the parameters. Whatever is said of a parameter in several places is said here once.
+
+The checks of :class:`~llm_sampling.SamplingParams` and :class:`~llm_sampling.BatchParams`, the
+values at which parameters are off, the options of the commands, the page of ``explain`` and the
+tables of the documentation are made from :data:`FIELDS`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llm_sampling import checks
+from llm_sampling.checks import refusal
+
+#: What a parameter does to a row. "rank", "mass" and "depth" are the filters: the three ways to cut
+#: the order of the tokens. "floor" is the number of tokens that no filter goes below.
+Kind = Literal["bias", "penalty", "scale", "rank", "mass", "depth", "floor", "seed"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Everything that is said of one parameter in more than one place.
+
+    Attributes:
+        name: of the field of :class:`SamplingParams`.
+        kind: what it does.
+        off: the value at which it does nothing.
+        rule: what a value must be, in words; a message reads "NAME must be RULE, got VALUE".
+        holds: whether a value keeps the rule; not for ``logit_bias``.
+        holds_in_float32: the same for the value rounded to float32, a number or a tensor of them,
+            where rounding makes a difference.
+        dtype: of its tensor in :class:`BatchParams`; None for ``logit_bias``, which has three.
+        range: the values that it may have, as the tables of the documentation print them.
+        off_text: the same of the values at which it is off.
+        step: the numbers of its steps in docs/semantics.md.
+        meaning: what it does, as README's table says it.
+        help: the same for the command line.
+    """
+
+    name: str
+    kind: Kind
+    off: Any
+    rule: str
+    holds: Callable[[Any], Any]
+    dtype: torch.dtype | None
+    range: str
+    off_text: str
+    step: str
+    meaning: str
+    help: str
+    holds_in_float32: Callable[[Any], Any] | None = None
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether its values are integers."""
+        return self.dtype in (torch.int32, torch.int64)
+
+    def checked(self, value: object) -> Any:
+        """``value`` as an int or a float.
+
+        Raises:
+            ValueError: it breaks the rule.
+        """
+        number: Any
+        if self.is_integer:
+            number = checks.integer(self.name, value, self.rule)
+        else:
+            number = checks.number(self.name, value, self.rule)
+        if not self.holds(number) or (
+            self.holds_in_float32 is not None and not self.holds_in_float32(to_float32(number))
+        ):
+            raise refusal(self.name, self.rule, value)
+        return number
+
+    def check_tensor(self, tensor: Tensor) -> None:
+        """A ValueError that names the first row whose value, rounded already, breaks the rule."""
+        good = (self.holds_in_float32 or self.holds)(tensor)
+        if not bool(good.all()):
+            row = int((~good).nonzero()[0])
+            raise refusal(f"{self.name}[{row}]", self.rule, tensor[row].item())
+
+
+#: The parameters, in the order of the fields of :class:`SamplingParams`.
+FIELDS: Mapping[str, Field] = MappingProxyType(
+    {
+        field.name: field
+        for field in (
+            Field(
+                "temperature",
+                kind="scale",
+                off=1.0,
+                rule="finite and >= 0 in float32",
+                holds=lambda t: t >= 0,
+                holds_in_float32=lambda t: (t >= 0) & (t < math.inf),
+                dtype=torch.float32,
+                range="finite, >= 0",
+                off_text="1; greedy at 0",
+                step="8, 9",
+                meaning="divides the logits; 0 is greedy",
+                help="Divide the logits by this; 0 takes the best token.",
+            ),
+            Field(
+                "top_k",
+                kind="rank",
+                off=0,
+                rule="an integer >= -1",
+                holds=lambda k: k >= -1,
+                dtype=torch.int32,
+                range="integer >= -1",
+                off_text="0 and -1",
+                step="11",
+                meaning="keep exactly this many, ties cut by token id",
+                help="Keep this many of the best tokens; 0 is off.",
+            ),
+            Field(
+                "top_p",
+                kind="mass",
+                off=1.0,
+                rule="in (0, 1]",
+                holds=lambda p: (p > 0) & (p <= 1),
+                holds_in_float32=lambda p: (p >= 0) & (p <= 1),  # a tiny one is rounded to 0
+                dtype=torch.float32,
+                range="(0, 1]",
+                off_text="1",
+                step="12",
+                meaning="keep the shortest prefix of that mass, crossing token included",
+                help="Keep the best tokens that hold this share of the mass; 1 is off.",
+            ),
+            Field(
+                "min_p",
+                kind="depth",
+                off=0.0,
+                rule="in [0, 1]",
+                holds=lambda p: (p >= 0) & (p <= 1),
+                dtype=torch.float32,
+                range="[0, 1]",
+                off_text="0",
+                step="13",
+                meaning="keep what is at least so likely relative to the best token",
+                help="Keep tokens at least this likely, relative to the best; 0 is off.",
+            ),
+            Field(
+                "repetition_penalty",
+                kind="penalty",
+                off=1.0,
+                rule="finite and > 0 in float32",
+                holds=lambda r: r > 0,
+                holds_in_float32=lambda r: (r > 0) & (r < math.inf),
+                dtype=torch.float32,
+                range="finite, > 0",
+                off_text="1",
+                step="3",
+                meaning="for every token of prompt and output",
+                help="Scale down the tokens of prompt and text; 1 is off.",
+            ),
+            Field(
+                "frequency_penalty",
+                kind="penalty",
+                off=0.0,
+                rule="in [-2, 2]",
+                holds=lambda a: (a >= -2) & (a <= 2),
+                dtype=torch.float32,
+                range="[-2, 2]",
+                off_text="0",
+                step="4",
+                meaning="times how often the output holds the token",
+                help="Subtract this for each time the text has the token; 0 is off.",
+            ),
+            Field(
+                "presence_penalty",
+                kind="penalty",
+                off=0.0,
+                rule="in [-2, 2]",
+                holds=lambda b: (b >= -2) & (b <= 2),
+                dtype=torch.float32,
+                range="[-2, 2]",
+                off_text="0",
+                step="5",
+                meaning="once for every token of the output",
+                help="Subtract this once if the text has the token; 0 is off.",
+            ),
+            Field(
+                "min_tokens_to_keep",
+                kind="floor",
+                off=1,
+                rule="an integer >= 1",
+                holds=lambda n: n >= 1,
+                dtype=torch.int32,
+                range="integer >= 1",
+                off_text="1",
+                step="11, 12, 13",
+                meaning="no filter leaves fewer",
+                help="No filter leaves fewer tokens than this.",
+            ),
+            Field(
+                "logit_bias",
+                kind="bias",
+                off=None,
+                rule="a mapping of token id to bias",
+                holds=lambda bias: True,  # _checked_bias looks at every entry
+                dtype=None,
+                range="token id to a bias in [-100, 100]",
+                off_text="None",
+                step="2",
+                meaning="added before the penalties",
+                help="Add BIAS to the logit of token ID; repeatable.",
+            ),
+            Field(
+                "seed",
+                kind="seed",
+                off=None,
+                rule="an integer in [-2^63, 2^64)",
+                holds=lambda seed: (seed >= -(2**63)) & (seed < 2**64),
+                dtype=torch.int64,
+                range="integer in [-2^63, 2^64)",
+                off_text="None: a fresh one is drawn",
+                step="14",
+                meaning="None draws one from torch's default generator",
+                help="The same seed gives the same text. Default: a new one each time.",
+            ),
+        )
+    }
+)
+
+#: The value at which each parameter does nothing. ``None`` stands for it everywhere, and so does
+#: ``top_k=-1``, as in Hugging Face and vLLM. ``temperature`` 1 divides by one; 0 is greedy.
+OFF_VALUES: Mapping[str, Any] = MappingProxyType({f.name: f.off for f in FIELDS.values()})
+
+
+def to_float32(value: float) -> float:
+    """The float32 nearest to ``value``, as the kernels read it; inf where it overflows."""
+    try:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)

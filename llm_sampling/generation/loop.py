@@ -1,0 +1,531 @@
+"""Generation loops on a causal language model, and their tokens as text while they come.
+
+    prompts -> model -> logits -> Sampler -> Step -> RowText -> Chunk
+
+:func:`generate` and :func:`generate_stream` do all of it, :func:`stream` goes up to the Step.
+They work with any Hugging Face causal LM, or any callable, and import neither transformers nor a
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_sampling.backends.base import Logprobs, raise_on_status
+from llm_sampling.checks import integer_at_least, token_ids, true_or_false
+from llm_sampling.generation.prompts import Prompts, check_holds_integers, padded, prompt_ids
+from llm_sampling.generation.rows import (
+    RowText,
+    declared_ids,
+    new_sampler,
+    params_of_prompts,
+    params_of_sequences,
+)
+from llm_sampling.generation.stop_strings import StopStrings
+from llm_sampling.history import check_vocab_size
+from llm_sampling.params import SamplingParams
+from llm_sampling.sampler import Sampler
+
+#: What a :class:`Step` reports for a row that has ended.
+NO_TOKEN = -1
+
+#: Token ids and a cache in, logits ``(rows, vocab_size)`` and the new cache out.
+Forward = Callable[[Tensor, Any], tuple[Tensor, Any]]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one step gave one row.
+
+    Attributes:
+        index: the row.
+        token: the token that it drew, an end token included.
+        text: the text that became certain; None without a tokenizer.
+        logprob: natural logarithm of the token's probability; None if not asked for.
+        finish_reason: None while the row goes on; "stop" after an end token or a stop string;
+            "length" after ``max_new_tokens``.
+        stop_reason: the stop string or the id of ``stop_token_ids`` that ended the row; None after
+            the model's own end token.
+        step: 1 for the first tokens.
+        model_seconds: time that this step of all rows spent in the model.
+        sampler_seconds: time that it spent drawing the tokens, the wait for them on the host
+            included.
+    """
+
+    index: int
+    token: int
+    text: str | None
+    logprob: float | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    step: int
+    model_seconds: float
+    sampler_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one row gave.
+
+    Attributes:
+        text: the generated text without special tokens, and without the stop string that ended it
+            unless ``include_stop_str_in_output``; None without a tokenizer.
+        token_ids: all tokens that were drawn, including the end token or those of the stop string.
+        logprobs: of each token; None if not asked for.
+        finish_reason: as that of :class:`Chunk`, and so is ``stop_reason``.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step of :func:`stream` gave.
+
+    Attributes:
+        tokens: the token of each row, an end token included; -1 in a row that ended in an earlier
+            step.
+        ended: for each row, whether it has drawn an end token, in this step or before.
+        model_seconds: time spent in the model.
+        sampler_seconds: time spent drawing the tokens, the wait for them on the host included.
+    """
+
+    tokens: list[int]
+    ended: list[bool]
+    model_seconds: float
+    sampler_seconds: float
+
+
+# ---- public functions ----
+
+
+def generate(
+    model: torch.nn.Module | Callable[..., Any],
+    prompts: Prompts,
+    params: SamplingParams | Sequence[SamplingParams],
+    **options: Any,
+) -> list[Completion]:
+    """Generate a text for each prompt.
+
+    All arguments are those of :func:`generate_stream`, and so is what it raises.
+
+    Returns:
+        One :class:`Completion` a row: ``n`` for the first prompt, then those of the second, ...
+
+    Example:
+        >>> params = SamplingParams(temperature=0.8, top_p=0.9, seed=1)
+        >>> done = generate(model, ["Once", "Twice"], params, tokenizer=tokenizer, stop=".")
+        >>> print(done[0].text, done[0].finish_reason)
+    """
+    return completions(generate_stream(model, prompts, params, **options))
+
+
+def completions(chunks: Iterable[Chunk]) -> list[Completion]:
+    """Join the chunks of :func:`generate_stream` to one :class:`Completion` a row, in order."""
+    rows: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        rows.setdefault(chunk.index, []).append(chunk)
+    return [_completion(rows[index]) for index in sorted(rows)]
+
+
+def generate_stream(
+    model: torch.nn.Module | Callable[..., Any],
+    prompts: Prompts,
+    params: SamplingParams | Sequence[SamplingParams],
+    *,
+    tokenizer: Any = None,
+    vocab_size: int | None = None,
+    n: int = 1,
+    max_new_tokens: int = 128,
+    min_new_tokens: int = 0,
+    stop: str | Sequence[str] = (),
+    stop_limit: int = 1,
+    include_stop_str_in_output: bool = False,
+    stop_token_ids: Collection[int] = (),
+    eos_token_ids: Collection[int] | None = None,
+    ignore_eos: bool = False,
+    logprobs: Logprobs | None = None,
+    backend: str = "auto",
+) -> Iterator[Chunk]:
+    """Generate a text for each prompt, and give its pieces as they come.
+
+    Each step is one call of the model and one of the kernel, for all rows. A row's tokens depend on
+    nothing but its logits, parameters, history, seed and position; but the model's own arithmetic
+    may give a row other logits beside other rows, by its batch or its padding.
+
+    Args:
+        model: a Hugging Face causal LM, or any callable ``model(input_ids, cache)`` that returns
+            logits ``(rows, vocab_size)``, or a tuple of those and the cache for its next call.
+            input_ids are int64: first all prompts ``(rows, length)`` and None, then the last tokens
+            ``(rows, 1)``.
+        prompts: texts, for which ``tokenizer`` is needed; or lists of ids; or int64 ``(rows,
+            length)``; or what a tokenizer returns, ``input_ids`` with an ``attention_mask``, padded
+            on the left. Those of unequal length are padded here; a callable gets equal ones only.
+        params: one for all prompts, or one a prompt.
+        tokenizer: a Hugging Face tokenizer; without one there is no text.
+        vocab_size: the width of the logits. Default: that of the model's config.
+        n: rows for each prompt; row i of a prompt has the prompt's seed + i.
+        max_new_tokens: at least 1.
+        min_new_tokens: until a row has this many tokens, no end token is drawn and no stop string
+            counts.
+        stop: strings that end a text. Only the generated text is searched for them.
+        stop_limit: the text ends at this occurrence, counted over all of ``stop``.
+        include_stop_str_in_output: whether the text includes the stop string that ended it.
+        stop_token_ids: tokens that end a row.
+        eos_token_ids: tokens that end a row without a ``stop_reason``. Default: those of the
+            model's generation config.
+        ignore_eos: whether ``eos_token_ids`` are tokens like any other.
+        logprobs: as for :class:`~llm_sampling.Sampler`.
+        backend: as for :class:`~llm_sampling.Sampler`.
+
+    Yields:
+        A :class:`Chunk` for each row that goes on, in each step; the last of a row has a
+        ``finish_reason``.
+
+    Raises:
+        ValueError: an argument is out of its range, or is missing for another.
+        InvalidLogitsError: the model's logits leave a row without a token, or hold NaN or +inf.
+    """
+    # This function checks, and _chunks is the generator: a generator's own code does not run
+    # before its first value is asked for.
+    if not callable(model):
+        raise ValueError(f"model must be a callable, got {type(model).__name__}")
+    n = integer_at_least("n", n, 1)
+    max_new_tokens = integer_at_least("max_new_tokens", max_new_tokens, 1)
+    min_new_tokens = integer_at_least("min_new_tokens", min_new_tokens, 0)
+    if min_new_tokens > max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens must be at most {max_new_tokens}, which is max_new_tokens, "
+            f"got {min_new_tokens}"
+        )
+    true_or_false("include_stop_str_in_output", include_stop_str_in_output)
+    true_or_false("ignore_eos", ignore_eos)
+    requests = prompt_ids(prompts, tokenizer)
+    params = params_of_prompts(params, len(requests))
+    if len(params) != len(requests):
+        raise ValueError(
+            f"params must have one for each of {len(requests)} prompts, got {len(params)}"
+        )
+    language_model = _language_model(model)
+    vocab_size = _vocab_size(language_model, vocab_size)
+    _check_prompts(requests, vocab_size)
+    if eos_token_ids is None:
+        eos_token_ids = _declared_eos(language_model)
+    ends = _end_tokens(eos_token_ids, ignore_eos, stop_token_ids, vocab_size)
+
+    rows = [row for row in requests for _ in range(n)]
+    stops = [
+        StopStrings(stop, stop_limit=stop_limit, include=include_stop_str_in_output) for _ in rows
+    ]
+    if stops[0].is_on and tokenizer is None:
+        raise ValueError("tokenizer must be given for stop")
+    device = getattr(model, "device", torch.device("cpu"))
+    input_ids, attention_mask = padded(rows, device)
+    if attention_mask is not None and language_model is None:
+        lengths = sorted({len(row) for row in rows})
+        raise ValueError(f"prompts must be of one length for a callable, got {lengths}")
+    sampler = new_sampler(
+        params_of_sequences(params, n),
+        lambda: rows,
+        vocab_size=vocab_size,
+        device=device,
+        logprobs=logprobs,
+        backend=backend,
+    )
+    forward = (
+        _callable_forward(model)
+        if language_model is None
+        else _module_forward(language_model, attention_mask)
+    )
+    draws = _draws(forward, input_ids, sampler, max_new_tokens, min_new_tokens, ends)
+    texts = [
+        None if tokenizer is None else RowText(tokenizer, row, row_stop)
+        for row, row_stop in zip(rows, stops, strict=True)
+    ]
+    return _chunks(draws, texts, ends, max_new_tokens, min_new_tokens)
+
+
+def stream(
+    model: torch.nn.Module,
+    input_ids: Tensor,
+    sampler: Sampler,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Collection[int] = (),
+) -> Iterator[Step]:
+    """Generate tokens step by step: the whole prompt once, then one token per row on the KV cache.
+
+    Ends when every row has drawn an end token, or after ``max_new_tokens`` steps. A row that has
+    ended stays in the batch until then; what it draws is not reported.
+
+    Args:
+        model: a Hugging Face causal LM, or any module with its call: ``input_ids``,
+            ``past_key_values`` and ``use_cache`` in, ``logits`` and ``past_key_values`` out.
+        input_ids: int64 ``(rows, length)`` on the model's device; prompts of one length, unpadded.
+        sampler: a :class:`~llm_sampling.Sampler` of as many rows with ``num_samples=1``, fresh for
+            these prompts: where a penalty is on, its history holds their ids.
+        max_new_tokens: at least 1.
+        eos_token_ids: the tokens that end a row.
+
+    Raises:
+        ValueError: an argument is out of its range, or the model keeps no KV cache.
+        InvalidLogitsError: the model's logits leave a row without a token, or hold NaN or +inf.
+
+    On a device that works ahead of the host, the wait for the model counts as ``sampler_seconds``.
+
+    Example:
+        >>> sampler = Sampler(SamplingParams(top_k=50, seed=1), vocab_size=model.config.vocab_size)
+        >>> for step in stream(model, input_ids, sampler, max_new_tokens=20):
+        ...     print(step.tokens)
+    """
+    # As in generate_stream, _steps is the generator.
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids must be a torch.Tensor, got {type(input_ids).__name__}")
+    check_holds_integers("input_ids", input_ids)
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            "input_ids must have shape (rows, length) with length >= 1, "
+            f"got {tuple(input_ids.shape)}"
+        )
+    max_new_tokens = integer_at_least("max_new_tokens", max_new_tokens, 1)
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler must be a Sampler, got {type(sampler).__name__}")
+    if sampler.num_samples != 1:
+        raise ValueError(f"sampler must have num_samples 1, got {sampler.num_samples}")
+    if sampler.rows != input_ids.shape[0]:
+        raise ValueError(
+            f"sampler must have one row per row of input_ids ({input_ids.shape[0]}), "
+            f"got {sampler.rows}"
+        )
+    ends = frozenset(token_ids("eos_token_ids", eos_token_ids))
+    draws = _draws(_module_forward(model, None), input_ids, sampler, max_new_tokens, 0, ())
+    return _steps(draws, input_ids.shape[0], ends)
+
+
+# ---- arguments, and the call of the model ----
+
+
+def _language_model(model: object) -> Any:
+    """``model`` if it is a module with a config, as Hugging Face's are; None for a callable."""
+    return model if isinstance(model, torch.nn.Module) and hasattr(model, "config") else None
+
+
+def _vocab_size(language_model: Any, vocab_size: int | None) -> int:
+    if vocab_size is None:
+        if language_model is None:
+            raise ValueError("vocab_size must be given where the model has no config")
+        vocab_size = language_model.config.get_text_config().vocab_size
+    return check_vocab_size(vocab_size)
+
+
+def _check_prompts(rows: list[list[int]], vocab_size: int) -> None:
+    for row in rows:
+        for token in (min(row), max(row)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"prompts must hold ids in 0 .. {vocab_size - 1}, got {token}")
+
+
+def _declared_eos(language_model: Any) -> list[int]:
+    """The end tokens of the model's generation config, or else of its config."""
+    if language_model is None:
+        return []
+    for config in (getattr(language_model, "generation_config", None), language_model.config):
+        declared = getattr(config, "eos_token_id", None)
+        if declared is not None:
+            return declared_ids(declared)
+    return []
+
+
+def _end_tokens(
+    eos_token_ids: Collection[int],
+    ignore_eos: bool,
+    stop_token_ids: Collection[int],
+    vocab_size: int,
+) -> dict[int, int | None]:
+    """Each token that ends a row, and the ``stop_reason`` that it gives: None for an eos token."""
+    eos = token_ids("eos_token_ids", eos_token_ids)
+    ends: dict[int, int | None] = {
+        token: token for token in token_ids("stop_token_ids", stop_token_ids)
+    }
+    if not ignore_eos:
+        ends |= dict.fromkeys(eos)
+    for token in ends:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"end tokens must be in 0 .. {vocab_size - 1}, got {token}")
+    return ends
+
+
+def _module_forward(model: torch.nn.Module, attention_mask: Tensor | None) -> Forward:
+    """The call of a Hugging Face model, with position ids if prompts are padded on the left."""
+    options: dict[str, Any] = {"use_cache": True}
+    known = inspect.signature(model.forward).parameters
+    # Only the last position's logits are needed; those of a long prompt take much memory.
+    if "logits_to_keep" in known:
+        options["logits_to_keep"] = 1
+    # Since transformers 5.24 the argument has another name.
+    cache_name = "cache" if "cache" in known else "past_key_values"
+    mask = attention_mask
+
+    def forward(input_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        nonlocal mask
+        if mask is not None:
+            if cache is not None:
+                mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+            options["attention_mask"] = mask
+            if "position_ids" in known:
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                options["position_ids"] = positions[:, -input_ids.shape[1] :]
+        output = model(input_ids=input_ids, **{cache_name: cache}, **options)
+        cache = getattr(output, cache_name)
+        if cache is None:
+            raise ValueError(f"model must return a KV cache, {type(model).__name__} returned none")
+        return output.logits[:, -1], cache
+
+    return forward
+
+
+def _callable_forward(model: Callable[..., Any]) -> Forward:
+    """The call of any other model, ``model(input_ids, cache)``."""
+
+    def forward(input_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        output = model(input_ids, cache)
+        logits, cache = output if isinstance(output, tuple) else (output, cache)
+        if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+            raise ValueError(
+                "model must return logits of shape (rows, vocab_size) or (rows, length, "
+                f"vocab_size), or a tuple of them and a cache, got {output!r}"
+            )
+        return (logits if logits.dim() == 2 else logits[:, -1]), cache
+
+    return forward
+
+
+# ---- the loop ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """One token of each row, its logprob if asked for, and where the time went."""
+
+    tokens: list[int]
+    logprobs: list[float] | None
+    model_seconds: float
+    sampler_seconds: float
+
+
+def _draws(
+    forward: Forward,
+    input_ids: Tensor,
+    sampler: Sampler,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    end_token_ids: Collection[int],
+) -> Iterator[_Draw]:
+    """A token of each row, step after step; no end token in the first ``min_new_tokens`` steps."""
+    no_end = None
+    if min_new_tokens > 0 and end_token_ids:
+        no_end = _mask_without(end_token_ids, sampler).expand(input_ids.shape[0], -1)
+    cache: Any = None
+    for step in range(max_new_tokens):
+        start = time.perf_counter()
+        # Entered for each call: around the yield it would also hold for the caller's code.
+        with torch.inference_mode():
+            logits, cache = forward(input_ids, cache)
+        model_done = time.perf_counter()
+        if no_end is not None and step < min_new_tokens:
+            drawn = sampler(logits, allowed_mask=no_end)
+        else:
+            drawn = sampler(logits)
+        tokens = drawn.tokens.tolist()
+        # Outside the CPU a Sampler does not check by default, to avoid a wait; the tokens are on
+        # the host already.
+        if min(tokens) < 0:
+            raise_on_status(drawn.status)
+        logprobs = None if drawn.logprobs is None else drawn.logprobs.tolist()
+        sampler_done = time.perf_counter()
+        yield _Draw(tokens, logprobs, model_done - start, sampler_done - model_done)
+        input_ids = drawn.tokens.unsqueeze(-1)
+
+
+def _mask_without(token_ids: Collection[int], sampler: Sampler) -> Tensor:
+    """An ``allowed_mask`` of one row, int32 ``(1, words)``: all bits set but those of these ids."""
+    bits = np.ones(-(-sampler.vocab_size // 32) * 32, dtype=np.uint8)
+    bits[list(token_ids)] = 0
+    words = np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
+    return torch.from_numpy(words)[None].to(sampler.device)
+
+
+def _steps(draws: Iterator[_Draw], rows: int, ends: Collection[int]) -> Iterator[Step]:
+    """The steps of :func:`stream`, until all rows have ended."""
+    ended = [False] * rows
+    for draw in draws:
+        drawn = list(zip(ended, draw.tokens, strict=True))
+        reported = [NO_TOKEN if done else token for done, token in drawn]
+        ended = [done or token in ends for done, token in drawn]
+        yield Step(reported, list(ended), draw.model_seconds, draw.sampler_seconds)
+        if all(ended):
+            return
+
+
+def _chunks(
+    draws: Iterator[_Draw],
+    texts: Sequence[RowText | None],
+    ends: Mapping[int, int | None],
+    max_new_tokens: int,
+    min_new_tokens: int,
+) -> Iterator[Chunk]:
+    """The chunks of :func:`generate_stream`, until all rows have ended."""
+    going = list(range(len(texts)))
+    for step, draw in enumerate(draws, 1):
+        for index in list(going):
+            token, row_text = draw.tokens[index], texts[index]
+            reason: FinishReason | None = None
+            stop_reason: str | int | None = None
+            if token in ends:
+                reason, stop_reason = "stop", ends[token]
+            elif step == max_new_tokens:
+                reason = "length"
+            text = None
+            if row_text is not None:
+                may_stop = step > min_new_tokens
+                # An end token has no text of its own.
+                text = "" if token in ends else row_text.feed(token, may_stop=may_stop)
+                if reason is not None:
+                    text += row_text.finish(may_stop=may_stop)
+                if row_text.stop_string is not None:
+                    reason, stop_reason = "stop", row_text.stop_string
+            if reason is not None:
+                going.remove(index)
+            logprob = None if draw.logprobs is None else draw.logprobs[index]
+            seconds = draw.model_seconds, draw.sampler_seconds
+            yield Chunk(index, token, text, logprob, reason, stop_reason, step, *seconds)
+        if not going:
+            return
+
+
+def _completion(chunks: list[Chunk]) -> Completion:
+    """One row's chunks, joined."""
+    last = chunks[-1]
+    assert last.finish_reason is not None
+    texts = [chunk.text for chunk in chunks if chunk.text is not None]
+    logprobs = [chunk.logprob for chunk in chunks if chunk.logprob is not None]
+    return Completion(
+        text=None if last.text is None else "".join(texts),
+        token_ids=[chunk.token for chunk in chunks],
+        logprobs=None if last.logprob is None else logprobs,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+    )

@@ -1,0 +1,1 @@
+"""What helps to choose parameters and to try the sampler: nothing of the sampler needs it."""

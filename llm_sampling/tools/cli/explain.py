@@ -1,0 +1,165 @@
+"""``llm-sampling explain``: what each step does to the probabilities of the next token.
+
+options -> ExplainRequest (checked) -> Running.load -> explain -> table, picture, page, texts
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_sampling import InvalidLogitsError, SamplingParams, checks
+from llm_sampling.tools import explain as explaining
+from llm_sampling.tools.cli import console
+from llm_sampling.tools.cli.options import (
+    FLAG,
+    INTEGER,
+    request_of,
+    running,
+    running_options,
+    sampling_options,
+    sampling_params,
+)
+from llm_sampling.tools.cli.running import Running, check_fit
+from llm_sampling.tools.explain.picture import check_suffix
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llm_sampling.tools.cli.options import Commands
+
+
+@dataclass(frozen=True)
+class ExplainRequest:
+    """The options of ``explain``, checked without loading the model.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    prompt: str
+    params: SamplingParams
+    chat: bool
+    output: str
+    top: int
+    picture: Path | None
+    html: Path | None
+    n: int
+    max_new_tokens: int
+    on: Running
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("top", "n", "max_new_tokens"):
+            checks.integer_at_least(name, getattr(self, name), 1)
+        if self.picture is not None:
+            check_suffix("picture", self.picture)
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "explain",
+        help="Show what each step does to the next token.",
+        description="Show what each step does to the probabilities of the token after PROMPT.",
+        parents=[sampling_options(), running_options()],
+    )
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", help="The text before the token.")
+    add("--chat", **FLAG, help="Put PROMPT into the model's chat template.")
+    add(
+        "--output",
+        default="",
+        metavar="TEXT",
+        help="What the model has written since PROMPT, which the penalties count.",
+    )
+    add("--top", **INTEGER, default=20, help="How many of the best tokens to show.")
+    add("--picture", type=Path, metavar="PATH", help="Write a picture too: .png or .svg.")
+    add(
+        "--html",
+        type=Path,
+        metavar="PATH",
+        help="Write a page too, whose sliders change the parameters.",
+    )
+    add("--n", **INTEGER, default=2, help="How many texts of each decoding type except greedy.")
+    add("--max-new-tokens", **INTEGER, default=40, help="The length of these texts, in tokens.")
+    parser.set_defaults(make_request=make_request, run=run)
+
+
+def make_request(options: argparse.Namespace) -> ExplainRequest:
+    """The command's options, checked."""
+    params, on = sampling_params(options), running(options)
+    return request_of(ExplainRequest, options, params=params, on=on)
+
+
+def run(request: ExplainRequest) -> int:
+    """Print the table and the texts, write the picture and the page; the exit code."""
+    if request.picture is not None:
+        console.require("tune", ["matplotlib"])
+    language_model = request.on.load(console.messages())
+    ids = language_model.encode(request.prompt, chat=request.chat)
+    written: list[int] = []
+    if request.output:
+        tokenizer = language_model.tokenizer
+        written = tokenizer(request.output, add_special_tokens=False)["input_ids"]
+    params = request.params
+    check_fit(language_model, len(ids) + len(written), request.max_new_tokens, params)
+    logits, history = explaining.record(language_model, ids, written)
+    texts = explaining.token_texts(language_model)
+    try:
+        explanation = explaining.explain(logits, params, history=history)
+    except InvalidLogitsError as error:
+        message = f"{language_model.name} cannot go on: {error}"
+        raise console.CommandError(message, console.EXIT_FAILED) from error
+    text = request.prompt + request.output
+    output = console.output()
+    output.print(_steps_table(explanation, texts, request.top))
+    output.print(f"{int(explanation.kept.sum())} of {explanation.vocab_size} tokens are kept")
+    with console.writing_files():
+        if request.picture is not None:
+            explaining.picture(explanation, texts, request.picture, request.top, title=text)
+        if request.html is not None:
+            page = explaining.page(logits, texts, params, history, text)
+            request.html.write_text(page, encoding="utf-8")
+    continuations = explaining.compare(
+        language_model,
+        [*ids, *written],
+        params,
+        n=request.n,
+        max_new_tokens=request.max_new_tokens,
+        backend=request.on.backend,
+    )
+    for decoding, group in itertools.groupby(continuations, key=lambda one: one.decoding):
+        output.print(f"\n{decoding}:", style="bold", markup=False)
+        for one in group:
+            quoted = json.dumps(one.text, ensure_ascii=False)
+            output.print(f"  {quoted}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _steps_table(explanation: explaining.Explanation, texts: Sequence[str], top: int) -> Table:
+    """A row for each token, with its probability after each step that changes something."""
+    from rich.table import Table
+    from rich.text import Text
+
+    params = explanation.params
+    stages = [stage for stage in explaining.STAGES if explaining.changes(stage, params)]
+    table = Table(box=None)
+    table.add_column("token")
+    for name in ("id", "logit", *(explaining.stage_label(stage, params) for stage in stages)):
+        table.add_column(name, justify="right")
+    table.add_column("cut by")
+    for row in explaining.rows(explanation, top):
+        shares = [f"{row.probabilities[stage]:.2%}" for stage in stages]
+        cut = "" if row.cut_by is None else explaining.cut_label(row.cut_by)
+        table.add_row(
+            Text(explaining.visible(texts[row.token])),
+            *(str(row.token), f"{row.logit:.2f}", *shares, cut),
+            style="" if row.kept else "dim",
+        )
+    return table

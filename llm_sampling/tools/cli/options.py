@@ -1,0 +1,194 @@
+"""Command-line options: the parser, and the groups of options that several commands share.
+
+Each group is a parent parser, for argparse's ``parents=``, with a function that turns its parsed
+options into what the commands use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
+
+from llm_sampling import SamplingParams, backends
+from llm_sampling.fields import FIELDS
+from llm_sampling.generation import models
+from llm_sampling.tools.cli.console import EXIT_BAD_VALUE, CommandError
+from llm_sampling.tools.cli.running import Running
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+Request = TypeVar("Request")
+
+#: Arguments of ``add_argument`` for an integer, for any number, and for a pair ``--x``, ``--no-x``.
+INTEGER: dict[str, Any] = {"type": int, "metavar": "INT"}
+NUMBER: dict[str, Any] = {"type": float, "metavar": "FLOAT"}
+FLAG: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, except those that mean "not given"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises a CommandError where argparse would print the usage and exit."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False, formatter_class=_HelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message."""
+        raise CommandError(message, EXIT_BAD_VALUE)
+
+
+def options_first(parser: Parser, words: Sequence[str]) -> list[str]:
+    """A command's words, the options before the positional arguments, values joined by ``=``.
+
+    argparse by itself reads only the first of several runs of positional arguments, and takes a
+    value such as ``-1e-5`` or ``---`` for an option.
+    """
+    with_value = {
+        flag for action in parser._actions if action.nargs is None for flag in action.option_strings
+    }
+    options: list[str] = []
+    positional: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            positional += [word, *rest]
+        elif word.startswith("-") and word != "-":
+            if word in with_value:
+                word = "=".join([word, *itertools.islice(rest, 1)])
+            name, _, value = word.partition("=")
+            if value == "--":  # argparse drops it, in some versions of Python
+                parser.error(f"argument {name}: invalid value: '--'")
+            options.append(word)
+        else:
+            positional.append(word)
+    return options + positional
+
+
+def request_of(kind: Callable[..., Request], options: argparse.Namespace, **more: Any) -> Request:
+    """A request, a dataclass: its fields are ``more``, and the options of the same names.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    names = {field.name for field in fields(kind)} - more.keys()  # type: ignore[arg-type]
+    return kind(**{name: getattr(options, name) for name in names}, **more)
+
+
+def sampling_options() -> Parser:
+    """The fields of SamplingParams."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("how a token is drawn")
+    for name, field in FIELDS.items():
+        kind = INTEGER if field.is_integer else NUMBER
+        if field.kind == "bias":
+            kind = {"action": "append", "metavar": "ID=BIAS"}
+        off = [] if field.kind == "bias" else field.off
+        group.add_argument(f"--{name.replace('_', '-')}", **kind, default=off, help=field.help)
+    return parser
+
+
+def sampling_params(options: argparse.Namespace) -> SamplingParams:
+    """The parameters that :func:`sampling_options` has read.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    values = {name: getattr(options, name) for name in FIELDS}
+    values["logit_bias"] = _parse_logit_bias(options.logit_bias)
+    if options.seed is None:
+        # Not left to torch's default generator, which begins with the same seed in every process.
+        values["seed"] = secrets.randbits(32)
+    return SamplingParams(**values)
+
+
+def _parse_logit_bias(entries: Sequence[str]) -> dict[int, float] | None:
+    """``["5=1.5", ...]`` as a mapping.
+
+    Raises:
+        ValueError: an entry has another form, or a token occurs twice.
+    """
+    biases: dict[int, float] = {}
+    for entry in entries:
+        token, separator, bias = entry.partition("=")
+        try:
+            if not separator:
+                raise ValueError
+            token_id, value = int(token), float(bias)
+        except ValueError:
+            raise ValueError(f"logit_bias must be ID=BIAS, got {entry!r}") from None
+        if token_id in biases:
+            raise ValueError(f"logit_bias must name a token once, got token {token_id} again")
+        biases[token_id] = value
+    return biases or None
+
+
+def length_options() -> Parser:
+    """Where a text ends."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("where a text ends")
+    add = group.add_argument
+    add("--max-new-tokens", **INTEGER, default=128, help="Stop after this many tokens.")
+    add(
+        "--min-new-tokens",
+        **INTEGER,
+        default=0,
+        help="No end token and no stop string counts in this many tokens.",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="End before this text; repeatable.",
+    )
+    add(
+        "--stop-limit",
+        **INTEGER,
+        default=1,
+        help="End at this occurrence of a stop text: 2 with '.' is two sentences.",
+    )
+    add("--include-stop", **FLAG, help="Write the stop text too.")
+    add("--ignore-eos", **FLAG, help="Go on after the model's end token.")
+    return parser
+
+
+def running_options() -> Parser:
+    """The model, the backend and the threads."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("what runs")
+    group.add_argument(
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="A local Hugging Face directory or GGUF file. "
+        f"Default: SmolLM2-135M-Instruct, from the package {models.DEFAULT_MODEL_PACKAGE}.",
+    )
+    names = ", ".join(("auto", *backends.BACKENDS))
+    group.add_argument(
+        "--backend", default="auto", metavar="NAME", help=f"What draws the tokens: {names}."
+    )
+    group.add_argument("--threads", **INTEGER, help="CPU threads. Default: torch's.")
+    return parser
+
+
+def running(options: argparse.Namespace) -> Running:
+    """What :func:`running_options` has read.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    return Running(options.model, options.backend, options.threads)

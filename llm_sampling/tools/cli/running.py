@@ -1,0 +1,84 @@
+"""The model that a command runs, the backend that draws its tokens, and the number of threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm_sampling import SamplingParams, backends, checks
+from llm_sampling.generation import models
+from llm_sampling.tools.cli import console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Running:
+    """The options of every command that runs a model, checked without loading the model.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    model_path: Path | None
+    backend: str
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.threads is not None:
+            checks.integer_at_least("threads", self.threads, 1)
+        if self.model_path is not None:
+            models.check_path(self.model_path)
+        try:
+            backends.resolve(self.backend, CPU)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def backend_name(self) -> str:
+        """The name of the backend, which is the chosen one if ``backend`` is "auto"."""
+        module = backends.resolve(self.backend, CPU)
+        return next(row.name for row in backends.BACKENDS.values() if row.load() is module)
+
+    def load(self, messages: Console) -> models.LanguageModel:
+        """Set the number of threads and load the model.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+        """
+        path = self.model_path or models.default_model_path()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        with console.progress(messages, f"Loading {path.name}") as report:
+            return models.load(path, report)
+
+
+def check_fit(
+    language_model: models.LanguageModel,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    params: SamplingParams,
+) -> None:
+    """Check what can only be checked with the model.
+
+    Raises:
+        ModelError: the texts do not fit the context, or a biased token is not in the vocabulary.
+    """
+    context = language_model.context_length
+    if context is not None and prompt_tokens + max_new_tokens > context:
+        raise models.ModelError(
+            f"max_new_tokens must leave the prompt's {prompt_tokens} tokens room in the model's "
+            f"context of {context}, got {max_new_tokens}"
+        )
+    for token in params.logit_bias or ():
+        if token >= language_model.vocab_size:
+            raise models.ModelError(
+                f"logit_bias must name tokens in 0 .. {language_model.vocab_size - 1}, got {token}"
+            )

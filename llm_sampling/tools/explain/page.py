@@ -1,0 +1,88 @@
+"""The steps of one row as an HTML page, whose sliders recompute them in the browser.
+
+logits, history, params -> JSON -> data/explain.html, which has a copy of the rules in JavaScript
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_sampling.fields import FIELDS
+from llm_sampling.history import TokenHistory
+from llm_sampling.params import SamplingParams
+from llm_sampling.tools.explain.steps import check_text, check_texts, checked_call, visible
+
+#: The parameters that have a slider on the page.
+SETTINGS = tuple(name for name, field in FIELDS.items() if field.kind not in ("bias", "seed"))
+
+_TEMPLATE = Path(__file__).parent.parent / "data" / "explain.html"
+_DATA_MARK = "{{data}}"
+
+
+def page(
+    logits: Tensor,
+    texts: Sequence[str],
+    params: SamplingParams,
+    history: TokenHistory | None = None,
+    prompt: str = "",
+) -> str:
+    """One self-contained HTML file, whose sliders recompute the row in the browser.
+
+    The page holds the row's float32 logits and follows docs/semantics.md to the bit, so it keeps
+    the tokens that :func:`~llm_sampling.sample` keeps.
+
+    Args:
+        logits: ``(vocab_size,)``, float32, float16 or bfloat16.
+        texts: the text of each token, ``vocab_size`` of them.
+        params: the sliders' first positions; its ``logit_bias`` always applies.
+        history: the history of one row, for the penalties; without it they change nothing.
+        prompt: shown at the top of the page.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        InvalidLogitsError: the row cannot be sampled from.
+    """
+    call = checked_call(logits, params, history)
+    check_texts(texts, call.logits.shape[1])
+    check_text("prompt", prompt)
+    batch = call.batch
+    bias = zip(batch.logit_bias_ids.tolist(), batch.logit_bias_values.tolist(), strict=True)
+    seen, counts = _history_of_one(history)
+    data = {
+        "prompt": prompt,
+        "logits": base64.b64encode(
+            call.logits[0].to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes()
+        ).decode("ascii"),
+        "texts": [visible(text) for text in texts],
+        "fields": {name: {"rule": FIELDS[name].rule, "off": FIELDS[name].off} for name in SETTINGS},
+        "settings": {name: getattr(params, name) for name in SETTINGS},
+        # It is inf if min-p is off, and JSON has no inf.
+        "min_p_cut": None if batch.min_p_cut.isinf().item() else batch.min_p_cut.item(),
+        "bias": [[token, value] for token, value in bias if token < len(texts)],
+        "seen": seen,
+        "counts": counts,
+    }
+    # JSON in ASCII without <, > and & cannot end the script element or start a comment.
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    for c in "<>&":
+        text = text.replace(c, f"\\u{ord(c):04x}")
+    return _TEMPLATE.read_text(encoding="utf-8").replace(_DATA_MARK, text, 1)
+
+
+def _history_of_one(history: TokenHistory | None) -> tuple[list[int], list[list[int]]]:
+    """The ids seen in prompt or output, and [id, count] for each id of the output."""
+    if history is None:
+        return [], []
+    slot = int(history.slots[0])
+    words = history.seen[slot].cpu().numpy().astype("<i4")
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    count = history.counts[slot].cpu()
+    produced = count.nonzero()[:, 0]
+    return bits.nonzero()[0].tolist(), torch.stack([produced, count[produced]], -1).tolist()

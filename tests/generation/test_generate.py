@@ -1,0 +1,428 @@
+"""``generate`` and ``generate_stream``: ends, stop strings, streaming, batches of unequal rows."""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_stop_strings import whole
+from toy_tokenizers import byte_tokenizer, transformers
+
+from llm_sampling import InvalidLogitsError, SamplingParams, TokenHistory, sample
+from llm_sampling.generation import Completion, generate, generate_stream
+
+BYTES = byte_tokenizer()
+V = 256
+
+MIXED = [
+    SamplingParams(seed=1),
+    SamplingParams(temperature=0),
+    SamplingParams(top_k=20, top_p=0.9, seed=2**63),
+    SamplingParams(repetition_penalty=1.3, temperature=0.7, seed=4),
+    SamplingParams(frequency_penalty=0.7, presence_penalty=-0.3, seed=5),
+    SamplingParams(min_p=0.2, logit_bias={5: 4.0}, seed=6),
+    SamplingParams(top_p=0.5, seed=7),
+    SamplingParams(temperature=1.5, top_k=3, seed=8),
+]
+
+
+def words(row_ids, vocab_size=V):
+    """Logits that depend on all ids of the row and on nothing else."""
+    seed = hash(tuple(row_ids)) % 2**31
+    return torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def model(input_ids, cache):
+    cache = input_ids if cache is None else torch.cat([cache, input_ids], dim=1)
+    return torch.stack([words(row) for row in cache.tolist()]), cache
+
+
+END = BYTES("~")["input_ids"][0]
+
+
+def script(*texts):
+    """A model whose rows generate these texts byte by byte, whatever is drawn, and then END."""
+    rows = [BYTES(text)["input_ids"] for text in texts]
+
+    def says(input_ids, cache):
+        step = 0 if cache is None else cache
+        logits = torch.full((len(rows), V), -torch.inf)
+        for row, ids in enumerate(rows):
+            logits[row, ids[step] if step < len(ids) else END] = 0.0
+        return logits, step + 1
+
+    return says
+
+
+def said(text, **options):
+    options = {"max_new_tokens": 64, "tokenizer": BYTES, "vocab_size": V} | options
+    (done,) = generate(script(text), [[1]], SamplingParams(seed=0), **options)
+    return done
+
+
+def test_tokens_are_those_of_sample_step_by_step():
+    prompts = [[5, 6, 7], [9, 9, 1]]
+    params = [MIXED[3], MIXED[4]]
+    got = generate(model, prompts, params, vocab_size=V, max_new_tokens=12, logprobs="processed")
+    for prompt, row_params, done in zip(prompts, params, got, strict=True):
+        output, logprobs = [], []
+        for position in range(12):
+            drawn = sample(
+                words(prompt + output)[None],
+                row_params,
+                history=TokenHistory.from_ids([prompt], [output], V),
+                positions=[position],
+                logprobs="processed",
+            )
+            output.append(drawn.tokens.item())
+            logprobs.append(drawn.logprobs.item())
+        assert done == Completion(None, output, logprobs, "length", None)
+
+
+def test_rows_of_a_batch_of_eight_are_what_they_are_alone():
+    prompts = [[row, 3, row + 1] for row in range(8)]
+    options = {"vocab_size": V, "max_new_tokens": 20, "tokenizer": BYTES, "stop": "a"}
+    together = generate(model, prompts, MIXED, **options)
+    alone = [
+        generate(model, [prompt], row, **options)[0]
+        for prompt, row in zip(prompts, MIXED, strict=True)
+    ]
+    assert together == alone
+    assert len({len(done.token_ids) for done in alone}) > 1  # they end at different steps
+
+
+def test_n_rows_have_seeds_one_after_the_other():
+    params = SamplingParams(seed=2**64 - 1)
+    got = generate(model, [[1, 2], [3, 4]], params, n=3, vocab_size=V, max_new_tokens=8)
+    for row, prompt in enumerate(([1, 2], [3, 4])):
+        for i in range(3):
+            own = replace(params, seed=(2**64 - 1 + i) % 2**64)
+            assert (
+                got[3 * row + i]
+                == generate(model, [prompt], own, vocab_size=V, max_new_tokens=8)[0]
+            )
+
+
+def test_a_row_ends_alone():
+    got = generate(
+        script("abc", "abcdef"),
+        [[1]] * 2,
+        SamplingParams(),
+        vocab_size=V,
+        eos_token_ids=[END],
+        max_new_tokens=5,
+        tokenizer=BYTES,
+    )
+    assert [done.text for done in got] == ["abc", "abcde"]
+    assert [done.finish_reason for done in got] == ["stop", "length"]
+    assert [len(done.token_ids) for done in got] == [4, 5]
+
+
+def test_end_tokens_and_their_reasons():
+    assert said("ab", eos_token_ids=[END]).stop_reason is None
+    done = said("ab", stop_token_ids=[END])
+    assert (done.finish_reason, done.stop_reason, done.text) == ("stop", END, "ab")
+    # A token of both lists counts as an eos token.
+    assert said("ab", eos_token_ids=[END], stop_token_ids=[END]).stop_reason is None
+    done = said("ab", eos_token_ids=[END], ignore_eos=True, max_new_tokens=4)
+    assert (done.finish_reason, done.token_ids[-2:]) == ("length", [END, END])
+    done = said("ab", eos_token_ids=[END], stop_token_ids=[END], ignore_eos=True)
+    assert done.stop_reason == END
+
+
+def test_stop_strings():
+    text = "One. Two. Three."
+    assert said(text, stop=".").text == "One"
+    assert said(text, stop=".", stop_limit=2).text == "One. Two"
+    done = said(text, stop=[".", "wo"], stop_limit=2, include_stop_str_in_output=True)
+    assert (done.text, done.finish_reason, done.stop_reason) == ("One. Two", "stop", "wo")
+    assert len(done.token_ids) == len("One. Two")
+    assert said("작업 완료 다음", stop="완료").text == "작업 "
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text(alphabet="ab.끝", min_size=1, max_size=12),
+    stop=st.lists(st.text(alphabet="ab.끝", min_size=1, max_size=3), min_size=1, max_size=2),
+    limit=st.integers(1, 2),
+    include=st.booleans(),
+)
+def test_the_stream_joins_to_the_text_that_the_rule_gives(text, stop, limit, include):
+    """Some of the characters take three tokens."""
+    chunks = list(
+        generate_stream(
+            script(text),
+            [[1]],
+            SamplingParams(),
+            tokenizer=BYTES,
+            vocab_size=V,
+            eos_token_ids=[END],
+            max_new_tokens=64,
+            stop=stop,
+            stop_limit=limit,
+            include_stop_str_in_output=include,
+        )
+    )
+    expected, found = whole(text, stop, limit, include)
+    assert "".join(chunk.text for chunk in chunks) == expected
+    assert chunks[-1].stop_reason == found
+    assert {chunk.finish_reason for chunk in chunks[:-1]} <= {None}
+
+
+def test_the_prompt_s_text_is_not_searched():
+    """The end of the prompt and the first token would form a stop string."""
+    prompt = BYTES("x EN")["input_ids"]
+    (done,) = generate(
+        script("D more END"),
+        [prompt],
+        SamplingParams(),
+        tokenizer=BYTES,
+        vocab_size=V,
+        stop="END",
+        max_new_tokens=32,
+    )
+    assert done.text == "D more "
+
+
+def test_min_new_tokens_delays_every_end():
+    options = {"vocab_size": V, "tokenizer": BYTES, "max_new_tokens": 40}
+    likes_to_end = SamplingParams(logit_bias={0: 100.0}, seed=1)
+    for ends in ({"eos_token_ids": [0]}, {"stop_token_ids": [0]}):
+        (done,) = generate(model, [[1]], likes_to_end, min_new_tokens=7, **ends, **options)
+        assert len(done.token_ids) == 8
+        assert 0 not in done.token_ids[:7]
+        assert done.token_ids[7] == 0
+    assert said("a.b.c.", stop=".", min_new_tokens=2).text == "a.b"
+    assert said("a.b.c.", stop=".", min_new_tokens=1).text == "a"
+    assert said("a.b.c.", stop=".", min_new_tokens=2, stop_limit=2).text == "a.b.c"
+
+
+def test_no_step_runs_before_it_is_asked_for():
+    calls = []
+
+    def counted(input_ids, cache):
+        calls.append(tuple(input_ids.shape))
+        return script("ab", "b")(input_ids, cache)
+
+    stream = generate_stream(
+        counted,
+        [[1, 2], [3, 4]],
+        SamplingParams(),
+        vocab_size=V,
+        eos_token_ids=[END],
+        max_new_tokens=50,
+    )
+    assert calls == []
+    next(stream)
+    assert calls == [(2, 2)]
+    list(stream)
+    assert calls == [(2, 2), (2, 1), (2, 1)]
+
+
+def test_a_row_without_a_token_is_an_error():
+    def empty(input_ids, cache):
+        return torch.full((1, V), -torch.inf)
+
+    with pytest.raises(InvalidLogitsError, match="no candidate left"):
+        generate(empty, [[1]], SamplingParams(), vocab_size=V)
+
+
+STOPS = ["<|im_end|>", "stop", "e nd"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("<|im_start|><|im_end|>", "<|im_end|>"),
+        ("<|im_start|><|im_end|<|im_end|>", "<|im_end|>"),
+        (">><|im_start|>>stop", "stop"),
+        ("stop", "stop"),
+        ("e nd", "e nd"),
+        ("<|im_start|><|im_end|", None),
+        ("<|im_start|><|im_end|<|im_end|", None),
+        ("end", None),
+        ("en d", None),
+        ("eNd", None),
+        ("<|im_end|", None),
+        ("|im_end|>", None),
+        ("s", None),
+        # nothing is generated after a stop string
+        ("<|im_end|><|im_start|>", "<|im_end|>"),
+        ("<|im_end|<>stop<|im_end|", "stop"),
+    ],
+)
+def test_the_strings_of_transformers_tests(text, found):
+    done = said(text, stop=STOPS, eos_token_ids=[END])
+    assert done.stop_reason == found
+    assert done.text == (text if found is None else text[: text.index(found)])
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["last", "stop"], "la"),  # the string lies across two tokens
+        (["topper", "s", "topper"], "topper"),  # and ends within the last token
+        (["s", "t", "o", "p"], ""),
+        (["a stopper"], "a "),
+        (["sto", "sto", "p"], "sto"),
+    ],
+)
+def test_strings_and_tokens_that_overlap(texts, expected):
+    """With a tokenizer whose tokens are ``texts``."""
+
+    class Tokens:
+        def decode(self, ids, **options):
+            return "".join(texts[i - 1] for i in ids if i > 0)
+
+    def says(input_ids, cache):
+        logits = torch.full((1, len(texts) + 1), -torch.inf)
+        logits[0, cache if cache is not None else 1] = 0.0
+        return logits, (cache or 1) + 1
+
+    stop = "stst" if texts[0] == "last" else "stop"
+    (done,) = generate(
+        says,
+        [[0]],
+        SamplingParams(),
+        tokenizer=Tokens(),
+        vocab_size=len(texts) + 1,
+        max_new_tokens=len(texts),
+        stop=stop,
+    )
+    assert (done.text, done.stop_reason) == (expected, stop)
+
+
+@pytest.mark.parametrize(("text", "ends"), [("a", True), ("baa", True), ("bcd", False)])
+def test_a_string_of_one_letter(text, ends):
+    assert (said(text, stop="a", eos_token_ids=[END]).stop_reason == "a") is ends
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("대화 끝", "끝", "대화 "),
+        ("작업 완료", "완료", "작업 "),
+        ("대화 끝 다음", "끝", "대화 "),
+        ("abc 끝!", "끝!", "abc "),
+    ],
+)
+def test_strings_in_characters_of_several_tokens(text, stop, shown):
+    done = said(text, stop=stop, eos_token_ids=[END])
+    assert (done.text, done.stop_reason) == (shown, stop)
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_no_text():
+    """A model's logits may be wider than its tokenizer."""
+    wide = len(BYTES) + 1024
+
+    def says(input_ids, cache):
+        logits = torch.full((1, wide), -torch.inf)
+        logits[0, wide - 1 if cache is None else BYTES("x")["input_ids"][0]] = 0.0
+        return logits, 1
+
+    (done,) = generate(
+        says, [[1]], SamplingParams(), tokenizer=BYTES, vocab_size=wide, max_new_tokens=3, stop="y"
+    )
+    assert (done.text, done.finish_reason) == ("xx", "length")
+
+
+# Hugging Face models
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama):
+    return tiny_llama(V, eos_token_id=0)
+
+
+def test_greedy_ragged_rows_are_those_of_hugging_face(llama):
+    prompts = [[5, 17, 80], [9], [4, 4, 64, 31, 31, 2]]
+    padded = torch.tensor([[0] * (6 - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (6 - len(row)) + [1] * len(row) for row in prompts])
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = llama.generate(padded, attention_mask=mask, **options)[:, 6:].tolist()
+    greedy = SamplingParams(temperature=0)
+    forms = [
+        prompts,
+        [torch.tensor(row) for row in prompts],
+        {"input_ids": padded, "attention_mask": mask},
+        transformers.BatchEncoding({"input_ids": padded, "attention_mask": mask}),
+    ]
+    for form in forms:
+        got = generate(llama, form, greedy, max_new_tokens=16, ignore_eos=True)
+        assert [done.token_ids for done in got] == want
+
+
+def test_a_padded_row_is_penalised_for_its_own_prompt_only(llama):
+    """Padding is id 0, which is also an ordinary token."""
+    params = SamplingParams(repetition_penalty=1.8, frequency_penalty=0.5, temperature=0)
+    options = {"max_new_tokens": 12, "ignore_eos": True}
+    alone = generate(llama, [[9]], params, **options)
+    together = generate(llama, [[9], [4, 4, 64, 31, 31, 2]], params, **options)
+    assert together[0].token_ids == alone[0].token_ids
+
+
+def test_the_model_s_own_end_tokens_are_taken(llama):
+    likes_to_end = SamplingParams(logit_bias={0: 100.0})
+    (done,) = generate(llama, [[9]], likes_to_end, max_new_tokens=5)
+    assert (done.token_ids, done.finish_reason, done.stop_reason) == ([0], "stop", None)
+
+
+def test_texts_need_a_tokenizer_and_give_text(llama):
+    got = generate(llama, ["ab", "c"], SamplingParams(seed=1), tokenizer=BYTES, max_new_tokens=6)
+    ids = [BYTES(text)["input_ids"] for text in ("ab", "c")]
+    same = generate(llama, ids, SamplingParams(seed=1), tokenizer=BYTES, max_new_tokens=6)
+    assert got == same
+    one = generate(llama, "ab", SamplingParams(seed=1), tokenizer=BYTES, max_new_tokens=6)
+    assert len(one) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "n must be an integer >= 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be an integer >= 0, got -1"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens must be at most 8"),
+        ({"stop": ""}, "stop must have no empty string"),
+        ({"stop": "a", "tokenizer": None}, "tokenizer must be given for stop"),
+        ({"stop_limit": 0}, "stop_limit must be an integer >= 1, got 0"),
+        ({"prompts": ["a"], "tokenizer": None}, "tokenizer must be given for prompts that are"),
+        ({"prompts": []}, "prompts must have at least one prompt"),
+        ({"prompts": [[1], []]}, "prompt 1 has none"),
+        ({"prompts": torch.tensor([1, 2])}, r"shape \(rows, length\), got \(2,\)"),
+        ({"prompts": [[1], [1, 2]]}, r"of one length for a callable, got \[1, 2\]"),
+        ({"params": [SamplingParams()] * 2}, "one for each of 1 prompts, got 2"),
+        ({"vocab_size": None}, "vocab_size must be given where the model has no config"),
+        ({"stop_token_ids": [V]}, "end tokens must be in 0 .. 255, got 256"),
+        ({"eos_token_ids": [-1]}, "end tokens must be in 0 .. 255, got -1"),
+        ({"backend": "none"}, "none"),
+        (
+            {"prompts": {"input_ids": [[1, 2]], "attention_mask": [[1, 0]]}},
+            "attention_mask must pad on the left",
+        ),
+        (
+            {"prompts": {"input_ids": [[1, 2]], "attention_mask": [[1]]}},
+            "attention_mask must have the shape of input_ids",
+        ),
+        ({"model": lambda ids, cache: None}, "model must return logits of shape"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    arguments = {
+        "model": model,
+        "prompts": [[1]],
+        "params": SamplingParams(),
+        "tokenizer": BYTES,
+        "vocab_size": V,
+    } | arguments
+    with pytest.raises(ValueError, match=message):
+        generate(**arguments)
+
+
+def test_generate_takes_what_generate_stream_takes():
+    signature = inspect.signature(generate_stream)
+    documented = generate_stream.__doc__
+    for name in signature.parameters:
+        assert f"        {name}: " in documented

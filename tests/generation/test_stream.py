@@ -1,0 +1,262 @@
+"""``stream``, the loop over model and sampler, and TextDecoder, its tokens as text."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_tokenizers import WORDS, byte_tokenizer, word_tokenizer
+
+from llm_sampling import InvalidLogitsError, SampleOutput, Sampler, SamplingParams, TokenHistory
+from llm_sampling.generation import TextDecoder, stream
+from llm_sampling.sample import sample
+
+VOCAB_SIZE = 97
+PROMPTS = torch.tensor([[5, 17, 17, 80, 3], [9, 2, 64, 31, 31]])
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    return tiny_llama(VOCAB_SIZE)
+
+
+class Recorder(torch.nn.Module):
+    """Forwards calls to a model and records the shapes of inputs and logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.lengths, self.logits = [], []
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None, logits_to_keep=0):
+        self.lengths.append(input_ids.shape[1])
+        output = self.model(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )
+        self.logits.append(tuple(output.logits.shape))
+        return output
+
+
+class Script(Sampler):
+    """A sampler that draws given tokens."""
+
+    num_samples = 1
+    rows = 0
+
+    def __init__(self, steps, seconds=0.0):
+        self.steps = iter(steps)
+        self.rows = len(steps[0])
+        self.seconds = seconds
+
+    def __call__(self, logits):
+        time.sleep(self.seconds)
+        tokens = torch.tensor(next(self.steps))
+        status = torch.where(tokens < 0, 2, 0).to(torch.int32)
+        return SampleOutput(tokens, None, status)
+
+
+def generated(model, prompts, params, max_new_tokens, **options):
+    """The tokens that ``stream`` gives each row."""
+    history = TokenHistory.from_ids(prompts, None, VOCAB_SIZE)
+    sampler = Sampler(params, vocab_size=VOCAB_SIZE, history=history)
+    steps = stream(model, prompts, sampler, max_new_tokens=max_new_tokens, **options)
+    return [list(row) for row in zip(*(step.tokens for step in steps), strict=True)]
+
+
+def test_greedy_rows_are_those_of_hugging_face(model):
+    want = model.generate(PROMPTS, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    got = generated(model, PROMPTS, [SamplingParams(temperature=0)] * 2, 24)
+    assert got == want[:, PROMPTS.shape[1] :].tolist()
+    assert len(set(got[0])) > 5  # the model does not just repeat itself
+
+
+def test_sampled_rows_are_those_of_a_loop_without_a_cache(model):
+    params = [
+        SamplingParams(temperature=0.9, top_p=0.9, repetition_penalty=1.3, seed=11),
+        SamplingParams(top_k=20, frequency_penalty=0.5, presence_penalty=0.3, seed=2**63),
+    ]
+    want = []
+    for row, row_params in enumerate(params):
+        ids, output = PROMPTS[row].tolist(), []
+        for position in range(20):
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids + output]), use_cache=False).logits[:, -1]
+            history = TokenHistory.from_ids([ids], [output], VOCAB_SIZE)
+            drawn = sample(logits, row_params, history=history, positions=[position])
+            output.append(drawn.tokens.item())
+        want.append(output)
+    assert generated(model, PROMPTS, params, 20) == want
+
+
+def test_the_prompt_goes_in_once_and_one_row_of_logits_comes_out(model):
+    recorder = Recorder(model)
+    generated(recorder, PROMPTS, [SamplingParams(seed=0)] * 2, 4)
+    assert recorder.lengths == [PROMPTS.shape[1], 1, 1, 1]
+    assert recorder.logits == [(2, 1, VOCAB_SIZE)] * 4
+
+
+def test_a_model_without_logits_to_keep_gives_the_same(model):
+    class Older(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None, use_cache=None):
+            return model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    params = [SamplingParams(seed=4), SamplingParams(seed=5)]
+    assert generated(Older(), PROMPTS, params, 6) == generated(model, PROMPTS, params, 6)
+
+
+def test_each_row_ends_at_its_own_end_token(model):
+    script = Script([[4, 5], [96, 6], [7, 8], [9, 95], [1, 1]])
+    steps = list(stream(model, PROMPTS, script, max_new_tokens=10, eos_token_ids={95, 96}))
+    assert [step.tokens for step in steps] == [[4, 5], [96, 6], [-1, 8], [-1, 95]]
+    assert [step.ended for step in steps] == [
+        [False, False],
+        [True, False],
+        [True, False],
+        [True, True],
+    ]
+
+
+def test_max_new_tokens_ends_the_loop(model):
+    steps = list(stream(model, PROMPTS, Script([[4, 5]] * 9), max_new_tokens=3))
+    assert [step.tokens for step in steps] == [[4, 5]] * 3
+    assert steps[-1].ended == [False, False]
+
+
+def test_time_is_charged_to_where_it_was_spent(model):
+    class Slow(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None, use_cache=None):
+            time.sleep(0.06)
+            return SimpleNamespace(logits=torch.zeros(2, 1, VOCAB_SIZE), past_key_values=())
+
+    for step in stream(Slow(), PROMPTS, Script([[4, 5]] * 2, seconds=0.02), max_new_tokens=2):
+        assert step.model_seconds >= 0.06
+        assert 0.02 <= step.sampler_seconds < 0.06
+
+
+def test_a_row_without_a_token_is_an_error_even_where_the_sampler_does_not_check(model):
+    steps = stream(model, PROMPTS, Script([[4, 5], [4, -1]]), max_new_tokens=3)
+    assert next(steps).tokens == [4, 5]
+    with pytest.raises(InvalidLogitsError, match=r"no candidate left .* in row 1"):
+        next(steps)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": torch.tensor([1, 2])}, r"input_ids must have shape .* got \(2,\)"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, r"got \(2, 0\)"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer >= 1, got True"),
+        ({"max_new_tokens": 2.0}, r"max_new_tokens must be an integer >= 1, got 2\.0"),
+        ({"rows": 3}, r"sampler must have one row per row of input_ids \(2\), got 3"),
+        ({"num_samples": 2}, "sampler must have num_samples 1, got 2"),
+    ],
+)
+def test_a_bad_argument_is_refused_before_the_first_step(model, change, message):
+    sampler = Sampler(
+        [SamplingParams()] * change.pop("rows", 2),
+        vocab_size=VOCAB_SIZE,
+        num_samples=change.pop("num_samples", 1),
+    )
+    arguments = {"input_ids": PROMPTS, "max_new_tokens": 1} | change
+    with pytest.raises(ValueError, match=message):
+        stream(model, sampler=sampler, **arguments)
+
+
+def test_a_model_without_a_cache_is_refused():
+    class NoCache(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None, use_cache=None):
+            return SimpleNamespace(logits=torch.zeros(2, 1, VOCAB_SIZE), past_key_values=None)
+
+    with pytest.raises(ValueError, match="model must return a KV cache, NoCache returned none"):
+        next(stream(NoCache(), PROMPTS, Script([[4, 5]]), max_new_tokens=1))
+
+
+BYTES, WORD = byte_tokenizer(), word_tokenizer()
+
+TEXTS = [
+    "plain text",
+    "  two  spaces, and .  A space before , and ' s",
+    "é ß ñ",
+    "끝 안녕 日本語",
+    "🙂👩‍👩‍👧 flags 🇩🇪",
+    "tab\tand\nlines\n\n",
+    "a real \N{REPLACEMENT CHARACTER} in the middle",
+]
+
+
+def decoded(tokenizer, tokens, prompt=()):
+    decoder = TextDecoder(tokenizer, prompt)
+    pieces = [decoder.decode(token) for token in tokens]
+    return [*pieces, decoder.finish()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_join_to_the_text(text):
+    pieces = decoded(BYTES, BYTES(text)["input_ids"])
+    assert "".join(pieces) == text
+    assert len([piece for piece in pieces if piece]) > 3  # it streams
+
+
+@given(text=st.text(), prompt=st.text(max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_pieces_of_any_text_are_whole_characters(text, prompt):
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # at the end it stands for half a character
+    pieces = decoded(BYTES, BYTES(text)["input_ids"], BYTES(prompt)["input_ids"])
+    assert "".join(pieces) == text
+    held = text.count("\N{REPLACEMENT CHARACTER}")
+    assert sum(piece.count("\N{REPLACEMENT CHARACTER}") for piece in pieces) == held
+
+
+def test_half_a_character_is_held_back_and_never_emitted():
+    smile = BYTES("🙂")["input_ids"]
+    assert len(smile) == 4
+    assert decoded(BYTES, smile) == ["", "", "", "🙂", ""]
+    assert decoded(BYTES, BYTES("ok")["input_ids"] + smile[:3]) == ["o", "k", "", "", "", ""]
+
+
+def test_bytes_that_are_no_character_become_one_replacement_once_the_text_goes_on():
+    lone, letter = BYTES("é")["input_ids"][0], BYTES("a")["input_ids"][0]
+    assert decoded(BYTES, [lone, letter]) == ["", "\N{REPLACEMENT CHARACTER}a", ""]
+
+
+def test_special_tokens_give_no_text():
+    a, b = BYTES("ab")["input_ids"]
+    assert decoded(BYTES, [a, BYTES.eos_token_id, b]) == ["a", "", "b", ""]
+
+
+def word_ids(*words):
+    return WORD.convert_tokens_to_ids(list(words))
+
+
+def test_a_leading_space_is_kept_after_a_prompt():
+    assert WORD.decode(word_ids("▁then")) == "then"  # what a token alone would give
+    assert decoded(WORD, word_ids("▁then", "▁and"), word_ids("▁and")) == [" then", " and", ""]
+
+
+def test_spaces_are_kept_at_every_token():
+    tokens = word_ids("▁and", "▁", "▁then", "s", "▁", "▁", "▁,", "▁don", "'t")
+    joined = "".join(decoded(WORD, tokens, word_ids("▁and")))
+    assert joined == " and  thens   , don't"
+
+
+def test_bytes_that_stand_for_a_character_are_held_back():
+    tokens = [*word_ids("▁and"), *"끝".encode(), *word_ids("s")]
+    assert decoded(WORD, tokens, word_ids("▁then")) == [" and", "", "", "끝", "s", ""]
+
+
+@given(chunks=st.lists(st.sampled_from(WORDS) | st.characters(codec="utf-8"), max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_pieces_of_words_and_bytes_join_to_their_decoding(chunks):
+    prompt = word_ids("▁and")
+    tokens = []
+    for chunk in chunks:
+        tokens += word_ids(chunk) if chunk in WORDS else chunk.encode()
+    tokens += word_ids("s")  # a replacement character would be dropped at the end
+    whole = WORD.decode(prompt + tokens)
+    assert "".join(decoded(WORD, tokens, prompt)) == whole[len("and") :]

@@ -1,0 +1,251 @@
+"""A package ``vllm`` with what the plug-in relies on and nothing else, for tests without vLLM.
+
+Names, signatures and the order of steps are those of vLLM 0.32; the arithmetic is plain torch.
+"""
+
+from pathlib import Path
+
+SOURCES = {
+    "__init__": '__version__ = "0.32.0"\n',
+    "envs": "VLLM_USE_V2_MODEL_RUNNER = None\n",
+    "triton_utils": "HAS_TRITON = False\n",
+    "sampling_params": """
+from dataclasses import dataclass
+
+@dataclass
+class SamplingParams:
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+""",
+    "v1.__init__": "",
+    "v1.outputs": """
+from dataclasses import dataclass
+from typing import Any
+
+@dataclass
+class SamplerOutput:
+    sampled_token_ids: Any
+    logprobs_tensors: Any
+""",
+    "v1.sample.__init__": "",
+    "v1.sample.thinking_budget_state": """
+class ThinkingBudgetStateHolder:
+    tracked = False
+
+    def has_tracked_requests(self):
+        return self.tracked
+
+    def apply_to_logits(self, logits):
+        logits[:] = -float("inf")
+        logits[:, 7] = 1e9
+        return logits
+""",
+    "v1.sample.metadata": """
+from dataclasses import dataclass, field
+from typing import Any
+
+@dataclass
+class SamplingMetadata:
+    logitsprocs: Any
+    max_num_logprobs: int | None = None
+    logprob_token_ids: Any = None
+    no_penalties: bool = True
+    allowed_token_ids_mask: Any = None
+    bad_words_token_ids: dict = field(default_factory=dict)
+    thinking_budget_state_holder: Any = None
+""",
+    "v1.sample.logits_processor": """
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+class MoveDirectionality(Enum):
+    UNIDIRECTIONAL = auto()
+    SWAP = auto()
+
+@dataclass(frozen=True)
+class BatchUpdate:
+    batch_size: int
+    removed: Any
+    added: Any
+    moved: Any
+
+class LogitsProcessors:
+    def __init__(self, logitsprocs=None):
+        self.argmax_invariant = []
+        self.non_argmax_invariant = []
+        for one in logitsprocs or ():
+            (self.argmax_invariant if one.is_argmax_invariant() else self.non_argmax_invariant
+             ).append(one)
+
+class MinPLogitsProcessor:
+    min_p = 0.0
+
+    def is_argmax_invariant(self):
+        return True
+
+    def apply(self, logits):
+        raise AssertionError(f"min-p is the kernel's, got {self.min_p}")
+
+class MinTokensLogitsProcessor:
+    def __init__(self):
+        self.min_toks = {}
+
+    def is_argmax_invariant(self):
+        return False
+
+    def apply(self, logits):
+        for row in self.min_toks:
+            logits[row, 0] = -float("inf")
+        return logits
+
+class LogitBiasLogitsProcessor:
+    def __init__(self):
+        self.biases = {}
+
+    def is_argmax_invariant(self):
+        return False
+
+    def apply(self, logits):
+        for row, bias in self.biases.items():
+            for token, value in bias.items():
+                logits[row, token] += value
+        return logits
+
+class AdapterLogitsProcessor:
+    def __init__(self):
+        self.req_info = {}
+
+    def is_argmax_invariant(self):
+        return False
+
+    def apply(self, logits):
+        for row, change in self.req_info.items():
+            logits[row] = change(logits[row])
+        return logits
+
+def build_logitsprocs(
+    vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs=()
+):
+    builtin = [MinTokensLogitsProcessor(), LogitBiasLogitsProcessor(), MinPLogitsProcessor()]
+    return LogitsProcessors([] if is_pooling_model else [*builtin, *custom_logitsprocs])
+""",
+    "v1.sample.sampler": """
+import torch
+from vllm.v1.outputs import SamplerOutput
+
+class Sampler(torch.nn.Module):
+    def __init__(self, logprobs_mode="raw_logprobs", use_fp64_gumbel=False):
+        super().__init__()
+        self.logprobs_mode = logprobs_mode
+
+    def forward(
+        self, logits, sampling_metadata, predict_bonus_token=False, logprobs_mode_override=None
+    ):
+        mode = logprobs_mode_override or self.logprobs_mode
+        shown = None
+        if sampling_metadata.max_num_logprobs is not None:
+            if mode == "raw_logprobs":
+                shown = self.compute_logprobs(logits)
+            elif mode == "raw_logits":
+                shown = logits.to(torch.float32, copy=True)
+        logits = self.apply_logits_processors(
+            logits.to(torch.float32), sampling_metadata, predict_bonus_token
+        )
+        sampled, processed = self.sample(logits, sampling_metadata)
+        shown = shown if processed is None else processed
+        return SamplerOutput(sampled.to(torch.int32).unsqueeze(-1), shown)
+
+    @staticmethod
+    def compute_logprobs(logits):
+        return logits.log_softmax(dim=-1, dtype=torch.float32)
+
+    def apply_logits_processors(self, logits, sampling_metadata, predict_bonus_token):
+        if sampling_metadata.allowed_token_ids_mask is not None:
+            logits.masked_fill_(sampling_metadata.allowed_token_ids_mask, float("-inf"))
+        for row, words in sampling_metadata.bad_words_token_ids.items():
+            logits[row, words] = float("-inf")
+        for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
+            logits = processor.apply(logits)
+        logits = self.apply_penalties(logits, sampling_metadata)
+        holder = sampling_metadata.thinking_budget_state_holder
+        if holder is not None and holder.has_tracked_requests():
+            logits = holder.apply_to_logits(logits)
+        return logits
+
+    @staticmethod
+    def apply_penalties(logits, sampling_metadata):
+        if sampling_metadata.no_penalties:
+            return logits
+        raise AssertionError("penalties are the kernel's")
+
+    def sample(self, logits, sampling_metadata, logprobs_mode_override=None):
+        return torch.full((logits.shape[0],), 5), None  # a draw of vLLM's own
+""",
+    "v1.worker.__init__": "",
+    "v1.worker.gpu_input_batch": """
+class InputBatch:
+    def refresh_metadata(self):
+        update = self.batch_update_builder.get_and_reset(self.num_reqs)
+        for processor in self.logitsprocs.all:
+            processor.update_state(update)
+
+    def _register_add_request(self, request):
+        self.batch_update_builder.added.append(
+            (0, request.sampling_params, request.prompt_token_ids, request.output_token_ids)
+        )
+
+    def condense(self):
+        self.batch_update_builder.moved.append((1, 0, MoveDirectionality.UNIDIRECTIONAL))
+
+    def swap_states(self, i1, i2):
+        self.batch_update_builder.moved.append((i1, i2, MoveDirectionality.SWAP))
+""",
+    "v1.worker.gpu_model_runner": """
+import functools
+from vllm.v1.sample.logits_processor import build_logitsprocs
+from vllm.v1.sample.sampler import Sampler
+
+def traced(function):
+    @functools.wraps(function)
+    def run(*args, **options):
+        return function(*args, **options)
+    return run
+
+class GPUModelRunner:
+    @traced
+    def __init__(self, vllm_config, device, is_pooling_model=False, custom=()):
+        self.sampler = Sampler(vllm_config.model_config.logprobs_mode)
+        self.logitsprocs = build_logitsprocs(vllm_config, device, False, is_pooling_model, custom)
+
+    def _sample(self, logits, spec_decode_metadata):
+        sampling_metadata = self.input_batch.sampling_metadata
+        return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+""",
+    "v1.worker.gpu.__init__": "",
+    "v1.worker.gpu.model_runner": '''
+class Sampler:
+    """V2's."""
+''',
+}
+
+
+def write(folder: Path, *changes: tuple[str, str, str]) -> None:
+    """Write the package into ``folder``; a change is (module, text, replacement).
+
+    A module whose text is replaced as a whole by "" is left out.
+    """
+    sources = dict(SOURCES)
+    for module, old, new in changes:
+        assert sources[module].count(old) >= 1, f"{module} has no {old!r}"
+        sources[module] = sources[module].replace(old, new)
+    for module, source in sources.items():
+        path = folder.joinpath("vllm", *module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")

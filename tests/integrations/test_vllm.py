@@ -1,0 +1,774 @@
+"""The plug-in for vLLM without vLLM: what it replaces and refuses, and what its requests draw.
+
+tests/integrations/test_vllm_engine.py has the real engine.
+"""
+
+import importlib
+import logging
+import random
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import fake_vllm
+import pytest
+import torch
+
+from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
+from llm_sampling.integrations import vllm as plugin
+from llm_sampling.integrations.vllm import RUNNER, RUNNER_V2, Requests, params_of, register
+
+V = 101
+
+
+def their_params():
+    """The stand-in package's SamplingParams: the fields that are read, with vLLM's defaults."""
+    namespace = {"__name__": __name__}
+    exec(fake_vllm.SOURCES["sampling_params"], namespace)
+    return namespace["SamplingParams"]
+
+
+Theirs = their_params()
+
+
+def random_params(rng):
+    """Parameters of every kind: greedy or not, with and without penalties and filters."""
+    return Theirs(
+        temperature=rng.choice([0.0, 0.7, 1.0, 1.3]),
+        top_k=rng.choice([-1, 0, 5, 40]),
+        top_p=rng.choice([1.0, 0.9, 0.5]),
+        min_p=rng.choice([0.0, 0.05]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        frequency_penalty=rng.choice([0.0, 0.0, 0.4]),
+        presence_penalty=rng.choice([0.0, 0.0, -0.3]),
+        seed=rng.choice([0, 7, 2**63 + 5, -3, rng.getrandbits(40)]),
+    )
+
+
+# ---- parameters ----
+
+
+def test_parameters_keep_their_meaning():
+    theirs = Theirs(0.5, 40, 0.9, 0.1, 1.2, 0.3, -0.2, seed=9)
+    assert params_of(theirs) == SamplingParams(
+        temperature=0.5,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        frequency_penalty=0.3,
+        presence_penalty=-0.2,
+        seed=9,
+    )
+    assert params_of(Theirs(top_k=-1, seed=1)) == SamplingParams(seed=1)
+
+
+@pytest.mark.parametrize(("given", "taken"), [(0, 0.0), (9.9e-6, 0.0), (1e-5, 1e-5), (0.01, 0.01)])
+def test_temperatures_that_vllm_takes_for_greedy(given, taken):
+    assert params_of(Theirs(temperature=given, seed=0)).temperature == taken
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        Theirs(repetition_penalty=1e-300),
+        Theirs(repetition_penalty=1e300),
+        Theirs(top_p=True, min_p=True, frequency_penalty=False, top_k=True),
+        Theirs(top_p=5e-324),
+        Theirs(top_k=2**40),
+    ],
+)
+def test_what_vllm_accepts_is_accepted(theirs):
+    """A ValueError in the middle of a step would end the engine."""
+    requests = Requests(V, "cpu")
+    requests.update_state(update(1, added=[(0, theirs, [1], [2])]))
+    assert 0 <= int(requests.draw(torch.randn(1, V))) < V
+
+
+def test_fresh_seeds_are_torch_s_and_a_request_s_own():
+    torch.manual_seed(5)
+    first = [params_of(Theirs()).seed for _ in range(3)]
+    torch.manual_seed(5)
+    params_of(Theirs(temperature=0))  # draws none
+    params_of(Theirs(seed=3))
+    assert [params_of(Theirs()).seed for _ in range(3)] == first
+    assert len(set(first)) == 3
+
+
+# ---- the requests of a batch ----
+
+SWAP, ONE_WAY = SimpleNamespace(name="SWAP"), SimpleNamespace(name="UNIDIRECTIONAL")
+
+
+def update(size, removed=(), added=(), moved=()):
+    return SimpleNamespace(batch_size=size, removed=removed, added=added, moved=moved)
+
+
+class Texts:
+    """Requests that come, go, wait and move, with the batch updates of vLLM's InputBatch.
+
+    A request's logits depend only on its name and its number of tokens, so that its tokens can be
+    drawn again without the batch.
+    """
+
+    def __init__(self, seed):
+        self.rng = random.Random(seed)
+        self.rows = []
+        self.waiting = []
+        self.number = 0
+
+    def new(self):
+        self.number += 1
+        prompt = [self.rng.randrange(V) for _ in range(self.rng.randrange(9))]
+        return SimpleNamespace(
+            name=self.number,
+            theirs=random_params(self.rng),
+            prompt=prompt or None,  # None where it has embeddings
+            output=[],
+        )
+
+    def change(self):
+        """Some requests leave, some come, the last ones move into empty places, and two swap."""
+        rng, rows = self.rng, self.rows
+        removed = sorted(i for i in range(len(rows)) if rng.random() < 0.25)
+        for i in removed:
+            if rng.random() < 0.6:
+                self.waiting.append(rows[i])
+            rows[i] = None
+        added, moved = [], []
+        for _ in range(rng.randrange(4)):
+            back = self.waiting and rng.random() < 0.7
+            request = self.waiting.pop(rng.randrange(len(self.waiting))) if back else self.new()
+            if removed:
+                rows[index := removed.pop(0)] = request
+            else:
+                index = len(rows)
+                rows.append(request)
+            added.append((index, request.theirs, request.prompt, request.output))
+        while removed:
+            while rows and rows[-1] is None:
+                rows.pop()
+            if not removed or removed[0] >= len(rows):
+                break
+            moved.append((len(rows) - 1, removed[0], ONE_WAY))
+            rows[removed.pop(0)] = rows.pop()
+        for _ in range(rng.randrange(3)):
+            if len(rows) > 1:
+                i, j = rng.sample(range(len(rows)), 2)
+                rows[i], rows[j] = rows[j], rows[i]
+                moved.append((i, j, SWAP))
+        return update(len(rows), sorted(removed, reverse=True), added, moved)
+
+    def logits(self, dtype=torch.float32):
+        rows = [logits_of(request, dtype) for request in self.rows]
+        return torch.stack(rows) if rows else torch.zeros(0, V, dtype=dtype)
+
+    def take(self, tokens):
+        """Append the tokens to the outputs; rarely drop the token, or several, as vLLM does."""
+        for request, token in zip(self.rows, tokens, strict=True):
+            chance = self.rng.random()
+            if chance < 0.85:
+                request.output.append(token)
+            elif chance > 0.95:  # blocks that could not be loaded
+                del request.output[self.rng.randrange(len(request.output) + 1) :]
+
+
+def logits_of(request, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(request.name * 10_000 + len(request.output))
+    return (torch.randn(V, generator=generator) * 2).to(dtype)
+
+
+def alone(request, params, dtype=torch.float32):
+    """The request's next token by ``sample``, without other requests."""
+    history = TokenHistory.from_ids([request.prompt or []], [request.output], V)
+    logits = logits_of(request, dtype).unsqueeze(0)
+    positions = [len(request.output)]
+    return int(sample(logits, params, history=history, positions=positions).tokens)
+
+
+def follow(requests, seed, steps=60, dtype=torch.float32):
+    """The first (step, request) whose token differs from the one that it gets alone, or None."""
+    texts = Texts(seed)
+    for step in range(steps):
+        changes = texts.rng.random() < 0.5
+        requests.update_state(texts.change() if changes else None)
+        tokens = requests.draw(texts.logits(dtype)).tolist()
+        for request, token in zip(texts.rows, tokens, strict=True):
+            if token != alone(request, params_of(request.theirs), dtype):
+                return step, request.name
+        texts.take(tokens)
+    assert texts.number > 10, "too few requests for a comparison"
+    return None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("seed", range(8))
+def test_every_request_draws_as_if_alone(seed, backend):
+    assert follow(Requests(V, "cpu", backend=backend), seed) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_logits_of_every_dtype(dtype):
+    assert follow(Requests(V, "cpu"), 1, dtype=dtype) is None
+
+
+class DeafToMoves(Requests):
+    def _follow(self, change):
+        super()._follow(update(change.batch_size, change.removed, change.added))
+
+
+class TakesSwapsForMoves(Requests):
+    def _follow(self, change):
+        moved = [(i, j, ONE_WAY) for i, j, _ in change.moved]
+        super()._follow(update(change.batch_size, change.removed, change.added, moved))
+
+
+class CountsSteps(Requests):
+    """Uses the number of steps since the last change of the batch as the position."""
+
+    steps = 0
+
+    def update_state(self, change):
+        super().update_state(change)
+        self.steps = 0 if change is not None else self.steps + 1
+        self._position.fill_(self.steps)
+
+
+class ForgetsOutputs(Requests):
+    """Does not add output tokens to the history after the request came."""
+
+    def _record(self, has_changed):
+        for request in self._penalised:
+            request.recorded = len(request.output)
+        super()._record(has_changed)
+
+
+class ForgetsPrompts(Requests):
+    def _follow(self, change):
+        added = [(index, theirs, None, output) for index, theirs, _, output in change.added]
+        super()._follow(update(change.batch_size, change.removed, added, change.moved))
+
+
+class CountsDiscardedTokens(Requests):
+    """Counts tokens that vLLM discarded as part of the output."""
+
+    def draw(self, logits):
+        tokens = super().draw(logits)
+        if self._penalised:
+            rows = [self._rows.index(request) for request in self._penalised]
+            self._history.append(tokens[rows])
+            for request in self._penalised:
+                request.recorded += 1
+        return tokens
+
+    def _record(self, has_changed):
+        for request in self._penalised:
+            request.recorded = len(request.output)
+        super()._record(has_changed)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        DeafToMoves,
+        TakesSwapsForMoves,
+        CountsSteps,
+        ForgetsOutputs,
+        ForgetsPrompts,
+        CountsDiscardedTokens,
+    ],
+)
+def test_the_comparison_detects(broken):
+    """Each broken class draws a wrong token, or raises, within a few sequences."""
+    for seed in range(4):
+        try:
+            if follow(broken(V, "cpu"), seed) is not None:
+                return
+        except KeyError:  # it has no request for a row
+            return
+    pytest.fail(f"{broken.__name__} was not detected")
+
+
+def test_a_request_that_returns_goes_on_where_it_was():
+    theirs = Theirs(seed=4, frequency_penalty=0.7, top_k=20)
+    request = SimpleNamespace(name=1, theirs=theirs, prompt=[3, 4], output=[])
+    requests = Requests(V, "cpu")
+    entry = (0, theirs, request.prompt, request.output)
+    drawn = []
+    for step in range(12):
+        if step in (0, 5, 9):
+            requests.update_state(update(1, added=[entry]))
+        elif step in (4, 8):
+            requests.update_state(update(0, removed=[0]))
+            continue
+        else:
+            requests.update_state(None)
+        drawn += requests.draw(logits_of(request).unsqueeze(0)).tolist()
+        request.output.append(drawn[-1])
+    request.output.clear()
+    for token in drawn:
+        assert token == alone(request, params_of(theirs))
+        request.output.append(token)
+
+
+def test_rows_without_penalties_have_no_history():
+    requests = Requests(V, "cpu")
+    plain, penalised = Theirs(seed=1), Theirs(seed=2, presence_penalty=1.0)
+    requests.update_state(
+        update(5, added=[(i, penalised if i == 3 else plain, [1], []) for i in range(5)])
+    )
+    assert requests._history.rows == 1
+    assert requests._history.counts.shape == (1, V)
+    requests.update_state(update(3, removed=[4, 3]))
+    assert requests._history.rows == 0
+    assert len(requests._by_index) == 3, "requests that have left are dropped"
+
+
+def test_a_step_without_changes_packs_nothing(monkeypatch):
+    requests = Requests(V, "cpu")
+    output = []
+    requests.update_state(update(1, added=[(0, Theirs(seed=1, presence_penalty=0.5), [1], output)]))
+    output += requests.draw(torch.randn(1, V)).tolist()
+
+    def refuse(*args, **options):
+        raise AssertionError("packed")
+
+    monkeypatch.setattr(plugin.BatchParams, "from_list", refuse)
+    monkeypatch.setattr(requests._backend, "prepare", refuse)
+    for _ in range(3):
+        requests.update_state(None)
+        output += requests.draw(torch.randn(1, V)).tolist()
+    assert requests._position.tolist() == [3]
+
+
+@pytest.mark.parametrize("shape", [(1, V), (3, V), (2, V - 1)])
+def test_logits_of_other_requests_are_not_drawn_from(shape, caplog):
+    requests = Requests(V, "cpu")
+    requests.update_state(update(2, added=[(i, Theirs(seed=i), [], []) for i in range(2)]))
+    assert requests.fit(torch.zeros(2, V))
+    assert not requests.fit(torch.zeros(shape))
+    assert not requests.fit(torch.zeros(shape))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(shape) in caplog.text
+
+
+def test_strided_logits():
+    requests = Requests(V, "cpu")
+    added = [(i, Theirs(seed=i), [], []) for i in range(3)]
+    requests.update_state(update(3, added=added))
+    logits = torch.randn(3, V)
+    want = requests.draw(logits).tolist()
+    padded = torch.randn(3, V + 20)
+    padded[:, :V] = logits
+    assert requests.draw(padded[:, :V]).tolist() == want
+    assert requests.draw(logits.t().contiguous().t()).tolist() == want
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_row_without_a_candidate_gets_token_0_and_a_warning(value, caplog):
+    requests = Requests(V, "cpu")
+    requests.update_state(update(3, added=[(i, Theirs(seed=i), [], []) for i in range(3)]))
+    logits = torch.randn(3, V)
+    want = requests.draw(logits).tolist()
+    assert caplog.records == []
+    logits[1] = value
+    for _ in range(2):
+        assert requests.draw(logits).tolist() == [want[0], 0, want[2]]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+# ---- registration ----
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A function that writes the stand-in package, with changes; its imports are undone after."""
+    meta_path = list(sys.meta_path)
+    real = {name: sys.modules.pop(name) for name in list(sys.modules) if is_vllm(name)}
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(plugin.SWITCH, "1")
+    yield lambda *changes: fake_vllm.write(tmp_path, *changes)
+    sys.meta_path[:] = meta_path
+    for name in filter(is_vllm, list(sys.modules)):
+        del sys.modules[name]
+    sys.modules.update(real)
+
+
+def is_vllm(name):
+    return name.partition(".")[0] == "vllm"
+
+
+def warnings_of(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def is_replaced(runner):
+    return (
+        runner.Sampler.__name__ == "FusedSampler" and runner.build_logitsprocs.__name__ == "build"
+    )
+
+
+def is_vllm_s_own(runner):
+    return runner.Sampler.__name__ == "Sampler" and (
+        runner.build_logitsprocs.__name__ == "build_logitsprocs"
+    )
+
+
+def test_it_replaces_two_names_when_the_runner_is_imported(fake, caplog):
+    fake()
+    register()
+    assert not any(map(is_vllm, sys.modules)), "register imports nothing of vLLM"
+    runner = importlib.import_module(RUNNER)
+    assert is_replaced(runner)
+    source = importlib.import_module("vllm.v1.sample.sampler")
+    assert issubclass(runner.Sampler, source.Sampler)
+    assert runner.Sampler is not source.Sampler
+    processors = importlib.import_module("vllm.v1.sample.logits_processor")
+    assert processors.build_logitsprocs.__name__ == "build_logitsprocs"
+    assert warnings_of(caplog) == []
+
+
+def test_it_replaces_in_a_runner_that_is_there(fake):
+    fake()
+    runner = importlib.import_module(RUNNER)
+    register()
+    assert is_replaced(runner)
+
+
+def test_called_twice_it_replaces_once(fake):
+    fake()
+    register()
+    register()
+    runner = importlib.import_module(RUNNER)
+    once = runner.Sampler
+    register()
+    assert runner.Sampler is once
+    assert runner.Sampler.__mro__[1].__name__ == "Sampler"
+
+
+def test_an_import_that_fails_is_waited_for_again(fake, monkeypatch):
+    fake(("v1.worker.gpu_model_runner", "import functools", "import functools, not_there_yet"))
+    register()
+    with pytest.raises(ImportError):
+        importlib.import_module(RUNNER)
+    monkeypatch.setitem(sys.modules, "not_there_yet", sys)
+    assert is_replaced(importlib.import_module(RUNNER))
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_it_is_off_unless_asked_for(value, fake, monkeypatch, caplog):
+    fake()
+    monkeypatch.delenv(plugin.SWITCH)
+    if value is not None:
+        monkeypatch.setenv(plugin.SWITCH, value)
+    before = list(sys.meta_path)
+    register()
+    assert sys.meta_path == before
+    assert is_vllm_s_own(importlib.import_module(RUNNER))
+    assert warnings_of(caplog) == []
+
+
+def test_another_value_is_refused(fake, monkeypatch, caplog):
+    fake()
+    monkeypatch.setenv(plugin.SWITCH, "yes")
+    register()
+    assert is_vllm_s_own(importlib.import_module(RUNNER))
+    (message,) = warnings_of(caplog)
+    assert message == "llm_sampling is off: LLM_SAMPLING_VLLM must be 0 or 1, got 'yes'"
+
+
+PROCESSORS = "v1.sample.logits_processor"
+CHANGES = {
+    "another version": (("__init__", "0.32.0", "0.33.1"), "0.33.1"),
+    "a version that begins alike": (("__init__", "0.32.0", "0.320.0"), "0.320.0"),
+    "no version": (("__init__", "__version__", "version"), "__version__"),
+    "a module that is gone": (
+        (
+            "v1.sample.metadata",
+            fake_vllm.SOURCES["v1.sample.metadata"],
+            "raise ImportError('gone')",
+        ),
+        "gone",
+    ),
+    "a class that is gone": ((PROCESSORS, "class MinTokens", "class LeastTokens"), "MinTokens"),
+    "a parameter more": (
+        ("v1.sample.sampler", "sampling_metadata, predict_bonus_token):", "sampling_metadata, x):"),
+        "Sampler.apply_logits_processors takes (self logits sampling_metadata x)",
+    ),
+    "another order": (
+        (PROCESSORS, "vllm_config, device, is_pin", "device, vllm_config, is_pin"),
+        "build_logitsprocs takes (device vllm_config",
+    ),
+    "a field that is gone": (("v1.sample.metadata", "no_penalties", "penalties"), "no_penalties"),
+    "a parameter of sampling that is gone": (("sampling_params", "min_p", "minp"), "min_p"),
+    "an update of another form": ((PROCESSORS, "    moved: Any", "    swapped: Any"), "moved"),
+    "state under another name": ((PROCESSORS, "biases", "bias_of"), "biases"),
+    "a runner with a sampler of its own": (
+        ("v1.worker.gpu_model_runner", "= Sampler(", "= print("),
+        "GPUModelRunner.__init__ does not look up Sampler",
+    ),
+    "another way to the draw": (
+        ("v1.sample.sampler", "self.sample(logits, sampling_metadata)", "logits, None"),
+        "Sampler.forward does not look up sample",
+    ),
+    "updates to nobody": (("v1.worker.gpu_input_batch", "update_state", "hear"), "update_state"),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES.values(), ids=CHANGES)
+def test_a_vllm_that_is_different_keeps_its_sampler(change, named, fake, caplog):
+    fake(change)
+    register()
+    runner = importlib.import_module(RUNNER)
+    assert is_vllm_s_own(runner)
+    (message,) = warnings_of(caplog)
+    assert message.startswith("llm_sampling: vLLM keeps its own sampler: ")
+    assert named in message
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has_triton", "warns"),
+    [("True", False, True), ("None", True, True), ("None", False, False), ("False", True, False)],
+)
+def test_the_v2_runner_is_told_of_and_left_alone(wanted, has_triton, warns, fake, caplog):
+    fake(
+        ("envs", "None", wanted),
+        ("triton_utils", "False", str(has_triton)),
+    )
+    register()
+    runner = importlib.import_module(RUNNER_V2)
+    assert runner.Sampler.__doc__ == "V2's."
+    messages = warnings_of(caplog)
+    assert ["VLLM_USE_V2_MODEL_RUNNER=0" in message for message in messages] == [True] * warns
+
+
+def config_of(vocab_size=V, speculative=None, is_async=False, mode="raw_logprobs"):
+    return SimpleNamespace(
+        speculative_config=speculative,
+        scheduler_config=SimpleNamespace(async_scheduling=is_async),
+        model_config=SimpleNamespace(get_vocab_size=lambda: vocab_size, logprobs_mode=mode),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"speculative": object()}, "speculative_config"),
+        ({"is_async": True}, "--no-async-scheduling"),
+        ({"vocab_size": 2**20 + 1}, "vocab_size: it must be in 1 .. 2^20, got 1048577"),
+    ],
+)
+def test_an_engine_that_cannot_be_served_keeps_its_sampler(options, named, fake, caplog):
+    fake()
+    register()
+    runner = importlib.import_module(RUNNER).GPUModelRunner(config_of(**options), "cpu")
+    assert not any(isinstance(p, Requests) for p in runner.logitsprocs.argmax_invariant)
+    (message,) = warnings_of(caplog)
+    assert named in message
+    runner.input_batch = SimpleNamespace(sampling_metadata=metadata_of(runner))
+    drawn = runner._sample(torch.randn(2, V), None)
+    assert drawn.sampled_token_ids.tolist() == [[5], [5]], "vLLM's own draw"
+
+
+def test_a_pooling_model_draws_nothing(fake, caplog):
+    fake()
+    register()
+    runner = importlib.import_module(RUNNER).GPUModelRunner(config_of(), "cpu", True)
+    assert runner.logitsprocs.argmax_invariant == []
+    assert warnings_of(caplog) == []
+
+
+# ---- the sampler ----
+
+
+def metadata_of(runner, **fields):
+    module = importlib.import_module("vllm.v1.sample.metadata")
+    return module.SamplingMetadata(logitsprocs=runner.logitsprocs, **fields)
+
+
+ROWS = [
+    Theirs(temperature=0.0),
+    Theirs(seed=1, top_p=0.9, min_p=0.02),
+    Theirs(seed=2, temperature=0.6, repetition_penalty=1.5, frequency_penalty=0.5),
+    Theirs(temperature=0.0, presence_penalty=1.5),
+]
+PROMPTS, OUTPUTS = [[1], [2, 3], [4, 5, 6], [7]], [[8], [9, 9], [], [10, 11, 10]]
+PARAMS = [params_of(theirs) for theirs in ROWS]
+
+
+@pytest.fixture
+def make_runner(fake):
+    """A function that makes a runner of the stand-in package with four requests in its batch."""
+    fake()
+    register()
+
+    def make(mode="raw_logprobs", custom=()):
+        module = importlib.import_module(RUNNER)
+        runner = module.GPUModelRunner(config_of(mode=mode), "cpu", False, custom)
+        requests = next(p for p in runner.logitsprocs.argmax_invariant if isinstance(p, Requests))
+        added = list(zip(range(4), ROWS, PROMPTS, OUTPUTS, strict=True))
+        requests.update_state(update(4, added=added))
+        return runner
+
+    return make
+
+
+def run(runner, logits, **fields):
+    runner.input_batch = SimpleNamespace(sampling_metadata=metadata_of(runner, **fields))
+    return runner._sample(logits, None)
+
+
+def history():
+    return TokenHistory.from_ids(PROMPTS, OUTPUTS, V)
+
+
+def tokens_of(logits, params=PARAMS):
+    return sample(logits, params, history=history()).tokens.tolist()
+
+
+def drawn_by(output):
+    assert output.sampled_token_ids.dtype == torch.int32
+    assert output.sampled_token_ids.shape == (4, 1)
+    return output.sampled_token_ids.flatten().tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_gets_the_logits_as_they_are(make_runner, dtype, monkeypatch):
+    runner = make_runner()
+    logits = (torch.randn(4, V) * 3).to(dtype)
+    before, seen = logits.clone(), []
+    draw = Requests.draw
+    monkeypatch.setattr(Requests, "draw", lambda self, x: seen.append(x) or draw(self, x))
+    output = run(runner, logits, no_penalties=False)
+    assert drawn_by(output) == tokens_of(before)
+    assert output.logprobs_tensors is None
+    assert seen[0] is logits
+    assert torch.equal(logits, before)
+
+
+def test_what_changes_logits_before_the_penalties(make_runner):
+    """vLLM's own code does it; each change alone and all at once."""
+    adapter = importlib.import_module(f"vllm.{PROCESSORS}").AdapterLogitsProcessor()
+    runner = make_runner(custom=[adapter])
+    min_tokens, logit_bias, _ = runner.logitsprocs.non_argmax_invariant
+    logits = torch.randn(4, V) * 3
+    logits[3, 0] = 40.0
+    free = tokens_of(logits)
+    mask = torch.zeros(4, V, dtype=torch.bool)
+    mask[1, free[1]] = True
+    words = [free[2], 3]
+    changes = {
+        "allowed": lambda x: x.masked_fill_(mask, -torch.inf),
+        "words": lambda x: x[2].__setitem__(words, -torch.inf),
+        "min_tokens": lambda x: x[3].__setitem__(0, -torch.inf),
+        "bias": lambda x: x[0].__setitem__(5, x[0, 5] + 40.0),
+        "adapter": lambda x: x[0].mul_(-0.5),
+    }
+    for names in [*([name] for name in changes), list(changes)]:
+        fields = {"no_penalties": False}
+        fields |= {"allowed_token_ids_mask": mask} if "allowed" in names else {}
+        fields |= {"bad_words_token_ids": {2: words}} if "words" in names else {}
+        min_tokens.min_toks = {3: ()} if "min_tokens" in names else {}
+        logit_bias.biases = {0: {5: 40.0}} if "bias" in names else {}
+        adapter.req_info = {0: lambda row: row * -0.5} if "adapter" in names else {}
+        changed = logits.clone()
+        for name in names:
+            changes[name](changed)
+        want = tokens_of(changed)
+        assert drawn_by(run(runner, logits.clone(), **fields)) == want != free, names
+
+
+def test_a_thinking_budget(make_runner):
+    runner = make_runner()
+    state = importlib.import_module("vllm.v1.sample.thinking_budget_state")
+    holder = state.ThinkingBudgetStateHolder()
+    logits = torch.randn(4, V)
+    free = run(runner, logits.clone(), thinking_budget_state_holder=holder)
+    assert drawn_by(free) == tokens_of(logits)
+    holder.tracked = True
+    assert drawn_by(run(runner, logits, thinking_budget_state_holder=holder)) == [7] * 4
+
+
+def test_idle_processors_cost_nothing(make_runner, monkeypatch):
+    runner = make_runner()
+    base = type(runner.sampler).__mro__[1]
+
+    def refuse(*args, **options):
+        raise AssertionError("vLLM's own forward")
+
+    monkeypatch.setattr(base, "forward", refuse)
+    run(runner, torch.randn(4, V))
+    runner.logitsprocs.non_argmax_invariant[0].min_toks = {3: ()}
+    with pytest.raises(AssertionError, match="vLLM's own forward"):
+        run(runner, torch.randn(4, V))
+
+
+class Halves:
+    """A processor that vLLM applies after the temperature: masks logits far below the best one."""
+
+    def is_argmax_invariant(self):
+        return True
+
+    def apply(self, logits):
+        limit = logits.amax(-1, keepdim=True) - 1.0
+        return logits.masked_fill(logits < limit, -torch.inf)
+
+
+def test_processors_after_the_temperature(make_runner):
+    runner = make_runner(custom=[Halves()])
+    logits = torch.randn(4, V) * 3
+    scaled = [replace(row, temperature=row.temperature or 1.0) for row in PARAMS]
+    scaled = [replace(row, top_k=0, top_p=1.0, min_p=0.0) for row in scaled]
+    halved = Halves().apply(filter_logits(logits, scaled, history=history()))
+    rest = [
+        SamplingParams(
+            temperature=1.0 if row.temperature else 0.0,
+            top_k=row.top_k,
+            top_p=row.top_p,
+            min_p=row.min_p,
+            seed=row.seed,
+        )
+        for row in PARAMS
+    ]
+    positions = [len(output) for output in OUTPUTS]
+    want = sample(halved, rest, positions=positions).tokens.tolist()
+    assert drawn_by(run(runner, logits, no_penalties=False)) == want
+    assert drawn_by(run(make_runner(), logits))[0] == want[0], "greedy rows stay what they are"
+    requests = runner.logitsprocs.argmax_invariant[0]
+    tokens, given = requests.draw_after(logits, [Halves()])
+    assert tokens.tolist() == want
+    assert torch.equal(given, halved)
+    _, given = requests.draw_after(logits, [])
+    assert torch.equal(given, filter_logits(logits, scaled, history=history()))
+
+
+@pytest.mark.parametrize("custom", [(), (Halves(),)], ids=["", "custom"])
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_logprobs(make_runner, mode, custom):
+    logits = torch.randn(4, V) * 3
+    shown = run(make_runner(f"{mode}_logits", custom), logits.clone(), max_num_logprobs=3)
+    logprobs = run(make_runner(f"{mode}_logprobs", custom), logits.clone(), max_num_logprobs=3)
+    torch.testing.assert_close(logprobs.logprobs_tensors, shown.logprobs_tensors.log_softmax(-1))
+    if not custom:
+        assert drawn_by(shown) == drawn_by(logprobs) == tokens_of(logits)
+    if mode == "raw":
+        assert torch.equal(shown.logprobs_tensors, logits)
+        return
+    whole = [replace(row, temperature=row.temperature or 1.0) for row in PARAMS]
+    want = filter_logits(logits, whole, history=history())
+    if custom:
+        kept = Halves().apply(want)
+        assert ((shown.logprobs_tensors > -torch.inf) & (kept == -torch.inf)).sum() == 0
+    else:
+        assert torch.equal(shown.logprobs_tensors, want)
+        assert torch.isfinite(want[0]).all(), "a greedy row is whole"
+    for row, token in enumerate(drawn_by(shown)):
+        assert shown.logprobs_tensors[row, token] > -torch.inf
+
+
+def test_a_trial_run_is_vllm_s_own(make_runner):
+    runner = make_runner()
+    empty = type(runner.logitsprocs)()
+    metadata = replace(metadata_of(runner), logitsprocs=empty)
+    drawn = runner.sampler(torch.randn(4, V), metadata)
+    assert drawn_by(drawn) == [5] * 4

@@ -1,0 +1,741 @@
+// A fuzz test of the CPU kernel. On valid batches every result must equal that of the steps of
+// docs/semantics.md, done one by one with a sort. Structs that break the contract must give their return
+// code, and nothing may be written. tests/kernels/fuzz.sh builds it with libFuzzer; compiled with -DREPLAY it runs
+// the inputs in the files that it is given.
+//
+// An input is read from its first byte on and continues with zeros past its end, so every input is a valid
+// description of a batch, and a change of one byte is a small change of the batch. Rows are too long to be
+// stored in an input: a few bytes choose a shape, a seed and some values.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../../../csrc/cpu/sample.cpp"
+
+using namespace llm_sampling;
+
+namespace {
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "FAILED: %s\n", what);
+  std::abort();
+}
+
+class Bytes {
+ public:
+  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
+
+  template <typename T>
+  T take() {
+    T value = {};
+    const size_t there = std::min(sizeof(T), size_);
+    std::memcpy(&value, data_, there);
+    data_ += there;
+    size_ -= there;
+    return value;
+  }
+  int64_t below(int64_t limit) { return take<uint8_t>() % limit; }
+  template <typename T, size_t n>
+  T one_of(const T (&values)[n]) {
+    return values[take<uint8_t>() % n];
+  }
+
+ private:
+  const uint8_t* data_;
+  size_t size_;
+};
+
+// SplitMix64 (Steele, Lea, Flood, 2014).
+class Noise {
+ public:
+  explicit Noise(uint64_t seed) : state_(seed) {}
+  uint64_t next() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+  }
+  int64_t below(int64_t limit) {
+    return static_cast<int64_t>(next() % static_cast<uint64_t>(limit));
+  }
+  // About normally distributed, with standard deviation 1.
+  float normal() {
+    const uint64_t z = next();
+    const int sum =
+        static_cast<int>((z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48));
+    return static_cast<float>(sum - 0x1fffe) * 0x1.bb68p-16f;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+constexpr float kFloats[] = {
+    0.0f,
+    -0.0f,
+    1.0f,
+    -1.0f,
+    0.5f,
+    2.0f,
+    -20.0f,
+    30.0f,
+    1e-40f,
+    -1e-40f,
+    3e38f,
+    kLowest,
+    0x1p-126f,
+    88.0f,
+    kInfinity,
+    -kInfinity,
+    0.25f,
+    -3.0f,
+    1.0000001f,
+    0.9999999f,
+    100.0f,
+    1e-3f,
+    __builtin_nanf(""),
+    -kLowest,
+};
+
+// A special value, or an arbitrary one.
+float take_float(Bytes& bytes) {
+  const uint8_t which = bytes.take<uint8_t>();
+  return which < 200 ? kFloats[which % std::size(kFloats)] : bytes.take<float>();
+}
+
+// To float16 or bfloat16, rounded towards zero, which is good enough for an input.
+uint16_t narrow(float x, int32_t dtype) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if (dtype == LLM_SAMPLING_BFLOAT16) return static_cast<uint16_t>(bits >> 16);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  const int32_t exponent = static_cast<int32_t>(bits >> 23 & 255) - 112;
+  const uint32_t fraction = bits >> 13 & 1023;
+  if (x != x) return 0x7e00;
+  if (exponent >= 31) return static_cast<uint16_t>(sign | 0x7c00);
+  if (exponent > 0)
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(exponent) << 10 | fraction);
+  return static_cast<uint16_t>(sign | fraction >> 4);  // not the nearest, but a subnormal
+}
+
+// The inputs of a batch, each in exactly the memory that the contract asks for.
+struct Inputs {
+  std::vector<float> logits;
+  std::vector<uint16_t> narrow_logits;
+  std::vector<float> temperature, top_p, min_p, min_p_cut, repetition, frequency, presence;
+  std::vector<int32_t> top_k, at_least, slots;
+  std::vector<int64_t> seed, offsets;
+  std::vector<int32_t> bias_ids;
+  std::vector<float> bias_values;
+  std::vector<int32_t> mask;
+};
+
+struct State {
+  std::vector<int64_t> position, lengths;
+  std::vector<int32_t> seen, counts;
+  bool operator==(const State& other) const {
+    return position == other.position && lengths == other.lengths && seen == other.seen &&
+           counts == other.counts;
+  }
+};
+
+// Floats are kept as bits, so that a NaN equals itself.
+struct Outputs {
+  std::vector<int64_t> tokens;
+  std::vector<int32_t> status;
+  std::vector<uint32_t> logprobs, filtered;
+  bool operator==(const Outputs& other) const {
+    return tokens == other.tokens && status == other.status && logprobs == other.logprobs &&
+           filtered == other.filtered;
+  }
+};
+
+void make_row(Bytes& bytes, float* x, int64_t size) {
+  const int64_t shape = bytes.below(7);
+  Noise noise(bytes.take<uint16_t>());
+  const float scale = bytes.one_of({1.0f, 0.01f, 0.3f, 3.0f, 10.0f, 1e-38f, 1e37f});
+  float palette[4] = {};
+  if (shape == 5) {
+    for (float& value : palette) value = take_float(bytes);
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    const float rank = static_cast<float>(i);
+    switch (shape) {
+      case 0:
+        x[i] = noise.normal() * scale;
+        break;
+      case 1:
+        x[i] = std::nearbyint(noise.normal() * 4.0f) * scale;
+        break;  // ties
+      case 2:
+        x[i] = rank * scale;
+        break;
+      case 3:
+        x[i] = -rank * scale;
+        break;
+      case 4:
+        x[i] = noise.below(100) != 0 ? -kInfinity : noise.normal() * scale;
+        break;
+      case 5:
+        x[i] = palette[noise.below(4)];
+        break;
+      default:
+        x[i] = noise.below(size) < 20 ? 9.0f + noise.normal() : noise.normal() * scale;
+    }
+  }
+  for (int64_t count = bytes.below(9); count > 0; --count) {
+    x[bytes.take<uint16_t>() % size] = take_float(bytes);
+  }
+}
+
+// The longest is split over several threads; most are short, for the fuzzer's speed.
+constexpr int64_t kVocabSizes[] = {1,    2,    5,    7,    31,   32,   33,   64,   100,  200,  300,
+                                   400,  500,  511,  512,  513,  600,  700,  800,  900,  1024, 1025,
+                                   1300, 1500, 1600, 2048, 2049, 3000, 5000, 9001, 33000};
+
+struct Case {
+  LlmSamplingArgs args = {};
+  Inputs inputs;
+  State state;
+  int64_t bias_entries = 0;
+
+  explicit Case(Bytes& bytes) {
+    LlmSamplingArgs& a = args;
+    a.struct_size = sizeof(a);
+    a.version = LLM_SAMPLING_ABI_VERSION;
+    a.vocab_size = bytes.one_of(kVocabSizes);
+    a.rows = 1 + bytes.below(a.vocab_size < 5000 ? 4 : 2);
+    a.dtype = static_cast<int32_t>(bytes.below(3));
+    a.num_samples = 1 + static_cast<int32_t>(bytes.below(3));
+    a.logprobs_mode = static_cast<int32_t>(bytes.below(3));
+    a.advance = static_cast<int32_t>(bytes.below(3));
+    a.num_threads = bytes.one_of({1, 2, 5});
+    const uint8_t parts = bytes.take<uint8_t>();
+    const uint8_t strides = bytes.take<uint8_t>();
+    const size_t rows = static_cast<size_t>(a.rows);
+    const int64_t words = (a.vocab_size + 31) / 32;
+
+    a.logits_stride =
+        strides & 1 ? a.vocab_size + (strides >> 1 & 1) : (strides & 2 ? 0 : a.vocab_size);
+    inputs.logits.resize(extent(a.logits_stride, a.vocab_size));
+    for (int64_t row = 0; row < a.rows; ++row) {
+      make_row(bytes, inputs.logits.data() + row * a.logits_stride, a.vocab_size);
+    }
+    a.logits = inputs.logits.data();
+    if (a.dtype != LLM_SAMPLING_FLOAT32) {
+      for (float x : inputs.logits) inputs.narrow_logits.push_back(narrow(x, a.dtype));
+      a.logits = inputs.narrow_logits.data();
+    }
+
+    for (size_t row = 0; row < rows; ++row) {
+      Inputs& i = inputs;
+      i.temperature.push_back(
+          bytes.one_of({1.0f, 0.0f, 0.5f, 2.0f, 1e-30f, 1e30f, 0x1.715476p+0f, 0.7f})
+      );
+      i.top_k.push_back(bytes.one_of({0, 1, 2, 5, 50, 300, 1000, 1 << 30, -1}));
+      i.top_p.push_back(
+          bytes.one_of({1.0f, 0.9f, 0.5f, 0.99f, 0.01f, 0.0f, 0.500001f, 0.99999994f})
+      );
+      i.min_p.push_back(bytes.one_of({0.0f, 0.1f, 1.0f, 1e-6f, 1e-40f}));
+      const double cut = 0x1p-18 - std::log2(static_cast<double>(i.min_p.back()));
+      i.min_p_cut.push_back(i.min_p.back() > 0.0f ? static_cast<float>(cut) : 0.0f);
+      i.repetition.push_back(bytes.one_of({1.0f, 1.3f, 0.7f, 1e-30f, 1e30f}));
+      i.frequency.push_back(bytes.one_of({0.0f, 0.5f, -0.5f, 2.0f, -2.0f, 1e-40f}));
+      i.presence.push_back(bytes.one_of({0.0f, 0.5f, -0.5f, 2.0f, -2.0f}));
+      i.at_least.push_back(bytes.one_of({1, 2, 40, 700, INT32_MAX}));
+      i.seed.push_back(bytes.take<int64_t>());
+      state.position.push_back(bytes.one_of<int64_t>({0, 1, INT64_MAX, -1, INT64_MIN, 77}));
+    }
+    a.temperature = inputs.temperature.data();
+    a.top_k = inputs.top_k.data();
+    a.top_p = inputs.top_p.data();
+    a.min_p = inputs.min_p.data();
+    a.min_p_cut = inputs.min_p_cut.data();
+    a.repetition_penalty = inputs.repetition.data();
+    a.frequency_penalty = inputs.frequency.data();
+    a.presence_penalty = inputs.presence.data();
+    a.min_tokens_to_keep = inputs.at_least.data();
+    a.seed = inputs.seed.data();
+
+    if (parts & 1) {
+      inputs.offsets.push_back(bytes.below(2));  // the first entry may belong to no row
+      for (size_t row = 0; row < rows; ++row) {
+        inputs.offsets.push_back(inputs.offsets.back() + bytes.below(8));
+      }
+      bias_entries = inputs.offsets.back();
+      for (int64_t entry = 0; entry < bias_entries; ++entry) {
+        inputs.bias_ids.push_back(
+            bytes.take<uint16_t>() % static_cast<int32_t>(a.vocab_size + 4) - 2
+        );
+        inputs.bias_values.push_back(take_float(bytes));
+      }
+      a.logit_bias_offsets = inputs.offsets.data();
+      a.logit_bias_ids = inputs.bias_ids.data();
+      a.logit_bias_values = inputs.bias_values.data();
+    }
+    if (parts & 2) {
+      a.allowed_mask_stride = strides & 4 ? 0 : words + (strides >> 3 & 1);
+      Noise noise(bytes.take<uint8_t>());
+      const int64_t density = bytes.below(5);
+      inputs.mask.resize(extent(a.allowed_mask_stride, words));
+      for (int32_t& word : inputs.mask) word = make_word(noise, density);
+      a.allowed_mask = inputs.mask.data();
+    }
+    if (parts & 4) {
+      a.num_slots = a.rows + bytes.below(3);
+      a.seen_stride = words + (strides >> 4 & 1);
+      a.counts_stride = a.vocab_size + (strides >> 5 & 1);
+      const size_t slots = static_cast<size_t>(a.num_slots);
+      Noise noise(bytes.take<uint8_t>());
+      const int64_t density = bytes.below(5);
+      state.seen.resize(slots * static_cast<size_t>(a.seen_stride));
+      for (int32_t& word : state.seen) word = make_word(noise, density);
+      const int32_t most = bytes.one_of({1, 3, 1 << 25, INT32_MAX});
+      state.counts.resize(slots * static_cast<size_t>(a.counts_stride));
+      // Tokens that were not seen have counts too, which must not be read.
+      for (int32_t& count : state.counts) count = static_cast<int32_t>(noise.below(most));
+      state.lengths.resize(slots, 3);
+      for (int64_t row = 0; row < a.rows; ++row) {
+        inputs.slots.push_back(static_cast<int32_t>((row + strides) % a.num_slots));
+      }
+      a.slots = inputs.slots.data();
+    }
+    if (parts & 8) a.filtered_stride = a.vocab_size + (strides >> 6 & 1);
+    if ((parts & 24) == 24) {  // filter_logits
+      a.num_samples = 1;
+      a.logprobs_mode = a.advance = 0;
+    }
+    draws = (parts & 24) != 24;
+    filters = (parts & 8) != 0;
+  }
+
+  bool draws = true;
+  bool filters = false;
+
+  size_t extent(int64_t stride, int64_t width) const {
+    return static_cast<size_t>((args.rows - 1) * stride + width);
+  }
+
+  // Room for the results, filled with values that show what was not written.
+  Outputs make_outputs() const {
+    const size_t draws_of_all = static_cast<size_t>(args.rows * args.num_samples);
+    Outputs out;
+    if (draws) {
+      out.tokens.assign(draws_of_all, -7);
+      out.status.assign(static_cast<size_t>(args.rows), -7);
+      if (args.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE) out.logprobs.assign(draws_of_all, 7);
+    }
+    if (filters) out.filtered.assign(extent(args.filtered_stride, args.vocab_size), 7);
+    return out;
+  }
+
+  LlmSamplingArgs with(State& own, Outputs& out) const {
+    LlmSamplingArgs a = args;
+    a.position = own.position.data();
+    if (!own.seen.empty()) {
+      a.seen = own.seen.data();
+      a.counts = own.counts.data();
+      a.lengths = own.lengths.data();
+    }
+    if (draws) {
+      a.tokens = out.tokens.data();
+      a.status = out.status.data();
+    }
+    if (!out.logprobs.empty()) a.logprobs = reinterpret_cast<float*>(out.logprobs.data());
+    if (filters) a.filtered = reinterpret_cast<float*>(out.filtered.data());
+    return a;
+  }
+
+ private:
+  static int32_t make_word(Noise& noise, int64_t density) {
+    const uint64_t some = noise.next();
+    const uint32_t bits[] = {
+        static_cast<uint32_t>(some),
+        static_cast<uint32_t>(some & some >> 32),
+        0,
+        ~0u,
+        noise.below(20) == 0 ? 1u << (some & 31) : 0u
+    };
+    return static_cast<int32_t>(bits[density]);
+  }
+};
+
+// ---- Valid batches: the steps, one by one --------------------------------------------------------
+
+bool is_close(uint32_t bits, double expected) {
+  const double value = bit_cast<float>(bits);
+  if (expected != expected || std::isinf(expected)) {
+    return value == expected || (value != value && expected != expected);
+  }
+  return std::abs(value - expected) <= 1e-5 + 1e-6 * std::abs(expected);
+}
+
+// Compares the results of one row with the definition.
+void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
+  const int64_t v = a.vocab_size;
+  std::vector<float> x(static_cast<size_t>(v));
+  for (int64_t i = 0; i < v; ++i) {  // 1 widen
+    const int64_t at = row * a.logits_stride + i;
+    const uint16_t* narrow = static_cast<const uint16_t*>(a.logits);
+    x[i] = a.dtype == LLM_SAMPLING_FLOAT32    ? static_cast<const float*>(a.logits)[at]
+           : a.dtype == LLM_SAMPLING_BFLOAT16 ? widen_bfloat16(narrow[at])
+                                              : widen_float16(narrow[at]);
+  }
+  const std::vector<float> raw = x;
+  if (a.logit_bias_offsets != nullptr) {  // 2 bias, mask
+    for (int64_t e = a.logit_bias_offsets[row]; e < a.logit_bias_offsets[row + 1]; ++e) {
+      const int32_t id = a.logit_bias_ids[e];
+      if (id >= 0 && id < v) x[id] = x[id] + a.logit_bias_values[e];
+    }
+  }
+  for (int64_t i = 0; a.allowed_mask != nullptr && i < v; ++i) {
+    const int32_t word = a.allowed_mask[row * a.allowed_mask_stride + (i >> 5)];
+    if ((static_cast<uint32_t>(word) >> (i & 31) & 1) == 0) x[i] = -kInfinity;
+  }
+  for (int64_t i = 0; a.seen != nullptr && i < v; ++i) {  // 3 to 5 penalties
+    const int32_t word = a.seen[a.slots[row] * a.seen_stride + (i >> 5)];
+    if ((static_cast<uint32_t>(word) >> (i & 31) & 1) == 0) continue;
+    x[i] = repetition(x[i], a.repetition_penalty[row]);
+    const int32_t count = a.counts[a.slots[row] * a.counts_stride + i];
+    if (count == 0) continue;
+    x[i] = frequency(x[i], a.frequency_penalty[row], count);
+    x[i] = x[i] - a.presence_penalty[row];
+  }
+  int32_t status = 0;
+  std::vector<int64_t> kept;
+  for (int64_t i = 0; i < v; ++i) {  // 6 canonical
+    if (x[i] != x[i]) {
+      status |= LLM_SAMPLING_STATUS_NAN;
+      x[i] = -kInfinity;
+    }
+    x[i] = x[i] + 0.0f;
+    if (x[i] == kInfinity) status |= LLM_SAMPLING_STATUS_POS_INF;
+    if (x[i] > -kInfinity) kept.push_back(i);
+  }
+  if (kept.empty()) status |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
+  std::stable_sort(kept.begin(), kept.end(), [&](int64_t i, int64_t j) {
+    return x[i] > x[j];
+  });  // 7 order
+
+  const float temperature = a.temperature[row];
+  const bool greedy = temperature == 0.0f;
+  std::vector<int64_t> w(static_cast<size_t>(v));
+  const auto keep = [&](size_t size, size_t at_least) {
+    kept.resize(std::min(kept.size(), std::max(size, at_least)));
+  };
+  if (greedy && !kept.empty()) {  // 8 greedy
+    keep(1, 1);
+    w[kept[0]] = 1;
+  } else if (!kept.empty()) {
+    const size_t at_least = static_cast<size_t>(a.min_tokens_to_keep[row]);
+    const float m = x[kept[0]];
+    const float scale = depth_scale(temperature);
+    for (int64_t i : kept) w[i] = whole_mass(depth(x[i], m, scale));          // 9 depth, 10 mass
+    if (a.top_k[row] > 0) keep(static_cast<size_t>(a.top_k[row]), at_least);  // 11 top-k
+    if (a.top_p[row] < 1.0f) {                                                // 12 top-p
+      int64_t z = 0, sum = 0;
+      for (int64_t i : kept) z += w[i];
+      const int64_t target = top_p_target(z, a.top_p[row]);
+      size_t size = 0;
+      while (sum < target) sum += w[kept[size++]];
+      keep(size, at_least);
+    }
+    if (a.min_p[row] > 0.0f) {  // 13 min-p
+      size_t size = 0;
+      while (size < kept.size() && depth(x[kept[size]], m, scale) <= a.min_p_cut[row]) ++size;
+      keep(size, at_least);
+    }
+  }
+  std::sort(kept.begin(), kept.end());
+
+  if (a.filtered != nullptr) {
+    std::vector<float> expected(static_cast<size_t>(v), -kInfinity);
+    for (int64_t i : kept) expected[i] = greedy ? x[i] : x[i] / temperature;
+    const uint32_t* filtered = out.filtered.data() + row * a.filtered_stride;
+    require(
+        std::memcmp(filtered, expected.data(), static_cast<size_t>(v) * 4) == 0,
+        "filtered logits"
+    );
+  }
+  if (a.tokens == nullptr) return;
+  require(a.status[row] == status, "status");
+  int64_t s = 0;
+  for (int64_t i : kept) s += w[i];
+  double raw_max = -HUGE_VAL, raw_sum = 0;
+  for (float value : raw) raw_max = value > raw_max ? value : raw_max;
+  for (float value : raw) {
+    if (value == value) raw_sum += value == raw_max ? 1.0 : std::exp(value - raw_max);
+  }
+  for (int32_t draw = 0; draw < a.num_samples; ++draw) {  // 14 draw
+    int64_t expected = -1;
+    const uint64_t seed = static_cast<uint64_t>(a.seed[row]);
+    const uint64_t position = static_cast<uint64_t>(a.position[row]);
+    int64_t r = scaled_random(random_bits(seed, position, static_cast<uint32_t>(draw)), s);
+    for (int64_t i : kept) {
+      if ((r -= w[i]) < 0) {
+        expected = i;
+        break;
+      }
+    }
+    const int64_t at = row * a.num_samples + draw;
+    require(a.tokens[at] == expected, "token");
+    if (a.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE) continue;
+    double logprob = NAN;
+    if (expected >= 0 && a.logprobs_mode == LLM_SAMPLING_LOGPROBS_PROCESSED) {
+      logprob = std::log(static_cast<double>(w[expected])) - std::log(static_cast<double>(s));
+    } else if (expected >= 0) {
+      const double value = raw[expected];
+      logprob = (value == raw_max ? 0.0 : value - raw_max) - std::log(raw_sum);
+    }
+    require(is_close(out.logprobs[at], logprob), "logprob");
+  }
+}
+
+// The state after the step of a batch whose results are in a.
+State advanced(const Case& batch, const LlmSamplingArgs& a) {
+  State after = batch.state;
+  bool valid = true;
+  for (int64_t row = 0; a.tokens != nullptr && row < a.rows; ++row) valid &= a.status[row] == 0;
+  if (a.advance == LLM_SAMPLING_ADVANCE_NEVER) return after;
+  if (a.advance == LLM_SAMPLING_ADVANCE_IF_ALL_VALID && !valid) return after;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const int64_t token = a.tokens[row * a.num_samples];
+    if (token < 0) continue;
+    after.position[row] = static_cast<int64_t>(static_cast<uint64_t>(after.position[row]) + 1);
+    if (a.seen == nullptr) continue;
+    int32_t& word = after.seen[a.slots[row] * a.seen_stride + (token >> 5)];
+    word = static_cast<int32_t>(static_cast<uint32_t>(word) | 1u << (token & 31));
+    ++after.counts[a.slots[row] * a.counts_stride + token];
+    ++after.lengths[a.slots[row]];
+  }
+  return after;
+}
+
+void run_good(const Case& batch) {
+  State own = batch.state;
+  Outputs out = batch.make_outputs();
+  const LlmSamplingArgs a = batch.with(own, out);
+  // Any bias value is valid here, although Python refuses those that are not finite.
+  require(llm_sampling_cpu(&a) == LLM_SAMPLING_OK, "a valid batch is accepted");
+  State before = batch.state;
+  LlmSamplingArgs given = batch.with(before, out);
+  for (int64_t row = 0; row < a.rows; ++row) check_row(given, out, row);
+  require(own == advanced(batch, a), "the state after a step");
+
+  // The gaps between rows must not be written.
+  for (int64_t row = 0; batch.filters && row + 1 < a.rows; ++row) {
+    for (int64_t i = a.vocab_size; i < a.filtered_stride; ++i) {
+      require(
+          out.filtered[row * a.filtered_stride + i] == 7,
+          "the gaps between filtered rows are not written"
+      );
+    }
+  }
+
+  State again = batch.state;
+  Outputs alone = batch.make_outputs();
+  LlmSamplingArgs one = batch.with(again, alone);
+  one.num_threads = a.num_threads == 1 ? 3 : 1;
+  require(
+      llm_sampling_cpu(&one) == LLM_SAMPLING_OK && alone == out && again == own,
+      "another number of threads gives the same results"
+  );
+}
+
+// ---- Structs that break the contract -------------------------------------------------------------
+
+struct Field {
+  size_t offset, size;
+  bool is_pointer;
+};
+
+#define FIELD(name)                                                 \
+  Field {                                                           \
+    offsetof(LlmSamplingArgs, name), sizeof(LlmSamplingArgs::name), \
+        std::is_pointer<decltype(LlmSamplingArgs::name)>::value     \
+  }
+
+constexpr Field kFields[] = {
+    FIELD(struct_size),
+    FIELD(version),
+    FIELD(rows),
+    FIELD(vocab_size),
+    FIELD(dtype),
+    FIELD(num_samples),
+    FIELD(logprobs_mode),
+    FIELD(advance),
+    FIELD(num_threads),
+    FIELD(reserved),
+    FIELD(logits),
+    FIELD(logits_stride),
+    FIELD(temperature),
+    FIELD(top_k),
+    FIELD(top_p),
+    FIELD(min_p),
+    FIELD(min_p_cut),
+    FIELD(repetition_penalty),
+    FIELD(frequency_penalty),
+    FIELD(presence_penalty),
+    FIELD(min_tokens_to_keep),
+    FIELD(seed),
+    FIELD(position),
+    FIELD(logit_bias_offsets),
+    FIELD(logit_bias_ids),
+    FIELD(logit_bias_values),
+    FIELD(allowed_mask),
+    FIELD(allowed_mask_stride),
+    FIELD(seen),
+    FIELD(seen_stride),
+    FIELD(counts),
+    FIELD(counts_stride),
+    FIELD(lengths),
+    FIELD(slots),
+    FIELD(num_slots),
+    FIELD(tokens),
+    FIELD(logprobs),
+    FIELD(status),
+    FIELD(filtered),
+    FIELD(filtered_stride),
+};
+
+// Whether all that the struct describes lies within the memory of the batch, which no callee can check.
+bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
+  using Wide = __int128;
+  const auto holds = [&](const void* pointer, Wide stride, Wide width, size_t there) {
+    return pointer == nullptr ||
+           (static_cast<Wide>(a.rows) - 1) * stride + width <= static_cast<Wide>(there);
+  };
+  const LlmSamplingArgs& was = batch.args;
+  const Wide words = (static_cast<Wide>(a.vocab_size) + 31) / 32;
+  const size_t rows = static_cast<size_t>(was.rows);
+  const size_t draws = rows * static_cast<size_t>(was.num_samples);
+  const size_t elements = was.dtype == LLM_SAMPLING_FLOAT32 || a.dtype != LLM_SAMPLING_FLOAT32
+                              ? batch.inputs.logits.size()
+                              : batch.inputs.logits.size() / 2;
+  const bool slots =
+      a.seen == nullptr || (a.num_slots <= was.num_slots && a.seen_stride <= was.seen_stride &&
+                            a.counts_stride <= was.counts_stride);
+  return a.rows <= was.rows && a.num_samples <= was.num_samples &&
+         holds(a.logits, a.logits_stride, a.vocab_size, elements) &&
+         holds(a.allowed_mask, a.allowed_mask_stride, words, batch.inputs.mask.size()) &&
+         holds(
+             a.filtered,
+             a.filtered_stride,
+             a.vocab_size,
+             batch.extent(was.filtered_stride, was.vocab_size)
+         ) &&
+         holds(a.tokens, a.num_samples, a.num_samples, draws) && slots;
+}
+
+int64_t take_number(Bytes& bytes, const LlmSamplingArgs& a) {
+  const int64_t numbers[] = {
+      0,
+      1,
+      -1,
+      2,
+      3,
+      a.vocab_size,
+      a.vocab_size - 1,
+      INT32_MAX,
+      INT32_MIN,
+      INT64_MAX,
+      INT64_MIN,
+      1 << 20,
+      (1 << 20) + 1,
+      176
+  };
+  const uint8_t which = bytes.take<uint8_t>();
+  return which < 200 ? numbers[which % std::size(numbers)] : bytes.take<int64_t>();
+}
+
+void run_bad(Case& batch, Bytes& bytes) {
+  const uint8_t what = bytes.take<uint8_t>();
+  if ((what & 3) == 1 && !batch.inputs.slots.empty()) {
+    batch.inputs.slots[what % batch.inputs.slots.size()] =
+        static_cast<int32_t>(take_number(bytes, batch.args));
+  }
+  if ((what & 3) == 2 && !batch.inputs.offsets.empty()) {
+    // Not above the number of entries, which no callee can check.
+    int64_t& offset = batch.inputs.offsets[what % batch.inputs.offsets.size()];
+    offset = std::min(take_number(bytes, batch.args), batch.bias_entries);
+  }
+  if ((what & 3) == 3) {
+    Inputs& i = batch.inputs;
+    std::vector<float>* floats[] = {
+        &i.temperature,
+        &i.top_p,
+        &i.min_p,
+        &i.min_p_cut,
+        &i.repetition,
+        &i.frequency,
+        &i.presence
+    };
+    floats[bytes.below(7)]->back() = take_float(bytes);
+    i.at_least.back() = static_cast<int32_t>(take_number(bytes, batch.args));
+    i.top_k.back() = static_cast<int32_t>(take_number(bytes, batch.args));
+  }
+
+  State own = batch.state;
+  Outputs out = batch.make_outputs();
+  LlmSamplingArgs a = batch.with(own, out);
+  for (int64_t changes = bytes.below(4); changes > 0; --changes) {
+    const Field field = bytes.one_of(kFields);
+    char* at = reinterpret_cast<char*>(&a) + field.offset;
+    int64_t value = 0;
+    if (field.is_pointer) {
+      std::memcpy(&value, at, field.size);
+      value = value == 0 || bytes.below(2) == 0 ? 0 : value + 1;  // NULL, or not aligned
+    } else {
+      value = take_number(bytes, batch.args);
+    }
+    std::memcpy(at, &value, field.size);
+  }
+  const State before_state = own;
+  const Outputs before = out;
+  LlmSamplingArgs read;
+  int32_t expected = read_struct(&a, read);
+  if (expected == LLM_SAMPLING_OK) expected = check_struct(a);
+  if (expected == LLM_SAMPLING_OK && !is_within_memory(batch, a)) return;
+  const int32_t code = llm_sampling_cpu(&a);
+  require(
+      expected == LLM_SAMPLING_OK || code == expected,
+      "a struct that breaks the contract gives its code"
+  );
+  if (code != LLM_SAMPLING_OK) {
+    require(own == before_state && out == before, "nothing is written after an error");
+  }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  Bytes bytes(data, size);
+  const bool good = bytes.take<uint8_t>() % 4 != 0;
+  Case batch(bytes);
+  if (good) {
+    run_good(batch);
+  } else {
+    run_bad(batch, bytes);
+  }
+  return 0;
+}
+
+#ifdef REPLAY
+int main(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    std::FILE* file = std::fopen(argv[i], "rb");
+    require(file != nullptr, argv[i]);
+    std::vector<uint8_t> data(1 << 16);
+    data.resize(std::fread(data.data(), 1, data.size(), file));
+    std::fclose(file);
+    std::fprintf(stderr, "%s\n", argv[i]);
+    LLVMFuzzerTestOneInput(data.data(), data.size());
+  }
+  std::printf("%d inputs\n", argc - 1);
+  return 0;
+}
+#endif

@@ -1,0 +1,96 @@
+"""The emulated CUDA kernel as a backend for the parity tests."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from llm_sampling import backends
+from llm_sampling.backends import c_abi, native
+from llm_sampling.backends.base import SampleCall, SampleOutput
+
+FOLDER = Path(__file__).parent
+#: -ffp-contract=off corresponds to nvcc's -fmad=false.
+FLAGS = ("-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow")
+FLAGS += ("-Werror", "-Wno-unknown-pragmas")
+
+
+class Launch(NamedTuple):
+    """Blocks of a row's cluster, and whether each block copies its part into shared memory."""
+
+    blocks: int
+    copied: bool
+
+
+class EmulatedBackend:
+    """Has the interface of a module of llm_sampling.backends, for one kind of launch.
+
+    Each call runs the threads in another order.
+    """
+
+    DEVICE_TYPES = frozenset({"cpu"})
+
+    def __init__(self, library: Path, launch: Launch) -> None:
+        self.launch = launch
+        self.seeds = itertools.count()
+        self.run_batch = ctypes.CDLL(str(library)).llm_sampling_cuda_emulated
+        self.run_batch.argtypes = [
+            ctypes.POINTER(c_abi.SampleArgs),
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.c_uint64,
+        ]
+        self.run_batch.restype = ctypes.c_char_p
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+    def _run(self, struct: c_abi.SampleArgs) -> None:
+        if struct.rows == 0:
+            return
+        seed = next(self.seeds)
+        failure = self.run_batch(struct, self.launch.blocks, self.launch.copied, seed).decode()
+        assert failure == "", f"{self.launch}, seed {seed}: {failure}"
+
+    def sample(self, call: SampleCall) -> SampleOutput:
+        assert not call.check, "the tests that use this look at the status themselves"
+        return native.sample(call, self._run)
+
+    def filter_logits(self, call: SampleCall) -> Tensor:
+        return native.filter_logits(call, self._run)
+
+    def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+        return native.prepare(call, self._run)
+
+
+def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str] = ()) -> Path:
+    """Compile the kernel with the emulation; `planted` replaces a text of the kernel by another."""
+    root = FOLDER.parents[2]
+    if planted:
+        text, wrong = planted
+        for name in ("csrc", "tests/kernels/cuda_emulation"):
+            shutil.copytree(root / name, folder / name)
+        root = folder
+        sources = {path: path.read_text() for path in (root / "csrc/cuda").iterdir()}
+        found = [path for path, right in sources.items() for _ in range(right.count(text))]
+        assert len(found) == 1, f"the kernel has {len(found)} of {text!r}"
+        found[0].write_text(sources[found[0]].replace(text, wrong))
+    library = folder / "libllm_sampling_cuda_emulated.so"
+    emulated = root / "tests/kernels/cuda_emulation/emulated.cpp"
+    source = ["-x", "c++", str(emulated), "-o", str(library)]
+    subprocess.run(["g++", *FLAGS, *options, *source], check=True)
+    return library
+
+
+def install(monkeypatch: object, library: Path, launch: Launch) -> str:
+    """Register the backend for one test and return its name."""
+    row = backends.Backend("emulated", "cuda_emulated")
+    monkeypatch.setitem(sys.modules, row.module, EmulatedBackend(library, launch))
+    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, row.name: row})
+    return row.name

@@ -1,0 +1,281 @@
+"""The C interface of the CPU kernel, called without the checks that Python makes first."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_sampling import BatchParams, SamplingParams, TokenHistory, reference
+from llm_sampling.backends import base, c_abi, cpu
+from llm_sampling.backends.base import SampleCall
+from llm_sampling.params import KERNEL_TENSORS
+
+ROOT = Path(__file__).parents[2]
+EXACT = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+
+BAD_STRUCT, BAD_SIZE, BAD_OPTION, NULL_POINTER = 1, 2, 3, 4
+BAD_STRIDE, MISALIGNED, BAD_PARAMETER = 5, 6, 7
+
+needs_kernel = pytest.mark.skipif(
+    cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable())
+)
+
+
+@pytest.fixture
+def call() -> SampleCall:
+    batch = BatchParams.from_list(
+        [SamplingParams(top_k=3, repetition_penalty=1.1, logit_bias={1: 0.5}, seed=5)] * 2,
+        positions=[0, 7],
+    )
+    return SampleCall(
+        logits=torch.arange(80.0).reshape(2, 40),
+        batch=batch,
+        history=TokenHistory.from_ids([[1], [2]], [[3], []], 40),
+        allowed_mask=torch.full((2, 2), -1, dtype=torch.int32),
+        logprobs="raw",
+        advance=True,
+    )
+
+
+def filled(call: SampleCall) -> tuple[c_abi.SampleArgs, object]:
+    struct = c_abi.make_args(call)
+    output = base.make_results(call)
+    output.tokens.fill_(-7)
+    c_abi.set_results(struct, output)
+    return struct, output
+
+
+def run(struct: c_abi.SampleArgs) -> int:
+    return int(cpu.LIBRARY.load().llm_sampling_cpu(struct))
+
+
+def setting(**fields: object) -> Callable[[c_abi.SampleArgs], None]:
+    def change(struct: c_abi.SampleArgs) -> None:
+        for name, value in fields.items():
+            setattr(struct, name, value)
+
+    return change
+
+
+def shifting(name: str, by: int) -> Callable[[c_abi.SampleArgs], None]:
+    return lambda struct: setattr(struct, name, getattr(struct, name) + by)
+
+
+POINTERS = (
+    *(name for name in KERNEL_TENSORS if name != "logit_bias_offsets"),
+    "logits",
+    "counts",
+    "lengths",
+    "slots",
+    "status",
+    "logprobs",
+)
+
+BAD_STRUCTS = {
+    "smaller": (setting(struct_size=8), BAD_STRUCT),
+    "larger": (setting(struct_size=4096), BAD_STRUCT),
+    "version 0": (setting(version=0), BAD_STRUCT),
+    "version 2": (setting(version=2), BAD_STRUCT),
+    "negative rows": (setting(rows=-1), BAD_SIZE),
+    "more rows than there are addresses": (setting(rows=2**61), BAD_SIZE),
+    "more samples than there are addresses": (setting(rows=2**32, num_samples=2**30), BAD_SIZE),
+    "no vocabulary": (setting(vocab_size=0), BAD_SIZE),
+    "huge vocabulary": (setting(vocab_size=2**20 + 1), BAD_SIZE),
+    "the largest vocabulary": (setting(vocab_size=2**63 - 1), BAD_SIZE),
+    "no samples": (setting(num_samples=0), BAD_SIZE),
+    "no threads": (setting(num_threads=0), BAD_SIZE),
+    "no slots": (setting(num_slots=1), BAD_SIZE),
+    "dtype": (setting(dtype=3), BAD_OPTION),
+    "negative dtype": (setting(dtype=-1), BAD_OPTION),
+    "logprobs": (setting(logprobs_mode=3), BAD_OPTION),
+    "advance": (setting(advance=3), BAD_OPTION),
+    "reserved": (setting(reserved=1), BAD_OPTION),
+    "nothing to do": (setting(tokens=None, advance=0, logprobs_mode=0), NULL_POINTER),
+    "advance without tokens": (setting(tokens=None), NULL_POINTER),
+    **{f"no {name}": (setting(**{name: None}), NULL_POINTER) for name in POINTERS},
+    "logits stride": (setting(logits_stride=-40), BAD_STRIDE),
+    "mask stride": (setting(allowed_mask_stride=-2), BAD_STRIDE),
+    "seen stride": (setting(seen_stride=1), BAD_STRIDE),
+    "counts stride": (setting(counts_stride=39), BAD_STRIDE),
+    **{
+        f"past all addresses: {name}": (setting(**{name: 2**61}), BAD_STRIDE)
+        for name in ("logits_stride", "allowed_mask_stride", "seen_stride", "counts_stride")
+    },
+    "more slots than there are addresses": (setting(num_slots=2**60), BAD_STRIDE),
+    **{
+        f"misaligned {name}": (shifting(name, 1), MISALIGNED)
+        for name in (*KERNEL_TENSORS, "logits", "seen", "allowed_mask", "tokens", "status")
+    },
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(("change", "code"), BAD_STRUCTS.values(), ids=BAD_STRUCTS.keys())
+def test_a_bad_struct_gives_its_code_and_changes_nothing(
+    call: SampleCall, change: Callable[[c_abi.SampleArgs], None], code: int
+) -> None:
+    struct, output = filled(call)
+    change(struct)
+    before = call.history.clone()
+    assert run(struct) == code
+    assert output.tokens.tolist() == [-7, -7]
+    assert call.batch.position.tolist() == [0, 7]
+    assert torch.equal(call.history.seen, before.seen)
+    assert torch.equal(call.history.counts, before.counts)
+    struct, _ = filled(call)
+    assert run(struct) == 0  # without the change the struct is valid
+
+
+BAD_PARAMETERS = {
+    "temperature": (-1.0, float("inf"), float("nan")),
+    "top_p": (-0.5, 1.5, float("nan")),
+    "min_p": (-0.1, 1.5, float("nan")),
+    "min_p_cut": (-1.0, float("nan")),
+    "repetition_penalty": (0.0, -1.0, float("inf"), float("nan")),
+    "frequency_penalty": (2.5, float("inf"), float("nan")),
+    "presence_penalty": (-2.5, float("-inf"), float("nan")),
+    "min_tokens_to_keep": (0, -1),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in BAD_PARAMETERS.items() for value in values],
+)
+def test_a_bad_parameter_in_any_row_gives_its_code(
+    call: SampleCall, name: str, value: float
+) -> None:
+    getattr(call.batch, name)[1] = value
+    assert run(filled(call)[0]) == BAD_PARAMETER
+
+
+@needs_kernel
+def test_no_struct() -> None:
+    assert cpu.LIBRARY.load().llm_sampling_cpu(None) == BAD_STRUCT
+
+
+@needs_kernel
+@pytest.mark.parametrize("offsets", [[-1, 0, 1], [0, 2, 1]])
+def test_bias_offsets_must_ascend_from_zero(call: SampleCall, offsets: list[int]) -> None:
+    call.batch.logit_bias_offsets.copy_(torch.tensor(offsets))
+    assert run(filled(call)[0]) == BAD_SIZE
+
+
+@needs_kernel
+@pytest.mark.parametrize("slots", [[0, 2], [-1, 0]])
+def test_slots_must_exist(call: SampleCall, slots: list[int]) -> None:
+    call.history.slots.copy_(torch.tensor(slots))
+    assert run(filled(call)[0]) == BAD_SIZE
+
+
+@needs_kernel
+def test_counters_wrap_around() -> None:
+    """After the largest position, count and length comes the smallest integer, as in torch."""
+    batch = BatchParams.from_list(
+        [SamplingParams(presence_penalty=1, seed=5)], positions=[2**63 - 1]
+    )
+    history = TokenHistory.from_ids([[]], [[0]], 1)
+    history.counts[0, 0], history.lengths[0] = 2**31 - 1, 2**63 - 1
+    call = SampleCall(torch.zeros(1, 1), batch, history, None, advance=True)
+    struct, output = filled(call)
+    assert run(struct) == 0
+    assert output.tokens.tolist() == [0]
+    assert batch.position.tolist() == [-(2**63)]
+    assert history.counts.tolist() == [[-(2**31)]]
+    assert history.lengths.tolist() == [-(2**63)]
+
+
+@needs_kernel
+def test_more_threads_than_a_process_can_have() -> None:
+    """The kernel does not start them, because OpenMP would end the process."""
+    params = [SamplingParams(top_p=0.9, seed=seed) for seed in range(2)]
+    batch = BatchParams.from_list(params, positions=[0, 0])
+    logits = torch.randn(2, 40_000, generator=torch.Generator().manual_seed(0))
+    call = SampleCall(logits, batch, None, None)
+    struct, output = filled(call)
+    struct.num_threads = 2**31 - 1
+    assert run(struct) == 0
+    assert output.tokens.tolist() == reference.sample(call).tokens.flatten().tolist()
+
+
+@needs_kernel
+def test_every_code_has_a_text() -> None:
+    texts = [cpu.LIBRARY.load().llm_sampling_error(code).decode() for code in range(9)]
+    assert len(set(texts)) == 9
+    assert "unknown code" not in texts
+    assert cpu.LIBRARY.load().llm_sampling_error(99) == b"unknown code"
+
+
+@needs_kernel
+def test_flushing_subnormals_does_not_reach_the_kernel() -> None:
+    """The kernel does not compute in the caller's floating-point mode, and does not change it."""
+    logits = torch.tensor([[0.0, 1e-40, 3e-40, 2e-40]])
+    batch = BatchParams.from_list([SamplingParams(temperature=0, seed=1)], positions=[0])
+    call = SampleCall(logits, batch, None, None)
+    assert reference.sample(call).tokens.item() == 2
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
+    try:
+        tokens = cpu.sample(call).tokens
+        assert float(torch.tensor(1e-40) * 1.0) == 0.0
+    finally:
+        torch.set_flush_denormal(False)
+    assert tokens.item() == 2
+
+
+def compiler() -> str:
+    found = shutil.which("c++")
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+def test_the_arithmetic_in_cpp(tmp_path: Path) -> None:
+    """csrc/semantics.h: the mass of every depth, every float16, and known answers."""
+    program = tmp_path / "semantics_test"
+    source = ROOT / "tests/kernels/cpp/semantics_test.cpp"
+    subprocess.run(
+        [compiler(), "-std=c++17", "-O2", *EXACT, "-Wall", "-Wextra", "-o", program, source],
+        check=True,
+    )
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout == "0 failures\n"
+
+
+@needs_kernel
+def test_the_oldest_instruction_set_gives_the_same_tokens(tmp_path: Path) -> None:
+    """The kernel compiled for SSE2 only; test_golden.py compares newer instruction sets."""
+    library = tmp_path / "kernel.so"
+    flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", *EXACT]
+    source = ROOT / "csrc/cpu/sample.cpp"
+    clones = "-DLLM_SAMPLING_CLONES=__attribute__((noinline))"
+    subprocess.run(
+        [compiler(), *flags, "-march=x86-64", clones, "-o", library, source],
+        check=True,
+    )
+    own = ctypes.CDLL(str(library)).llm_sampling_cpu
+    generator = torch.Generator().manual_seed(1)
+    rows = (
+        torch.randn(12, 50_257, generator=generator)
+        * torch.tensor([1.0, 3.0, 9.0, 0.01] * 3)[:, None]
+    )
+    params = [
+        SamplingParams(seed=1),
+        SamplingParams(top_p=0.9, seed=2),
+        SamplingParams(top_k=50, seed=3),
+    ]
+    batch = BatchParams.from_list([p for p in params for _ in range(4)], positions=range(12))
+    call = SampleCall(rows, batch, None, None, num_samples=8, logprobs="processed")
+    expected = cpu.sample(call)
+    struct, output = filled(call)
+    assert own(ctypes.byref(struct)) == 0
+    assert torch.equal(output.tokens, expected.tokens)
+    assert torch.equal(output.status, expected.status)

@@ -1,0 +1,393 @@
+"""Does the CUDA kernel equal the reference? Its device code runs in tests/kernels/cuda_emulation/.
+
+Every kind of launch is tested: one block or a cluster, with and without a copy in shared memory.
+Each call runs the threads in another order.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases, every_case
+from parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
+
+from llm_sampling import BatchParams, Sampler, SamplingParams, TokenHistory, backends, sample
+from llm_sampling.backends.base import SampleCall
+
+sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
+import backend as emulation
+
+Launch = emulation.Launch
+LAUNCHES = [Launch(blocks, copied) for blocks in (1, 2, 4, 8) for copied in (True, False)]
+
+#: The library to use in a process that run_sanitized has started.
+SANITIZED = os.environ.get("LLM_SAMPLING_SANITIZED_EMULATION")
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+launches = pytest.mark.parametrize(
+    "launch", LAUNCHES, ids=lambda launch: f"{launch.blocks}{'c' if launch.copied else ''}"
+)
+
+
+@pytest.fixture(scope="module")
+def library(build_once):
+    if SANITIZED:
+        return Path(SANITIZED)
+    (built,) = build_once("cuda_emulated", emulation.build).iterdir()
+    return built
+
+
+@pytest.fixture
+def install(monkeypatch, library):
+    """A function that registers a backend for a kind of launch and returns its name."""
+    return lambda launch: emulation.install(monkeypatch, library, launch)
+
+
+@dtypes
+@pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
+@pytest.mark.parametrize(
+    "vocab_size",
+    [
+        pytest.param(size, marks=[] if size in (1, 33, 513) else [pytest.mark.slow])
+        for size in SMALL_VOCABS
+    ],
+    ids="V{}".format,
+)
+def test_covering_cases(install, vocab_size, launch, dtype):
+    seed = vocab_size + 10 * DTYPES.index(dtype) + 100 * launch.blocks + launch.copied
+    groups = covering_cases(vocab_size, seed)
+    name = install(launch)
+    assert_parity(build_all(groups, vocab_size, dtype, "cpu"), name, ("processed", "raw"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
+@pytest.mark.parametrize("vocab_size", SMALL_VOCABS, ids="V{}".format)
+def test_every_case(install, vocab_size, launch):
+    """Every row with every mix of parameters; the dtypes of a size take turns over the launches."""
+    turn = SMALL_VOCABS.index(vocab_size) + launch.blocks + launch.copied
+    dtype = DTYPES[turn % 3]
+    batches = build_all(every_case(vocab_size, histories_each=2), vocab_size, dtype, "cpu")
+    assert_parity(batches, install(launch))
+
+
+@launches
+@pytest.mark.parametrize("vocab_size", [5003, 32000, 128256], ids="V{}".format)
+def test_every_launch(install, vocab_size, launch):
+    """Too many candidates, searches, draws by tiles; each launch has rows of other cases."""
+    turn = LAUNCHES.index(launch)
+    dtype = DTYPES[turn % 3]
+    groups = covering_cases(vocab_size, seed=vocab_size)
+    step = len(LAUNCHES) * (1 if vocab_size < 100_000 else 2)
+    groups = [group[turn % len(group) :: step] for group in groups]
+    assert_parity(build_all(groups, vocab_size, dtype, "cpu"), install(launch))
+
+
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(install, layout, dtype):
+    """Rows at any alignment, with NaN and +inf before and after them in memory."""
+    for group in covering_cases(513, seed=3, rows=6):
+        batch = build(group, 513, dtype)
+        expected = run(batch, "torch", ())
+        batch.logits = LAYOUTS[layout](batch.logits)
+        for launch in (Launch(1, True), Launch(1, False), Launch(2, True)):
+            name = install(launch)
+            assert_same(batch, name, expected, run(batch, name, ()), f"{layout} {launch}")
+
+
+@launches
+def test_orders_of_threads(install, launch):
+    """21 orders of threads, on rows that take every path of the kernel."""
+    name = install(launch)
+    mixes = ("plain", "k 50", "p 0.9", "T k p min-p", "all keep 100", "k V-1")
+    rows = ("normal", "all equal", "plateau")
+    cases = [
+        Case(row, mix, seed=i) for i, (row, mix) in enumerate(zip(rows * 2, mixes, strict=True))
+    ]
+    batch = build(cases, 3001, torch.float32)
+    expected = run(batch, "torch", ())
+    for _ in range(7):  # three seeds each
+        assert_same(batch, name, expected, run(batch, name, ()), str(launch))
+
+
+@launches
+@pytest.mark.parametrize("seen", [2047, 2048, 2049, 4000, 9000])
+def test_more_seen_tokens_than_have_scores(install, launch, seen):
+    """A block keeps at most 2,048 scores; here the first block has nearly all seen tokens."""
+    vocab_size = 9000
+    params = [
+        SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, seed=1, **filters)
+        for filters in ({"top_p": 0.9}, {"top_k": 50, "min_p": 0.1}, {"temperature": 0.0}, {})
+    ]
+    rows = len(params)
+    ids = list(range(seen))
+    history = TokenHistory.from_ids([ids] * rows, [[*ids[::7], 8999]] * rows, vocab_size)
+    logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seen))
+    logits[:, seen // 2] = 9.0
+    drawn = [
+        sample(logits, params, history=history, num_samples=8, backend=name, check=False)
+        for name in ("torch", install(launch))
+    ]
+    assert torch.equal(drawn[0].tokens, drawn[1].tokens)
+    assert torch.equal(drawn[0].status, drawn[1].status)
+
+
+@dtypes
+@pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
+@pytest.mark.parametrize("vocab_size", [33, 501])
+def test_bits_beyond_the_vocabulary(install, vocab_size, launch, dtype):
+    """The last words of bitmasks have bits that belong to no token; they must be ignored."""
+    rows = 3
+    params = [
+        SamplingParams(repetition_penalty=1.5, presence_penalty=0.5, seed=s) for s in (1, 2, 3)
+    ]
+    history = TokenHistory.from_ids([[0, vocab_size - 1]] * rows, [[5]] * rows, vocab_size)
+    beyond = -1 << vocab_size % 32
+    history.seen[:, -1] |= beyond
+    mask = torch.full((rows, (vocab_size + 31) // 32), -1, dtype=torch.int32)
+    logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    drawn = [
+        sample(
+            logits,
+            params,
+            history=history,
+            allowed_mask=mask,
+            num_samples=8,
+            logprobs="processed",
+            backend=name,
+            check=False,
+        )
+        for name in ("torch", install(launch))
+    ]
+    assert torch.equal(drawn[0].tokens, drawn[1].tokens)
+    assert torch.equal(drawn[0].status, drawn[1].status)
+
+
+@launches
+def test_more_than_there_are(install, launch):
+    assert_more_than_there_are(install(launch))
+
+
+@launches
+def test_steps_advance_the_history(install, launch):
+    """The drawn token is in the history before the next step."""
+    rows, vocab_size = 3, 700
+    params = [
+        SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, seed=s) for s in range(rows)
+    ]
+    samplers = []
+    for name in ("torch", install(launch)):
+        history = TokenHistory.from_ids([[1, 2]] * rows, [[3]] * rows, vocab_size)
+        samplers.append(
+            (
+                Sampler(params, vocab_size=vocab_size, history=history, backend=name, check=False),
+                history,
+            )
+        )
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        logits = torch.randn(rows, vocab_size, generator=generator)
+        logits[2] = -torch.inf
+        (wanted, wanted_history), (got, got_history) = samplers
+        assert torch.equal(got(logits).tokens, wanted(logits).tokens)
+        assert torch.equal(got.positions, wanted.positions)
+        for state in ("seen", "counts", "lengths"):
+            assert torch.equal(getattr(got_history, state), getattr(wanted_history, state)), state
+
+
+@launches
+def test_steps_of_many_draws(install, launch):
+    """Steps with num_samples > 1, which only the C interface has: the history gets draw 0."""
+
+    def draw(name):
+        params = [SamplingParams(frequency_penalty=2.0, seed=s) for s in range(4)]
+        history = TokenHistory.from_ids([[1]] * 4, [[2, 3]] * 4, 40)
+        logits = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+        batch = BatchParams.from_list(params, positions=[0] * 4)
+        call = SampleCall(logits, batch, history, None, num_samples=16, advance=True)
+        backend = backends.BACKENDS[name].load()
+        return torch.stack([backend.sample(call).tokens for _ in range(8)])
+
+    assert torch.equal(draw(install(launch)), draw("cpu"))
+
+
+# With sanitizers, and with planted bugs
+
+
+def run_sanitized(folder, expression, planted=()):
+    """Run some of these tests in a new process, on a library with both sanitizers."""
+    options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    library = emulation.build(folder, options, planted)
+    found = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", __file__]
+    return subprocess.run(
+        [*command, "-k", expression],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env=os.environ
+        | {
+            "LLM_SAMPLING_SANITIZED_EMULATION": str(library),
+            "LD_PRELOAD": found.stdout.strip(),
+            "ASAN_OPTIONS": "detect_leaks=0",
+        },
+    )
+
+
+not_inside = pytest.mark.skipif(SANITIZED is not None, reason="this process is one that it starts")
+
+
+SOME = "(covering and V33 and bfloat16) or (layouts and bfloat16 and offset)"
+SOME += " or V5003-1 or V5003-2 or steps"
+MANY = "covering or layouts or V5003 or V32000 or orders or more or steps or beyond"
+
+
+@not_inside
+@pytest.mark.parametrize(
+    "expression", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_with_sanitizers(tmp_path, expression):
+    done = run_sanitized(tmp_path, expression)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    assert " passed" in done.stdout
+
+
+@not_inside
+@pytest.mark.parametrize(
+    ("text", "wrong", "expression"),
+    [
+        pytest.param(
+            "const int end = row_.is_whole(first_vec_ + vecs - 1) ? vecs : vecs - 1;",
+            "const int end = vecs;",
+            "covering and V33 and bfloat16",
+            marks=pytest.mark.slow,
+        ),
+        (
+            "return left < 32 ? bits & ((1u << left) - 1) : bits;",
+            "return left < -1 ? bits & ((1u << left) - 1) : bits;",
+            "bits_beyond and float32",
+        ),
+    ],
+    ids=["logits", "counts"],
+)
+def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
+    done = run_sanitized(tmp_path, expression, (text, wrong))
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stdout + done.stderr
+
+
+@not_inside
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (
+            "shared_.running[reached - 1] = mass;\n      }\n  );\n  __syncthreads();\n",
+            "shared_.running[reached - 1] = mass;\n      }\n  );\n",
+        ),
+        ("  wait_for_copies();", "  __pipeline_commit();"),
+        ("  __syncthreads();\n  cluster_.wait();", "  cluster_.wait();"),
+        *(
+            pytest.param(text, wrong, marks=pytest.mark.slow)
+            for text, wrong in (
+                ("    sync();\n    return gathered;\n", "    return gathered;\n"),
+                ("  cluster_.sync();\n  sort(count);", "  sort(count);"),
+                ("  cluster_.arrive();\n  const int vecs", "  const int vecs"),
+                (
+                    "  __syncthreads();\n  const int own = static_cast<int>(shared_.appended);",
+                    "  const int own = static_cast<int>(shared_.appended);",
+                ),
+            )
+        ),
+    ],
+    ids=["sorted", "copies", "bits", "shared", "listed", "started", "appended"],
+)
+def test_what_is_not_waited_for_is_seen(monkeypatch, tmp_path, text, wrong):
+    """Without one barrier or wait, some order of threads gives a wrong token or a deadlock."""
+    library = emulation.build(tmp_path, planted=(text, wrong))
+    cases = [Case("normal", mix, seed=i) for i, mix in enumerate(("plain", "k 50", "p 0.9"))]
+    cases.append(Case("normal", "k 50", mask="half"))
+    batch = build(cases, 3001, torch.float32)
+    expected = run(batch, "torch", ())
+    name = emulation.install(monkeypatch, library, Launch(2, True))
+
+    def compare():
+        for _ in range(7):
+            assert_same(batch, name, expected, run(batch, name, ()))
+
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        compare()
+
+
+# The launch
+
+H100 = (90, 132, 227 * 1024)
+A100 = (80, 108, 163 * 1024)
+RTX_4090 = (89, 128, 99 * 1024)
+B200 = (100, 148, 227 * 1024)
+
+
+@pytest.fixture
+def choose(library):
+    """A function that returns blocks, copied, vecs of a part, bytes of shared memory."""
+
+    def choose(rows, vocab_size, logit_bytes, device):
+        launch = (ctypes.c_int32 * 4)()
+        function = ctypes.CDLL(str(library)).llm_sampling_cuda_launch
+        function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
+        function.argtypes += [ctypes.c_void_p, ctypes.c_void_p]
+        numbers = (ctypes.c_int32 * 3)(*device)
+        function(rows, vocab_size, logit_bytes, numbers, launch)
+        return (launch[0], bool(launch[1]), launch[2], launch[3])
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "logit_bytes", "device", "launch"),
+    [
+        # one block where the row fits; more blocks while multiprocessors would be idle
+        (256, 32000, 2, H100, (1, True)),
+        (1, 32000, 2, H100, (8, True)),
+        (64, 32000, 2, H100, (2, True)),
+        # a cluster where the row does not fit into one block
+        (256, 128256, 2, H100, (4, True)),
+        (256, 128256, 4, H100, (8, True)),
+        # a multiprocessor has room for one row at a time only
+        (256, 262144, 4, H100, (8, True)),
+        (1, 128256, 4, B200, (8, True)),
+        # too few vecs for a second block
+        (1, 4096, 4, H100, (1, True)),
+        # no copy, because the row is too large or there are no clusters
+        (256, 2**20, 4, H100, (1, False)),
+        (1, 2**20, 4, H100, (8, False)),
+        (256, 128256, 2, A100, (1, False)),
+        (256, 32000, 4, A100, (1, True)),
+        (1, 32000, 4, RTX_4090, (1, False)),
+        (1, 32000, 2, RTX_4090, (1, True)),
+    ],
+)
+def test_branches_of_the_launch(choose, rows, vocab_size, logit_bytes, device, launch):
+    assert choose(rows, vocab_size, logit_bytes, device)[:2] == launch
+
+
+@pytest.mark.parametrize("device", [H100, A100, RTX_4090, B200], ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 4096, 32000, 50257, 128256, 262144, 2**20])
+@pytest.mark.parametrize("rows", [0, 1, 40, 133, 4096])
+@pytest.mark.parametrize("logit_bytes", [2, 4])
+def test_every_launch_can_be_started(choose, rows, vocab_size, logit_bytes, device):
+    blocks, copied, vecs, shared = choose(rows, vocab_size, logit_bytes, device)
+    assert blocks in ((1, 2, 4, 8) if device[0] >= 90 else (1,))
+    assert shared <= device[2]
+    assert vecs % 32 == 0
+    assert blocks * vecs * 8 >= vocab_size + 7, "a row fits wherever it begins"
+    assert shared >= vecs * 8 * logit_bytes * copied

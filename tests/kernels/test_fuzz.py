@@ -1,0 +1,80 @@
+"""Replays the fuzzer's corpus with AddressSanitizer and UBSan; fuzz.sh makes more inputs.
+
+cpp/fuzz_cpu.cpp compares every result of the CPU kernel with the steps done one by one. Here
+it runs the inputs that the fuzzer kept. Three kernels that are broken on purpose must be found.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORPUS = sorted((ROOT / "tests" / "kernels" / "cpp" / "corpus").iterdir())
+FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+FLAGS += ["-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+def replay(
+    root: Path, program: Path, inputs: list[Path], *options: str
+) -> subprocess.CompletedProcess[str]:
+    """Build the fuzz test of a checkout, and run it on the inputs."""
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("there is no g++")
+    source = root / "tests" / "kernels" / "cpp" / "fuzz_cpu.cpp"
+    build = [found, *FLAGS, "-DREPLAY", *options, str(source), "-ldl", "-o", str(program)]
+    subprocess.run(build, check=True)
+    return subprocess.run([program, *inputs], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_corpus(tmp_path: Path) -> None:
+    """fuzz.sh, which CI runs, begins with the same inputs under the same sanitizers."""
+    done = replay(ROOT, tmp_path / "replay", CORPUS)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == f"{len(CORPUS)} inputs\n"
+    assert len(CORPUS) > 100
+
+
+#: Bugs: a file of csrc/cpu, the right code, the wrong code, and what the program then prints.
+BROKEN = {
+    "a tie too few": ("tile.h", "(j <= last_equal)", "(j < last_equal)", "FAILED: "),
+    "past the end of the candidates": (
+        "sample.cpp",
+        "ws_.candidate_id.at_least(row_.vocab_size)",
+        "ws_.candidate_id.at_least(row_.vocab_size - 1)",
+        "AddressSanitizer",
+    ),
+    "a count that overflows": (
+        "sample.cpp",
+        "count_up(args.position[row])",
+        "++args.position[row]",
+        "signed integer overflow",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "message"),
+    [
+        pytest.param(*bug, id=name, marks=() if name == "a tie too few" else pytest.mark.slow)
+        for name, bug in BROKEN.items()
+    ],
+)
+def test_a_broken_kernel_is_found(
+    tmp_path: Path, file: str, right: str, wrong: str, message: str
+) -> None:
+    """The corpus alone finds it, without new inputs."""
+    for folder in ("csrc", "tests/kernels/cpp"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("corpus"))
+    path = tmp_path / "csrc" / "cpu" / file
+    text = path.read_text()
+    assert text.count(right) == 1
+    path.write_text(text.replace(right, wrong))
+    done = replay(tmp_path, tmp_path / "replay", CORPUS, "-DLLM_SAMPLING_CLONES=")
+    assert done.returncode != 0
+    assert message in done.stderr

@@ -1,0 +1,591 @@
+"""Do the copies agree? Fields, struct, docs and imports say the same thing in several places."""
+
+import ast
+import ctypes
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import llm_sampling
+from llm_sampling import BatchParams, SamplingParams, history
+from llm_sampling.backends import BACKENDS, base, c_abi
+from llm_sampling.backends.base import SampleCall
+from llm_sampling.fields import FIELDS, OFF_VALUES
+from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.tools import explain
+from llm_sampling.tools.cli.options import sampling_options
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "llm_sampling"
+
+PARAMETERS = [f.name for f in fields(SamplingParams)]
+
+#: BatchParams and the C struct hold a parameter under its own name, this one in three pieces.
+PIECES = {"logit_bias": ["logit_bias_offsets", "logit_bias_ids", "logit_bias_values"]}
+
+#: What BatchParams has beyond the parameters: derived from them, or given with a call.
+FLAGS = {"needs_history", "all_greedy", "any_filter"}
+FLAGS |= {"kept_at_most", "any_top_k", "any_top_p", "any_floor"}
+DERIVED = {"min_p_cut", "unseeded", "position", *FLAGS}
+
+#: Each module may import from the lines above its own, and from no other.
+LAYERS = (
+    ("version", "checks", "backends.triton_kernel"),
+    ("fields", "history"),
+    ("params",),
+    ("backends.base",),
+    ("backends", "reference", "backends.c_abi"),
+    ("backends.native", "ops"),
+    ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
+    ("sampler", "distributed"),
+    ("__init__",),  # what ``import llm_sampling`` loads ends here
+    ("generation.stop_strings", "generation.text", "generation.prompts"),
+    ("generation.rows",),
+    ("generation.loop", "generation.models"),
+    ("generation",),
+    ("integrations", "tools"),
+    ("integrations.huggingface", "integrations.vllm"),
+    ("tools.explain.steps", "tools.tuning.space"),
+    ("tools.explain.compare", "tools.explain.page", "tools.explain.picture"),
+    ("tools.tuning.resume",),
+    ("tools.tuning.search",),
+    ("tools.tuning.objectives", "tools.tuning.report"),
+    ("tools.explain", "tools.tuning"),
+    ("tools.cli.console",),
+    ("tools.cli.running",),
+    ("tools.cli.options",),
+    ("tools.cli.explain", "tools.cli.generate", "tools.cli.info", "tools.cli.tune"),
+    ("tools.cli.chat",),
+    ("tools.cli",),
+    ("tools.cli.__main__",),
+)
+
+#: Never imported by ``import llm_sampling``.
+HEAVY = (
+    *("triton", "transformers", "typer", "rich", "gguf", "accelerate", "scipy"),
+    *("optuna", "matplotlib", "sqlalchemy", "vllm"),
+)
+
+
+def read(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+# One parameter, many places
+
+
+def test_off_values_name_every_parameter_once():
+    assert list(OFF_VALUES) == PARAMETERS
+
+
+def test_off_values_are_the_defaults():
+    assert {f.name: f.default for f in fields(SamplingParams)} == dict(OFF_VALUES)
+
+
+def pieces(name):
+    return PIECES.get(name, [name])
+
+
+def test_batch_has_every_parameter():
+    batch = {f.name for f in fields(BatchParams)}
+    assert batch - DERIVED == {piece for name in PARAMETERS for piece in pieces(name)}
+    assert batch >= DERIVED
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_docstring_describes_every_parameter(name):
+    assert re.search(rf"^ {{4,8}}{name}: \S", SamplingParams.__doc__, re.MULTILINE)
+
+
+def test_command_line_has_every_parameter():
+    """Among the options of the commands that draw."""
+    assert list(vars(sampling_options().parse_args([]))) == PARAMETERS
+
+
+def test_page_has_every_parameter_with_its_rule():
+    """But for the two that it cannot change."""
+    template = read("llm_sampling/tools/data/explain.html")
+    fields = template[template.index("const FIELDS = {") : template.index("const NUMBER")]
+    shown = [name for name in PARAMETERS if name not in ("logit_bias", "seed")]
+    assert re.findall(r"^  (\w+): \{", fields, re.MULTILINE) == shown
+    page = explain.page(torch.zeros(1), ["a"], SamplingParams())
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert data["fields"] == {
+        name: {"rule": FIELDS[name].rule, "off": FIELDS[name].off} for name in shown
+    }
+
+
+def parameter_table(path):
+    """The table that starts ``| name | range | off``: name to (range, off), without backticks."""
+    rows = {}
+    lines = iter(read(path).splitlines())
+    for line in lines:
+        if re.match(r"\| *name *\| *range *\| *off\b", line):
+            break
+    else:
+        raise AssertionError(f"{path} has no table | name | range | off |")
+    next(lines)
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        name, range_, off, *_ = (cell.replace("`", "").strip() for cell in line[1:].split("|"))
+        assert name not in rows, f"{path} has two rows for {name}"
+        rows[name] = (range_, off)
+    return rows
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/semantics.md"])
+def test_docs_list_every_parameter(path):
+    """Read from the text itself, so that it fails where docs/tables.py makes a table wrong."""
+    table = parameter_table(path)
+    assert sorted(table) == sorted(PARAMETERS)
+    for name, (range_, off) in table.items():
+        assert range_
+        value = OFF_VALUES[name]
+        expected = "None" if value is None else f"{value:g}"
+        assert re.match(rf"{expected}(\D|$)", off), f"{name} is off at {expected}, not {off!r}"
+
+
+TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
+
+
+@pytest.mark.parametrize("path", TABLES["TABLES"])
+def test_tables_are_made_from_the_fields(path):
+    text = read(path)
+    made = TABLES["with_table"](text, TABLES["TABLES"][path]())
+    assert made == text, "run: python docs/tables.py"
+
+
+# Every place that a new parameter needs
+
+FILTERS = ("rank", "mass", "depth")
+EVERY_KIND = ("bias", "penalty", "scale", *FILTERS, "floor", "seed")
+
+#: File or folder -> the kinds of parameters that it must name.
+PLACES = {
+    "csrc/llm_sampling.h": EVERY_KIND,
+    "csrc/validate.h": EVERY_KIND,
+    "csrc/semantics.h": ("depth",),  # depth_cut
+    "llm_sampling/reference.py": EVERY_KIND,
+    "llm_sampling/backends/c_abi.py": EVERY_KIND,
+    "llm_sampling/backends/triton.py": EVERY_KIND,
+    "llm_sampling/backends/triton_kernel.py": EVERY_KIND,
+    "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),  # depth_cut has the rest
+    "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
+    "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
+    "llm_sampling/tools/data/explain.html": ("penalty", "scale", *FILTERS, "floor"),
+    "docs/semantics.md": EVERY_KIND,
+    "docs/parameters.md": ("penalty", "scale", *FILTERS, "seed"),
+    "README.md": EVERY_KIND,
+    "tests/cases.py": EVERY_KIND,
+    "tests/strategies.py": EVERY_KIND,
+    "tests/sampling/differential.py": EVERY_KIND,
+    "tests/kernels/cpp/fuzz_cpu.cpp": EVERY_KIND,
+    "tests/tools/test_cli.py": EVERY_KIND,
+    "benchmarks/oracle.py": ("penalty", "scale", *FILTERS),
+}
+
+#: The kernels on the host's side of a filter by depth read ``depth_cut`` alone.
+KERNELS = ("csrc/cpu", "csrc/cuda")
+
+
+def read_all(path):
+    """The text of a file, or of all files of a folder."""
+    return "\n".join(read(file) for file in FILES if file == path or file.startswith(f"{path}/"))
+
+
+def is_named(parameter, text):
+    """Whether a text has its name, that of its threshold, or those of its pieces."""
+    names = [[parameter], [f"{parameter}_cut"], pieces(parameter)]
+    return any(all(re.search(rf"\b{n}\b", text) for n in these) for these in names)
+
+
+@pytest.mark.parametrize("path", PLACES)
+def test_every_place_names_the_parameter(path):
+    text = read_all(path)
+    assert text, f"there is no {path}"
+    wanted = [f.name for f in FIELDS.values() if f.kind in PLACES[path]]
+    assert wanted
+    missing = [name for name in wanted if not is_named(name, text)]
+    assert not missing, f"{path} does not know {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("folder", KERNELS)
+def test_kernels_know_no_filter_by_depth(folder):
+    """A further one changes ``depth_cut`` in csrc/semantics.h, and nothing in these."""
+    code = re.sub(r"//.*", "", read_all(folder))
+    for field in FIELDS.values():
+        if field.kind == "depth":
+            assert not is_named(field.name, code), f"{folder} reads {field.name}"
+
+
+# The C struct
+
+C_TYPES = {
+    "uint32_t": ctypes.c_uint32,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+}
+C_DTYPES = {torch.float32: "float", torch.int32: "int32_t", torch.int64: "int64_t"}
+
+
+def header():
+    """csrc/llm_sampling.h without comments."""
+    return re.sub(r"//.*", "", read("csrc/llm_sampling.h"))
+
+
+def struct_fields():
+    """Name to C type, in order; a pointer's type ends in ``*``, without const."""
+    body = re.search(r"struct LlmSamplingArgs \{(.*?)\} LlmSamplingArgs;", header(), re.DOTALL)[1]
+    found = {}
+    for declaration in body.split(";"):
+        if declaration.strip():
+            type_, star, name = re.fullmatch(
+                r"\s*(?:const\s+)?(\w+)\s*(\*?)\s*(\w+)\s*", declaration
+            ).groups()
+            assert name not in found
+            found[name] = type_ + star
+    return found
+
+
+def constant(name):
+    """The value of a ``#define`` or an enumerator, ``LLM_SAMPLING_`` left out of its name."""
+    match = re.search(rf"\bLLM_SAMPLING_{name}\b(?: =)? \(?(\d+)(?: << (\d+))?\b", header())
+    return int(match[1]) << int(match[2] or 0)
+
+
+def test_struct_has_every_parameter():
+    struct = struct_fields()
+    for name in PARAMETERS:
+        for piece in pieces(name):
+            assert piece in struct, f"{name} is missing in csrc/llm_sampling.h"
+
+
+def test_struct_reads_the_dtypes_that_a_batch_has():
+    batch = BatchParams.from_list([SamplingParams(logit_bias={1: 2})], positions=[0])
+    struct = struct_fields()
+    for name in KERNEL_TENSORS:
+        assert struct[name] == C_DTYPES[getattr(batch, name).dtype] + "*", name
+
+
+def test_pointers_are_what_a_batch_has():
+    tensors = [f.name for f in fields(BatchParams) if f.name not in ("unseeded", *FLAGS)]
+    assert sorted(KERNEL_TENSORS) == sorted(tensors)
+
+
+def test_ctypes_struct_is_the_header_s():
+    expected = [
+        (name, ctypes.c_void_p if type_.endswith("*") else C_TYPES[type_])
+        for name, type_ in struct_fields().items()
+    ]
+    assert [tuple(field) for field in c_abi.SampleArgs._fields_] == expected
+
+
+def test_header_and_python_have_the_same_constants():
+    assert constant("ABI_VERSION") == c_abi.ABI_VERSION
+    assert constant("MAX_VOCAB_SIZE") == history.MAX_VOCAB_SIZE
+    assert constant("STATUS_NAN") == base.STATUS_NAN
+    assert constant("STATUS_NO_CANDIDATE") == base.STATUS_NO_CANDIDATE
+    assert constant("STATUS_POS_INF") == base.STATUS_POS_INF
+
+
+def filled(dtype=torch.float32, **changes):
+    batch = BatchParams.from_list([SamplingParams(seed=0)], positions=[0])
+    return c_abi.make_args(SampleCall(torch.zeros(1, 8, dtype=dtype), batch, None, None, **changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_header_and_python_number_dtypes_alike(dtype):
+    assert filled(dtype).dtype == constant(str(dtype).removeprefix("torch.").upper())
+
+
+@pytest.mark.parametrize("logprobs", [None, "processed", "raw"])
+def test_header_and_python_number_logprobs_alike(logprobs):
+    assert filled(logprobs=logprobs).logprobs_mode == constant(f"LOGPROBS_{logprobs}".upper())
+
+
+@pytest.mark.parametrize(
+    ("advance", "check", "name"),
+    [(False, True, "NEVER"), (True, False, "ALWAYS"), (True, True, "IF_ALL_VALID")],
+)
+def test_header_and_python_number_advance_alike(advance, check, name):
+    assert filled(advance=advance, check=check).advance == constant(f"ADVANCE_{name}")
+
+
+# The steps and the arithmetic
+
+
+def steps():
+    """Step number to the first word of its name."""
+    rows = re.findall(r"^\| (\d+) \| ([\w-]+)", read("docs/semantics.md"), re.MULTILINE)
+    return {int(number): word for number, word in rows}
+
+
+def test_semantics_numbers_its_steps():
+    assert list(steps()) == list(range(1, 15))
+
+
+@pytest.mark.parametrize(
+    "path", ["llm_sampling/reference.py", "llm_sampling/backends/triton_kernel.py"]
+)
+@pytest.mark.parametrize(("number", "word"), steps().items())
+def test_python_has_the_step(path, number, word):
+    comments = re.findall(r"(?:# |\"\"\"|, )(\d+ .*)", read(path))
+    assert re.search(rf"\b{number} {word}\b", "\n".join(comments))
+
+
+def cuda_kernel():
+    """The kernel's own files, and the arithmetic that it includes."""
+    own = [file for file in FILES if file.startswith("csrc/cuda/")]
+    return "".join(read(file) for file in [*own, "csrc/semantics.h"])
+
+
+@pytest.mark.parametrize(("number", "word"), steps().items())
+def test_cuda_has_the_step(number, word):
+    comments = re.findall(r"// (.*)", cuda_kernel())
+    assert any(re.search(rf"(?:^|, ){number} {word}\b", comment) for comment in comments)
+
+
+def test_cuda_s_kernel_takes_every_parameter():
+    """Every field of the struct is read, by the kernel or by a function of semantics.h it calls."""
+    kernel = cuda_kernel()
+    read_by_it = set(re.findall(r"\bargs_?\.(\w+)", kernel))
+    functions = re.findall(
+        r"(\w+)\(const LlmSamplingArgs& args.*?\{\n(.*?)\n\}", read("csrc/semantics.h"), re.DOTALL
+    )
+    for name, body in functions:
+        if re.search(rf"\b{name}\(args_", kernel):
+            read_by_it |= set(re.findall(r"\bargs\.(\w+)", body))
+    not_a_kernel_s = {"struct_size", "version", "num_threads", "reserved", "num_slots"}
+    assert set(struct_fields()) - not_a_kernel_s <= read_by_it
+
+
+def test_triton_s_kernel_reads_every_parameter():
+    """All but min_p itself, of which only min_p_cut is needed."""
+    kernel = read("llm_sampling/backends/triton_kernel.py")
+    assert {*KERNEL_TENSORS} - {"min_p"} == set(re.findall(r"\bbatch\.(\w+)", kernel))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "llm_sampling/reference.py",
+        "csrc/semantics.h",
+        "llm_sampling/backends/triton_kernel.py",
+        "llm_sampling/tools/data/explain.html",
+    ],
+)
+def test_constants_of_the_arithmetic_are_those_of_the_docs(path):
+    number = r"-?0x1\.[0-9a-f]{6}p[+-]\d+"
+    documented = set(re.findall(number, read("docs/semantics.md")))
+    assert len(documented) == 7, "six coefficients and log2(e)"
+    assert documented <= set(re.findall(number, read(path)))
+
+
+# Imports
+
+
+def modules():
+    """Module name within the package to its path; a package has the name of its folder."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+        if parts[-1] == "__init__" and len(parts) > 1:
+            parts.pop()
+        found[".".join(parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(source):
+    """The modules of ours that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "llm_sampling":
+                while parts and ".".join(parts[1:]) not in MODULES:
+                    parts.pop()  # a name inside a module, not a module
+                found.add(".".join(parts[1:]) if parts else "__init__")
+    return found
+
+
+def layer(name):
+    return next(index for index, names in enumerate(LAYERS) if name in names)
+
+
+def test_every_module_has_a_layer():
+    assert sorted(MODULES) == sorted(name for names in LAYERS for name in names)
+    (backends,) = (names for names in LAYERS if "backends.cpu" in names)
+    assert {backend.module for backend in BACKENDS.values()} <= {
+        f"llm_sampling.{name}" for name in backends
+    }
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_one_way(name):
+    for imported in imports_of(MODULES[name].read_text(encoding="utf-8")):
+        assert layer(imported) < layer(name), f"{name} imports {imported}"
+
+
+def test_back_edges_are_seen():
+    assert imports_of("def f():\n    from llm_sampling.backends import cpu\n") == {"backends.cpu"}
+    assert imports_of("import llm_sampling.sample\nimport torch") == {"sample"}
+    assert imports_of("from llm_sampling import Sampler, history") == {"__init__", "history"}
+
+
+def test_reference_is_for_one_backend_to_explain_and_between_ranks():
+    users = [
+        name
+        for name, path in MODULES.items()
+        if "reference" in imports_of(path.read_text(encoding="utf-8"))
+    ]
+    assert sorted(users) == ["backends.torch", "distributed", "tools.explain.steps"]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in MODULES if n not in ("tools.cli", "integrations.vllm")]
+)
+def test_environment_is_read_by_commands_alone(name):
+    """Ours, and vLLM's: its plug-ins have no other switch."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not names & {"environ", "getenv"}
+
+
+def run_python(code, folder):
+    """What a new process prints, word by word; it finds the package that this process uses."""
+    environment = os.environ | {"PYTHONPATH": str(Path(llm_sampling.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_import_is_free(tmp_path):
+    loaded = run_python(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import llm_sampling\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print(*(set(sys.modules) - before))",
+        tmp_path,
+    )
+    assert "llm_sampling.sample" in loaded
+    assert not {name.split(".")[0] for name in loaded} & set(HEAVY)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+def test_import_loads_no_compiled_library(tmp_path):
+    before, after = run_python(
+        "import llm_sampling\n"
+        "mapped = lambda: 'libllm_sampling' in open('/proc/self/maps').read()\n"
+        "before = mapped()\n"
+        "llm_sampling.backend_info()\n"
+        "print(before, mapped())",
+        tmp_path,
+    )
+    assert before == "False"
+    # The same question can be answered with yes, once the library is asked for.
+    assert after == str(BACKENDS["cpu"].why_unavailable() is None)
+
+
+# Docs and files
+
+DOCS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("", "docs", "benchmarks", "examples")
+    for path in (ROOT / folder).glob("*.md")
+)
+
+
+def python_blocks(path):
+    """Each fenced block of Python, with as many lines before it as the document has.
+
+    Beside it is the fenced block of text that follows, which is what the Python prints, or None.
+    """
+    text = read(path)
+    blocks = re.finditer(
+        r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", text, re.MULTILINE | re.DOTALL
+    )
+    return [("\n" * text.count("\n", 0, block.start(1)) + block[1], block[2]) for block in blocks]
+
+
+@pytest.mark.parametrize("path", sorted({"README.md", *filter(python_blocks, DOCS)}))
+def test_code_in_docs_runs(path, tmp_path, monkeypatch, capsys):
+    """And prints what the document shows, where it shows something."""
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(path)
+    assert blocks, f"{path} has no code to run"
+    namespace = {"__name__": "__main__"}
+    for block, shown in blocks:
+        capsys.readouterr()
+        exec(compile(block, path, "exec"), namespace)
+        if shown is not None:
+            assert capsys.readouterr().out == shown
+
+
+def test_readme_shows_what_its_code_prints():
+    assert all(shown for _, shown in python_blocks("README.md"))
+
+
+def project_files():
+    """Everything that belongs to the project, by its path from the root."""
+    yield from (path.name for path in ROOT.iterdir() if path.is_file())
+    for folder in (".ci", "benchmarks", "csrc", "docs", "examples", "llm_sampling", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                yield path.relative_to(ROOT).as_posix()
+
+
+FILES = sorted(project_files())
+
+
+@pytest.mark.parametrize("path", DOCS)
+def test_docs_name_files_that_exist(path):
+    for name in re.findall(r"`([\w./-]+\.(?:py|cpp|cuh?|h|md|json|toml))`", read(path)):
+        if "NAME" not in name:
+            tail = "/" + name.removeprefix("./")
+            assert any(f"/{file}".endswith(tail) for file in FILES), f"{path} names {name}"
+    for target in re.findall(r"\]\(((?!https?:)[^)#]+)", read(path)):
+        assert (ROOT / path).parent.joinpath(target).exists(), f"{path} links to {target}"
+
+
+def test_no_leftover_modules():
+    leftovers = {"util", "utils", "common", "core", "helper", "helpers", "misc"}
+    assert [file for file in FILES if leftovers & set(re.split(r"[/.]", file))] == []
+
+
+def test_changelog_has_this_version_and_its_numerics():
+    changelog = read("CHANGELOG.md")
+    assert re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE)[0] == "Unreleased"
+    this = re.search(
+        rf"^## \[{re.escape(llm_sampling.__version__)}\].*?(?=^## |\Z)",
+        changelog,
+        re.MULTILINE | re.DOTALL,
+    )
+    assert this, f"no heading [{llm_sampling.__version__}]"
+    assert re.search(r"^### Numerics$", this[0], re.MULTILINE)

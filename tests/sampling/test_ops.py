@@ -1,0 +1,326 @@
+"""Do the ops compose with torch.compile, torch.export and fake tensors, and equal eager?"""
+
+import re
+
+import pytest
+import torch
+
+from llm_sampling import (
+    BatchParams,
+    InvalidLogitsError,
+    SamplingParams,
+    TokenHistory,
+    filter_logits,
+    ops,
+    sample,
+)
+from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.sample import make_call
+
+V = 70
+PARAMS = [
+    SamplingParams(top_k=9, temperature=0.7, seed=3),
+    SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, seed=2**64 - 1),
+    SamplingParams(temperature=0, logit_bias={3: 2.0, 500: 1.0}),
+    SamplingParams(top_p=0.9, min_p=0.02, presence_penalty=0.4, seed=-9),
+]
+BATCH = BatchParams.from_list(PARAMS, positions=[0, 5, 2**40, 2**64 - 1])
+MASK = torch.tensor([[-2, -1, 63], [-1, 0, -1], [7, 1, 0], [-1, -1, -1]], dtype=torch.int32)
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(4, V, generator=torch.Generator().manual_seed(0)) * 3
+
+
+@pytest.fixture
+def history():
+    return TokenHistory.from_ids([[1, 2], [3], [], [69]], [[4], [6, 6], [], [64, 1, 2]], V)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def _inputs(logits, params, history=None, mask=None):
+    """The op's tensor arguments for a call."""
+    call = make_call(logits, params, history=history, allowed_mask=mask)
+    return ops._inputs(call)
+
+
+def _assert_equal(got, expected):
+    torch.testing.assert_close(tuple(got), tuple(expected), rtol=0, atol=0, equal_nan=True)
+
+
+# opcheck
+
+INPUTS = {
+    "plain": lambda x, h: _inputs(x, SamplingParams(seed=1)),
+    "batch": lambda x, h: _inputs(x, BATCH, h),
+    "mask": lambda x, h: _inputs(x, BATCH, h, MASK),
+    "bfloat16": lambda x, h: _inputs(x.bfloat16(), BATCH, h),
+    "float16-sliced": lambda x, h: _inputs(
+        torch.nn.functional.pad(x.half(), (1, 2))[:, 1:-2], BATCH, h
+    ),
+    "expanded": lambda x, h: _inputs(x[:1].expand(4, -1), BATCH, h, MASK[:1].expand(4, -1)),
+    "no-rows": lambda x, h: _inputs(x[:0], []),
+    "one-token": lambda x, h: _inputs(x[:, :1], SamplingParams(top_k=1, seed=4)),
+}
+
+
+# draws and logprobs, dealt out over the inputs
+OPTIONS = [(1, None), (3, "processed"), (1, "raw"), (2, None)]
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_opcheck_sample(backend, logits, history, name):
+    inputs = INPUTS[name](logits, history)
+    options = OPTIONS[list(INPUTS).index(name) % len(OPTIONS)]
+    torch.library.opcheck(torch.ops.llm_sampling.sample.default, (*inputs, *options, True, backend))
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_opcheck_filter_logits(backend, logits, history, name):
+    inputs = INPUTS[name](logits, history)
+    torch.library.opcheck(torch.ops.llm_sampling.filter_logits.default, (*inputs, backend))
+
+
+def test_the_op_is_the_function(backend, logits, history):
+    for num_samples, logprobs in ((1, None), (4, "processed"), (2, "raw")):
+        options = {"num_samples": num_samples, "logprobs": logprobs, "backend": backend}
+        expected = sample(logits, BATCH, history=history, allowed_mask=MASK, **options)
+        tokens, values, status = torch.ops.llm_sampling.sample(
+            *_inputs(logits, BATCH, history, MASK), num_samples, logprobs, False, backend
+        )
+        _assert_equal((tokens, status), (expected.tokens, expected.status))
+        if logprobs is not None:
+            _assert_equal([values], [expected.logprobs])
+    filtered = torch.ops.llm_sampling.filter_logits(*_inputs(logits, BATCH, history, MASK), backend)
+    _assert_equal(
+        [filtered],
+        [filter_logits(logits, BATCH, history=history, allowed_mask=MASK, backend=backend)],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("num_samples", "logprobs", "shapes"),
+    [
+        (1, None, [(5,), (0,), (5,)]),
+        (1, "raw", [(5,), (5,), (5,)]),
+        (3, None, [(5, 3), (0,), (5,)]),
+        (3, "processed", [(5, 3), (5, 3), (5,)]),
+    ],
+    ids=str,
+)
+def test_fake_shapes(dtype, num_samples, logprobs, shapes):
+    batch = BatchParams.from_list([SamplingParams(seed=1)] * 5, positions=[0] * 5, device="meta")
+    fields = [getattr(batch, name) for name in KERNEL_TENSORS]
+    nothing = [None] * 5
+    inputs = (torch.empty(5, V, dtype=dtype, device="meta"), *fields, *nothing, False, True)
+    results = torch.ops.llm_sampling.sample(*inputs, num_samples, logprobs, False, "auto")
+    assert [tuple(result.shape) for result in results] == shapes
+    assert [result.dtype for result in results] == [torch.int64, torch.float32, torch.int32]
+    assert all(result.device.type == "meta" for result in results)
+    filtered = torch.ops.llm_sampling.filter_logits(*inputs, "auto")
+    assert (tuple(filtered.shape), filtered.dtype) == ((5, V), torch.float32)
+
+
+# torch.compile
+
+FUNCTIONS = {
+    "one-params": lambda x, h: sample(
+        x, SamplingParams(top_k=5, temperature=0.8, min_p=0.01, seed=2)
+    )[::2],
+    "list": lambda x, h: sample(x, PARAMS, history=h)[::2],
+    "positions": lambda x, h: sample(x, PARAMS, history=h, positions=[9, 2**63, 1, 0])[::2],
+    "lengths": lambda x, h: sample(x, PARAMS, history=h, positions=h.lengths + 3)[::2],
+    "logprobs": lambda x, h: (
+        *sample(x, BATCH, history=h, logprobs="processed"),
+        *sample(x, BATCH, history=h, num_samples=2, logprobs="raw"),
+    ),
+    "status": lambda x, h: sample(
+        torch.where(x == x[2].amax(), torch.inf, x), BATCH, history=h, check=False
+    )[::2],
+    "mask": lambda x, h: (
+        sample(x, BATCH, history=h, allowed_mask=MASK, num_samples=3).tokens,
+        filter_logits(x, BATCH, history=h, allowed_mask=MASK),
+    ),
+    "around": lambda x, h: (
+        sample((x * 2).half().t().contiguous().t(), BATCH, history=h).tokens * 3 + h.vocab_size,
+        filter_logits(x.bfloat16(), BATCH, history=h).exp(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_is_eager(logits, history, name):
+    function = FUNCTIONS[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    seen = []
+    for scale in (1.0, -0.5):
+        expected = function(logits * scale, history)
+        _assert_equal(compiled(logits * scale, history), expected)
+        seen.append(expected)
+    # the answers differ within a result, and between the two calls
+    assert any(len(tensor.unique()) > 1 for tensor in expected)
+    assert any(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_compiled_is_eager_on_every_backend(backend, logits, history, num_samples):
+    def function(logits):
+        options = {"history": history, "allowed_mask": MASK, "backend": backend}
+        output = sample(logits, BATCH, num_samples=num_samples, logprobs="raw", **options)
+        return (*output, filter_logits(logits, BATCH, **options))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    _assert_equal(compiled(logits), function(logits))
+
+
+def test_compiled_by_inductor(logits, history):
+    """What a user of torch.compile runs; one function, since it takes seconds to compile."""
+
+    def step(logits, history):
+        output = sample(logits / 2, BATCH, history=history, logprobs="processed")
+        return output.tokens, output.logprobs, filter_logits(logits, BATCH, history=history)
+
+    compiled = torch.compile(step, fullgraph=True)
+    _assert_equal(compiled(logits, history), step(logits, history))
+
+
+def test_a_compiled_decode_step(logits, history):
+    """Sampling and appending in one graph, step after step, with the history changing under it."""
+
+    def step(logits, history):
+        output = sample(logits, PARAMS, history=history)
+        history.append(output.tokens)
+        return output.tokens
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    other = history.clone()
+    streams = []
+    for _ in range(6):
+        tokens = step(logits, history)
+        _assert_equal([compiled(logits, other)], [tokens])
+        streams.append(tuple(tokens.tolist()))
+    assert len(set(streams)) > 1
+    for name in ("seen", "counts", "lengths", "slots"):
+        assert torch.equal(getattr(history, name), getattr(other, name)), name
+
+
+def test_the_ops_are_in_the_graph(logits, history):
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(logits, history):
+        tokens = sample(logits, BATCH, history=history).tokens
+        return tokens, filter_logits(logits, BATCH, history=history)
+
+    torch.compile(step, fullgraph=True, backend=keep)(logits, history)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum("llm_sampling.sample" in target for target in targets) == 1
+    assert sum("llm_sampling.filter_logits" in target for target in targets) == 1
+
+
+def test_manual_seed_governs_compiled_unseeded_rows():
+    params = [SamplingParams(), SamplingParams(seed=4), SamplingParams()]
+
+    def step(logits):
+        return sample(logits, params).tokens
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    logits = torch.zeros(3, 50_000)
+
+    def draw(function):
+        torch.manual_seed(8)
+        return [function(logits).tolist() for _ in range(3)]
+
+    first = draw(compiled)
+    assert first == draw(compiled) == draw(step)
+    assert len({tokens[0] for tokens in first} | {tokens[2] for tokens in first}) == 6
+    assert len({tokens[1] for tokens in first}) == 1
+
+
+def test_another_number_of_rows():
+    def step(logits):
+        return sample(logits, SamplingParams(top_p=0.9, seed=1)).tokens
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((2, 70), (5, 70), (3, 33)):
+        logits = torch.randn(shape, generator=generator)
+        assert torch.equal(compiled(logits), step(logits))
+
+
+# Errors in a graph
+
+
+def test_check_raises_in_a_graph(backend, logits):
+    def step(logits, params):
+        return sample(logits, params, check=True, backend=backend).tokens
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    params = SamplingParams(seed=1)
+    assert torch.equal(compiled(logits, params), step(logits, params))
+    bad = logits.clone()
+    bad[1], bad[3, 5] = -torch.inf, torch.nan
+    message = "NaN in logits in row 3; no candidate left (every logit is -inf or masked) in row 1"
+    with pytest.raises(InvalidLogitsError, match=re.escape(message)) as error:
+        compiled(bad, params)
+    assert error.value.rows == [1, 3]
+    # and the graph still works
+    assert torch.equal(compiled(logits, params), step(logits, params))
+
+
+def test_check_is_on_by_default_in_a_graph(logits):
+    compiled = torch.compile(
+        lambda x: sample(x, SamplingParams(seed=1)).tokens,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with pytest.raises(InvalidLogitsError, match=r"\+inf in logits in row 0"):
+        compiled(torch.full_like(logits, torch.inf)[:1])
+
+
+def test_check_off_in_a_graph(logits):
+    compiled = torch.compile(
+        lambda x: sample(x, SamplingParams(seed=1), check=False),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    logits[2] = -torch.inf
+    output = compiled(logits)
+    assert output.status.tolist() == [0, 0, 2, 0]
+    assert output.tokens[2] == -1
+    assert output.logprobs is None
+
+
+def test_unknown_backend_in_a_graph(logits):
+    compiled = torch.compile(
+        lambda x: sample(x, SamplingParams(seed=1), backend="fpga").tokens,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'fpga'"):
+        compiled(logits)
+
+
+# torch.export
+
+
+def test_export(backend, logits, history):
+    class Head(torch.nn.Module):
+        def forward(self, logits):
+            output = sample(
+                logits, BATCH, history=history, logprobs="processed", check=False, backend=backend
+            )
+            return output.tokens, output.logprobs, output.status
+
+    exported = torch.export.export(Head(), (logits,))
+    for scale in (1.0, 0.1):
+        _assert_equal(exported.module()(logits * scale), Head()(logits * scale))

@@ -1,0 +1,593 @@
+"""Does a TokenHistory, and a Sampler, stay what it should be under any order of calls?
+
+Hypothesis makes up the calls, good and bad ones; beside them goes a model in plain Python, lists of
+ids per request, from which everything is worked out anew. After a refused call nothing has changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from cases import ON_THE_CPU, threads
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import Tensor
+
+from llm_sampling import (
+    BatchParams,
+    InvalidLogitsError,
+    SampleOutput,
+    Sampler,
+    SamplingParams,
+    TokenHistory,
+    backends,
+    sample,
+)
+from llm_sampling.backends.base import Logprobs, SampleCall
+from llm_sampling.history import selection
+
+#: The same runs every time; -m slow makes up others.
+some_runs = settings(
+    max_examples=100,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+other_runs = settings(some_runs, max_examples=3000, derandomize=False)
+
+#: Ends of words and of vocabularies; some are padding.
+some_ids = st.sampled_from((-2, -1, 0, 1, 30, 31, 32, 33, 63, 64, 69, 70, 75))
+ids = st.lists(some_ids, max_size=6)
+vocab_sizes = st.sampled_from((70, 33, 32, 31, 1))
+
+
+def as_int64(value: int) -> int:
+    """What 64 bits hold of a counter."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+@dataclass
+class Request:
+    """What a row is, by its whole past."""
+
+    prompt: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)
+    #: The length of an output before that one, which nobody knows any more.
+    before: int = 0
+    params: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = 0
+    position: int = 0
+
+
+def inside(tokens: list[int], vocab_size: int) -> list[int]:
+    """Those that are not padding."""
+    return [i for i in tokens if 0 <= i < vocab_size]
+
+
+def assert_history(history: TokenHistory, requests: list[Request]) -> None:
+    """Every row's bits, counts and length are those of its ids."""
+    v = history.vocab_size
+    assert history.rows == len(requests)
+    slots = history.slots.tolist()
+    assert len(set(slots)) == len(slots)
+    for slot, request in zip(slots, requests, strict=True):
+        output = inside(request.output, v)
+        seen = {*inside(request.prompt, v), *output}
+        words = [sum(1 << (i & 31) for i in seen if i >> 5 == word) for word in range(-(-v // 32))]
+        assert [word & 0xFFFFFFFF for word in history.seen[slot].tolist()] == words
+        counts = Counter(output)
+        assert history.counts[slot].tolist() == [counts[i] for i in range(v)]
+        assert int(history.lengths[slot]) == as_int64(request.before + len(output))
+
+
+# ---- A history -----------------------------------------------------------------------------------
+
+#: Each with what the message says.
+REFUSED_BY_A_HISTORY: dict[str, tuple[Callable[[TokenHistory], object], str]] = {
+    "floats": (lambda h: h.append(torch.zeros(h.rows)), "tokens must be int64 or int32"),
+    "more tokens": (
+        lambda h: h.append(torch.zeros(h.rows + 1, dtype=torch.int64)),
+        "tokens must have shape",
+    ),
+    "no such row": (lambda h: h.select([*range(h.rows), h.rows]), "rows must be integers in 0"),
+    "a row twice": (
+        lambda h: h.select([*range(h.rows), 0]),
+        "rows must (name each row at most once|be integers in 0)",
+    ),
+    "a fraction": (lambda h: h.add([1], [0.5]), "output_ids must hold"),  # type: ignore[list-item]
+    "nested": (lambda h: h.add([[1]], [1]), "prompt_ids must hold"),  # type: ignore[list-item]
+}
+
+
+class Histories(RuleBasedStateMachine):
+    """A TokenHistory through its own methods."""
+
+    @initialize(v=vocab_sizes, given=st.lists(st.tuples(ids, ids), max_size=4))
+    def begin(self, v: int, given: list[tuple[list[int], list[int]]]) -> None:
+        self.requests = [Request(prompt, output) for prompt, output in given]
+        self.history = TokenHistory.from_ids(
+            [prompt for prompt, _ in given], [output for _, output in given], v
+        )
+
+    @rule(prompt=ids, output=ids, as_tensor=st.booleans())
+    def add(self, prompt: list[int], output: list[int], as_tensor: bool) -> None:
+        given = torch.tensor(prompt, dtype=torch.int64) if as_tensor else prompt
+        assert self.history.add(given, output) == len(self.requests)
+        self.requests.append(Request(prompt, output))
+
+    @rule(data=st.data())
+    def select(self, data: st.DataObject) -> None:
+        order = data.draw(st.permutations(range(len(self.requests))))
+        order = order[: data.draw(st.integers(0, len(order)))]
+        self.history.select(order)
+        self.requests = [self.requests[row] for row in order]
+
+    @rule(data=st.data(), dtype=st.sampled_from((torch.int64, torch.int32)))
+    def append(self, data: st.DataObject, dtype: torch.dtype) -> None:
+        rows = len(self.requests)
+        tokens = data.draw(st.lists(some_ids, min_size=rows, max_size=rows))
+        self.history.append(torch.tensor(tokens, dtype=dtype))
+        for request, token in zip(self.requests, tokens, strict=True):
+            request.output = [*request.output, token]
+
+    @rule(keep=st.booleans())
+    def clone(self, keep: bool) -> None:
+        """One goes on, and what happens to the other is not seen."""
+        other = self.history.clone()
+        if keep:
+            self.history, other = other, self.history
+        other.append(torch.zeros(other.rows, dtype=torch.int64))
+        other.select([*range(other.rows)][1:])
+        other.add([0], [0])
+
+    @rule(what=st.sampled_from(sorted(REFUSED_BY_A_HISTORY)))
+    def refused(self, what: str) -> None:
+        call, message = REFUSED_BY_A_HISTORY[what]
+        with pytest.raises(ValueError, match=message):
+            call(self.history)
+
+    @invariant()
+    def is_the_model(self) -> None:
+        assert_history(self.history, self.requests)
+
+
+# ---- A Sampler -----------------------------------------------------------------------------------
+
+params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from((1.0, 0.7, 2.0, 0.0)),
+    top_k=st.sampled_from((0, 5, 20, 1)),
+    top_p=st.sampled_from((1.0, 0.8)),
+    min_p=st.sampled_from((0.0, 0.2)),
+    repetition_penalty=st.sampled_from((1.0, 1.0, 1.4)),
+    frequency_penalty=st.sampled_from((0.0, 0.0, 0.6, -0.4)),
+    presence_penalty=st.sampled_from((0.0, 0.0, 0.5)),
+    logit_bias=st.none() | st.dictionaries(st.integers(0, 75), st.sampled_from((-3.0, 4.0))),
+    seed=st.none() | st.integers(-5, 5) | st.just(2**64 - 1),
+)
+
+
+def without_penalties(some: SamplingParams) -> SamplingParams:
+    return replace(some, repetition_penalty=1, frequency_penalty=0, presence_penalty=0)
+
+
+#: How the logits lie in memory.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "sliced": lambda x: torch.nn.functional.pad(x, (3, 2), value=math.nan)[:, 3:-2],
+}
+
+REFUSED_BY_A_SAMPLER: dict[str, tuple[Callable[[Sampler], object], str]] = {
+    "more rows": (lambda s: s(torch.zeros(s.rows + 1, s.vocab_size)), "logits must have shape"),
+    "more tokens": (lambda s: s(torch.zeros(s.rows, s.vocab_size + 1)), "logits must have shape"),
+    "integers": (
+        lambda s: s(torch.zeros(s.rows, s.vocab_size, dtype=torch.int32)),
+        "logits must be float32, float16 or bfloat16",
+    ),
+    "another mask": (
+        lambda s: s(
+            torch.zeros(s.rows, s.vocab_size),
+            allowed_mask=torch.zeros(s.rows + 1, 9, dtype=torch.int32),
+        ),
+        "allowed_mask must have shape",
+    ),
+    "remove no such row": (lambda s: s.remove([s.rows]), "rows must be integers in 0"),
+    "a row twice": (
+        lambda s: s.reorder([*range(s.rows), 0]),
+        "rows must (name each row at most once|be integers in 0)",
+    ),
+    "a fraction": (
+        lambda s: s.add(SamplingParams(), output_ids=[0.5]),  # type: ignore[list-item]
+        "output_ids must hold",
+    ),
+    "a dict": (lambda s: s.add({"top_k": 5}), "params must be a SamplingParams"),  # type: ignore[arg-type]
+}
+
+
+class Decoding(RuleBasedStateMachine):
+    """A Sampler. By the reference, each row is what it is alone, from its whole past."""
+
+    backend = "torch"
+
+    @initialize(
+        v=vocab_sizes,
+        first=st.lists(params, max_size=4),
+        given=st.booleans(),
+        before=st.sampled_from((0, 2**32 - 3, 2**63 - 3, 2**64 - 3)),
+        num_samples=st.sampled_from((1, 1, 1, 3)),
+        logprobs=st.sampled_from((None, "processed", "raw")),
+        check=st.booleans(),
+        torch_seed=st.integers(0, 2**16),
+        data=st.data(),
+    )
+    def begin(
+        self,
+        v: int,
+        first: list[SamplingParams],
+        given: bool,
+        before: int,
+        num_samples: int,
+        logprobs: Logprobs | None,
+        check: bool,
+        torch_seed: int,
+        data: st.DataObject,
+    ) -> None:
+        self.v, self.num_samples, self.logprobs, self.check = v, num_samples, logprobs, check
+        if num_samples > 1:
+            first = [*map(without_penalties, first)]
+        seeds = self.seeds(first, torch_seed)
+        self.requests = [Request(params=p, seed=s) for p, s in zip(first, seeds, strict=True)]
+        history = None
+        if given:
+            for request in self.requests:
+                request.prompt, request.output = data.draw(ids), data.draw(ids)
+                request.before = before
+                request.position = before + len(inside(request.output, v))
+            history = TokenHistory.from_ids(
+                [r.prompt for r in self.requests], [r.output for r in self.requests], v
+            )
+            history.lengths += as_int64(before)
+        torch.default_generator.manual_seed(torch_seed)
+        self.sampler = Sampler(
+            first,
+            vocab_size=v,
+            history=history,
+            num_samples=num_samples,
+            logprobs=logprobs,
+            backend=self.backend,
+            check=check,
+        )
+
+    def seeds(self, some: list[SamplingParams], torch_seed: int) -> list[int]:
+        """Those that rows get when torch's generator stands at this seed, which is set."""
+        torch.default_generator.manual_seed(torch_seed)
+        seeds: list[int] = BatchParams.from_list(some).seeded().seed.tolist()
+        torch.default_generator.manual_seed(torch_seed)
+        return seeds
+
+    @rule(p=params, prompt=ids, output=ids, torch_seed=st.integers(0, 2**16))
+    def add(self, p: SamplingParams, prompt: list[int], output: list[int], torch_seed: int) -> None:
+        given: dict[str, Any] = {"prompt_ids": prompt, "output_ids": output}
+        if self.num_samples > 1 and p.needs_history:
+            with pytest.raises(ValueError, match="num_samples must be 1 where a penalty is on"):
+                self.sampler.add(p, **given)
+            return
+        if self.sampler.history is None and p.needs_history:
+            for request in self.requests:  # none has a penalty: what they produced is not kept
+                request.prompt, request.output = [], []
+        (seed,) = self.seeds([p], torch_seed)
+        assert self.sampler.add(p, **given) == len(self.requests)
+        position = len(inside(output, self.v))
+        self.requests.append(Request(prompt, output, 0, p, seed, position))
+
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        rows = range(len(self.requests))
+        gone = data.draw(st.sets(st.sampled_from(rows), max_size=2)) if rows else set()
+        self.sampler.remove(sorted(gone))
+        self.requests = [r for row, r in enumerate(self.requests) if row not in gone]
+
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        order = data.draw(st.permutations(range(len(self.requests))))
+        self.sampler.reorder(order)
+        self.requests = [self.requests[row] for row in order]
+
+    @rule(
+        seeds=st.lists(st.integers(0, 2**16), min_size=1, max_size=4),
+        dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+        masked=st.booleans(),
+        layout=st.sampled_from(sorted(LAYOUTS)),
+        bad=st.sampled_from((0.0, 0.0, 0.0, math.nan, math.inf, -math.inf)),
+    )
+    def steps(
+        self, seeds: list[int], dtype: torch.dtype, masked: bool, layout: str, bad: float
+    ) -> None:
+        """The first with a bad row, perhaps."""
+        for seed in seeds:
+            self.step(seed, dtype, masked, layout, bad)
+            bad = 0.0
+
+    def step(self, seed: int, dtype: torch.dtype, masked: bool, layout: str, bad: float) -> None:
+        rows = len(self.requests)
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(rows, self.v, generator=generator)
+        if bad != 0 and rows:
+            # token 0 is always allowed, so it is seen
+            logits[seed % rows, slice(None) if bad == -math.inf else 0] = bad
+        logits, mask = LAYOUTS[layout](logits.to(dtype)), None
+        if masked:
+            words = torch.randint(-(2**31), 2**31, (rows, -(-self.v // 32)), generator=generator)
+            mask = (words | 1).to(torch.int32)
+        wanted = [self.alone(row, logits, mask) for row in range(rows)]
+        statuses = [int(one.status) for one in wanted]
+        if self.check and any(statuses):  # then no row advances
+            with pytest.raises(InvalidLogitsError) as error:
+                self.sampler(logits, allowed_mask=mask)
+            assert error.value.rows == [row for row, status in enumerate(statuses) if status]
+            return
+        got = self.sampler(logits, allowed_mask=mask)
+        assert got.status.tolist() == statuses
+        assert got.tokens.tolist() == [one.tokens.squeeze(0).tolist() for one in wanted]
+        if self.logprobs is None:
+            assert got.logprobs is None
+        elif rows:
+            logprobs = torch.stack(
+                [one.logprobs.squeeze(0) for one in wanted if one.logprobs is not None]
+            )
+            torch.testing.assert_close(got.logprobs, logprobs, rtol=0, atol=1e-5, equal_nan=True)
+        for request, one in zip(self.requests, wanted, strict=True):
+            token = int(one.tokens.flatten()[0])
+            request.position += token != -1
+            if self.num_samples == 1:
+                request.output = [*request.output, token]
+
+    def alone(self, row: int, logits: Tensor, mask: Tensor | None) -> SampleOutput:
+        request = self.requests[row]
+        return sample(
+            logits[row : row + 1],
+            replace(request.params, seed=request.seed),
+            history=TokenHistory.from_ids([request.prompt], [request.output], self.v),
+            allowed_mask=None if mask is None else mask[row : row + 1],
+            positions=[request.position % 2**64],
+            num_samples=self.num_samples,
+            logprobs=self.logprobs,
+            backend="torch",
+            check=False,
+        )
+
+    @rule(what=st.sampled_from(sorted(REFUSED_BY_A_SAMPLER)))
+    def refused(self, what: str) -> None:
+        call, message = REFUSED_BY_A_SAMPLER[what]
+        with pytest.raises(ValueError, match=message):
+            call(self.sampler)
+
+    # What its owner does to the history that the Sampler uses
+
+    @precondition(lambda self: self.sampler.history is not None)
+    @rule(data=st.data())
+    def the_owner_appends(self, data: st.DataObject) -> None:
+        assert self.sampler.history is not None
+        rows = len(self.requests)
+        tokens = data.draw(st.lists(some_ids, min_size=rows, max_size=rows))
+        self.sampler.history.append(torch.tensor(tokens, dtype=torch.int64))
+        for request, token in zip(self.requests, tokens, strict=True):
+            request.output = [*request.output, token]
+
+    @precondition(lambda self: self.sampler.history is not None)
+    @rule(data=st.data())
+    def the_owner_reorders(self, data: st.DataObject) -> None:
+        """The pasts only: parameters, seeds and positions stay where they are."""
+        assert self.sampler.history is not None
+        order = data.draw(st.permutations(range(len(self.requests))))
+        self.sampler.history.select(order)
+        pasts = [(r.prompt, r.output, r.before) for r in self.requests]
+        for request, row in zip(self.requests, order, strict=True):
+            request.prompt, request.output, request.before = pasts[row]
+
+    @precondition(lambda self: self.sampler.history is not None)
+    @rule(prompt=ids, output=ids)
+    def the_owner_adds(self, prompt: list[int], output: list[int]) -> None:
+        """Until the row is gone again, nothing works; then it all does, in other memory perhaps."""
+        assert self.sampler.history is not None
+        rows = range(len(self.requests))
+        self.sampler.history.add(prompt, output)
+        for call in (
+            lambda: self.sampler(torch.zeros(len(rows), self.v)),
+            lambda: self.sampler.reorder(rows),
+            lambda: self.sampler.remove([]),
+            lambda: self.sampler.add(SamplingParams(seed=1)),
+        ):
+            with pytest.raises(ValueError, match="history must have one row per row of logits"):
+                call()
+        self.sampler.history.select(rows)
+
+    @invariant()
+    def is_the_model(self) -> None:
+        assert self.sampler.rows == len(self.requests)
+        assert self.sampler.params == tuple(r.params for r in self.requests)
+        assert self.sampler.positions.tolist() == [as_int64(r.position) for r in self.requests]
+        if self.sampler.history is not None:
+            assert_history(self.sampler.history, self.requests)
+
+
+def run(machine: type[RuleBasedStateMachine], how: settings) -> None:
+    """On one thread: small operations on more wait for each other where cores are busy."""
+    with threads(1):
+        run_state_machine_as_test(machine, settings=how)
+
+
+def decoding(backend: str) -> type[Decoding]:
+    return type("Decoding", (Decoding,), {"backend": backend})
+
+
+def test_a_history_is_its_ids() -> None:
+    run(Histories, some_runs)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "torch" else name
+        for name in ON_THE_CPU
+    ],
+    indirect=True,
+)
+def test_a_sampler_is_its_requests(backend: str) -> None:
+    run(decoding(backend), some_runs)
+
+
+@pytest.mark.slow
+def test_a_history_under_other_calls() -> None:
+    """``pytest -m slow tests/sampling/test_stateful.py``: new calls every time."""
+    run(Histories, other_runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ON_THE_CPU, indirect=True)
+def test_a_sampler_under_other_calls(backend: str) -> None:
+    run(decoding(backend), other_runs)
+
+
+# ---- Negative controls: the very same runs must refuse these -------------------------------------
+
+TORCH = backends.BACKENDS["torch"].load()
+RIGHT_APPEND, RIGHT_FILL, RIGHT_GROW = TokenHistory.append, TokenHistory._fill, TokenHistory._grow
+RIGHT_ADD, RIGHT_REBUILD = Sampler.add, Sampler._rebuild
+RIGHT_SAMPLE, RIGHT_PREPARE = TORCH.sample, TORCH.prepare
+
+
+def append_by_row(self: TokenHistory, tokens: Tensor) -> None:
+    """A slot that is not its row's number is forgotten."""
+    slots, self.slots = self.slots, torch.arange(self.rows, dtype=torch.int32)
+    RIGHT_APPEND(self, tokens)
+    self.slots = slots
+
+
+def append_padding(self: TokenHistory, tokens: Tensor) -> None:
+    """-1 is token 0."""
+    RIGHT_APPEND(self, tokens.clamp(min=0))
+
+
+def select_sorted(self: TokenHistory, rows: list[int]) -> None:
+    self.slots = self.slots[selection(rows, self.rows).sort().values]
+
+
+def fill_over_old_bits(self: TokenHistory, slot: int, prompt: Any, output: Any) -> None:
+    """A slot that is used again still has what its last request saw."""
+    old = self.seen[slot].clone()
+    RIGHT_FILL(self, slot, prompt, output)
+    self.seen[slot] |= old
+
+
+def grow_without_lengths(self: TokenHistory) -> None:
+    RIGHT_GROW(self)
+    self.lengths.zero_()
+
+
+def same_tensors(self: TokenHistory) -> TokenHistory:
+    """What is no clone."""
+    return self._map(lambda tensor: tensor)
+
+
+def add_without_a_position(self: Sampler, params: SamplingParams, **given: Any) -> int:
+    """A row that joins starts at position 0."""
+    row = RIGHT_ADD(self, params, **given)
+    assert self._batch.position is not None
+    self._batch.position[-1] = 0
+    return row
+
+
+def rebuild_with_sorted_seeds(self: Sampler, params: Any, seed: Tensor, *rest: Any) -> None:
+    RIGHT_REBUILD(self, params, seed.sort().values, *rest)
+
+
+def rebuild_with_old_step(self: Sampler, *rows: Any) -> None:
+    """What was prepared for the old rows goes on, where there are as many."""
+    step = self._step
+    RIGHT_REBUILD(self, *rows)
+    self._step = step
+
+
+def rebuild_without_slots(self: Sampler, *rows: Any) -> None:
+    """The history keeps its old order."""
+    *rest, history, slots = rows
+    if history is not None and len(slots) == history.rows:
+        slots = history.slots
+    RIGHT_REBUILD(self, *rest, history, slots)
+
+
+def sample_then_check(call: SampleCall) -> SampleOutput:
+    """The rows have advanced before the error."""
+    output = RIGHT_SAMPLE(replace(call, check=False))
+    if call.check:
+        backends.raise_on_status(output.status)
+    return output
+
+
+def prepare_for_good(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+    """A step does not see that the history's tensors are others by now."""
+    history = None if call.history is None else same_tensors(call.history)
+    return RIGHT_PREPARE(replace(call, history=history))
+
+
+def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
+    """Also one without a candidate."""
+    assert call.batch.position is not None
+    call.batch.position.add_(1)
+    if call.history is not None:
+        call.history.append(output.tokens)
+
+
+@pytest.mark.parametrize(
+    ("machine", "owner", "name", "wrong"),
+    [
+        (Histories, TokenHistory, "append", append_by_row),
+        (Histories, TokenHistory, "append", append_padding),
+        (Histories, TokenHistory, "select", select_sorted),
+        (Histories, TokenHistory, "_fill", fill_over_old_bits),
+        (Histories, TokenHistory, "_grow", grow_without_lengths),
+        (Histories, TokenHistory, "clone", same_tensors),
+        (Decoding, TokenHistory, "append", append_by_row),
+        (Decoding, TokenHistory, "select", select_sorted),
+        (Decoding, TokenHistory, "_fill", fill_over_old_bits),
+        (Decoding, TokenHistory, "_grow", grow_without_lengths),
+        (Decoding, Sampler, "add", add_without_a_position),
+        (Decoding, Sampler, "_rebuild", rebuild_with_sorted_seeds),
+        (Decoding, Sampler, "_rebuild", rebuild_with_old_step),
+        (Decoding, Sampler, "_rebuild", rebuild_without_slots),
+        (Decoding, TORCH, "sample", sample_then_check),
+        pytest.param(Decoding, TORCH, "prepare", prepare_for_good, marks=pytest.mark.slow),
+        (Decoding, TORCH, "advance", advance_every_row),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_wrong_one_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+    machine: type[RuleBasedStateMachine],
+    owner: object,
+    name: str,
+    wrong: Callable[..., object],
+) -> None:
+    monkeypatch.setattr(owner, name, wrong)
+    without_shrinking = settings(some_runs, phases=[Phase.generate])
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):  # or an unexpected refusal
+        run(machine, without_shrinking)

