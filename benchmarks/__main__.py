@@ -1,4 +1,4 @@
-"""Time the sampler beside others: ``python -m benchmarks``. README.md has the protocol."""
+"""Time the sampler and its peers: ``python -m benchmarks``. README.md has the protocol."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.plots import draw
 from benchmarks.providers import PROVIDERS, TWO_THREADS
 from benchmarks.report import markdown
 from benchmarks.suite import Suite, open_suite
-from benchmarks.timing import Protocol, environment, progress
+from benchmarks.timing import Protocol, environment, progress, write_result
 
 RESULTS = Path(__file__).with_name("results")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,7 +36,7 @@ def _positive(text: str) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Time the sampler beside others."
+        prog="python -m benchmarks", description="Time the sampler and its peers."
     )
 
     def names(option: str, choices: Sequence[str], what: str) -> None:
@@ -54,7 +54,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     names("--cases", list(CASES), f"of {', '.join(CASES)}")
     names("--providers", list(PROVIDERS), f"of {', '.join(PROVIDERS)}")
     parser.add_argument(
-        "--quick", action="store_true", help="the run quick: does it work, is it right?"
+        "--quick",
+        action="store_true",
+        help="the run quick: everything is checked, and timed too briefly to quote",
     )
     parser.add_argument(
         "--out",
@@ -131,8 +133,7 @@ def main(argv: Sequence[str]) -> int:
         print(markdown(record))
     else:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        options.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        write_result(options.out.with_suffix(".json"), record)
         _write_report(record, options.out)
     return int(
         any(
@@ -146,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
 def _record(
     suite: Suite, options: argparse.Namespace, machine: dict[str, Any], protocol: Protocol
 ) -> dict[str, Any]:
-    """Everything that a results file holds."""
+    """A results file's content."""
     calls = time_calls(protocol) if options.device == "cpu" else {}
     results = [result for workload in options.workloads for result in suite.run(workload)]
     return {
@@ -163,7 +164,7 @@ def _record(
 
 
 def _write_report(record: dict[str, Any], stem: Path) -> None:
-    """All that is made of a results file: printed, and beside it."""
+    """Print the report of a results file; write it and the pictures beside that file."""
     print(markdown(record))
     stem.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
     try:

@@ -1,4 +1,4 @@
-"""What is timed, in one table: the parameters, and which runs put them on which inputs."""
+"""The cases that are timed: their parameters, and the runs that combine them with inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from llm_sampling import SamplingParams
 
-#: Every penalty, every filter.
+#: Every penalty and every filter.
 EVERYTHING = SamplingParams(
     repetition_penalty=1.1,
     frequency_penalty=0.5,
@@ -17,7 +17,7 @@ EVERYTHING = SamplingParams(
     top_p=0.9,
     min_p=0.05,
 )
-#: What people set who set a penalty.
+#: A common choice where a penalty is set.
 FULL_CHAIN = SamplingParams(repetition_penalty=1.1, temperature=0.8, top_k=50, top_p=0.9)
 
 
@@ -27,11 +27,11 @@ class Case:
 
     Attributes:
         name: what ``--cases`` calls it.
-        params: of the rows, which take them in turn; each row has a seed of its own.
-        history_length: tokens in prompt and output together, where a penalty needs them.
+        params: the rows take these in turn; each row has a seed of its own.
+        history_length: tokens in prompt and output together; 0 where no penalty needs them.
         num_samples: draws per row.
-        logprobs: whether the drawn token's log-probability is returned too, that of the logits as
-            they came ("raw").
+        logprobs: whether the drawn token's log-probability under the unprocessed logits ("raw") is
+            returned too.
     """
 
     name: str
@@ -49,7 +49,7 @@ def _case(name: str, *params: SamplingParams, **more: int) -> Case:
     return Case(name, params, **more)  # type: ignore[arg-type]
 
 
-#: Shortest and longest of each sweep are what the goals compare.
+#: The goals compare the ends of these sweeps.
 SWEEP_K = (1, 5, 20, 50, 100, 250, 500, 1024, 2048)
 SWEEP_P = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999)
 SWEEP_HISTORY = (0, 256, 1024, 4096, 8192, 16384, 32768)
@@ -86,7 +86,7 @@ def _table() -> dict[str, Case]:
 
 CASES: Mapping[str, Case] = _table()
 
-#: The lines of a complete comparison.
+#: The cases of a complete comparison.
 COMPARED = (
     "greedy",
     "temperature-0.8",
@@ -110,14 +110,14 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Run:
-    """Cases on inputs: every one on every input, vocabulary size and number of rows.
+    """Cases and inputs: every case is timed on every input, vocabulary size and number of rows.
 
     Attributes:
         inputs: names of inputs; a real model's have a vocabulary of their own.
         vocab_sizes: of the synthetic ones.
-        swept: what a picture of this run has on its horizontal axis; "" where it is a table only.
-        variants: whether variants of peers that are timed anyway are timed too.
-        by_default: whether a complete run has it.
+        swept: the horizontal axis of this run's picture; "" where it has only a table.
+        variants: whether further variants of the peers are timed too.
+        by_default: whether a complete run includes it.
     """
 
     inputs: tuple[str, ...]
@@ -163,7 +163,7 @@ RUNS: Mapping[str, Run] = {
         ),
     ),
     "quick": Run(("model", "ties"), (1000,), (1, 3), COMPARED, variants=True, by_default=False),
-    # hours: every case on everything
+    # every case on every input: takes hours
     "full": Run(
         (*SYNTHETIC, *REAL),
         (32000, 128256, 151936),

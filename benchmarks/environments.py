@@ -1,7 +1,7 @@
 """Environments of peers that cannot share ours: ``python -m benchmarks.environments vllm``.
 
-Each is a virtual environment under .peers/ with the torch that runs here, so that torch is not what
-makes the difference.
+Each is a virtual environment under .peers/. It has the version of torch that runs here, so that
+results do not differ because of torch.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FOLDER = Path(__file__).resolve().parent.parent / ".peers"
 
 @dataclass(frozen=True)
 class Environment:
-    """What is installed, and what is taken out again.
+    """The packages of an environment.
 
     Attributes:
         cpu: pip's arguments on a machine without a GPU.
-        cuda: the same with one; empty where it does not run there.
-        removed: packages that come along and cannot be imported.
+        cuda: pip's arguments on a machine with a GPU; empty where the peer does not run there.
+        removed: dependencies that cannot be imported and are uninstalled again.
     """
 
     cpu: tuple[str, ...]
@@ -62,13 +62,13 @@ def python_of(name: str, folder: Path = FOLDER) -> Path:
 
 
 def make(name: str, device: str) -> None:
-    """Make an environment, anew if there is one."""
+    """Make an environment; an existing one is replaced."""
     environment = ENVIRONMENTS[name]
     wanted = environment.cuda if device == "cuda" else environment.cpu
     python = FOLDER / name / "bin" / "python"
     commands = [
         [sys.executable, "-m", "venv", "--clear", str(FOLDER / name)],
-        # one after another: torch first, so that what comes next takes it as it is
+        # one after another, torch first, so that the other packages keep it
         *([str(python), "-m", "pip", "install", package] for package in wanted),
     ]
     if environment.removed and device == "cpu":

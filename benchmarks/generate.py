@@ -1,4 +1,4 @@
-"""What sampling takes of a decode step in Hugging Face's generate, theirs and ours, on the CPU.
+"""Sampling's share of a decode step of Hugging Face's generate, theirs and ours, on the CPU.
 
 ``python -m benchmarks.generate`` prints a markdown report; ``--json`` writes it to a file.
 
@@ -8,17 +8,15 @@ rest is sampling and the loop around it. Four ways take turns, on the same promp
 * huggingface: ``generate``'s own processors, softmax and multinomial;
 * processor: our ``FusedLogitsProcessor`` in ``generate``'s loop;
 * fused: our loop, ``custom_generate=fused_generate``;
-* greedy: ``generate`` with an argmax and nothing else: what its loop takes at least.
+* greedy: ``generate`` with an argmax and nothing else, the least that its loop takes.
 
-Before anything is timed, processor and fused must give the same tokens.
+Before anything is timed, processor and fused are checked to give the same tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -30,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.timing import environment, progress
+from benchmarks.timing import command_line, environment, progress, write_result
 from llm_sampling import SamplingParams
 from llm_sampling.generation import models
 from llm_sampling.integrations.huggingface import FusedLogitsProcessor, fused_generate
@@ -64,7 +62,7 @@ class Line:
 
     @property
     def share(self) -> float:
-        """Of a step, outside of the model."""
+        """The share of a step that is spent outside of the model."""
         return self.rest_ms / self.step_ms
 
 
@@ -185,12 +183,11 @@ def main(argv: Sequence[str]) -> int:
                 ids = prompt.expand(rows, -1)
                 lines += measure(name, timed, ids, case, options.tokens, options.rounds)
     record = environment(argv)
-    command = shlex.join(["python", "-m", "benchmarks.generate", *argv])
+    command = command_line("generate", argv)
     print(f"`{command}`, {record['cpu']}, {record['threads']} threads, {record['date']}\n")
     print(table(lines))
-    if options.json is not None:
-        report = {"command": command, "environment": record, "lines": [asdict(x) for x in lines]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    found = {"command": command, "environment": record, "lines": [asdict(line) for line in lines]}
+    write_result(options.json, found)
     return 0
 
 

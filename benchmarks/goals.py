@@ -1,4 +1,4 @@
-"""What the CPU kernel is held to: ratios of medians of one run, at V = 128,256 unless said."""
+"""The CPU kernel's goals: ratios of medians of one run, at V = 128,256 unless stated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llm_sampling.sample import make_call
 
 OURS = sampler_of("cpu")
 
-#: What Python costs around the kernel is seen on a row so short that the kernel has little to do.
+#: On so short a row the kernel has little to do, and a call's time is that of Python around it.
 CALL_VOCAB_SIZE = 32
 SAMPLER, KERNEL = "Sampler", "the kernel alone, through ctypes"
 CALL_GOAL_US = 5.0
@@ -41,9 +41,9 @@ class Goal:
     Attributes:
         what: in words.
         numerator, denominator: a case and a provider each.
-        limit: that the ratio is at most, or at least.
-        inputs: that it speaks of.
-        rows: that it speaks of.
+        limit: of the ratio.
+        at_most: whether the limit is an upper one.
+        inputs, rows: what the goal applies to.
     """
 
     what: str
@@ -96,7 +96,7 @@ GOALS = (
 
 
 def judge(results: Sequence[Result], calls: dict[str, Timing]) -> list[dict[str, Any]]:
-    """Every goal on everything timed that it speaks of."""
+    """Compare the results with every goal that applies to them."""
     medians = {
         (*result.where, result.case, result.provider): result.timing.median
         for result in results
@@ -135,7 +135,7 @@ def _verdict(what: str, on: str, value: float, limit: float, at_most: bool) -> d
 
 
 def time_calls(protocol: Protocol) -> dict[str, Timing]:
-    """What a call costs where the kernel has next to nothing to do, on the CPU."""
+    """Time calls on the CPU in which the kernel has almost nothing to do."""
     logits = torch.randn(1, CALL_VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
     params = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, seed=0)
     batch = BatchParams.from_list([params], positions=[0])

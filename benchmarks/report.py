@@ -21,7 +21,7 @@ from benchmarks.timing import Timing
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Everything that a results file holds, as text."""
+    """The report of a results file's content."""
     results = [Result.from_json(line) for line in record["results"]]
     parts = [_header(record), _goals(record["goals"])]
     parts += [_calls(record["calls"])] if record["calls"] else []
@@ -111,7 +111,7 @@ def readme(record: dict[str, Any]) -> str:
 
 
 def ours(results: Sequence[Result]) -> str:
-    """The first of our backends that was timed: what the others are compared with."""
+    """The first of our backends that was timed: all others are compared with it."""
     names = dict.fromkeys(result.provider for result in results)
     return next((name for name in names if PROVIDERS[name].module == "ours"), "")
 

@@ -1,17 +1,16 @@
-"""``sample_sharded`` beside gathering the logits, on gloo processes of this machine.
+"""``sample_sharded`` compared with gathering the logits, on gloo processes of this machine.
 
 ``python -m benchmarks.sharded`` prints a markdown report; ``--json`` writes it to a file.
 
-Each rank has one thread and a slice of each row. "gather" puts the slices of all ranks together on
-every rank, which then samples from whole rows, as engines do. In both, all ranks end with the
-tokens. A call's time is that of its slowest rank, from a barrier on. The two take turns.
+Each rank has one thread and a slice of each row. "gather" all-gathers the slices, and every rank
+samples from whole rows, as engines do. In both, all ranks end with the tokens. A call's time is
+that of its slowest rank, from a barrier on. The two take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from benchmarks.inputs import make_buffers
-from benchmarks.timing import environment, progress
+from benchmarks.timing import command_line, environment, progress, write_result
 from llm_sampling import BatchParams, SamplingParams, sample, sample_sharded
 
 VOCAB_SIZE = 128256
@@ -65,7 +64,7 @@ def measure(call: Callable[[int], Tensor], calls: int) -> list[float]:
 
 
 def work(rank: int, size: int, store: str, rows: Sequence[int], calls: int, out: str) -> None:
-    """What a rank does; the first one writes the lines."""
+    """Run one rank; the first one writes the lines of the table."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     start, stop = slice_of(rank, size)
@@ -141,17 +140,12 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--calls must be an integer >= 1, got {options.calls}")
     record = environment(argv)
     lines = run(options.ranks, options.rows, options.calls)
-    command = shlex.join(["python", "-m", "benchmarks.sharded", *argv])
+    command = command_line("sharded", argv)
     print(f"`{command}`, {record['cpu']}, {record['cores']} cores, {record['date']}, ", end="")
     print(f"V = {VOCAB_SIZE:,}, bfloat16, gloo, a thread a rank\n")
     print(table(lines))
-    if options.json is not None:
-        report = {
-            "command": command,
-            "environment": record | {"threads": 1},
-            "lines": lines,
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record |= {"threads": 1}
+    write_result(options.json, {"command": command, "environment": record, "lines": lines})
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Check everyone, then time those who passed: what the command and its pictures are made of."""
+"""Check every provider, then time those that passed: the results of a run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from benchmarks.providers import PROVIDERS, Contender, Task
 from benchmarks.timing import Protocol, Run, Timing, measure, progress, runner
 from benchmarks.worker import Worker
 
-#: Tokens drawn before a provider is timed on a case, to see how they are distributed: so many, or
-#: as many as it draws in this time, but not fewer than the least.
+#: How many tokens test a provider's distribution before it is timed on a case: DRAWS, or as many as
+#: it draws in DRAW_S seconds, but at least LEAST_DRAWS.
 DRAWS, DRAW_S, LEAST_DRAWS = 256, 1.0, 64
 
 
@@ -30,7 +30,7 @@ class Result:
 
     Attributes:
         host: on a GPU, the time until the call returns; None on a CPU.
-        note: how its answer differs from ours, and what was added to its work.
+        note: how its answer differs from ours, and which stages were added to it.
         absent: why it was not timed; "" if it was.
         wrong: its answer is wrong, and ``absent`` says how.
     """
@@ -49,7 +49,7 @@ class Result:
 
     @property
     def where(self) -> tuple[str, int, int]:
-        """Inputs, vocabulary size and rows: what a table is about."""
+        """Inputs, vocabulary size and rows: the subject of a table."""
         return self.inputs, self.vocab_size, self.rows
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Result:
 
 
 class Suite:
-    """The providers that are there, and everything that is timed on one device.
+    """The available providers on one device, and their results.
 
     Args:
         providers: their names.
@@ -197,7 +197,7 @@ class Suite:
 
 
 def check(contender: Contender, inputs: Inputs, oracle: Oracle) -> str:
-    """Hold a provider against the oracle on every buffer; in what it differs.
+    """Compare a provider with the oracle on every buffer; returns how it differs, in words.
 
     Raises:
         WrongAnswerError: it is not what it should be.

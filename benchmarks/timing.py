@@ -1,12 +1,14 @@
-"""How a call is timed, and on what: the protocol of README.md and a record of the machine."""
+"""How a call is timed, by the protocol of README.md; the record of the machine; results files."""
 
 from __future__ import annotations
 
 import functools
 import gc
+import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -111,7 +113,7 @@ def _time(work: Callable[[], object], clock: str) -> int:
 
 
 def measure(runs: Mapping[str, Run], buffers: int, protocol: Protocol) -> dict[str, Timing]:
-    """Time every run; they take turns, in another order each round.
+    """Time every run. They take turns, in another order each round.
 
     Args:
         runs: each takes indices of input buffers, 0 .. ``buffers`` - 1.
@@ -138,16 +140,14 @@ def measure(runs: Mapping[str, Run], buffers: int, protocol: Protocol) -> dict[s
             repeats[name] = max(1, SAMPLE_NS // max(fastest, 1))
             wanted[name] = protocol.samples(fastest * repeats[name])
         for turn in range(protocol.rounds):
-            # in another order each time: what one leaves in the caches, the next one finds there
+            # another order each time, since a run finds in the caches what the one before left
             for name in random.Random(turn).sample(names, len(names)):
-                # as many in each round as are left for each
+                # spread each run's samples evenly over the rounds
                 number = wanted[name] * (turn + 1) // protocol.rounds - len(samples[name])
                 if number == 0:
                     continue
                 if number > 1:
-                    run(
-                        name, 1
-                    )  # its code and tables back into the caches, after the others' turns
+                    run(name, 1)  # brings its code and tables back into the caches
                 for _ in range(number):
                     samples[name].append(run(name, repeats[name]) / repeats[name] / 1000)
             gc.collect()
@@ -160,6 +160,27 @@ def measure(runs: Mapping[str, Run], buffers: int, protocol: Protocol) -> dict[s
 def _summary(values: Sequence[float], calls_per_sample: int) -> Timing:
     deciles = statistics.quantiles(values, n=10, method="inclusive")
     return Timing(statistics.median(values), deciles[0], deciles[-1], len(values), calls_per_sample)
+
+
+def command_line(module: str, argv: Sequence[str]) -> str:
+    """The command that was run: ``python -m benchmarks.MODULE`` and its arguments."""
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *argv])
+
+
+def write_result(path: Path | None, record: Mapping[str, Any], report: str | None = None) -> None:
+    """Write a results file as JSON, and beside it a report as markdown.
+
+    Args:
+        path: of the JSON; None writes nothing, as where ``--json`` was not given.
+        record: what the file holds.
+        report: the markdown, for ``path`` with the suffix .md; None writes only the JSON.
+    """
+    if path is None:
+        return
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    if report is not None:
+        path.with_suffix(".md").write_text(report, encoding="utf-8")
 
 
 def environment(argv: Sequence[str]) -> dict[str, Any]:

@@ -1,40 +1,39 @@
 """What the Triton kernel costs, read from its machine code: ``python -m benchmarks.triton_cost``.
 
-It compiles the kernel ahead of time for every kind of call and several architectures. Triton's JIT
+The kernel is compiled ahead of time for every kind of call and several architectures. Triton's JIT
 gets the very arguments that the wrapper launches with, so types, alignment and options are those of
-a launch. Nothing runs on a device: all numbers are predicted, not measured. It takes Triton 3.9 or
-newer, whose line information says where a function was inlined.
+a launch. Nothing runs on a device: all numbers are predicted, not measured. Triton 3.9 or newer is
+needed, whose line information says where a function was inlined.
 
-The loops over the row have the names of LOOPS, "mass 2" is that of the kept set. An iteration has
-all instructions from a loop's label to its last jump back, both sides of an ``if`` included; of the
-loops in a floor only "gather" has one. Instructions per logit are those of a thread: a warp issues
-them for 32 logits at once. Those of "gather" are per token of the lanes that are read again.
+The loops over the row have the names in LOOPS; "mass 2" is the mass of the kept set. An iteration
+is all instructions from a loop's label to its last jump back, both sides of an ``if`` included; of
+the loops in a lower bound, only "gather" has an ``if``. Instructions per logit are those of a
+thread: a warp issues them for 32 logits at once. Those of "gather" are per token of the columns
+that are read again.
 
-The floor of a call on an H100 is the largest of three times:
+The lower bound of a call's time on an H100 is the largest of three times:
 
 * bytes: ``rows * V * size * reads / (3.35 TB/s)``
 * issue: ``n * V / 32 * (sum over the loops of reads * instructions per logit) / (4 * 1.755 GHz)``
 * latency: ``n * V * size * reads / in_flight * 0.7 us``,
-  ``in_flight = min(n, programs) * (num_stages - 1) * BLOCK * size``
+  ``in_flight = min(n, programs) * (num_stages - 1) * tile * size``
 
-``n = ceil(rows / 132)`` rows are on the busiest multiprocessor, and as many programs at once as
-registers, threads and shared memory let in. Reads of the row: greedy 1, unfiltered 2, top-p 2 (the
-nucleus is in the slab), top-k 1 and the lanes that are read again, at most k * 1.125 + 16 of BLOCK.
-top-p takes its lanes, NUCLEUS * 1.125 + 16, from copies: instructions, but no read of the row.
+``n = ceil(rows / 132)`` rows are on the busiest multiprocessor, which runs as many programs at once
+as its registers, threads and shared memory hold. Reads of the row: greedy 1; unfiltered 2; top-p 2,
+with a nucleus that fits the candidates; top-k 1, and the columns that are read again, at most
+k * 1.125 + 16 of those of a tile. For top-p, the NUCLEUS * 1.125 + 16 columns are read from copies:
+they cost instructions, but no read of the row.
 
-It is a lower bound for logits that come from HBM at every read; the second of two reads is cheaper
-where the L2 cache still holds the row. Launch, barriers, reductions, shared memory's latency, the
-filters in the slab and the draw are not in it.
+The bound is for logits that come from HBM at every read; the second of two reads is cheaper where
+the L2 cache still holds the row. Launch, barriers, reductions, shared memory's latency, the filters
+of the candidates and the draw are not in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
-import json
 import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -51,21 +50,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import sass
+from benchmarks.cost_report import BY_ROWS, DTYPES, ROWS, VOCAB_SIZES, join_rows, publish, table
 from benchmarks.sass import Code, Instruction, count_spills, run_tool
-from benchmarks.timing import ROOT, progress
+from benchmarks.timing import progress
 from llm_sampling import SamplingParams, TokenHistory
 from llm_sampling.backends import triton as wrapper
 from llm_sampling.backends import triton_kernel
 from llm_sampling.backends.base import make_results
 from llm_sampling.sample import make_call
 
-RESULTS = ROOT / "benchmarks" / "results"
 SOURCE = Path(triton_kernel.__file__)
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 #: What a program may have of a multiprocessor's shared memory.
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = (
     "greedy",
     "unfiltered",
@@ -84,8 +82,6 @@ KINDS = (
 #: What the floor is worked out for: cases and their kinds, sizes, and rows.
 CASES = {"greedy": "greedy", "unfiltered": "unfiltered"}
 CASES |= {"top-k 50": "filtered", "top-p 0.9": "filtered"}
-VOCAB_SIZES = (32000, 128256, 262144)
-ROWS = (1, 8, 64, 256)
 
 # Compiling
 
@@ -147,14 +143,14 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
 
 #: Name: the statement, a call that none below has, and which field of Launch is its tokens.
 LOOPS = {
-    "maxima": ("for", "_processed_and_flags", "block"),
-    "search": ("for", "_packed_counts", "slab"),
-    "gather": ("while", "_append", "slab"),
-    "collect": ("for", "_append", "slab"),
-    "draw": ("while", "_mass", "slab"),
-    "mass": ("for", "_mass", "block"),
-    "raw": ("for", "tl.exp", "block"),
-    "write": ("for", "tl.div_rn", "block"),
+    "maxima": ("for", "_processed_and_flags", "tile"),
+    "search": ("for", "_packed_counts", "candidates"),
+    "gather": ("while", "_append", "candidates"),
+    "collect": ("for", "_append", "candidates"),
+    "draw": ("while", "_mass", "candidates"),
+    "mass": ("for", "_mass", "tile"),
+    "raw": ("for", "tl.exp", "tile"),
+    "write": ("for", "tl.div_rn", "tile"),
 }
 
 
@@ -178,13 +174,13 @@ def source() -> Lines:
         lines = range(first, first + 1 + body.count("\n"))
         if text.startswith("def _mass(", match.start()):
             mass = lines
-        reads = "_processed" in body or "tl.load(logits" in body
+        reads = "_processed" in body or "_loaded(" in body
         if word != "def" and reads and not re.search(r"^ *(for|while) ", body, re.MULTILINE):
             of_word = [(name, call) for name, (w, call, _) in LOOPS.items() if w == word]
             loops[lines] = next(
                 (name for name, call in of_word if f"{call}(" in body), f"line {first}"
             )
-    for match in re.finditer(r"tl\.load\(logits", text):
+    for match in re.finditer(r"tl\.load\(row\.logits", text):
         first = text.count("\n", 0, match.start()) + 1
         loads |= set(range(first, first + 4))  # the compiler may give it the next statement's line
     return Lines(loops, loads, mass)
@@ -336,9 +332,9 @@ def broken_rules(variant: Variant, arch: str, cost: Cost) -> list[str]:
     for name, loop in cost.loops.items():
         if loop.fused:
             broken.append(f"{name}: {loop.fused} fused multiply-adds in steps 9 and 10")
-        # gather reads single tokens, and a thread's part of the slab may have fewer bytes
-        is_of_slab = LOOPS[name.split()[0]][2] == "slab"
-        wanted = min(16, loop.logit_bytes) if is_of_slab else 16
+        # gather reads single tokens; a loop over few tokens may have fewer bytes for a thread
+        by_candidates = LOOPS[name.split()[0]][2] == "candidates"
+        wanted = min(16, loop.logit_bytes) if by_candidates else 16
         if name != "gather" and loop.narrowest_load < wanted:
             broken.append(f"{name}: logits are loaded {loop.narrowest_load} bytes at a time")
     return [f"{variant.kind}, {variant.dtype}, {arch}: {reason}" for reason in broken]
@@ -353,7 +349,7 @@ def floor(case: str, variant: Variant, cost: Cost) -> dict[str, Any]:
         reads["mass"] = 1.0
     of_row = sum(reads.values())
     if case in again:
-        reads["gather"] = (again[case] * 1.125 + 16) / launch.block
+        reads["gather"] = (again[case] * 1.125 + 16) / launch.tile
     if case == "top-k 50":
         of_row += reads["gather"]
     busiest = -(-variant.rows // 132)
@@ -365,7 +361,7 @@ def floor(case: str, variant: Variant, cost: Cost) -> dict[str, Any]:
     microseconds = {
         "bytes": variant.rows * row_bytes / 3.35e6,
         "issue": busiest * variant.vocab_size / 32 * instructions / (4 * 1.755e3),
-        "latency": busiest * row_bytes / (stages * launch.block * itemsize) * 0.7,
+        "latency": busiest * row_bytes / (stages * launch.tile * itemsize) * 0.7,
     }
     limit = max(microseconds, key=lambda name: microseconds[name])
     found = {"case": case, **variant._asdict(), "reads": of_row, "programs": cost.programs()}
@@ -376,18 +372,10 @@ def floor(case: str, variant: Variant, cost: Cost) -> dict[str, Any]:
 # The report
 
 
-def table(caption: str, header: Sequence[str], cells: Iterable[tuple[Any, Sequence[str]]]) -> str:
-    """A markdown table; cells with the same key are in one row."""
-    rows: dict[Any, list[str]] = {}
-    for key, more in cells:
-        rows.setdefault(key, list(key)).extend(more)
-    lines = [f"## {caption} (predicted, not measured)\n", f"| {' | '.join(header)} |"]
-    lines.append("|---" * 2 + "|--:" * (len(header) - 2) + "|")
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows.values()])
-
-
-def tables(costs: Sequence[tuple[Variant, str, Cost]], floors: Sequence[dict[str, Any]]) -> str:
-    """The three tables."""
+def tables(
+    costs: Sequence[tuple[Variant, str, Cost]], floors: Sequence[dict[str, Any]]
+) -> list[str]:
+    """What the kernels need, their instructions, and lower bounds of their times."""
     needs, instructions, bounds = [], [], []
     names = ["maxima", "mass", "mass 2", *(n for n in LOOPS if n not in ("maxima", "mass"))]
     for variant, arch, cost in costs:
@@ -405,11 +393,11 @@ def tables(costs: Sequence[tuple[Variant, str, Cost]], floors: Sequence[dict[str
     a = "Registers / spills (gfx942: vector + scalar) / shared bytes / instructions"
     b = "Instructions per logit on sm_90, and bytes of logits per logit"
     c = "Lower bounds in µs on an H100, and which of the three times it is"
-    by_rows = [f"{rows} row{'s' * (rows > 1)}" for rows in ROWS]
-    found = [table(a, ["call", "dtype", *TARGETS], needs)]
-    found += [table(b, ["call", "dtype", *names, "bytes"], instructions)]
-    found += [table(c, ["V", "case", "dtype", "reads", *by_rows], bounds)]
-    return "\n\n".join(found)
+    return [
+        table(a, ["call", "dtype", *TARGETS], join_rows(needs)),
+        table(b, ["call", "dtype", *names, "bytes"], join_rows(instructions)),
+        table(c, ["V", "case", "dtype", "reads", *BY_ROWS], join_rows(bounds)),
+    ]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -439,25 +427,18 @@ def main(argv: Sequence[str]) -> int:
     ]
     found = measure_all([(variant, "sm_90") for _, variant in cases])
     floors = [floor(*case, cost) for case, cost in zip(cases, found, strict=True)]
-    record = {
-        "what": "predicted from the machine code, not measured",
-        "triton": triton.__version__,
-        "kernel": hashlib.sha256(SOURCE.read_bytes()).hexdigest(),
-        "command": shlex.join(["python", "-m", "benchmarks.triton_cost", *argv]),
-    }
-    text = "# The Triton kernel's cost: predicted from its machine code, not measured\n\n"
-    text += f"* `{record['command']}`, triton {record['triton']}\n"
-    text += f"* SHA-256 of `{SOURCE.name}`: {record['kernel']}\n"
-    text += (__doc__ or "").partition("\n")[2] + "\n" + tables(costs, floors)
-    text += "\n\n## Broken rules\n\n" + "\n".join(f"* {line}" for line in broken or ["none"])
-    print(text)
-    if not options.quick:
-        lines = [{**variant._asdict(), "arch": a, **asdict(cost)} for variant, a, cost in costs]
-        report = json.dumps(
-            {**record, "costs": lines, "floors": floors, "broken": broken}, indent=1
-        )
-        (RESULTS / "triton-cost.md").write_text(text + "\n", encoding="utf-8")
-        (RESULTS / "triton-cost.json").write_text(report + "\n", encoding="utf-8")
+    lines = [{**variant._asdict(), "arch": arch, **asdict(cost)} for variant, arch, cost in costs]
+    publish(
+        "Triton",
+        argv,
+        ("triton", triton.__version__),
+        [SOURCE],
+        __doc__ or "",
+        tables(costs, floors),
+        {"costs": lines, "floors": floors},
+        broken,
+        to_files=not options.quick,
+    )
     return 0
 
 

@@ -5,14 +5,14 @@ needs an environment with vLLM and this package, which docs/engines.md makes.
 
 Every run is in a process of its own, and the two samplers take turns. All requests are generated
 together, by ``LLM.generate`` and through the OpenAI server with the openai client, then each seeded
-one alone; and once more with a cache so small that requests are preempted. Held against each other
-are texts and tokens, before anything is called fast: greedy texts must be the same with both
-samplers, and with the kernel the tokens of every seeded request in every run. What vLLM's own
-sampler does with the seeds is counted beside it.
+one alone; and once more with a cache so small that requests are preempted. Texts and tokens are
+compared as well as times: greedy texts must be the same with both samplers, and with the kernel the
+tokens of every seeded request must be the same in every run. For vLLM's own sampler it is counted
+how many seeded requests change.
 
 A step is what the model runner does for a token of each request. The sampler's share is the time in
-``Sampler.forward`` and in ``InputBatch.refresh_metadata``, where each sampler follows who came and
-went, over that of the step.
+``Sampler.forward`` and in ``InputBatch.refresh_metadata``, where each sampler follows added and
+removed requests, over that of the step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -31,14 +30,14 @@ from typing import Any
 
 from benchmarks.environments import python_of
 from benchmarks.inputs import AbsentError
-from benchmarks.timing import environment, progress
+from benchmarks.timing import ROOT, command_line, environment, progress, write_result
 from llm_sampling.generation import models
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = Path(__file__).with_name("text.txt")
 SAMPLERS = {"vllm": "0", "llm_sampling": "1"}
 
-#: vLLM's names. Each kind has as many requests as the others; those but the last get a seed each.
+#: vLLM's parameters for each kind of request; there are equally many of each. Requests have a seed
+#: each unless they are greedy or of the last kind.
 KINDS: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
     "greedy, repetition 1.1": {"temperature": 0.0, "repetition_penalty": 1.1},
@@ -60,9 +59,9 @@ KINDS: dict[str, dict[str, float]] = {
     "top-p 0.9, no seed": {"temperature": 1.0, "top_p": 0.9},
 }
 UNSEEDED = "top-p 0.9, no seed"
-#: float32, since a model's logits must not depend on the batch where its sampler is to be judged.
-#: No prompt in chunks: vLLM's runner then asks a seeded request's generator for an offset, and a
-#: CPU's has none.
+#: float32, so that the logits depend less on the batch, since only the sampler is compared. Chunked
+#: prefill is off: vLLM's runner would ask a seeded request's generator for an offset, which a CPU's
+#: generator does not have.
 ENGINE = {
     "dtype": "float32",
     "max_model_len": 512,
@@ -105,7 +104,7 @@ def convert(folder: Path) -> Path:
 
 
 def run(python: Path, job: dict[str, Any], sampler: str, threads: int) -> dict[str, Any]:
-    """What a job gives in a process of vLLM's environment."""
+    """Run a job in a process of vLLM's environment; returns its result."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = job | {"log": str(folder / "server.log")}
@@ -182,7 +181,7 @@ def compare(
 
 
 def is_right(checks: dict[str, Any]) -> bool:
-    """Whether nothing differs that the kernel promises."""
+    """Whether nothing changed that must not."""
     promised = [*checks["greedy"].values(), *checks["seeds"]["llm_sampling"].values()]
     return all(line["changed"] == 0 for line in promised)
 
@@ -284,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
     first = results["llm_sampling"]["engine"]
     checks = compare(requests, results)
     whole = {
-        "command": shlex.join(["python", "-m", "benchmarks.vllm_engine", *argv]),
+        "command": command_line("vllm_engine", argv),
         "environment": record,
         "threads": first["threads"],
         "vllm": first["vllm"],
@@ -300,8 +299,7 @@ def main(argv: Sequence[str]) -> int:
         "lines": measure(results, options.requests, options.tokens),
     }
     print(report(whole))
-    if options.json is not None:
-        options.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_result(options.json, whole)
     return 0 if is_right(checks) else 1
 
 

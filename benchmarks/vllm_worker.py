@@ -1,7 +1,7 @@
-"""What benchmarks/vllm_engine.py has done in vLLM's environment: ``vllm_worker JOB RESULT``.
+"""The part of vllm_engine.py that runs in vLLM's environment: ``vllm_worker JOB RESULT``.
 
 Both files are JSON. A job names what to run, "engine" or "server", with the requests and the
-arguments of the engine. It imports vLLM, and nothing of ours but by vLLM's plug-in.
+arguments of the engine. This file imports vLLM; our package is loaded only by vLLM's plug-in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-#: Of vLLM's sampling parameters, those that are not OpenAI's, which a request has beside them.
+#: vLLM's sampling parameters that OpenAI's API does not have; a request passes them as extra_body.
 NOT_OPENAI = ("top_k", "min_p", "repetition_penalty", "ignore_eos")
 
 
@@ -43,7 +43,7 @@ class Clock:
         setattr(owner, name, timed)
 
     def take(self) -> tuple[float, int]:
-        """What it shows; it begins again."""
+        """The seconds and calls so far; counting begins again."""
         shown = self.seconds, self.calls
         self.seconds, self.calls = 0.0, 0
         return shown
@@ -60,7 +60,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     runner = core.engine_core.model_executor.driver_worker.worker.model_runner
     preempted = Clock()
     preempted.watch(core.engine_core.scheduler, "_preempt_request")
-    # a step is the runner's; the sampler's part is the draw, and following who came and went
+    # a step is the runner's; the sampler's part is the draw, and the cost of changes of the batch
     step, forward, refresh = Clock(), Clock(), Clock()
     step.watch(runner, "execute_model")
     step.watch(runner, "sample_tokens")

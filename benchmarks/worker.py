@@ -1,8 +1,8 @@
-"""A provider in an environment of its own: a small process that answers one line with another.
+"""A provider in an environment of its own: a process that answers each line with a line.
 
-The parent sends a JSON object a line and gets one back; tensors go through files of a folder that
-both see. The process times itself as timing.py does, on copies of the same buffers, when the parent
-says, so its turns lie between the others'.
+The parent sends a line of JSON and gets one back; tensors are passed as files in a shared folder.
+The process times itself as timing.py does, on copies of the same buffers, whenever the parent asks,
+so that it takes turns with the other providers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Worker:
     Args:
         provider: which.
         python: the interpreter of its environment.
-        device: where it is to run.
+        device: "cpu" or "cuda".
 
     Raises:
         AbsentError: the process does not start, or the provider cannot run in it.
@@ -80,7 +80,7 @@ class Worker:
         return answer
 
     def build(self, task: Task, clock: str) -> tuple[Contender, Run]:
-        """A Contender for the checks, and what times it.
+        """A Contender for the checks, and the run that times it.
 
         Raises:
             AbsentError: the provider cannot do this task.
@@ -123,7 +123,7 @@ class Worker:
 
 
 class Answers:
-    """A method for every question; an AbsentError is an answer too."""
+    """A method for every question; an AbsentError is sent back as the answer."""
 
     def __init__(self, provider: Provider, device: str, folder: Path) -> None:
         self.provider, self.device, self.folder = provider, device, folder
@@ -132,7 +132,7 @@ class Answers:
 
     def version(self, threads: int) -> str:
         found = self.provider.version(self.device)
-        torch.set_num_threads(threads)  # whatever it set when it was imported
+        torch.set_num_threads(threads)  # a provider may change it when it is imported
         return found
 
     def load(self, number: int, dtype: str) -> None:
@@ -168,13 +168,13 @@ def main(name: str, device: str, folder: str) -> None:
     """Answer until the parent closes the pipe."""
     answers = Answers(PROVIDERS[name], device, Path(folder))
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a provider prints is no answer
+    os.dup2(2, 1)  # what a provider prints must not be taken for an answer
     for line in sys.stdin:
         question, details = json.loads(line)
         answer: Callable[..., Any] = getattr(answers, question)
         try:
             reply = [None, answer(**details)]
-        except Exception as error:  # whatever a peer raises is why it has no time
+        except Exception as error:  # any error of a peer is the reason why it is not timed
             traceback.print_exc()
             is_own = isinstance(error, AbsentError)
             reply = [str(error) if is_own else f"{type(error).__name__}: {error}", None]

@@ -1,7 +1,7 @@
-"""Who is timed: one table. Each provider's file says what a call of it is and what it lacks.
+"""The providers that are timed, in one table. Their files say what a call is and what it lacks.
 
-A provider is built for one case on its inputs and gives a Contender. One that needs an environment
-of its own is built there by worker.py and stands here as a Contender too.
+A provider is built for one case on its inputs and gives a Contender. For one that needs an
+environment of its own, worker.py does so in a process there.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Task:
 
     @property
     def params(self) -> list[SamplingParams]:
-        """Of every row."""
+        """The parameters of every row."""
         return self.case.row_params(self.inputs.rows)
 
     def groups(self) -> list[tuple[SamplingParams, Tensor | None]]:
-        """Parameters and the rows that have them, for who can have only one set a call.
+        """Parameters and the rows that have them, for providers that take one set per call.
 
-        The rows are None where all have the same.
+        The rows are None where all rows have the same parameters.
         """
         number = len(self.case.params)
         if min(number, self.inputs.rows) == 1:
@@ -59,14 +59,14 @@ class Contender:
 
     Attributes:
         call: what is timed: draws from the buffer with this index.
-        draw: tokens of the buffer with this index, int64 ``(rows, draws)``, other ones each time
-            and with the history as it was given; None for a limit, which draws none.
-        distribution: what is drawn from, by the provider's own stages: ``(rows, vocab_size)``, 0
-            where a token is not kept; its rows sum to 1.
-        note: what was added to its own work, or is missing from it.
-        restore: gives a buffer back to it as it was, for who changes its input; not timed.
-        check: what is to be checked besides, and raises WrongAnswerError.
-        threads: that it is timed on, if not on as many as the run.
+        draw: new tokens from the buffer with this index, int64 ``(rows, draws)``, always with the
+            history as it was given; None for a limit, which draws none.
+        distribution: the probabilities that it draws from, by the provider's own stages:
+            ``(rows, vocab_size)``, 0 where a token is not kept; rows sum to 1.
+        note: which stages were added to the provider's own, or are missing.
+        restore: restores a buffer for a provider that changes its input; not timed.
+        check: a further check, which raises WrongAnswerError.
+        threads: the threads that it is timed on; None for as many as the run has.
     """
 
     call: Callable[[int], object]
@@ -84,13 +84,13 @@ class Provider:
 
     Attributes:
         name: what ``--providers`` calls it.
-        module: of this package, which has its ``build`` and ``version``.
+        module: the module of this package that has its ``build`` and ``version``.
         devices: where it can run.
-        environment: of environments.py, or "" for that of the run.
-        option: what ``build`` is told besides the task.
-        is_limit: it is no sampler but a line to measure against.
-        is_variant: of a peer that is timed anyway.
-        by_default: whether a run has it that names no providers.
+        environment: a name of environments.py, or "" for the environment of the run.
+        option: passed to ``build`` besides the task.
+        is_limit: whether it is not a sampler but an operation to compare with.
+        is_variant: whether it is a variant of a peer that is timed already.
+        by_default: whether it is timed where no providers are named.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Provider:
     by_default: bool = True
 
     def version(self, device: str) -> str:
-        """What a table names it with.
+        """Its version, as tables show it.
 
         Raises:
             AbsentError: it cannot run here; the message says why.
@@ -115,13 +115,13 @@ class Provider:
             version: str = module.version(self.option, device)
         except AbsentError:
             raise
-        except Exception as error:  # whatever an optional package makes of its own dependencies
+        except Exception as error:  # an optional package may fail in many ways
             reason = " ".join(str(error).split()) or type(error).__name__
             raise AbsentError(reason) from error
         return version
 
     def build(self, task: Task) -> Contender:
-        """Make it ready.
+        """Make it ready for a task.
 
         Raises:
             AbsentError: it cannot do this task.
@@ -146,7 +146,7 @@ def _table() -> dict[str, Provider]:
     table = []
     for backend in BACKENDS.values():
         devices = tuple(sorted(backend.device_types or {"cpu", "cuda"}))
-        chosen = backend.name != "torch"  # the reference is no contender
+        chosen = backend.name != "torch"  # the reference is not meant to be fast
         table.append(
             Provider(
                 sampler_of(backend.name), "ours", devices, option=backend.name, by_default=chosen

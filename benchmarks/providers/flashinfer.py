@@ -19,7 +19,7 @@ from benchmarks.providers.grouped import RowTensors, add_penalties
 
 
 def version(option: str, device: str) -> str:
-    """FlashInfer's."""
+    """FlashInfer's version."""
     import flashinfer  # type: ignore[import-not-found]
 
     if option == "cake":

@@ -1,4 +1,4 @@
-"""Parameters in the forms that providers take them in, and stages that they lack."""
+"""Parameters in the forms that providers take, and substitutes for stages that they lack."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from llm_sampling import SamplingParams
 
 
 def of_rows(tensors: tuple[Tensor, ...], rows: Tensor | None) -> tuple[Tensor, ...]:
-    """The given rows of each; all where None."""
+    """These rows of each tensor; all rows where None."""
     return tensors if rows is None else tuple(tensor[rows] for tensor in tensors)
 
 
 def in_place(parts: list[Tensor], rows: Sequence[Tensor | None]) -> Tensor:
-    """The groups' rows, each where it belongs; a single group's are there already."""
+    """Put the groups' rows into the order of the batch, in which a single group is already."""
     if len(parts) == 1:
         return parts[0]
     indices = [index for index in rows if index is not None]
@@ -45,9 +45,9 @@ def add_count_penalties(x: Tensor, output_ids: Tensor, params: SamplingParams) -
 
 
 class RowTensors:
-    """The parameters as tensors with an entry for each row, for who takes them so.
+    """The parameters as tensors with an entry for each row, as batched providers take them.
 
-    A greedy row is one of top-k 1 at temperature 1. Penalties are not among them: cases have the
+    A greedy row becomes top-k 1 at temperature 1. Penalties are not included, since a case has the
     same ones in all rows.
 
     Attributes:

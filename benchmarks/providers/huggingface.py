@@ -13,7 +13,7 @@ from llm_sampling import SamplingParams
 
 
 def version(option: str, device: str) -> str:
-    """Transformers'."""
+    """Transformers' version."""
     import transformers
     from transformers.generation import logits_process  # noqa: F401
 
@@ -62,7 +62,7 @@ def build(option: str, task: Task) -> Contender:
 
 
 def _chain(params: SamplingParams) -> list[Any]:
-    """The first is the repetition penalty or nothing: what it has not comes after that."""
+    """Its processors; first the repetition penalty or None, after which missing ones are added."""
     from transformers.generation import logits_process as hf
 
     first = None
@@ -84,7 +84,7 @@ def _draw(scores: Tensor, params: SamplingParams, num_samples: int) -> Tensor:
     if params.temperature == 0:
         return scores.argmax(-1, keepdim=True)
     probabilities = torch.softmax(scores, dim=-1)
-    # generate draws one and has no replacement to speak of
+    # generate draws one token, for which replacement makes no difference
     return torch.multinomial(probabilities, num_samples, replacement=num_samples > 1)
 
 

@@ -1,4 +1,4 @@
-"""No samplers, but lines to measure against: what a row costs to read, to normalise and to copy."""
+"""Operations to compare samplers with: reading, normalising and copying a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.providers import Contender, Task
 
 
 def version(option: str, device: str) -> str:
-    """Torch's."""
+    """Torch's version."""
     return f"torch {torch.__version__}"
 
 

@@ -1,9 +1,10 @@
 """llama.cpp's sampler chain, through llama-cpp-python's C functions; one thread, row by row.
 
 A call fills the array of candidates (id, logit, p of every token) as ``llama_sampler_sample`` does,
-applies the chain and accepts the token. Penalties are two samplers of it where both kinds are on:
-repetition of all tokens, the others of the output's, which one sampler cannot tell apart. The
-temperature comes before the filters, as here, and not last, as its own default has it.
+applies the chain and accepts the token. Where both kinds of penalties are on, the chain has two
+penalty samplers: the repetition penalty counts all tokens and the others only the output's, which
+one sampler cannot do. The temperature comes before the filters, as here, and not last, as by
+llama.cpp's default.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)
 
 
 def version(option: str, device: str) -> str:
-    """llama-cpp-python's, which ships the library."""
+    """llama-cpp-python's version, which ships the library."""
     import llama_cpp
 
     return f"llama-cpp-python {llama_cpp.__version__}"
@@ -73,13 +74,13 @@ class Row:
         self.lib.llama_sampler_chain_add(chain, sampler)
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the samplers."""
         self.lib.llama_sampler_free(self.filters)
         self.lib.llama_sampler_free(self.draw)
 
 
 class Samplers:
-    """Samplers of every row; freed with the last reference."""
+    """The samplers of all rows; freed with the last reference."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows

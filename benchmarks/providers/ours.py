@@ -20,12 +20,12 @@ from llm_sampling import (
     sample,
 )
 
-#: Rows that the reference follows too; rows do not know of one another, and it takes its time.
+#: How many rows are compared with the reference, which is slow; rows are independent.
 REFERENCE_ROWS = 8
 
 
 def version(option: str, device: str) -> str:
-    """The package's, or AbsentError with the backend's own reason."""
+    """The package's version; AbsentError with the backend's reason where it cannot run."""
     name = option.partition("/")[0]
     reason = backends.BACKENDS[name].why_unavailable(torch.device(device))
     if reason is not None:
@@ -34,7 +34,7 @@ def version(option: str, device: str) -> str:
 
 
 def build(option: str, task: Task) -> Contender:
-    """A Contender; ``option`` is the backend, and perhaps after a slash a number of threads."""
+    """A Contender; ``option`` is the backend, optionally with a slash and a number of threads."""
     backend, _, threads = option.partition("/")
     inputs, case = task.inputs, task.case
     if threads and inputs.rows > 1:
@@ -64,7 +64,7 @@ def build(option: str, task: Task) -> Contender:
         )
 
     def check() -> None:
-        # Step by step, since a Sampler advances: every buffer is one step of a decode loop.
+        # a Sampler advances, so every buffer is one step of a decode loop
         rows = min(inputs.rows, REFERENCE_ROWS)
         ours, reference = make(backend, inputs.rows), make("torch", rows)
         for logits in inputs.buffers:
@@ -85,7 +85,7 @@ def build(option: str, task: Task) -> Contender:
     turns = itertools.count()
 
     def draw(buffer: int) -> Tensor:
-        # not by the Sampler, whose history grows with each of its tokens
+        # not by the Sampler, whose history grows with each token
         positions = [next(turns)] * inputs.rows
         output = sample(
             inputs.buffers[buffer],

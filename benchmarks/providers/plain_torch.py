@@ -1,4 +1,4 @@
-"""By hand in torch: topk or sort, softmax of what is left, and a draw.
+"""A sampler written in torch: topk or sort, softmax of what is left, and a draw.
 
 ``option`` is "" for multinomial, "race" for an exponential race (an argmax of probabilities over
 exponential noise, which vLLM's PyTorch path and others use), "compiled" for the former under
@@ -23,7 +23,7 @@ Step = Callable[[Tensor, Tensor, Tensor, Sequence["Tensor | None"]], Any]
 
 
 def version(option: str, device: str) -> str:
-    """Torch's."""
+    """Torch's version."""
     return f"torch {torch.__version__}"
 
 
@@ -55,7 +55,7 @@ def build(option: str, task: Task) -> Contender:
 def _probabilities(
     x: Tensor, prompt_ids: Tensor, output_ids: Tensor, params: SamplingParams
 ) -> tuple[Tensor, Tensor | None]:
-    """Not normalised, with the ids that they belong to unless they are in their places."""
+    """Unnormalised probabilities, and their token ids; None if they are in id order."""
     x = add_penalties(x.float(), prompt_ids, output_ids, params)
     if params.temperature == 0:
         return torch.ones_like(x[:, :1]), x.argmax(-1, keepdim=True)
@@ -95,6 +95,6 @@ def _make_step(case: Case, option: str) -> Step:
 
 @functools.cache
 def _compiled(case: Case) -> Step:
-    """Once a case, for all shapes: it takes many seconds."""
+    """Compiled once for each case and for all shapes, since it takes many seconds."""
     step: Step = torch.compile(_make_step(case, "compiled"), dynamic=True)
     return step

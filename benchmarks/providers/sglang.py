@@ -22,7 +22,7 @@ DISTRIBUTIONS = ("sglang-kernel", "flashinfer-python")
 
 
 def version(option: str, device: str) -> str:
-    """The kernels' and FlashInfer's."""
+    """The kernels' and FlashInfer's versions."""
     import flashinfer.sampling  # type: ignore[import-not-found]  # noqa: F401
     import sgl_kernel  # type: ignore[import-not-found]  # noqa: F401
 

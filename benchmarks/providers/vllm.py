@@ -19,7 +19,7 @@ from benchmarks.providers import Contender, Task
 
 
 def version(option: str, device: str) -> str:
-    """VLLM's."""
+    """The versions of vLLM and torch."""
     import vllm
 
     return f"vllm {vllm.__version__}, torch {torch.__version__}"
@@ -65,7 +65,7 @@ def build(option: str, task: Task) -> Contender:
 
 
 def _metadata(task: Task) -> Any:
-    """What its input batch makes of the parameters: tensors only where a row needs them."""
+    """The metadata that vLLM's input batch makes: tensors only where a row needs them."""
     from vllm import SamplingParams as VllmParams
     from vllm.v1.sample.logits_processor import LogitsProcessors
     from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor

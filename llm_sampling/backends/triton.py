@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from llm_sampling.backends.base import (
     make_results,
     settle,
 )
+from llm_sampling.history import TokenHistory
 
 
 @functools.cache
@@ -50,32 +52,77 @@ def why_unavailable() -> str | None:
     return "there is no CUDA device"
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a launch cuts its rows; the kernel's first comment says what these are.
+class _Batch(NamedTuple):
+    """What the kernel reads of a BatchParams. The order costs AMD's GPUs the fewest registers."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p_cut: Tensor
+    min_tokens_to_keep: Tensor
+    repetition_penalty: Tensor
+    frequency_penalty: Tensor
+    presence_penalty: Tensor
+    seed: Tensor
+    position: Tensor
+    logit_bias_offsets: Tensor
+    logit_bias_ids: Tensor
+    logit_bias_values: Tensor
+
+
+class _Config(NamedTuple):
+    """What is known when the kernel is compiled.
 
     Attributes:
-        block: tokens of a tile; a power of two.
-        slab: how many candidates the slab holds; a power of two.
-        nucleus: how many of the first tokens of the order are looked at for top-p.
-        num_warps: of a program.
-        num_stages: tiles that are on their way while one is worked at, and that one.
+        tile, candidates, nucleus: those of :class:`Launch`; ``stages`` is its ``num_stages``.
+        max_tiles: the tiles of a row, rounded up to a power of two.
+        max_stored: how many columns may be stored while all tokens are weighed.
+        align: a load's mask is the same for all logits from one multiple of it to the next.
+        has_bias, any_random, any_filter: whether any row has a bias, draws, or has a filter.
+        logprobs: a value of LOGPROBS_MODES.
+        advance: whether positions and histories are advanced.
     """
 
-    block: int
-    slab: int
+    tile: int
+    max_tiles: int
+    candidates: int
+    nucleus: int
+    max_stored: int
+    align: int
+    stages: int
+    has_bias: bool
+    any_random: bool
+    any_filter: bool
+    logprobs: int
+    advance: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a launch divides its rows; triton_kernel.py begins by saying what these are.
+
+    Attributes:
+        tile: tokens of a tile; a power of two.
+        candidates: how many candidates there may be; a power of two.
+        nucleus: how many of the first tokens of the order become candidates for top-p.
+        num_warps: warps of a program.
+        num_stages: tiles that are loaded while one is processed, and that one.
+    """
+
+    tile: int
+    candidates: int
     nucleus: int
     num_warps: int
     num_stages: int
 
-    def most_stored(self) -> int:
-        """How many lanes keep a copy of their tokens while all are weighed."""
+    def max_stored(self) -> int:
+        """How many columns may be stored while all tokens are weighed."""
         return self.nucleus + self.nucleus // 4
 
     def workspace(self, vocab_size: int) -> int:
-        """The int32 words that a row needs: chosen lanes, slab, stored lanes."""
-        tiles = -(-vocab_size // self.block)
-        return self.block + 2 * self.slab + self.most_stored() * tiles
+        """The int32 words that a row needs: chosen columns, candidates, stored columns."""
+        tiles = -(-vocab_size // self.tile)
+        return self.tile + 2 * self.candidates + self.max_stored() * tiles
 
 
 def choose_launch(
@@ -92,18 +139,18 @@ def choose_launch(
         processors: how many multiprocessors the device has. While there is one for each row, it has
             more tiles on their way, since nothing else hides the memory's latency.
     """
-    block, num_warps = (2048, 8) if extras else (4096, 16)
-    while block >= 2 * vocab_size and block > 128:
-        block //= 2
+    tile, num_warps = (2048, 8) if extras else (4096, 16)
+    while tile >= 2 * vocab_size and tile > 128:
+        tile //= 2
         num_warps = max(1, num_warps // 2)
-    on_their_way = (65536 if rows <= processors else 32768) // (block * dtype.itemsize)
-    tiles = -(-vocab_size // block)
+    being_loaded = (65536 if rows <= processors else 32768) // (tile * dtype.itemsize)
+    tiles = -(-vocab_size // tile)
     return Launch(
-        block=block,
-        slab=2048,
+        tile=tile,
+        candidates=2048,
         nucleus=512,
         num_warps=num_warps,
-        num_stages=1 + min(on_their_way, 2, tiles),  # with more, registers are spilled on sm_90
+        num_stages=1 + min(being_loaded, 2, tiles),  # with more, registers are spilled on sm_90
     )
 
 
@@ -132,6 +179,11 @@ def _workspace(call: SampleCall, launch: Launch) -> Tensor:
     return torch.empty(rows, words, dtype=torch.int32, device=call.logits.device)
 
 
+def _history_argument(history: TokenHistory) -> tuple[Tensor | int, ...]:
+    seen, counts = history.seen, history.counts
+    return seen, seen.stride(0), counts, counts.stride(0), history.lengths, history.slots
+
+
 def _run(
     call: SampleCall,
     launch: Launch,
@@ -146,58 +198,38 @@ def _run(
     rows, vocab_size = logits.shape
     if rows == 0:
         return
-    tiles = -(-vocab_size // launch.block)
+    tiles = -(-vocab_size // launch.tile)
     logits_stride = logits.stride(0) if rows > 1 else 0  # one row is aligned whatever its stride
+    config = _Config(
+        tile=launch.tile,
+        max_tiles=1 << (tiles - 1).bit_length(),
+        candidates=launch.candidates,
+        nucleus=launch.nucleus,
+        max_stored=launch.max_stored(),
+        align=16 if vocab_size % 16 > 0 and logits_stride % 16 == 0 else 1,
+        stages=launch.num_stages,
+        has_bias=batch.logit_bias_ids.numel() > 0,
+        any_random=not batch.all_greedy,
+        any_filter=batch.any_filter,
+        logprobs=0 if output is None else LOGPROBS_MODES[call.logprobs],
+        advance=call.advance and not call.check,
+    )
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         kernel.sample_kernel[(rows,)](
             logits,
             logits_stride,
             vocab_size,
             tiles,
-            batch.temperature,
-            batch.top_k,
-            batch.top_p,
-            batch.min_p_cut,
-            batch.min_tokens_to_keep,
-            batch.repetition_penalty,
-            batch.frequency_penalty,
-            batch.presence_penalty,
-            batch.seed,
-            batch.position,
-            batch.logit_bias_offsets,
-            batch.logit_bias_ids,
-            batch.logit_bias_values,
-            mask,
-            0 if mask is None else mask.stride(0),
-            None if history is None else history.seen,
-            0 if history is None else history.seen.stride(0),
-            None if history is None else history.counts,
-            0 if history is None else history.counts.stride(0),
-            None if history is None else history.lengths,
-            None if history is None else history.slots,
+            _Batch(*(getattr(batch, name) for name in _Batch._fields)),
+            () if mask is None else (mask, mask.stride(0)),
+            () if history is None else _history_argument(history),
             workspace,
             workspace.stride(0),
-            None if output is None else output.tokens,
-            None if output is None else output.logprobs,
-            None if output is None else output.status,
+            () if output is None else tuple(() if x is None else x for x in output),
             filtered,
             0 if filtered is None else filtered.stride(0),
             call.num_samples,
-            HAS_BIAS=batch.logit_bias_ids.numel() > 0,
-            HAS_MASK=mask is not None,
-            HAS_HISTORY=history is not None,
-            ANY_RANDOM=not batch.all_greedy,
-            ANY_FILTER=batch.any_filter,
-            LOGPROBS=0 if output is None else LOGPROBS_MODES[call.logprobs],
-            ADVANCE=call.advance and not call.check,
-            FILTER_ONLY=filtered is not None,
-            GROUP=16 if vocab_size % 16 > 0 and logits_stride % 16 == 0 else 1,
-            BLOCK=launch.block,
-            TILES=1 << (tiles - 1).bit_length(),
-            SLAB=launch.slab,
-            NUCLEUS=launch.nucleus,
-            MOST_STORED=launch.most_stored(),
-            STAGES=launch.num_stages,
+            CONFIG=config,
             num_warps=launch.num_warps,
             enable_fp_fusion=False,
         )

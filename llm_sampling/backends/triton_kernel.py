@@ -1,40 +1,48 @@
-"""The sampling kernel in Triton: all of docs/semantics.md in one launch, with its step numbers.
+"""The sampling kernel in Triton: docs/semantics.md in one launch, with the same step numbers.
 
-One program owns one row. A tile is BLOCK tokens; lane l of it holds the tokens l, l + BLOCK, ….
-The key of a logit is its order as an int32; the code of a token is its place in the order of step 7
-as an int64. So a kept set is a cut, the tokens whose code is at least that; every filter is a cut,
-and of several the largest holds.
+One program samples one row. A tile is ``CONFIG.tile`` consecutive tokens, processed at once. Column
+c of a row is the tokens c, c + tile, c + 2 * tile, …: one token of each tile.
 
-Passes over the row; a read is V logits loaded:
+The key of a logit is an int32 in the order of the logits. The code of a token is an int64 in the
+order of step 7: the logit's key, then the token's id. A threshold is a code, and keeps the tokens
+whose code is at least that. Every filter is a threshold; the largest of them holds.
 
-1. Maxima. Every lane keeps its largest logit. A greedy row ends here: 1 read.
-2. Mass, where step 12 or the draw needs that of every token: the mass of each tile. An unfiltered
-   row ends here, with a tile's pieces up to the drawn token for each draw: 2 reads.
-3. Candidates. The n-th largest lane maximum bounds the n-th largest logit from below, so the first
-   n of the order are in the lanes that reach it, n or a few more. What of those reaches the bound
-   goes to the slab in id order; the filters and the draws end in it. For top-p, pass 2 stores the
-   lanes on its way, so that a row with its nucleus in the slab takes 2 reads. For top-k and min-p
-   the lanes alone are read again: 1 read, and n / BLOCK of one (1.01 for k = 50, 1.3 for 1,024).
-4. Search, where the slab would overflow (a nucleus of more than NUCLEUS tokens, k beyond 1,500):
-   each pass counts and weighs what reaches three codes, until what lies between two of them fits
-   the slab; one more read fills it. The first three codes are those of a sample of SLAB tokens: 2
-   to 5 reads. A code has 52 bits and a later pass tells one or more, so that every search ends.
-5. Mass of the kept set, where the slab does not hold all of it: 1 read, then draws by tiles.
+Passes over the row. A read is vocab_size logits loaded:
 
-"raw" logprobs take 1 read more, and so does writing the filtered logits. So does a row with a
-repetition penalty where that meets a logit far from 1: pass 1 is done again with another division.
+1. Maxima. Every column keeps its largest logit. A greedy row ends here, after 1 read.
+2. Mass, where step 12 or the draw needs it of every token: the mass of each tile. An unfiltered row
+   ends here. Each draw reads the tile that it falls into up to the drawn token: 2 reads.
+3. Gather. The n-th largest maximum of a column is a lower bound of the n-th largest logit, so that
+   the columns whose maximum reaches it, n or a few more, hold the first n tokens of the order.
+   Their tokens that reach the bound become the candidates, a list in id order in the workspace;
+   filters and draws then look at nothing else. For top-p, pass 2 stores these columns on its way,
+   so that a row whose nucleus fits takes 2 reads. For top-k and min-p, these columns alone are read
+   again: 1 read, and n / tile of one (1.01 for k = 50, 1.3 for k = 1,024).
+4. Search, where the candidates would not fit (a nucleus of more than ``CONFIG.nucleus`` tokens, k
+   beyond 1,500). Each read counts and weighs the tokens that reach each of three codes, the pivots,
+   until the tokens between two pivots fit; one more read collects those. The first pivots come from
+   a probe of the row, evenly spaced tokens: 2 to 5 reads. A code has 52 bits and every further read
+   settles one or more of them, so the search ends.
+5. Mass of the kept set, where the candidates are not all of it: 1 read, then draws as after pass 2.
 
-Loads. A thread loads 16 bytes at once if rows begin at multiples of 16 logits. Where V is no such
-multiple, the last few logits of a row are kept in registers and put in their place in every pass.
+Raw logprobs and the writing of filtered logits take 1 read each. So does a repetition penalty that
+meets a logit far from 1: pass 1 is repeated with a slower division.
 
-Hazards. The workspace is global memory that the program writes and reads: a barrier stands between,
-and one before the next writes. A masked lane holds -inf, whose code is below every cut and whose
-mass is 0. Programs share nothing: no two rows have the same slot of the history.
+Loads. A thread loads 16 bytes at once if rows begin at multiples of 16 logits. Where vocab_size is
+not such a multiple, the last few logits of a row are held in registers and inserted by every pass.
 
-Nothing here may be fused into multiply-adds but where tl.fma says so: enable_fp_fusion=False.
+Hazards. The workspace is global memory that the threads of a program write and read: a barrier
+stands between, and another before the next writes. A masked position holds -inf, whose code is
+below every threshold and whose mass is 0. No program writes what another one uses: rows have slots
+of their own in a history that a call advances. (Rows without a penalty may share a slot in one of
+``TokenHistory.among``, which is only read.)
+
+Nothing may be fused into multiply-adds except by tl.fma: launch with enable_fp_fusion=False.
 """
 
 from __future__ import annotations
+
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -50,15 +58,41 @@ _C3 = tl.constexpr(float.fromhex("-0x1.c4eb2cp-5"))
 _C4 = tl.constexpr(float.fromhex("0x1.2d4322p-7"))
 _C5 = tl.constexpr(float.fromhex("-0x1.eca6f0p-11"))
 _INF = tl.constexpr(float("inf"))
+# Pass 1 keeps these flags in the bits above a tile's number.
 _NAN_BIT = tl.constexpr(2**20)
-_WIDE_BIT = tl.constexpr(2**21)
-_FLAGS = tl.constexpr(2**21 + 2**20)
-_FAR = tl.constexpr(2.0**40)  # from 1, for a quotient by _quotient
+_DIVISION_BIT = tl.constexpr(2**21)
+_FLAG_BITS = tl.constexpr(2**21 + 2**20)
+_FAR = tl.constexpr(2.0**40)  # _quotient is exact for operands between 1 / _FAR and _FAR
 _NAN_SEEN = tl.constexpr(1)
 _NO_CANDIDATE = tl.constexpr(2)
 _POS_INF_SEEN = tl.constexpr(4)
 PROCESSED = tl.constexpr(1)
 RAW = tl.constexpr(2)
+
+# In these tuples and in the kernel's arguments, () is what a call does not have: Triton 3.6 cannot
+# return tuples that hold None.
+
+#: What steps 1 to 6 need of a row. tail: the logits past the last multiple of its length. bias:
+#: (ids, values, count). mask: (a pointer,). history: a History. division: (1 / repetition, whether
+#: step 3 must use tl.div_rn, because _quotient would not be exact).
+Row = namedtuple("Row", "logits tail vocab_size num_tiles bias mask history division")
+#: A row's slot of the history, and its penalties.
+History = namedtuple("History", "seen counts length repetition frequency presence")
+#: The parameters of steps 11 to 13; keep is min_tokens_to_keep.
+Filters = namedtuple("Filters", "top_k top_p depth_cut keep")
+#: Pointers: the chosen columns' numbers, the candidates' logits and ids, the stored columns.
+Workspace = namedtuple("Workspace", "columns logits ids stored")
+#: Two codes between which a threshold lies, how many tokens reach each of them, and the mass of
+#: those that reach high. The target is reached at low, or low is the lowest code; not at high.
+Bracket = namedtuple("Bracket", "low high n_low n_high w_high")
+#: What a threshold must reach: a mass or a count. z is the mass of all tokens that it is taken
+#: from, offset the first token of the probe.
+Goal = namedtuple("Goal", "by_mass target z offset")
+#: The candidates are the tokens in low .. high - 1, held of them; n_high of mass w_high are above.
+Listed = namedtuple("Listed", "held low high n_high w_high")
+#: Where a row's tokens and logprobs go. logprobs: (a pointer,). raw, for raw logprobs: (a pointer
+#: to the logits, their maximum, their log sum).
+Output = namedtuple("Output", "tokens logprobs raw")
 
 
 @triton.jit
@@ -73,30 +107,32 @@ def _widened(x):
 
 
 @triton.jit
-def _loaded(logits, tail, vocab_size, first, ids, inside):
+def _loaded(row, first, ids, inside):
     """1 widen: some logits, and -inf where not inside.
 
-    ``tail`` has the logits past the last whole group of as many. A mask that is the same for every
-    group lets a thread load 16 bytes at once.
+    ``first`` is the first of consecutive ids, a multiple of the tail's length; None if they are not
+    consecutive. A mask that does not change within 16 logits lets a thread load 16 bytes at once;
+    the logits that such a mask leaves out are the tail.
     """
-    GROUP: tl.constexpr = tail.shape[0]
-    if GROUP == 1 or first is None:
-        x = tl.load(logits + ids, mask=inside, other=-_INF)
+    ALIGN: tl.constexpr = row.tail.shape[0]
+    if ALIGN == 1 or first is None:
+        x = tl.load(row.logits + ids, mask=inside, other=-_INF)
     else:
-        GROUPS: tl.constexpr = ids.shape[0] // GROUP
-        x = tl.load(logits + ids, mask=ids // GROUP < vocab_size // GROUP, other=-_INF)
-        is_tail = first // GROUP + tl.arange(0, GROUPS) == vocab_size // GROUP
-        x = tl.where(is_tail[:, None], tail[None, :], tl.reshape(x, [GROUPS, GROUP]))
+        RUNS: tl.constexpr = ids.shape[0] // ALIGN
+        is_whole = ids // ALIGN < row.vocab_size // ALIGN
+        x = tl.load(row.logits + ids, mask=is_whole, other=-_INF)
+        is_tail = first // ALIGN + tl.arange(0, RUNS) == row.vocab_size // ALIGN
+        x = tl.where(is_tail[:, None], row.tail[None, :], tl.reshape(x, [RUNS, ALIGN]))
         x = tl.reshape(x, [ids.shape[0]])
     return _widened(x)
 
 
 @triton.jit
 def _quotient(x, r, inverse):
-    """The quotient x / r, rounded once, where nothing comes near over- or underflow.
+    """The quotient x / r, correctly rounded, for operands that cannot over- or underflow.
 
-    ``inverse`` is 1 / r, rounded once. The second correction is exact by P. Markstein, Computation
-    of elementary functions on the IBM RISC System/6000 processor, 1990.
+    ``inverse`` is 1 / r, rounded. That two corrections suffice is proved by P. Markstein,
+    Computation of elementary functions on the IBM RISC System/6000 processor, 1990.
     """
     q = x * inverse
     q = tl.fma(tl.fma(-q, r, x), inverse, q)
@@ -107,7 +143,7 @@ def _quotient(x, r, inverse):
 def _bits(words, first, ids, inside, vocab_size):
     """Bit ``id & 31`` of word ``id >> 5``, as a boolean; False where not inside.
 
-    ``first`` is the id that begins a whole number of words, or None where the ids have no order.
+    ``first`` is the first of consecutive ids, a multiple of 32; None if they are not consecutive.
     """
     if first is None:
         word = tl.load(words + (ids >> 5), mask=inside, other=0)
@@ -124,56 +160,54 @@ def _bits(words, first, ids, inside, vocab_size):
 
 
 @triton.jit
-def _processed_and_flags(
-    row,
-    first,
-    ids,
-    inside,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_HISTORY: tl.constexpr,
-):
-    """Steps 1 to 6 of some tokens, -inf where not inside; and the bits _NAN_BIT and _WIDE_BIT."""
-    logits, tail, vocab_size, bias, mask, history, wide = row
+def _biased(x, bias, ids):
+    """2 bias: each id is found by binary search among the ids with a bias, which are in order."""
+    bias_ids, bias_values, count = bias
+    place = tl.zeros_like(ids)  # how many biases have a smaller id
+    # the largest power of two that is at most the count
+    step = count
+    for i in tl.static_range(5):
+        step |= step >> (1 << i)
+    step = (step + 1) >> 1
+    while step > 0:
+        exists = place + step <= count
+        bias_id = tl.load(bias_ids + place + step - 1, mask=exists, other=0)
+        place = tl.where(exists & (bias_id < ids), place + step, place)
+        step = step >> 1
+    exists = place < count
+    found = exists & (tl.load(bias_ids + place, mask=exists, other=-1) == ids)
+    return tl.where(found, x + tl.load(bias_values + place, mask=found, other=0.0), x)
+
+
+@triton.jit
+def _processed_and_flags(row, first, ids, inside):
+    """Steps 1 to 6 of some tokens, -inf where not inside; and _NAN_BIT and _DIVISION_BIT.
+
+    ``first`` is the first of consecutive ids; None if they are not consecutive.
+    """
     # 1 widen
-    x = _loaded(logits, tail, vocab_size, first, ids, inside)
+    x = _loaded(row, first, ids, inside)
 
     # 2 bias, mask
-    if HAS_BIAS:
-        bias_ids, bias_values, bias_count = bias
-        # the number of biases with a smaller id, by halving; they are in id order
-        place = tl.zeros_like(ids)
-        step = bias_count
-        step |= step >> 1
-        step |= step >> 2
-        step |= step >> 4
-        step |= step >> 8
-        step |= step >> 16
-        step = (step + 1) >> 1
-        while step > 0:
-            there = place + step <= bias_count
-            id_there = tl.load(bias_ids + place + step - 1, mask=there, other=0)
-            place = tl.where(there & (id_there < ids), place + step, place)
-            step = step >> 1
-        there = place < bias_count
-        found = there & (tl.load(bias_ids + place, mask=there, other=-1) == ids)
-        x = tl.where(found, x + tl.load(bias_values + place, mask=found, other=0.0), x)
-    if HAS_MASK:
-        x = tl.where(_bits(mask, first, ids, inside, vocab_size), x, -_INF)
+    if len(row.bias) > 0:
+        x = _biased(x, row.bias, ids)
+    if len(row.mask) > 0:
+        x = tl.where(_bits(row.mask[0], first, ids, inside, row.vocab_size), x, -_INF)
 
     flags = tl.zeros_like(ids)
-    if HAS_HISTORY:
-        seen, counts, r, inverse, a, b = history
+    if len(row.history) > 0:
+        seen, counts, _, r, a, b = row.history
         if (r != 1.0) | (a != 0.0) | (b != 0.0):
-            is_seen = _bits(seen, first, ids, inside, vocab_size)
+            is_seen = _bits(seen, first, ids, inside, row.vocab_size)
             count = tl.load(counts + ids, mask=is_seen, other=0)
             # 3 repetition penalty: prompt and output
-            if wide != 0:
+            inverse, use_division = row.division
+            if use_division != 0:
                 divided = tl.div_rn(x, r)
             else:
                 divided = _quotient(x, r, inverse)
                 is_near_1 = (x >= 1.0 / _FAR) & (x <= _FAR)
-                flags = tl.where(is_seen & (x > 0.0) & (is_near_1 == 0), _WIDE_BIT, 0)
+                flags = tl.where(is_seen & (x > 0.0) & (is_near_1 == 0), _DIVISION_BIT, 0)
             x = tl.where(is_seen, tl.where(x > 0.0, divided, x * r), x)
             # 4 frequency penalty, 5 presence penalty: output
             x = tl.where(count > 0, x - a * count.to(tl.float32), x)
@@ -181,31 +215,26 @@ def _processed_and_flags(
 
     # 6 canonical
     flags = tl.where(x != x, flags | _NAN_BIT, flags)
-    return tl.maximum(x + 0.0, -_INF), flags  # of NaN and a number, maximum gives the number
+    return tl.maximum(x + 0.0, -_INF), flags  # the maximum of NaN and a number is the number
 
 
 @triton.jit
-def _processed(
-    row,
-    first,
-    ids,
-    inside,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_HISTORY: tl.constexpr,
-):
-    x, _ = _processed_and_flags(row, first, ids, inside, HAS_BIAS, HAS_MASK, HAS_HISTORY)
+def _processed(row, first, ids, inside):
+    """Steps 1 to 6 of some tokens, -inf where not inside."""
+    x, _ = _processed_and_flags(row, first, ids, inside)
     return x
 
 
 @triton.jit
 def _key(x):
+    """An int32 in the order of the float32 numbers."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _value(key):
+    """The float32 of a key."""
     bits = key.to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -235,16 +264,13 @@ def _mass(x, m, scale):
     e = shifted.to(tl.int32, bitcast=True) - 0x4B000000
     e = tl.where(above, e - 1, e)
     p = f * _C5
-    p = p + _C4
-    p = p * f
-    p = p + _C3
-    p = p * f
-    p = p + _C2
-    p = p * f
-    p = p + _C1
-    p = p * f
+    p = (p + _C4) * f
+    p = (p + _C3) * f
+    p = (p + _C2) * f
+    p = (p + _C1) * f
     p = p + _C0
-    # trunc(p * 2^24) without one: floats from 0.5 to 1 are 2^-24 apart and their bits are 1 apart
+    # trunc(p * 2^24) without a conversion: neighbouring floats in 0.5 .. 1 differ by 2^-24, and
+    # their bits, read as integers, by 1
     whole = p.to(tl.int32, bitcast=True) - 0x3E800000
     return (whole.to(tl.int64) << 18) >> e.to(tl.int64)
 
@@ -273,23 +299,27 @@ def _random_bits(seed, position, draw):
     return c0 | (c1 << 32)
 
 
+# Thresholds
+
+
 @triton.jit
-def _packed_counts(codes, p1, p2, p3):
-    """How many codes reach each of three, 21 bits each."""
-    packed = (codes >= p1).to(tl.int64)
-    packed += (codes >= p2).to(tl.int64) << 21
-    packed += (codes >= p3).to(tl.int64) << 42
+def _packed_counts(codes, pivots):
+    """How many codes reach each of three pivots, in 21 bits each."""
+    packed = (codes >= pivots[0]).to(tl.int64)
+    packed += (codes >= pivots[1]).to(tl.int64) << 21
+    packed += (codes >= pivots[2]).to(tl.int64) << 42
     return packed
 
 
 @triton.jit
-def _narrow(bracket, p1, p2, p3, packed, w1, w2, w3, by_mass, target):
-    """The part of a bracket, cut by three codes, in which the target is reached.
+def _narrowed(bracket, pivots, packed, w1, w2, w3, by_mass, target):
+    """The part of a bracket between two neighbouring pivots in which the target is reached.
 
-    A bracket is two codes and what reaches each: the lower reaches the target, or is the lowest;
-    the upper does not.
+    ``packed`` and w1 to w3 are the count and the mass of all tokens that reach each pivot; the
+    target is a mass or a count.
     """
     low, high, n_low, n_high, w_high = bracket
+    p1, p2, p3 = pivots
     n1 = packed & 0x1FFFFF
     n2 = (packed >> 21) & 0x1FFFFF
     n3 = packed >> 42
@@ -301,126 +331,114 @@ def _narrow(bracket, p1, p2, p3, packed, w1, w2, w3, by_mass, target):
     high = tl.where(r3, high, tl.where(r2, p3, tl.where(r1, p2, p1)))
     n_high = tl.where(r3, n_high, tl.where(r2, n3, tl.where(r1, n2, n1)))
     w_high = tl.where(r3, w_high, tl.where(r2, w3, tl.where(r1, w2, w1)))
-    return low, high, n_low, n_high, w_high
+    return Bracket(low, high, n_low, n_high, w_high)
 
 
 @triton.jit
 def _quarters(low, high):
-    """Three codes that cut a bracket in four."""
+    """Three pivots that divide a bracket into four equal parts."""
     size = high - low
     return low + size // 4, low + size // 2, low + size * 3 // 4
 
 
 @triton.jit
-def _cut(codes, w, bracket, by_mass, target):
-    """The lower code of a bracket with all of its tokens given, narrowed to a single one."""
-    low, high, n_low, n_above, w_above = bracket
-    n_high = n_above
-    w_high = w_above
-    while n_low - n_high > 1:
-        p1, p2, p3 = _quarters(low, high)
-        packed = tl.sum(_packed_counts(codes, p1, p2, p3), axis=0)
+def _threshold(codes, w, bracket, by_mass, target):
+    """The largest code at which the target is reached, for a bracket whose tokens are all given."""
+    n_above = bracket.n_high
+    w_above = bracket.w_high
+    while bracket.n_low - bracket.n_high > 1:
+        pivots = _quarters(bracket.low, bracket.high)
+        packed = tl.sum(_packed_counts(codes, pivots), axis=0)
         packed += n_above * (1 + (1 << 21) + (1 << 42))
-        w1 = tl.sum(tl.where(codes >= p1, w, 0), axis=0) + w_above
-        w2 = tl.sum(tl.where(codes >= p2, w, 0), axis=0) + w_above
-        w3 = tl.sum(tl.where(codes >= p3, w, 0), axis=0) + w_above
-        bracket = (low, high, n_low, n_high, w_high)
-        low, high, n_low, n_high, w_high = _narrow(
-            bracket, p1, p2, p3, packed, w1, w2, w3, by_mass, target
-        )
-    return low
+        w1 = tl.sum(tl.where(codes >= pivots[0], w, 0), axis=0) + w_above
+        w2 = tl.sum(tl.where(codes >= pivots[1], w, 0), axis=0) + w_above
+        w3 = tl.sum(tl.where(codes >= pivots[2], w, 0), axis=0) + w_above
+        bracket = _narrowed(bracket, pivots, packed, w1, w2, w3, by_mass, target)
+    return bracket.low
 
 
 @triton.jit
-def _lane_bound(keys, top_key, wanted):
-    """A key that at least ``wanted`` of the lanes reach, and not many more; or the lowest."""
-    low = tl.full((), _LOWEST_KEY, tl.int64)
-    high = top_key.to(tl.int64) + 1
+def _column_bound(keys, top_key, wanted):
+    """A key that ``wanted`` of the columns' maxima reach, and not many more; or the lowest key."""
     none = tl.zeros((), tl.int64)
     reaching = tl.sum((keys >= _LOWEST_KEY).to(tl.int64), axis=0)
+    low = tl.full((), _LOWEST_KEY, tl.int64)
+    bracket = Bracket(low, top_key.to(tl.int64) + 1, reaching, none, none)
     enough = wanted + wanted // 8 + 16
-    while (reaching > enough) & (high - low > 1):
-        p1, p2, p3 = _quarters(low, high)
-        packed = _packed_counts(keys, p1.to(tl.int32), p2.to(tl.int32), p3.to(tl.int32))
-        low, high, reaching, _, _ = _narrow(
-            (low, high, reaching, none, none),
-            p1,
-            p2,
-            p3,
-            tl.sum(packed, axis=0),
-            none,
-            none,
-            none,
-            False,
-            wanted,
-        )
-    return low.to(tl.int32)
+    while (bracket.n_low > enough) & (bracket.high - bracket.low > 1):
+        p1, p2, p3 = _quarters(bracket.low, bracket.high)
+        packed = _packed_counts(keys, (p1.to(tl.int32), p2.to(tl.int32), p3.to(tl.int32)))
+        packed = tl.sum(packed, axis=0)
+        bracket = _narrowed(bracket, (p1, p2, p3), packed, none, none, none, False, wanted)
+    return bracket.low.to(tl.int32)
 
 
 @triton.jit
-def _depth_bound(m, scale, cut):
-    """13 min-p: the lowest key whose depth is at most the cut. The depth grows as the key falls."""
-    low = tl.full((), _LOWEST_KEY - 1, tl.int64)  # as if too deep
+def depth_cut(batch, index):
+    """13 min-p: the depth down to which a row's filters by depth keep tokens; inf if none is on.
+
+    A further filter by depth is a further term of a minimum here.
+    """
+    return tl.load(batch.min_p_cut + index)  # inf where min-p is off
+
+
+@triton.jit
+def _lowest_key_within(cut, m, scale):
+    """The lowest key whose depth is at most the cut. The depth grows as the key falls."""
+    low = tl.full((), _LOWEST_KEY - 1, tl.int64)  # taken as too deep
     high = _key(m).to(tl.int64)
     while high - low > 1:
         middle = (low + high) >> 1
         x = _value(middle)
-        near = tl.where(x == m, 0.0, (m - x) * scale) <= cut
-        high = tl.where(near, middle, high)
-        low = tl.where(near, low, middle)
+        is_within = tl.where(x == m, 0.0, (m - x) * scale) <= cut
+        high = tl.where(is_within, middle, high)
+        low = tl.where(is_within, low, middle)
     return high
 
 
 @triton.jit
-def _three_codes(v1, v2, v3, low, high):
-    """The codes of three values, in order and inside a bracket of at least five keys."""
-    k1 = _key(v1).to(tl.int64)
-    k2 = _key(v2).to(tl.int64)
-    k3 = _key(v3).to(tl.int64)
-    first = tl.minimum(tl.minimum(k1, k2), k3)
-    last = tl.maximum(tl.maximum(k1, k2), k3)
-    middle = k1 + k2 + k3 - first - last
-    least = (low >> _ID_BITS) + 1
-    most = (high - 1) >> _ID_BITS
-    p1 = _first_code(tl.minimum(tl.maximum(first, least), most))
-    p2 = _first_code(tl.minimum(tl.maximum(middle, least), most))
-    p3 = _first_code(tl.minimum(tl.maximum(last, least), most))
-    return p1, p2, p3
-
-
-@triton.jit
 def _pivots(low, high):
-    """Three codes that cut a bracket: two by thirds of the logits, one by half of the keys.
+    """Three pivots inside a bracket: two at thirds of its logits, one at half of its keys.
 
-    A row's bulk is met in few passes by the former, and no row takes many for the latter.
+    The former find a threshold among many similar logits in few reads; the latter bounds the
+    number of reads for any row. A bracket of less than five keys is divided by its codes.
     """
     low_key = low >> _ID_BITS
     high_key = (high - 1) >> _ID_BITS
     bottom = _value(low_key)
     top = _value(high_key)
     third = 0.33333334
-    v1 = bottom * (1.0 - third) + top * third
-    v2 = bottom * third + top * (1.0 - third)
-    v3 = _value((low_key + high_key + 1) >> 1)
-    p1, p2, p3 = _three_codes(v1, v2, v3, low, high)
+    k1 = _key(bottom * (1.0 - third) + top * third).to(tl.int64)
+    k2 = _key(bottom * third + top * (1.0 - third)).to(tl.int64)
+    k3 = _key(_value((low_key + high_key + 1) >> 1)).to(tl.int64)
+    first = tl.minimum(tl.minimum(k1, k2), k3)
+    last = tl.maximum(tl.maximum(k1, k2), k3)
+    middle = k1 + k2 + k3 - first - last
+    least = low_key + 1
+    p1 = _first_code(tl.minimum(tl.maximum(first, least), high_key))
+    p2 = _first_code(tl.minimum(tl.maximum(middle, least), high_key))
+    p3 = _first_code(tl.minimum(tl.maximum(last, least), high_key))
     q1, q2, q3 = _quarters(low, high)
     is_wide = high_key - low_key >= 4
     return tl.where(is_wide, p1, q1), tl.where(is_wide, p2, q2), tl.where(is_wide, p3, q3)
 
 
 @triton.jit
-def _sampled_pivots(codes, w, low, high, each, w_between, by_mass, amount):
-    """Three codes: where a sample reaches its share of the amount, and some deviations off.
+def _probe_pivots(codes, w, bracket, spacing, w_between, by_mass, amount):
+    """Three pivots: where a probe reaches its share of the amount, and some deviations around it.
 
-    The amount is counted from the upper code down; the deviations are standard ones of a share.
-    ``each`` is how many tokens one of the sample stands for, ``w_between`` the bracket's mass.
+    The amount is a count or a mass, counted from the bracket's upper code down; the deviations are
+    standard deviations of a binomial share. A token of the probe stands for ``spacing`` tokens;
+    ``w_between`` is the bracket's mass.
     """
+    low = bracket.low
+    high = bracket.high
     inside = (codes >= low) & (codes < high)
     codes = tl.where(inside, codes, low - 1)
     w = tl.where(inside, w, 0)
     n = tl.sum(inside.to(tl.int64), axis=0)
-    of_sample = tl.where(by_mass, tl.sum(w, axis=0), n).to(tl.float32)
-    of_all = tl.maximum(tl.where(by_mass, w_between, n * each), 1)
+    of_probe = tl.where(by_mass, tl.sum(w, axis=0), n).to(tl.float32)
+    of_all = tl.maximum(tl.where(by_mass, w_between, n * spacing), 1)
     share = tl.minimum(tl.div_rn(amount.to(tl.float32), of_all.to(tl.float32)), 1.0)
     variance = tl.div_rn(share * (1.0 - share), tl.maximum(n, 1).to(tl.float32))
     spread = tl.sqrt_rn(variance)
@@ -431,76 +449,301 @@ def _sampled_pivots(codes, w, low, high, each, w_between, by_mass, amount):
     p3 = low
     for i in range(0, 3):
         part = tl.minimum(tl.maximum(share + spread * (i - 1), 0.0), 1.0)
-        target = tl.maximum((part * of_sample).to(tl.int64), 1)
-        p1 = _cut(codes, w, (low, high, n, none, none), by_mass, target)
+        target = tl.maximum((part * of_probe).to(tl.int64), 1)
+        p1 = _threshold(codes, w, Bracket(low, high, n, none, none), by_mass, target)
         p3 = tl.where(i == 0, p1, p3)
         p2 = tl.where(i == 1, p1, p2)
     return p1, p2, p3
 
 
+# Candidates
+
+
 @triton.jit
-def _append(slab, held, x, ids, wanted, SLAB: tl.constexpr):
-    """Add the wanted tokens to the slab, in their order, as far as there is room."""
+def _append(workspace, held, x, ids, wanted, CAPACITY: tl.constexpr):
+    """Append the wanted tokens to the candidates, as far as they fit; how many there would be."""
     place = held + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
-    room = wanted & (place < SLAB)
-    tl.store(slab + place, x.to(tl.int32, bitcast=True), mask=room)
-    tl.store(slab + SLAB + place, ids, mask=room)
+    has_room = wanted & (place < CAPACITY)
+    tl.store(workspace.logits + place, x.to(tl.int32, bitcast=True), mask=has_room)
+    tl.store(workspace.ids + place, ids, mask=has_room)
     return held + tl.sum(wanted.to(tl.int32), axis=0)
 
 
 @triton.jit
-def _slab(slab, held, m, scale, SLAB: tl.constexpr):
-    """The slab's codes and mass; a code below every cut and no mass where it is not filled."""
-    place = tl.arange(0, SLAB)
+def _candidates(workspace, held, m, scale, CAPACITY: tl.constexpr):
+    """The candidates' codes and masses; past the last, a code below every threshold and no mass."""
+    place = tl.arange(0, CAPACITY)
     filled = place < held
-    x = tl.load(slab + place, mask=filled, other=0).to(tl.float32, bitcast=True)
-    ids = tl.load(slab + SLAB + place, mask=filled, other=0)
+    x = tl.load(workspace.logits + place, mask=filled, other=0).to(tl.float32, bitcast=True)
+    ids = tl.load(workspace.ids + place, mask=filled, other=0)
     x = tl.where(filled, x, -_INF)
     return _code(x, ids), _mass(x, m, scale)
 
 
 @triton.jit
-def _tile_masses(
-    row,
-    cut,
-    m,
-    scale,
-    vocab_size,
-    tiles,
-    store,
-    num_lanes,
-    place,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_HISTORY: tl.constexpr,
-    STORE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """A read of the row: the mass of every tile's tokens, or of those that reach the cut."""
-    tile = tl.arange(0, TILES)
-    masses = tl.zeros([TILES], tl.int64)
-    for t in tl.range(0, tiles, num_stages=STAGES):
-        ids = t * BLOCK + tl.arange(0, BLOCK)
-        x = _processed(row, t * BLOCK, ids, ids < vocab_size, HAS_BIAS, HAS_MASK, HAS_HISTORY)
+def _gather(row, workspace, num_columns, bound, is_stored, CONFIG: tl.constexpr):
+    """Pass 3: the tokens of the chosen columns that reach the bound become the candidates.
+
+    Returns how many there are; it ends early where they are more than fit.
+    """
+    CAPACITY: tl.constexpr = CONFIG.candidates
+    held = tl.zeros((), tl.int32)
+    tl.debug_barrier()
+    start = tl.zeros((), tl.int32)
+    while (start < num_columns * row.num_tiles) & (held <= CAPACITY):
+        index = start + tl.arange(0, CAPACITY)
+        tile = index // num_columns
+        inside = tile < row.num_tiles
+        column = tl.load(workspace.columns + index % num_columns, mask=inside, other=0)
+        ids = tile * CONFIG.tile + column
+        inside = inside & (ids < row.vocab_size)
+        if is_stored:
+            stored = tl.load(workspace.stored + index, mask=inside, other=0)
+            x = stored.to(tl.float32, bitcast=True)
+        else:
+            x = _processed(row, None, ids, inside)
+        held = _append(workspace, held, x, ids, inside & (_key(x) >= bound), CAPACITY)
+        start += CAPACITY
+    tl.debug_barrier()
+    return held
+
+
+@triton.jit
+def _search(row, workspace, bracket, m, scale, goal, CAPACITY: tl.constexpr):
+    """Pass 4: narrow a bracket until the tokens in it fit the candidates, whose memory is used."""
+    by_mass, target, z, offset = goal
+    spacing = (row.vocab_size + CAPACITY - 1) // CAPACITY
+    probe_ids = tl.arange(0, CAPACITY) * spacing + offset
+    inside = probe_ids < row.vocab_size
+    probe = _processed(row, None, probe_ids, inside)
+    tl.debug_barrier()
+    held = _append(workspace, 0, probe, probe_ids, inside, CAPACITY)
+    tl.debug_barrier()
+    codes, w = _candidates(workspace, held, m, scale, CAPACITY)
+    missing = target - tl.where(by_mass, bracket.w_high, bracket.n_high)
+    pivots = _probe_pivots(codes, w, bracket, spacing, z - bracket.w_high, by_mass, missing)
+    # Until a pivot reaches the target, n_low is too large. The difference of two codes is at least
+    # the number of tokens between them, so it ends the loop in any case.
+    while (bracket.n_low - bracket.n_high > CAPACITY) & (bracket.high - bracket.low > CAPACITY):
+        packed_sums = tl.zeros([CAPACITY], tl.int64)
+        w1_sums = tl.zeros([CAPACITY], tl.int64)
+        w2_sums = tl.zeros([CAPACITY], tl.int64)
+        w3_sums = tl.zeros([CAPACITY], tl.int64)
+        for first in range(0, row.vocab_size, CAPACITY):
+            ids = first + tl.arange(0, CAPACITY)
+            x = _processed(row, first, ids, ids < row.vocab_size)
+            code = _code(x, ids)
+            w = _mass(x, m, scale)
+            packed_sums += _packed_counts(code, pivots)
+            w1_sums += tl.where(code >= pivots[0], w, 0)
+            w2_sums += tl.where(code >= pivots[1], w, 0)
+            w3_sums += tl.where(code >= pivots[2], w, 0)
+        packed = tl.sum(packed_sums, axis=0)
+        w1 = tl.sum(w1_sums, axis=0)
+        w2 = tl.sum(w2_sums, axis=0)
+        w3 = tl.sum(w3_sums, axis=0)
+        bracket = _narrowed(bracket, pivots, packed, w1, w2, w3, by_mass, target)
+        pivots = _pivots(bracket.low, bracket.high)
+    return bracket
+
+
+@triton.jit
+def _collect(row, workspace, low, high, CAPACITY: tl.constexpr):
+    """A read of the row: all tokens in low .. high - 1 become the candidates; how many they are."""
+    tl.debug_barrier()
+    held = tl.zeros((), tl.int32)
+    for first in range(0, row.vocab_size, CAPACITY):
+        ids = first + tl.arange(0, CAPACITY)
+        x = _processed(row, first, ids, ids < row.vocab_size)
+        code = _code(x, ids)
+        held = _append(workspace, held, x, ids, (code >= low) & (code < high), CAPACITY)
+    tl.debug_barrier()
+    return held
+
+
+# The kept set
+
+
+@triton.jit
+def _tile_masses(row, threshold, m, scale, store, CONFIG: tl.constexpr):
+    """A read of the row: the mass of each tile's tokens, or of those that reach a threshold.
+
+    ``store`` is None or (stored, num_columns, place): then the token of column c in tile t is put
+    at ``stored + t * num_columns + place[c]``, unless place[c] is negative.
+    """
+    TILE: tl.constexpr = CONFIG.tile
+    MAX_TILES: tl.constexpr = CONFIG.max_tiles
+    tile = tl.arange(0, MAX_TILES)
+    masses = tl.zeros([MAX_TILES], tl.int64)
+    for t in tl.range(0, row.num_tiles, num_stages=CONFIG.stages):
+        ids = t * TILE + tl.arange(0, TILE)
+        x = _processed(row, t * TILE, ids, ids < row.vocab_size)
         w = _mass(x, m, scale)
-        if cut is not None:
-            w = tl.where(_code(x, ids) >= cut, w, 0)
+        if threshold is not None:
+            w = tl.where(_code(x, ids) >= threshold, w, 0)
         masses = tl.where(tile == t, tl.sum(w, axis=0), masses)
-        if STORE:
-            tl.store(store + t * num_lanes + place, x.to(tl.int32, bitcast=True), mask=place >= 0)
+        if store is not None:
+            stored, num_columns, place = store
+            bits = x.to(tl.int32, bitcast=True)
+            tl.store(stored + t * num_columns + place, bits, mask=place >= 0)
     return masses
 
 
 @triton.jit
-def _raw_log_sum(logits, tail, vocab_size, tiles, BLOCK: tl.constexpr):
+def _top_p_target(z, p):
+    """12 top-p: ceil(z * P / 2^31), from two halves of z."""
+    share = (p * 2147483648.0).to(tl.int64) - 2048
+    share = tl.maximum(share, 0)
+    low = tl.full((), 0x7FFFFFFF, tl.int64)
+    target = (z >> 31) * share + (((z & low) * share + low) >> 31)
+    return tl.maximum(target, 1)
+
+
+@triton.jit
+def _find(row, workspace, listed, bound, k_threshold, m, scale, goal, CAPACITY: tl.constexpr):
+    """The largest code at which the goal is reached: among the candidates, or found by a search.
+
+    Where the goal is a count, at least so many tokens reach the key ``bound``. A search replaces
+    the candidates. Returns what they are, their codes and masses, and the code.
+    """
+    by_mass, target, _, _ = goal
+    top = _first_code(_key(m).to(tl.int64) + 1)
+    codes, w = _candidates(workspace, listed.held, m, scale, CAPACITY)
+    above = tl.where(by_mass, listed.w_high, listed.n_high)
+    below = above + tl.where(by_mass, tl.sum(w, axis=0), listed.held.to(tl.int64))
+    is_whole_row = listed.low <= _first_code(tl.full((), _LOWEST_KEY, tl.int64))
+    if (above >= target) | ((below < target) & (is_whole_row == 0)):
+        # the code is not among the candidates: it is below them, or they do not begin at the top
+        low = _first_code(bound)
+        high = top
+        n_high = tl.zeros((), tl.int64)
+        w_high = tl.zeros((), tl.int64)
+        if (listed.high == top) & (below < target):
+            high = listed.low
+            n_high = listed.held.to(tl.int64)
+            w_high = tl.sum(w, axis=0)
+        if by_mass:
+            # a token 44 octaves down has no mass
+            lowest_value = _value(tl.full((), _LOWEST_KEY, tl.int32))
+            massive = _key(tl.maximum(m - 44.0 / scale, lowest_value))
+            low = tl.maximum(_first_code(massive), k_threshold)
+        n_low = tl.zeros((), tl.int64) + row.vocab_size
+        bracket = Bracket(low, high, n_low, n_high, w_high)
+        bracket = _search(row, workspace, bracket, m, scale, goal, CAPACITY)
+        held = _collect(row, workspace, bracket.low, bracket.high, CAPACITY)
+        listed = Listed(held, bracket.low, bracket.high, bracket.n_high, bracket.w_high)
+        codes, w = _candidates(workspace, held, m, scale, CAPACITY)
+    n_low = listed.n_high + listed.held
+    bracket = Bracket(listed.low, listed.high, n_low, listed.n_high, listed.w_high)
+    return listed, codes, w, _threshold(codes, w, bracket, by_mass, target)
+
+
+@triton.jit
+def _kept(row, filters, best, m, scale, workspace, WEIGH_ALL: tl.constexpr, CONFIG: tl.constexpr):
+    """Steps 11 to 13: the threshold of the kept set, and what a draw from it needs.
+
+    ``best`` are the columns' maxima. Returns the threshold, the kept set's mass by tile, how many
+    candidates there are, and whether these hold the whole kept set. The masses have no meaning in
+    that case, nor without WEIGH_ALL.
+    """
+    CAPACITY: tl.constexpr = CONFIG.candidates
+    TILE: tl.constexpr = CONFIG.tile
+    MAX_TILES: tl.constexpr = CONFIG.max_tiles
+    lowest = _first_code(tl.full((), _LOWEST_KEY, tl.int64))
+    top = _first_code(_key(m).to(tl.int64) + 1)
+    top_k, top_p, cut, keep = filters
+    at_most = tl.where(top_k > 0, tl.maximum(top_k, keep), row.vocab_size)
+    has_k = at_most < row.vocab_size
+    has_p = top_p < 1.0
+    has_depth_cut = cut < _INF
+    any_filter = has_k | has_p | has_depth_cut
+
+    # the columns that hold the first tokens of the order
+    bound = tl.full((), _LOWEST_KEY, tl.int32)
+    depth_threshold = lowest
+    num_columns = tl.zeros((), tl.int32)
+    weigh_all = has_p & (at_most >= row.vocab_size)
+    is_stored = False
+    place = tl.full([TILE], -1, tl.int32)
+    if any_filter:
+        wanted = tl.where(has_k, at_most, tl.where(has_p, tl.maximum(keep, CONFIG.nucleus), keep))
+        if has_depth_cut:
+            depth_threshold = _first_code(_lowest_key_within(cut, m, scale))
+        keys = _key(best)
+        if row.vocab_size > CAPACITY:
+            bound = _column_bound(keys, _key(m), wanted)
+            if not (has_k | has_p):
+                bound = tl.minimum(bound, (depth_threshold >> _ID_BITS).to(tl.int32))
+        if wanted <= CAPACITY:
+            is_chosen = keys >= bound
+            place = tl.cumsum(is_chosen.to(tl.int32), axis=0) - 1
+            tl.store(workspace.columns + place, tl.arange(0, TILE), mask=is_chosen)
+            num_columns = tl.sum(is_chosen.to(tl.int32), axis=0)
+            is_stored = weigh_all & (num_columns <= CONFIG.max_stored)
+            place = tl.where(is_stored, tl.where(is_chosen, place, -1), -1)
+
+    # the mass of all tokens, for step 12 or for the draw of a row without filters
+    masses = tl.zeros([MAX_TILES], tl.int64)
+    z = tl.zeros((), tl.int64)
+    if weigh_all | (WEIGH_ALL & (any_filter == 0)):
+        store = (workspace.stored, num_columns, place)
+        masses = _tile_masses(row, None, m, scale, store, CONFIG)
+        z = tl.sum(masses, axis=0)
+
+    none = tl.zeros((), tl.int64)
+    low = top  # of no candidates
+    held = _gather(row, workspace, num_columns, bound, is_stored, CONFIG)
+    if (held > 0) & (held <= CAPACITY):
+        low = _first_code(bound)
+    else:
+        held = tl.zeros((), tl.int32)
+    listed = Listed(held, low, top, none, none)
+
+    # 11 top-k, 12 top-p, and what min_tokens_to_keep asks for, each as a threshold. They are found
+    # in a loop, so that the search is compiled once and not three times.
+    k_threshold = lowest
+    p_threshold = lowest
+    keep_threshold = top
+    for step in range(0, 3):
+        by_mass = step == 1
+        has_keep = (keep > 1) & (has_p | has_depth_cut)
+        if tl.where(step == 0, has_k, tl.where(step == 1, has_p, has_keep)):
+            target = tl.where(step == 0, at_most, keep).to(tl.int64)
+            target = tl.where(by_mass, _top_p_target(z, top_p), target)
+            # Each step probes other tokens: a probe that is the same for all steps would be moved
+            # out of the loop, where it occupies registers.
+            goal = Goal(by_mass, target, z, step & 1)
+            listed, codes, w, threshold = _find(
+                row, workspace, listed, bound, k_threshold, m, scale, goal, CAPACITY
+            )
+            if step == 0:
+                k_threshold = threshold
+                z = listed.w_high + tl.sum(tl.where(codes >= threshold, w, 0), axis=0)
+            elif step == 1:
+                p_threshold = threshold
+            else:
+                keep_threshold = threshold
+    # 12 top-p, 13 min-p: neither leaves fewer than min_tokens_to_keep
+    threshold = tl.maximum(k_threshold, tl.minimum(p_threshold, keep_threshold))
+    threshold = tl.maximum(threshold, tl.minimum(depth_threshold, keep_threshold))
+
+    is_listed = (listed.high == top) & (listed.low <= threshold)
+    if WEIGH_ALL & any_filter & (is_listed == 0):
+        masses = _tile_masses(row, threshold, m, scale, None, CONFIG)
+    return threshold, masses, listed.held, is_listed
+
+
+# Draws
+
+
+@triton.jit
+def _raw_log_sum(row, TILE: tl.constexpr):
     """A read of the row: the largest raw logit m, and ln of the sum of exp(x - m)."""
     m = tl.full((), -_INF, tl.float32)
     total = tl.zeros((), tl.float32)
-    for t in range(0, tiles):
-        ids = t * BLOCK + tl.arange(0, BLOCK)
-        x = _loaded(logits, tail, vocab_size, t * BLOCK, ids, ids < vocab_size)
+    for t in range(0, row.num_tiles):
+        ids = t * TILE + tl.arange(0, TILE)
+        x = _loaded(row, t * TILE, ids, ids < row.vocab_size)
         x = tl.where(x != x, -_INF, x)
         larger = tl.maximum(m, tl.max(x, axis=0))
         total = total * tl.where(m == larger, 1.0, tl.exp(m - larger))
@@ -510,286 +753,180 @@ def _raw_log_sum(logits, tail, vocab_size, tiles, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _logprob(logits, token, w, total, raw, MODE: tl.constexpr):
-    """Natural logarithm of the token's share of what was drawn from, or of the raw logits."""
-    if MODE == PROCESSED:
-        result = tl.log(tl.div_rn(w.to(tl.float32), total.to(tl.float32)))
-    else:
-        m, log_sum = raw
-        x = _widened(tl.load(logits + token))
-        result = tl.where(x == m, 0.0, x - m) - log_sum
-    return result
+def _write(output, draw, token, w, total):
+    """A draw's token, and its logprob if asked for; -1 and NaN where there was no candidate."""
+    tl.store(output.tokens + draw, token.to(tl.int64))
+    if len(output.logprobs) > 0:
+        if len(output.raw) > 0:
+            logits, raw_max, raw_log_sum = output.raw
+            x = _widened(tl.load(logits + tl.maximum(token, 0)))
+            logprob = tl.where(x == raw_max, 0.0, x - raw_max) - raw_log_sum
+        else:
+            logprob = tl.log(tl.div_rn(w.to(tl.float32), total.to(tl.float32)))
+        tl.store(output.logprobs[0] + draw, tl.where(token < 0, float("nan"), logprob))
 
 
 @triton.jit
-def _write(output, draw, token, w, total, MODE: tl.constexpr):
-    """A draw's token, and its logprob; -1 and NaN where there was no candidate."""
-    tokens, logprobs, logits, raw = output
-    tl.store(tokens + draw, token.to(tl.int64))
-    if MODE:
-        logprob = _logprob(logits, tl.maximum(token, 0), w, total, raw, MODE)
-        tl.store(logprobs + draw, tl.where(token < 0, float("nan"), logprob))
-
-
-@triton.jit
-def _top_p_target(z, p):
-    """12 top-p: ceil(z * P / 2^31) in two halves."""
-    share = (p * 2147483648.0).to(tl.int64) - 2048
-    share = tl.maximum(share, 0)
-    low = tl.full((), 0x7FFFFFFF, tl.int64)
-    target = (z >> 31) * share + (((z & low) * share + low) >> 31)
-    return tl.maximum(target, 1)
-
-
-@triton.jit
-def _scaled_random(seed, position, draw, total):
-    """(R * total) >> 64."""
+def _scaled_random(random, draw, total):
+    """14 draw: (R * total) >> 64; ``random`` is (seed, position)."""
+    seed, position = random
     return tl.umulhi(_random_bits(seed, position, draw), total.to(tl.uint64)).to(tl.int64)
 
 
 @triton.jit
-def _first_past(reach, r, ids, w, SIZE: tl.constexpr):
-    """The first token, in id order, at which the running mass exceeds r; and its mass."""
-    hit = tl.arange(0, SIZE) == tl.sum((reach <= r).to(tl.int32), axis=0)
-    return tl.sum(tl.where(hit, ids, 0), axis=0), tl.sum(tl.where(hit, w, 0), axis=0)
+def _first_beyond(running, r, ids, w):
+    """The first token, in id order, at which the running sum of mass exceeds r; and its mass."""
+    is_drawn = tl.arange(0, ids.shape[0]) == tl.sum((running <= r).to(tl.int32), axis=0)
+    return tl.sum(tl.where(is_drawn, ids, 0), axis=0), tl.sum(tl.where(is_drawn, w, 0), axis=0)
 
 
 @triton.jit
-def _kept(
-    row,
-    filters,
-    best,
-    m,
-    scale,
-    vocab_size,
-    tiles,
-    lanes,
-    slab,
-    store,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_HISTORY: tl.constexpr,
-    WEIGH_ALL: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-    SLAB: tl.constexpr,
-    NUCLEUS: tl.constexpr,
-    MOST_STORED: tl.constexpr,
-    STAGES: tl.constexpr,
+def _draw_from_candidates(
+    workspace, held, threshold, m, scale, random, num_samples, output, CAPACITY: tl.constexpr
 ):
-    """Steps 11 to 13: the cut of the kept set, and its mass by tile or all of it in the slab."""
-    lowest = _first_code(tl.full((), _LOWEST_KEY, tl.int64))
-    top = _first_code(_key(m).to(tl.int64) + 1)
-    held = tl.zeros((), tl.int32)
-    top_k, top_p, depth_cut, keep = filters
-    at_most = tl.where(top_k > 0, tl.maximum(top_k, keep), vocab_size)
-    has_k = at_most < vocab_size
-    has_p = top_p < 1.0
-    has_min_p = depth_cut < _INF
-    any_filter = has_k | has_p | has_min_p
+    """14 draw, from the candidates that reach the threshold; the last draw's token."""
+    codes, w = _candidates(workspace, held, m, scale, CAPACITY)
+    place = tl.arange(0, CAPACITY)
+    ids = tl.load(workspace.ids + place, mask=place < held, other=0)
+    w = tl.where(codes >= threshold, w, 0)
+    running = tl.cumsum(w, axis=0)
+    total = tl.sum(w, axis=0)
+    token = tl.full((), -1, tl.int32)
+    for draw in range(0, num_samples):
+        r = _scaled_random(random, draw, total)
+        token, token_w = _first_beyond(running, r, ids, w)
+        _write(output, draw, token, token_w, total)
+    return token
 
-    # the lanes that hold the first tokens of the order
-    bound = tl.full((), _LOWEST_KEY, tl.int32)
-    near = lowest
-    num_lanes = tl.zeros((), tl.int32)
-    weigh_all = has_p & (at_most >= vocab_size)
-    stored = False
-    place = tl.full([BLOCK], -1, tl.int32)
-    if any_filter:
-        wanted = tl.where(has_k, at_most, tl.where(has_p, tl.maximum(keep, NUCLEUS), keep))
-        if has_min_p:
-            near = _first_code(_depth_bound(m, scale, depth_cut))
-        keys = _key(best)
-        if vocab_size > SLAB:
-            bound = _lane_bound(keys, _key(m), wanted)
-            if not (has_k | has_p):
-                bound = tl.minimum(bound, (near >> _ID_BITS).to(tl.int32))
-        if wanted <= SLAB:
-            chosen = keys >= bound
-            place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-            tl.store(lanes + place, tl.arange(0, BLOCK), mask=chosen)
-            num_lanes = tl.sum(chosen.to(tl.int32), axis=0)
-            stored = weigh_all & (num_lanes <= MOST_STORED)
-            place = tl.where(stored, tl.where(chosen, place, -1), -1)
 
-    # the mass of all, for step 12 or for the draw of a row without filters
-    masses = tl.zeros([TILES], tl.int64)
-    z = tl.zeros((), tl.int64)
-    if weigh_all | (WEIGH_ALL & (any_filter == 0)):
-        masses = _tile_masses(
-            row,
-            None,
-            m,
-            scale,
-            vocab_size,
-            tiles,
-            store,
-            num_lanes,
-            place,
-            HAS_BIAS,
-            HAS_MASK,
-            HAS_HISTORY,
-            True,
-            BLOCK,
-            TILES,
-            STAGES,
-        )
-        z = tl.sum(masses, axis=0)
+@triton.jit
+def _draw_by_tile(
+    row, masses, threshold, m, scale, random, num_samples, output, CONFIG: tl.constexpr
+):
+    """14 draw, from all tokens that reach the threshold: first a tile, then a token of it.
 
-    # the tokens of those lanes that reach the bound
-    slab_low = top
-    slab_high = top
-    n_above = tl.zeros((), tl.int64)
-    w_above = tl.zeros((), tl.int64)
-    tl.debug_barrier()
-    start = tl.zeros((), tl.int32)
-    while (start < num_lanes * tiles) & (held <= SLAB):
-        index = start + tl.arange(0, SLAB)
-        tile = index // num_lanes
-        inside = tile < tiles
-        lane = tl.load(lanes + index % num_lanes, mask=inside, other=0)
-        ids = tile * BLOCK + lane
-        inside = inside & (ids < vocab_size)
-        if stored:
-            x = tl.load(store + index, mask=inside, other=0).to(tl.float32, bitcast=True)
-        else:
-            x = _processed(row, None, ids, inside, HAS_BIAS, HAS_MASK, HAS_HISTORY)
-        held = _append(slab, held, x, ids, inside & (_key(x) >= bound), SLAB)
-        start += SLAB
-    tl.debug_barrier()
-    if (held > 0) & (held <= SLAB):
-        slab_low = _first_code(bound)
-    else:
-        held = tl.zeros((), tl.int32)
+    ``masses`` are the tiles' masses of these tokens. Returns the last draw's token.
+    """
+    PIECE: tl.constexpr = CONFIG.candidates
+    running = tl.cumsum(masses, axis=0)
+    total = tl.sum(masses, axis=0)
+    token = tl.full((), -1, tl.int32)
+    for draw in range(0, num_samples):
+        r = _scaled_random(random, draw, total)
+        tile = tl.sum((running <= r).to(tl.int32), axis=0)
+        before = tl.max(tl.where(running <= r, running, 0), axis=0)
+        # the pieces of the tile, from its start on
+        first = tile * CONFIG.tile - PIECE
+        ids = first + tl.arange(0, PIECE)
+        w = tl.zeros([PIECE], tl.int64)
+        piece_mass = tl.zeros((), tl.int64)
+        while before + piece_mass <= r:
+            before += piece_mass
+            first += PIECE
+            ids = first + tl.arange(0, PIECE)
+            x = _processed(row, first, ids, ids < row.vocab_size)
+            w = tl.where(_code(x, ids) >= threshold, _mass(x, m, scale), 0)
+            piece_mass = tl.sum(w, axis=0)
+        token, token_w = _first_beyond(tl.cumsum(w, axis=0), r - before, ids, w)
+        _write(output, draw, token, token_w, total)
+    return token
 
-    # 11 top-k, 12 top-p, and what min_tokens_to_keep asks for, each as a cut
-    k_cut = lowest
-    p_cut = lowest
-    keep_cut = top
-    for step in range(0, 3):
-        by_mass = step == 1
-        if tl.where(step == 0, has_k, tl.where(step == 1, has_p, (keep > 1) & (has_p | has_min_p))):
-            target = tl.where(step == 0, at_most, keep).to(tl.int64)
-            target = tl.where(by_mass, _top_p_target(z, top_p), target)
-            codes, w = _slab(slab, held, m, scale, SLAB)
-            above = tl.where(by_mass, w_above, n_above)
-            below = above + tl.where(by_mass, tl.sum(w, axis=0), held.to(tl.int64))
-            if (above >= target) | ((below < target) & (slab_low > lowest)):
-                # not in the slab: begin below it, or anew; as many as are asked for reach the bound
-                low = _first_code(bound)
-                high = top
-                n_low = tl.zeros((), tl.int64) + vocab_size
-                n_high = tl.zeros((), tl.int64)
-                w_high = tl.zeros((), tl.int64)
-                if (slab_high == top) & (below < target):
-                    high = slab_low
-                    n_high = held.to(tl.int64)
-                    w_high = tl.sum(w, axis=0)
-                if by_mass:
-                    # a token 44 octaves down has no mass
-                    massive = _key(
-                        tl.maximum(m - 44.0 / scale, _value(tl.full((), _LOWEST_KEY, tl.int32)))
-                    )
-                    low = tl.maximum(_first_code(massive), k_cut)
-                # the slab holds a sample of the row meanwhile
-                each = (vocab_size + SLAB - 1) // SLAB
-                # other tokens for each filter: what does not change would be kept in registers
-                sample_ids = tl.arange(0, SLAB) * each + (step & 1)
-                in_row = sample_ids < vocab_size
-                sample = _processed(row, None, sample_ids, in_row, HAS_BIAS, HAS_MASK, HAS_HISTORY)
-                tl.debug_barrier()
-                sampled = _append(slab, 0, sample, sample_ids, in_row, SLAB)
-                tl.debug_barrier()
-                codes, w = _slab(slab, sampled, m, scale, SLAB)
-                missing = target - tl.where(by_mass, w_high, n_high)
-                p1, p2, p3 = _sampled_pivots(
-                    codes, w, low, high, each, z - w_high, by_mass, missing
-                )
-                # what reaches the lower code may never be counted: then the codes tell the end
-                while (n_low - n_high > SLAB) & (high - low > SLAB):
-                    packed_lanes = tl.zeros([SLAB], tl.int64)
-                    w1_lanes = tl.zeros([SLAB], tl.int64)
-                    w2_lanes = tl.zeros([SLAB], tl.int64)
-                    w3_lanes = tl.zeros([SLAB], tl.int64)
-                    for first in range(0, vocab_size, SLAB):
-                        ids = first + tl.arange(0, SLAB)
-                        x = _processed(
-                            row, first, ids, ids < vocab_size, HAS_BIAS, HAS_MASK, HAS_HISTORY
-                        )
-                        code = _code(x, ids)
-                        w = _mass(x, m, scale)
-                        packed_lanes += _packed_counts(code, p1, p2, p3)
-                        w1_lanes += tl.where(code >= p1, w, 0)
-                        w2_lanes += tl.where(code >= p2, w, 0)
-                        w3_lanes += tl.where(code >= p3, w, 0)
-                    packed = tl.sum(packed_lanes, axis=0)
-                    w1 = tl.sum(w1_lanes, axis=0)
-                    w2 = tl.sum(w2_lanes, axis=0)
-                    w3 = tl.sum(w3_lanes, axis=0)
-                    low, high, n_low, n_high, w_high = _narrow(
-                        (low, high, n_low, n_high, w_high),
-                        p1,
-                        p2,
-                        p3,
-                        packed,
-                        w1,
-                        w2,
-                        w3,
-                        by_mass,
-                        target,
-                    )
-                    p1, p2, p3 = _pivots(low, high)
-                tl.debug_barrier()
-                held = tl.zeros((), tl.int32)
-                for first in range(0, vocab_size, SLAB):
-                    ids = first + tl.arange(0, SLAB)
-                    x = _processed(
-                        row, first, ids, ids < vocab_size, HAS_BIAS, HAS_MASK, HAS_HISTORY
-                    )
-                    code = _code(x, ids)
-                    held = _append(slab, held, x, ids, (code >= low) & (code < high), SLAB)
-                tl.debug_barrier()
-                slab_low = low
-                slab_high = high
-                n_above = n_high
-                w_above = w_high
 
-                codes, w = _slab(slab, held, m, scale, SLAB)
+# The row
 
-            bracket = (slab_low, slab_high, n_above + held, n_above, w_above)
-            low = _cut(codes, w, bracket, by_mass, target)
-            if step == 0:
-                k_cut = low
-                z = w_above + tl.sum(tl.where(codes >= low, w, 0), axis=0)
-            elif step == 1:
-                p_cut = low
-            else:
-                keep_cut = low
-    # 12 top-p, 13 min-p: neither leaves fewer than min_tokens_to_keep
-    cut = tl.maximum(k_cut, tl.minimum(p_cut, keep_cut))
-    cut = tl.maximum(cut, tl.minimum(near, keep_cut))
 
-    in_slab = (slab_high == top) & (slab_low <= cut)
-    if WEIGH_ALL & any_filter & (in_slab == 0):
-        masses = _tile_masses(
-            row,
-            cut,
-            m,
-            scale,
-            vocab_size,
-            tiles,
-            store,
-            num_lanes,
-            place,
-            HAS_BIAS,
-            HAS_MASK,
-            HAS_HISTORY,
-            False,
-            BLOCK,
-            TILES,
-            STAGES,
-        )
-    return cut, masses, held, in_slab
+@triton.jit
+def _row(logits, vocab_size, num_tiles, batch, index, mask, history, CONFIG: tl.constexpr):
+    """What steps 1 to 6 need of row ``index``; ``logits`` points to it."""
+    tail_ids = vocab_size // CONFIG.align * CONFIG.align + tl.arange(0, CONFIG.align)
+    tail = tl.load(logits + tail_ids, mask=tail_ids < vocab_size, other=-_INF)
+    bias = ()
+    if CONFIG.has_bias:
+        start = tl.load(batch.logit_bias_offsets + index)
+        count = (tl.load(batch.logit_bias_offsets + index + 1) - start).to(tl.int32)
+        bias = (batch.logit_bias_ids + start, batch.logit_bias_values + start, count)
+    row_mask = ()
+    if len(mask) > 0:
+        words, stride = mask
+        row_mask = (words + index * stride,)
+    row_history = ()
+    if len(history) > 0:
+        seen, seen_stride, counts, counts_stride, lengths, slots = history
+        slot = tl.load(slots + index).to(tl.int64)
+        seen += slot * seen_stride
+        counts += slot * counts_stride
+        repetition = tl.load(batch.repetition_penalty + index)
+        frequency = tl.load(batch.frequency_penalty + index)
+        presence = tl.load(batch.presence_penalty + index)
+        row_history = History(seen, counts, lengths + slot, repetition, frequency, presence)
+    return Row(logits, tail, vocab_size, num_tiles, bias, row_mask, row_history, ())
+
+
+@triton.jit
+def _with_division(row, division):
+    """The same row with another division in step 3."""
+    logits, tail, vocab_size, num_tiles, bias, mask, history, _ = row
+    return Row(logits, tail, vocab_size, num_tiles, bias, mask, history, division)
+
+
+@triton.jit
+def _maxima(row, CONFIG: tl.constexpr):
+    """Pass 1: each column's largest logit, the first tile that has it, _NAN_BIT if a NaN was seen.
+
+    The pass is repeated with tl.div_rn if it meets a logit for which _quotient is not exact. Also
+    returns the row with the division that the other passes must use.
+    """
+    TILE: tl.constexpr = CONFIG.tile
+    column = tl.arange(0, TILE)
+    best = tl.full([TILE], -_INF, tl.float32)
+    best_tile = tl.zeros([TILE], tl.int32)
+    inverse = 1.0
+    use_division = tl.zeros((), tl.int32)
+    if len(row.history) > 0:
+        r = row.history.repetition
+        inverse = tl.div_rn(1.0, r)
+        use_division = ((r > _FAR) | (r < 1.0 / _FAR)).to(tl.int32)
+    flags = tl.full((), _DIVISION_BIT, tl.int32)
+    while flags >= _DIVISION_BIT:
+        current = _with_division(row, (inverse, use_division))
+        best = tl.full([TILE], -_INF, tl.float32)
+        best_tile = tl.zeros([TILE], tl.int32)
+        for tile in tl.range(0, row.num_tiles, num_stages=CONFIG.stages):
+            ids = tile * TILE + column
+            x, new_flags = _processed_and_flags(current, tile * TILE, ids, ids < row.vocab_size)
+            is_better = x > best
+            best = tl.where(is_better, x, best)
+            best_tile = tl.where(is_better, (best_tile & _FLAG_BITS) | tile, best_tile) | new_flags
+        flags = tl.max(best_tile & _DIVISION_BIT, axis=0) | tl.max(best_tile & _NAN_BIT, axis=0)
+        use_division = tl.where(flags >= _DIVISION_BIT, 1, use_division)
+    return best, best_tile & (_NAN_BIT - 1), flags, _with_division(row, (inverse, use_division))
+
+
+@triton.jit
+def _advance(position, history, token, is_empty):
+    """Add 1 to the row's position and the token to its output, unless it has no candidate."""
+    produced = (is_empty == 0).to(tl.int64)
+    tl.store(position, tl.load(position) + produced)
+    if len(history) > 0:
+        # all reads of the history come before this
+        tl.debug_barrier()
+        if is_empty == 0:
+            word = tl.load(history.seen + (token >> 5))
+            tl.store(history.seen + (token >> 5), word | (1 << (token & 31)))
+            tl.store(history.counts + token, tl.load(history.counts + token) + 1)
+            tl.store(history.length, tl.load(history.length) + 1)
+
+
+@triton.jit
+def _write_filtered(row, filtered, threshold, temperature, TILE: tl.constexpr):
+    """A read of the row: logits over temperature, -inf below the threshold."""
+    for tile in range(0, row.num_tiles):
+        ids = tile * TILE + tl.arange(0, TILE)
+        inside = ids < row.vocab_size
+        x = _processed(row, tile * TILE, ids, inside)
+        divided = tl.where(temperature == 0.0, x, tl.div_rn(x, temperature))
+        kept = tl.where(_code(x, ids) >= threshold, divided, -_INF)
+        tl.store(filtered + ids, kept, mask=inside)
 
 
 @triton.jit
@@ -797,241 +934,104 @@ def sample_kernel(
     logits,
     logits_stride,
     vocab_size,
-    tiles,
-    temperature,
-    top_k,
-    top_p,
-    min_p_cut,
-    min_tokens_to_keep,
-    repetition_penalty,
-    frequency_penalty,
-    presence_penalty,
-    seed,
-    position,
-    logit_bias_offsets,
-    logit_bias_ids,
-    logit_bias_values,
-    allowed_mask,
-    allowed_mask_stride,
-    seen,
-    seen_stride,
-    counts,
-    counts_stride,
-    lengths,
-    slots,
+    num_tiles,
+    batch,
+    mask,
+    history,
     workspace,
     workspace_stride,
-    tokens,
-    logprobs,
-    status,
+    results,
     filtered,
     filtered_stride,
     num_samples,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_HISTORY: tl.constexpr,
-    ANY_RANDOM: tl.constexpr,
-    ANY_FILTER: tl.constexpr,
-    LOGPROBS: tl.constexpr,
-    ADVANCE: tl.constexpr,
-    FILTER_ONLY: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-    SLAB: tl.constexpr,
-    NUCLEUS: tl.constexpr,
-    MOST_STORED: tl.constexpr,
-    STAGES: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
-    """Row ``program_id(0)`` of a batch."""
+    """Row ``program_id(0)`` of a batch: draw its tokens, or write its filtered logits.
+
+    ``batch`` has a BatchParams' tensors by their names. ``mask`` is (mask, stride), ``history``
+    (seen, its stride, counts, its stride, lengths, slots), ``results`` (tokens, logprobs, status).
+    Without ``results`` the filtered logits are written.
+    """
     index = tl.program_id(0).to(tl.int64)
     logits += index * logits_stride
-    tail_ids = vocab_size // GROUP * GROUP + tl.arange(0, GROUP)
-    tail = tl.load(logits + tail_ids, mask=tail_ids < vocab_size, other=-_INF)
-    bias = 0
-    if HAS_BIAS:
-        first_bias = tl.load(logit_bias_offsets + index)
-        bias_count = (tl.load(logit_bias_offsets + index + 1) - first_bias).to(tl.int32)
-        bias = (logit_bias_ids + first_bias, logit_bias_values + first_bias, bias_count)
-    mask = 0
-    if HAS_MASK:
-        mask = allowed_mask + index * allowed_mask_stride
-    if HAS_HISTORY:
-        slot = tl.load(slots + index).to(tl.int64)
-        seen += slot * seen_stride
-        counts += slot * counts_stride
-        repetition = tl.load(repetition_penalty + index)
-        frequency = tl.load(frequency_penalty + index)
-        presence = tl.load(presence_penalty + index)
-    t = tl.load(temperature + index)
+    row = _row(logits, vocab_size, num_tiles, batch, index, mask, history, CONFIG)
+    temperature = tl.load(batch.temperature + index)
 
-    # pass 1: every lane's largest logit, and in which tile it is first
-    lane = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], -_INF, tl.float32)
-    best_tile = tl.zeros([BLOCK], tl.int32)
-    wide = tl.zeros((), tl.int32)
-    history = 0
-    if HAS_HISTORY:
-        inverse = tl.div_rn(1.0, repetition)
-        history = (seen, counts, repetition, inverse, frequency, presence)
-        wide = ((repetition > _FAR) | (repetition < 1.0 / _FAR)).to(tl.int32)
-    flags = tl.full((), _WIDE_BIT, tl.int32)
-    while flags >= _WIDE_BIT:
-        row = (logits, tail, vocab_size, bias, mask, history, wide)
-        best = tl.full([BLOCK], -_INF, tl.float32)
-        best_tile = tl.zeros([BLOCK], tl.int32)
-        for tile in tl.range(0, tiles, num_stages=STAGES):
-            ids = tile * BLOCK + lane
-            x, x_flags = _processed_and_flags(
-                row, tile * BLOCK, ids, ids < vocab_size, HAS_BIAS, HAS_MASK, HAS_HISTORY
-            )
-            better = x > best
-            best = tl.where(better, x, best)
-            best_tile = tl.where(better, (best_tile & _FLAGS) | tile, best_tile) | x_flags
-        flags = tl.max(best_tile & _WIDE_BIT, axis=0) | tl.max(best_tile & _NAN_BIT, axis=0)
-        wide = tl.where(flags >= _WIDE_BIT, 1, wide)
-    row = (logits, tail, vocab_size, bias, mask, history, wide)
+    best, best_tile, flags, row = _maxima(row, CONFIG)
     m = tl.max(best, axis=0)
-    greedy = tl.where(best == m, (best_tile & (_NAN_BIT - 1)) * BLOCK + lane, _LAST_ID)
-    greedy = tl.min(greedy, axis=0)
-    empty = m == -_INF
-    if not FILTER_ONLY:
-        seen_status = tl.where((flags & _NAN_BIT) != 0, _NAN_SEEN, 0)
-        seen_status += empty.to(tl.int32) * _NO_CANDIDATE
-        seen_status += (m == _INF).to(tl.int32) * _POS_INF_SEEN
-        tl.store(status + index, seen_status)
-
-    raw = 0
-    if LOGPROBS == RAW:
-        raw = _raw_log_sum(logits, tail, vocab_size, tiles, BLOCK)
-    output = 0
-    if not FILTER_ONLY:
+    first_best = tl.where(best == m, best_tile * CONFIG.tile + tl.arange(0, CONFIG.tile), _LAST_ID)
+    first_best = tl.min(first_best, axis=0)
+    is_empty = m == -_INF
+    output = ()
+    if len(results) > 0:
+        tokens, logprobs, status = results
+        bits = tl.where((flags & _NAN_BIT) != 0, _NAN_SEEN, 0)
+        bits += is_empty.to(tl.int32) * _NO_CANDIDATE
+        bits += (m == _INF).to(tl.int32) * _POS_INF_SEEN
+        tl.store(status + index, bits)
         first_draw = index * num_samples
-        output = (tokens + first_draw, 0, logits, raw)
-        if LOGPROBS:
-            output = (tokens + first_draw, logprobs + first_draw, logits, raw)
+        if CONFIG.logprobs:
+            logprobs = (logprobs + first_draw,)
+        raw = ()
+        if CONFIG.logprobs == RAW:
+            raw_max, raw_log_sum = _raw_log_sum(row, CONFIG.tile)
+            raw = (row.logits, raw_max, raw_log_sum)
+        output = Output(tokens + first_draw, logprobs, raw)
 
     # 8 greedy: the first of the order; and a row without candidates
-    token = tl.where(empty, -1, greedy)
-    cut = tl.where(empty, 0x7FFFFFFFFFFFFFFF, _code(m, greedy))
-    one = tl.full((), 1, tl.int64)
-    if empty | (t == 0.0):
-        if not FILTER_ONLY:
+    token = tl.where(is_empty, -1, first_best)
+    threshold = tl.where(is_empty, 0x7FFFFFFFFFFFFFFF, _code(m, first_best))
+    if is_empty | (temperature == 0.0):
+        if len(output) > 0:
+            one = tl.full((), 1, tl.int64)
             for draw in range(0, num_samples):
-                _write(output, draw, token, one, one, LOGPROBS)
-    elif ANY_RANDOM:
-        scale = tl.div_rn(_LOG2_E, t)
-        workspace += index * workspace_stride
-        slab = workspace + BLOCK
-        in_slab = False
+                _write(output, draw, token, one, one)
+    elif CONFIG.any_random:
+        scale = tl.div_rn(_LOG2_E, temperature)
+        columns = workspace + index * workspace_stride
+        listed = columns + CONFIG.tile
+        memory = Workspace(
+            columns, listed, listed + CONFIG.candidates, listed + 2 * CONFIG.candidates
+        )
         held = 0
-        if ANY_FILTER:
-            filters = (
-                tl.load(top_k + index),
-                tl.load(top_p + index),
-                tl.load(min_p_cut + index),
-                tl.maximum(tl.load(min_tokens_to_keep + index), 1),
+        is_listed = False
+        if CONFIG.any_filter:
+            filters = Filters(
+                tl.load(batch.top_k + index),
+                tl.load(batch.top_p + index),
+                depth_cut(batch, index),
+                tl.maximum(tl.load(batch.min_tokens_to_keep + index), 1),
             )
-            cut, masses, held, in_slab = _kept(
-                row,
-                filters,
-                best,
-                m,
-                scale,
-                vocab_size,
-                tiles,
-                workspace,
-                slab,
-                slab + 2 * SLAB,
-                HAS_BIAS,
-                HAS_MASK,
-                HAS_HISTORY,
-                not FILTER_ONLY,
-                BLOCK,
-                TILES,
-                SLAB,
-                NUCLEUS,
-                MOST_STORED,
-                STAGES,
+            threshold, masses, held, is_listed = _kept(
+                row, filters, best, m, scale, memory, len(output) > 0, CONFIG
             )
         else:
-            cut = _first_code(tl.full((), _LOWEST_KEY, tl.int64))
-            if not FILTER_ONLY:
-                masses = _tile_masses(
-                    row,
-                    None,
+            threshold = _first_code(tl.full((), _LOWEST_KEY, tl.int64))
+            if len(output) > 0:
+                masses = _tile_masses(row, None, m, scale, None, CONFIG)
+
+        if len(output) > 0:
+            random = (tl.load(batch.seed + index), tl.load(batch.position + index))
+            if is_listed:
+                token = _draw_from_candidates(
+                    memory,
+                    held,
+                    threshold,
                     m,
                     scale,
-                    vocab_size,
-                    tiles,
-                    workspace,
-                    0,
-                    lane,
-                    HAS_BIAS,
-                    HAS_MASK,
-                    HAS_HISTORY,
-                    False,
-                    BLOCK,
-                    TILES,
-                    STAGES,
+                    random,
+                    num_samples,
+                    output,
+                    CONFIG.candidates,
+                )
+            else:
+                token = _draw_by_tile(
+                    row, masses, threshold, m, scale, random, num_samples, output, CONFIG
                 )
 
-        # 14 draw
-        if not FILTER_ONLY:
-            row_seed = tl.load(seed + index)
-            row_position = tl.load(position + index)
-            if in_slab:
-                codes, w = _slab(slab, held, m, scale, SLAB)
-                place = tl.arange(0, SLAB)
-                slab_ids = tl.load(slab + SLAB + place, mask=place < held, other=0)
-                w = tl.where(codes >= cut, w, 0)
-                reach = tl.cumsum(w, axis=0)
-                total = tl.sum(w, axis=0)
-                for draw in range(0, num_samples):
-                    r = _scaled_random(row_seed, row_position, draw, total)
-                    token, token_w = _first_past(reach, r, slab_ids, w, SLAB)
-                    _write(output, draw, token, token_w, total, LOGPROBS)
-            else:
-                tile_reach = tl.cumsum(masses, axis=0)
-                total = tl.sum(masses, axis=0)
-                for draw in range(0, num_samples):
-                    r = _scaled_random(row_seed, row_position, draw, total)
-                    tile = tl.sum((tile_reach <= r).to(tl.int32), axis=0)
-                    before = tl.max(tl.where(tile_reach <= r, tile_reach, 0), axis=0)
-                    # the piece of the tile, from its start on
-                    first = tile * BLOCK - SLAB
-                    ids = first + tl.arange(0, SLAB)
-                    w = tl.zeros([SLAB], tl.int64)
-                    piece = tl.zeros((), tl.int64)
-                    while before + piece <= r:
-                        before += piece
-                        first += SLAB
-                        ids = first + tl.arange(0, SLAB)
-                        x = _processed(
-                            row, first, ids, ids < vocab_size, HAS_BIAS, HAS_MASK, HAS_HISTORY
-                        )
-                        w = tl.where(_code(x, ids) >= cut, _mass(x, m, scale), 0)
-                        piece = tl.sum(w, axis=0)
-                    token, token_w = _first_past(tl.cumsum(w, axis=0), r - before, ids, w, SLAB)
-                    _write(output, draw, token, token_w, total, LOGPROBS)
-
-    if FILTER_ONLY:
-        filtered += index * filtered_stride
-        for tile in range(0, tiles):
-            ids = tile * BLOCK + lane
-            inside = ids < vocab_size
-            x = _processed(row, tile * BLOCK, ids, inside, HAS_BIAS, HAS_MASK, HAS_HISTORY)
-            divided = tl.where(t == 0.0, x, tl.div_rn(x, t))
-            tl.store(filtered + ids, tl.where(_code(x, ids) >= cut, divided, -_INF), mask=inside)
-
-    if ADVANCE:
-        produced = (empty == 0).to(tl.int64)
-        tl.store(position + index, tl.load(position + index) + produced)
-        if HAS_HISTORY:
-            # nobody reads the history after this
-            tl.debug_barrier()
-            if empty == 0:
-                word = tl.load(seen + (token >> 5))
-                tl.store(seen + (token >> 5), word | (1 << (token & 31)))
-                tl.store(counts + token, tl.load(counts + token) + 1)
-                tl.store(lengths + slot, tl.load(lengths + slot) + 1)
+    if len(output) == 0:
+        _write_filtered(
+            row, filtered + index * filtered_stride, threshold, temperature, CONFIG.tile
+        )
+    if CONFIG.advance:
+        _advance(batch.position + index, row.history, token, is_empty)

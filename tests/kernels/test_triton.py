@@ -1,7 +1,7 @@
 """The Triton backend without a GPU: how it launches, and all its parity tests in the interpreter.
 
-Triton interprets all kernels of a process or none, so those tests run in processes of their own;
-test_triton_compile.py has what the compiler must say.
+Triton interprets all kernels of a process or none, so the interpreted tests run in processes of
+their own. test_triton_compile.py compiles the kernel and checks the machine code.
 """
 
 import os
@@ -35,39 +35,39 @@ F32, BF16 = torch.float32, torch.bfloat16
 @pytest.mark.parametrize("extras", [False, True])
 def test_every_launch_is_one_that_the_kernel_can_run(vocab_size, rows, dtype, extras):
     launch = choose_launch(vocab_size, rows, dtype, extras=extras)
-    tiles = -(-vocab_size // launch.block)
+    tiles = -(-vocab_size // launch.tile)
     threads = 32 * launch.num_warps
-    for size in (launch.block, launch.slab, launch.num_warps):
+    for size in (launch.tile, launch.candidates, launch.num_warps):
         assert size & (size - 1) == 0
-    assert launch.block >= threads  # at least a token for each thread
-    assert launch.block % 32 == 0  # a tile is a whole number of words of a bitmask
-    assert launch.slab <= 2**20  # counts have 21 bits
+    assert launch.tile >= threads  # at least a token for each thread
+    assert launch.tile % 32 == 0  # a tile is a whole number of words of a bitmask
+    assert launch.candidates <= 2**20  # counts have 21 bits
     assert tiles <= 2**20 // 2048  # the tile's number stays below the flags beside it
     assert 64 * launch.num_warps <= 1024  # AMD's wavefronts in a workgroup
-    assert launch.nucleus <= launch.slab
+    assert launch.nucleus <= launch.candidates
     assert launch.workspace(vocab_size) == (
-        launch.block + 2 * launch.slab + launch.most_stored() * tiles
+        launch.tile + 2 * launch.candidates + launch.max_stored() * tiles
     )
-    # half of the smallest shared memory, which holds the tiles on their way
-    assert (launch.num_stages - 1) * launch.block * dtype.itemsize <= 65536
+    # tiles that are being loaded fit half of the smallest shared memory
+    assert (launch.num_stages - 1) * launch.tile * dtype.itemsize <= 65536
 
 
 def test_branches_of_the_launch():
-    """Large rows, rows with extras, small vocabularies; few rows, many rows; 2 and 4 bytes."""
+    """Large and small vocabularies, rows with extras, few and many rows, 2 and 4 bytes."""
     one = choose_launch(128256, 1, F32)
-    assert one == Launch(block=4096, slab=2048, nucleus=512, num_warps=16, num_stages=3)
+    assert one == Launch(tile=4096, candidates=2048, nucleus=512, num_warps=16, num_stages=3)
     assert choose_launch(128256, 132, F32) == one
     assert choose_launch(128256, 133, F32).num_stages == 3
     assert choose_launch(128256, 133, F32, processors=200) == one
     assert choose_launch(128256, 133, BF16).num_stages == 3
     extras = choose_launch(128256, 1, F32, extras=True)
-    assert (extras.block, extras.num_warps) == (2048, 8)
+    assert (extras.tile, extras.num_warps) == (2048, 8)
     small = choose_launch(1000, 1, F32)
-    assert (small.block, small.num_warps, small.num_stages) == (1024, 4, 2)
+    assert (small.tile, small.num_warps, small.num_stages) == (1024, 4, 2)
     tiny = choose_launch(1, 1, F32)
-    assert (tiny.block, tiny.num_warps, tiny.num_stages) == (128, 1, 2)
-    assert choose_launch(2049, 1, F32).block == 4096
-    assert choose_launch(2048, 1, F32).block == 2048
+    assert (tiny.tile, tiny.num_warps, tiny.num_stages) == (128, 1, 2)
+    assert choose_launch(2049, 1, F32).tile == 4096
+    assert choose_launch(2048, 1, F32).tile == 2048
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_branches_of_the_launch():
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_what_a_launch_has_fewer_threads_for(options):
-    """Each of these alone; and none of them."""
+def test_extras_that_need_a_launch_with_fewer_threads(options):
+    """Each of these alone is an extra; processed logprobs are none."""
 
     def has_extras(params=NUCLEUS, history=None, filter_only=False, **more):
         call = make_call(torch.zeros(1, 40), params, history=history, **more)
@@ -151,7 +151,7 @@ INTERPRETED_FILES = {
 }
 
 
-@pytest.mark.skipif(bool(INTERPRETED), reason="this process is one of those that it starts")
+@pytest.mark.skipif(bool(INTERPRETED), reason="this process is one of those that the test starts")
 @pytest.mark.parametrize(
     "markers",
     [

@@ -1,6 +1,6 @@
-"""The Triton kernel compiles ahead of time for GPUs that are not here, and keeps its rules there.
+"""The Triton kernel compiles ahead of time for several GPUs, and its machine code keeps the rules.
 
-The rules are those of benchmarks/triton_cost.py; every one has a control that it must refuse.
+The rules are those of benchmarks/triton_cost.py; for each, a kernel that breaks it must be refused.
 """
 
 import importlib
@@ -36,7 +36,7 @@ FILTERED_LOOPS = {"maxima", "mass", "mass 2", "gather", "search", "collect", "dr
     ],
 )
 def test_every_kind_of_call_compiles(kind, arch):
-    """With any version of Triton; the other tests here need its newest line information."""
+    """Any version of Triton will do; the other tests here need the line information of 3.9."""
     compiled, _ = triton_cost.compile_variant(Variant(kind, "bfloat16"), arch)
     assert compiled.metadata.shared <= triton_cost.SHARED_KIB[arch] * 1024
     code, _, _ = triton_cost.disassemble(compiled.asm["cubin"])
@@ -60,7 +60,7 @@ def test_no_rule_is_broken_on_sm_90(kind, loops, dtype):
     variant = Variant(kind, dtype)
     cost = measure(variant, "sm_90")
     assert broken_rules(variant, "sm_90", cost) == []
-    # a loop that is not found is not judged
+    # the rules apply only to loops that were found
     assert set(cost.loops) == loops
 
 
@@ -101,7 +101,7 @@ def test_no_rule_is_broken_by_any_kind_of_call():
     assert broken == []
 
 
-# Controls
+# Kernels that break a rule
 
 
 @pytest.fixture
@@ -194,11 +194,11 @@ def test_the_floor_follows_its_formula():
     found = triton_cost.floor("greedy", variant, cost)
     loop, launch = cost.loops["maxima"], cost.launch
     issued = 2 * 128256 / 32 * loop.instructions / loop.tokens  # two rows on one of 132
-    on_their_way = 2 * (launch.num_stages - 1) * launch.block  # two programs fit
+    in_flight = 2 * (launch.num_stages - 1) * launch.tile  # two programs fit
     expected = {
         "bytes": 256 * 128256 * 4 / 3.35e12,
         "issue": issued / 4 / 1.755e9,
-        "latency": 2 * 128256 / on_their_way * 0.7e-6,
+        "latency": 2 * 128256 / in_flight * 0.7e-6,
     }
     assert found["programs"] == 2
     assert found["microseconds"] == pytest.approx(

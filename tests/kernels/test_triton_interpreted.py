@@ -1,6 +1,6 @@
-"""What only a look inside shows: how often a row is read, every path at small sizes, the division.
+"""The Triton kernel's internals: how often a row is read, every path at small sizes, the division.
 
-Runs where Triton interprets its kernels; test_triton.py starts such a process.
+Needs Triton's interpreter; test_triton.py starts a process that has it.
 """
 
 import functools
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("triton_alone")
 
 @pytest.fixture(params=["triton"])
 def triton_alone(request):
-    """So that -k triton selects this file."""
+    """Puts "triton" into the name of every test here, so that -k triton selects them."""
     return request.param
 
 
@@ -39,7 +39,7 @@ def triton_alone(request):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """A function: how many logits per logit of a row a call loads."""
+    """A function that returns how often a call loads a row, in rows."""
     loaded = []
     processed = kernel._processed_and_flags
     raw = kernel._raw_log_sum
@@ -48,9 +48,9 @@ def reads(monkeypatch):
         loaded.append(int(inside.handle.data.sum()))
         return processed(row, first, ids, inside, *rest)
 
-    def count_raw(logits, tail, vocab_size, *rest):
-        loaded.append(int(vocab_size.handle.data.item()))
-        return raw(logits, tail, vocab_size, *rest)
+    def count_raw(row, *rest):
+        loaded.append(int(row.vocab_size.handle.data.item()))
+        return raw(row, *rest)
 
     monkeypatch.setattr(kernel, "_processed_and_flags", count)
     monkeypatch.setattr(kernel, "_raw_log_sum", count_raw)
@@ -73,7 +73,7 @@ def row(name):
 
 @pytest.mark.parametrize("name", ["model-like", "normal", "normal x3"])
 def test_reads_of_ordinary_rows(reads, name):
-    """Greedy 1, unfiltered 2, top-k at most 2 and far less for a small k; top-p 2 while it fits."""
+    """Greedy 1, unfiltered 2, top-k at most 2 and near 1 for a small k."""
     x = row(name)
     assert reads(x, SamplingParams(temperature=0)) == 1
     # a draw looks at the pieces of one tile again
@@ -105,15 +105,16 @@ def test_reads_of_top_p_while_the_nucleus_fits(reads):
         ("normal", {"top_k": 20000, "top_p": 0.9}, 7.1),
     ],
 )
-def test_reads_where_the_slab_overflows(reads, name, params, most):
-    """Those of the search, one that fills the slab, one that weighs what is kept."""
+def test_reads_where_the_candidates_do_not_fit(reads, name, params, most):
+    """The reads of the search, one that collects candidates, one that weighs the kept set."""
     assert 3 < reads(row(name), SamplingParams(**params, seed=1)) <= most
 
 
 def test_other_reads(reads):
-    """Raw logprobs one more, the filtered logits one more.
+    """Raw logprobs take one read more, and so do filtered logits.
 
-    Their tiles have half the size, and the lanes that are read again are twice the part of it.
+    Their tiles have half the size, so that the columns that are read again are a larger part of
+    the row.
     """
     x = row("model-like")
     k = SamplingParams(top_k=50, seed=1)
@@ -124,8 +125,8 @@ def test_other_reads(reads):
     assert reads(x, SamplingParams(seed=1), filter_logits) == 2
 
 
-def test_a_row_costs_what_it_costs_alone(reads):
-    """Greedy, top-k and unfiltered rows in one launch."""
+def test_a_row_is_read_as_often_in_a_batch_as_alone(reads):
+    """Greedy, top-k, top-p and unfiltered rows in one launch."""
     x = row("model-like")
     each = [
         SamplingParams(temperature=0),
@@ -142,12 +143,12 @@ def test_a_row_costs_what_it_costs_alone(reads):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles, slab and nucleus so small that a few hundred tokens are many of them."""
-    launch = backend.Launch(block=128, slab=64, nucleus=16, num_warps=1, num_stages=2)
+    """Tiles, candidates and a nucleus so small that a few hundred tokens are many of them."""
+    launch = backend.Launch(tile=128, candidates=64, nucleus=16, num_warps=1, num_stages=2)
     monkeypatch.setattr(backend, "choose_launch", lambda *args, **options: launch)
 
 
-# In aligned rows, the last 9 of 601 logits and the last 2 of 450 are loaded by themselves.
+# In aligned rows, the last 9 of 601 logits and the last 2 of 450 are the tail.
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def small_tiles(monkeypatch):
     ids=str,
 )
 def test_small_tiles(small_tiles, dtype, layout):
-    """Overflowing slabs, searches, draws by tiles."""
+    """Searches, and draws by tile."""
     groups = covering_cases(601, seed=17)
     groups = [group[DTYPES.index(dtype) :: len(DTYPES)] for group in groups]
     batches = list(build_all(groups, 601, dtype, "cpu"))
@@ -174,7 +175,7 @@ def test_small_tiles(small_tiles, dtype, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "aligned rows"])
 @pytest.mark.parametrize("mix", ["k 1", "k V-1", "p 0.5", "p 0.99", "all keep 100"])
 def test_small_tiles_on_hard_rows(small_tiles, mix, layout):
-    """Ties across tiles, a bracket that narrows among equals, masses of one unit."""
+    """Ties across tiles, a search among equal logits, masses of 1."""
     rows = ["all equal", "plateau", "octaves", "deep tail", "huge"]
     cases = [Case(name, mix, seed=i) for i, name in enumerate(rows)]
     batch = build(cases, 450, torch.float32)
@@ -194,8 +195,8 @@ def _quotients(x, r, out, count, SIZE: tl.constexpr):
     tl.store(out + place, kernel._quotient(a, b, tl.div_rn(1.0, b)), mask=inside)
 
 
-def test_the_quotient_is_the_quotient():
-    """Mantissas at random and at both ends, exponents as far as the kernel uses it."""
+def test_the_quotient_is_correctly_rounded():
+    """Random mantissas and those at both ends; the exponents for which the kernel uses it."""
     generator = torch.Generator().manual_seed(5)
     count = 2**18
     ends = torch.tensor([1.0, 1 + 2**-23, 2 - 2**-23, 2 - 2**-22, 1.5, 1.1, 1.3])
@@ -211,7 +212,9 @@ def test_the_quotient_is_the_quotient():
     _quotients[(1,)](x, r, out, count, SIZE=count)
     assert torch.equal(out, x / r)
     once = x * (1 / r)
-    assert not torch.equal(once, x / r), "a single multiplication would do"
+    assert not torch.equal(once, x / r), (
+        "multiplying by the inverse must be wrong for some operands"
+    )
 
 
 @pytest.mark.parametrize("penalty", [1e-45, 1e-38, 2.0**-41, 1.1, 3.7, 2.0**41, 3e38])
@@ -239,7 +242,7 @@ def _masses(x, out, m, scale, SIZE: tl.constexpr):
 
 @pytest.mark.parametrize("octave", [0, 1, 10, 30, 41, 42, 43, 62, 63, 100])
 def test_masses(octave):
-    """Every depth of this octave and its ends, from logits of a scale of 1."""
+    """Depths of one octave and both of its ends, at a scale of 1."""
     count = 2**14
     fractions = torch.arange(count) / count
     depths = torch.cat([octave + fractions, (octave + fractions).nextafter(torch.tensor(0.0))])
@@ -307,7 +310,7 @@ def test_bad_rows_advance_only_where_nothing_raises(check):
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
 def test_the_shorter_kernels_give_the_same_tokens(temperature):
-    """The flags of a batch choose the kernel and nothing else, as long as they are true."""
+    """A batch's flags choose which code is compiled, and do not change a token."""
     batch = BatchParams.from_list([SamplingParams(temperature=temperature, seed=3)] * 2)
     assert (batch.all_greedy, batch.any_filter) == (temperature == 0, False)
     x = torch.randn(2, 5000, generator=torch.Generator().manual_seed(1))
