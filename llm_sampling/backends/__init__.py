@@ -14,7 +14,7 @@ import torch
 from llm_sampling.backends.base import BackendModule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: what one row has loaded is not another's
 class Backend:
     """One row of the table."""
 
