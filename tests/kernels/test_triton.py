@@ -96,11 +96,9 @@ def test_kernel_numbers_logprobs_and_status_as_the_table_does():
     kernel = pytest.importorskip("llm_sampling.backends.triton_kernel", exc_type=ImportError)
     assert kernel.PROCESSED.value == base.LOGPROBS_MODES["processed"]
     assert kernel.RAW.value == base.LOGPROBS_MODES["raw"]
-    from llm_sampling import backends
-
-    assert kernel._NAN_SEEN.value == backends.STATUS_NAN
-    assert kernel._NO_CANDIDATE.value == backends.STATUS_NO_CANDIDATE
-    assert kernel._POS_INF_SEEN.value == backends.STATUS_POS_INF
+    assert kernel._NAN_SEEN.value == base.STATUS_NAN
+    assert kernel._NO_CANDIDATE.value == base.STATUS_NO_CANDIDATE
+    assert kernel._POS_INF_SEEN.value == base.STATUS_POS_INF
 
 
 @pytest.mark.skipif(bool(INTERPRETED), reason="the interpreter runs on the CPU")
