@@ -14,17 +14,20 @@ import torch
 from llm_sampling.backends.base import BackendModule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: what one row has loaded is not another's
 class Backend:
     """One row of the table."""
 
     name: str
     module: str
 
-    @functools.cache  # noqa: B019  (the table's rows live as long as the process)
+    @functools.cached_property
+    def _module(self) -> BackendModule:
+        return cast(BackendModule, importlib.import_module(self.module))
+
     def load(self) -> BackendModule:
         """Import the backend's module, once; nothing heavy is imported before this."""
-        return cast(BackendModule, importlib.import_module(self.module))
+        return self._module
 
     @property
     def device_types(self) -> frozenset[str] | None:

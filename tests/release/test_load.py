@@ -42,7 +42,9 @@ PARAMS = (
     SamplingParams(top_p=0.9, presence_penalty=0.5, seed=2),
     SamplingParams(min_p=0.05, frequency_penalty=0.3, seed=3),
 )
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(llm_sampling.__file__).parent.parent)}
+#: Where a process finds the package and, for this file as a program, the modules of the tests.
+PATHS_OF_MODULES = (Path(llm_sampling.__file__).parents[1], Path(__file__).parents[1])
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS_OF_MODULES))}
 
 Tokens = list[list[int]]
 
