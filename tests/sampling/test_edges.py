@@ -282,7 +282,6 @@ def test_what_auto_prefers(monkeypatch, device, missing, chosen):
 def test_a_row_imports_its_module_once(monkeypatch):
     """Each row keeps its own: one that is made anew, under the same names, imports anew."""
     row, other = (table.Backend("twice", "test_edges_twice") for _ in range(2))
-    assert row == other
     first, second = SimpleNamespace(), SimpleNamespace()
     monkeypatch.setitem(sys.modules, "test_edges_twice", first)
     assert row.load() is first
