@@ -45,12 +45,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
-import hashlib
-import json
 import math
 import operator
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -62,19 +59,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import sass
+from benchmarks.cost_report import BY_ROWS, DTYPES, ROWS, VOCAB_SIZES, join_rows, publish, table
 from benchmarks.timing import ROOT
 
-RESULTS = ROOT / "benchmarks" / "results"
 CSRC = ROOT / "csrc"
 SOURCE = CSRC / "cuda" / "sample.cu"
 #: The most shared memory that a block may have, in KiB.
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120": 99}
 #: The multiprocessors of the largest device of each architecture.
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_100a": 148, "sm_120": 188}
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo"]
-VOCAB_SIZES = (32000, 128256, 262144)
-ROWS = (1, 8, 64, 256)
 
 # Compiling
 
@@ -750,13 +744,6 @@ def predict(
 # The report
 
 
-def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A markdown table."""
-    lines = [f"## {caption} (predicted, not measured)\n", f"| {' | '.join(header)} |"]
-    lines.append("|---" * 2 + "|--:" * (len(header) - 2) + "|")
-    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
-
-
 def tables(
     costs: dict[str, dict[Kernel, Cost]], predictions: Sequence[dict[str, Any]]
 ) -> list[str]:
@@ -785,13 +772,11 @@ def tables(
                     reads = "once" if launch.copied else "every pass"
                     cells.append(f"{launch.blocks} x {launch.shared / 1024:.0f} KiB, {reads}")
                 launches.append([f"{vocab_size:,}", dtype, arch, *cells])
-    times: dict[tuple[str, str, str], list[str]] = {}
+    times = []
     for line in predictions:
         us = line["microseconds"]
         key = f"{line['vocab_size']:,}", line["case"], line["dtype"]
-        cell = f"{us['predicted']:.1f} ({max(us['bytes'], us['issue']):.1f})"
-        times.setdefault(key, []).append(cell)
-    by_rows = [f"{rows} row{'s' * (rows > 1)}" for rows in ROWS]
+        times.append((key, [f"{us['predicted']:.1f} ({max(us['bytes'], us['issue']):.1f})"]))
     a = "Registers / spills / instructions"
     b = "Instructions per logit on sm_90a, by pass and side"
     c = "Blocks of a row, shared memory of each, and how often a logit is read from global memory"
@@ -799,10 +784,8 @@ def tables(
     return [
         table(a, ["dtype", "copied", *costs], needs),
         table(b, ["kernel", "pass", "plain", *SIDES], per_logit),
-        table(c, ["V", "dtype", "for", *by_rows], launches),
-        table(
-            d, ["V", "case", "dtype", *by_rows], ([*key, *cells] for key, cells in times.items())
-        ),
+        table(c, ["V", "dtype", "for", *BY_ROWS], launches),
+        table(d, ["V", "case", "dtype", *BY_ROWS], join_rows(times)),
     ]
 
 
@@ -836,27 +819,15 @@ def main(argv: Sequence[str]) -> int:
         for rows in ROWS
     ]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
-    record = {
-        "what": "predicted from the machine code, not measured",
-        "nvcc": re.findall(r"release ([\d.]+)", version.stdout)[0],
-        "kernel": hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest(),
-        "command": shlex.join(["python", "-m", "benchmarks.cuda_cost", *argv]),
-    }
-    text = "# The CUDA kernel's cost: predicted from its machine code, not measured\n\n"
-    text += f"* `{record['command']}`, nvcc {record['nvcc']}\n"
-    names = ", ".join(path.name for path in sources())
-    text += f"* SHA-256 of {names}: {record['kernel']}\n"
-    text += (__doc__ or "").partition("\n")[2] + "\n" + "\n\n".join(tables(costs, predictions))
-    text += "\n\n## Broken rules\n\n" + "\n".join(f"* {line}" for line in broken or ["none"])
-    print(text)
     lines = [
         {"arch": arch, **kernel._asdict(), **asdict(cost)}
         for arch, of_arch in costs.items()
         for kernel, cost in of_arch.items()
     ]
-    report = {**record, "costs": lines, "predictions": predictions, "broken": broken}
-    (RESULTS / "cuda-cost.md").write_text(text + "\n", encoding="utf-8")
-    (RESULTS / "cuda-cost.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    results = {"costs": lines, "predictions": predictions}
+    nvcc = "nvcc", re.findall(r"release ([\d.]+)", version.stdout)[0]
+    report = tables(costs, predictions)
+    publish("CUDA", argv, nvcc, sources(), __doc__ or "", report, results, broken)
     return 0
 
 

@@ -4,8 +4,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../check.h"
 #include "../llm_sampling.h"
+#include "../validate.h"
 #include "launch.cuh"
 
 namespace llm_sampling {

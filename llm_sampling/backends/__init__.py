@@ -21,10 +21,13 @@ class Backend:
     name: str
     module: str
 
-    @functools.cache  # noqa: B019  (the table's rows live as long as the process)
+    @functools.cached_property
+    def _module(self) -> BackendModule:
+        return cast(BackendModule, importlib.import_module(self.module))
+
     def load(self) -> BackendModule:
         """Import the backend's module, once; nothing heavy is imported before this."""
-        return cast(BackendModule, importlib.import_module(self.module))
+        return self._module
 
     @property
     def device_types(self) -> frozenset[str] | None:

@@ -343,14 +343,14 @@ def test_python_has_the_step(path, number, word):
 
 
 def cuda_kernel():
-    """The kernel's own files, and the arithmetic that it includes."""
-    own = [file for file in FILES if file.startswith("csrc/cuda/")]
-    return "".join(read(file) for file in [*own, "csrc/semantics.h"])
+    return "".join(read(file) for file in FILES if file.startswith("csrc/cuda/"))
 
 
 @pytest.mark.parametrize(("number", "word"), steps().items())
 def test_cuda_has_the_step(number, word):
-    comments = re.findall(r"// (.*)", cuda_kernel())
+    # In sample.cu, run() names every step once more, so that file would hide a missing comment.
+    files = [file for file in FILES if file.startswith("csrc/cuda/") and "sample.cu" not in file]
+    comments = re.findall(r"// (.*)", "".join(map(read, files)))
     assert any(re.search(rf"(?:^|, ){number} {word}\b", comment) for comment in comments)
 
 

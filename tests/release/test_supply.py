@@ -79,7 +79,7 @@ OWNERS = {"", "builtins", "json", "np", "numpy", "os", "torch", "torch.jit", "to
 #: Every such call in the package, by the function that it is in. Of a model the package reads four
 #: bytes, to tell what it is; the rest, configs too, is transformers' to read.
 KNOWN = {
-    ("backends.Backend.load", "importlib.import_module"),  # of a name in the table
+    ("backends.Backend._module", "importlib.import_module"),  # of a name in the table
     ("backends.native.Library._loaded", "failure.read_text"),  # why it was not built
     ("backends.native.Library._loaded", "ctypes.CDLL"),
     ("tools.cli.console.closed_pipe", "os.open"),  # the null device, when nobody reads the output

@@ -279,6 +279,17 @@ def test_what_auto_prefers(monkeypatch, device, missing, chosen):
     assert table.resolve("auto", torch.device(device)) is BACKENDS[chosen].load()
 
 
+def test_a_row_imports_its_module_once(monkeypatch):
+    """Each row keeps its own: one that is made anew, under the same names, imports anew."""
+    row, other = (table.Backend("twice", "test_edges_twice") for _ in range(2))
+    first, second = SimpleNamespace(), SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "test_edges_twice", first)
+    assert row.load() is first
+    monkeypatch.setitem(sys.modules, "test_edges_twice", second)
+    assert row.load() is first
+    assert other.load() is second
+
+
 def test_backend_info():
     infos = backend_info()
     assert [info.name for info in infos] == list(BACKENDS)

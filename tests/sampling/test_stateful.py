@@ -37,6 +37,7 @@ from llm_sampling import (
     backends,
     sample,
 )
+from llm_sampling.backends import base
 from llm_sampling.backends.base import Logprobs, SampleCall
 from llm_sampling.history import selection
 
@@ -539,7 +540,7 @@ def sample_then_check(call: SampleCall) -> SampleOutput:
     """The rows have advanced before the error."""
     output = RIGHT_SAMPLE(replace(call, check=False))
     if call.check:
-        backends.raise_on_status(output.status)
+        base.raise_on_status(output.status)
     return output
 
 

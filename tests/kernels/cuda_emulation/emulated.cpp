@@ -1,8 +1,8 @@
 // The CUDA kernel in the emulation, behind C functions: samples a batch on the CPU, by any kind of launch.
 #include "cuda_emulation.h"
 //
-#include "../../../csrc/validate.h"
 #include "../../../csrc/cuda/sample.cu"
+#include "../../../csrc/validate.h"
 
 extern "C" {
 
