@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import cuda_cost, sass
+from benchmarks import cost_report, cuda_cost, sass
 from llm_sampling.backends import cuda
 
 Kernel = cuda_cost.Kernel
@@ -184,7 +184,7 @@ def test_the_lane_that_has_most():
 
 
 def test_what_is_committed_is_of_this_kernel_and_reaches_its_goals():
-    report = json.loads((cuda_cost.RESULTS / "cuda-cost.json").read_text())
+    report = json.loads((cost_report.RESULTS / "cuda-cost.json").read_text())
     sources = b"".join(path.read_bytes() for path in cuda_cost.sources())
     assert report["kernel"] == hashlib.sha256(sources).hexdigest(), "run benchmarks.cuda_cost"
     assert report["broken"] == []
