@@ -1,8 +1,8 @@
-"""The one table of parity cases: rows of logits, parameter mixes, histories, masks and layouts.
+"""The parity cases: tables of rows of logits, parameter mixes, histories, masks and layouts.
 
-Everything is a named builder, and what it builds depends on nothing but its name, the vocabulary
-size and a seed; so a printed :class:`Case` replays a failure. Rows are made to hurt: ties,
-infinities, NaN, subnormals, boundaries that are hit exactly.
+Every entry of a table is a named builder whose result depends only on its name, the vocabulary
+size and a seed, so a printed :class:`Case` is enough to reproduce a failure. The rows contain what
+kernels get wrong: ties, infinities, NaN, subnormals, and values exactly at a threshold.
 """
 
 from __future__ import annotations
@@ -29,24 +29,26 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL_VOCABS = (1, 2, 7, 31, 33, 511, 512, 513, 1000)
 LARGE_VOCABS = (32000, 49152, 128256, 262144)
 
-# With this temperature step 9's factor is exactly 1: depths are differences of logits
+# With this temperature the factor in step 9 of docs/semantics.md is exactly 1, so that depths are
+# differences of logits.
 OCTAVE_TEMPERATURE = float.fromhex("0x1.715476p+0")
-# With this top_p step 12's share is exactly one half of the mass
+# With this top_p the share in step 12 is exactly one half of the mass.
 EXACT_HALF = 0.5 + 2.0**-20
 
 
 def device_of(backend: str) -> str:
-    """The device type on which a backend is tested."""
+    """Return the device type on which a backend is tested."""
     types = BACKENDS[backend].device_types
     return "cpu" if types is None or "cpu" in types else min(types)
 
 
-#: Backends whose kernels Triton interprets in this process, as TRITON_INTERPRET=1 asks for.
+#: The backends whose kernels run in Triton's interpreter in this process, as TRITON_INTERPRET=1
+#: requests.
 INTERPRETED = tuple(
     name for name in ("triton",) if "cpu" in (BACKENDS[name].device_types or frozenset())
 )
 ON_THE_CPU = tuple(name for name in BACKENDS if device_of(name) == "cpu")
-#: For parametrize(..., indirect=True): those that need a GPU have its mark.
+#: All backends, for parametrize(..., indirect=True). Those that need a GPU have the marker gpu.
 EVERY_BACKEND = tuple(
     name if name in ON_THE_CPU else pytest.param(name, marks=pytest.mark.gpu) for name in BACKENDS
 )
@@ -74,7 +76,7 @@ def _normal(scale: float) -> Callable[[int, torch.Generator], Tensor]:
 
 
 def _model_like(v: int, g: torch.Generator) -> Tensor:
-    """A few dominant tokens over a long tail that falls with the rank, as models give."""
+    """Return a few dominant tokens over a long tail that falls with the rank, as in a model."""
     rank = torch.arange(1, v + 1, dtype=torch.float32)
     x = 4.0 - 1.6 * rank.log() + 0.7 * torch.randn(v, generator=g)
     return x[torch.randperm(v, generator=g)]
@@ -85,7 +87,7 @@ def _some(v: int, g: torch.Generator, count: int) -> Tensor:
 
 
 def _with(x: Tensor, g: torch.Generator, *values: float, each: int = 1) -> Tensor:
-    """``x`` with every one of ``values`` at ``each`` random places."""
+    """Return ``x`` with each of ``values`` at ``each`` random places."""
     places = _some(len(x), g, each * len(values))
     x[places] = torch.tensor(values * each)[: len(places)]
     return x
@@ -106,31 +108,31 @@ def _signed_zeros(v: int, g: torch.Generator) -> Tensor:
 
 
 def _tiny_steps(v: int, g: torch.Generator) -> Tensor:
-    """Neighbouring floats, whatever the dtype: the row is cast later, so ties may appear."""
+    """Return neighbouring float32 values; a later cast to a smaller dtype makes ties of them."""
     return 1.0 + torch.randint(64, (v,), generator=g) * 2.0**-23
 
 
 def _octaves(v: int, g: torch.Generator) -> Tensor:
-    """Plateaus of 1, 2, 4 ... tokens at 0, -1, -2 ...: equal mass each at OCTAVE_TEMPERATURE."""
+    """Return 1, 2, 4 ... tokens at 0, -1, -2 ...; at OCTAVE_TEMPERATURE each group has equal mass."""
     x = -torch.arange(1, v + 1, dtype=torch.float64).log2().floor().float()
     return x[torch.randperm(v, generator=g)]
 
 
 def _plateau(v: int, g: torch.Generator) -> Tensor:
-    """Three quarters of the tokens share the maximum, so that the nucleus ends among equals."""
+    """Return a row in which 3/4 of the tokens share the maximum: the nucleus ends among ties."""
     x = torch.where(torch.arange(v) < max(1, 3 * v // 4), 2.0, -1.0)
     return x[torch.randperm(v, generator=g)]
 
 
 def _min_p_edge(v: int, g: torch.Generator) -> Tensor:
-    """Neighbours of the cut of min_p 0.5 at OCTAVE_TEMPERATURE, which is 1 + 2^-18 octaves down."""
+    """Return depths at and next to the limit of min_p 0.5, 1 + 2^-18 at OCTAVE_TEMPERATURE."""
     depth = 1 + 2.0**-18 + torch.randint(-3, 4, (v,), generator=g) * 2.0**-23
     depth[_some(v, g, 1)] = 0.0
     return -depth
 
 
 def _clustered(v: int, g: torch.Generator) -> Tensor:
-    """All large logits next to each other."""
+    """Return a row whose large logits are all next to each other."""
     x = torch.randn(v, generator=g) - 6
     start = int(torch.randint(v, (1,), generator=g))
     x[start : start + 600] += 9
@@ -138,7 +140,7 @@ def _clustered(v: int, g: torch.Generator) -> Tensor:
 
 
 def _one_peak_per_tile(v: int, g: torch.Generator) -> Tensor:
-    """The same peak once in every 512 tokens, at the start, the end or between."""
+    """Return a row with the same peak in every tile of 512 tokens: first, last or in between."""
     x = torch.randn(v, generator=g).clamp(max=2)
     starts = torch.arange(0, v, 512)
     within = torch.tensor([0, 511, 17, 256])[torch.arange(len(starts)) % 4]
@@ -147,21 +149,21 @@ def _one_peak_per_tile(v: int, g: torch.Generator) -> Tensor:
 
 
 def _random_bits(v: int, g: torch.Generator) -> Tensor:
-    """Finite floats of every magnitude."""
+    """Return finite floats of every magnitude."""
     bits = torch.randint(-(2**31), 2**31, (v,), generator=g).to(torch.int32)
     x = bits.view(torch.float32).clone()
     return torch.where(x.isfinite(), x, 0.0)
 
 
 def _deep_tail(v: int, g: torch.Generator) -> Tensor:
-    """One token over a tail whose masses are the smallest integers: 4, 2, 1 and 0."""
+    """Return one dominant token and a tail whose masses are the smallest integers, 0 to 4."""
     x = -(39.5 + 5 * torch.rand(v, generator=g)) * math.log(2)
     x[_some(v, g, 1)] = 0.0
     return x
 
 
 def _nan_payloads(v: int, g: torch.Generator) -> Tensor:
-    """NaN of both signs and with payloads, quiet and signalling."""
+    """Return a row with NaN of both signs and several payloads, quiet and signalling."""
     payloads = torch.tensor([0x7FC00000, -0x400000, 0x7F800001, -0x7FFFFF, 0x7FFFFFFF, -1])
     x = torch.randn(v, generator=g)
     places = _some(v, g, max(1, v // 3))
@@ -169,7 +171,7 @@ def _nan_payloads(v: int, g: torch.Generator) -> Tensor:
     return x
 
 
-#: name -> builder of a float32 row from the vocabulary size and a generator
+#: name -> a function that builds a float32 row from the vocabulary size and a generator
 _ROWS: Mapping[str, Callable[[int, torch.Generator], Tensor]] = {
     "normal": _normal(1.0),
     "normal x3": _normal(3.0),
@@ -210,7 +212,7 @@ ROW_NAMES = tuple(_ROWS)
 
 
 def make_row(name: str, vocab_size: int, seed: int) -> Tensor:
-    """A float32 row of the table."""
+    """Return the float32 row of this name."""
     row = _ROWS[name](vocab_size, torch.Generator().manual_seed(seed)).to(torch.float32)
     assert row.shape == (vocab_size,)
     return row
@@ -221,7 +223,7 @@ def make_row(name: str, vocab_size: int, seed: int) -> Tensor:
 
 @functools.cache
 def filter_mixes(v: int) -> dict[str, dict[str, Any]]:
-    """Parameters that need no history."""
+    """Return the parameter mixes that need no history, by name."""
     mixes: dict[str, dict[str, Any]] = {
         "plain": {},
         "greedy": {"temperature": 0},
@@ -273,12 +275,12 @@ def filter_mixes(v: int) -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def penalty_mixes(v: int) -> dict[str, dict[str, Any]]:
-    """Parameters that need a history."""
-    # all 24 bits in use, so that a count times a penalty is rounded
+    """Return the parameter mixes that need a history, by name."""
+    # These penalties use all 24 bits of a float32, so that a count times a penalty is rounded.
     up = {"repetition_penalty": 1.3, "frequency_penalty": 0.4142136, "presence_penalty": 0.4}
     down = {"repetition_penalty": 0.7, "frequency_penalty": -0.5772157, "presence_penalty": -0.4}
     chain = {"repetition_penalty": 1.1, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
-    # on penalised tokens too: every history holds 0, V // 2 and V - 1
+    # The bias applies to penalised tokens too: most histories contain 0, V // 2 and V - 1.
     bias = {0: 1.7, v // 2: -2.3, v - 1: -100, v // 3: 0.6}
     return {
         "repetition up": {"repetition_penalty": 1.1},
@@ -306,7 +308,7 @@ def penalty_mixes(v: int) -> dict[str, dict[str, Any]]:
 
 
 def _ids(v: int, rng: random.Random, count: int) -> list[int]:
-    """Ids of which a few come again and again."""
+    """Return random token ids, half of them from a distribution that repeats a few ids often."""
     return [min(int(rng.paretovariate(0.3)) - 1, v - 1) for _ in range(count // 2)] + [
         rng.randrange(v) for _ in range(count - count // 2)
     ]
@@ -360,12 +362,12 @@ MASK_NAMES = tuple(_MASKS)
 
 
 def make_history(name: str, vocab_size: int, seed: int) -> tuple[list[int], list[int]]:
-    """The prompt's and the output's ids of a history of the table."""
+    """Return the token ids of the prompt and of the output of the history of this name."""
     return _HISTORIES[name](vocab_size, random.Random(seed))
 
 
 def make_mask(name: str, vocab_size: int, seed: int) -> Tensor:
-    """A row of int32 words; bits past the vocabulary are random, since they mean nothing."""
+    """Return a row of a token bitmask. Bits past the vocabulary are random: they mean nothing."""
     g = torch.Generator().manual_seed(seed)
     words = -(-vocab_size // 32)
     bits = torch.randint(2, (words * 32,), generator=g)
@@ -382,7 +384,10 @@ _POSITIONS = (0, 0, 1, 7, 4096, 2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1)
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a batch by name. ``seed`` governs its data, its stream and its position."""
+    """One row of a batch, described by names of the tables.
+
+    ``seed`` determines the data, the seed of the parameters and the position.
+    """
 
     row: str
     mix: str = "plain"
@@ -391,19 +396,19 @@ class Case:
     seed: int = 0
 
     def params(self, vocab_size: int) -> SamplingParams:
-        """The parameters, with the seed of this case."""
+        """Return the parameters, with a seed that is derived from the seed of this case."""
         mixes = {**filter_mixes(vocab_size), **penalty_mixes(vocab_size)}
         seed = random.Random(self.seed).choice([*_SEEDS, self.seed * 0x9E3779B97F4A7C15 % 2**64])
         return SamplingParams(**mixes[self.mix], seed=seed)
 
     def position(self) -> int:
-        """The position of this case."""
+        """Return the position, which is derived from the seed of this case."""
         return random.Random(self.seed + 1).choice([*_POSITIONS, self.seed])
 
 
 @dataclass
 class Batch:
-    """Cases made into what ``sample`` takes."""
+    """Cases and the arguments of ``sample`` that are built from them."""
 
     cases: Sequence[Case]
     vocab_size: int
@@ -415,7 +420,7 @@ class Batch:
     allowed_mask: Tensor | None
 
     def describe(self, row: int) -> str:
-        """Everything that is needed to build one row again."""
+        """Return a text with all that is needed to build one row again."""
         return (
             f"row {row} of {len(self.cases)}: {self.cases[row]}\n"
             f"  replay: build([{self.cases[row]}], {self.vocab_size}, {self.dtype})\n"
@@ -431,9 +436,10 @@ def build(
     *,
     slots_seed: int | None = 0,
 ) -> Batch:
-    """The batch of ``cases``.
+    """Build the batch of ``cases``.
 
-    History slots are in random order with free ones between, or in order for ``slots_seed=None``.
+    The rows use history slots in random order, with unused slots between them, or slots
+    0, 1, 2 ... for ``slots_seed=None``.
     """
     logits = torch.stack([make_row(c.row, vocab_size, c.seed) for c in cases]).to(dtype)
     history = None
@@ -464,9 +470,11 @@ def build(
 
 
 def every_case(vocab_size: int, histories_each: int = len(HISTORY_NAMES)) -> list[list[Case]]:
-    """The full product, in groups that go into one call each: no history or mask, each, and both.
+    """Return combinations of all rows with all mixes, in groups that go into one call each.
 
-    Every row with every penalty meets ``histories_each`` histories, others at another size.
+    The four groups have neither history nor mask, a history, a mask, and both. Every row is
+    combined with every mix of penalties and ``histories_each`` of the histories; which of them
+    depends on the vocabulary size.
     """
     seeds = itertools.count(1)
     filters, penalties = filter_mixes(vocab_size), penalty_mixes(vocab_size)
@@ -505,10 +513,10 @@ def every_case(vocab_size: int, histories_each: int = len(HISTORY_NAMES)) -> lis
 
 
 def covering_cases(vocab_size: int, seed: int, rows: int = 0) -> list[list[Case]]:
-    """Groups as in :func:`every_case`; every row, mix, history and mask occurs at least once.
+    """Return groups as :func:`every_case` does, but with far fewer cases.
 
-    The pairs change with ``seed``. With ``rows`` > 0 that many cases of each group are kept, others
-    with other seeds.
+    Every row, mix, history and mask of the tables occurs at least once; how they are combined
+    depends on ``seed``. With ``rows`` > 0 only the first ``rows`` cases of each group are kept.
     """
     rng = random.Random(seed)
 
@@ -540,7 +548,7 @@ def covering_cases(vocab_size: int, seed: int, rows: int = 0) -> list[list[Case]
 
 
 def _poison(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """NaN and +inf, one after the other: reading past a row changes its status."""
+    """Return alternating NaN and +inf, so that reading past the end of a row changes its status."""
     flat = torch.empty(math.prod(shape), dtype=like.dtype, device=like.device)
     flat[0::2] = NAN
     flat[1::2] = INF
@@ -555,7 +563,7 @@ def _padded_rows(x: Tensor) -> Tensor:
 
 
 def _aligned_rows(x: Tensor) -> Tensor:
-    """Rows that begin at multiples of 16 elements, whatever V is."""
+    """Return rows that begin at multiples of 16 elements, whatever V is."""
     rows, v = x.shape
     buffer = _poison((rows, v + 16 - v % 16), x)
     buffer[:, :v] = x
@@ -563,7 +571,7 @@ def _aligned_rows(x: Tensor) -> Tensor:
 
 
 def _odd_offset(x: Tensor) -> Tensor:
-    """One element past the allocation's start: no row is aligned to more than an element."""
+    """Return rows at odd offsets of the allocation, aligned to no more than one element."""
     rows, v = x.shape
     stride = v + 1 + v % 2
     buffer = _poison((1 + rows * stride,), x)
@@ -593,7 +601,7 @@ def _every_other_column(x: Tensor) -> Tensor:
     return buffer[:, ::2]
 
 
-#: name -> the same values with other strides
+#: name -> a function that returns the same values with other strides or another alignment
 LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "padded rows": _padded_rows,
