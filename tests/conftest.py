@@ -1,4 +1,4 @@
-"""What every test shares: processes, markers, and fixtures."""
+"""The set-up that all tests share: parallel processes, markers, and fixtures."""
 
 import fcntl
 import os
@@ -17,55 +17,61 @@ from llm_sampling.generation import models
 
 pytest.register_assert_rewrite("parity")
 
-# It needs Triton's interpreter, which a process has for all of its kernels or for none:
-# test_triton.py starts that process.
+# This file needs Triton's interpreter, which a process uses for all of its kernels or for none.
+# test_triton.py starts a pytest process that uses it.
 collect_ignore = [] if INTERPRETED else ["kernels/test_triton_interpreted.py"]
 
-#: More of them take more memory than time is gained.
+#: The largest number of parallel pytest processes. More would need much more memory and save
+#: little time.
 MOST_PROCESSES = 8
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Run whole folders in a process per core where pytest-xdist is installed and -n is not given.
+    """Use one process per core for whole folders, if pytest-xdist is installed and -n not given.
 
-    One process runs a file or a test that is named, and everything with a debugger, with output
-    that is not captured, on a GPU, in vLLM's engine, and where a test takes most of the memory.
+    A run of named files or tests stays in one process. So does a run with a debugger or with
+    uncaptured output, and a run of the tests marked gpu, vllm or large: parallel processes would
+    compete for the GPU or the memory.
     """
     option = config.option
     if hasattr(config, "workerinput"):
-        option.benchmark_disable = True  # as it is here; pytest-benchmark would warn
-    elif getattr(option, "numprocesses", 0) is None:  # there is xdist, and no -n
+        # pytest-benchmark warns in a worker unless it is disabled, as in the main process.
+        option.benchmark_disable = True
+    elif getattr(option, "numprocesses", 0) is None:  # xdist is installed and -n is not given
         wants_one = option.usepdb or option.trace or option.capture == "no"
         wants_one |= re.search(r"(?<!not )(gpu|vllm|large)", option.markexpr) is not None
         if not wants_one and all(Path(arg).is_dir() for arg in config.args):
             option.numprocesses = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
-            # a worker has tests that follow each other, which share what they build
+            # With worksteal a worker runs neighbouring tests, which share module fixtures.
             option.dist = "worksteal"
             option.benchmark_disable = True
 
 
 def pytest_configure(config):
-    """Processes side by side have a thread each: more wait for each other for most of the time."""
+    """Give each parallel worker one thread; with more, they would mostly wait for each other."""
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what the default run leaves to -m sweep, and the interpreter to -m slow."""
+    """Mark the tests that only run with -m sweep or -m slow."""
     selection.mark(items)
 
 
 def _patch_less_often():
-    """The interpreter patches triton.language at every call of a function: do it once a launch."""
+    """Make Triton's interpreter patch triton.language once per launch, which saves time.
+
+    By itself it does so at every call of a function.
+    """
     from triton.runtime import interpreter
 
     patched = set()
     launch = interpreter.GridExecutor.__call__
 
     def launch_anew(self, *args, **kwargs):
-        patched.clear()  # the interpreter takes its patches back when a launch ends
+        patched.clear()  # the interpreter undoes its patches when a launch ends
         return launch(self, *args, **kwargs)
 
     def call(self, *args, **kwargs):
@@ -85,9 +91,10 @@ if INTERPRETED:
 
 @pytest.fixture(params=ON_THE_CPU)
 def backend(request):
-    """The name of each backend in turn, skipped with the reason where it cannot run.
+    """Return the name of each backend in turn; skip with the reason where it is unavailable.
 
-    Those that run on the CPU only, unless a test asks for others: see cases.EVERY_BACKEND.
+    By default these are the backends that run on the CPU. A test that also wants those that need
+    a GPU parametrises this fixture with cases.EVERY_BACKEND.
     """
     device = torch.device(device_of(request.param))
     reason = BACKENDS[request.param].why_unavailable(device)
@@ -98,9 +105,11 @@ def backend(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Every allocation without a value holds NaN or the largest integer, also those made in C++.
+    """Fill uninitialised memory with NaN or the largest integer, also if C++ allocates it.
 
-    torch does so where deterministic algorithms are asked for; nothing else of that mode matters.
+    A kernel that reads memory that it has not written then gives a wrong result in every run.
+    torch fills the memory when deterministic algorithms are requested; no other effect of that
+    mode is needed here.
     """
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled()
@@ -111,10 +120,10 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def sigint_is_not_ignored():
-    """SIGINT raises KeyboardInterrupt in a test and ends the processes that it starts.
+    """Make SIGINT raise KeyboardInterrupt in a test and end the processes that the test starts.
 
-    A process that ignores the signal, as under nohup or in the background of a script, hands that
-    on to its children, and a Python that is started so installs no handler of its own.
+    If pytest was started with SIGINT ignored, as a background job of a script is, Python installs
+    no handler for it and child processes inherit that.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
@@ -127,10 +136,13 @@ def sigint_is_not_ignored():
 
 @pytest.fixture(scope="session")
 def build_once(request, tmp_path_factory):
-    """A function: the folder of this name, which one of the processes of the run has built in."""
+    """Return a function that builds something in a folder once for all parallel processes.
+
+    It takes the folder's name and a function that builds, and returns the finished folder.
+    """
     root = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):
-        root = root.parent  # that of all workers
+        root = root.parent  # the folder that all workers share
 
     def build(name, build_in):
         folder, unfinished = root / name, root / f"{name}.unfinished"
@@ -148,7 +160,7 @@ def build_once(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_llama():
-    """A function: a small random Hugging Face model of this vocabulary."""
+    """Return a function that makes a small random Hugging Face model of a vocabulary size."""
     transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
 
     def make(vocab_size, **options):
@@ -171,7 +183,7 @@ def tiny_llama():
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory):
-    """A tiny random model over bytes with a chat template, as a Hugging Face directory."""
+    """Return the Hugging Face directory of a tiny random byte-level model with a chat template."""
     transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
     from toy_tokenizers import byte_tokenizer
 
@@ -197,7 +209,7 @@ def model_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm():
-    """The default model, loaded once: that takes seconds."""
+    """Return the default model of the command line, loaded once because that takes seconds."""
     pytest.importorskip("transformers", reason="needs the extra 'cli'")
     pytest.importorskip("gguf", reason="needs the extra 'cli'")
     try:
