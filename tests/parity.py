@@ -1,4 +1,4 @@
-"""How a backend is compared with the reference, for every test that compares one."""
+"""The comparison of a backend with the reference, which many tests share."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llm_sampling.backends.base import Logprobs
 
 LOGPROB_TOLERANCE = 1e-5
 NUM_SAMPLES = 8
-#: bounds the reference's memory
+#: The largest number of logits in a batch; it bounds the memory that the reference takes.
 MAX_ELEMENTS = 2**22
 
 
 @dataclass
 class Result:
-    """What one backend makes of a batch."""
+    """The outputs of one backend for a batch, on the CPU."""
 
     tokens: Tensor
     first_token: Tensor
@@ -31,9 +31,10 @@ class Result:
 
 
 def run(batch: Batch, backend: str, logprobs: Sequence[Logprobs]) -> Result:
-    """Everything that is compared, on the CPU; the backend on two threads, the reference on one.
+    """Return all outputs that are compared.
 
-    Many small torch operations on two threads wait for each other where cores are busy.
+    The reference gets one thread and a backend two: the many small torch operations of the
+    reference would spend their time on waiting for a second thread where all cores are busy.
     """
     with threads(1 if backend == "torch" else 2):
         return _run(batch, backend, logprobs)
@@ -61,7 +62,8 @@ def _run(batch: Batch, backend: str, logprobs: Sequence[Logprobs]) -> Result:
     for other_tokens, _, other_status in drawn.values():
         assert torch.equal(other_tokens, tokens), "the kind of logprob changes the tokens"
         assert torch.equal(other_status, status), "the kind of logprob changes the status"
-    # the reference's first of eight draws is its single draw: saves a pass over the row
+    # The reference's first of several draws is its single draw by definition, so that no second
+    # pass over the row is needed.
     first = tokens[:, 0] if backend == "torch" else draw(1, None)[0]
     filtered = filter_logits(
         batch.logits,
@@ -80,7 +82,7 @@ def _run(batch: Batch, backend: str, logprobs: Sequence[Logprobs]) -> Result:
 
 
 def differing_rows(expected: Result, actual: Result) -> dict[str, Tensor]:
-    """What differs -> bool ``(rows,)``."""
+    """Return for each compared output a bool tensor ``(rows,)``: the rows in which it differs."""
     bits = (expected.filtered.view(torch.int32), actual.filtered.view(torch.int32))
     kept = (expected.filtered > -torch.inf, actual.filtered > -torch.inf)
     differing = {
@@ -100,7 +102,7 @@ def differing_rows(expected: Result, actual: Result) -> dict[str, Tensor]:
 def assert_same(
     batch: Batch, backend: str, expected: Result, actual: Result, note: str = ""
 ) -> None:
-    """Fail with the rows that differ."""
+    """Fail the test with a description of the rows that differ, if any does."""
     for wanted, got in (
         (expected.tokens, actual.tokens),
         (expected.status, actual.status),
@@ -129,14 +131,14 @@ def assert_same(
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bits of a float tensor, so that NaN equals itself."""
+    """Return the bits of a float tensor as integers, so that NaN equals itself."""
     return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
 def build_all(
     groups: Sequence[Sequence[Case]], vocab_size: int, dtype: torch.dtype, device: str
 ) -> Iterator[Batch]:
-    """The batches of all groups, in parts that the reference can hold."""
+    """Yield the batches of all groups, each with at most ``MAX_ELEMENTS`` logits."""
     rows = max(1, MAX_ELEMENTS // vocab_size)
     for group in groups:
         for start in range(0, len(group), rows):
@@ -148,7 +150,7 @@ def assert_parity(
     backend: str,
     logprobs: Sequence[Logprobs] = ("processed",),
 ) -> None:
-    """Run both, compare; the inputs must come out as they went in."""
+    """Compare the backend with the reference, and check that it does not modify its inputs."""
     for batch in batches:
         before = batch.logits.clone()
         state = None if batch.history is None else batch.history.clone()
@@ -162,7 +164,10 @@ def assert_parity(
 
 
 def assert_more_than_there_are(backend: str, device: str = "cpu") -> None:
-    """k beyond the candidates keeps all of them, and top-p measures the mass of all."""
+    """Check top-k with more tokens than the row has finite logits, followed by top-p.
+
+    Such a k keeps all of them, and top-p takes its share of the mass of all of them.
+    """
     logits = torch.randn(4, 5003, generator=torch.Generator().manual_seed(1))
     logits[:, ::2] = -torch.inf
     candidates = 5003 // 2
