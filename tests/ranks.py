@@ -1,6 +1,7 @@
 """Processes that form a group of ranks on this machine and run a test's functions in parallel.
 
-A group is started once for all tests of a module, because importing torch takes longer than they.
+A group is started once for all tests of a module, because importing torch takes longer than the
+tests do.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-#: Seconds to wait for the answer of a rank.
+#: How many seconds to wait for the answer of a rank.
 PATIENCE = 300
 
 
 class Ranks:
-    """``size`` processes, each a rank of one group.
+    """A process group of ``size`` processes, one for each rank.
 
     Args:
         size: the number of ranks.
-        timeout: that of the group's collectives, in seconds.
-        backend: of torch.distributed. With NCCL each rank has the GPU of its number.
+        timeout: how many seconds a collective operation of the group may take.
+        backend: the backend of torch.distributed. With "nccl", rank i uses GPU i.
     """
 
     def __init__(self, size: int, timeout: float = 60, backend: str = "gloo") -> None:
-        # forked from a process that has imported torch, which takes seconds, and not used it
+        # The fork server imports torch, which takes seconds, once for all ranks. It does not use
+        # it, because torch's threads and CUDA do not survive a fork.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed"])
         self.size = size
@@ -49,9 +51,9 @@ class Ranks:
             self._processes.append(process)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What ``function(rank, *args)`` returns on every rank, or how it failed.
+        """Return ``function(rank, *args)`` of every rank, or :class:`Raised` or :class:`Ended`.
 
-        The function must be one of a module, which the processes import.
+        The function must be defined at the top level of a module, so that it can be pickled.
         """
         for pipe in self._pipes:
             pipe.send((function, args))
@@ -67,7 +69,7 @@ class Ranks:
             return Ended()
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the processes."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
