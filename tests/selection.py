@@ -1,7 +1,8 @@
-"""Which tests the default run leaves to ``pytest -m sweep``, so that it takes minutes.
+"""Select the tests that the default run skips, so that it takes minutes.
 
-A test that repeats itself over sizes, dtypes and layouts has a row here, and so has one that takes
-long by itself. What has the marker slow, large, gpu or vllm stays with that run.
+The tables below name tests that run over many sizes, dtypes and layouts, and tests that take long.
+The cases that they leave out get the marker sweep and run with ``pytest -m sweep``. A test that
+has the marker slow, large, gpu or vllm keeps it and is not marked again.
 """
 
 import pytest
@@ -10,21 +11,25 @@ from cases import INTERPRETED
 
 
 class Some:
-    """Which cases of a test the default run has: those of some values, one in so many of them.
+    """A rule that selects the cases of a test that the default run executes.
 
-    With a number that has no factor in common with the lengths of the lists of values, every value
-    still occurs, if not with each of the others.
+    Args:
+        one_in: of the cases that match ``values``, the default run executes every ``one_in``-th.
+            If it has no common factor with the lengths of the parameter lists, every value of
+            every parameter still occurs in some case.
+        values: parameter name -> the values with which a case is considered at all.
     """
 
     def __init__(self, one_in=1, **values):
         self.one_in, self.values = one_in, values
 
     def includes(self, params):
-        """Whether the parameters of a case have these values."""
+        """Return whether the parameters of a case have values of this rule."""
         return all(params[name] in values for name, values in self.values.items())
 
 
-#: By file and function. A test that repeats itself over more than a second has a row here.
+#: "file::function" -> the rule for its cases. A test is listed here if all of its cases together
+#: take more than a second.
 SOME = {
     "test_cuda_emulated.py::test_covering_cases": Some(4),
     "test_cuda_emulated.py::test_every_launch": Some(5),
@@ -53,8 +58,8 @@ SOME = {
     "test_benchmarks.py::test_peers_of_a_gpu_with_functions_that_stand_in_for_theirs": Some(4),
     "test_contract.py::test_code_in_docs_runs": Some(path=("README.md",)),
 }
-#: The same for a backend in Triton's interpreter, which takes milliseconds for what a kernel does
-#: in microseconds.
+#: The rules for cases whose backend runs in Triton's interpreter, which takes milliseconds for
+#: what a compiled kernel does in microseconds.
 SOME_INTERPRETED = {
     "test_edges.py::test_extremes_are_those_of_the_reference": Some(7),
     "test_edges.py::test_status_bits": Some(4),
@@ -67,7 +72,8 @@ SOME_INTERPRETED = {
     "test_triton_interpreted.py::test_small_tiles": Some(dtype=(torch.float16,)),
     "test_triton_interpreted.py::test_small_tiles_on_hard_rows": Some(7),
 }
-#: Whole tests and single cases that take ten seconds or more, or need what takes so long to build.
+#: Whole tests and single cases that take ten seconds or more, or whose fixtures take that long to
+#: build.
 LONG = {
     "test_c_interface.py::test_the_arithmetic_in_cpp",
     "test_cuda_compile.py::test_multiply_adds_are_seen",
@@ -98,8 +104,8 @@ LONG_INTERPRETED = {
     "test_vectors.py::test_half_precision[triton-float16]",
     "test_vectors.py::test_half_precision[triton-bfloat16]",
 }
-#: What the interpreter leaves to -m slow: these tests have a backend's most rows, and by default
-#: only these sizes, or sizes with a dtype.
+#: The tests with the most rows per backend -> the vocabulary sizes, or pairs of size and dtype,
+#: that Triton's interpreter runs. Their other cases get the marker slow for the interpreter.
 INTERPRETED_SIZES = {
     "test_every_case": (),
     "test_covering_cases": (
@@ -119,11 +125,11 @@ INTERPRETED_SIZES = {
 
 
 def mark(items):
-    """Give each item of a collection the marker of the run that it is left to."""
+    """Add the marker sweep or slow to each collected test that the default run leaves out."""
     found = {}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        # test_triton_interpreted.py has the fixture triton_alone
+        # test_triton_interpreted.py names its backend through the fixture triton_alone.
         is_interpreted = params.get("backend", params.get("triton_alone")) in INTERPRETED
         function = f"{item.path.name}::{item.originalname}"
         if is_interpreted and _is_left_to_slow(item.originalname, params):
