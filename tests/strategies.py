@@ -15,8 +15,9 @@ SPECIAL = (
     *(2.0**-149, -(2.0**-149), 2.0**-126, 3.4028234663852886e38, -3.4028234663852886e38),
     *(1 + 2.0**-23, 1 - 2.0**-24, 65504.0, 65520.0, 6e-8),
 )
-EXACT_HALF = 0.5 + 2.0**-20  # step 12's share is exactly one half
-OCTAVES = float.fromhex("0x1.715476p+0")  # step 9's factor is exactly 1
+# The steps have the numbers of docs/semantics.md.
+EXACT_HALF = 0.5 + 2.0**-20  # with this top_p, the share in step 12 is exactly one half
+OCTAVES = float.fromhex("0x1.715476p+0")  # with this temperature, the factor in step 9 is 1
 
 
 logits = st.one_of(
@@ -29,7 +30,11 @@ logits = st.one_of(
 
 @st.composite
 def values(draw: st.DrawFn, vocab_size: int) -> tuple[float, ...]:
-    """Every value on its own in a short row, else a few values at random places."""
+    """Draw a row of logits of one of three kinds.
+
+    A short row may have an independent value for each token. Any row may consist of a palette of
+    at most six values, or of normal values with a few others at random places.
+    """
     if vocab_size <= 12 and draw(st.booleans()):
         return tuple(draw(st.lists(logits, min_size=vocab_size, max_size=vocab_size)))
     if draw(st.booleans()):
@@ -46,7 +51,7 @@ def values(draw: st.DrawFn, vocab_size: int) -> tuple[float, ...]:
 
 @st.composite
 def sampling_params(draw: st.DrawFn, vocab_size: int) -> SamplingParams:
-    """Each field off, at a boundary, or anywhere in its range."""
+    """Draw parameters in which each field is off, at a boundary, or anywhere in its range."""
 
     def maybe(*choices: st.SearchStrategy[float]) -> float | None:
         return draw(st.one_of(st.none(), *choices))
