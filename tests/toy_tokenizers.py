@@ -10,7 +10,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'cli'")
 
 
 def byte_tokenizer():
-    """Byte-level: each token is one byte, so that every other character spans several tokens."""
+    """Return a tokenizer whose tokens are single bytes; a non-ASCII character takes several."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
@@ -23,7 +23,11 @@ WORDS = ["▁", "▁and", "▁then", "s", ".", "▁,", "th", "▁don", "'t"]
 
 
 def word_tokenizer():
-    """Like Llama 2: spaces belong to tokens, a leading one is dropped, bytes stand for the rest."""
+    """Return a tokenizer that decodes as Llama 2's does.
+
+    A space belongs to the token that follows it, a leading space of the text is dropped, and
+    characters that are in no token are spelt as byte tokens.
+    """
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
     for word in WORDS:
         vocab.setdefault(word, len(vocab))
