@@ -113,7 +113,7 @@ def _tiny_steps(v: int, g: torch.Generator) -> Tensor:
 
 
 def _octaves(v: int, g: torch.Generator) -> Tensor:
-    """Return 1, 2, 4 ... tokens at 0, -1, -2 ...; at OCTAVE_TEMPERATURE each group has equal mass."""
+    """Return 1, 2, 4 ... tokens at 0, -1, -2 ...: groups of equal mass at OCTAVE_TEMPERATURE."""
     x = -torch.arange(1, v + 1, dtype=torch.float64).log2().floor().float()
     return x[torch.randperm(v, generator=g)]
 
