@@ -1,4 +1,7 @@
-"""``generate`` and ``generate_stream``: ends, stop strings, streaming, batches of unequal rows."""
+"""Tests of ``generate`` and ``generate_stream``.
+
+They cover the ends of texts, stop strings, streaming, and batches of prompts of unequal length.
+"""
 
 import inspect
 from dataclasses import replace
@@ -29,7 +32,7 @@ MIXED = [
 
 
 def words(row_ids, vocab_size=V):
-    """Logits that depend on all ids of the row and on nothing else."""
+    """Return logits that depend on all token ids of the row and on nothing else."""
     seed = hash(tuple(row_ids)) % 2**31
     return torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
@@ -43,7 +46,10 @@ END = BYTES("~")["input_ids"][0]
 
 
 def script(*texts):
-    """A model whose rows generate these texts byte by byte, whatever is drawn, and then END."""
+    """Return a model that generates these texts, one per row, byte by byte, and then END.
+
+    It ignores the tokens that are drawn.
+    """
     rows = [BYTES(text)["input_ids"] for text in texts]
 
     def says(input_ids, cache):
@@ -150,7 +156,7 @@ def test_stop_strings():
     include=st.booleans(),
 )
 def test_the_stream_joins_to_the_text_that_the_rule_gives(text, stop, limit, include):
-    """Some of the characters take three tokens."""
+    """The alphabet has a character that takes three tokens of the byte tokenizer."""
     chunks = list(
         generate_stream(
             script(text),
@@ -172,7 +178,7 @@ def test_the_stream_joins_to_the_text_that_the_rule_gives(text, stop, limit, inc
 
 
 def test_the_prompt_s_text_is_not_searched():
-    """The end of the prompt and the first token would form a stop string."""
+    """A stop string that begins in the prompt and ends in the output does not count."""
     prompt = BYTES("x EN")["input_ids"]
     (done,) = generate(
         script("D more END"),
@@ -248,7 +254,7 @@ STOPS = ["<|im_end|>", "stop", "e nd"]
         ("<|im_end|", None),
         ("|im_end|>", None),
         ("s", None),
-        # nothing is generated after a stop string
+        # The text after a stop string is never generated.
         ("<|im_end|><|im_start|>", "<|im_end|>"),
         ("<|im_end|<>stop<|im_end|", "stop"),
     ],
@@ -262,15 +268,15 @@ def test_the_strings_of_transformers_tests(text, found):
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        (["last", "stop"], "la"),  # the string lies across two tokens
-        (["topper", "s", "topper"], "topper"),  # and ends within the last token
+        (["last", "stop"], "la"),  # the stop string "stst" spans two tokens
+        (["topper", "s", "topper"], "topper"),  # "stop" spans two and ends within the last
         (["s", "t", "o", "p"], ""),
         (["a stopper"], "a "),
         (["sto", "sto", "p"], "sto"),
     ],
 )
 def test_strings_and_tokens_that_overlap(texts, expected):
-    """With a tokenizer whose tokens are ``texts``."""
+    """The tokenizer's tokens are ``texts``, and the model generates them in order."""
 
     class Tokens:
         def decode(self, ids, **options):
@@ -314,7 +320,7 @@ def test_strings_in_characters_of_several_tokens(text, stop, shown):
 
 
 def test_ids_that_the_tokenizer_does_not_know_are_no_text():
-    """A model's logits may be wider than its tokenizer."""
+    """A model may have more logits than its tokenizer has tokens."""
     wide = len(BYTES) + 1024
 
     def says(input_ids, cache):
@@ -355,7 +361,7 @@ def test_greedy_ragged_rows_are_those_of_hugging_face(llama):
 
 
 def test_a_padded_row_is_penalised_for_its_own_prompt_only(llama):
-    """Padding is id 0, which is also an ordinary token."""
+    """Padding has the id 0, which is also an ordinary token that penalties must not count here."""
     params = SamplingParams(repetition_penalty=1.8, frequency_penalty=0.5, temperature=0)
     options = {"max_new_tokens": 12, "ignore_eos": True}
     alone = generate(llama, [[9]], params, **options)
