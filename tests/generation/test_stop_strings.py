@@ -1,4 +1,4 @@
-"""StopStrings: where a text ends, however it is split, and what is held back meanwhile."""
+"""Tests of StopStrings: where a text ends, however it is split, and which text is held back."""
 
 import pytest
 from hypothesis import example, given
@@ -12,7 +12,7 @@ stops = st.lists(st.text(alphabet="ab.", min_size=1, max_size=4), min_size=1, ma
 
 
 def whole(text, stop, limit=1, include=False):
-    """The expected text and stop string, found by applying the rule to the whole text."""
+    """Return the expected text and stop string by applying the rule to the whole text."""
     behind, left = 0, limit
     for end in range(1, len(text) + 1):
         complete = [s for s in stop if text[:end].endswith(s) and end - len(s) >= behind]
@@ -53,7 +53,7 @@ def test_any_split_gives_what_the_whole_text_gives(text, stop, cuts, limit, incl
 
 @given(text=texts, stop=stops, cuts=st.lists(st.integers(0, 30), max_size=8))
 def test_only_what_may_become_a_stop_string_is_held(text, stop, cuts):
-    """After each piece the text held back is the longest suffix that begins a stop string."""
+    """The text held back after each piece is its longest suffix that begins a stop string."""
     watched = StopStrings(stop)
     so_far = out = ""
     for piece in split(text, cuts):
@@ -89,7 +89,8 @@ def test_examples(pieces, stop, limit, expected):
 
 def test_the_earliest_that_is_complete_counts():
     assert fed(["xabc"], ["abc", "b"]) == (["xa", ""], "b")
-    assert fed(["xabc"], ["xabc", "c"])[1] == "xabc"  # complete at once: the longer one
+    # Both stop strings are complete at the same character, so the longer one counts.
+    assert fed(["xabc"], ["xabc", "c"])[1] == "xabc"
 
 
 def test_what_is_complete_before_it_may_stop_does_not_count():
