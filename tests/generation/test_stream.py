@@ -1,4 +1,4 @@
-"""``stream``, the loop over model and sampler, and TextDecoder, its tokens as text."""
+"""Tests of ``stream``, the loop over model and sampler, and of TextDecoder."""
 
 import time
 from types import SimpleNamespace
@@ -43,7 +43,7 @@ class Recorder(torch.nn.Module):
 
 
 class Script(Sampler):
-    """A sampler that draws given tokens."""
+    """A sampler that returns given tokens, one list per step."""
 
     num_samples = 1
     rows = 0
@@ -61,7 +61,7 @@ class Script(Sampler):
 
 
 def generated(model, prompts, params, max_new_tokens, **options):
-    """The tokens that ``stream`` gives each row."""
+    """Return the tokens that ``stream`` generates for each row."""
     history = TokenHistory.from_ids(prompts, None, VOCAB_SIZE)
     sampler = Sampler(params, vocab_size=VOCAB_SIZE, history=history)
     steps = stream(model, prompts, sampler, max_new_tokens=max_new_tokens, **options)
@@ -200,13 +200,14 @@ def decoded(tokenizer, tokens, prompt=()):
 def test_pieces_join_to_the_text(text):
     pieces = decoded(BYTES, BYTES(text)["input_ids"])
     assert "".join(pieces) == text
-    assert len([piece for piece in pieces if piece]) > 3  # it streams
+    assert len([piece for piece in pieces if piece]) > 3  # the text comes in several pieces
 
 
 @given(text=st.text(), prompt=st.text(max_size=8))
 @settings(max_examples=200, deadline=None)
 def test_pieces_of_any_text_are_whole_characters(text, prompt):
-    text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # at the end it stands for half a character
+    # At the end of a text this character counts as an incomplete one and is not emitted.
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     pieces = decoded(BYTES, BYTES(text)["input_ids"], BYTES(prompt)["input_ids"])
     assert "".join(pieces) == text
     held = text.count("\N{REPLACEMENT CHARACTER}")
@@ -235,7 +236,7 @@ def word_ids(*words):
 
 
 def test_a_leading_space_is_kept_after_a_prompt():
-    assert WORD.decode(word_ids("▁then")) == "then"  # what a token alone would give
+    assert WORD.decode(word_ids("▁then")) == "then"  # without a prompt the space is dropped
     assert decoded(WORD, word_ids("▁then", "▁and"), word_ids("▁and")) == [" then", " and", ""]
 
 
@@ -257,6 +258,6 @@ def test_pieces_of_words_and_bytes_join_to_their_decoding(chunks):
     tokens = []
     for chunk in chunks:
         tokens += word_ids(chunk) if chunk in WORDS else chunk.encode()
-    tokens += word_ids("s")  # a replacement character would be dropped at the end
+    tokens += word_ids("s")  # so that no replacement character, which is dropped, is at the end
     whole = WORD.decode(prompt + tokens)
     assert "".join(decoded(WORD, tokens, prompt)) == whole[len("and") :]
