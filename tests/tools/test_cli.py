@@ -1,4 +1,4 @@
-"""The command: its options, what goes to stdout and to stderr, and its exit codes."""
+"""Tests of the command ``llm-sampling``: options, output on stdout and stderr, exit codes."""
 
 import dataclasses
 import importlib.util
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 A, B, NEWLINE = (byte_tokenizer()(text)["input_ids"][0] for text in "ab\n")
 END = byte_tokenizer().eos_token_id
 
-#: For each field of SamplingParams, options that set it and the value that they set.
+#: field of SamplingParams -> the options that set it and the value that they give it
 FIELD_OPTIONS = {
     "temperature": (["--temperature", "0.5"], 0.5),
     "top_k": (["--top-k", "7"], 7),
@@ -46,7 +46,10 @@ FIELD_OPTIONS = {
 
 @pytest.fixture
 def run(model_path, capsys):
-    """Run ``generate`` on the tiny model; gives exit code, stdout and stderr."""
+    """Return a function that runs ``generate`` on the tiny model.
+
+    The function returns exit code, stdout and stderr.
+    """
 
     def run(prompt, *options, model=model_path):
         capsys.readouterr()
@@ -57,7 +60,10 @@ def run(model_path, capsys):
 
 
 def refused(code, out, err, *words):
-    """A bad value: nothing on stdout, one line on stderr that holds every word, exit code 2."""
+    """Check that the command refused a value.
+
+    A refusal prints nothing on stdout and one line with every word on stderr, and exits with 2.
+    """
     assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
     assert err.startswith("llm-sampling: ")
     for word in words:
@@ -97,7 +103,7 @@ def test_the_text_is_what_the_loop_generates(run, model_path):
     assert re.fullmatch(pattern, err.splitlines()[-1])
     assert err.splitlines()[-1].endswith("seed 3)")
     assert "Loading" in err
-    assert "it/s" not in err  # the loader's own progress bars
+    assert "it/s" not in err  # the progress bars of transformers' loader are off
 
 
 def test_every_backend_gives_the_same_text(run, backend, monkeypatch):
@@ -198,7 +204,7 @@ def test_ignore_eos(run):
 
 
 def test_several_prompts_and_texts(run):
-    """Each text equals the text generated alone; an empty line separates them."""
+    """Each text of a batch equals the text generated alone; empty lines separate the texts."""
     options = ["--max-new-tokens", 12, "--temperature", 0.7, "--top-k", 5]
     alone = [run(text, *options, "--seed", seed)[1] for text in "ab" for seed in (7, 8)]
     code, out, err = run("a", "b", *options, "--seed", 7, "--n", 2)
@@ -235,7 +241,7 @@ def test_json(run):
 
 @pytest.fixture
 def run_chat(model_path, capsys, monkeypatch):
-    """Run ``chat`` on the tiny model with these lines as input."""
+    """Return a function that runs ``chat`` on the tiny model with the given lines on stdin."""
 
     def run_chat(lines, *options, model=model_path):
         capsys.readouterr()
@@ -250,7 +256,7 @@ def test_chat_answers_each_line_and_knows_those_before(run_chat, run):
     options = ["--max-new-tokens", 10, "--seed", 2**64 - 1, "--stop", "]"]
     code, out, err = run_chat("hi\n\n  bye \n", *options)
     first = run("[hi]", *options)[1]
-    options[3] = 0  # the next turn has the next seed
+    options[3] = 0  # the second answer uses the next seed, which wraps round to 0
     second = run("[hi][" + first.removesuffix("\n") + "][bye]", *options)[1]
     assert (code, out) == (0, first + second)
     assert first != second
@@ -322,7 +328,7 @@ def test_a_bad_value_is_named_in_one_line(options, words, capsys):
 
 
 def test_options_and_prompts_in_any_order():
-    """A value may begin with a dash; what follows ``--`` is a prompt."""
+    """The value of an option may begin with a dash; all words after ``--`` are prompts."""
     words = ["a", "--stop", "---", "b", "--frequency-penalty", "-1e-3", "--no-chat", "--json"]
     options = cli.parse(["generate", *words, "--seed=7", "--", "--c", "-d"])
     assert options.prompts == ["a", "b", "--c", "-d"]
@@ -332,7 +338,7 @@ def test_options_and_prompts_in_any_order():
 
 @pytest.mark.parametrize("options", [["--stop", "--"], ["--stop=--"], ["--top-k"], ["--tem", "1"]])
 def test_an_option_that_is_not_understood_is_refused(options, capsys):
-    """No part of a name stands for it, and some versions of argparse would drop a value ``--``."""
+    """An abbreviated option is refused, and so is the value ``--``, which argparse may drop."""
     code = cli.main(["generate", "x", *options])
     assert refused(code, *capsys.readouterr(), options[0].partition("=")[0])
 
@@ -365,7 +371,7 @@ def test_a_model_that_does_not_load_is_named(run, tmp_path):
     broken.write_bytes(b"GGUF" + bytes(64))
     reader = gguf.GGUFReader
     code, out, err = run("x", model=broken)
-    assert gguf.GGUFReader is reader  # it is replaced only while loading
+    assert gguf.GGUFReader is reader  # the replacement for loading was undone
     assert (code, out) == (2, "")
     assert str(broken) in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("llm-sampling: ")
@@ -414,13 +420,13 @@ def test_an_interrupt_ends_with_130(module, moment, run, monkeypatch):
 
 
 def command(*argv):
-    """``llm-sampling`` in a process of its own."""
+    """Start ``llm-sampling`` in a process of its own."""
     program = "import sys; from llm_sampling.tools.cli import main; sys.exit(main())"
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, argv)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # As users run it: stdout to a pipe is buffered.
+        # Users run it without this variable, so that Python buffers stdout to a pipe.
         env={**os.environ, "PYTHONUNBUFFERED": ""},
     )
 
@@ -433,7 +439,7 @@ def test_ctrl_c_and_a_closed_pipe_end_a_running_stream(model_path):
     try:
         assert (
             interrupted.stdout.read(3) == b"aaa"
-        )  # the text is streamed, long before it is finished
+        )  # output arrives long before the text is complete
         interrupted.send_signal(signal.SIGINT)
         assert piped.stdout.read(3) == b"aaa"
         piped.stdout.close()
@@ -517,7 +523,7 @@ def test_help_shows_defaults_and_groups(capsys):
 
 @pytest.fixture
 def run_smollm(smollm, capsys, monkeypatch):
-    """Run ``generate`` on the default model without loading it again."""
+    """Return a function that runs ``generate`` on the default model without loading it again."""
     monkeypatch.setattr(models, "load", lambda path, report: smollm)
 
     def run(*options):
@@ -541,7 +547,7 @@ def test_the_default_model_continues_greedily_as_hugging_face_does(smollm, run_s
     want = smollm.model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
     code, out, _ = run_smollm(prompt, "--temperature", 0, "--max-new-tokens", 16)
     assert (code, out) == (0, smollm.tokenizer.decode(want) + "\n")
-    # The text is English: it has some of the commonest words.
+    # An English text contains some of the most frequent words.
     words = out.lower().split()
     assert sum(word in {"the", "a", "of", "was", "and", "to", "with", "in"} for word in words) >= 3
 
@@ -566,7 +572,7 @@ def test_progress_bars_of_others_come_back(run):
 
 
 def commands_in_docs():
-    """The arguments of every ``llm-sampling`` line in the shell blocks of the documents."""
+    """Yield the arguments of every ``llm-sampling`` line in the shell blocks of the documents."""
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
@@ -591,7 +597,7 @@ def test_commands_in_the_docs_are_understood(argv, tmp_path, monkeypatch):
 
 
 def test_docs_have_commands():
-    """The documents have commands to test, and a wrong command fails."""
+    """The test above has commands of every kind to parse, and parsing refuses a wrong option."""
     found = [argv.values[0][0] for argv in commands_in_docs()]
     assert {"generate", "chat", "explain", "tune"} <= set(found)
     assert cli.main(["explain", "x", "--tops", "3"]) == 2
