@@ -1,4 +1,4 @@
-"""``llm-sampling explain``: its table, its texts, and the files that it writes."""
+"""Tests of ``llm-sampling explain``: its table, its texts, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ PARAMS = SamplingParams(temperature=0.7, top_k=9, top_p=0.8, seed=3)
 
 @pytest.fixture
 def run(model_path: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> Run:
-    """Run ``explain`` on the tiny model, in an empty folder; exit code, stdout and stderr."""
+    """Return a function that runs ``explain`` on the tiny model in an empty folder.
+
+    The function returns exit code, stdout and stderr.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "150")
 
