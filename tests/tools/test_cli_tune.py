@@ -1,4 +1,4 @@
-"""``llm-sampling tune``: the search, its display, its report, and resuming it."""
+"""Tests of ``llm-sampling tune``: the search, its display, its report, and resuming it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ SMALL = ["--trials", "4", "--texts", "2", "--max-new-tokens", "8"]
 
 @pytest.fixture
 def run(model_path: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> Run:
-    """Run ``tune`` on the tiny model, in an empty folder; exit code, stdout and stderr."""
+    """Return a function that runs ``tune`` on the tiny model in an empty folder.
+
+    The function returns exit code, stdout and stderr.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(*options: str) -> tuple[int, str, str]:
@@ -57,7 +60,7 @@ def test_the_best_is_a_line_that_generate_takes(
     argv = ["generate", "x", *out.split(), "--model", str(model_path), "--max-new-tokens", "3"]
     assert cli.main(argv) == 0
     assert "3 tokens" in capsys.readouterr().err
-    assert run(*SPACE, *SMALL)[:2] == (0, out)  # the same seed
+    assert run(*SPACE, *SMALL)[:2] == (0, out)  # the default seed is fixed
     assert {path.name for path in (tmp_path / "tuning").iterdir()} == {
         *("history.png", "importance.png", "slice.png", "report.html")
     }
@@ -76,7 +79,7 @@ def test_several_objectives_have_a_front_and_a_page_of_its_own(run: Run, tmp_pat
     for name in pictures:
         assert (folder / name).read_bytes().startswith(PNG)
     assert page.count("data:image/png;base64,") == len(pictures)
-    # The page loads nothing: every source and link is a data URL.
+    # The page loads no other file: every source and link is a data URL.
     assert set(re.findall(r"""(?:src|href)=["']?(.{10})""", page)) == {"data:image"}
     assert "url(" not in page
     assert "<script" not in page
@@ -185,7 +188,7 @@ def test_on_a_terminal_it_is_a_table(run: Run, monkeypatch: Any) -> None:
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn[drawn.rindex("14 of 14 trials") :])
     assert re.search(r"trial +temperature +top_p +distance", last)
     rows = re.findall(r"^ *(\d+) +[\d.]+ +[\d.]+ +[\d.]+ *$", last, re.M)
-    assert rows == [str(number) for number in range(3, 15)]  # the last twelve
+    assert rows == [str(number) for number in range(3, 15)]  # the last twelve trials
     assert drawn.rfind("\x1b[?25h") > drawn.rfind("\x1b[?25l") >= 0  # the cursor is shown again
 
 
@@ -193,7 +196,7 @@ def test_on_a_terminal_it_is_a_table(run: Run, monkeypatch: Any) -> None:
 
 
 def test_a_report_of_trials_that_failed_and_were_pruned(tmp_path: Path) -> None:
-    """The table shows the states; names and values with HTML in them are escaped."""
+    """The report's table shows each trial's state; HTML in names and values is escaped."""
 
     def objective(values: Any) -> Any:
         yield 1.0 + values["x"]
