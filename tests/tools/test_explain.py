@@ -1,4 +1,4 @@
-"""``explain``: its numbers are those of `sample`; its picture, page and texts show them."""
+"""Tests of ``explain``: its numbers agree with `sample`; picture, page and texts show them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from llm_sampling.tools.explain import (
 
 # ---- one row, by hand ----------------------------------------------------------------------------
 
-#: After bias and penalties -1, 0, -2, -1, -inf, -3, so at OCTAVE_TEMPERATURE tokens 0 to 5 have
-#: masses of 4, 8, 2, 4, 0 and 1 parts.
+#: Bias and penalties make these logits -1, 0, -2, -1, -inf and -3, so that at OCTAVE_TEMPERATURE
+#: the masses of tokens 0 to 5 are in the ratio 4 : 8 : 2 : 4 : 0 : 1.
 LOGITS = torch.tensor([-1.0, 4.0, -4.0, -1.0, -INF, -1.5])
 PARAMS = SamplingParams(
     temperature=OCTAVE_TEMPERATURE,
@@ -64,9 +64,9 @@ def test_each_stage_of_a_row_by_hand() -> None:
     parts = {
         "temperature": ([4, 8, 2, 4, 0, 1], 19),
         "top_k": ([4, 8, 2, 4, 0, 0], 18),
-        # 8 and 4 parts are less than 0.8 * 18, with 4 more they are enough
+        # 8 + 4 parts are less than 0.8 * 18; with the next token's 4 they are enough.
         "top_p": ([4, 8, 0, 4, 0, 0], 16),
-        # 0.6 of the best one's probability
+        # All others have less than 0.6 of the best token's probability.
         "min_p": ([0, 8, 0, 0, 0, 0], 8),
     }
     for stage, (part, whole) in parts.items():
@@ -83,7 +83,7 @@ def test_each_stage_of_a_row_by_hand() -> None:
 
 
 def test_greedy_keeps_the_first_of_the_order() -> None:
-    """No filter has anything left to cut."""
+    """Greedy leaves one token, so that the filters after it have nothing to cut."""
     explanation = explain(
         torch.tensor([1.0, 3.0, 3.0, -INF]), SamplingParams(temperature=0, top_k=1)
     )
@@ -134,7 +134,7 @@ FILTERS = ("top_k", "top_p", "min_p")
 )
 @given(data=st.data())
 def test_stages_are_nested_and_end_where_sample_draws(data: st.DataObject) -> None:
-    """Compared with the kernel, with the filters after each stage switched off."""
+    """Each stage keeps what the kernel keeps if the filters after that stage are off."""
     vocab_size = data.draw(st.integers(1, 12) | st.sampled_from((33, 513)))
     logits = torch.tensor(data.draw(values(vocab_size)))
     params = data.draw(sampling_params(vocab_size))
@@ -149,7 +149,8 @@ def test_stages_are_nested_and_end_where_sample_draws(data: st.DataObject) -> No
     explanation = explain(logits, params, history=history)
 
     x, temperature = explanation.processed.float(), torch.tensor(params.temperature)
-    # A kept logit may be -inf after the division, where filter_logits cannot show that it is kept.
+    # The division by the temperature may make a kept logit -inf. filter_logits does not show then
+    # that it is kept, so those tokens are not compared.
     is_seen = x / (temperature if temperature > 0 else 1) > -INF
     for place, stage in enumerate(STAGES[2:]):
         off: dict[str, Any] = dict.fromkeys(FILTERS[place:])
@@ -311,7 +312,7 @@ def test_visible(text: str, shown: str) -> None:
 
 
 def drawn_words(svg: str) -> list[str]:
-    """The texts in the picture: matplotlib writes each as a comment beside its glyphs."""
+    """Return the texts in a picture, which matplotlib writes as comments beside the glyphs."""
     return [words.strip() for words in re.findall(r"<!--(.*?)-->", svg, re.DOTALL)]
 
 
@@ -341,7 +342,7 @@ def test_a_picture_is_the_same_bytes_each_time(tmp_path) -> None:
         made = []
         for font_size in (10, 30):
             path = tmp_path / f"{font_size}.{suffix}"
-            with matplotlib.rc_context({"font.size": font_size}):  # the user's own style is ignored
+            with matplotlib.rc_context({"font.size": font_size}):  # the user's style has no effect
                 picture(plain, TEXTS, path, top=1)
                 assert matplotlib.rcParams["font.size"] == font_size
             made.append(path.read_bytes())
@@ -351,7 +352,8 @@ def test_a_picture_is_the_same_bytes_each_time(tmp_path) -> None:
 
 def test_what_is_off_has_no_panel(tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
-    greedy = explain(LOGITS, SamplingParams(temperature=1e-50, top_k=2))  # 0 in float32
+    # In float32 this temperature is 0, which means greedy.
+    greedy = explain(LOGITS, SamplingParams(temperature=1e-50, top_k=2))
     picture(greedy, TEXTS, tmp_path / "row.svg")
     words = drawn_words((tmp_path / "row.svg").read_text(encoding="utf-8"))
     assert "greedy" in words
@@ -378,7 +380,7 @@ HOSTILE = [
 
 
 class Elements(HTMLParser):
-    """The start tags of a page, and the text of its scripts."""
+    """A parser that collects the start tags of a page and the text of its scripts."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -433,7 +435,7 @@ def test_what_the_page_is_given() -> None:
     assert data["min_p_cut"] == pytest.approx(-math.log2(0.6), abs=1e-5)
     plain = json.loads(Elements(page(LOGITS, TEXTS, SamplingParams(min_p=1e-50))).scripts[0])
     assert (plain["bias"], plain["seen"], plain["counts"]) == ([], [], [])
-    assert plain["min_p_cut"] is None  # it is off in float32
+    assert plain["min_p_cut"] is None  # in float32 this min_p is 0, which means off
 
 
 # ---- with a model --------------------------------------------------------------------------------
@@ -444,7 +446,7 @@ def tiny(tiny_llama) -> LanguageModel:
     from toy_tokenizers import byte_tokenizer
 
     tokenizer = byte_tokenizer()
-    model = tiny_llama(300)  # more than it has tokens
+    model = tiny_llama(300)  # more logits than the tokenizer has tokens
     return LanguageModel("tiny", model, tokenizer, frozenset({256}), 300, None)
 
 
