@@ -1,7 +1,7 @@
-"""Does the page of `explain.page` keep in a browser what the kernels keep, to the token?
+"""Test that the page of `explain.page` keeps exactly the tokens that the kernels keep.
 
-Chromium opens it without a window. A script at its end moves the sliders, as a hand does, and
-writes what came of it into the document, which is read from Chromium's output.
+Headless Chromium opens the page. A script that is appended to it sets the inputs as a user would,
+and writes the results into the document, which the test reads from Chromium's output.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ Setting = dict[str, Any]
 
 
 def run_in_browser(source: str, script: str, folder: Path, link: str = "") -> Any:
-    """The result of ``script``, a function body, run at the end of the page; passed as JSON."""
+    """Return the result of ``script``, the body of a function that is run at the page's end.
+
+    The result is passed as JSON.
+    """
     if CHROMIUM is None:
         reason = "there is no chromium"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
@@ -62,10 +65,12 @@ def run_in_browser(source: str, script: str, folder: Path, link: str = "") -> An
     return answer
 
 
-#: How many tokens' probabilities are compared after all steps but the last.
+#: The number of tokens whose probabilities are compared after each step; after the last step all
+#: kept tokens are compared.
 SOME = 100
 
-#: Sets the inputs to each of SETTINGS and returns the kept tokens in order, with probabilities.
+#: JavaScript that sets the inputs to each of SETTINGS and returns the kept tokens in order, with
+#: their probabilities.
 MOVE = """
   return SETTINGS.map((setting) => {
     for (const [name, value] of Object.entries(setting)) {
@@ -101,7 +106,7 @@ BIAS = {70: 1.3, 700: -2.7, 5000: 9.0}
 
 
 def ties() -> Tensor:
-    """3,000 multiples of 1/8, so most tokens have ties; a few are at -inf."""
+    """Return 3,000 multiples of 1/8, so that most tokens have ties; a few are -inf."""
     generator = torch.Generator().manual_seed(1)
     row = (torch.randn(3000, generator=generator) * 24).round() / 8
     row[torch.randperm(3000, generator=generator)[:20]] = -INF
@@ -110,12 +115,12 @@ def ties() -> Tensor:
 
 
 def plateau() -> Tensor:
-    """64 equal logits: all masses are as large as possible, and every threshold is among ties."""
+    """Return 64 equal logits: all masses are at their maximum, every threshold is among ties."""
     return torch.zeros(64)
 
 
 def real_sized() -> Tensor:
-    """Logits like a model's: a few dominant tokens and a long tail that falls with the rank."""
+    """Return logits like a model's: a few dominant tokens, a long tail that falls with the rank."""
     generator = torch.Generator().manual_seed(2)
     rank = torch.arange(1, 49153, dtype=torch.float32)
     row = 14.0 - 1.6 * rank.log() + 0.7 * torch.randn(49152, generator=generator)
@@ -151,8 +156,8 @@ EDGES: tuple[Setting, ...] = (
     {"temperature": OCTAVE_TEMPERATURE, "top_p": EXACT_HALF},
     {"temperature": OCTAVE_TEMPERATURE, "min_p": 0.5},
     {"top_p": 5e-324},
-    {"top_p": 1 - 1e-12, "min_p": 1e-50},  # off in float32
-    {"temperature": 1e-50},  # greedy in float32
+    {"top_p": 1 - 1e-12, "min_p": 1e-50},  # in float32 this min_p is 0, which means off
+    {"temperature": 1e-50},  # in float32 this is 0, which means greedy
     {"temperature": 3e38, "top_p": 0.5},
     {"top_k": 2**31, "top_p": 0.5, "min_tokens_to_keep": 1500},
     {"top_k": 3, "min_p": 1.0, "min_tokens_to_keep": 7},
@@ -192,7 +197,7 @@ def page_of(row: Tensor) -> str:
 
 
 def differences(row: Tensor, setting: Setting, answer: dict[str, Any]) -> set[str]:
-    """What differs between the page and the kernels, or the reference's integers."""
+    """Return the names of what differs between the page and the kernels or ``explain``."""
     params = SamplingParams(**setting, logit_bias=BIAS, seed=3)
     history = history_of(row)
     found = set()
@@ -233,7 +238,7 @@ def test_the_page_keeps_what_sample_keeps(name: str, tmp_path: Path) -> None:
     row = ROWS[name]()
     settings = [OFF | setting for setting in SETTINGS[name]]
     answers = moved(page_of(row), settings, tmp_path)
-    with threads(1):  # rows are short, and on a busy machine threads would wait
+    with threads(1):  # the rows are short, and threads would wait for each other on a busy machine
         for setting, answer in zip(settings, answers, strict=True):
             assert differences(row, setting, answer) == set(), setting
 
@@ -260,7 +265,7 @@ def test_a_page_that_is_wrong_is_seen(
 
 HOSTILE = ["</script><script>document.title = 'x'</script>", "<img src=x>", " \u2028\ud800", ""]
 
-#: Values that SamplingParams refuses, as the page should, in the same words.
+#: Values that SamplingParams refuses, and that the page must refuse with the same message.
 BAD = {
     "temperature": ["-1", "1e39"],
     "top_k": ["-2", "1.5"],
@@ -318,7 +323,7 @@ USE = """
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a page shows that is opened by a link and whose inputs are all used."""
+    """Return what a page shows after it was opened by a link and all its inputs were used."""
     source = page(
         torch.tensor([1.0, 3.0, 2.0, -INF]),
         HOSTILE,
@@ -395,7 +400,7 @@ def test_what_is_refused_is_told_in_the_words_of_sampling_params(
 
 
 def test_cuts_of_min_p_are_the_hosts(used: dict[str, Any]) -> None:
-    """At every position of the slider the browser's logarithm gives the host's value."""
+    """The browser's logarithm gives the same limit as BatchParams at every slider position."""
     params = [SamplingParams(min_p=(i + 1) / 1000) for i in range(1000)]
     assert used["cuts"] == BatchParams.from_list(params).min_p_cut.tolist()
     assert math.isclose(used["cuts"][499], 1 + 2**-18)
