@@ -1,4 +1,4 @@
-"""The metrics: their values by hand, and that they measure the generated texts."""
+"""Tests of the metrics: values computed by hand, and metrics of texts that a model generates."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ def tiny(tiny_llama: Any) -> Any:
 
 
 def test_distance_by_hand() -> None:
-    # n = 1: distinct 1/4 and repeated 3/4; 2: 1/3, 2/3; 3: 1/2, 1/2; 4: 1, 0. The other: 1, 0
+    # The shares of distinct and of repeated n-grams of 1 1 1 1 are 1/4 and 3/4 for n = 1, 1/3 and
+    # 2/3 for n = 2, 1/2 and 1/2 for n = 3, 1 and 0 for n = 4. Those of 1 2 3 4 are 1 and 0.
     expected = (2 * 3 / 4 + 2 * 2 / 3 + 2 * 1 / 2) / 8
     assert distance([[1, 1, 1, 1]], [[1, 2, 3, 4]]) == pytest.approx(expected, abs=1e-15)
-    # n-grams that two texts share reduce the diversity of the set, not repetition in a text.
+    # An n-gram that two texts share makes the set less diverse, but is no repetition in a text.
     assert distance([[1, 2, 3, 4]] * 2, [[1, 2, 3, 4], [5, 6, 7, 8]]) == pytest.approx(4 / 2 / 8)
 
 
@@ -61,7 +62,7 @@ def test_distance_is_zero_for_equals_and_symmetric() -> None:
     assert distance(first, first) == 0
     assert distance(first, second) == distance(second, first) > 0
     renamed = [[token + 100 for token in text] for text in first]
-    assert distance(first, renamed) == 0  # it does not depend on which tokens they are
+    assert distance(first, renamed) == 0  # only repetition counts, not the token ids
 
 
 @pytest.mark.parametrize("texts", [[], [[1, 2, 3]], [[1, 2, 3, 4], []]])
@@ -90,7 +91,7 @@ def test_questions_are_forty_and_not_among_the_examples() -> None:
 # ---- a model -------------------------------------------------------------------------------------
 
 VALUES = {"temperature": 0.9, "top_p": 0.8, "repetition_penalty": 1.2}
-OF_TEXTS = ["perplexity", "distance"]  # without the speed, which varies
+OF_TEXTS = ["perplexity", "distance"]  # without the speed, which varies from run to run
 
 
 def test_a_seed_is_a_number(tiny: Any) -> None:
@@ -133,7 +134,7 @@ def test_fixed_values_hold_unless_the_trial_has_its_own(tiny: Any) -> None:
 def test_texts_continue_the_book_and_are_measured_against_it(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Perplexity equals that of one forward pass over each text; each row has its own seed."""
+    """Each row has its own seed, and perplexity equals that of one forward pass over each text."""
     called: list[Any] = []
     right = generation.generate
 
@@ -173,7 +174,10 @@ def test_texts_continue_the_book_and_are_measured_against_it(
 
 
 class Pupil(torch.nn.Module):
-    """A model that knows some answers and writes them letter by letter, then a newline."""
+    """A model that writes the known answer to a question letter by letter, then a newline.
+
+    It answers "none" to any other question.
+    """
 
     def __init__(self, tokenizer: Any, known: dict[str, str]) -> None:
         super().__init__()
@@ -204,7 +208,7 @@ class Pupil(torch.nn.Module):
 def test_exact_match_is_the_share_of_right_answers(
     right: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # a token is a letter here
+    # A token is one byte here, so that an answer takes more tokens than usual.
     monkeypatch.setattr(objectives, "ANSWER_TOKENS", 40)
     tokenizer = byte_tokenizer()
     known = {question: f"The {answers[-1].upper()}." for question, answers in questions()[:right]}
@@ -270,7 +274,7 @@ def test_a_value_of_another_name_is_refused(tiny: Any) -> None:
 def test_a_real_model_answers_and_repeats_itself(
     smollm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Greedy decoding has the best answers and the least human texts."""
+    """Greedy decoding gives the best answers and the texts that are least like human ones."""
     some = questions()[::4]
     monkeypatch.setattr(objectives, "questions", lambda: some)
     objective = ModelObjective(smollm, ["exact_match", "distance"], texts=3, max_new_tokens=48)
