@@ -1,4 +1,4 @@
-"""The example that tunes a training: how it trains, judges and compares its models."""
+"""Tests of examples/tune_training.py: how it trains, judges and compares its models."""
 
 import json
 import math
@@ -28,7 +28,7 @@ CONTEXT = 16
 
 
 def trained(text, seed=0, context=CONTEXT, **changed):
-    """A model of VALUES and its curves."""
+    """Return a model that is trained with VALUES and changes to them, and its loss curves."""
     values, curves = VALUES | changed, example.Curves()
     generator = torch.Generator().manual_seed(seed)
     model = example.new_model(len(text.vocabulary), context, values, generator)
@@ -57,7 +57,8 @@ def test_a_text_is_split_into_its_beginning_and_its_last_tenth():
         "abcabc",
         "ce",
     )
-    assert len(example.split("ab" * 10, 99).train) == 18  # never includes the validation text
+    # However many characters are asked for, the training text never includes the validation text.
+    assert len(example.split("ab" * 10, 99).train) == 18
 
 
 def test_windows_tile_the_text_and_a_target_is_the_next_token():
@@ -74,7 +75,7 @@ def test_a_later_token_changes_no_earlier_logits(text):
     changed[:, 9] = (ids[:, 9] + 1) % 30
     differs = (model(ids) - model(changed)).abs().amax(-1) > 1e-4
     assert not differs[:, :9].any()
-    assert differs[:, 9:].all()  # all later tokens see it
+    assert differs[:, 9:].all()  # the changed token and all later ones depend on it
 
 
 def test_the_order_of_earlier_tokens_matters():
@@ -139,7 +140,7 @@ def test_an_unknown_schedule_is_refused():
 
 
 def test_training_follows_its_schedule(text):
-    """At a rate so large that later epochs change nothing."""
+    """The decay rate is so large that epochs after the first decay change nothing."""
     losses = trained(text, decay="exponential", decay_rate=50.0)[1].train
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
     losses = trained(text, decay="step", decay_rate=50.0)[1].train
@@ -152,14 +153,21 @@ def test_training_follows_its_schedule(text):
 @pytest.mark.parametrize(
     ("train", "validation", "name"),
     [
-        ([2.5, 1.9, 1.5], [2.6, 2.0, 2.1], "overfits"),  # 5 % up again
-        ([2.5, 1.9, 1.5], [2.6, 2.05, 2.06], "overfits"),  # 3 % worse than the best, knows more
-        ([2.5, 1.9, 1.5], [2.6, 2.0, 2.03], "fits"),  # 1.5 % up and worse
+        # The validation loss rose by 5 % after its minimum.
+        ([2.5, 1.9, 1.5], [2.6, 2.0, 2.1], "overfits"),
+        # The validation loss is 3 % above the best model's, and the training loss is below its.
+        ([2.5, 1.9, 1.5], [2.6, 2.05, 2.06], "overfits"),
+        # The validation loss rose by 1.5 % and is 1.5 % above the best model's: not enough.
+        ([2.5, 1.9, 1.5], [2.6, 2.0, 2.03], "fits"),
         ([2.5, 1.9, 1.7], [2.6, 2.02, 2.0], "fits"),
-        ([2.5, 2.3, 2.2], [2.6, 2.4, 2.39], "underfits"),  # on both texts worse than the best
-        ([2.5, 1.9, 1.7], [2.6, 2.1, 2.0], "underfits"),  # 5 % down in the last epoch
-        ([1.9], [2.0], "underfits"),  # one epoch
-        ([2.5, 2.3, 2.2], [2.6, 2.4, 2.5], "overfits"),  # worse and up again: it had its time
+        # Both losses are above the best model's.
+        ([2.5, 2.3, 2.2], [2.6, 2.4, 2.39], "underfits"),
+        # The validation loss still fell by 5 % in the last epoch.
+        ([2.5, 1.9, 1.7], [2.6, 2.1, 2.0], "underfits"),
+        # There was only one epoch.
+        ([1.9], [2.0], "underfits"),
+        # Both losses are above the best model's, but the validation loss already rose again.
+        ([2.5, 2.3, 2.2], [2.6, 2.4, 2.5], "overfits"),
     ],
 )
 def test_verdicts(train, validation, name):
@@ -187,13 +195,14 @@ def test_a_text_learnt_by_heart_is_overfitted_and_one_hardly_read_underfitted():
 
 
 def test_distinct_shares():
-    assert example.distinct_share("abcdabcd") == 4 / 5  # abcd bcda cdab dabc abcd
+    # The five 4-grams are abcd, bcda, cdab, dabc and abcd again.
+    assert example.distinct_share("abcdabcd") == 4 / 5
     assert example.distinct_share("aaaaaaaa") == 1 / 5
     assert example.mean_distinct_share(["abcdabcd", "aaaaaaaa"]) == pytest.approx(0.5)
 
 
 def test_a_text_continues_what_the_model_can_see(text, model):
-    """Compared with a loop that gives the model the last CONTEXT tokens."""
+    """The text equals that of a loop that gives the model only the last CONTEXT tokens."""
     prompt = "The quick brown fox "
     assert len(prompt) > CONTEXT
     ids = text.encode(prompt)
@@ -247,7 +256,7 @@ TINY = [
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """A function that runs the command with a tiny budget and more options; gives its stdout."""
+    """Return a function that runs the command with a tiny budget and returns its stdout."""
 
     def run(*options):
         example.main([*TINY, "--out", str(tmp_path / "out"), *options])
@@ -357,7 +366,7 @@ def test_a_resumed_search_keeps_its_finished_trials(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(example, "train", counted)
     resumed = run("--trials", "4", "--keep", "4", *storage)
-    assert len(trainings) == 5  # the first two were not trained again, the third was
+    assert len(trainings) == 5  # 3 in the first run; trials 3 and 4 in the second
     assert trainings[2] == trainings[3]
     assert (
         records.items()
@@ -373,7 +382,8 @@ def test_a_resumed_search_keeps_its_finished_trials(run, tmp_path, monkeypatch):
 
 def test_a_grid_has_every_combination(run):
     lines = trial_lines(run("--method", "grid"))
-    rows = {tuple(line.split()[i] for i in (5, 6)) for line in lines}  # learning rate and decay
+    # Columns 5 and 6 are the learning rate and the decay.
+    rows = {tuple(line.split()[i] for i in (5, 6)) for line in lines}
     assert len(rows) == len(lines) == 2 * 3
 
 
