@@ -1,4 +1,4 @@
-"""The search: which values it tries, what it finds, and how it resumes after an interruption."""
+"""Tests of the search: which values it tries, what it finds, how it resumes after interruption."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tried(result: tuning.TuningResult) -> list[dict[str, Any]]:
 
 
 def says(message: str) -> str:
-    """A pattern that matches exactly this message."""
+    """Return a pattern that matches exactly this message."""
     return f"^{re.escape(message)}$"
 
 
@@ -57,7 +57,7 @@ def space_of(method: str) -> Any:
 
 @contextlib.contextmanager
 def no_trial() -> Iterator[Callable[[dict[str, Any]], float]]:
-    """Give an objective that must not be called in this block."""
+    """Yield an objective, and check that it is not called in the block."""
     calls: list[object] = []
     yield lambda values: calls.append(values) or 0.0
     assert calls == []
@@ -97,7 +97,7 @@ def test_values_come_from_the_method(
         optuna.samplers, sampler, lambda seed=None: made.append(seed) or right(seed=seed)
     )
     search(method=method)
-    seeds = [seed for seed in made if seed is not None]  # a study makes one of its own first
+    seeds = [seed for seed in made if seed is not None]  # a study first makes an unseeded sampler
     assert len(seeds) == len(set(seeds)) == 8
 
 
@@ -117,7 +117,8 @@ def test_a_range_holds_all_between_its_ends() -> None:
     assert all(-1.5 <= x <= 2 for x in of["x"])
     assert min(of["x"]) < -1.4
     assert max(of["x"]) > 1.9
-    assert 180 > sum(x < 1e-2 for x in of["log"]) > 90  # a third of the orders of magnitude
+    # Two of the range's six orders of magnitude are below 1e-2, so about 133 of 400 values.
+    assert 180 > sum(x < 1e-2 for x in of["log"]) > 90
     assert set(of["step"]) == {0.0, 0.25, 0.5, 0.75, 1.0}
     assert set(of["k"]) == set(range(-3, 4))
     assert set(of["even"]) == {2, 4, 6, 8}
@@ -136,7 +137,10 @@ def test_a_grid_is_tried_once_each() -> None:
 
 
 def test_bayesian_methods_find_more_than_chance() -> None:
-    """The median over seeds with equally many trials; random against itself is the control."""
+    """The median over seeds of the best of 40 trials is less than a third of random search's.
+
+    The negative control is random search with other seeds, which does not reach that.
+    """
     space = {"x": Range(0.0, 9.0), "y": Range(-5.0, 5.0)}
 
     def far(values: dict[str, Any]) -> float:
@@ -155,7 +159,8 @@ def test_several_threads_finish_all_trials() -> None:
     result = search(n_trials=24, n_jobs=4)
     assert len(result.trials) == 24
     one = search(n_trials=24)
-    assert sorted(map(str, tried(result))) == sorted(map(str, tried(one)))  # random: no order
+    # Threads finish in any order, and values of a random search do not depend on other trials.
+    assert sorted(map(str, tried(result))) == sorted(map(str, tried(one)))
 
 
 def test_timeout_ends_a_search() -> None:
@@ -201,7 +206,7 @@ def test_a_pareto_front_is_what_nothing_is_better_than() -> None:
     assert {trial.number for trial in result.pareto_front} == front
     assert len(front) > 2
     assert result.best_values in {tuple(trial.values) for trial in result.pareto_front}
-    # Nearest to the ideal point, on the front scaled to the unit square.
+    # The best trial is the one nearest to the ideal point on the front, scaled to the unit square.
     costs = [values[number] for number in sorted(front)]
     low = [min(column) for column in zip(*costs, strict=True)]
     high = [max(column) for column in zip(*costs, strict=True)]
@@ -234,7 +239,7 @@ def test_a_generator_is_pruned_where_it_is_hopeless() -> None:
     for trial, count in zip(result.trials, steps, strict=True):
         assert (count == 10) == (trial.state.name == "COMPLETE")
         assert len(trial.intermediate_values) == count
-    # the last number counts, and the best was not pruned
+    # A trial's value is the last number that it yields, and the best trial was not pruned.
     assert result.best_values == (min(bowl(params) + 10 - 9 for params in tried(result)),)
     never = search(falling, n_trials=30, pruner=optuna.pruners.NopPruner())
     assert {trial.state.name for trial in never.trials} == {"COMPLETE"}
@@ -360,7 +365,7 @@ def test_what_is_wrong_is_refused_before_a_trial(name: str) -> None:
         search(objective, **options)
 
 
-#: A value out of the range of each field, at the end of a range.
+#: field -> the ends of a range, one of which SamplingParams refuses
 OUT_OF_RANGE = {
     "temperature": (-0.1, 1.0),
     "top_k": (-2, 5),
@@ -474,7 +479,7 @@ def storage(tmp_path: Path) -> str:
 
 
 def in_a_child(work: Callable[[], object]) -> int:
-    """Do the work in a forked process; its status as os.waitpid returns it."""
+    """Do the work in a forked process and return its status as os.waitpid gives it."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -490,7 +495,7 @@ def in_a_child(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_search_goes_on(method: str, storage: str, tmp_path: Path) -> None:
-    """Killed in its third and fifth call, it tries the values of a search that was not killed."""
+    """A search killed in trials 3 and 5 tries the same values as one that was not killed."""
     if method == "gp":
         pytest.importorskip("scipy")
     calls = tmp_path / "calls"
@@ -498,7 +503,8 @@ def test_a_killed_search_goes_on(method: str, storage: str, tmp_path: Path) -> N
     def recorded(values: dict[str, Any]) -> float:
         with calls.open("a") as file:
             file.write(f"{sorted(values.items())}\n")
-        if len(calls.read_text().splitlines()) in (3, 6):  # the third, again, fourth, fifth
+        # Call 3 is trial 3. The resumed search repeats it as call 4, so call 6 is trial 5.
+        if len(calls.read_text().splitlines()) in (3, 6):
             os.kill(os.getpid(), signal.SIGKILL)
         return bowl(values)
 
@@ -516,13 +522,16 @@ def test_a_killed_search_goes_on(method: str, storage: str, tmp_path: Path) -> N
     assert lines[5] == lines[6]
     again = run()
     assert tried(again) == tried(result)
-    assert calls.read_text().splitlines() == lines  # nothing was left to do
+    assert calls.read_text().splitlines() == lines  # no trial was left, so none was called
 
 
 def test_optunas_own_sampler_would_begin_anew(
     storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control: a sampler whose state is lost with its process repeats its first values."""
+    """The negative control: one sampler for all trials, as Optuna uses it, loses its state.
+
+    After the search is resumed, it repeats its first values.
+    """
     monkeypatch.setattr(module, "sampler_by_index", lambda make: make(0))
     search(n_trials=4, storage=storage)
     values = tried(search(n_trials=8, storage=storage))
