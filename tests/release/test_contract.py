@@ -1,4 +1,4 @@
-"""Do the copies agree? Fields, struct, docs and imports say the same thing in several places."""
+"""Tests that what is stated in several places agrees: parameters, the C struct, docs, imports."""
 
 import ast
 import ctypes
@@ -28,15 +28,15 @@ PACKAGE = ROOT / "llm_sampling"
 
 PARAMETERS = [f.name for f in fields(SamplingParams)]
 
-#: BatchParams and the C struct hold a parameter under its own name, this one in three pieces.
+#: parameter -> its fields in BatchParams and in the C struct, where they differ from its name
 PIECES = {"logit_bias": ["logit_bias_offsets", "logit_bias_ids", "logit_bias_values"]}
 
-#: What BatchParams has beyond the parameters: derived from them, or given with a call.
+#: The fields of BatchParams that are no parameters: they are derived from them or given in a call.
 FLAGS = {"needs_history", "all_greedy", "any_filter"}
 FLAGS |= {"kept_at_most", "any_top_k", "any_top_p", "any_floor"}
 DERIVED = {"min_p_cut", "unseeded", "position", *FLAGS}
 
-#: Each module may import from the lines above its own, and from no other.
+#: The layers of the package. A module may import only modules of the layers above its own.
 LAYERS = (
     ("version", "checks", "backends.triton_kernel"),
     ("fields", "history"),
@@ -68,7 +68,7 @@ LAYERS = (
     ("tools.cli.__main__",),
 )
 
-#: Never imported by ``import llm_sampling``.
+#: Packages that ``import llm_sampling`` must not import, because they are optional or slow.
 HEAVY = (
     *("triton", "transformers", "typer", "rich", "gguf", "accelerate", "scipy"),
     *("optuna", "matplotlib", "sqlalchemy", "vllm"),
@@ -106,12 +106,15 @@ def test_docstring_describes_every_parameter(name):
 
 
 def test_command_line_has_every_parameter():
-    """Among the options of the commands that draw."""
+    """The sampling options, which several commands share, have one for every parameter."""
     assert list(vars(sampling_options().parse_args([]))) == PARAMETERS
 
 
 def test_page_has_every_parameter_with_its_rule():
-    """But for the two that it cannot change."""
+    """The page of ``explain`` has every parameter except logit_bias and seed.
+
+    The page has no input for those two.
+    """
     template = read("llm_sampling/tools/data/explain.html")
     fields = template[template.index("const FIELDS = {") : template.index("const NUMBER")]
     shown = [name for name in PARAMETERS if name not in ("logit_bias", "seed")]
@@ -124,7 +127,10 @@ def test_page_has_every_parameter_with_its_rule():
 
 
 def parameter_table(path):
-    """The table that starts ``| name | range | off``: name to (range, off), without backticks."""
+    """Return the table of a document that starts ``| name | range | off``, without backticks.
+
+    The result maps each name to its range and its off value.
+    """
     rows = {}
     lines = iter(read(path).splitlines())
     for line in lines:
@@ -144,7 +150,7 @@ def parameter_table(path):
 
 @pytest.mark.parametrize("path", ["README.md", "docs/semantics.md"])
 def test_docs_list_every_parameter(path):
-    """Read from the text itself, so that it fails where docs/tables.py makes a table wrong."""
+    """The documents' own text is read, so that a mistake in docs/tables.py is found too."""
     table = parameter_table(path)
     assert sorted(table) == sorted(PARAMETERS)
     for name, (range_, off) in table.items():
@@ -169,16 +175,16 @@ def test_tables_are_made_from_the_fields(path):
 FILTERS = ("rank", "mass", "depth")
 EVERY_KIND = ("bias", "penalty", "scale", *FILTERS, "floor", "seed")
 
-#: File or folder -> the kinds of parameters that it must name.
+#: file or folder -> the kinds of parameters that it must name
 PLACES = {
     "csrc/llm_sampling.h": EVERY_KIND,
     "csrc/validate.h": EVERY_KIND,
-    "csrc/semantics.h": ("depth",),  # depth_cut
+    "csrc/semantics.h": ("depth",),  # in the function depth_cut
     "llm_sampling/reference.py": EVERY_KIND,
     "llm_sampling/backends/c_abi.py": EVERY_KIND,
     "llm_sampling/backends/triton.py": EVERY_KIND,
     "llm_sampling/backends/triton_kernel.py": EVERY_KIND,
-    "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),  # depth_cut has the rest
+    "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),  # min-p is in depth_cut
     "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
     "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/tools/data/explain.html": ("penalty", "scale", *FILTERS, "floor"),
@@ -193,17 +199,17 @@ PLACES = {
     "benchmarks/oracle.py": ("penalty", "scale", *FILTERS),
 }
 
-#: The kernels on the host's side of a filter by depth read ``depth_cut`` alone.
+#: The folders of the kernels, which get the limit of a filter by depth from ``depth_cut`` only.
 KERNELS = ("csrc/cpu", "csrc/cuda")
 
 
 def read_all(path):
-    """The text of a file, or of all files of a folder."""
+    """Return the text of a file, or of all files of a folder."""
     return "\n".join(read(file) for file in FILES if file == path or file.startswith(f"{path}/"))
 
 
 def is_named(parameter, text):
-    """Whether a text has its name, that of its threshold, or those of its pieces."""
+    """Return whether a text names a parameter, its threshold, or all fields that hold it."""
     names = [[parameter], [f"{parameter}_cut"], pieces(parameter)]
     return any(all(re.search(rf"\b{n}\b", text) for n in these) for these in names)
 
@@ -220,7 +226,7 @@ def test_every_place_names_the_parameter(path):
 
 @pytest.mark.parametrize("folder", KERNELS)
 def test_kernels_know_no_filter_by_depth(folder):
-    """A further one changes ``depth_cut`` in csrc/semantics.h, and nothing in these."""
+    """A new filter by depth changes ``depth_cut`` in csrc/semantics.h, but not the kernels."""
     code = re.sub(r"//.*", "", read_all(folder))
     for field in FIELDS.values():
         if field.kind == "depth":
@@ -238,12 +244,12 @@ C_DTYPES = {torch.float32: "float", torch.int32: "int32_t", torch.int64: "int64_
 
 
 def header():
-    """csrc/llm_sampling.h without comments."""
+    """Return csrc/llm_sampling.h without comments."""
     return re.sub(r"//.*", "", read("csrc/llm_sampling.h"))
 
 
 def struct_fields():
-    """Name to C type, in order; a pointer's type ends in ``*``, without const."""
+    """Return the C type of each field of the struct, in order, without const."""
     body = re.search(r"struct LlmSamplingArgs \{(.*?)\} LlmSamplingArgs;", header(), re.DOTALL)[1]
     found = {}
     for declaration in body.split(";"):
@@ -257,7 +263,7 @@ def struct_fields():
 
 
 def constant(name):
-    """The value of a ``#define`` or an enumerator, ``LLM_SAMPLING_`` left out of its name."""
+    """Return the value of the ``#define`` or enumerator ``LLM_SAMPLING_<name>``."""
     match = re.search(rf"\bLLM_SAMPLING_{name}\b(?: =)? \(?(\d+)(?: << (\d+))?\b", header())
     return int(match[1]) << int(match[2] or 0)
 
@@ -324,7 +330,7 @@ def test_header_and_python_number_advance_alike(advance, check, name):
 
 
 def steps():
-    """Step number to the first word of its name."""
+    """Return for each step number of docs/semantics.md the first word of the step's name."""
     rows = re.findall(r"^\| (\d+) \| ([\w-]+)", read("docs/semantics.md"), re.MULTILINE)
     return {int(number): word for number, word in rows}
 
@@ -348,14 +354,14 @@ def cuda_kernel():
 
 @pytest.mark.parametrize(("number", "word"), steps().items())
 def test_cuda_has_the_step(number, word):
-    # In sample.cu, run() names every step once more, so that file would hide a missing comment.
+    # sample.cu is left out: its run() names every step again, which would hide a missing comment.
     files = [file for file in FILES if file.startswith("csrc/cuda/") and "sample.cu" not in file]
     comments = re.findall(r"// (.*)", "".join(map(read, files)))
     assert any(re.search(rf"(?:^|, ){number} {word}\b", comment) for comment in comments)
 
 
 def test_cuda_s_kernel_takes_every_parameter():
-    """Every field of the struct is read, by the kernel or by a function of semantics.h it calls."""
+    """The kernel, or a function of semantics.h that it calls, reads every field of the struct."""
     kernel = cuda_kernel()
     read_by_it = set(re.findall(r"\bargs_?\.(\w+)", kernel))
     functions = re.findall(
@@ -369,7 +375,7 @@ def test_cuda_s_kernel_takes_every_parameter():
 
 
 def test_triton_s_kernel_reads_every_parameter():
-    """All but min_p itself, of which only min_p_cut is needed."""
+    """The kernel reads every tensor except min_p, in place of which it reads min_p_cut."""
     kernel = read("llm_sampling/backends/triton_kernel.py")
     assert {*KERNEL_TENSORS} - {"min_p"} == set(re.findall(r"\bbatch\.(\w+)", kernel))
 
@@ -394,7 +400,7 @@ def test_constants_of_the_arithmetic_are_those_of_the_docs(path):
 
 
 def modules():
-    """Module name within the package to its path; a package has the name of its folder."""
+    """Return the path of each module by its name within the package."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -408,7 +414,7 @@ MODULES = modules()
 
 
 def imports_of(source):
-    """The modules of ours that a module imports, anywhere in it."""
+    """Return the modules of this package that a source imports, at any place in it."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -422,7 +428,7 @@ def imports_of(source):
             parts = name.split(".")
             if parts[0] == "llm_sampling":
                 while parts and ".".join(parts[1:]) not in MODULES:
-                    parts.pop()  # a name inside a module, not a module
+                    parts.pop()  # the last part is a name inside a module
                 found.add(".".join(parts[1:]) if parts else "__init__")
     return found
 
@@ -464,14 +470,17 @@ def test_reference_is_for_one_backend_to_explain_and_between_ranks():
     "name", [n for n in MODULES if n not in ("tools.cli", "integrations.vllm")]
 )
 def test_environment_is_read_by_commands_alone(name):
-    """Ours, and vLLM's: its plug-ins have no other switch."""
+    """Only the command and the vLLM plug-in read environment variables.
+
+    The plug-in must, because vLLM gives its plug-ins no other switch.
+    """
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not names & {"environ", "getenv"}
 
 
 def run_python(code, folder):
-    """What a new process prints, word by word; it finds the package that this process uses."""
+    """Run code in a new process that imports the same package, and return the printed words."""
     environment = os.environ | {"PYTHONPATH": str(Path(llm_sampling.__file__).parent.parent)}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -509,7 +518,7 @@ def test_import_loads_no_compiled_library(tmp_path):
         tmp_path,
     )
     assert before == "False"
-    # The same question can be answered with yes, once the library is asked for.
+    # backend_info loads the library if it is built, so the check can detect a loaded library.
     assert after == str(BACKENDS["cpu"].why_unavailable() is None)
 
 
@@ -523,9 +532,10 @@ DOCS = sorted(
 
 
 def python_blocks(path):
-    """Each fenced block of Python, with as many lines before it as the document has.
+    """Return each fenced Python block of a document with the text block that follows, or None.
 
-    Beside it is the fenced block of text that follows, which is what the Python prints, or None.
+    The text block shows what the Python block prints. The Python block begins with as many empty
+    lines as precede it in the document, so that tracebacks have the document's line numbers.
     """
     text = read(path)
     blocks = re.finditer(
@@ -536,7 +546,7 @@ def python_blocks(path):
 
 @pytest.mark.parametrize("path", sorted({"README.md", *filter(python_blocks, DOCS)}))
 def test_code_in_docs_runs(path, tmp_path, monkeypatch, capsys):
-    """And prints what the document shows, where it shows something."""
+    """The Python blocks run in order and print what the document shows after them, if anything."""
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(path)
     assert blocks, f"{path} has no code to run"
@@ -553,7 +563,7 @@ def test_readme_shows_what_its_code_prints():
 
 
 def project_files():
-    """Everything that belongs to the project, by its path from the root."""
+    """Yield the path, relative to the root, of every file that belongs to the project."""
     yield from (path.name for path in ROOT.iterdir() if path.is_file())
     for folder in (".ci", "benchmarks", "csrc", "docs", "examples", "llm_sampling", "tests"):
         for path in (ROOT / folder).rglob("*"):
