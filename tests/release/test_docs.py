@@ -1,4 +1,4 @@
-"""The documentation's site: every public name has its entry, every page is in the navigation.
+"""Tests of the documentation site: every public name has an entry, every page can be reached.
 
 The site is built once, without a network, as ``.ci/run`` builds it.
 """
@@ -31,12 +31,12 @@ yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
-#: A role of reStructuredText, which a reader of the site must not see.
+#: A role of reStructuredText. All of them must be replaced by links on the site.
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?:`|<code>)")
 
 
 def own_names(module: ModuleType) -> list[str]:
-    """What a module without ``__all__`` defines: classes and functions without an underscore."""
+    """Return the classes and functions without a leading underscore that a module defines."""
     return [
         name
         for name, value in vars(module).items()
@@ -44,8 +44,8 @@ def own_names(module: ModuleType) -> list[str]:
     ]
 
 
-#: Public names by the module that they are imported from. Of huggingface, which needs transformers,
-#: see below.
+#: module -> the public names that are imported from it. The module huggingface has a test of its
+#: own, because it needs transformers.
 PUBLIC: dict[str, Sequence[str]] = {
     "llm_sampling": llm_sampling.__all__,
     "llm_sampling.backends": [*own_names(backends), "BACKENDS"],
@@ -59,14 +59,17 @@ PUBLIC: dict[str, Sequence[str]] = {
 
 
 def entries() -> list[str]:
-    """What the pages of the API reference have an entry for, by its path."""
+    """Return the paths of all objects that have an entry in the pages of the API reference."""
     pages = sorted((DOCS / "reference").glob("*.md"))
     texts = [page.read_text(encoding="utf-8") for page in pages]
     return [path for text in texts for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]
 
 
 def without_entry(public: Mapping[str, Sequence[str]], paths: Sequence[str]) -> set[str]:
-    """The public names that none of the paths names, whatever the module in the path."""
+    """Return the public names that none of the paths leads to.
+
+    A path may lead to the object through another module than the one it is imported from.
+    """
     found = {(path.rpartition(".")[2], id(pkgutil.resolve_name(path))) for path in paths}
     return {
         f"{module}.{name}"
@@ -100,7 +103,11 @@ def test_no_name_has_two_entries() -> None:
 
 @pytest.mark.parametrize("path", [path for path in entries() if ".huggingface." not in path])
 def test_every_entry_has_a_docstring(path: str) -> None:
-    """One of its own, and not the signature that a dataclass gets. Data has comments instead."""
+    """Every class, function and module in the API reference has a written docstring.
+
+    The signature that a dataclass gets as its docstring does not count. Data is exempt: it is
+    documented by a comment.
+    """
     value = pkgutil.resolve_name(path)
     if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
         assert value.__doc__
@@ -108,7 +115,7 @@ def test_every_entry_has_a_docstring(path: str) -> None:
 
 
 def pages_of(nav: Any) -> Iterator[str]:
-    """The pages in a navigation of MkDocs."""
+    """Yield the pages in a navigation of MkDocs."""
     if isinstance(nav, str):
         yield nav
     else:
@@ -127,7 +134,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
 
 
 def without_mkdocs() -> str:
-    """Why the site cannot be built here, or nothing."""
+    """Return the reason why the site cannot be built here, or an empty text."""
     needed = ("mkdocs", "material", "mkdocstrings_handlers", "griffe_sphinx")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     return f"needs the extra 'docs': {', '.join(missing)}" if missing else ""
@@ -135,7 +142,7 @@ def without_mkdocs() -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built by the command of ``.ci/run`` where every proxy refuses."""
+    """Build the site with the command of ``.ci/run``, behind a proxy that refuses connections."""
     reason = without_mkdocs()
     if reason:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
@@ -155,13 +162,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_site_has_every_entry(site: Path) -> None:
-    """By the inventory that other projects' documentation would link to."""
+    """The inventory, which other projects' documentation uses for links, lists every entry."""
     inventory = (site / "objects.inv").read_bytes()
     listed = zlib.decompress(inventory[inventory.index(b"zlib.\n") + 6 :]).decode()
     names = {line.split()[0] for line in listed.splitlines()}
     assert set(entries()) <= names
     missing = {f"{module}.{name}" for module, own in PUBLIC.items() for name in own} - names
-    # A function that has the path of its module has the entry MODULE.FUNCTION.
+    # The function `explain` has the same path as its module, so its entry is MODULE.FUNCTION.
     assert missing == {path for path in missing if f"{path}.{path.rpartition('.')[2]}" in names}
 
 
@@ -171,14 +178,17 @@ def test_site_shows_no_role(site: Path) -> None:
 
 
 def test_site_fetches_nothing(site: Path) -> None:
-    """No script, style, font or picture of a page comes from elsewhere."""
+    """No script, style, font or picture of a page is loaded from another server."""
     loads = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"?(?:https?:)?//[^\s>]*")
     for page in site.rglob("*.html"):
         assert loads.findall(page.read_text(encoding="utf-8")) == [], page.name
 
 
 def test_links_to_sources_lose_the_link_alone(site: Path) -> None:
-    """The start page is README, whose table of backends links to the kernels."""
+    """Links to source files, which the site does not have, become plain text.
+
+    The start page is README.md, whose table of backends links to the sources of the kernels.
+    """
     start = (site / "index.html").read_text(encoding="utf-8")
     assert "(csrc/cpu/sample.cpp)" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "sample.cpp" not in start
@@ -186,7 +196,7 @@ def test_links_to_sources_lose_the_link_alone(site: Path) -> None:
 
 
 def test_roles_become_links() -> None:
-    """As the names are seen from where the docstring stands."""
+    """A role becomes a link to the object that its name means at the place of the docstring."""
     griffe = pytest.importorskip("griffe", reason="needs the extra 'docs'")
     spec = importlib.util.spec_from_file_location("roles", DOCS / "extensions" / "roles.py")
     assert spec is not None
