@@ -1,4 +1,4 @@
-"""Does each row of selection.py name a test, and does each run of the tests have its place?"""
+"""Tests of selection.py: each entry names a test, and CI runs what the default run skips."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ TABLES = (
 @pytest.mark.parametrize("name", sorted(name for table in TABLES for name in table))
 def test_every_row_names_a_test(name):
     file, function = name.partition("[")[0].split("::")
-    (path,) = [path for path in PATHS if path.name == file]  # one alone has this name
+    (path,) = [path for path in PATHS if path.name == file]  # file names are unique
     assert f"\ndef {function}(" in path.read_text(encoding="utf-8")
 
 
