@@ -1,4 +1,4 @@
-"""What setup.py builds, with compilers that only write down how they were called."""
+"""Tests of what setup.py builds, with fake compilers that only log how they were called."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ ALL_CODES = "sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
 
 
 class Build:
-    """A copy of what setup.py needs, and tools of its own."""
+    """A folder with a copy of the files that setup.py needs, and with fake compilers."""
 
     def __init__(self, folder):
         self.folder = folder / "source"
