@@ -1,4 +1,4 @@
-"""Does Ctrl-C leave usable objects, and a usable prompt?"""
+"""Tests that Ctrl-C leaves objects and the terminal in a usable state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from llm_sampling.tools import cli
 VOCAB_SIZE = 97
 STEPS = 12
 PROMPTS = torch.tensor([[5, 17, 17], [9, 2, 64]])
-#: With penalties, so that what is drawn depends on all that was drawn before.
+#: The parameters have penalties, so that each token depends on all tokens drawn before it.
 PARAMS = (
     SamplingParams(temperature=1.5, repetition_penalty=1.3, seed=1),
     SamplingParams(top_p=0.9, frequency_penalty=0.5, seed=2),
@@ -42,12 +42,15 @@ LOGITS = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_
 
 
 def press_ctrl_c() -> None:
-    """What a terminal does: Python's handler raises KeyboardInterrupt, here."""
+    """Send SIGINT as a terminal does, so that Python raises KeyboardInterrupt in this call."""
     signal.raise_signal(signal.SIGINT)
 
 
 class Model(torch.nn.Module):
-    """Logits that follow from the last token; Ctrl-C is pressed in the call of this number."""
+    """A model whose logits depend on the last token only.
+
+    It presses Ctrl-C in call number ``interrupted``; calls are counted from 1.
+    """
 
     def __init__(self, interrupted: int = 0) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ class Model(torch.nn.Module):
 
 
 class Tokenizer:
-    """A letter a token; Ctrl-C is pressed in the decoding of this number."""
+    """A tokenizer with one character per token, which presses Ctrl-C in call ``interrupted``."""
 
     def __init__(self, interrupted: int = 0) -> None:
         self.interrupted, self.calls = interrupted, 0
@@ -93,14 +96,18 @@ def generate(model: Model, tokenizer: Tokenizer, prompts: Tensor, params: Any) -
 @pytest.mark.parametrize("call", [1, 2, STEPS])
 @pytest.mark.parametrize("where", ["model", "tokenizer"])
 def test_an_interrupted_text_leaves_what_it_was_made_of(where: str, call: int) -> None:
-    """The pieces so far are right, nothing of the caller's has changed, a new text is right."""
+    """An interrupt of ``generate_stream`` has no lasting effect.
+
+    The pieces before it are right, the caller's arguments are unchanged, and a new text is right.
+    """
     expected = list(generate(Model(), Tokenizer(), PROMPTS, PARAMS))
     prompts, params = PROMPTS.clone(), list(PARAMS)
     model = Model(call if where == "model" else 0)
     tokenizer = Tokenizer(call if where == "tokenizer" else 0)
     pieces: list[Any] = []
     with pytest.raises(KeyboardInterrupt):
-        pieces.extend(generate(model, tokenizer, prompts, params))  # which keeps those before
+        # extend keeps the pieces that came before the interrupt.
+        pieces.extend(generate(model, tokenizer, prompts, params))
     assert pieces == expected[: len(pieces)]
     assert len(pieces) < len(expected)
     if where == "model":
@@ -118,7 +125,7 @@ def test_an_interrupted_text_leaves_what_it_was_made_of(where: str, call: int) -
 
 
 def test_an_interrupted_stream_is_over() -> None:
-    """It does not go on from somewhere in its middle."""
+    """An interrupted stream yields nothing more, rather than the rest of the text."""
     chunks = generation.generate_stream(
         Model(3).of_ids, PROMPTS, PARAMS, vocab_size=VOCAB_SIZE, max_new_tokens=STEPS
     )
@@ -133,14 +140,17 @@ def new_sampler() -> Sampler:
 
 
 def steps(model: Model, ids: Tensor, sampler: Sampler, into: list[list[int]]) -> list[list[int]]:
-    """Add what is drawn, up to STEPS tokens a row, to what has been."""
+    """Append the tokens of each step to ``into`` until it has STEPS steps, and return it."""
     for step in generation.stream(model, ids, sampler, max_new_tokens=STEPS - len(into)):
         into.append(step.tokens)
     return into
 
 
 def test_an_interrupted_sampler_goes_on_where_it_was() -> None:
-    """The loop goes on from the last tokens as if nothing had been; a new Sampler's does not."""
+    """A loop that is resumed with the same Sampler draws what an uninterrupted one draws.
+
+    The negative control resumes with a new Sampler, and must draw other tokens.
+    """
     expected = steps(Model(), PROMPTS, new_sampler(), [])
     sampler, drawn = new_sampler(), []
     with pytest.raises(KeyboardInterrupt):
@@ -150,13 +160,17 @@ def test_an_interrupted_sampler_goes_on_where_it_was() -> None:
     last = torch.tensor(drawn[-1]).unsqueeze(-1)
     anew = steps(Model(), last, new_sampler(), list(drawn))
     assert steps(Model(), last, sampler, drawn) == expected
-    assert anew != expected  # the control
+    assert anew != expected  # the negative control
 
 
 @pytest.mark.skipif(cpu.why_unavailable() is not None, reason="the CPU kernel is not built")
 @pytest.mark.parametrize("lost", [0, 1])
 def test_an_interrupt_around_the_kernel(lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is done, in all of the state, or not begun; its tokens may be lost to the caller."""
+    """An interrupt right before or after the kernel's call leaves a consistent state.
+
+    All of the state shows the step as done, or none of it. After a step that is done, the caller
+    may not get its tokens.
+    """
     expected = steps(Model(), PROMPTS, new_sampler(), [])
     sampler, drawn = new_sampler(), []
     kernel, calls = cpu.LIBRARY._function, 0
@@ -182,10 +196,12 @@ def test_an_interrupt_around_the_kernel(lost: int, monkeypatch: pytest.MonkeyPat
 
 
 class Interrupt:
-    """A tracer that presses Ctrl-C before one instruction of the package's Python code.
+    """A trace function that raises KeyboardInterrupt before one instruction of the package.
 
-    ``only_after_calls``: of those alone at which CPython looks for it, which are the ones after a
-    call, after a jump backwards and at the start of a function.
+    Args:
+        instruction: the number of the instruction, counted from 1.
+        only_after_calls: count only the instructions before which CPython handles signals: the
+            first of a function, and those after a call or a backward jump.
     """
 
     package = str(Path(llm_sampling.__file__).parent)
@@ -214,7 +230,7 @@ class Interrupt:
 
 
 def interrupted_at(interrupt: Interrupt, work: Callable[[], object]) -> str:
-    """Where the work was interrupted; nowhere if it has fewer instructions."""
+    """Do the work and return the place of the interrupt, or "" if the work ended before it."""
     before = sys.gettrace()
     sys.settrace(interrupt)
     try:
@@ -236,7 +252,10 @@ def state(sampler: Sampler) -> list[list[Any]]:
 @pytest.mark.skipif(cpu.why_unavailable() is not None, reason="the CPU kernel is not built")
 @pytest.mark.parametrize("before", [0, 2], ids=["first step", "third step"])
 def test_a_step_that_is_interrupted_anywhere(before: int) -> None:
-    """It is done, in all of the state, or not begun, and the next ones are right."""
+    """A step interrupted at any instruction is done completely or not at all.
+
+    The steps after it draw the same tokens as without an interrupt.
+    """
     rows = [LOGITS[2 * step : 2 * step + 2] for step in range(6)]
     sampler = new_sampler()
     states, expected = [state(sampler)], []
@@ -274,7 +293,10 @@ CHANGES: dict[str, Callable[[Sampler], object]] = {
 @pytest.mark.parametrize("has_history", [True, False], ids=["penalties", "none"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_rows_that_fails_anywhere(change: str, has_history: bool) -> None:
-    """By Ctrl-C or by any error in any call: rows, history and position change together."""
+    """A change of rows that fails at any instruction is done completely or not at all.
+
+    Rows, history and positions change together, whether Ctrl-C or an error of a call ended it.
+    """
 
     def started() -> Sampler:
         params = PARAMS if has_history else [SamplingParams(seed=seed) for seed in (1, 2)]
@@ -284,7 +306,7 @@ def test_a_change_of_rows_that_fails_anywhere(change: str, has_history: bool) ->
         return sampler
 
     def drawn(sampler: Sampler) -> list[object]:
-        """What the rows have, by row, and what they draw next."""
+        """Return the state of each row and the tokens that it draws next."""
         history = sampler.history
         slots = None if history is None else history.slots.long()
         before = [] if history is None else [history.counts[slots].tolist()]
@@ -393,7 +415,10 @@ print("usable")
 @pytest.mark.slow
 @pytest.mark.skipif(cpu.why_unavailable() is not None, reason="the CPU kernel is not built")
 def test_real_signals_at_any_time() -> None:
-    """From another thread, at 400 moments: a Sampler goes on, and generate gives its tokens."""
+    """Signals sent by another thread at 400 random moments leave everything usable.
+
+    A Sampler goes on where it was, and generate still gives the right tokens.
+    """
     done = subprocess.run(
         [sys.executable, "-c", SIGNALS],
         capture_output=True,
@@ -409,13 +434,13 @@ def test_real_signals_at_any_time() -> None:
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 INTERRUPTED = 130
-#: Makes the terminal that it gets that of its session, as a shell does.
+#: Code that makes the terminal on stdin the controlling terminal, so that it can send SIGINT.
 ON_A_TERMINAL = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
 COMMAND = ON_A_TERMINAL + "from llm_sampling.tools.cli import main; sys.exit(main())"
 
 
 class Terminal:
-    """A program on a terminal of its own."""
+    """A Python program that runs on a pseudo-terminal of its own."""
 
     def __init__(self, program: str, *argv: str) -> None:
         self._written = b""
@@ -436,7 +461,7 @@ class Terminal:
 
     @property
     def output(self) -> str:
-        """So far; its last character may not be whole yet."""
+        """The output so far; its last character may still be incomplete."""
         return self._written.decode(errors="replace")
 
     def _read(self, is_enough: Callable[[], bool]) -> None:
@@ -447,19 +472,19 @@ class Terminal:
                 self._written += os.read(self._ours, 65536)
 
     def wait_for(self, pattern: str) -> None:
-        """Read until the output has this."""
+        """Read until the output matches the pattern."""
         self._read(lambda: re.search(pattern, self.output) is not None)
 
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
     def exit_code(self) -> int:
-        """Wait until the program ends."""
+        """Wait until the program ends, and return its exit code."""
         self._read(lambda: self._process.poll() is not None)
         return self._process.returncode
 
     def complaints(self) -> list[str]:
-        """What is wrong with how the program ended, and how it left the terminal."""
+        """Wait for the program's end; return what is wrong with it or with the terminal."""
         code = self.exit_code()
         while select.select([self._ours], [], [], 0)[0]:
             self._written += os.read(self._ours, 65536)
@@ -481,7 +506,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal() -> Iterator[Callable[..., Terminal]]:
-    """A function: a program on a terminal, which ends with the test."""
+    """Return a function that starts a program on a terminal; the program ends with the test."""
     made: list[Terminal] = []
 
     def start(program: str, *argv: str) -> Terminal:
@@ -495,7 +520,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 @pytest.fixture(scope="module")
 def model_options(model_path: Path) -> list[str]:
-    """Options for a tiny random model over bytes, which goes on writing a."""
+    """Return options that make the command use a tiny byte-level model that only writes "a"."""
     for package in cli.EXTRA_PACKAGES:
         pytest.importorskip(package, reason="needs the extra 'cli'")
     from toy_tokenizers import byte_tokenizer
@@ -507,10 +532,13 @@ def model_options(model_path: Path) -> list[str]:
 def test_ctrl_c_leaves_a_usable_prompt(
     terminal: Callable[..., Terminal], model_options: list[str]
 ) -> None:
-    """While the model loads, in a text, in an answer, and where the next line is asked for."""
+    """Ctrl-C ends the command cleanly wherever it comes.
+
+    It is pressed while the model loads, in a text, in an answer of a chat, and at its prompt.
+    """
     endless = [*model_options, "--max-new-tokens", "90000"]
     short = [*model_options, "--max-new-tokens", "3"]
-    # side by side: the time goes into starting the processes
+    # The four programs run in parallel, because starting them takes most of the time.
     loading, text, answer, prompt = (
         terminal(COMMAND, *argv)
         for argv in (
@@ -547,7 +575,7 @@ def test_ctrl_c_leaves_a_usable_prompt(
 def test_a_command_that_is_started_with_ctrl_c_ignored_keeps_it_ignored(
     terminal: Callable[..., Terminal], model_options: list[str]
 ) -> None:
-    """Under nohup or in a script's background, as programs do there."""
+    """A command started with SIGINT ignored, as in the background of a script, ignores Ctrl-C."""
     ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     chat = terminal(ignored + COMMAND, "chat", *model_options, "--max-new-tokens", "3")
     asks = r"> \S*$"
@@ -559,7 +587,7 @@ def test_a_command_that_is_started_with_ctrl_c_ignored_keeps_it_ignored(
 
 
 def test_what_is_interrupted_here_is_so_where_the_parent_ignores_ctrl_c() -> None:
-    """Tests of each kind pass in a process that starts with SIGINT ignored."""
+    """Tests that interrupt this process or a child also pass in a pytest with SIGINT ignored."""
     program = (
         "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.SIG_IGN);"
         "sys.exit(pytest.main(sys.argv[1:]))"
@@ -592,7 +620,7 @@ BROKEN = {
 def test_a_prompt_that_is_not_usable_is_seen(
     complaint: str, terminal: Callable[..., Terminal]
 ) -> None:
-    """Negative controls: programs that leave one thing wrong."""
+    """Negative controls: each program leaves one thing wrong, and only that is reported."""
     waits = "try:\n    print('ready', flush=True); sys.stdin.read()\n"
     broken = terminal(f"{ON_A_TERMINAL}{waits}except KeyboardInterrupt:\n    {BROKEN[complaint]}\n")
     broken.wait_for("ready")
@@ -604,7 +632,10 @@ def test_a_prompt_that_is_not_usable_is_seen(
 def test_an_interrupt_in_the_middle_of_the_status_line(
     shows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it starts or stops, right after the cursor is hidden or before it is shown again."""
+    """An interrupt while the status line starts or stops still leaves the cursor visible.
+
+    It comes right after the cursor is hidden, or right before it is shown again.
+    """
     console = pytest.importorskip("rich.console", reason="needs the extra 'cli'").Console
     pytest.importorskip("tqdm", reason="needs the extra 'cli'")
     show_cursor = console.show_cursor
@@ -628,7 +659,7 @@ def test_an_interrupt_in_the_middle_of_the_status_line(
     assert len(reports) == shows
     assert signal.getsignal(signal.SIGINT) is handler
     deadline = time.monotonic() + 60
-    while threading.active_count() > threads:  # the one that redraws the line ends
+    while threading.active_count() > threads:  # wait for the thread that redraws the line
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -649,7 +680,10 @@ def test_an_interrupt_before_the_work_begins(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """While options are read; what is on the terminal's line then, as ^C, is not written over."""
+    """An interrupt before the work begins also exits with 130 and without a traceback.
+
+    It also ends the terminal's line, where the terminal has written ^C.
+    """
     for package in cli.EXTRA_PACKAGES:
         pytest.importorskip(package, reason="needs the extra 'cli'")
     monkeypatch.setattr(f"llm_sampling.tools.cli.{place}", lambda *_, **__: press_ctrl_c())
