@@ -1,4 +1,7 @@
-"""Many threads, forked processes, a million steps: is anything shared or kept that must not be?"""
+"""Tests with many threads, forked processes and a million calls.
+
+They show that threads and processes do not disturb each other, and that no memory leaks.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +38,14 @@ pytestmark = pytest.mark.skipif(
     cpu.why_unavailable() is not None, reason="the CPU kernel is not built"
 )
 
-#: Above the 32,768 tokens from which on a second thread is used.
+#: Larger than the 32,768 tokens from which the kernel uses a second thread for a row.
 VOCAB_SIZE = 33_000
 PARAMS = (
     SamplingParams(temperature=0.8, top_k=50, repetition_penalty=1.2, seed=1),
     SamplingParams(top_p=0.9, presence_penalty=0.5, seed=2),
     SamplingParams(min_p=0.05, frequency_penalty=0.3, seed=3),
 )
-#: Where a process finds the package and, for this file as a program, the modules of the tests.
+#: Where a new process finds the package and, if it runs this file, the modules of the tests.
 PATHS_OF_MODULES = (Path(llm_sampling.__file__).parents[1], Path(__file__).parents[1])
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS_OF_MODULES))}
 
@@ -60,7 +63,7 @@ def decode(
     history: TokenHistory | None = None,
     count: int = 1,
 ) -> Tokens:
-    """The tokens of a decode loop of some rows, on so many threads; the number says which."""
+    """Return the tokens of a decode loop on ``count`` threads; ``number`` selects the seeds."""
     params = [
         SamplingParams(**{**vars(row), "seed": row.seed + 10 * number})
         for row in PARAMS[: len(logits)]
@@ -74,7 +77,10 @@ def decode(
 
 
 def test_sixteen_threads_with_their_own_samplers() -> None:
-    """Each gives what it gives alone, though they share the library, its threads and the logits."""
+    """Each thread draws what it draws alone.
+
+    The threads share the library, the library's threads, and the logits.
+    """
     rows = [make_logits(1 + number % 3) for number in range(3)]
     alone = [decode(number, rows[number % 3]) for number in range(16)]
     found: list[Tokens | None] = [None] * 16
@@ -94,7 +100,7 @@ def test_sixteen_threads_with_their_own_samplers() -> None:
 
 
 def test_a_history_that_is_shared_is_seen() -> None:
-    """The control: where loops share as much as one history, the tokens tell."""
+    """The negative control: loops that share a history draw other tokens than alone."""
     logits = make_logits(3)
     alone = [decode(number, logits) for number in range(4)]
     history = TokenHistory.from_ids([[]] * 3, None, VOCAB_SIZE)
@@ -104,10 +110,11 @@ def test_a_history_that_is_shared_is_seen() -> None:
 
 
 def another_thread_runs(function: Callable[..., int], calls: int) -> Iterator[bool]:
-    """For each call of the kernel, made by this function, whether Python ran meanwhile.
+    """Yield for each call of the kernel whether another Python thread ran during it.
 
-    Threads take no turns, since the interval is too long for that: another one runs only where this
-    one lets the interpreter go, and that is looked at right before and right after the call.
+    The switch interval is so long that the interpreter never switches threads by itself. So the
+    other thread runs only while this one has released the interpreter's lock. It counts, and the
+    counter is compared right before and right after the kernel's call.
     """
     ticks = 0
     done = False
@@ -117,7 +124,7 @@ def another_thread_runs(function: Callable[..., int], calls: int) -> Iterator[bo
         nonlocal ticks
         while not done:
             ticks += 1
-            time.sleep(1e-4)  # lets the interpreter go, to whoever waits
+            time.sleep(1e-4)  # releases the interpreter's lock
 
     def watched(*args: object) -> int:
         before = ticks
@@ -147,11 +154,14 @@ def another_thread_runs(function: Callable[..., int], calls: int) -> Iterator[bo
     not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="this Python has no such lock"
 )
 def test_other_threads_run_while_the_kernel_does() -> None:
-    """The kernel is called without the interpreter's lock; the control calls it with the lock."""
+    """The kernel is called without the interpreter's lock.
+
+    The negative control calls it with the lock held, and no other thread may run.
+    """
     function = cpu.LIBRARY.load().llm_sampling_cpu
     held = ctypes.PyDLL(str(cpu.LIBRARY.path)).llm_sampling_cpu
     held.argtypes, held.restype = function.argtypes, function.restype
-    # as many calls as a busy machine needs to give the other thread a core
+    # On a busy machine it may take many calls until the other thread gets a core.
     assert any(another_thread_runs(function, 5000))
     assert not any(another_thread_runs(held, 200))
 
@@ -160,9 +170,10 @@ def test_other_threads_run_while_the_kernel_does() -> None:
 
 
 class Drawn(Dataset[Tensor]):
-    """A data set whose items are drawn by the kernel, in a worker, on threads of the kernel's own.
+    """A data set whose items the kernel draws in a worker process, on its own threads.
 
-    Nothing else there may use threads: in a child after fork torch waits for ever for its own.
+    Nothing else in a worker may use threads: in a forked child, torch waits for ever for threads
+    that only the parent has.
     """
 
     def __init__(self) -> None:
@@ -177,7 +188,7 @@ class Drawn(Dataset[Tensor]):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_data_loader_whose_workers_sample(method: str) -> None:
-    """Items are those of the parent, which has used torch's threads before."""
+    """Workers draw the same items as their parent, which used torch's threads before the fork."""
     drawn = Drawn()
     expected = torch.stack([drawn[number] for number in range(12)])
     context = multiprocessing.get_context(method)
@@ -186,7 +197,7 @@ def test_a_data_loader_whose_workers_sample(method: str) -> None:
 
 
 def test_a_fork_in_the_middle_of_a_call() -> None:
-    """Another thread is in the kernel, and has its threads, while the process forks."""
+    """A forked child can sample although another thread was in the kernel during the fork."""
     program = """
 import os, signal, threading, torch
 from llm_sampling import SamplingParams, sample
@@ -253,12 +264,12 @@ def application(environ, start_response):
 
 
 def test_gunicorn_with_a_preloaded_application(tmp_path: Path) -> None:
-    """Its workers are forked from a process that has used the kernel on all of its threads."""
+    """gunicorn forks its workers from a process that has used the kernel's threads."""
     pytest.importorskip("gunicorn", reason="needs the extra 'dev'")
     (tmp_path / "application.py").write_text(APPLICATION)
     log = tmp_path / "log"
     command = [sys.executable, "-m", "gunicorn", "--preload", "--workers", "2"]
-    # the system chooses the port, and the log tells which it is
+    # The system chooses a free port, and the log names it.
     command += ["--bind", "127.0.0.1:0", "--timeout", "60", "application:application"]
 
     def get(port: int) -> bytes:
@@ -290,7 +301,7 @@ def test_gunicorn_with_a_preloaded_application(tmp_path: Path) -> None:
         server.terminate()
         assert server.wait(timeout=60) == 0, log.read_text()
     finally:
-        # the workers too, whatever state they are in
+        # Kill the whole process group, so that no worker outlives the test.
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
@@ -302,7 +313,7 @@ Work = Callable[[], object]
 
 
 def make_sampler() -> Work:
-    """A decode loop with histories, logprobs and a mask."""
+    """Return a step of a decode loop with histories, logprobs and a mask."""
     sampler = Sampler(PARAMS, vocab_size=64, logprobs="processed")
     logits = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     mask = torch.full((3, 2), -1, dtype=torch.int32)
@@ -310,7 +321,7 @@ def make_sampler() -> Work:
 
 
 def make_sampler_on_threads() -> Work:
-    """A row that is split over three threads."""
+    """Return a step of a decode loop whose row is split over three threads."""
     torch.set_num_threads(3)
     sampler = Sampler(PARAMS[1], vocab_size=VOCAB_SIZE)
     logits = make_logits(1)
@@ -318,7 +329,7 @@ def make_sampler_on_threads() -> Work:
 
 
 def make_samples() -> Work:
-    """Calls with a history that is built anew for each."""
+    """Return a call of ``sample`` that builds a new history."""
     logits = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
 
     def call() -> None:
@@ -329,13 +340,13 @@ def make_samples() -> Work:
 
 
 def make_filters() -> Work:
-    """Filtered logits without a draw."""
+    """Return a call of ``filter_logits``, which draws no token."""
     logits = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
     return lambda: filter_logits(logits, SamplingParams(top_p=0.9))
 
 
 def make_refusals() -> Work:
-    """Logits without a token, which raise."""
+    """Return a call that raises, because no token of the logits can be drawn."""
     logits = torch.full((2, 100), -torch.inf)
 
     def call() -> None:
@@ -349,7 +360,7 @@ def make_refusals() -> Work:
 
 
 def make_server() -> Work:
-    """Rows that come and go, in slots that are used again."""
+    """Return a step in which a row is added and another removed, so that slots are reused."""
     sampler = Sampler(PARAMS, vocab_size=100)
     logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
 
@@ -362,7 +373,7 @@ def make_server() -> Work:
 
 
 def make_generation() -> Work:
-    """A token of generate_stream; there is a new text every hundred tokens."""
+    """Return a call that generates one token; a new text begins every hundred tokens."""
     logits = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
 
     def texts() -> Iterator[object]:
@@ -376,7 +387,10 @@ def make_generation() -> Work:
 
 
 def make_threads() -> Work:
-    """Threads that come, sample and go: the kernel's memory is a thread's, and goes with it."""
+    """Return a call that samples in a new thread.
+
+    The kernel's working memory belongs to the thread and must be freed when the thread ends.
+    """
     logits = make_logits(1)[:, :20_000]
 
     def call() -> None:
@@ -388,13 +402,13 @@ def make_threads() -> Work:
 
 
 def make_keeper() -> Work:
-    """The control: 8 bytes are kept at each call, the reference to an object."""
+    """Return the call of a negative control: it leaks 8 bytes, a reference to an object."""
     kept: list[object] = []
     return lambda: kept.append(None)
 
 
 def make_sampler_that_keeps() -> Work:
-    """The control: a decode loop that keeps an object at each step."""
+    """Return the call of a negative control: a step of a decode loop that leaks an object."""
     step = make_sampler()
     kept: list[object] = []
 
@@ -435,12 +449,12 @@ class MallInfo(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Memory:
-    """What a process has.
+    """The memory of a process.
 
     Attributes:
-        pages: bytes of it in memory, also those that are free for the next allocation.
-        blocks: allocations of Python's that are in use.
-        size: bytes of malloc's that are in use.
+        pages: the resident bytes, including memory that is free for the next allocation.
+        blocks: the number of memory blocks that Python's allocator has in use.
+        size: the bytes that malloc has in use.
     """
 
     pages: int
@@ -462,7 +476,7 @@ class Memory:
 
 
 def grow(name: str, times: int) -> dict[str, int]:
-    """By how much this process grows over so many calls, after an eighth of them."""
+    """Return by how much this process grows over ``times`` calls, after warm-up calls."""
     work = (PATHS | CONTROLS)[name]()
     for _ in range(times // 8):
         work()
@@ -475,12 +489,13 @@ def grow(name: str, times: int) -> dict[str, int]:
 
 def main(times: int, *names: str) -> None:
     pr_set_thp_disable = 41
-    ctypes.CDLL(None).prctl(pr_set_thp_disable, 1, 0, 0, 0)  # pages count as they are used
+    # Without huge pages, resident memory grows in steps of 4 KiB rather than of 2 MiB.
+    ctypes.CDLL(None).prctl(pr_set_thp_disable, 1, 0, 0, 0)
     print(json.dumps({name: grow(name, times) for name in names}))  # noqa: T201
 
 
 def growth(times: int, *names: str) -> dict[str, dict[str, int]]:
-    """The same in a process of its own, which does one after the other."""
+    """Return what ``grow`` measures for each name, one after the other, in a new process."""
     done = subprocess.run(
         [sys.executable, __file__, str(times), *names],
         capture_output=True,
@@ -501,13 +516,16 @@ FEW, MANY = 2048, 1_000_000
 
 
 def keeps_something(grown: dict[str, int]) -> bool:
-    """Whether an object or 8 bytes were kept at each of a few calls."""
+    """Return whether FEW calls leaked about one object or 8 bytes each.
+
+    The limits are an eighth of that many objects and half of that many bytes.
+    """
     return grown["blocks"] > FEW // 8 or grown["size"] > 4 * FEW
 
 
 @needs_glibc
 def test_nothing_is_kept() -> None:
-    """Not an allocation; each path is done in a process that has done those before it."""
+    """No path through the package leaks an allocation; one process runs them one by one."""
     found = growth(FEW, *PATHS)
     assert {name: grown for name, grown in found.items() if keeps_something(grown)} == {}
 
@@ -524,7 +542,11 @@ def test_what_is_kept_is_seen() -> None:
     "name", ["sampler", *(pytest.param(name, marks=pytest.mark.slow) for name in [*PATHS][1:])]
 )
 def test_a_million_calls_take_no_more_memory(name: str) -> None:
-    """A million steps of a decode loop; the rest by `pytest tests/release/test_load.py -m slow`."""
+    """The process's memory grows by at most 1 MiB over a million calls.
+
+    By default only the decode loop is tested; `pytest tests/release/test_load.py -m slow` tests
+    the other paths.
+    """
     assert growth(MANY, name)[name]["pages"] <= 2**20
 
 
