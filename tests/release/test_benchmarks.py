@@ -1,4 +1,8 @@
-"""The benchmark suite: its oracle, which must refuse broken samplers, its peers, its command."""
+"""Tests of the benchmark suite.
+
+They cover its oracle, which must refuse broken samplers, the samplers that it compares, its command
+line, its reports, and the benchmarks of threads, of instructions and of vLLM's engine.
+"""
 
 import itertools
 import json
@@ -56,7 +60,7 @@ def history_of(inputs, case):
 
 
 def kept_by(reading, oracle):
-    """For each buffer what a reading keeps, by token id."""
+    """Return for each buffer a mask, by token id, of what a reading of the parameters keeps."""
     return [
         torch.zeros_like(kept).scatter(1, oracle.order(buffer).ids, kept)
         for buffer in range(len(oracle.inputs.buffers))
@@ -90,7 +94,7 @@ def test_each_reading_is_found(reading):
         case = case_of(top_k=k, top_p=p / 100, min_p=min_p)
         oracle = oracle_of(make_inputs("by hand", [x], case), case)
         found.add(oracle.explain(kept_by(reading, oracle)))
-    # which of the rows tell it from all simpler readings does not matter, if any do
+    # It is enough that some of the rows distinguish this reading from all simpler ones.
     assert "; ".join(reading.words) in found
 
 
@@ -245,7 +249,7 @@ def test_peers_with_an_environment_of_their_own(name, case, request):
             return
         contender, run = worker.build(Task(CASES[case], inputs), "wall")
         note = check(contender, inputs, oracle_of(inputs, CASES[case]))
-        if case != "mixed-rows":  # whose few rows with min-p need not show it
+        if case != "mixed-rows":  # its few rows with min-p may not show the order of the filters
             assert ("min-p before top-p" in note) == (name == VLLM and "everything" in case)
         assert run([0, 1, 2]) > 0
 
@@ -254,7 +258,7 @@ _PEERS = {}
 
 
 def peer(name):
-    """A worker, started once; skipped where its environment was not made."""
+    """Return the worker of a provider, started once; skip if its environment does not exist."""
     if name not in _PEERS:
         try:
             python = environments.python_of(PROVIDERS[name].environment)
@@ -272,12 +276,12 @@ def close_peers():
 
 
 def stand_ins():
-    """FlashInfer's and SGLang's functions as their documentation has them, in torch."""
+    """Return modules with FlashInfer's and SGLang's functions, written in torch as documented."""
 
     def top_k_renorm(probs, top_k):
         k = torch.as_tensor(top_k).expand(len(probs)).long().unsqueeze(1)
         least = probs.sort(-1, descending=True).values.gather(1, k - 1)
-        probs = probs.masked_fill(probs < least, 0)  # equals are kept
+        probs = probs.masked_fill(probs < least, 0)  # keeps all ties at the threshold
         return probs / probs.sum(-1, keepdim=True)
 
     def top_p_renorm(probs, top_p):
@@ -327,7 +331,8 @@ def stand_ins():
     }
 
 
-#: By the parameters: no top-k; a min-p; no top-p; more than one set or draw.
+#: provider -> the cases that it cannot run, because of their parameters: it needs top-k or top-p,
+#: has no min-p, or takes only one set of parameters or one draw.
 CANNOT = {
     "flashinfer, scalars": ("mixed-rows",),
     "flashinfer, joint": [
@@ -516,7 +521,7 @@ def run_command(*arguments):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A small run's files, and what it printed."""
+    """Run the command on few inputs; return the path of its files and what it printed."""
     stem = tmp_path_factory.mktemp("results") / "small"
     done = subprocess.run(
         [
@@ -551,7 +556,7 @@ def test_the_pictures(results, tmp_path):
     stem, _ = results
     record = json.loads(stem.with_suffix(".json").read_text())
     swept = next(line for line in record["results"] if line["timing"] is not None)
-    for rows in (1, 2):  # enough of a sweep for its picture
+    for rows in (1, 2):  # the picture of a sweep needs two numbers of rows
         more = {"vocab_size": 128256, "rows": rows, "case": "full-chain", "inputs": "model"}
         record["results"].append(swept | more)
     files = plots.draw(record, tmp_path / "drawn")
@@ -672,7 +677,8 @@ def test_a_comparison_of_threads_needs_some(arguments, capsys):
     assert f"got {arguments[1]}" in capsys.readouterr().err
 
 
-# two of our functions, one with a clone and called by the other; one of torch's; one of neither
+# The profile has two functions of the CPU library, one a clone that calls the other, a function of
+# torch, and memcpy, which belongs to neither.
 PROFILE = """\
 version: 1
 creator: callgrind
@@ -738,7 +744,7 @@ def test_the_requests_are_mixed():
 
 
 def vllm_results(requests):
-    """As if every request had got its own number as a text, in every run."""
+    """Return results as if every request had got its own number as its text, in every run."""
     tokens = [[number] for number in range(len(requests))]
     alone = {str(i): tokens[i] for i, request in enumerate(requests) if "seed" in request["params"]}
     rounds = [
@@ -770,7 +776,7 @@ def vllm_results(requests):
         ("engine", "alone", "3", ("seeds", "llm_sampling", "alone")),
         ("server", "alone", "4", ("seeds", "llm_sampling", "served, alone")),
         ("engine", "same_every_round", 5, ("seeds", "llm_sampling", "in every round")),
-        ("preempted", "together", 7, None),  # it has no seed
+        ("preempted", "together", 7, None),  # request 7 has no seed
     ],
 )
 def test_a_token_that_differs_is_counted(run, field, number, seen):
@@ -850,7 +856,7 @@ def test_a_clock_counts_calls_and_their_time():
 
 
 def test_docs_show_what_was_measured_in_vllm_s_engine():
-    """docs/engines.md has the committed results' tables, and nothing that was promised differed."""
+    """docs/engines.md shows the committed results, in which every promised check passed."""
     root = Path(__file__).parents[2]
     record = json.loads((root / "benchmarks/results/vllm-cpu.json").read_text(encoding="utf-8"))
     text = (root / "docs/engines.md").read_text(encoding="utf-8")
