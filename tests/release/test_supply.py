@@ -1,7 +1,7 @@
-"""What is shipped, and what it does that nobody asked for: nothing is run, fetched or written.
+"""Tests of the supply chain: what the package contains, imports, reads, writes and executes.
 
-The sources are read, the package is watched while it is imported and used, and an sdist and a wheel
-are built twice, in folders of their own, and looked into.
+The sources are scanned, the package is watched by an audit hook while it is imported and used, and
+an sdist and a wheel are built twice, in different folders, and inspected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SOURCES = {
 
 # ---- the sources ---------------------------------------------------------------------------------
 
-#: All that may be imported: none of these runs what is in a file or reaches a network by itself.
+#: What every module may import. None of these executes a file's content or uses a network by
+#: itself.
 ANYWHERE = {
     *(
         "__future__",
@@ -63,50 +64,52 @@ SOMEWHERE = {
     "tools.tuning.search": {"optuna"},
     "tools.tuning.space": {"optuna"},
 }
-#: Calls of these names, whatever they belong to, reach a file, a process or code in a text.
+#: Functions that access a file, start a process or execute a text as code, whatever object they
+#: are called on.
 REACHING = {
     *("open", "read_text", "read_bytes", "fromfile", "memmap", "CDLL", "LoadLibrary"),
     *("from_pretrained", "write_text", "write_bytes", "mkdir", "makedirs", "unlink", "rename"),
     *("rmtree", "import_module", "__import__", "load_library", "run_path", "run_module"),
 }
-#: Calls of these names do if they belong to one of these.
+#: Functions that do so if they are called by name alone or on one of OWNERS.
 REACHING_OF = {
     *("load", "loads", "save", "eval", "exec", "compile", "remove", "system", "popen"),
     *("fork", "execv", "execve", "spawnv", "posix_spawn", "load_state_dict_from_url"),
 }
 OWNERS = {"", "builtins", "json", "np", "numpy", "os", "torch", "torch.jit", "torch.hub"}
 
-#: Every such call in the package, by the function that it is in. Of a model the package reads four
-#: bytes, to tell what it is; the rest, configs too, is transformers' to read.
+#: The calls of such functions that the package may have: the function that has the call, and what
+#: it calls. The package itself reads only the first four bytes of a model, to tell its format;
+#: transformers reads everything else, including configurations.
 KNOWN = {
-    ("backends.Backend._module", "importlib.import_module"),  # of a name in the table
-    ("backends.native.Library._loaded", "failure.read_text"),  # why it was not built
+    ("backends.Backend._module", "importlib.import_module"),  # only of names in BACKENDS
+    ("backends.native.Library._loaded", "failure.read_text"),  # why the library was not built
     ("backends.native.Library._loaded", "ctypes.CDLL"),
     ("tools.cli.console.closed_pipe", "os.open"),  # the null device, when nobody reads the output
     ("tools.cli.explain.run", "request.html.write_text"),
     ("tools.cli.tune.run", "request.out.mkdir"),
     ("tools.explain.page.page", "_TEMPLATE.read_text"),
-    ("integrations.vllm._find", "importlib.import_module"),  # of names in the file, all vLLM's
+    ("integrations.vllm._find", "importlib.import_module"),  # only of vLLM's modules
     ("generation.models.check_path", "path.open"),
     ("generation.models.load", "transformers.AutoTokenizer.from_pretrained"),
     ("generation.models.load", "transformers.AutoModelForCausalLM.from_pretrained"),
-    ("tools.tuning.objectives._data", "?.read_text"),  # what the package ships
+    ("tools.tuning.objectives._data", "?.read_text"),  # a data file of the package
     ("tools.tuning.report.write_report", "folder.mkdir"),
     ("tools.tuning.report.write_report", "page.write_text"),
     ("tools.tuning.report.write_report", "path.write_bytes"),
-    ("tools.tuning.resume.locked", "?.open"),  # a lock
+    ("tools.tuning.resume.locked", "?.open"),  # a lock file
 }
 
 
 def dotted(node: ast.expr) -> str:
-    """``a.b.c`` of an expression, as far as it is one."""
+    """Return the dotted name of an expression; a part that is no name becomes ``?`` or empty."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value) or '?'}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """The first name of every import."""
+    """Yield the top-level package of every import."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -115,7 +118,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def calls(tree: ast.AST, where: str) -> Iterator[tuple[str, str]]:
-    """The function that each call is in, and what it calls."""
+    """Yield for each call the function that contains it, and the dotted name of what it calls."""
     for node in ast.iter_child_nodes(tree):
         inside = where
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -126,12 +129,12 @@ def calls(tree: ast.AST, where: str) -> Iterator[tuple[str, str]]:
 
 
 def strange_imports(source: str, module: str) -> set[str]:
-    """What it imports and should not."""
+    """Return the packages that a module's source imports although it may not."""
     return set(imported(ast.parse(source))) - ANYWHERE - SOMEWHERE.get(module, set())
 
 
 def reaching_calls(source: str, module: str) -> set[tuple[str, str]]:
-    """The calls that reach a file, a process or code in a text."""
+    """Return the calls that access a file, start a process or execute a text as code."""
     where = module.removesuffix(".__init__")
     found = set()
     for place, name in calls(ast.parse(source), where):
@@ -152,7 +155,7 @@ def test_every_reach_for_a_file_is_known() -> None:
 
 
 def test_models_are_local() -> None:
-    """transformers is told so in both calls, and in none to trust the code beside a model."""
+    """Models are loaded from local files only, and code in a model's folder is never trusted."""
     source = SOURCES["generation.models"].read_text(encoding="utf-8")
     assert 'options: dict[str, Any] = {"local_files_only": True' in source
     loads = [
@@ -228,7 +231,7 @@ sys.addaudithook(hook)
 
 
 def watched(*programs: str) -> list[str]:
-    """What each did of the kind that is watched, in one process that has imported torch."""
+    """Run programs in one process that has imported torch; return each one's watched events."""
     program = WATCHED + "".join(textwrap.dedent(each) + "\ntell()\n" for each in programs)
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -243,7 +246,7 @@ def watched(*programs: str) -> list[str]:
 
 
 def test_import_and_use_touch_nothing() -> None:
-    """No network, no process, no pickle, no file written."""
+    """Import and use need no network, start no process, unpickle nothing and write no file."""
     use = """
         from llm_sampling import SamplingParams, Sampler, TokenHistory, filter_logits
 
@@ -275,16 +278,16 @@ def test_the_watch_sees() -> None:
 
 # ---- sdist and wheel -----------------------------------------------------------------------------
 
-EARLIEST = 315532800  # 1980, in setup.py too
-#: What a build reads although git may not know it yet.
+EARLIEST = 315532800  # the start of 1980, as in setup.py
+#: The files that a build needs even if they are not tracked by git yet.
 READ_BY_A_BUILD = ("MANIFEST.in", "pyproject.toml", "setup.py")
-#: What a folder without git has beside its sources.
+#: Names of folders and files that are no sources, for a folder without git.
 OTHERS = (".git", ".venv", "venv", "build", "dist", "lib", "__pycache__", "PKG-INFO", "setup.cfg")
 OTHERS += (".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".benchmarks", ".peers")
 
 
 def tracked() -> list[str]:
-    """The files that git has here; without git, all that are sources."""
+    """Return the files that git tracks; in a folder without git, all source files."""
     if (ROOT / ".git").exists():
         listed = subprocess.run(
             ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
@@ -302,16 +305,22 @@ def tracked() -> list[str]:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder to build in, and what differs there from another."""
+    """A folder to build in, with what may differ between two machines.
+
+    Attributes:
+        folder: the folder.
+        umask: the umask of the build.
+        moment: the modification time of the source files.
+        more: additional environment variables.
+    """
 
     folder: Path
     umask: int = 0o022
     moment: int = 1_600_000_000
-    #: Of the environment.
     more: tuple[tuple[str, str], ...] = ()
 
     def copy(self) -> Path:
-        """The sources, in a new folder."""
+        """Copy the sources into a new folder, and return it."""
         source = self.folder / "source"
         for name in tracked():
             target = source / name
@@ -320,13 +329,13 @@ class Place:
         return self.as_here(source)
 
     def unpack(self, sdist: Path) -> Path:
-        """The sources of an sdist."""
+        """Unpack an sdist, and return the folder of its sources."""
         with tarfile.open(sdist) as archive:
             archive.extractall(self.folder, filter="data")
         return self.as_here(self.folder / sdist.name.removesuffix(".tar.gz"))
 
     def as_here(self, source: Path) -> Path:
-        """With the modes and times that files have that are made here and now."""
+        """Give all files the modes and times of this place, and return the folder."""
         for path in source.rglob("*"):
             mode = 0o777 if path.is_dir() or path.name == "run" else 0o666
             path.chmod(mode & ~self.umask)
@@ -334,7 +343,10 @@ class Place:
         return source
 
     def build(self, kind: str, source: Path, **environment: str) -> Path:
-        """An sdist or a wheel; "setup.py" is an sdist as people made them, in a new folder."""
+        """Build an sdist or a wheel, and return its path.
+
+        The kind "setup.py" is an sdist that ``python setup.py sdist`` builds.
+        """
         made = self.folder / kind / "made"
         program = ["-c", f"from setuptools import build_meta as b; b.build_{kind}({str(made)!r})"]
         if kind == "setup.py":
@@ -370,7 +382,7 @@ def two_places(folder: Path) -> tuple[Place, Place]:
 
 @dataclass(frozen=True)
 class Built:
-    """The second wheel is of the first sdist, unpacked."""
+    """Two sdists and two wheels. The second wheel is built from the unpacked first sdist."""
 
     sdists: tuple[Path, Path]
     wheels: tuple[Path, Path]
@@ -407,7 +419,7 @@ def test_two_builds_are_the_same_bytes(kind: str, built: Built) -> None:
     ],
 )
 def test_a_line_less_and_they_are_not(kind: str, line: str, tmp_path: Path) -> None:
-    """What setup.py does is needed, and its lack is seen."""
+    """The negative control: without one of these lines of setup.py, two builds differ."""
     stated = {
         "member.mtime = moment": "member.mtime = int(path.stat().st_mtime)",
         "member.mode = mode_of(path)": "member.mode = path.stat().st_mode & 0o777",
@@ -425,7 +437,7 @@ def test_a_line_less_and_they_are_not(kind: str, line: str, tmp_path: Path) -> N
 
 
 def test_the_sdist_is_what_git_has(built: Built) -> None:
-    """So a build and the tests run from it; and nothing in it tells who built it, or when."""
+    """The sdist contains all tracked files, and nothing in it shows who built it or when."""
     with tarfile.open(built.sdists[0]) as archive:
         members = archive.getmembers()
     top = built.sdists[0].name.removesuffix(".tar.gz")
@@ -439,7 +451,8 @@ def test_the_sdist_is_what_git_has(built: Built) -> None:
     }
     executable = {member.name for member in members if member.mode != 0o644}
     assert executable == {f"{top}/{name}" for name in tracked() if name.endswith("/run")}
-    assert built.sdists[0].read_bytes()[4:8] == EARLIEST.to_bytes(4, "little")  # gzip's time
+    # Bytes 4 to 7 of a gzip file are its time.
+    assert built.sdists[0].read_bytes()[4:8] == EARLIEST.to_bytes(4, "little")
 
 
 def test_the_wheel_has_the_package_alone(built: Built) -> None:
@@ -462,17 +475,17 @@ def test_the_wheel_has_the_package_alone(built: Built) -> None:
     assert infos == {
         *("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
     }
-    assert modes <= {0o644, 0o755, 0o664}  # the last is RECORD's, which is written by itself
+    assert modes <= {0o644, 0o755, 0o664}  # 0o664 is the mode of RECORD, which setuptools writes
     assert os.fsencode(ROOT) not in library
     assert os.fsencode(wheel.parent.parent) not in library
 
 
 def test_the_wheel_installs_without_an_index_and_draws(built: Built, tmp_path: Path) -> None:
-    """Beside torch, which is here already."""
+    """The wheel can be installed without an index if torch is installed, and can draw tokens."""
     target = tmp_path / "installed"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*command, "--target", target, built.wheels[1]], check=True, timeout=120)
-    shutil.rmtree(target / "bin")  # the command, which is not needed here
+    shutil.rmtree(target / "bin")  # the command line's script is not needed here
     program = f"""
 import torch, llm_sampling
 from llm_sampling import SamplingParams, sample
@@ -492,11 +505,11 @@ print(sample(logits, params, positions=[5], num_samples=8, backend="cpu").tokens
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "[[1, 1, 1, 1, 3, 1, 3, 3]]\n"  # as docs/semantics.md has it
+    assert done.stdout == "[[1, 1, 1, 1, 3, 1, 3, 3]]\n"  # the example in docs/semantics.md
 
 
 def test_the_code_beside_a_model_is_not_run(tmp_path: Path) -> None:
-    """Nor is anybody asked whether it may: what comes on stdin is a prompt for the model."""
+    """Code in a model's folder is not run, and the user is not asked on stdin whether it may."""
     pytest.importorskip("transformers", reason="needs the extra 'cli'")
     (tmp_path / "config.json").write_text(
         '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'
