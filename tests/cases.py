@@ -125,7 +125,10 @@ def _plateau(v: int, g: torch.Generator) -> Tensor:
 
 
 def _min_p_edge(v: int, g: torch.Generator) -> Tensor:
-    """Return depths at and next to the limit of min_p 0.5, 1 + 2^-18 at OCTAVE_TEMPERATURE."""
+    """Return logits whose depths at OCTAVE_TEMPERATURE are at and next to the limit of min_p 0.5.
+
+    That limit is 1 + 2^-18 octaves.
+    """
     depth = 1 + 2.0**-18 + torch.randint(-3, 4, (v,), generator=g) * 2.0**-23
     depth[_some(v, g, 1)] = 0.0
     return -depth
@@ -280,7 +283,7 @@ def penalty_mixes(v: int) -> dict[str, dict[str, Any]]:
     up = {"repetition_penalty": 1.3, "frequency_penalty": 0.4142136, "presence_penalty": 0.4}
     down = {"repetition_penalty": 0.7, "frequency_penalty": -0.5772157, "presence_penalty": -0.4}
     chain = {"repetition_penalty": 1.1, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
-    # The bias applies to penalised tokens too: most histories contain 0, V // 2 and V - 1.
+    # The bias applies to penalised tokens too: the longer histories contain 0, V // 2 and V - 1.
     bias = {0: 1.7, v // 2: -2.3, v - 1: -100, v // 3: 0.6}
     return {
         "repetition up": {"repetition_penalty": 1.1},
