@@ -164,9 +164,9 @@ def assert_parity(
 
 
 def assert_more_than_there_are(backend: str, device: str = "cpu") -> None:
-    """Check top-k with more tokens than the row has finite logits, followed by top-p.
+    """Check top-k where k is at least the number of finite logits, followed by top-p.
 
-    Such a k keeps all of them, and top-p takes its share of the mass of all of them.
+    Such a k keeps all finite logits, and top-p takes its share of the mass of all of them.
     """
     logits = torch.randn(4, 5003, generator=torch.Generator().manual_seed(1))
     logits[:, ::2] = -torch.inf
