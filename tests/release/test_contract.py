@@ -31,7 +31,7 @@ PARAMETERS = [f.name for f in fields(SamplingParams)]
 #: parameter -> its fields in BatchParams and in the C struct, where they differ from its name
 PIECES = {"logit_bias": ["logit_bias_offsets", "logit_bias_ids", "logit_bias_values"]}
 
-#: The fields of BatchParams that are no parameters: they are derived from them or given in a call.
+#: The fields of BatchParams that are no parameters: values derived from parameters, and positions.
 FLAGS = {"needs_history", "all_greedy", "any_filter"}
 FLAGS |= {"kept_at_most", "any_top_k", "any_top_p", "any_floor"}
 DERIVED = {"min_p_cut", "unseeded", "position", *FLAGS}
@@ -184,7 +184,8 @@ PLACES = {
     "llm_sampling/backends/c_abi.py": EVERY_KIND,
     "llm_sampling/backends/triton.py": EVERY_KIND,
     "llm_sampling/backends/triton_kernel.py": EVERY_KIND,
-    "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),  # min-p is in depth_cut
+    # distributed.py gets the limit of min-p from reference.depth_cut.
+    "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),
     "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
     "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/tools/data/explain.html": ("penalty", "scale", *FILTERS, "floor"),
