@@ -32,8 +32,8 @@ logits = st.one_of(
 def values(draw: st.DrawFn, vocab_size: int) -> tuple[float, ...]:
     """Draw a row of logits of one of three kinds.
 
-    A short row may have an independent value for each token. Any row may consist of a palette of
-    at most six values, or of normal values with a few others at random places.
+    A short row may have an independent value for each token. Any row may repeat at most six
+    values, or have normally distributed values with a few others at random places.
     """
     if vocab_size <= 12 and draw(st.booleans()):
         return tuple(draw(st.lists(logits, min_size=vocab_size, max_size=vocab_size)))
