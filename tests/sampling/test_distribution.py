@@ -146,7 +146,7 @@ STEPS: Mapping[str, Step] = {
     "min_p": lambda x, asked: keep_first(x, at_least(number_of_min_p(x, asked["min_p"]), asked)),
 }
 
-#: Negative controls: the same steps, each slightly wrong. The comment says how.
+#: Negative controls: the same steps, each slightly wrong in the way that its comment says.
 OFF: Mapping[str, Step] = {
     # the bias is 5 % too large
     "logit_bias": lambda x, asked: add_bias(x, asked, 1.05),
@@ -247,12 +247,11 @@ FILTERS: Asked = {
 }
 #: Values that keep more tokens, so that the other filter of a pair decides.
 MILD: Asked = {"top_k": 400, "top_p": 0.999, "min_p": 0.02}
-#: Values that keep more tokens than min_tokens_to_keep asks for, but none that is too rare to test.
+#: Values that keep more tokens than min_tokens_to_keep, but none that is too rare to be tested.
 WIDE: Asked = {**MILD, "top_p": 0.9}
 CUTS = set(MILD)
 
-#: By name: the options, and the filters that influence the result, so that the case detects a
-#: fault in each of them.
+#: By name: the options, and the filters that decide the result, whose faults the case must detect.
 CASES: dict[str, tuple[Asked, tuple[str, ...]]] = {"plain": ({}, ())}
 CASES |= {name: ({name: value}, (name,)) for name, value in FILTERS.items()}
 for a, b in itertools.combinations(FILTERS, 2):
