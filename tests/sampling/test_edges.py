@@ -271,7 +271,7 @@ def test_an_unavailable_backend_says_why(monkeypatch):
     ],
 )
 def test_what_auto_prefers(monkeypatch, device, missing, chosen):
-    """ "auto" is the first backend of the table that runs on the device and is not missing."""
+    """The backend "auto" is the first of the table that runs on the device and is available."""
     monkeypatch.setattr(BACKENDS["triton"].load(), "DEVICE_TYPES", frozenset({"cuda"}))
     for name, backend in BACKENDS.items():
         reason = "it is missing" if name in missing else None
