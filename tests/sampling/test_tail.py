@@ -149,7 +149,7 @@ BROKEN: Mapping[str, tuple[Floats, set[float]]] = {
 
 @pytest.mark.parametrize(("p", "refused_at"), BROKEN.values(), ids=BROKEN.keys())
 def test_broken_samplers_are_refused(p: Floats, refused_at: set[float]) -> None:
-    """Each broken sampler fails with each of 20 seeds, so it does not fail by luck."""
+    """Negative control: each broken sampler fails the test with each of 20 seeds."""
     for seed in range(20):
         z = z_scores(np.random.default_rng(seed).multinomial(DRAWS, p))
         assert {d for d, value in z.items() if abs(value) > MOST_Z} >= refused_at, z
