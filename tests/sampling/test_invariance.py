@@ -267,7 +267,7 @@ def test_the_five_things_do_matter(backend: str, vocab_size: int) -> None:
     plain = build([Case("one lower", history="output only")], vocab_size, device=device_of(backend))
     plain.params = [penalised]
     assert plain.history is not None
-    plain.logits[0, 0] = 2.0  # token 0 leads by less than the penalty once the output holds it
+    plain.logits[0, 0] = 2.0  # token 0 leads by less than the penalty that the output gives it
     assert bool(plain.history.counts[plain.history.slots.long(), 0] > 0)
     assert draw(plain, backend)[0].item() != 0
     plain.history = TokenHistory.from_ids([[]], [[]], vocab_size, device=device_of(backend))
