@@ -297,9 +297,9 @@ def test_a_draw_on_the_boundary_is_the_next_token(backend: str, vocab_size: int)
 def test_masses_to_the_bit(backend: str, octave: int) -> None:
     """Masses in one octave are right, as two neighbouring values of top_p show.
 
-    A row has one best token and 2^octave equal tokens, which together weigh about as much. Of two
-    neighbouring float32 values of top_p, the smaller keeps one token and the larger keeps two. That
-    determines the mass of an equal token to a few units of the last of its 24 bits.
+    A row has one best token and 2^octave equal tokens, whose masses add up to about that of the
+    best. Of two neighbouring float32 values of top_p, the smaller keeps one token and the larger
+    keeps two. That determines the equal tokens' mass to a few units of the last of its 24 bits.
     """
     count, rows = 2**octave, 1000 if octave < 7 else 200
     generator = torch.Generator().manual_seed(octave)
