@@ -525,7 +525,7 @@ def test_check_costs_one_more_message(three: Ranks) -> None:
 
 
 def test_only_collectives_that_nccl_has(three: Ranks) -> None:
-    """Only all-gather, sum and maximum are used."""
+    """The only collectives are all-gather and all-reduce with SUM or MAX, which NCCL has."""
     everything = SamplingParams(top_p=0.9, top_k=300, min_p=0.1, min_tokens_to_keep=2)
     for params in (everything, SamplingParams(top_k=40)):
         for sent in three(counted, params, 2, {"logprobs": "raw", "num_samples": 2}):
@@ -537,7 +537,7 @@ def test_only_collectives_that_nccl_has(three: Ranks) -> None:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raise for operations that wait for a device: those that read values or whose shape does."""
+    """Raise for operations that wait for a device: reads of values, and data-dependent shapes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -892,7 +892,7 @@ def other_shape_unchecked(rank: int) -> Any:
 
 
 def test_another_shape_unchecked_is_no_hang() -> None:
-    """Without ``check`` the shapes are not compared; gloo ends a process or raises, in time."""
+    """Without ``check`` no shapes are compared; gloo ends a process or raises, and never hangs."""
     group = Ranks(2, timeout=5)
     start = time.monotonic()
     try:
