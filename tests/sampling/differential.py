@@ -1,10 +1,11 @@
-"""Every backend against the reference on random rows, until it has had enough of them.
+"""Compare every backend with the reference on random rows.
 
-``python tests/sampling/differential.py --rows 1000000`` draws batches of all sizes and layouts with
-parameters, histories, biases and masks, and compares tokens, status and filtered logits to the bit
-and logprobs to 1e-5. What differs is made small and printed as a program that shows it; the exit
-code is then 1. ``--seed`` starts elsewhere, ``--backends`` chooses; the default is every backend
-that runs on this machine's CPU. ``--emulated`` adds the CUDA kernel in its emulation.
+``python tests/sampling/differential.py --rows 1000000`` makes random batches of all sizes and
+memory layouts, with parameters, histories, biases and masks, until it has compared that many rows.
+Tokens, status and filtered logits must be equal to the bit, and logprobs to 1e-5. A row that
+differs is reduced to a small one and printed as a program that shows the difference; the exit code
+is then 1. ``--seed`` chooses other batches. ``--backends`` chooses the backends; the default is
+every backend that runs on this machine's CPU. ``--emulated`` adds an emulation of the CUDA kernel.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from llm_sampling.fields import OFF_VALUES
 
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16)
-#: Of a batch; the reference, which sorts, needs some 50 ms for it.
+#: The largest size of a batch. The reference, which sorts rows, takes about 50 ms for such a batch.
 MOST_ELEMENTS, MOST_ROWS = 2**19, 512
 LARGEST_VOCAB = 2**18
 SPECIAL = (0.0, -0.0, 1.0, INF, -INF, NAN, 1e-40, -1e-40, 3e38, -3e38, 65504.0)
@@ -40,7 +41,7 @@ LOGPROB_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Rows:
-    """A call: rows that share a vocabulary, a dtype, a memory layout and what is asked for."""
+    """The arguments of one call: rows that share a vocabulary, a dtype, a layout and options."""
 
     logits: Tensor
     params: tuple[SamplingParams, ...]
@@ -50,14 +51,14 @@ class Rows:
     positions: tuple[int, ...]
     num_samples: int
     logprobs: Logprobs | None
-    around: tuple[int, int]  # NaN before and after each row, in memory
+    around: tuple[int, int]  # how many NaN lie before and after each row in memory
 
     @property
     def vocab_size(self) -> int:
         return self.logits.shape[1]
 
     def row(self, row: int) -> Rows:
-        """One of them alone."""
+        """Return a call with this row alone."""
         at = slice(row, row + 1)
         return replace(
             self,
@@ -71,7 +72,7 @@ class Rows:
 
 
 class Answer(NamedTuple):
-    """What a backend makes of it."""
+    """The results of one backend for one call."""
 
     tokens: Tensor
     status: Tensor
@@ -80,7 +81,7 @@ class Answer(NamedTuple):
 
 
 def mask_words(allowed: Tensor) -> Tensor:
-    """bool ``(rows, V)`` to int32 ``(rows, ceil(V / 32))``."""
+    """Pack a bool mask ``(rows, V)`` into int32 words ``(rows, ceil(V / 32))``."""
     rows, vocab_size = allowed.shape
     bits = torch.zeros(rows, -(-vocab_size // 32) * 32, dtype=torch.int64)
     bits[:, :vocab_size] = allowed
@@ -88,7 +89,7 @@ def mask_words(allowed: Tensor) -> Tensor:
 
 
 def answers(rows: Rows, names: Sequence[str]) -> Iterator[Answer]:
-    """Those of each backend in turn."""
+    """Yield the answer of each named backend in turn."""
     before = rows.around[0]
     logits = torch.nn.functional.pad(rows.logits, rows.around, value=NAN)
     logits = logits[:, before : before + rows.vocab_size]
@@ -115,7 +116,7 @@ def answers(rows: Rows, names: Sequence[str]) -> Iterator[Answer]:
 
 
 def differing(wanted: Answer, got: Answer) -> list[int]:
-    """The rows in which two answers are not the same."""
+    """Return the rows in which two answers differ."""
     differs = wanted.status != got.status
     differs = differs | (wanted.tokens != got.tokens).any(-1)
     bits = (wanted.filtered.view(torch.int32), got.filtered.view(torch.int32))
@@ -133,7 +134,7 @@ def differing(wanted: Answer, got: Answer) -> list[int]:
 
 
 def random_logits(rng: random.Random, rows: int, vocab_size: int) -> Tensor:
-    """Rows of one kind, then some values put into some of them."""
+    """Make rows of one random kind, then overwrite random places with special values."""
     generator = torch.Generator().manual_seed(rng.randrange(2**62))
     x = torch.randn(rows, vocab_size, generator=generator)
     scale = 10.0 ** torch.empty(rows, 1).uniform_(-2, 1.2, generator=generator)
@@ -142,11 +143,11 @@ def random_logits(rng: random.Random, rows: int, vocab_size: int) -> Tensor:
         x = x + 10 * (torch.rand(x.shape, generator=generator) < 20 / vocab_size)
     elif kind == 1:  # ties
         x = (x * 4).round() / 4
-    elif kind == 2:  # in order, as a position code is
+    elif kind == 2:  # nearly sorted by token id
         x = torch.linspace(rng.uniform(-9, 9), rng.uniform(-9, 9), vocab_size) + 0.1 * x
-    elif kind == 3:  # what a grammar leaves
+    elif kind == 3:  # mostly -inf, as under a grammar
         x = torch.where(torch.rand(x.shape, generator=generator) < 0.95, -INF, x)
-    elif kind == 4:  # few values
+    elif kind == 4:  # five distinct values
         palette = torch.randn(5, generator=generator)
         x = palette[torch.randint(5, x.shape, generator=generator)]
     x = x * scale
@@ -156,7 +157,7 @@ def random_logits(rng: random.Random, rows: int, vocab_size: int) -> Tensor:
 
 
 def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
-    """Each field off, at a boundary, or anywhere in its range."""
+    """Draw each field as off, as a boundary value, or as any value of its range."""
 
     def maybe(*values: float) -> Any:
         return rng.choice((None, None, *values))
@@ -179,7 +180,7 @@ def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
 
 
 def random_rows(seed: int, batch: int) -> Rows:
-    """The vocabulary's size is as often between 10 and 20 as between 100,000 and 200,000."""
+    """Make batch number ``batch`` of a run, with a vocabulary size that is log-uniform."""
     rng = random.Random(f"{seed} {batch}")
     vocab_size = math.floor(math.exp(rng.uniform(0, math.log(LARGEST_VOCAB + 1))))
     rows = max(1, min(MOST_ROWS, MOST_ELEMENTS // vocab_size))
@@ -207,14 +208,14 @@ def random_rows(seed: int, batch: int) -> Rows:
     )
 
 
-# ---- What differs is made small ------------------------------------------------------------------
+# ---- Reduction of a row that differs -------------------------------------------------------------
 
-#: Whether a row still shows the difference.
+#: A function that says whether a row still shows the difference.
 Differs = Callable[[Rows], bool]
 
 
 def without(row: Rows, begin: int, end: int) -> Rows:
-    """A row of a vocabulary that lacks the tokens ``begin .. end - 1``."""
+    """Remove the tokens ``begin .. end - 1`` from the vocabulary; larger ids move down."""
 
     def moved(ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(i if i < begin else i - end + begin for i in ids if not begin <= i < end)
@@ -237,9 +238,9 @@ def without(row: Rows, begin: int, end: int) -> Rows:
 
 
 def fewer_tokens(row: Rows, differs: Differs) -> Rows:
-    """Take away half of the vocabulary, a quarter, an eighth and so on, wherever that can be."""
+    """Remove blocks of half the vocabulary, then a quarter and so on, while the row differs."""
     size = row.vocab_size // 2
-    while size and row.vocab_size // size <= 512:  # else there are too many places to try
+    while size and row.vocab_size // size <= 512:  # more blocks would take too long to try
         begin = 0
         while begin < row.vocab_size and row.vocab_size > size:
             smaller = without(row, begin, min(begin + size, row.vocab_size))
@@ -252,7 +253,7 @@ def fewer_tokens(row: Rows, differs: Differs) -> Rows:
 
 
 def fewer(ids: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """None of them, halves, and all but one."""
+    """Yield shorter id lists: the empty list, each half, then the list without each one id."""
     half = len(ids) // 2
     yield from ((), ids[:half], ids[half:]) if half else ((),) if ids else ()
     if half:
@@ -260,7 +261,7 @@ def fewer(ids: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def simpler_values(name: str, value: Any) -> Iterator[Any]:
-    """Of a parameter, the simplest first."""
+    """Yield simpler values of the parameter ``name``, the simplest first."""
     values = [0 if name == "seed" else OFF_VALUES[name]]
     if name == "logit_bias":
         values += [{i: b for i, b in (value or {}).items() if i != token} for token in value or ()]
@@ -275,7 +276,7 @@ def simpler_values(name: str, value: Any) -> Iterator[Any]:
 
 
 def simpler(row: Rows) -> Iterator[Rows]:
-    """The row with one thing less, or a simpler one."""
+    """Yield variants of the row in which one argument is removed or simpler."""
     params = row.params[0]
     for name in OFF_VALUES:
         for value in simpler_values(name, getattr(params, name)):
@@ -299,14 +300,14 @@ def simpler(row: Rows) -> Iterator[Rows]:
 
 
 def simplest(row: Rows, differs: Differs) -> Rows:
-    """One that :func:`simpler` cannot make simpler."""
+    """Apply :func:`simpler` until none of its variants differs any more."""
     while (found := next(filter(differs, simpler(row)), None)) is not None:
         row = found
     return row
 
 
 def rounder(row: Rows, differs: Differs) -> Rows:
-    """Logits of few digits, where the row is short; equal ones together, then one at a time."""
+    """Round the logits of a short row: first equal logits together, then each one alone."""
     if row.vocab_size > 64:
         return row
     alone = torch.eye(row.vocab_size, dtype=torch.bool).unsqueeze(1)
@@ -324,7 +325,7 @@ def rounder(row: Rows, differs: Differs) -> Rows:
 
 
 def shrink(row: Rows, differs: Differs, tries: int = 10_000) -> Rows:
-    """A simple row that still differs, which is found by trying."""
+    """Reduce a row by trial to a simple one that still differs, with at most ``tries`` trials."""
 
     def still_differs(row: Rows) -> bool:
         nonlocal tries
@@ -340,7 +341,7 @@ def shrink(row: Rows, differs: Differs, tries: int = 10_000) -> Rows:
 
 
 def as_program(row: Rows, backend: str) -> str:
-    """Code that shows the difference: it prints all that was compared, with all digits."""
+    """Return a program that prints the results of the reference and of a backend for a row."""
     params = row.params[0]
     changed = {
         field.name: getattr(params, field.name)
@@ -381,9 +382,9 @@ for backend in ("torch", {backend!r}):
 
 
 def first_difference(rows: Rows, names: Sequence[str], threads: int) -> tuple[str, int] | None:
-    """A backend that does not give the reference's answer, and a row.
+    """Return the first backend that differs from the reference, and the row; None if none does.
 
-    The reference has one thread: its small operations would wait for each other on more.
+    The reference runs on one thread, because its many small operations are slower on several.
     """
     torch.set_num_threads(1)
     every = answers(rows, ("torch", *names))
@@ -397,7 +398,7 @@ def first_difference(rows: Rows, names: Sequence[str], threads: int) -> tuple[st
 
 
 def run(seed: int, least_rows: int, names: Sequence[str]) -> tuple[int, str | None]:
-    """How many rows were compared, and of the first difference a program that shows it."""
+    """Return how many rows were compared, and a program that shows the first difference."""
     done, batch, shown = 0, 0, time.monotonic()
     threads_before = torch.get_num_threads()
     try:
@@ -427,7 +428,7 @@ def run(seed: int, least_rows: int, names: Sequence[str]) -> tuple[int, str | No
 
 
 def here() -> list[str]:
-    """The backends that can be compared with the reference on this machine's CPU."""
+    """Return the backends that can be compared with the reference on this machine's CPU."""
     cpu = torch.device("cpu")
     return [
         name
@@ -438,7 +439,7 @@ def here() -> list[str]:
 
 @contextlib.contextmanager
 def emulated(seed: int) -> Iterator[str]:
-    """The name of the CUDA kernel in its emulation, with the kind of launch that follows a seed."""
+    """Install the emulated CUDA kernel and yield its name. The seed chooses its launch shape."""
     import pytest
 
     sys.path.append(str(Path(__file__).parents[1] / "kernels" / "cuda_emulation"))
@@ -450,7 +451,7 @@ def emulated(seed: int) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run, and say what was found."""
+    """Run the command line and print the result."""
     parser = argparse.ArgumentParser(description="Every backend against the reference.")
     parser.add_argument("--rows", type=int, default=100_000, help="at least so many")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Does differential.py find a backend that is wrong in a corner, and show it in a few tokens?"""
+"""Does differential.py find a backend that is wrong in rare cases, and reduce the case it found?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Kept = tuple[Tensor, Tensor]
 
 
 def no_crossing_token(x: Tensor, batch: BatchParams) -> Kept:
-    """Top-p drops the token that reaches it, where top-k is on and the vocabulary is not tiny."""
+    """Broken: top-p drops the token that reaches its target, if top-k is on and V is above 40."""
     keep, w = RIGHT_KEPT_SET(x, batch)
     wrong = (batch.top_k > 0) & (batch.top_p < 1) & (batch.min_p == 0) & (keep.sum(-1) > 1)
     wrong &= (batch.min_tokens_to_keep == 1) & (x.shape[1] > 40)
@@ -39,13 +39,13 @@ def no_crossing_token(x: Tensor, batch: BatchParams) -> Kept:
 
 
 def larger_id_first(x: Tensor, batch: BatchParams) -> Kept:
-    """Among equal logits the order is the wrong way round."""
+    """Broken: among equal logits the larger token id comes first."""
     keep, w = RIGHT_KEPT_SET(x.flip(-1), batch)
     return keep.flip(-1), w.flip(-1)
 
 
 class Broken:
-    """What a module in llm_sampling.backends offers: the reference, with something wrong in it."""
+    """A stand-in for a backend module: the reference with one chosen fault."""
 
     DEVICE_TYPES = frozenset({"cpu"})
 
@@ -91,14 +91,14 @@ BROKEN = {
 
 
 def install(patch: pytest.MonkeyPatch, broken: str) -> None:
-    """Put it into the table of backends, as "broken"."""
+    """Add the broken backend of this name to the table of backends, as "broken"."""
     row = backends.Backend("broken", "broken_backend")
     patch.setitem(sys.modules, row.module, BROKEN[broken])  # type: ignore[arg-type]
     patch.setattr(backends, "BACKENDS", {**backends.BACKENDS, row.name: row})
 
 
 def search(broken: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and output, without its first line, of a search for one of the broken backends."""
+    """Search with one of the broken backends; return the exit code and all but the first line."""
     with pytest.MonkeyPatch.context() as patch:
         install(patch, broken)
         code = differential.main(["--rows", "3000", "--seed", "4", "--backends", "broken"])
@@ -108,7 +108,7 @@ def search(broken: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 
 def execute(program: str, broken: str) -> list[str]:
-    """What a program prints in a process of its own, in which there is that broken backend."""
+    """Run a program in a process where the broken backend is installed; return what it prints."""
     done = subprocess.run(
         [
             sys.executable,
@@ -146,7 +146,7 @@ def test_a_broken_backend_is_found_and_shown(
 
 
 def test_a_difference_in_company_only(capsys: pytest.CaptureFixture[str]) -> None:
-    """The row alone is right, so it is not made small; what it says finds the batch again."""
+    """A row that differs only within its batch is not reduced; the output names the batch."""
     code, shown = search("no row stride", capsys)
     assert code == 1
     found = re.fullmatch(
@@ -179,7 +179,7 @@ def test_a_search_that_finds_nothing(backend: str, capsys: pytest.CaptureFixture
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.parametrize("seed", range(8))
 def test_every_launch_of_the_cuda_kernel(seed: int) -> None:
-    """``pytest -m slow tests/sampling/test_differential.py``: minutes, in the emulation."""
+    """Takes minutes in the emulation: ``pytest -m slow tests/sampling/test_differential.py``."""
     assert differential.main(["--rows", "3000", "--seed", str(seed), "--emulated"]) == 0
 
 

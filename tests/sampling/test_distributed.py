@@ -40,13 +40,13 @@ from llm_sampling import (
 )
 
 SIZES = (1, 2, 3, 4, 8)
-LOGPROB_TOLERANCE = 1e-5  # as of backends among themselves
+LOGPROB_TOLERANCE = 1e-5  # the same tolerance as between backends
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=SIZES, ids="{} ranks".format)
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    """A group of each size."""
+    """Yield a group of each size in turn."""
     group = Ranks(request.param)
     yield group
     group.close()
@@ -60,22 +60,22 @@ def three() -> Iterator[Ranks]:
 
 
 def even(vocab_size: int, size: int) -> list[int]:
-    """The bounds of slices of one width, as torch.chunk makes them; the last may be shorter."""
+    """Return the bounds of slices of equal width, as torch.chunk cuts; the last may be shorter."""
     width = -(-vocab_size // size)
     return [min(rank * width, vocab_size) for rank in range(size + 1)]
 
 
 def uneven(vocab_size: int, size: int, seed: int) -> list[int]:
-    """The bounds of slices of any widths, of which some may be empty."""
+    """Return the bounds of slices of random widths, some of which may be empty."""
     rng = random.Random(seed)
     return [0, *sorted(rng.randrange(vocab_size + 1) for _ in range(size - 1)), vocab_size]
 
 
-# ----------------------------------------------------------------------- what the ranks are given
+# ------------------------------------------------------------------------ functions that ranks run
 
 
 def draw(rank: int, batch: Batch, ends: Sequence[int], options: dict[str, Any]) -> Any:
-    """What this rank returns for its slice of a batch, as lists."""
+    """Call ``sample_sharded`` with this rank's slice of a batch; return the results as lists."""
     output = sample_sharded(
         batch.logits[:, ends[rank] : ends[rank + 1]],
         BatchParams.from_list(batch.params, positions=batch.positions),
@@ -106,7 +106,7 @@ def assert_same(
     ends: Sequence[int],
     **options: Any,
 ) -> None:
-    """Every rank's tokens and status equal those of ``sample``, logprobs to the tolerance."""
+    """Assert that every rank returns the tokens, status and logprobs of ``sample``."""
     differing, every = differences(ranks, groups, vocab_size, dtype, ends, **options)
     assert every, "nothing was compared"
     if differing:
@@ -125,7 +125,7 @@ def differences(
     ends: Sequence[int],
     **options: Any,
 ) -> tuple[list[str], int]:
-    """A description of each row that differs on a rank, and how many rows were compared."""
+    """Return a description of each row that differs on a rank, and how many rows were compared."""
     options = {"check": False, **options}
     answers = ranks(draw_all, groups, vocab_size, dtype, ends, options)
     differing, every = [], 0
@@ -162,7 +162,10 @@ def differences(
 
 
 def with_few_candidates(groups: Sequence[Sequence[Case]], vocab_size: int) -> list[list[Case]]:
-    """Only the cases that use candidates; in a mixed batch all rows use the threshold."""
+    """Return only the cases for the candidate algorithm.
+
+    ``sample_sharded`` uses it only if all rows of the batch allow it, and else the threshold.
+    """
 
     def has_candidates(case: Case) -> bool:
         batch = BatchParams.from_list([case.params(vocab_size)])
@@ -177,7 +180,7 @@ def with_few_candidates(groups: Sequence[Sequence[Case]], vocab_size: int) -> li
 
 @pytest.mark.parametrize("slices", ["even", "uneven"])
 def test_every_row_with_every_mix(ranks: Ranks, slices: str) -> None:
-    """All cases; vocabulary size, dtype and logprobs depend on the size of the group."""
+    """All cases of the table. Each group size has its own vocabulary size, dtype and options."""
     turn = SIZES.index(ranks.size) + 3 * (slices == "uneven")
     vocab_size = (33, 513, 31, 512, 511, 7, 33, 513)[turn]
     ends = (
@@ -192,7 +195,7 @@ def test_every_row_with_every_mix(ranks: Ranks, slices: str) -> None:
 
 @pytest.mark.parametrize("vocab_size", SMALL_VOCABS, ids="V{}".format)
 def test_every_vocabulary(ranks: Ranks, vocab_size: int) -> None:
-    """Some have fewer ids than there are ranks."""
+    """Vocabularies of all small sizes, some of them with fewer ids than there are ranks."""
     seed = ranks.size + vocab_size
     ends = (even(vocab_size, ranks.size), uneven(vocab_size, ranks.size, vocab_size))[seed % 2]
     dtype = DTYPES[seed % len(DTYPES)]
@@ -218,7 +221,7 @@ def test_every_backend(three: Ranks, backend: str) -> None:
 
 
 def each_mix_alone(vocab_size: int) -> list[list[Case]]:
-    """A batch for each mix of filters, so that searches that it does not need are left out."""
+    """Return one batch per mix of filters, so that unneeded threshold searches are skipped."""
     rows = ("normal x3", "plateau", "octaves", "two values", "deep tail", "random bits")
     return [
         [Case(row, mix, seed=seed) for seed, row in enumerate(rows)]
@@ -255,12 +258,12 @@ def greater_ties(rank: int, *args: Any) -> Any:
 
 
 def fewer_bits(rank: int, *args: Any) -> Any:
-    """Broken: the search stops before the last bit."""
+    """Broken: the radix search stops before the last bit of the key."""
     return with_digits(rank, (7, 7, 6, 6, 5), *args)
 
 
 def local_best(rank: int, *args: Any) -> Any:
-    """Broken: depths are counted from the slice's own best token."""
+    """Broken: each rank measures depths from the best token of its own slice."""
     before = distributed._Ranks.max
     distributed._Ranks.max = lambda ranks, tensor: tensor
     try:
@@ -283,7 +286,7 @@ def test_broken_sharding_is_detected(three: Ranks, broken: Any) -> None:
     assert differences(Broken(), each_mix_alone(1000), 1000, torch.float32, ends)[0]
 
 
-# ------------------------------------------------------------------------------ loops, seeds, forms
+# ------------------------------------------------------------- decode loops, seeds, DTensor, groups
 
 
 CHAIN = SamplingParams(
@@ -303,7 +306,7 @@ def logits_of(step: int, rows: int, vocab_size: int) -> Tensor:
 
 
 def stream(rank: int, steps: int, vocab_size: int, ends: Sequence[int]) -> list[list[int]]:
-    """A decode loop with parameters packed once, in which every rank updates the history."""
+    """Run a decode loop with parameters that are packed once; every rank updates its history."""
     params = BatchParams.from_list(STREAMS)
     history = TokenHistory.from_ids([[1, 2], [3], [], [4]], None, vocab_size)
     tokens = []
@@ -326,7 +329,7 @@ def test_a_loop_gives_the_streams_of_a_sampler(three: Ranks) -> None:
 
 
 def unseeded(rank: int, params: SamplingParams, ends: Sequence[int]) -> list[list[int]]:
-    """The tokens of two calls, with a different generator state on each rank."""
+    """Return the tokens of two calls, with a different generator state on each rank."""
     torch.manual_seed(100 + rank)
     logits = logits_of(0, 40, 64)[:, ends[rank] : ends[rank + 1]]
     rows = [params, SamplingParams(top_k=50, seed=1)] * 20
@@ -371,7 +374,7 @@ def four() -> Iterator[Ranks]:
 
 
 def in_a_subgroup(rank: int, ends: Sequence[int]) -> Any:
-    """Ranks 1 and 3 share a vocabulary; 0 and 2 are not in their group."""
+    """Sample in a group of ranks 1 and 3 only; ranks 0 and 2 call too and must be refused."""
     group = dist.new_group([1, 3])
     place = {1: 0, 3: 1}.get(rank, 0)
     logits = logits_of(2, 4, 90)[:, ends[place] : ends[place + 1]]
@@ -404,11 +407,11 @@ def with_a_gradient(rank: int) -> Any:
 CHAIN_ALONE = SamplingParams(top_p=0.9, seed=1)
 
 
-# ------------------------------------------------------------------- what goes between the ranks
+# ----------------------------------------------------------------------- messages between the ranks
 
 
 class Counted:
-    """Records the collectives that are called: name and operator, and bytes sent."""
+    """Record the collectives that are called: the name with the operator, and the bytes sent."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, int]] = []
@@ -438,7 +441,7 @@ class Counted:
         return counting
 
 
-#: Every function of torch.distributed that sends.
+#: Every function of torch.distributed that communicates.
 COLLECTIVES = {
     *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object"),
     *("all_gather_single", "all_reduce", "all_reduce_coalesced", "all_to_all", "all_to_all_single"),
@@ -457,7 +460,7 @@ def counted(rank: int, params: SamplingParams, rows: int, options: dict[str, Any
 
 
 def traffic() -> dict[str, tuple[str, str]]:
-    """The table of docs/scale.md: parameters to formulas of messages and of bytes a row."""
+    """Read the table of docs/scale.md: for each call the formulas of messages and bytes per row."""
     rows = re.findall(
         r"^\| `(SamplingParams\(.*?\))` \| ([^|]+) \| ([^|]+) \|",
         (ROOT / "docs/scale.md").read_text(),
@@ -478,7 +481,7 @@ def test_messages_and_bytes_are_those_of_the_docs(three: Ranks, call: str, rows:
 
 
 def test_docs_count_both_algorithms() -> None:
-    """Its rows cover both algorithms, with and without each of the searches."""
+    """The table in docs/scale.md covers both algorithms, with and without each search."""
     calls = [eval(call, {"SamplingParams": SamplingParams, "k": 40}) for call in traffic()]
     assert len(calls) >= 6
     batches = [BatchParams.from_list([params]) for params in calls]
@@ -522,7 +525,7 @@ def test_check_costs_one_more_message(three: Ranks) -> None:
 
 
 def test_only_collectives_that_nccl_has(three: Ranks) -> None:
-    """They carry integers, whose sums and maxima do not depend on an order."""
+    """The only collectives are all-gather and all-reduce with SUM or MAX, which NCCL has."""
     everything = SamplingParams(top_p=0.9, top_k=300, min_p=0.1, min_tokens_to_keep=2)
     for params in (everything, SamplingParams(top_k=40)):
         for sent in three(counted, params, 2, {"logprobs": "raw", "num_samples": 2}):
@@ -534,7 +537,7 @@ def test_only_collectives_that_nccl_has(three: Ranks) -> None:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises for operations that would wait for a device: reading values, data-dependent shapes."""
+    """Raise for operations that wait for a device: reads of values, and data-dependent shapes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -553,7 +556,7 @@ def refuse(*_: Any) -> Any:
 def without_waiting(rank: int, options: dict[str, Any], waiting: str | None) -> Any:
     mask = torch.full((4, 10), -1, dtype=torch.int32)
     history = TokenHistory.from_ids([[1], [2], [3], [4]], None, 300)
-    params = BatchParams.from_list(options.pop("rows")).checked()  # values, on the CPU alone
+    params = BatchParams.from_list(options.pop("rows")).checked()  # this check reads CPU values
     logits = logits_of(0, 4, 300)[:, 100 * rank : 100 * rank + 100]
     options |= {"history": history, "allowed_mask": mask, "vocab_start": 100 * rank}
     options |= {"num_samples": 2, "check": False, "backend": "cpu"}
@@ -598,7 +601,7 @@ def two() -> Iterator[Ranks]:
 
 
 def call(rank: int, by_rank: Sequence[dict[str, Any]]) -> Any:
-    """A call with this rank's changed arguments, and then one with valid arguments."""
+    """Call with this rank's changed arguments, then with valid ones; return error and tokens."""
     good = {"rows": 2, "width": 5, "params": CHAIN_ALONE, "vocab_start": 5 * rank, "dtype": None}
 
     def once(changes: dict[str, Any]) -> Any:
@@ -749,7 +752,7 @@ def test_ranks_at_other_positions_all_raise(two: Ranks) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_one_rank_refuses_the_others_learn(two: Ranks, changes: Any, message: str) -> None:
-    """They learn it at once, without waiting for the group's timeout."""
+    """The other ranks raise at once, without waiting for the group's timeout."""
     (told, tokens), (refused, same_tokens) = two(call, [{}, changes])
     assert refused.type == "ValueError"
     assert message in refused.message
@@ -831,7 +834,7 @@ def test_without_a_group() -> None:
 
 
 def end_or_sample(rank: int, when: str) -> Any:
-    """Rank 1 ends, before the call or during it; the others sample."""
+    """End the process of rank 1 before or during the call; return the other ranks' error."""
     if rank == 1:
         if when == "before":
             import os
@@ -889,7 +892,7 @@ def other_shape_unchecked(rank: int) -> Any:
 
 
 def test_another_shape_unchecked_is_no_hang() -> None:
-    """Without ``check`` nothing compares the shapes: gloo ends a process or raises on a rank."""
+    """Without ``check`` no shapes are compared; gloo ends a process or raises, and never hangs."""
     group = Ranks(2, timeout=5)
     start = time.monotonic()
     try:
@@ -902,7 +905,10 @@ def test_another_shape_unchecked_is_no_hang() -> None:
 
 
 def test_latencies_on_paper_are_those_of_the_formula() -> None:
-    """docs/scale.md: messages x 20 us + bytes / 450 GB/s on 8 ranks of 128,256 bfloat16 logits."""
+    """docs/scale.md's estimated latencies follow from 20 us per message and 450 GB/s.
+
+    They are those of 8 ranks that share 128,256 bfloat16 logits per row.
+    """
     text = (ROOT / "docs/scale.md").read_text()
     counted = {re.sub("top_k=k", "top_k=50", call): how for call, how in traffic().items()}
     table = re.findall(
@@ -962,7 +968,7 @@ def test_the_benchmark_says_what_it_cannot_take(
 
 
 def test_docs_show_what_the_benchmark_measured() -> None:
-    """docs/scale.md's table is that of the committed results."""
+    """The table in docs/scale.md has the numbers of the committed results."""
     record = json.loads((ROOT / "benchmarks/results/sharded.json").read_text())
     text = (ROOT / "docs/scale.md").read_text()
     assert (

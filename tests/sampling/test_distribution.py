@@ -1,11 +1,11 @@
 """Is the draw unbiased under every filter, and would the test notice if it were not?
 
-Chi-squared against probabilities that are worked out here in float64, from docs/semantics.md and
-without the package: for every filter, for every pair of them, and for all at once. Filters cut far
-from any token's boundary, so that rounding cannot move a cut. Every filter of every case has a
-version that is slightly off, and the same test must refuse it; and two steps in the wrong order.
-The torch reference is left out: it is slow, and its tokens are those of the others, one by one, in
-test_parity.py. Rare tokens are in test_tail.py, dependence in test_independence.py.
+A chi-squared test compares counts with probabilities that are computed here in float64, from
+docs/semantics.md and without the package: for every filter, every pair of filters, and all filters
+at once. Filters cut far from any token's boundary, so that rounding cannot move a cut. As negative
+controls, the same test must reject a slightly wrong version of every filter of every case, and
+steps in the wrong order. The torch reference is left out because it is slow; test_parity.py shows
+that it draws the same tokens. test_tail.py tests rare tokens, test_independence.py dependence.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from llm_sampling.generation import models
 
 VOCAB_SIZE = 1000
 DRAWS = 1_000_000
-ROWS = 50  # so many positions share the draws
+ROWS = 50  # the draws are spread over this many positions
 LEAST_P = 1e-6
 
-# A million draws take the interpreter hours.
+# Without interpreted Triton kernels, for which a million draws take hours.
 kernels = pytest.mark.parametrize(
     "backend", [name for name in OTHER_BACKENDS if name not in INTERPRETED], indirect=True
 )
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-#: What is asked for: fields of SamplingParams, and "allowed_mask".
+#: The options of a call: fields of SamplingParams, and "allowed_mask".
 Asked = Mapping[str, Any]
 Step = Callable[[Floats, Asked], Floats]
 
-# ---- What the filters have to work on ------------------------------------------------------------
+# ---- Inputs of the filters -----------------------------------------------------------------------
 
 PROMPT = range(0, VOCAB_SIZE, 3)
 OUTPUT = [token for token in range(0, VOCAB_SIZE, 4) for _ in range(1 + token % 3)]
@@ -48,7 +48,7 @@ COUNTS = np.bincount(OUTPUT, minlength=VOCAB_SIZE)
 IN_PROMPT = np.isin(np.arange(VOCAB_SIZE), PROMPT)
 IN_OUTPUT = COUNTS > 0
 BIAS = {token: (token // 10 % 7 - 3) / 2 for token in range(5, VOCAB_SIZE, 10)}
-ALLOWED = np.arange(VOCAB_SIZE) % 9 != 0  # not the best two of the row "normal"
+ALLOWED = np.arange(VOCAB_SIZE) % 9 != 0  # excludes the two best tokens of the row "normal"
 
 
 def row(name: str, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
@@ -56,7 +56,7 @@ def row(name: str, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
 
 
 def draw(backend: str, logits: torch.Tensor, asked: Asked, seed: int) -> Ints:
-    """How often each token of the row ``logits`` was drawn, over positions and draws."""
+    """Draw from the row ``logits`` at all positions; return how often each token came."""
     device = device_of(backend) if backend != "auto" else "cpu"
     fields = {name: value for name, value in asked.items() if name != "allowed_mask"}
     params = SamplingParams(seed=seed, **fields)
@@ -91,7 +91,10 @@ def softmax(x: Floats) -> Floats:
 
 
 def keep_first(x: Floats, number: int) -> Floats:
-    """-inf but for the first of the order, whose cut must not be near a token."""
+    """Keep the first ``number`` tokens of the order and set the others to -inf.
+
+    The logits on both sides of the cut must differ clearly.
+    """
     order = np.argsort(-x, kind="stable")
     if number < np.isfinite(x).sum():
         assert x[order[number - 1]] - x[order[number]] > 1e-5, "rounding may move this cut"
@@ -130,7 +133,7 @@ def number_of_min_p(x: Floats, min_p: float) -> int:
     return int((x >= x.max() + np.log(min_p)).sum())
 
 
-#: By name, in the order in which they apply. min_tokens_to_keep is a part of the last three.
+#: The steps in the order in which they apply. min_tokens_to_keep is a part of the last three.
 STEPS: Mapping[str, Step] = {
     "logit_bias": add_bias,
     "allowed_mask": allow,
@@ -143,29 +146,29 @@ STEPS: Mapping[str, Step] = {
     "min_p": lambda x, asked: keep_first(x, at_least(number_of_min_p(x, asked["min_p"]), asked)),
 }
 
-#: The same steps, each slightly off.
+#: Negative controls: the same steps, each slightly wrong in the way that its comment says.
 OFF: Mapping[str, Step] = {
-    # 5 % too large
+    # the bias is 5 % too large
     "logit_bias": lambda x, asked: add_bias(x, asked, 1.05),
-    # the sign bit of each word is lost
+    # the sign bit of each mask word is lost
     "allowed_mask": lambda x, asked: np.where(
         np.arange(len(x)) % 32 == 31, -np.inf, allow(x, asked)
     ),
-    # twice for what both prompt and output hold
+    # applied twice to tokens that occur in both the prompt and the output
     "repetition_penalty": lambda x, asked: penalise(
         penalise(x, asked, IN_PROMPT), asked, IN_OUTPUT
     ),
-    # once, however often
+    # subtracted once, however often the token occurs
     "frequency_penalty": lambda x, asked: x - asked["frequency_penalty"] * IN_OUTPUT,
-    # for the prompt too
+    # subtracted from tokens of the prompt too
     "presence_penalty": lambda x, asked: x - asked["presence_penalty"] * (IN_OUTPUT | IN_PROMPT),
-    # 2 % too high
+    # the temperature is 2 % too high
     "temperature": lambda x, asked: x / (1.02 * asked["temperature"]),
-    # a token too many
+    # one token too many is kept
     "top_k": lambda x, asked: keep_first(x, at_least(asked["top_k"], asked) + 1),
-    # without the token that crosses
+    # the token that crosses the target is dropped
     "top_p": lambda x, asked: keep_first(x, at_least(number_of_top_p(x, asked) - 1, asked)),
-    # a tenth too low
+    # min_p is a tenth too low
     "min_p": lambda x, asked: keep_first(
         x, at_least(number_of_min_p(x, 0.9 * asked["min_p"]), asked)
     ),
@@ -178,7 +181,7 @@ def oracle(
     order: Iterable[str] = STEPS,
     changed: Mapping[str, Step] | None = None,
 ) -> Floats:
-    """The distribution by definition; or with steps in another order, or other steps."""
+    """Return the distribution by definition, or with the steps in another order or changed."""
     steps = {**STEPS, **(changed or {})}
     x = logits.double().numpy()
     for name in order:
@@ -188,20 +191,23 @@ def oracle(
 
 
 def slightly_off(logits: torch.Tensor, asked: Asked, name: str) -> Floats:
-    """What would be drawn if the filter ``name`` were wrong."""
+    """Return the distribution that would be drawn if the filter ``name`` were slightly wrong."""
     if name != "min_tokens_to_keep":
         return oracle(logits, asked, changed={name: OFF[name]})
     number = asked[name]
     if CUTS & set(asked):
         return oracle(logits, {**asked, name: number - 1})
-    return oracle(logits, {**asked, "top_k": number})  # as if it were a cut of its own
+    return oracle(logits, {**asked, "top_k": number})  # as if it were a filter itself
 
 
 # ---- The test ------------------------------------------------------------------------------------
 
 
 def p_value(counts: Ints, p: Floats) -> float:
-    """Chi-squared, or 0 if a token is impossible. Those expected less than 5 times share a bin."""
+    """Return the chi-squared p-value, or 0 if a token of probability 0 was drawn.
+
+    Tokens that are expected less than 5 times share a bin.
+    """
     if counts[p == 0].any():
         return 0.0
     expected = p * counts.sum()
@@ -211,7 +217,7 @@ def p_value(counts: Ints, p: Floats) -> float:
     if expected[rare].sum() >= 5:
         observed = np.append(observed, counts[rare].sum())
         expected_bins = np.append(expected_bins, expected[rare].sum())
-    else:  # too few for a bin of their own
+    else:  # the rare tokens are expected too seldom for a bin of their own
         smallest = expected_bins.argmin()
         observed[smallest] += counts[rare].sum()
         expected_bins[smallest] += expected[rare].sum()
@@ -222,11 +228,11 @@ def p_value(counts: Ints, p: Floats) -> float:
 
 
 def drawn_from(p: Floats) -> Ints:
-    """As many draws by numpy."""
+    """Return the counts of ``DRAWS`` draws that numpy makes."""
     return np.random.default_rng(5).multinomial(DRAWS, p)
 
 
-#: Every filter, as it is asked for alone and in pairs.
+#: The value of every filter, alone and in pairs.
 FILTERS: Asked = {
     "temperature": 0.7,
     "top_k": 80,
@@ -239,13 +245,13 @@ FILTERS: Asked = {
     "logit_bias": BIAS,
     "allowed_mask": ALLOWED,
 }
-#: The same where another one is to cut deeper.
+#: Values that keep more tokens, so that the other filter of a pair decides.
 MILD: Asked = {"top_k": 400, "top_p": 0.999, "min_p": 0.02}
-#: And where min_tokens_to_keep is to have no say, but the last token that is kept is not too rare.
+#: Values that keep more tokens than min_tokens_to_keep, but none that is too rare to be tested.
 WIDE: Asked = {**MILD, "top_p": 0.9}
 CUTS = set(MILD)
 
-#: By name: what is asked for, and the filters that decide it, so that it tells if one is off.
+#: By name: the options, and the filters that decide the result, whose faults the case must detect.
 CASES: dict[str, tuple[Asked, tuple[str, ...]]] = {"plain": ({}, ())}
 CASES |= {name: ({name: value}, (name,)) for name, value in FILTERS.items()}
 for a, b in itertools.combinations(FILTERS, 2):
@@ -253,7 +259,7 @@ for a, b in itertools.combinations(FILTERS, 2):
     if a in CUTS and b == "min_tokens_to_keep":
         CASES[f"{a}, {b}"] = (both, (b,))
         CASES[f"wide {a}, {b}"] = ({**both, a: WIDE[a]}, (a,))
-    elif {a, b} <= CUTS:  # the shorter prefix is what is left
+    elif {a, b} <= CUTS:  # the filter that keeps fewer tokens decides
         CASES[f"{a}, mild {b}"] = ({**both, b: MILD[b]}, (a,))
         CASES[f"mild {a}, {b}"] = ({**both, a: MILD[a]}, (b,))
     else:
@@ -268,7 +274,7 @@ CASES["all"] = (
     {**FILTERS, "temperature": 1.3, "top_k": 400, "top_p": 0.85, "min_tokens_to_keep": 2},
     tuple(name for name in FILTERS if name not in CUTS | {"min_tokens_to_keep"}),
 )
-#: Those that leave more than a few tokens of a row with large logits.
+#: The cases that keep more than a few tokens even of a row with large logits.
 PEAKED = (
     "plain",
     "top_k, mild top_p",
@@ -279,7 +285,7 @@ PEAKED = (
 
 
 def test_every_filter_and_every_pair_is_there() -> None:
-    """And each of them decides some case alone, and some case with each of the others."""
+    """Each filter decides a case alone and a case together with each other filter."""
     fields = set(SamplingParams.__dataclass_fields__) - {"seed"}
     assert set(FILTERS) == fields | {"allowed_mask"}
     for names in [{a} for a in FILTERS] + [{a, b} for a in FILTERS for b in FILTERS if a != b]:
@@ -302,13 +308,13 @@ def test_frequencies_are_the_softmax(backend: str, name: str, case: str) -> None
     ("case", "off"), [(case, name) for case, (_, names) in CASES.items() for name in names]
 )
 def test_a_filter_that_is_slightly_off_is_refused(case: str, off: str) -> None:
-    """A negative control for every filter of every case: see OFF."""
+    """Negative control: every filter of every case, wrong in the way that OFF describes."""
     asked, _ = CASES[case]
     counts = drawn_from(slightly_off(row("normal"), asked, off))
     assert p_value(counts, oracle(row("normal"), asked)) < LEAST_P
 
 
-#: Pairs of steps whose order does not matter; that of all others does.
+#: The pairs of steps whose order does not matter. The order of every other pair does.
 EITHER_WAY = {
     ("logit_bias", "allowed_mask"),
     ("logit_bias", "frequency_penalty"),
@@ -326,7 +332,7 @@ EITHER_WAY = {
 
 @pytest.mark.parametrize("pair", [*itertools.combinations(STEPS, 2)], ids=" after ".join)
 def test_two_steps_in_the_wrong_order_are_refused(pair: tuple[str, str]) -> None:
-    """A negative control for every pair, in one case at least."""
+    """Negative control: exchanging two steps is detected in at least one case of the pair."""
     logits = row("normal")
     order = [dict(zip(pair, reversed(pair), strict=True)).get(name, name) for name in STEPS]
     values = []
@@ -340,14 +346,14 @@ def test_two_steps_in_the_wrong_order_are_refused(pair: tuple[str, str]) -> None
 
 @kernels
 def test_a_large_row_in_tiles(backend: str) -> None:
-    """V = 4,096 goes by the masses of tiles, not by a list."""
+    """With V = 4,096 a kernel draws by the masses of tiles, not from a list of candidates."""
     logits = row("normal", 4096)
     counts = draw(backend, logits, {}, seed=21)
     assert p_value(counts, oracle(logits, {})) >= LEAST_P
 
 
 def biased(p: Floats) -> Floats:
-    """Even ids are drawn 5 % too often."""
+    """Broken: even ids are drawn 5 % too often."""
     p = p * np.where(np.arange(len(p)) % 2 == 0, 1.05, 1.0)
     return p / p.sum()
 
@@ -362,7 +368,7 @@ BROKEN: Mapping[str, Asked | None] = {
 @pytest.mark.parametrize("asked", BROKEN.values(), ids=BROKEN.keys())
 @pytest.mark.parametrize("vocab_size", [1000, 4096])
 def test_broken_samplers_are_refused(vocab_size: int, asked: Asked | None) -> None:
-    """Negative controls, drawn by the kernel: they are no plain draw at temperature 1."""
+    """Negative controls: distributions that are close to a plain draw at temperature 1."""
     logits = row("normal", vocab_size)
     expected = oracle(logits, {})
     counts = drawn_from(biased(expected)) if asked is None else draw("auto", logits, asked, seed=31)
@@ -370,7 +376,7 @@ def test_broken_samplers_are_refused(vocab_size: int, asked: Asked | None) -> No
 
 
 def test_the_test_accepts_an_exact_sampler() -> None:
-    """It does not refuse numpy's draws, and its p-values are uniform."""
+    """The test accepts numpy's draws, and its p-values are uniform."""
     expected = oracle(row("normal"), {})
     generator = np.random.default_rng(6)
     values = [p_value(generator.multinomial(DRAWS, expected), expected) for _ in range(200)]
@@ -382,7 +388,7 @@ def test_the_test_accepts_an_exact_sampler() -> None:
 
 
 def total_variation(logits: torch.Tensor, temperature: float = 1.0) -> float:
-    """The largest, over rows, between the integer masses and the float64 softmax."""
+    """Return the largest distance, over rows, of the integer masses from the float64 softmax."""
     t = torch.full((len(logits),), temperature)
     w = reference.mass(reference.depth(logits, t)).double()
     exact = (logits.double() / temperature).softmax(-1)
@@ -397,7 +403,7 @@ def test_masses_are_the_softmax(name: str, temperature: float) -> None:
 
 
 def test_a_wrong_mass_is_refused() -> None:
-    """A negative control: the logits of another temperature, off by a part in 10^5."""
+    """Negative control: a temperature that is wrong by a part in 10^5."""
     logits = make_row("normal x3", 32_000, seed=1)[None]
     w = reference.mass(reference.depth(logits * (1 + 1e-5), torch.ones(1))).double()
     exact = logits.double().softmax(-1)

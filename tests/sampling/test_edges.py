@@ -1,4 +1,4 @@
-"""What happens to hostile input: an exact error, a defined answer, and never a changed argument?"""
+"""Does hostile input give an exact error or a defined answer, and are arguments never changed?"""
 
 import re
 import sys
@@ -44,7 +44,7 @@ def _history(rows=ROWS, vocab_size=V):
 
 
 def _everything(logits, params, backend, **options):
-    """Tokens, status, logprobs and the filtered logits of one call, as lists."""
+    """Return the tokens, the status and the filtered logits of one call, as lists."""
     output = sample(
         logits, params, num_samples=3, logprobs="processed", backend=backend, check=False, **options
     )
@@ -53,12 +53,12 @@ def _everything(logits, params, backend, **options):
 
 
 def test_uninitialised_memory_is_poisoned():
-    """What conftest.py promises; a result that is not written cannot look right."""
+    """conftest.py fills new memory, so that a result that is never written cannot look right."""
     assert torch.empty(3).isnan().all()
     assert torch.zeros(1).new_empty(3, dtype=torch.int64).tolist() == [2**63 - 1] * 3
 
 
-# Refused: argument, exact message
+# Refused arguments, with the exact message
 
 LOGITS_REFUSED = [
     ([[0.0]], "logits must be a torch.Tensor, got list"),
@@ -87,7 +87,7 @@ LOGITS_REFUSED = [
 
 TWO_ROWS = TokenHistory.from_ids([[1], [2]], None, V)
 
-# keywords of sample(), message; the logits are two rows
+# (keywords of sample(), message), for logits of two rows
 SAMPLE_REFUSED = [
     ({"params": [PLAIN]}, "params must have one entry per row of logits (2), got 1"),
     ({"params": []}, "params must have one entry per row of logits (2), got 0"),
@@ -237,7 +237,7 @@ def test_filter_logits_refused(backend, options, message):
 
 
 def test_an_unavailable_backend_says_why(monkeypatch):
-    """The named one raises with its reason, in eager and by the table; only "auto" goes on."""
+    """A backend that is named raises with its reason; "auto" takes the next one instead."""
     modules = {
         "broken": {"DEVICE_TYPES": None, "why_unavailable": lambda: "the disk is on fire"},
         "gpu": {"DEVICE_TYPES": frozenset({"cuda"}), "why_unavailable": lambda: None},
@@ -271,7 +271,7 @@ def test_an_unavailable_backend_says_why(monkeypatch):
     ],
 )
 def test_what_auto_prefers(monkeypatch, device, missing, chosen):
-    """The first of the table that runs on the device, were all of them there but those missing."""
+    """The backend "auto" is the first of the table that runs on the device and is available."""
     monkeypatch.setattr(BACKENDS["triton"].load(), "DEVICE_TYPES", frozenset({"cuda"}))
     for name, backend in BACKENDS.items():
         reason = "it is missing" if name in missing else None
@@ -280,7 +280,7 @@ def test_what_auto_prefers(monkeypatch, device, missing, chosen):
 
 
 def test_a_row_imports_its_module_once(monkeypatch):
-    """Each row keeps its own: one that is made anew, under the same names, imports anew."""
+    """Each ``Backend`` keeps the module it loaded; another one of the same name imports again."""
     row, other = (table.Backend("twice", "test_edges_twice") for _ in range(2))
     first, second = SimpleNamespace(), SimpleNamespace()
     monkeypatch.setitem(sys.modules, "test_edges_twice", first)
@@ -302,7 +302,7 @@ def test_backend_info():
 # Rows that cannot be drawn from
 
 BAD_ROWS = {
-    # name: (values by token, or of the whole row; status; tokens that may come)
+    # name: (values by token or one for the whole row, status, tokens that may be drawn or None)
     "fine": ({}, 0, None),
     "nan": ({3: NAN}, 1, None),
     "nan-first": ({0: NAN}, 1, None),
@@ -369,7 +369,7 @@ def test_status_bits(backend, params):
         tokens = set(output.tokens[row].tolist())
         if expected is not None:
             assert tokens <= expected, name
-        # nothing at -inf or NaN is ever drawn
+        # no token at -inf or NaN is ever drawn
         assert all(token == -1 or logits[row, token] > -INF for token in tokens), name
         assert (tokens == {-1}) is bool(status & 2), name
         assert output.logprobs[row].isnan().all().item() is bool(status & 2), name
@@ -380,7 +380,7 @@ def test_status_bits(backend, params):
 
 
 def test_positive_infinity_shares_the_mass(backend):
-    """Two +inf tokens: half each, in both kinds of logprob."""
+    """Two +inf tokens have a probability of one half each, in both kinds of logprobs."""
     logits = _bad_rows(["two-inf"])
     for kind in ("processed", "raw"):
         output = sample(logits, PLAIN, num_samples=64, logprobs=kind, backend=backend, check=False)
@@ -556,7 +556,7 @@ def test_num_samples_of_many(backend):
     assert torch.equal(first.tokens, output.tokens[:, 0])
 
 
-# Layouts: the same values in other memory give the same answers
+# Layouts: the same values in another memory layout give the same answers
 
 LAYOUTS = {
     "transposed": lambda x: x.t().contiguous().t(),
@@ -596,7 +596,7 @@ def test_layouts(backend, layout, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_expanded_rows(backend, dtype):
-    """One row in memory, stride 0, many rows of parameters."""
+    """One row in memory, expanded with stride 0 and drawn from with many rows of parameters."""
     row = _logits(1).to(dtype)
     logits = row.expand(ROWS, -1)
     assert logits.stride(0) == 0
@@ -725,7 +725,7 @@ def test_a_bias_of_only_outside_ids(backend):
     assert _everything(_logits(), params, backend) == _everything(_logits(), PLAIN, backend)
 
 
-# Which position counts
+# Which position is used
 
 
 def test_the_position_comes_from_the_argument_the_params_or_the_history(backend):
@@ -756,7 +756,7 @@ def test_a_history_without_a_penalty_changes_no_logit(backend):
 
 
 def test_a_history_whose_rows_moved(backend):
-    """Rows are found by their slots, after a selection and an addition."""
+    """Kernels find a row's state by its slot after ``select`` and ``add`` have moved rows."""
     history = TokenHistory.from_ids([[9]] * (ROWS + 1), [[8]] * (ROWS + 1), V)
     mine = _history()
     history.select([3])
@@ -798,12 +798,12 @@ def test_extremes_are_those_of_the_reference(backend, params, backend_dtype):
     params = [SamplingParams(**params, seed=row) for row in range(32)]
     got = _everything(logits, params, backend, history=history)
     assert got == _everything(logits, params, "torch", history=history)
-    # draws 0 .. 2 of 32 rows: neither one token for all nor an error for all
+    # the draws of the rows differ, so the comparison is not trivial
     assert len({token for row in got[0] for token in row}) > 5
 
 
 def test_a_part_of_a_history(backend):
-    """Its counts have gaps between their rows, where the neighbours' are."""
+    """In a part of a history the rows of counts lie apart, with other tokens' counts between."""
     ids = [[3, 40, 41, 60, 79], [45, 45, 46, 5, 80], [39, 74, 75, 70, 70]]
     whole = TokenHistory.from_ids(ids, [row[::-1] for row in ids], 2 * V + 1)
     start, width = 40, 35

@@ -1,9 +1,9 @@
-"""Are the tokens those that were recorded when the rules were made?
+"""Are the tokens still those that were recorded when the semantics were fixed?
 
-golden/README.md says how the 1,000 cases are made, out of integers alone, and golden/tokens.json
-holds their answers. Every backend must give them, and so must the CPU kernel built for each
-instruction set, by each compiler, on torch's threads and on its own.
-``python tests/sampling/test_golden.py`` records them.
+golden/README.md defines how the 1,000 cases are made from integers, and golden/tokens.json holds
+their recorded answers. Every backend must give these answers, and so must the CPU kernel when it is
+built for each instruction set by each compiler, on torch's threads and on its own threads.
+``python tests/sampling/test_golden.py`` records the answers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RECORDED = GOLDEN / "tokens.json"
 CASES = 1000
 DRAWS = 4
 
-# One row of a table for each word that chooses, in the README's order.
+# The values from which each random word of a case chooses, in the order of the README's table.
 VOCAB_SIZES = (1, 2, 2, 7, 7, 33, 33, 64, 64, 127, 512, 512, 513, 513)
 VOCAB_SIZES += (1000, 1000, 1000, 1000, 1000, 1000, 1025, 1025, 1025, 2049, 2049)
 VOCAB_SIZES += (4097, 4097, 5003, 5003, 5003, 32768, 50257)
@@ -78,18 +78,21 @@ PRESENCES = (0.0, 0.0, 0.0, 0.1, 0.25, 1.0, 2.0, -0.5)
 AT_LEAST = (1, 1, 1, 1, 1, 1, 3, 100)
 BIASES = (0, 0, 0, 1, 8)
 EXTREMES = (0, 2**32 - 1, 2**63, 2**64 - 1)
-#: How far apart two logits are in 2^-10, and the top_p in 2^-24 at which the last bit of a mass
-#: decides whether both are kept: here multiply-adds that are fused are seen, and in "tenths".
+#: The distance of two logits in units of 2^-10, and the top_p in units of 2^-24 at which the last
+#: bit of a mass decides whether both are kept. These and the "tenths" detect fused multiply-adds.
 EDGES = ((496, 10381429), (757, 11355398), (1275, 13026744), (185, 9144330))
 EDGES += ((1301, 13100164), (554, 10604033), (472, 10288418), (1252, 12960930))
 
 Words = npt.NDArray[np.uint64]
-#: Of each case its status, then its draws.
+#: For each case the status, followed by the draws.
 Answers = list[list[int]]
 
 
 def words(case: int, stream: int, count: int) -> Words:
-    """SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
+    """Return the first words of a stream of a case, made by SplitMix64.
+
+    Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014.
+    """
     with np.errstate(over="ignore"):
         z = np.uint64(case << 32 | stream << 24) + np.uint64(0x9E3779B97F4A7C15) * np.arange(
             1, count + 1, dtype=np.uint64
@@ -105,7 +108,7 @@ def chosen(word: int, values: tuple[Any, ...]) -> Any:
 
 @dataclass(frozen=True)
 class Golden:
-    """One case: a row."""
+    """One case, which is one row of a batch."""
 
     case: int
     shape: str
@@ -130,7 +133,7 @@ class Golden:
 
 
 def units(case: int, v: int, shape: str, seen: list[int]) -> npt.NDArray[np.int64]:
-    """The logits before they are scaled: about normal, with deviation 590."""
+    """Return the unscaled logits: integers, about normal with a standard deviation of 590."""
     z = words(case, 1, v)
     parts = [(z >> np.uint64(n) & np.uint64(0xFFFF)).astype(np.int64) for n in (0, 16, 32, 48)]
     x: npt.NDArray[np.int64] = (sum(parts) - 131070) >> 6
@@ -146,7 +149,7 @@ def units(case: int, v: int, shape: str, seen: list[int]) -> npt.NDArray[np.int6
 
 
 def make_edge(case: int, v: int, word: int, seed: int, position: int) -> Golden:
-    """Two tokens that have mass, side by side."""
+    """Make a case in which two neighbouring tokens have mass and top-p cuts at the second."""
     gap, top_p = chosen(word, EDGES)
     x = torch.full((1, v), -64.0)
     place = int(words(case, 2, 1)[0]) % v
@@ -157,7 +160,7 @@ def make_edge(case: int, v: int, word: int, seed: int, position: int) -> Golden:
 
 
 def add_special(x: npt.NDArray[np.float32], special: str, u: npt.NDArray[np.int64]) -> None:
-    """NaN and infinities, in place; ``u`` is below 64."""
+    """Write NaN and infinities into ``x``, at places that ``u``, integers below 64, chooses."""
     if special == "nan":
         x[u == 0] = NAN
     elif special == "inf":
@@ -175,7 +178,7 @@ def add_special(x: npt.NDArray[np.float32], special: str, u: npt.NDArray[np.int6
 
 
 def make(case: int) -> Golden:
-    """A case, by the rules of tests/sampling/golden/README.md."""
+    """Make a case by the rules of tests/sampling/golden/README.md."""
     w = words(case, 0, 21).tolist()
     v = chosen(w[0], VOCAB_SIZES)
     shape, special = chosen(w[2], SHAPES), chosen(w[4], SPECIALS)
@@ -225,13 +228,13 @@ def make(case: int) -> Golden:
 
 @dataclass(frozen=True)
 class Question:
-    """Rows that are drawn in one call."""
+    """The rows and the number of draws of one call."""
 
     rows: list[Golden]
     num_samples: int
 
     def arguments(self, device: str = "cpu") -> dict[str, Any]:
-        """Of ``sample``, but for the backend."""
+        """Return the arguments of ``sample`` without the backend."""
         v = self.rows[0].vocab_size
         everything = torch.full((1, -(-v // 32)), -1, dtype=torch.int32)
         masks = [everything if g.allowed_mask is None else g.allowed_mask for g in self.rows]
@@ -250,7 +253,7 @@ class Question:
 
 
 def questions(golden: list[Golden]) -> Iterator[Question]:
-    """Every case alone, four draws; then those of a size and dtype side by side, one draw."""
+    """Yield each case alone with four draws, then batches of equal size and dtype with one draw."""
     yield from (Question([g], DRAWS) for g in golden)
 
     def key(g: Golden) -> tuple[int, str]:
@@ -264,7 +267,7 @@ T = TypeVar("T")
 
 
 def answers(asked: Sequence[tuple[Question, T]], draw: Callable[[T], SampleOutput]) -> Answers:
-    """Of each case its status and draws alone, then its status and draw among others."""
+    """Return for each case its status and draws alone, then its status and draw in a batch."""
     found: list[list[int]] = [[] for _ in range(CASES)]
     for question, call in asked:
         output = draw(call)
@@ -275,14 +278,14 @@ def answers(asked: Sequence[tuple[Question, T]], draw: Callable[[T], SampleOutpu
 
 
 def answers_of(backend: str, golden: list[Golden]) -> Answers:
-    """Through the public function."""
+    """Return the answers that a backend gives through ``sample``."""
     device = device_of(backend)
     asked = [(question, question.arguments(device)) for question in questions(golden)]
     return answers(asked, lambda arguments: sample(**arguments, backend=backend))
 
 
 def differences(golden: list[Golden], found: Answers, recorded: Answers) -> list[str]:
-    """The cases whose answers are not those that were recorded."""
+    """Return a description of each case whose answers differ from the recorded ones."""
     assert len(found) == len(recorded) == len(golden)
     return [
         f"{g}: recorded {old}, alone {new[: DRAWS + 1]}, among others {new[DRAWS + 1 :]}"
@@ -297,10 +300,10 @@ def read(path: Path) -> Answers:
 
 
 def record(path: Path, found: Answers, *, change: bool) -> str:
-    """Write the answers, a case a line, and say so.
+    """Write the answers, one line per case, and return a message.
 
     Raises:
-        SystemExit: the file has others, and nobody said that they are to change.
+        SystemExit: the file has other answers and ``change`` is False.
     """
     if path.exists() and not change:
         before = read(path)
@@ -331,22 +334,22 @@ def recorded() -> Answers:
 
 @pytest.fixture(scope="module")
 def calls(golden: list[Golden]) -> list[tuple[Question, SampleCall]]:
-    """For a library that is called directly."""
+    """Return the calls for a library that is called directly, without the package."""
     return [(question, make_call(**question.arguments())) for question in questions(golden)]
 
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
 def test_every_backend_gives_them(backend: str, golden: list[Golden], recorded: Answers) -> None:
-    with threads(1):  # of more the reference has little
+    with threads(1):  # the reference gains little from more
         found = answers_of(backend, golden)
     assert differences(golden, found, recorded) == []
 
 
-# As in setup.py. What is not hidden the libraries of one process would share: the threads are.
+# The flags of setup.py. Hidden symbols give each library of a process its own thread pool.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
 FLAGS += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 COMPILERS = {"g++": ("g++",), "clang++": ("clang++", "clang++-14")}
-#: What a CPU must have for it, as Linux names it; each has what is before it, too.
+#: The CPU features that each level adds to the levels before it, by their names in /proc/cpuinfo.
 ARCHITECTURES = {
     "x86-64-v2": {"cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"},
     "x86-64-v3": {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"},
@@ -359,7 +362,7 @@ def find_compiler(name: str) -> str | None:
 
 
 def what_is_missing(architecture: str) -> list[str]:
-    """The instruction sets that this CPU lacks for it."""
+    """Return the CPU features that this machine lacks for an architecture level."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return ["x86-64"]
     found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -370,7 +373,7 @@ def what_is_missing(architecture: str) -> list[str]:
 
 
 def build(compiler: str, architecture: str, library: Path) -> None:
-    """The CPU kernel for one instruction set alone."""
+    """Build the CPU kernel for one instruction set only, without run-time dispatch."""
     alone = "-DLLM_SAMPLING_CLONES=__attribute__((noinline))"
     source = ROOT / "csrc/cpu/sample.cpp"
     command = [compiler, *FLAGS, f"-march={architecture}", alone, "-o", library, source, "-ldl"]
@@ -380,7 +383,7 @@ def build(compiler: str, architecture: str, library: Path) -> None:
 
 @pytest.fixture(scope="module")
 def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """A function: the library of a compiler and an instruction set, built when first needed."""
+    """Return a function that builds the library for a compiler and an instruction set, once."""
     folder = tmp_path_factory.mktemp("kernels")
 
     @functools.cache
@@ -393,7 +396,7 @@ def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
 
 
 def count_threads() -> int:
-    """How many this process has."""
+    """Return how many threads this process has."""
     return len(os.listdir("/proc/self/task"))
 
 
@@ -410,13 +413,13 @@ def test_every_build_gives_them(
     recorded: Answers,
     tmp_path: Path,
 ) -> None:
-    """Own threads are those of a process without OpenMP."""
+    """Every build gives the recorded answers, on torch's OpenMP threads and on its own pool."""
     if find_compiler(compiler) is None:
         reason = f"there is no {' or '.join(COMPILERS[compiler])}"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
     if missing := what_is_missing(architecture):
         pytest.skip(f"this CPU has no {', '.join(missing)}")
-    # a copy of its own, since a library that is loaded twice is one, with one pool of threads
+    # loading the same file twice would give the same library, with the same thread pool
     copy = shutil.copy(library_of(compiler, architecture), tmp_path)
     library = ctypes.CDLL(str(copy))
     if whose == "own threads":
@@ -430,7 +433,7 @@ def test_every_build_gives_them(
         return output
 
     with threads(2):
-        torch.randn(64, 50_000).softmax(-1)  # so that torch's are there
+        torch.randn(64, 50_000).softmax(-1)  # start torch's threads before counting
         before = count_threads()
         found = answers(calls, draw)
         assert count_threads() - before == (1 if whose == "own threads" else 0)
@@ -442,7 +445,7 @@ def test_every_build_gives_them(
 def test_one_changed_answer_is_reported(
     case: int, place: int, golden: list[Golden], recorded: Answers
 ) -> None:
-    """Its status, or one of its tokens, in the file or in what is found; and nothing else."""
+    """A changed status or token, in the file or in the answers, is reported for that case only."""
     found = [answer + answer[:2] for answer in recorded]
     assert differences(golden, found, recorded) == []
     other = [list(answer) for answer in recorded]
@@ -455,7 +458,7 @@ def test_one_changed_answer_is_reported(
 
 
 def test_another_token_among_others_is_reported(golden: list[Golden], recorded: Answers) -> None:
-    """Of a row that is right when it is alone."""
+    """A case that is right alone but wrong in a batch is reported."""
     found = [answer + answer[:2] for answer in recorded]
     found[7][-1] += 1
     (line,) = differences(golden, found, recorded)
@@ -477,7 +480,7 @@ def test_recording_changes_nothing_unless_told(tmp_path: Path, recorded: Answers
 
 
 def test_the_words_are_splitmix64() -> None:
-    """Its published first outputs from seed 0; and another stream, in Python's integers."""
+    """The words equal SplitMix64's published outputs, and an implementation in Python integers."""
     assert words(0, 0, 3).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
     def word(case: int, stream: int, i: int) -> int:
@@ -490,7 +493,7 @@ def test_the_words_are_splitmix64() -> None:
 
 
 def number(text: str) -> float:
-    """Of "0.5" and "2^-10", as the README writes them."""
+    """Parse a number as the README writes it, such as "0.5" or "2^-10"."""
     base, _, exponent = text.partition("^")
     return float(base) ** int(exponent or 1)
 
@@ -511,7 +514,7 @@ def test_the_readme_has_these_tables() -> None:
 
 
 def test_the_readme_has_this_example() -> None:
-    """A case, for who makes them in another language."""
+    """The README spells out one case, for implementations in other languages."""
     g = make(605)
     expected = [4.6640625, -1.484375, 2.6640625, 1.3671875, -4.390625, 5.21875, -3.265625]
     assert g.logits.tolist() == [expected]
@@ -532,7 +535,7 @@ def test_the_readme_has_this_example() -> None:
 
 
 def test_they_reach_everything(golden: list[Golden], recorded: Answers) -> None:
-    """Every value of every table, every status that such rows can have, and few tokens twice."""
+    """The cases use every value of every table and every status, and draw different tokens."""
     for name, values in (
         ("temperature", TEMPERATURES),
         ("top_k", TOP_KS),

@@ -1,4 +1,4 @@
-"""Does TokenHistory hold what its lists of ids say, after every way of building and changing it?"""
+"""Does a TokenHistory agree with plain lists of ids after every way to build and change it?"""
 
 import random
 import re
@@ -11,7 +11,7 @@ from llm_sampling import SamplingParams, TokenHistory, sample
 
 
 def _unpacked(history):
-    """Each row's set of seen ids, its output's counts and its length, read from the tensors."""
+    """Read each row's set of seen ids, output counts and output length from the tensors."""
     rows = []
     for slot in history.slots.tolist():
         words = history.seen[slot].tolist()
@@ -24,7 +24,7 @@ def _unpacked(history):
 
 
 def _expected(prompts, outputs, vocab_size):
-    """The same from lists of ids."""
+    """Compute what :func:`_unpacked` must return from lists of ids."""
     rows = []
     for prompt, output in zip(prompts, outputs, strict=True):
         valid = [token for token in output if 0 <= token < vocab_size]
@@ -149,7 +149,7 @@ def test_the_widest_vocabulary():
 
 
 def test_a_long_history():
-    """As much as a 32k context holds, every token many times."""
+    """An output as long as a 32k context, in which every token occurs many times."""
     rng = random.Random(0)
     output = [rng.randrange(-1, 50) for _ in range(32_768)]
     history = TokenHistory.from_ids([[]], [output], 50)
@@ -241,7 +241,7 @@ def test_append_follows_the_slots():
     history.select([2, 0])
     history.append(torch.tensor([5, 6]))
     assert _unpacked(history) == [({2, 5}, {5: 1}, 1), ({0, 6}, {6: 1}, 1)]
-    # the free slot of row 1 was not touched
+    # the free slot, which had belonged to row 1, was not touched
     assert history.counts[1].sum() == 0
 
 
@@ -366,7 +366,7 @@ def test_add_refuses_and_changes_nothing(args, name):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_any_sequence_of_changes(seed):
-    """append, add and select in random order, against plain lists."""
+    """append, add and select in random order agree with plain lists."""
     rng = random.Random(seed)
     vocab_size = rng.choice([1, 33, 70])
     ids = [-1, *range(vocab_size), vocab_size]
@@ -392,7 +392,7 @@ def test_any_sequence_of_changes(seed):
 
 
 def test_rows_among_others():
-    """What has no row reads somebody's slot; where it has no penalty, that changes nothing."""
+    """A row without a history shares another's slot, which changes nothing without a penalty."""
     history = TokenHistory.from_ids([[1], [2], [3]], [[4], [5, 5], []], 40)
     history.select([2, 0])
     among = history.among([None, 1, None, 0, None])
@@ -430,7 +430,7 @@ def test_rows_among_others_refuses(rows):
 @pytest.mark.parametrize("start", [0, 1, 31, 32, 45, 64, 100, 149])
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 50, 150])
 def test_a_part_of_the_vocabulary(start, width):
-    """Every bit and count of its ids, and not one of its neighbours'."""
+    """A part has every bit and count of its own ids, and none of the ids beside it."""
     width = min(width, 150 - start)
     rng = random.Random(start + width)
     prompts, outputs = ([rng.choices(range(150), k=90) for _ in range(3)] for _ in range(2))

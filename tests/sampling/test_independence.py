@@ -1,10 +1,10 @@
 """Are a row's draws independent of each other, of its other positions and of other seeds?
 
-No two draws use the same random bits, which needs no statistics: the generator's steps are undone
-here, and give back seed, position, draw and stream, in the specification and in C++. That what is
-made of neighbouring counters looks independent does: a pairs test (chi-squared of the joint table
-of two tokens) and a serial test (correlation of a series with itself, at lags 1 to 12). Every pair
-and every series has a broken sampler that the same test must refuse.
+That no two draws use the same random bits needs no statistics: inverting the generator gives back
+seed, position, draw and stream, and the reference and C++ generate the same words. That draws of
+neighbouring counters look independent is tested by statistics: a pairs test (chi-squared of the
+joint table of two tokens) and a serial test (autocorrelation of a series at lags 1 to 12). For
+every pair and every series there is a broken sampler that the same test must reject.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Tuples = tuple[Words, Words, Words, Words]
 
 # ---- No two draws share their random bits --------------------------------------------------------
 
-M0, M1 = 0xD2511F53, 0xCD9E8D57  # of the generator's rounds; odd, so that they can be undone
-W0, W1 = 0x9E3779B9, 0xBB67AE85  # of its keys
+M0, M1 = 0xD2511F53, 0xCD9E8D57  # Philox's multipliers; odd, so they have inverses modulo 2^32
+W0, W1 = 0x9E3779B9, 0xBB67AE85  # what Philox adds to its key after each round
 
 
 def keys(seed: Words, rounds: int) -> list[tuple[Words, Words]]:
@@ -51,7 +51,7 @@ def keys(seed: Words, rounds: int) -> list[tuple[Words, Words]]:
 
 
 def philox(at: Tuples, rounds: int = 10) -> Words:
-    """The four output words ``(4, ...)``, by docs/semantics.md."""
+    """Return the four output words ``(4, ...)``, computed as docs/semantics.md says."""
     seed, position, c2, c3 = at
     c0, c1 = position & LOW32, position >> HALF
     for k0, k1 in keys(seed, rounds):
@@ -62,10 +62,10 @@ def philox(at: Tuples, rounds: int = 10) -> Words:
 
 
 def undone(seed: Words, words: Words) -> Tuples:
-    """What they were made of, from the words and the seed, a round at a time from the last."""
+    """Invert :func:`philox`: return its input, from the seed and the words, round by round."""
     c0, c1, c2, c3 = words
     for k0, k1 in reversed(keys(seed, 10)):
-        # the lower half of a product gives back its factor, and that its upper half
+        # the lower half of a product determines the factor, and the factor the upper half
         of_first = c3 * np.uint64(pow(M0, -1, 2**32)) & LOW32
         of_second = c1 * np.uint64(pow(M1, -1, 2**32)) & LOW32
         c1 = of_second * np.uint64(M1) >> HALF ^ c0 ^ k0
@@ -75,7 +75,7 @@ def undone(seed: Words, words: Words) -> Tuples:
 
 
 def random_words(generator: np.random.Generator, bits: int, size: int) -> Words:
-    """Half of them at random, half at an edge of 32 bits or near it."""
+    """Return integers of which half are random and half are at or near powers of 2^32."""
     at_random = generator.integers(0, 2**bits, size, dtype=np.uint64, endpoint=False)
     edges = [0, 1, 2, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
     if bits == 64:
@@ -92,7 +92,7 @@ def random_tuples(size: int, seed: int = 1) -> Tuples:
 
 
 def grid(seeds: Words, positions: Words, draws: int) -> Tuples:
-    """What ``draws`` draws of rows are made of, each ``(rows, draws)``."""
+    """Return the generator's inputs for ``draws`` draws of rows, each ``(rows, draws)``."""
     shape = (len(seeds), draws)
     draw = np.broadcast_to(np.arange(draws, dtype=np.uint64), shape)
     return (
@@ -104,7 +104,7 @@ def grid(seeds: Words, positions: Words, draws: int) -> Tuples:
 
 
 def of_the_reference(at: Tuples) -> Words:
-    """Of llm_sampling.reference, that takes one draw and one stream a call."""
+    """Return the words of llm_sampling.reference, which takes one draw and one stream per call."""
     seeds, positions, draws, streams = at
     words = np.empty((4, len(seeds)), dtype=np.uint64)
     pairs, which = np.unique(np.stack([draws, streams]), axis=1, return_inverse=True)
@@ -117,7 +117,7 @@ def of_the_reference(at: Tuples) -> Words:
 
 
 def of_c(at: Tuples, folder: Path) -> Words:
-    """Words 0 and 1 of csrc/semantics.h, which all kernels in C++ draw with."""
+    """Return words 0 and 1 of csrc/semantics.h, which all C++ kernels use to draw."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -142,8 +142,8 @@ def of_c(at: Tuples, folder: Path) -> Words:
     return np.stack([random & LOW32, random >> HALF])
 
 
-#: Random123's known answers: seed, position, draw, stream; the words. In the last every word of key
-#: and counter is another one.
+#: Random123's known answers: (seed, position, draw, stream) and the output words. In the last, all
+#: words of key and counter differ from each other.
 KNOWN = (
     ((0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     (
@@ -160,14 +160,14 @@ KNOWN_WORDS = np.array([words for _, words in KNOWN], dtype=np.uint64).T
 
 
 def test_known_answers(tmp_path: Path) -> None:
-    """Key: the seed; counter: the position's low and high word, the draw, the stream."""
+    """All three implementations give Random123's known answers."""
     assert np.array_equal(philox(KNOWN_TUPLES), KNOWN_WORDS)
     assert np.array_equal(of_the_reference(KNOWN_TUPLES), KNOWN_WORDS)
     assert np.array_equal(of_c(KNOWN_TUPLES, tmp_path), KNOWN_WORDS[:2])
 
 
 def test_for_a_seed_no_two_counters_give_the_same_words() -> None:
-    """What can be undone from either side is one to one: from the counter, and from the words."""
+    """The generator has an inverse on both sides, so it is one to one."""
     at = random_tuples(200_000)
     assert np.array_equal(undone(at[0], philox(at)), at)
     generator = np.random.default_rng(2)
@@ -176,9 +176,9 @@ def test_for_a_seed_no_two_counters_give_the_same_words() -> None:
 
 
 def test_the_reference_can_be_undone() -> None:
-    """So seed, position, draw and stream are all in its words, and none hides another."""
+    """The reference's words determine seed, position, draw and stream."""
     seeds, positions, _, _ = random_tuples(20_000)
-    few = random_tuples(200)  # of draws and streams
+    few = random_tuples(200)  # draws and streams, few because the reference takes one pair per call
     at = (seeds, positions, np.tile(few[2], 100), np.tile(few[3], 100))
     assert np.array_equal(undone(seeds, of_the_reference(at)), at)
 
@@ -205,13 +205,16 @@ MIXED_UP: Mapping[str, Callable[[Words, Words, Words, Words], Tuples]] = {
 def test_a_counter_that_is_mixed_up_is_seen(
     mixed_up: Callable[[Words, Words, Words, Words], Tuples],
 ) -> None:
-    """Negative controls of the round trip."""
+    """Negative control: the round trip fails if an input is mixed up before the generator."""
     at = random_tuples(1000)
     assert not np.array_equal(undone(at[0], philox(mixed_up(*at))), at)
 
 
 def test_a_million_neighbours_have_different_bits() -> None:
-    """By counting, of the 64 bits that a draw uses: two are equal by chance in 1 of 3 * 10^7."""
+    """A million neighbouring inputs give different 64-bit numbers.
+
+    The probability that two are equal by chance is 1 in 3 * 10^7.
+    """
     near = np.arange(2**20, dtype=np.uint64)
     at = (near & np.uint64(63), near >> np.uint64(6) & np.uint64(127), near >> np.uint64(13))
     words = philox((*at, near * ZERO))
@@ -222,7 +225,10 @@ def test_a_million_neighbours_have_different_bits() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
 def test_a_token_is_the_highest_of_the_bits(backend: str) -> None:
-    """Of 2^16 equal tokens the id is the highest 16 bits, which show what a backend counts."""
+    """With 2^16 equal tokens the drawn id is the highest 16 random bits.
+
+    So the tokens show which seed, position and draw a backend gives to the generator.
+    """
     seeds, positions, _, _ = random_tuples(30, seed=3)
     seeds[0] = positions[0] = 0
     draws = 40
@@ -234,28 +240,28 @@ def test_a_token_is_the_highest_of_the_bits(backend: str) -> None:
         backend=backend,
     ).tokens.numpy()
     at = grid(seeds, positions, draws)
-    assert tokens[0, 0] == 0xE169  # of the known answer
+    assert tokens[0, 0] == 0xE169  # the highest bits of the first known answer
     assert np.array_equal(tokens, philox(at)[1] >> np.uint64(16))
     for name, mixed_up in MIXED_UP.items():
         is_same = np.array_equal(tokens, philox(mixed_up(*at))[1] >> np.uint64(16))
-        assert is_same == (name == "no stream"), name  # which is 0 wherever tokens are drawn
+        assert is_same == (name == "no stream"), name  # the stream of token draws is 0
 
 
 # ---- Two statistical tests -----------------------------------------------------------------------
 
 VOCAB_SIZE = 257
-COUNT = 2**15  # pairs, or tokens of a series
+COUNT = 2**15  # the number of pairs, or of tokens in a series
 CLASSES = 16
 LAGS = range(1, 13)
 LEAST_P = 1e-6
 
 LOGITS = make_row("normal", VOCAB_SIZE, seed=7)
 P = LOGITS.double().softmax(-1).numpy()
-#: What a token says of the uniform number that drew it: where its middle lies.
+#: An estimate of the uniform number that drew each token: the middle of the token's interval.
 MIDDLE = np.cumsum(P) - P / 2
 CLASS = (MIDDLE * CLASSES).astype(int)
 
-#: Seeds and positions ``(rows,)``, and a number of draws, to tokens ``(rows, draws)``.
+#: A function of seeds and positions ``(rows,)`` and a number of draws: tokens ``(rows, draws)``.
 Sampler = Callable[[Words, Words, int], Ints]
 
 
@@ -276,7 +282,7 @@ def kernel(seeds: Words, positions: Words, draws: int) -> Ints:
 
 
 def pairs_p_value(first: Ints, second: Ints) -> float:
-    """Chi-squared of the joint table of two tokens, against the product of their probabilities."""
+    """Return the chi-squared p-value of the joint table of two tokens under independence."""
     table = np.zeros((CLASSES, CLASSES))
     np.add.at(table, (CLASS[first], CLASS[second]), 1)
     p = np.bincount(CLASS, P, CLASSES)
@@ -286,7 +292,7 @@ def pairs_p_value(first: Ints, second: Ints) -> float:
 
 
 def serial_p_value(series: Ints) -> float:
-    """Correlations of a series with itself, one a lag; their squares add to a chi-squared."""
+    """Return the p-value of a series' autocorrelations, whose squares add to a chi-squared."""
     mean = (P * MIDDLE).sum()
     variance = (P * (MIDDLE - mean) ** 2).sum()
     x = MIDDLE[series] - mean
@@ -304,7 +310,7 @@ def of(seeds: Words, positions: Words) -> Callable[[Sampler], Ints]:
     return lambda sampler: sampler(seeds, positions, 1)[:, 0]
 
 
-#: Two series of tokens, and in the two no seed, position and draw occurs twice.
+#: Pairs of token series. No combination of seed, position and draw occurs twice in a pair.
 PAIRS: Mapping[str, tuple[Callable[[Sampler], Ints], Callable[[Sampler], Ints]]] = {
     "position and the next": (of(ZEROS, EVEN), of(ZEROS, ODD)),
     "seed and the next": (of(EVEN, ZEROS), of(ODD, ZEROS)),
@@ -349,7 +355,7 @@ def test_pairs_are_independent(pair: tuple[Callable[[Sampler], Ints], ...]) -> N
 
 @pytest.mark.parametrize("series", SERIES.values(), ids=SERIES.keys())
 def test_series_are_independent(series: Callable[[Sampler], Ints]) -> None:
-    """By both tests: neighbours as pairs, and all lags."""
+    """Both tests accept each series: neighbours as pairs, and autocorrelation at all lags."""
     tokens = series(kernel)
     assert pairs_p_value(tokens[0::2], tokens[1::2]) >= LEAST_P
     assert serial_p_value(tokens) >= LEAST_P
@@ -363,7 +369,7 @@ def tokens_of(uniform: Floats) -> Ints:
 
 
 def mixed(name: str | None = None, rounds: int = 10) -> Sampler:
-    """The sampler with its counter mixed up, or with fewer rounds."""
+    """Return a sampler whose generator has mixed-up inputs or fewer rounds."""
 
     def sampler(seeds: Words, positions: Words, draws: int) -> Ints:
         at = grid(seeds, positions, draws)
@@ -374,9 +380,9 @@ def mixed(name: str | None = None, rounds: int = 10) -> Sampler:
 
 
 def lcg(multiplier: int, bits: slice) -> Sampler:
-    """A linear congruential generator modulo 2^32, some of whose bits are the uniform number.
+    """Return a sampler whose uniform number is some bits of a linear congruential generator.
 
-    The seed is its first state, and it goes on by one for every position and draw.
+    Its modulus is 2^32. It starts from the seed and advances by position + draw steps.
     """
 
     def sampler(seeds: Words, positions: Words, draws: int) -> Ints:
@@ -384,7 +390,7 @@ def lcg(multiplier: int, bits: slice) -> Sampler:
         steps = (position + draw).astype(np.int64)
         a = np.full(int(steps.max()) + 1, multiplier, dtype=np.uint64)
         a[0] = 1
-        a = np.multiply.accumulate(a)  # powers and their sums, modulo 2^64
+        a = np.multiply.accumulate(a)  # powers of the multiplier; c has their sums, modulo 2^64
         c = np.concatenate([[np.uint64(0)], np.add.accumulate(a)[:-1]])
         state = a[steps] * (seed + np.uint64(12345)) + c[steps] * np.uint64(12345) & LOW32
         width = bits.stop - bits.start
@@ -395,7 +401,7 @@ def lcg(multiplier: int, bits: slice) -> Sampler:
 
 
 def copying(lag: int, share: int) -> Sampler:
-    """One token in ``share``, in the order of asking, is the one that came ``lag`` before."""
+    """Return a sampler that replaces one token in ``share`` by the token ``lag`` places before."""
 
     def sampler(seeds: Words, positions: Words, draws: int) -> Ints:
         tokens = kernel(seeds, positions, draws)
@@ -406,7 +412,7 @@ def copying(lag: int, share: int) -> Sampler:
     return sampler
 
 
-#: By name: a broken sampler, and the pairs and the series of which it must be refused.
+#: Broken samplers, each with the pairs and series at which it must be rejected.
 BROKEN: Mapping[str, tuple[Sampler, tuple[str, ...]]] = {
     "seed and position added": (
         mixed("seed and position added"),
@@ -457,7 +463,7 @@ BROKEN: Mapping[str, tuple[Sampler, tuple[str, ...]]] = {
     [(broken, where) for broken, (_, names) in BROKEN.items() for where in names],
 )
 def test_dependent_draws_are_refused(broken: str, where: str) -> None:
-    """Of a series by both tests."""
+    """Negative control: the pairs test rejects a pair, and both tests reject a series."""
     sampler, _ = BROKEN[broken]
     if where in PAIRS:
         first, second = PAIRS[where]
@@ -474,14 +480,14 @@ def test_every_pair_and_every_series_refuses_a_sampler() -> None:
 
 @pytest.mark.parametrize("lag", [2, 5, 12])
 def test_dependence_at_a_distance_is_refused(lag: int) -> None:
-    """By the serial test: pairs of neighbours do not see it."""
+    """The serial test rejects a dependence at a lag above 1, which the pairs test cannot see."""
     tokens = SERIES["positions"](copying(lag, 15))
     assert serial_p_value(tokens) < LEAST_P
     assert pairs_p_value(tokens[0::2], tokens[1::2]) >= LEAST_P
 
 
 def test_what_is_broken_is_the_sampler() -> None:
-    """Unbroken, it draws what the kernel draws."""
+    """The sampler that the negative controls change draws the kernel's tokens when unchanged."""
     for draws in (1, 3):
         assert np.array_equal(
             mixed()(UP, UP[::-1].copy(), draws), kernel(UP, UP[::-1].copy(), draws)
@@ -489,7 +495,7 @@ def test_what_is_broken_is_the_sampler() -> None:
 
 
 def test_the_tests_accept_independent_draws() -> None:
-    """Numpy's are not refused, and both tests' p-values are uniform."""
+    """Both tests accept numpy's draws, and their p-values are uniform."""
     generator = np.random.default_rng(8)
     series = [tokens_of(generator.random(COUNT)) for _ in range(200)]
     pairs = [pairs_p_value(tokens[0::2], tokens[1::2]) for tokens in series]

@@ -1,7 +1,7 @@
 """Does a row's token depend on nothing but the row?
 
 A row is drawn alone, and again in a batch of 64, in another slot, on another number of threads, in
-another layout or dtype, with more draws: each time the same token and the same status.
+another layout or dtype, or with more draws. Token and status must be the same each time.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from torch import Tensor
 from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
 
 vocabs = pytest.mark.parametrize("vocab_size", [513, 5000], ids="V{}".format)
-# the reference is slow, and a single row is split over threads only where it is long
+# only long rows are split over threads; the sizes are few because the reference is slow
 long_vocabs = pytest.mark.parametrize("vocab_size", [513, 32000, 128256], ids="V{}".format)
 
 
 def some_cases(seed: int, count: int) -> list[Case]:
-    """Different rows, mixes, histories and masks; 2 of 3 rows have penalties or a mask."""
+    """Return cases of different rows and mixes; 2 of 3 have penalties and 1 of 3 has a mask."""
     rng = random.Random(seed)
     filters, penalties = tuple(filter_mixes(513)), tuple(penalty_mixes(513))
     return [
@@ -50,7 +50,7 @@ def some_cases(seed: int, count: int) -> list[Case]:
 
 
 def draw(batch: Batch, backend: str, num_samples: int = 1) -> tuple[Tensor, Tensor]:
-    """Tokens ``(rows, num_samples)`` and status."""
+    """Return the tokens ``(rows, num_samples)`` and the status."""
     output = sample(
         batch.logits,
         batch.params,
@@ -65,7 +65,7 @@ def draw(batch: Batch, backend: str, num_samples: int = 1) -> tuple[Tensor, Tens
 
 
 def draw_alone(case: Case, vocab_size: int, backend: str) -> tuple[int, int]:
-    """The token and the status of a batch of one row."""
+    """Return the token and the status of a case in a batch of its own."""
     tokens, status = draw(build([case], vocab_size, device=device_of(backend)), backend)
     return tokens.item(), status.item()  # type: ignore[return-value]
 
@@ -73,7 +73,7 @@ def draw_alone(case: Case, vocab_size: int, backend: str) -> tuple[int, int]:
 def assert_equal_rows(
     got: list[tuple[int, int]], wanted: list[tuple[int, int]], batch: Batch
 ) -> None:
-    """(token, status) of every row."""
+    """Assert that (token, status) of every row are equal."""
     for row, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
         assert mine == theirs, f"(token, status) {mine}, alone {theirs}\n{batch.describe(row)}"
 
@@ -91,7 +91,7 @@ def test_alone_or_in_a_batch_of_64(backend: str, vocab_size: int) -> None:
 
 @vocabs
 def test_in_every_slot(backend: str, vocab_size: int) -> None:
-    """Rotated and shuffled batches: a row takes its token along, whatever row and history slot."""
+    """In shuffled batches a row keeps its token, whatever its index and its history slot."""
     cases = some_cases(2, 64)
     first = build(cases, vocab_size, device=device_of(backend), slots_seed=None)
     tokens, status = draw(first, backend)
@@ -108,7 +108,7 @@ def test_in_every_slot(backend: str, vocab_size: int) -> None:
 
 @vocabs
 def test_neighbours_do_not_matter(backend: str, vocab_size: int) -> None:
-    """One row in the middle of batches that share nothing else."""
+    """A row in the middle of a batch of unrelated rows has the token that it has alone."""
     for seed, case in enumerate(some_cases(3, 16)):
         alone = draw_alone(case, vocab_size, backend)
         others = some_cases(100 + seed, 8)
@@ -120,9 +120,9 @@ def test_neighbours_do_not_matter(backend: str, vocab_size: int) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 64])
 @long_vocabs
 def test_one_or_two_threads(backend: str, vocab_size: int, rows: int) -> None:
-    """Rows over threads, and one long row split over threads."""
+    """Threads share the rows of a batch, or the parts of one long row; the tokens are the same."""
     if vocab_size > 32000:
-        rows = min(rows, 6)  # what is left is about the split of a row
+        rows = min(rows, 6)  # enough for long rows, which test the split of a row
     for start in range(0, 32, 8) if rows == 1 else (4,):
         batch = build(some_cases(start, rows), vocab_size, device=device_of(backend))
         with threads(1):
@@ -168,7 +168,7 @@ def test_more_draws_keep_the_earlier_ones(backend: str, vocab_size: int, num_sam
 @vocabs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_float32_holds_the_same_values(backend: str, vocab_size: int, dtype: torch.dtype) -> None:
-    """A narrow row and the same numbers in float32."""
+    """Rows in half precision give the same tokens as the same numbers in float32."""
     batch = build(some_cases(5, 64), vocab_size, dtype, device_of(backend))
     tokens, status = draw(batch, backend)
     batch.logits = batch.logits.to(torch.float32)
@@ -206,7 +206,7 @@ def test_a_mask_of_everything_is_no_mask(backend: str, vocab_size: int) -> None:
 
 @vocabs
 def test_a_history_without_penalties_is_no_history(backend: str, vocab_size: int) -> None:
-    """In a batch where another row has penalties, the state is there but means nothing."""
+    """Rows without penalties ignore a history that the batch has for another row's penalties."""
     mixes = tuple(filter_mixes(vocab_size))
     cases = [Case(r, mixes[i % len(mixes)], seed=i) for i, r in enumerate(ROW_NAMES)]
     batch = build(cases, vocab_size, device=device_of(backend))
@@ -222,7 +222,7 @@ def test_a_history_without_penalties_is_no_history(backend: str, vocab_size: int
 
 @vocabs
 def test_the_order_and_split_of_a_history_do_not_matter(backend: str, vocab_size: int) -> None:
-    """Only counts matter: shuffled output ids and repeated prompt ids are the same history."""
+    """Shuffled output ids and repeated prompt ids are the same history: only counts matter."""
     params = SamplingParams(
         repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.2, top_p=0.95, seed=6
     )
@@ -242,7 +242,7 @@ def test_the_order_and_split_of_a_history_do_not_matter(backend: str, vocab_size
 
 @pytest.mark.parametrize("vocab_size", [513], ids="V{}".format)
 def test_the_five_things_do_matter(backend: str, vocab_size: int) -> None:
-    """The control: another seed, position, logit, parameter or history gives other tokens."""
+    """Control: another seed, position, logit, parameter or history gives other tokens."""
     case = Case("normal", "penalties up", history="short", seed=3)
     many = 64
     base = build([case] * many, vocab_size, device=device_of(backend))
@@ -267,7 +267,7 @@ def test_the_five_things_do_matter(backend: str, vocab_size: int) -> None:
     plain = build([Case("one lower", history="output only")], vocab_size, device=device_of(backend))
     plain.params = [penalised]
     assert plain.history is not None
-    plain.logits[0, 0] = 2.0  # token 0 leads by less than the penalty once the output holds it
+    plain.logits[0, 0] = 2.0  # token 0 leads by less than the penalty that the output gives it
     assert bool(plain.history.counts[plain.history.slots.long(), 0] > 0)
     assert draw(plain, backend)[0].item() != 0
     plain.history = TokenHistory.from_ids([[]], [[]], vocab_size, device=device_of(backend))

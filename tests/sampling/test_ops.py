@@ -1,4 +1,4 @@
-"""Do the ops compose with torch.compile, torch.export and fake tensors, and equal eager?"""
+"""Do the ops work under torch.compile, torch.export and fake tensors, with the eager results?"""
 
 import re
 
@@ -44,7 +44,7 @@ def _fresh_compiler():
 
 
 def _inputs(logits, params, history=None, mask=None):
-    """The op's tensor arguments for a call."""
+    """Return the op's tensor arguments for a call."""
     call = make_call(logits, params, history=history, allowed_mask=mask)
     return ops._inputs(call)
 
@@ -69,7 +69,7 @@ INPUTS = {
 }
 
 
-# draws and logprobs, dealt out over the inputs
+# (num_samples, logprobs), used in turn by the inputs
 OPTIONS = [(1, None), (3, "processed"), (1, "raw"), (2, None)]
 
 
@@ -180,7 +180,7 @@ def test_compiled_is_eager_on_every_backend(backend, logits, history, num_sample
 
 
 def test_compiled_by_inductor(logits, history):
-    """What a user of torch.compile runs; one function, since it takes seconds to compile."""
+    """Inductor, torch.compile's default; only one function, because compiling takes seconds."""
 
     def step(logits, history):
         output = sample(logits / 2, BATCH, history=history, logprobs="processed")
@@ -191,7 +191,7 @@ def test_compiled_by_inductor(logits, history):
 
 
 def test_a_compiled_decode_step(logits, history):
-    """Sampling and appending in one graph, step after step, with the history changing under it."""
+    """One graph samples and appends to the history; it stays right as the history changes."""
 
     def step(logits, history):
         output = sample(logits, PARAMS, history=history)

@@ -1,4 +1,4 @@
-"""Are user values checked once, with the promised words, and packed into the right tensors?"""
+"""Are parameters checked with the documented messages, and packed into the right tensors?"""
 
 import copy
 import dataclasses
@@ -97,7 +97,7 @@ REFUSED_BIAS = [
     ({7: "1"}, "logit_bias[7] must be in [-100, 100]", "'1'"),
 ]
 
-# field, value, what the field then holds
+# (field, accepted value, stored value)
 ACCEPTED = [
     ("temperature", 0, 0.0),
     ("temperature", 2, 2.0),
@@ -282,7 +282,7 @@ def test_from_list():
         "top_k": (torch.int32, [0, 0, 40, 2**31 - 1]),
         "min_tokens_to_keep": (torch.int32, [1, 1, 2, 2**31 - 1]),
         "logit_bias_offsets": (torch.int64, [0, 0, 0, 1, 3]),
-        # ascending ids within a row
+        # the ids of a row are in ascending order
         "logit_bias_ids": (torch.int32, [3, 0, 9]),
         "logit_bias_values": (torch.float32, floats([1.5, 0.1, -1])),
         "unseeded": (torch.bool, [True, False, False, False]),
@@ -300,7 +300,7 @@ def test_from_list():
     ("min_p", "cut"),
     [
         (0.0, INF),
-        (1e-300, INF),  # 0 in float32, so off
+        (1e-300, INF),  # min_p is 0 in float32, so it is off
         (1.0, 2.0**-18),
         (0.5, 1 + 2.0**-18),
         (0.25, 2 + 2.0**-18),
@@ -409,7 +409,7 @@ def test_fresh_seeds_have_64_random_bits():
     shifts = torch.arange(64)
     ones = ((batch.seed.unsqueeze(1) >> shifts) & 1).double().mean(0)
     assert len(set(batch.seed.tolist())) == 4096
-    # 4096 fair coins stay within 5 standard deviations of a half
+    # the mean of 4096 fair bits is within 5 standard deviations of a half
     assert ((ones - 0.5).abs() < 5 * 0.5 / 4096**0.5).all()
     highest = ((batch.seed >> 62) & 3).bincount(minlength=4).double() / 4096
     assert ((highest - 0.25).abs() < 5 * (0.25 * 0.75 / 4096) ** 0.5).all()
@@ -511,7 +511,7 @@ def test_positions_refused(positions, message):
 
 
 def test_what_top_k_keeps_at_most():
-    """As the tensors have it, whose integers end at 2^31 - 1; 0 where a row has no top-k."""
+    """``kept_at_most`` is limited to 2^31 - 1, as top_k is, and 0 if a row has no top-k."""
 
     def kept(*rows):
         return BatchParams.from_list([SamplingParams(**row) for row in rows]).checked().kept_at_most

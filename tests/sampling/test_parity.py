@@ -1,7 +1,7 @@
 """Does every backend equal the reference, to the bit?
 
 Tokens, status and the bits of the filtered logits have no tolerance; logprobs have one of 1e-5.
-A failure prints the rows that differ, ready to be built again.
+A failure prints how to build the rows that differ.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ all_vocabs = pytest.mark.parametrize("vocab_size", SMALL_VOCABS + LARGE_VOCABS, 
 
 @functools.lru_cache(maxsize=1)
 def every_batch(vocab_size: int, device: str) -> list[Batch]:
-    """Every row with every mix, built once for all dtypes."""
+    """Return batches of every row with every mix, which are built once for all dtypes."""
     groups = every_case(vocab_size, histories_each=2)
     return list(build_all(groups, vocab_size, torch.float32, device))
 
@@ -74,7 +74,7 @@ def every_batch(vocab_size: int, device: str) -> list[Batch]:
 @dtypes
 @small_vocabs
 def test_every_case(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
-    """Every row with every mix, also masked; with penalties under two of the eight histories."""
+    """Every row with every mix, also masked; mixes with penalties with two of eight histories."""
     batches = every_batch(vocab_size, device_of(backend))
     assert_parity((replace(b, dtype=dtype, logits=b.logits.to(dtype)) for b in batches), backend)
 
@@ -83,7 +83,10 @@ def test_every_case(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
 @dtypes
 @all_vocabs
 def test_covering_cases(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
-    """Every row, mix, history and mask at least once; at the largest sizes dtypes share them."""
+    """Every row, mix, history and mask at least once.
+
+    At the largest sizes each dtype has a third of the cases.
+    """
     turn = DTYPES.index(dtype)
     if vocab_size > 100_000:
         groups = [group[turn :: len(DTYPES)] for group in covering_cases(vocab_size, vocab_size)]
@@ -94,7 +97,7 @@ def test_covering_cases(backend: str, dtype: torch.dtype, vocab_size: int) -> No
 
 @pytest.mark.parametrize("vocab_size", [7, 262144], ids="V{}".format)
 def test_covering_cases_cover(vocab_size: int) -> None:
-    """Else the test above would promise more than it does."""
+    """The covering cases contain every row, mix, history and mask, each with its own seed."""
     cases = [case for group in covering_cases(vocab_size, seed=3) for case in group]
     assert {case.row for case in cases} == set(ROW_NAMES)
     mixes = filter_mixes(vocab_size).keys() | penalty_mixes(vocab_size).keys()
@@ -109,7 +112,7 @@ def test_covering_cases_cover(vocab_size: int) -> None:
 @dtypes
 @all_vocabs
 def test_every_case_and_every_history(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
-    """The full product of rows, mixes, histories and masks: minutes, at large sizes an hour."""
+    """The full product of rows, mixes, histories and masks; it takes minutes to an hour."""
     groups = every_case(vocab_size)
     assert_parity(build_all(groups, vocab_size, dtype, device_of(backend)), backend)
 
@@ -118,7 +121,7 @@ def test_every_case_and_every_history(backend: str, dtype: torch.dtype, vocab_si
 @dtypes
 @all_vocabs
 def test_raw_logprobs(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
-    """Both kinds of logprob beside each other, and the tokens do not depend on the kind."""
+    """Both kinds of logprobs agree with the reference, and the tokens do not depend on the kind."""
     seed = vocab_size * 5 + DTYPES.index(dtype)
     rows = 0 if vocab_size <= 1000 else 4
     groups = covering_cases(vocab_size, seed, rows)
@@ -128,7 +131,7 @@ def test_raw_logprobs(backend: str, dtype: torch.dtype, vocab_size: int) -> None
 
 @functools.lru_cache(maxsize=1)
 def layout_batches(vocab_size: int, dtype: torch.dtype, device: str) -> list[tuple[Batch, Result]]:
-    """Batches and the reference's answers, which no layout may change."""
+    """Return batches with the reference's answers, which no layout may change."""
     seed = vocab_size * 7 + DTYPES.index(dtype)
     rows = 0 if vocab_size <= 1000 else 4
     groups = covering_cases(vocab_size, seed, rows)
@@ -141,7 +144,7 @@ def layout_batches(vocab_size: int, dtype: torch.dtype, device: str) -> list[tup
 @dtypes
 @all_vocabs
 def test_layouts(backend: str, dtype: torch.dtype, vocab_size: int, layout: str) -> None:
-    """Row strides, misaligned rows, slices; what lies between the rows is NaN and +inf."""
+    """Row strides, misaligned rows and slices; the memory between the rows holds NaN and +inf."""
     for contiguous, expected in layout_batches(vocab_size, dtype, device_of(backend)):
         batch = replace(contiguous, logits=LAYOUTS[layout](contiguous.logits))
         assert_same(batch, backend, expected, run(batch, backend, ()), layout)
@@ -151,7 +154,7 @@ def test_layouts(backend: str, dtype: torch.dtype, vocab_size: int, layout: str)
 @dtypes
 @all_vocabs
 def test_expanded_rows(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
-    """One row of logits and one mask row, both of stride 0, under many parameters."""
+    """One row of logits and one mask row, both with stride 0, for many rows of parameters."""
     seed = vocab_size * 11 + DTYPES.index(dtype)
     mixes = tuple(filter_mixes(vocab_size))
     step = 1 if vocab_size <= 1000 else 8
@@ -180,7 +183,7 @@ def _sliced_words(mask: Tensor) -> Tensor:
 )
 @pytest.mark.parametrize("vocab_size", [31, 513, 32000], ids="V{}".format)
 def test_mask_layouts(backend: str, vocab_size: int, layout: Callable[[Tensor], Tensor]) -> None:
-    """The mask's own row stride; what lies between its rows allows nothing."""
+    """Masks with a row stride or transposed; the words between the rows are 0."""
     cases = covering_cases(vocab_size, seed=vocab_size)[2]
     batch = build(cases, vocab_size, torch.float32, device_of(backend))
     assert batch.allowed_mask is not None
@@ -196,14 +199,14 @@ def test_more_than_there_are(backend: str) -> None:
 @other_backends
 @pytest.mark.parametrize("vocab_size", [33, 513], ids="V{}".format)
 def test_counts_past_24_bits(backend: str, vocab_size: int) -> None:
-    """A count is rounded to float32 once, and only then multiplied."""
+    """A count above 2^24 is rounded to float32 once, before it is multiplied."""
     counts = (2**24 - 1, 2**24 + 1, 2**24 + 3, 2**25 + 2, 2**31 - 1, 2**30 + 33)
     cases = [Case("normal", "frequency up", history="short", seed=s) for s in range(len(counts))]
     batch = build(cases, vocab_size, torch.float32, device_of(backend))
     history = batch.history
     assert history is not None
     for slot, count in zip(history.slots.tolist(), counts, strict=True):
-        # every short history holds token 0; a bonus makes it matter that its count is large
+        # every short history holds token 0; a negative penalty times its count raises its logit
         history.counts[slot, 0] = count
     batch.params = [
         SamplingParams(frequency_penalty=f, top_k=3, seed=s)
@@ -212,19 +215,22 @@ def test_counts_past_24_bits(backend: str, vocab_size: int) -> None:
     assert_same(batch, backend, run(batch, "torch", ()), run(batch, backend, ()), f"{counts}")
 
 
-# Random tokens rarely land next to a boundary. These rows do, to the unit of the mass: a target
-# that is not rounded up, a draw compared with < for <=, or a mass off in its last bit shows.
+# Random rows rarely lie next to a boundary; the following rows do, to one unit of mass. They detect
+# a target that is not rounded up, a draw that uses < for <=, and a wrong last bit of a mass.
 
 
 def two_tokens(vocab_size: int, depths: Sequence[float]) -> Tensor:
-    """Rows of the first token and, so many octaves below it at OCTAVE_TEMPERATURE, the last."""
+    """Return rows in which only the first and the last token are not -inf.
+
+    At OCTAVE_TEMPERATURE the last token has the given depth in octaves.
+    """
     logits = torch.full((len(depths), vocab_size), -torch.inf)
     logits[:, -1] = -torch.tensor(depths)
     logits[:, 0] = 0.0
     return logits
 
 
-#: (k, depth, kept) for top_p = 1 - k / 2^24; found by a search
+#: (k, depth of the second token, how many tokens top_p = 1 - k / 2^24 keeps), found by a search.
 TARGETS = (
     (8, "0x1.36a3fcp+4", 2),
     (32, "0x1.26a3fap+4", 2),
@@ -240,7 +246,7 @@ TARGETS = (
 @every_backend
 @pytest.mark.parametrize("vocab_size", [2, 513, 32000], ids="V{}".format)
 def test_the_target_of_top_p_is_a_ceiling(backend: str, vocab_size: int) -> None:
-    """Half a unit of mass above the first token's needs a second one, exactly its own does not."""
+    """A target just above the first token's mass is rounded up, so a second token is kept."""
     depths = [float.fromhex(d) for _, d, _ in TARGETS]
     params = [
         SamplingParams(temperature=OCTAVE_TEMPERATURE, top_p=1 - k / 2**24) for k, _, _ in TARGETS
@@ -255,7 +261,7 @@ def test_the_target_of_top_p_is_a_ceiling(backend: str, vocab_size: int) -> None
     assert kept == [kept for _, _, kept in TARGETS]
 
 
-#: (seed, depth, token) at position 0; found by a search of 24 million seeds
+#: (seed, depth of the second token, token drawn at position 0), found among 24 million seeds.
 DRAWS = (
     (151054, "0x1.559cfcp+4", 1),
     (1279858, "0x1.535e5ep+4", 1),
@@ -273,7 +279,7 @@ DRAWS = (
 @every_backend
 @pytest.mark.parametrize("vocab_size", [2, 513, 32000], ids="V{}".format)
 def test_a_draw_on_the_boundary_is_the_next_token(backend: str, vocab_size: int) -> None:
-    """r equal to the first token's mass draws the second, one less draws the first."""
+    """If r equals the first token's mass the second token is drawn; one less draws the first."""
     depths = [float.fromhex(d) for _, d, _ in DRAWS]
     for d, (seed, _, token) in zip(depths, DRAWS, strict=True):
         words = reference.philox(torch.tensor([seed]), torch.tensor([0]), draw=0)
@@ -289,10 +295,11 @@ def test_a_draw_on_the_boundary_is_the_next_token(backend: str, vocab_size: int)
 @every_backend
 @pytest.mark.parametrize("octave", range(10))
 def test_masses_to_the_bit(backend: str, octave: int) -> None:
-    """Equal tokens in this octave, as many as weigh about one; top_p on both sides of a cut.
+    """Masses in one octave are right, as two neighbouring values of top_p show.
 
-    The two neighbouring float32 values of top_p between which a second token is kept tell the mass
-    of the equal tokens to a few units of the last bit of its 24.
+    A row has one best token and 2^octave equal tokens, whose masses add up to about that of the
+    best. Of two neighbouring float32 values of top_p, the smaller keeps one token and the larger
+    keeps two. That determines the equal tokens' mass to a few units of the last of its 24 bits.
     """
     count, rows = 2**octave, 1000 if octave < 7 else 200
     generator = torch.Generator().manual_seed(octave)
@@ -318,7 +325,7 @@ def test_masses_to_the_bit(backend: str, octave: int) -> None:
 @other_backends
 @dtypes
 def test_largest_vocabulary(backend: str, dtype: torch.dtype) -> None:
-    """At V = 2^20 the mass of equal logits is 2^62, and its sums still fit."""
+    """At V = 2^20 the mass of equal logits is 2^62, which still fits into 64 bits."""
     cases = [
         Case("all equal", "plain", seed=1),
         Case("all equal", "p 0.999999", seed=2),
@@ -330,7 +337,7 @@ def test_largest_vocabulary(backend: str, dtype: torch.dtype) -> None:
 
 @other_backends
 def test_no_rows(backend: str) -> None:
-    """A batch of nothing gives nothing of the right shapes."""
+    """A batch without rows gives empty results of the right shapes."""
     logits = torch.zeros(0, 7, device=device_of(backend))
     output = sample(logits, [], num_samples=3, logprobs="raw", backend=backend)
     assert output.tokens.shape == (0, 3)
@@ -344,7 +351,7 @@ def test_no_rows(backend: str) -> None:
 @dtypes
 @pytest.mark.parametrize("vocab_size", [7, 513, 4099], ids="V{}".format)
 def test_steps_of_a_sampler(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
-    """Eight prepared steps: the same tokens, logprobs, positions and history as the reference's."""
+    """Eight prepared steps give the reference's tokens, logprobs, positions and history."""
     device = device_of(backend)
     groups = covering_cases(vocab_size, seed=vocab_size)
     cases = groups[1] + groups[0]

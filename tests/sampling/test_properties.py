@@ -1,6 +1,6 @@
-"""Does every backend equal the reference on rows that nobody thought of?
+"""Does every backend equal the reference on generated rows?
 
-Hypothesis makes small rows out of few distinct floats, so that ties and boundaries are common, with
+Hypothesis makes small rows of few distinct floats, so that ties and boundaries are common, with
 random parameters, histories, masks and biases. Tokens, status and kept set have no tolerance.
 """
 
@@ -30,7 +30,7 @@ few_hundred = settings(
 
 @dataclass(frozen=True)
 class Row:
-    """All that one row of a call depends on. Printed by hypothesis, so plain values only."""
+    """The inputs of one row of a call, as plain values because hypothesis prints them."""
 
     values: tuple[float, ...]
     params: SamplingParams
@@ -42,7 +42,7 @@ class Row:
 
 @st.composite
 def rows_of_one_call(draw: st.DrawFn) -> tuple[int, list[Row]]:
-    """A vocabulary size and one to four rows."""
+    """Draw a vocabulary size and one to four rows."""
     vocab_size = draw(
         st.integers(1, 12) | st.sampled_from((31, 32, 33, 511, 512, 513)) | st.integers(1, 600)
     )
@@ -65,7 +65,7 @@ def rows_of_one_call(draw: st.DrawFn) -> tuple[int, list[Row]]:
 def assert_same_draw(
     backend: str, dtype: torch.dtype, vocab_size: int, rows: list[Row], num_samples: int
 ) -> None:
-    """One call of both; tokens, status, kept set and filtered bits must be equal."""
+    """Call the reference and a backend; assert that all results are equal."""
     device = device_of(backend)
     x = torch.tensor([row.values for row in rows], dtype=torch.float32).to(device, dtype)
     params = [row.params for row in rows]
@@ -133,7 +133,7 @@ def test_ties_across_tiles(
     params: SamplingParams,
     dtype: torch.dtype,
 ) -> None:
-    """Rows of a few thousand tokens and at most three values: every cut is cut by id."""
+    """Rows of a few thousand tokens with at most three values: every filter cuts among ties."""
     row = tuple(random.Random(places).choices(palette, k=vocab_size))
     words = (2**32 - 1,) * -(-vocab_size // 32)
     ids = tuple(range(0, vocab_size, 7))

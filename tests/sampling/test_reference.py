@@ -1,9 +1,10 @@
-"""Is the specification right?
+"""Is the reference right?
 
-Literals typed by hand: known answers, worked rows, and the test cases of other samplers (HF:
-Hugging Face's logits processors, llama.cpp, mlx-lm, Aphrodite); where the rules differ on purpose,
-ours is asserted and the comment says so. Then random small rows against an oracle in Python
-integers, written from docs/semantics.md and not from the reference.
+First it is compared with literals: known answers, worked rows, and the test cases of other samplers
+(Hugging Face's logits processors, abbreviated HF, llama.cpp, mlx-lm, Aphrodite). Where this
+package's rules differ on purpose, its own rule is asserted and a comment says so. Then every
+backend is compared on small random rows with an oracle in Python integers, which is written from
+docs/semantics.md and not from the reference. Marks such as T5 number the borrowed test cases.
 """
 
 import math
@@ -36,19 +37,19 @@ def _filtered(row, **params):
 
 
 def _kept(row, **params):
-    """The ids of the kept set, ascending."""
+    """Return the ids of the kept set, ascending."""
     return (_filtered(row, **params) > -INF).nonzero().flatten().tolist()
 
 
 def _order(row, **params):
-    """The ids of the kept set in the order: larger first, equal ones by id."""
+    """Return the ids of the kept set in order: larger logit first, equal logits by id."""
     filtered = _filtered(row, **params)
     order = torch.sort(filtered, descending=True, stable=True).indices
     return order[: int((filtered > -INF).sum())].tolist()
 
 
 def _penalized(row, prompt, output, **params):
-    """The row after steps 1 to 6."""
+    """Return the row after steps 1 to 6."""
     logits = torch.tensor([row], dtype=torch.float32)
     history = TokenHistory.from_ids([prompt], [output], len(row))
     x, nan = processed_logits(make_call(logits, SamplingParams(**params), history=history))
@@ -57,7 +58,7 @@ def _penalized(row, prompt, output, **params):
 
 
 def _probabilities(row, prompt=(), output=(), **params):
-    """Every token's share of the mass that is drawn from."""
+    """Return the probability of every token, from the integer masses."""
     logits = torch.tensor([row], dtype=torch.float32)
     history = TokenHistory.from_ids([list(prompt)], [list(output)], len(row))
     call = make_call(logits, SamplingParams(**params), history=history)
@@ -93,7 +94,7 @@ def test_mass_known_answers(d, w):
 
 
 def test_mass_halves_with_every_octave():
-    """Across an octave only the shift changes; from 43 octaves on nothing is left."""
+    """One octave deeper halves the mass, by a shift; from 43 octaves on the mass is 0."""
     fractions = torch.arange(0, 1, 2.0**-7)
     for e in range(43):
         assert torch.equal(mass(fractions + e), mass(fractions) >> e)
@@ -101,7 +102,7 @@ def test_mass_halves_with_every_octave():
 
 
 def test_mass_error_over_every_fraction():
-    """Within 2.4e-7 of 2^(42 - f) for all 2^24 fractions f, and between 2^41 and 2^42."""
+    """For all 2^24 fractions f the mass is within 2.4e-7 of 2^(42 - f), and in 2^41 .. 2^42."""
     for start in range(0, 2**24, 2**21):
         f = torch.arange(start, start + 2**21, dtype=torch.int64).float() / 2**24
         w = mass(f)
@@ -110,7 +111,7 @@ def test_mass_error_over_every_fraction():
         assert (m.double() / 2**24 * torch.exp2(f.double()) - 1).abs().max() <= 2.4e-7
         assert w.min() >= 2**41
         assert w.max() <= 2**42
-        # rounding may let a mass rise with the depth, by no more than one unit of M
+        # rounding may make a deeper token's mass larger, but by at most one unit of M
         assert m.diff().max() <= 1
 
 
@@ -140,7 +141,7 @@ def test_philox_known_answers(key, counter, words):
 
 
 def test_philox_of_many_rows():
-    """Against the oracle, with bits set in every word of key and counter."""
+    """Many rows agree with the oracle, with bits set in every word of key and counter."""
     rng = random.Random(1)
     seeds = [rng.getrandbits(64) for _ in range(64)]
     positions = [rng.getrandbits(64) for _ in range(64)]
@@ -158,7 +159,7 @@ def test_philox_of_many_rows():
 
 
 def test_scaled_is_the_integer_product():
-    """(R * s) >> 64 in Python integers, on every pair of edge values and on random ones."""
+    """``scaled`` is (R * s) >> 64 in Python integers, for pairs of edge and of random values."""
     edges = [
         0,
         1,
@@ -187,7 +188,7 @@ def test_scaled_is_the_integer_product():
     assert got.tolist() == [(r * s) >> 64 for r, s in pairs]
 
 
-# Worked rows: parameters, kept in order, tokens of draws 0 .. 7
+# Worked rows: (parameters, kept ids in order, tokens of draws 0 .. 7)
 
 WORKED = [
     ({"seed": 0}, [1, 3, 0, 4, 2, 5], [3, 3, 3, 0, 3, 3, 3, 3]),
@@ -248,17 +249,17 @@ def test_hf_repetition_penalty():  # T1
     expected1[0], expected1[5] = 0.05, 0.2
     assert _penalized(row0, [0, 1], [], repetition_penalty=2) == _close(expected0)
     assert _penalized(row1, [5, 0], [], repetition_penalty=2) == _close(expected1)
-    # the output counts like the prompt
+    # tokens of the output are penalised like tokens of the prompt
     assert _penalized(row0, [1], [0], repetition_penalty=2) == _close(expected0)
 
 
 def test_hf_repetition_penalty_ignoring_the_prompt():  # T2, T3
-    """There is no prompt_ignore_length: a history without those tokens ignores them."""
+    """HF's prompt_ignore_length has no counterpart: leave those tokens out of the history."""
     row0 = [-0.1] + [0.1] * 9
     assert _penalized(row0, [], [], repetition_penalty=2) == _close(row0)
     once = [-0.2, 0.05] + [0.1] * 8
     assert _penalized(row0, [], [0, 1], repetition_penalty=2) == _close(once)
-    # T3: each token once, however often it occurs
+    # T3: each token is penalised once, however often it occurs
     assert _penalized(row0, [0, 1, 0, 1], [0, 1], repetition_penalty=2) == _close(once)
 
 
@@ -274,13 +275,13 @@ def test_hf_top_k():  # T5
 
 
 def test_hf_top_k_min_tokens_to_keep():  # T6
-    # HF keeps all five of a uniform row, since all tie; exactly three here
+    # HF keeps all five tokens of a uniform row, since all tie; this package keeps exactly three
     assert _kept([0.0] * 5, top_k=1, min_tokens_to_keep=3) == [0, 1, 2]
     assert _kept([0.0, 1.0, 2.0, 3.0, 4.0], top_k=1, min_tokens_to_keep=3) == [2, 3, 4]
 
 
 def test_hf_top_k_ties():  # T7
-    # HF keeps every tie at the k-th value, all five; exactly k here, ties by id
+    # HF keeps every token that ties with the k-th, here all five; this package keeps exactly k
     assert _kept([1.0] * 5, top_k=2) == [0, 1]
     assert _kept([1.0, 3.0, 1.0, 3.0, 1.0], top_k=3) == [0, 1, 3]
 
@@ -330,7 +331,7 @@ def test_hf_min_p_min_tokens_to_keep():  # T12
         (0.24, [0, 1, 2, 3]),
         (0.26, [1, 2, 3]),
         (0.49, [1, 2, 3]),
-        (0.5, [1, 2, 3]),  # HF keeps two, a rounding of its softmax: 0.2 is not below 0.5 * 0.4
+        (0.5, [1, 2, 3]),  # 0.2 is not below 0.5 * 0.4; HF keeps two, because its softmax rounds
         (0.51, [2, 3]),
         (0.74, [2, 3]),
         (0.76, [3]),
@@ -412,7 +413,7 @@ def test_llama_cpp_top_p(top_p, expected):  # T31
         (0.51, [0, 0, 0.428571, 0.571429]),
         (0.74, [0, 0, 0.428571, 0.571429]),
         (0.76, [0, 0, 0, 1]),
-        (1.0, [0, 0, 0, 1]),  # llama.cpp also takes 1.05, refused here
+        (1.0, [0, 0, 0, 1]),  # llama.cpp also accepts 1.05, which is refused here
     ],
 )
 def test_llama_cpp_min_p(min_p, expected):  # T32
@@ -444,19 +445,19 @@ def test_llama_cpp_repetition_penalty(last, expected):
     ids=["one", "three", "counted"],
 )
 def test_llama_cpp_frequency_and_presence_penalty(last, expected):
-    """llama.cpp takes 5 and 5, beyond [-2, 2]: as 2 and 2 at a temperature of 2 / 5."""
+    """llama.cpp's penalties of 5 are beyond [-2, 2]; 2 at a temperature of 2 / 5 is the same."""
     got = _probabilities(
         _logs([0.2] * 5), output=last, frequency_penalty=2, presence_penalty=2, temperature=0.4
     )
     assert got == _close(expected)
-    # llama.cpp counts its whole window, prompt included; only the output counts here
+    # llama.cpp counts its whole window with the prompt; this package counts the output only
     as_prompt = _probabilities(
         _logs([0.2] * 5), prompt=last, frequency_penalty=2, presence_penalty=2, temperature=0.4
     )
     assert as_prompt == _close([0.2] * 5)
 
 
-# Others
+# Tests of other samplers
 
 
 def test_mlx_lm_penalties_in_order():  # T57
@@ -478,9 +479,9 @@ def test_aphrodite_parameters_are_not_ours(field):  # T58
 
 
 def test_aphrodite_thresholds_as_min_p():  # T58
-    # top_a .5 on [2, 1, 0, -2] drops p < .5 * max^2, max = .657: a min_p of .328
+    # top_a .5 on [2, 1, 0, -2] drops p < .5 * max^2, with max = .657: as a min_p of .328 does
     assert _kept([2.0, 1.0, 0.0, -2.0], min_p=0.328) == [0, 1]
-    # nsigma .1 on [10, 9, 0, -1] drops what is .1 sigma = .502 below the best: a min_p of e^-.502
+    # nsigma .1 on [10, 9, 0, -1] drops logits .1 sigma = .502 below the best: a min_p of e^-.502
     assert _kept([10.0, 9.0, 0.0, -1.0], min_p=0.605) == [0]
 
 
@@ -492,16 +493,16 @@ def test_temperature():  # T59
 
 def test_the_order_of_the_filters():  # T60
     row = _logs([0.4, 0.3, 0.2, 0.1])
-    # top-p, then min-p, as HF; vLLM applies min-p first and keeps {0, 1}
+    # top-p comes before min-p, as in HF; vLLM applies min-p first and keeps {0, 1}
     assert _kept(row, top_p=0.75, min_p=0.3) == [0, 1, 2]
     assert _probabilities(row, top_p=0.75, min_p=0.3) == _close([0.444444, 0.333333, 0.222222, 0])
-    # top-k, then top-p of what is left; SGLang measures both on the full distribution: {0, 1}
+    # top-p measures what top-k left; SGLang measures the full distribution and keeps {0, 1}
     assert _kept(row, top_k=2, top_p=0.55) == [0]
     assert _kept(row, top_p=0.55) == [0, 1]
-    # temperature before min-p; llama.cpp has it last: {0, 1, 2}
+    # temperature comes before min-p; llama.cpp applies it last and keeps {0, 1, 2}
     assert _kept(row, temperature=0.5, min_p=0.3) == [0, 1]
     assert _probabilities(row, temperature=0.5, min_p=0.3) == _close([0.64, 0.36, 0, 0])
-    # temperature before top-p; last would keep {0, 1}
+    # temperature comes before top-p; after it, it would keep {0, 1}
     assert _kept([3.0, 2.0, 1.0], top_p=0.8, temperature=0.5) == [0]
     assert _kept([3.0, 2.0, 1.0], top_p=0.8) == [0, 1]
 
@@ -515,7 +516,7 @@ def test_repetition_before_frequency_and_presence():  # T61
         frequency_penalty=0.25,
         presence_penalty=0.5,
     )
-    # SGLang's overlap mode adds before it scales: [0, -.375, 0, -2.625]
+    # SGLang's overlap mode subtracts before it scales, which gives [0, -.375, 0, -2.625]
     assert got == _close([-0.333333, -0.416667, 0.0, -2.0])
 
 
@@ -523,7 +524,7 @@ def test_repetition_before_frequency_and_presence():  # T61
 
 
 def test_top_p_reaches_its_own_decimals():
-    """The 2^-20 that is taken from p: .5 + .3 reaches .8, whatever a logarithm's rounding."""
+    """Since 2^-20 is subtracted from p, .5 + .3 reaches .8 however the logarithms were rounded."""
     assert _kept(_logs([0.5, 0.3, 0.2]), top_p=0.8) == [0, 1]
     assert _kept(_logs([0.5, 0.3, 0.2]), top_p=0.8001) == [0, 1, 2]
     assert _kept([0.0] * 10, top_p=0.3) == [0, 1, 2]
@@ -531,11 +532,11 @@ def test_top_p_reaches_its_own_decimals():
 
 
 def test_top_p_of_a_full_row():
-    """A sum of 2^20 masses of 2^42 stays inside 63 bits, and so does its target."""
+    """The sum of 2^20 masses of 2^42 fits into 63 bits, and so does the target."""
     row = torch.zeros(1, 2**20)
     for top_p, kept in ((0.75, 3 * 2**18), (2.0**-10, 2**10)):
         filtered = filter_logits(row, SamplingParams(top_p=top_p), backend="torch")
-        # the margin of 2^-20 is one token of 2^20
+        # the 2^-20 that is subtracted from top_p is the share of one token
         assert (filtered[0] > -INF).nonzero().flatten().tolist() == list(range(kept - 1))
 
 
@@ -549,7 +550,7 @@ def test_bias_and_mask_come_before_the_penalties():
         logits, SamplingParams(logit_bias={0: 2.0, 1: 1.0}), history=None, allowed_mask=mask
     )
     x, nan = processed_logits(call)
-    # NaN and +inf under a cleared bit are not there any more
+    # NaN and +inf of masked tokens are replaced by -inf and not reported
     assert x.tolist() == [[-INF, 2.0, -INF, -1.0]]
     assert nan.tolist() == [False]
 
@@ -630,7 +631,7 @@ def _signed(bits):
 
 
 def _fl(value):
-    """One float32 rounding. A double holds + - * / of float32 closely enough to round once more."""
+    """Round to float32. For + - * / of float32 values in float64 this equals a single rounding."""
     try:
         return struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:
@@ -854,11 +855,11 @@ def test_all_steps_together(backend, shape):
         _check_against_oracle(backend, tuple(STEPS), seed, shape)
 
 
-# Masses typed by hand: with T = fl32(log2 e) the scale is 1, and a logit of -e has mass 2^(42 - e)
+# Rows of known mass: with T = fl32(log2 e) the scale is 1, so a logit of -e has mass 2^(42 - e)
 
 
 def _row_of_mass(first, total, vocab_size=64):
-    """A row whose best ``first`` tokens have mass 2^42 each and whose mass is ``total``."""
+    """Return a row of mass ``total`` whose best ``first`` tokens have mass 2^42 each."""
     rest = total - first * 2**42
     assert 0 <= rest < 2**42
     tail = [-float(e) for e in range(1, 43) if rest >> (42 - e) & 1]
@@ -875,10 +876,10 @@ def test_rows_of_mass():
 
 
 def test_top_p_target_to_the_last_unit(backend):
-    """One unit of mass, of some 2^42, decides whether the best tokens reach p.
+    """One unit of mass, of about 2^42, decides whether the best tokens reach the target.
 
-    ``first`` tokens of mass C reach the target while Z * P <= C * 2^31: the largest such Z and its
-    neighbours.
+    ``first`` tokens of total mass C reach it while Z * P <= C * 2^31. The rows have the largest
+    such Z and its neighbours.
     """
     rng = random.Random(3)
     cases = []
@@ -890,7 +891,7 @@ def test_top_p_target_to_the_last_unit(backend):
         for total in (largest - 1, largest, largest + 1, largest + 2):
             expected = first if total <= largest else first + 1
             cases.append((_row_of_mass(first, total), p, expected))
-    # the target is a whole number: p 2^31 - 2^11 = 2^30, and Z = 2 C
+    # here P = p * 2^31 - 2^11 = 2^30, so the target is exactly half of the mass
     cases += [(_row_of_mass(1, 2**43 - 1), 0.5 + 2.0**-20, 1)]
     cases += [([0.0] * 4 + [-INF] * 60, 0.5 + 2.0**-20, 2)]
     params = [SamplingParams(temperature=LOG2_E, top_p=p, seed=1) for _, p, _ in cases]
@@ -902,13 +903,13 @@ def test_top_p_target_to_the_last_unit(backend):
 
 
 def _exponents(total):
-    """Depths of tokens whose masses sum up to ``total``: as many of 2^42 as fit, then each bit."""
+    """Return depths whose masses add up to ``total``: 2^42 as often as it fits, then each bit."""
     rest = total % 2**42
     return [0] * (total // 2**42) + [e for e in range(1, 43) if rest >> (42 - e) & 1]
 
 
 def test_draw_to_the_last_unit(backend):
-    """A prefix of mass r itself does not exceed r: the next token with a mass is drawn."""
+    """If the tokens up to one have exactly mass r, the next token that has mass is drawn."""
     rows, seeds, expected = [], [], []
     total = 2**44
     for seed in range(100):
@@ -918,7 +919,7 @@ def test_draw_to_the_last_unit(backend):
             before, after = _exponents(prefix), _exponents(total - prefix)
             assert before
             assert after
-            # tokens of mass 0 on both sides of the border, kept but never drawn
+            # tokens of mass 0 on both sides of the boundary are kept but never drawn
             depths = [50, *before, 60, 50, *after, 55]
             rows.append([-float(depth) for depth in depths] + [-INF] * (100 - len(depths)))
             seeds.append(SamplingParams(temperature=LOG2_E, seed=seed))
@@ -928,7 +929,7 @@ def test_draw_to_the_last_unit(backend):
 
 
 def test_min_p_cut_to_the_last_bit(backend):
-    """A depth that is the cut is kept, the next float32 beyond it is not."""
+    """A token whose depth equals the cut is kept; one at the next float32 beyond is not."""
     for min_p in (0.9, 0.5, 0.3, 0.25, 0.1, 0.05, 1e-3, 1e-6):
         cut = torch.tensor(2.0**-18 - math.log2(_fl(min_p)), dtype=torch.float64).float()
         beyond = torch.nextafter(cut, torch.tensor(INF))

@@ -1,9 +1,9 @@
-"""What each entry point says to what it cannot honour, in exact words, and what is left.
+"""Does each entry point refuse invalid arguments with the exact message, and change nothing?
 
-A row is a call and its message: the argument, the rule, the value. Parameters are in
-test_params.py, the arguments of sample and filter_logits in test_edges.py, a Sampler's in
-test_sampler.py, the command's in test_cli.py, the processors' in test_huggingface.py; here is
-everything else that a user can pass, and what every refusal has in common.
+Each table has rows of a call and its message, which names the argument, the rule and the value.
+Parameters are tested in test_params.py, the arguments of sample and filter_logits in test_edges.py,
+those of a Sampler in test_sampler.py, of the command in test_cli.py, and of the processors in
+test_huggingface.py. This file tests all other arguments, and what all refusals have in common.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMES = ", ".join(map(repr, ("auto", *BACKENDS)))
 
 
 def named(cases: list[tuple[Any, str]]) -> Any:
-    """For parametrize; each case by its message."""
+    """Parametrize a test by (call, message), with the message as the test's id."""
     return pytest.mark.parametrize(
         ("call", "message"), cases, ids=[re.sub(r"[^\w.]+", "-", m)[:70] for _, m in cases]
     )
@@ -42,7 +42,7 @@ def refuses(call: Any, message: str) -> None:
 
 
 def parts(**changed: Any) -> dict[str, Any]:
-    """What a TokenHistory of two rows is made of."""
+    """Return the arguments of a TokenHistory of two rows, with changes."""
     good = {
         "seen": torch.zeros(2, 2, dtype=torch.int32),
         "counts": torch.zeros(2, V, dtype=torch.int32),
@@ -181,7 +181,7 @@ BATCHES += [
 
 @pytest.mark.parametrize(("changed", "message"), BATCHES, ids=[m[:50] for _, m in BATCHES])
 def test_a_batch_made_by_hand(changed: dict[str, Any], message: str) -> None:
-    """It goes to kernels that trust it, so it is looked at when it is used."""
+    """A changed batch is refused when it is used, because kernels do not check it."""
     batch = replace(PACKED, **changed)
     refuses(lambda: sample(torch.zeros(2, V), batch), message)
     refuses(lambda: filter_logits(torch.zeros(2, V), batch), message)
@@ -189,7 +189,7 @@ def test_a_batch_made_by_hand(changed: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("entries", [-1, 3, 2**40])
 def test_bias_entries_that_there_are_not(entries: int) -> None:
-    """What the offsets say must be there: kernels read it."""
+    """Offsets that do not match the entries are refused: kernels would read outside the array."""
     offsets = torch.tensor([0, 1, entries])
     batch = replace(PACKED, logit_bias_offsets=offsets)
     message = f"logit_bias_offsets must be ascending from 0 to 2, got {offsets.tolist()}"
@@ -204,7 +204,7 @@ def model(input_ids: torch.Tensor, cache: Any) -> torch.Tensor:
 
 
 def generating(**changed: Any) -> Any:
-    """A call of generate_stream, with everything good but what is changed."""
+    """Return a call of generate_stream with valid arguments and the given changes."""
     options = {"model": model, "prompts": [[1, 2]], "params": PLAIN, "vocab_size": V} | changed
     return lambda: generate_stream(**options)
 
@@ -284,7 +284,7 @@ GENERATED = [
 
 @named(GENERATED)
 def test_generation(call: Any, message: str) -> None:
-    """Refused by the call itself, not when the first token is asked for."""
+    """The call itself refuses, before the first token is requested."""
     refuses(call, message)
 
 
@@ -363,7 +363,7 @@ def test_stop_strings(call: Any, message: str) -> None:
 
 
 def refusals(logits: torch.Tensor, backend: str) -> list[tuple[type, str]]:
-    """What a backend says to each of some calls that none can honour."""
+    """Return the type and message of a backend's error for each of several invalid calls."""
     sampler = Sampler([PLAIN] * 3, vocab_size=V, backend=backend)
     said = []
     for call in (
@@ -383,7 +383,7 @@ def refusals(logits: torch.Tensor, backend: str) -> list[tuple[type, str]]:
 
 @pytest.mark.parametrize("backend", OTHER_BACKENDS, indirect=True)
 def test_every_backend_uses_the_same_words(backend: str) -> None:
-    """Bad logits, rows that are not there, missing histories: from whichever backend was asked."""
+    """Bad logits, missing rows and missing histories give the same message on every backend."""
     logits = torch.zeros(3, V)
     logits[1] = -torch.inf
     logits[2, 5] = torch.nan
@@ -391,7 +391,7 @@ def test_every_backend_uses_the_same_words(backend: str) -> None:
 
 
 def test_a_refusal_leaves_what_was_given(backend: str) -> None:
-    """Logits, mask, history, packed parameters and their positions: the caller's, as they were."""
+    """A refused call leaves logits, mask, history, packed parameters and positions unchanged."""
     params = [SamplingParams(repetition_penalty=1.5, seed=1)] * 2
     logits = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
     logits[1, 7] = torch.nan

@@ -1,4 +1,4 @@
-"""Is a Sampler the plain loop over sample(), whatever happens to its rows between steps?"""
+"""Does a Sampler equal a loop over sample(), whatever happens to its rows between steps?"""
 
 import random
 import re
@@ -34,7 +34,7 @@ def _history(prompts=PROMPTS, outputs=OUTPUTS):
 
 
 def _state(history):
-    """Everything of a history that rows can see."""
+    """Return the state of each row of a history, whichever slot holds it."""
     slots = history.slots.long()
     return (
         history.seen[slots].tolist(),
@@ -44,7 +44,7 @@ def _state(history):
 
 
 def _loop(params, steps, history, position, backend, **options):
-    """Sample, append, advance: what a Sampler stands for."""
+    """Sample, append and advance in a loop, which a Sampler must equal."""
     tokens = []
     for logits in steps:
         output = sample(
@@ -169,7 +169,7 @@ def test_several_draws(backend, num_samples):
 
 
 def test_several_draws_with_a_history_for_the_positions(backend):
-    """No penalty is on, so the history is not advanced by several draws; the positions are."""
+    """With several draws the positions advance, but the history does not, as no penalty is on."""
     history = _history(PROMPTS[:3], OUTPUTS[:3])
     before = _state(history)
     sampler = Sampler(PLAIN, vocab_size=V, history=history, num_samples=2, backend=backend)
@@ -210,7 +210,7 @@ def test_a_new_dtype_at_any_step(backend):
 
 
 def test_a_stable_buffer_that_is_overwritten(backend):
-    """The same memory at each step, as a model's static output, and results that stay."""
+    """Logits may use the same memory at each step; earlier results must not change with it."""
     steps = _logits(8)
     expected, _ = _loop(PARAMS, steps, _history(), torch.tensor([2, 0, 1, 3, 0]), backend)
     sampler = Sampler(PARAMS, vocab_size=V, history=_history(), backend=backend)
@@ -304,7 +304,7 @@ def test_check_can_be_off(backend):
 
 
 class _Request:
-    """A request of its own: parameters, ids and a logits row for each of its steps."""
+    """A request with its parameters, its ids and a row of logits for each of its steps."""
 
     def __init__(self, number):
         rng = random.Random(number)
@@ -326,7 +326,7 @@ class _Request:
         return self.logits[len(self.tokens)]
 
     def alone(self, backend):
-        """The tokens that it gets with nobody beside it."""
+        """Return the tokens that the request gets in a batch of its own."""
         history = TokenHistory.from_ids([self.prompt], [self.output], V)
         position = sum(0 <= token < V for token in self.output)
         tokens = []
@@ -390,7 +390,7 @@ def test_rows_come_go_and_move(backend, seed, given):
 
 
 def test_positions_of_added_rows(backend):
-    """A penalty or none, a history or none: the position is the number of valid output ids."""
+    """An added row's position is its number of valid output ids, with or without a history."""
     sampler = Sampler(PLAIN[:1], vocab_size=V, backend=backend)
     sampler(torch.zeros(1, V))
     sampler.add(PLAIN[1], output_ids=[1, 2, -1, V, 3])
@@ -477,7 +477,7 @@ def test_a_refused_change_changes_nothing(backend, change, message):
 @pytest.mark.parametrize("penalty", [None, 1.2], ids=["plain", "penalty"])
 @pytest.mark.parametrize("ids", ["prompt_ids", "output_ids"])
 def test_bad_ids_of_an_added_row(backend, ids, penalty):
-    """Refused alike whether a history is kept or not, and nothing is left behind."""
+    """Bad ids are refused alike with or without a penalty, and leave the Sampler unchanged."""
     steps = _logits(16, rows=3, steps=3)
     expected, _ = _loop(PLAIN, steps, None, torch.zeros(3, dtype=torch.int64), backend)
     sampler = Sampler(PLAIN, vocab_size=V, backend=backend)
@@ -488,11 +488,11 @@ def test_bad_ids_of_an_added_row(backend, ids, penalty):
         assert sampler(logits).tokens.tolist() == expected[step]
 
 
-# The history belongs to the user as well
+# The user may change the history that the Sampler uses
 
 
 def _shared(backend, steps=3):
-    """A Sampler that has run for some steps, and its history."""
+    """Return a Sampler that has run for some steps, and its history."""
     history = _history()
     sampler = Sampler(PARAMS, vocab_size=V, history=history, backend=backend)
     for logits in _logits(17, steps=steps):
@@ -501,7 +501,7 @@ def _shared(backend, steps=3):
 
 
 def _expect(sampler, history, logits, backend):
-    """What sample() says for the history as it reads now."""
+    """Return the tokens of sample() for the current state of the history."""
     return sample(
         logits,
         sampler.params,
@@ -574,7 +574,7 @@ def test_a_shared_history_of_another_length(backend, change, rows):
     ids=["add", "remove", "reorder"],
 )
 def test_changing_rows_after_the_shared_history_changed(backend, change):
-    """A Sampler whose history has other rows refuses to guess which is whose."""
+    """If the shared history has another number of rows, a change of the Sampler's rows raises."""
     sampler, history = _shared(backend)
     history.select([0, 1])
     before = _state(history)

@@ -1,7 +1,8 @@
-"""Does a TokenHistory, and a Sampler, stay what it should be under any order of calls?
+"""Do a TokenHistory and a Sampler stay right under any order of calls?
 
-Hypothesis makes up the calls, good and bad ones; beside them goes a model in plain Python, lists of
-ids per request, from which everything is worked out anew. After a refused call nothing has changed.
+Hypothesis generates valid and invalid calls. A model in plain Python, lists of ids per request,
+follows them, and after each call the state is compared with the model's. A refused call must change
+nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from llm_sampling.backends import base
 from llm_sampling.backends.base import Logprobs, SampleCall
 from llm_sampling.history import selection
 
-#: The same runs every time; -m slow makes up others.
+#: These runs are the same every time; the slow tests generate others.
 some_runs = settings(
     max_examples=100,
     stateful_step_count=30,
@@ -53,24 +54,24 @@ some_runs = settings(
 )
 other_runs = settings(some_runs, max_examples=3000, derandomize=False)
 
-#: Ends of words and of vocabularies; some are padding.
+#: Ids at the ends of mask words and of vocabularies; some are padding.
 some_ids = st.sampled_from((-2, -1, 0, 1, 30, 31, 32, 33, 63, 64, 69, 70, 75))
 ids = st.lists(some_ids, max_size=6)
 vocab_sizes = st.sampled_from((70, 33, 32, 31, 1))
 
 
 def as_int64(value: int) -> int:
-    """What 64 bits hold of a counter."""
+    """Return a counter as the int64 that holds its low 64 bits."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 @dataclass
 class Request:
-    """What a row is, by its whole past."""
+    """The model of one row: its parameters and its whole past."""
 
     prompt: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
-    #: The length of an output before that one, which nobody knows any more.
+    #: How many tokens came before ``output``; only their number is known.
     before: int = 0
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
@@ -78,12 +79,12 @@ class Request:
 
 
 def inside(tokens: list[int], vocab_size: int) -> list[int]:
-    """Those that are not padding."""
+    """Return the tokens that are not padding."""
     return [i for i in tokens if 0 <= i < vocab_size]
 
 
 def assert_history(history: TokenHistory, requests: list[Request]) -> None:
-    """Every row's bits, counts and length are those of its ids."""
+    """Assert that every row's bits, counts and length are those of its ids."""
     v = history.vocab_size
     assert history.rows == len(requests)
     slots = history.slots.tolist()
@@ -100,7 +101,7 @@ def assert_history(history: TokenHistory, requests: list[Request]) -> None:
 
 # ---- A history -----------------------------------------------------------------------------------
 
-#: Each with what the message says.
+#: Invalid calls by name, each with a pattern of its error message.
 REFUSED_BY_A_HISTORY: dict[str, tuple[Callable[[TokenHistory], object], str]] = {
     "floats": (lambda h: h.append(torch.zeros(h.rows)), "tokens must be int64 or int32"),
     "more tokens": (
@@ -118,7 +119,7 @@ REFUSED_BY_A_HISTORY: dict[str, tuple[Callable[[TokenHistory], object], str]] = 
 
 
 class Histories(RuleBasedStateMachine):
-    """A TokenHistory through its own methods."""
+    """Calls of a TokenHistory's methods, followed by a model."""
 
     @initialize(v=vocab_sizes, given=st.lists(st.tuples(ids, ids), max_size=4))
     def begin(self, v: int, given: list[tuple[list[int], list[int]]]) -> None:
@@ -150,7 +151,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(keep=st.booleans())
     def clone(self, keep: bool) -> None:
-        """One goes on, and what happens to the other is not seen."""
+        """Go on with the original or the clone; changes of the other must not show."""
         other = self.history.clone()
         if keep:
             self.history, other = other, self.history
@@ -189,7 +190,7 @@ def without_penalties(some: SamplingParams) -> SamplingParams:
     return replace(some, repetition_penalty=1, frequency_penalty=0, presence_penalty=0)
 
 
-#: How the logits lie in memory.
+#: Memory layouts of the logits.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.t().contiguous().t(),
@@ -224,7 +225,7 @@ REFUSED_BY_A_SAMPLER: dict[str, tuple[Callable[[Sampler], object], str]] = {
 
 
 class Decoding(RuleBasedStateMachine):
-    """A Sampler. By the reference, each row is what it is alone, from its whole past."""
+    """Calls of a Sampler; each row must get what the reference gives it alone for its past."""
 
     backend = "torch"
 
@@ -278,7 +279,7 @@ class Decoding(RuleBasedStateMachine):
         )
 
     def seeds(self, some: list[SamplingParams], torch_seed: int) -> list[int]:
-        """Those that rows get when torch's generator stands at this seed, which is set."""
+        """Return the seeds that rows get at this generator seed, and set the generator to it."""
         torch.default_generator.manual_seed(torch_seed)
         seeds: list[int] = BatchParams.from_list(some).seeded().seed.tolist()
         torch.default_generator.manual_seed(torch_seed)
@@ -292,7 +293,7 @@ class Decoding(RuleBasedStateMachine):
                 self.sampler.add(p, **given)
             return
         if self.sampler.history is None and p.needs_history:
-            for request in self.requests:  # none has a penalty: what they produced is not kept
+            for request in self.requests:  # the Sampler kept no ids, as no row had a penalty
                 request.prompt, request.output = [], []
         (seed,) = self.seeds([p], torch_seed)
         assert self.sampler.add(p, **given) == len(self.requests)
@@ -322,7 +323,7 @@ class Decoding(RuleBasedStateMachine):
     def steps(
         self, seeds: list[int], dtype: torch.dtype, masked: bool, layout: str, bad: float
     ) -> None:
-        """The first with a bad row, perhaps."""
+        """Take one to four steps, of which the first may have a bad row."""
         for seed in seeds:
             self.step(seed, dtype, masked, layout, bad)
             bad = 0.0
@@ -332,7 +333,7 @@ class Decoding(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(rows, self.v, generator=generator)
         if bad != 0 and rows:
-            # token 0 is always allowed, so it is seen
+            # the mask always allows token 0, so its value is reported
             logits[seed % rows, slice(None) if bad == -math.inf else 0] = bad
         logits, mask = LAYOUTS[layout](logits.to(dtype)), None
         if masked:
@@ -340,7 +341,7 @@ class Decoding(RuleBasedStateMachine):
             mask = (words | 1).to(torch.int32)
         wanted = [self.alone(row, logits, mask) for row in range(rows)]
         statuses = [int(one.status) for one in wanted]
-        if self.check and any(statuses):  # then no row advances
+        if self.check and any(statuses):  # the call raises and no row advances
             with pytest.raises(InvalidLogitsError) as error:
                 self.sampler(logits, allowed_mask=mask)
             assert error.value.rows == [row for row, status in enumerate(statuses) if status]
@@ -381,7 +382,7 @@ class Decoding(RuleBasedStateMachine):
         with pytest.raises(ValueError, match=message):
             call(self.sampler)
 
-    # What its owner does to the history that the Sampler uses
+    # The user changes the history that the Sampler uses
 
     @precondition(lambda self: self.sampler.history is not None)
     @rule(data=st.data())
@@ -396,7 +397,7 @@ class Decoding(RuleBasedStateMachine):
     @precondition(lambda self: self.sampler.history is not None)
     @rule(data=st.data())
     def the_owner_reorders(self, data: st.DataObject) -> None:
-        """The pasts only: parameters, seeds and positions stay where they are."""
+        """Only the pasts are reordered; parameters, seeds and positions stay in their rows."""
         assert self.sampler.history is not None
         order = data.draw(st.permutations(range(len(self.requests))))
         self.sampler.history.select(order)
@@ -407,7 +408,7 @@ class Decoding(RuleBasedStateMachine):
     @precondition(lambda self: self.sampler.history is not None)
     @rule(prompt=ids, output=ids)
     def the_owner_adds(self, prompt: list[int], output: list[int]) -> None:
-        """Until the row is gone again, nothing works; then it all does, in other memory perhaps."""
+        """An extra row makes every call raise until it is removed; the memory may then be new."""
         assert self.sampler.history is not None
         rows = range(len(self.requests))
         self.sampler.history.add(prompt, output)
@@ -431,7 +432,7 @@ class Decoding(RuleBasedStateMachine):
 
 
 def run(machine: type[RuleBasedStateMachine], how: settings) -> None:
-    """On one thread: small operations on more wait for each other where cores are busy."""
+    """Run on one thread, because small operations are slow on several when cores are busy."""
     with threads(1):
         run_state_machine_as_test(machine, settings=how)
 
@@ -458,7 +459,7 @@ def test_a_sampler_is_its_requests(backend: str) -> None:
 
 @pytest.mark.slow
 def test_a_history_under_other_calls() -> None:
-    """``pytest -m slow tests/sampling/test_stateful.py``: new calls every time."""
+    """New calls every time: ``pytest -m slow tests/sampling/test_stateful.py``."""
     run(Histories, other_runs)
 
 
@@ -468,7 +469,7 @@ def test_a_sampler_under_other_calls(backend: str) -> None:
     run(decoding(backend), other_runs)
 
 
-# ---- Negative controls: the very same runs must refuse these -------------------------------------
+# ---- Negative controls: the same runs must detect each of these faults ---------------------------
 
 TORCH = backends.BACKENDS["torch"].load()
 RIGHT_APPEND, RIGHT_FILL, RIGHT_GROW = TokenHistory.append, TokenHistory._fill, TokenHistory._grow
@@ -477,40 +478,42 @@ RIGHT_SAMPLE, RIGHT_PREPARE = TORCH.sample, TORCH.prepare
 
 
 def append_by_row(self: TokenHistory, tokens: Tensor) -> None:
-    """A slot that is not its row's number is forgotten."""
+    """Broken: ``append`` takes row i's slot to be i and ignores the slot mapping."""
     slots, self.slots = self.slots, torch.arange(self.rows, dtype=torch.int32)
     RIGHT_APPEND(self, tokens)
     self.slots = slots
 
 
 def append_padding(self: TokenHistory, tokens: Tensor) -> None:
-    """-1 is token 0."""
+    """Broken: ``append`` counts -1, which is padding, as token 0."""
     RIGHT_APPEND(self, tokens.clamp(min=0))
 
 
 def select_sorted(self: TokenHistory, rows: list[int]) -> None:
+    """Broken: ``select`` keeps the rows in their old order."""
     self.slots = self.slots[selection(rows, self.rows).sort().values]
 
 
 def fill_over_old_bits(self: TokenHistory, slot: int, prompt: Any, output: Any) -> None:
-    """A slot that is used again still has what its last request saw."""
+    """Broken: a slot that is used again keeps the seen bits of its last request."""
     old = self.seen[slot].clone()
     RIGHT_FILL(self, slot, prompt, output)
     self.seen[slot] |= old
 
 
 def grow_without_lengths(self: TokenHistory) -> None:
+    """Broken: growing a history resets all lengths to 0."""
     RIGHT_GROW(self)
     self.lengths.zero_()
 
 
 def same_tensors(self: TokenHistory) -> TokenHistory:
-    """What is no clone."""
+    """Broken: a clone shares its tensors with the original."""
     return self._map(lambda tensor: tensor)
 
 
 def add_without_a_position(self: Sampler, params: SamplingParams, **given: Any) -> int:
-    """A row that joins starts at position 0."""
+    """Broken: an added row starts at position 0, whatever its output."""
     row = RIGHT_ADD(self, params, **given)
     assert self._batch.position is not None
     self._batch.position[-1] = 0
@@ -518,18 +521,19 @@ def add_without_a_position(self: Sampler, params: SamplingParams, **given: Any) 
 
 
 def rebuild_with_sorted_seeds(self: Sampler, params: Any, seed: Tensor, *rest: Any) -> None:
+    """Broken: a change of rows sorts the seeds, so that rows get each other's."""
     RIGHT_REBUILD(self, params, seed.sort().values, *rest)
 
 
 def rebuild_with_old_step(self: Sampler, *rows: Any) -> None:
-    """What was prepared for the old rows goes on, where there are as many."""
+    """Broken: after a change of rows the step that was prepared for the old rows is used on."""
     step = self._step
     RIGHT_REBUILD(self, *rows)
     self._step = step
 
 
 def rebuild_without_slots(self: Sampler, *rows: Any) -> None:
-    """The history keeps its old order."""
+    """Broken: the history keeps its old order when the rows are reordered."""
     *rest, history, slots = rows
     if history is not None and len(slots) == history.rows:
         slots = history.slots
@@ -537,7 +541,7 @@ def rebuild_without_slots(self: Sampler, *rows: Any) -> None:
 
 
 def sample_then_check(call: SampleCall) -> SampleOutput:
-    """The rows have advanced before the error."""
+    """Broken: the rows advance before the check raises."""
     output = RIGHT_SAMPLE(replace(call, check=False))
     if call.check:
         base.raise_on_status(output.status)
@@ -545,13 +549,13 @@ def sample_then_check(call: SampleCall) -> SampleOutput:
 
 
 def prepare_for_good(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
-    """A step does not see that the history's tensors are others by now."""
+    """Broken: a prepared step does not notice that the history has new tensors."""
     history = None if call.history is None else same_tensors(call.history)
     return RIGHT_PREPARE(replace(call, history=history))
 
 
 def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
-    """Also one without a candidate."""
+    """Broken: the position of a row without a candidate advances too."""
     assert call.batch.position is not None
     call.batch.position.add_(1)
     if call.history is not None:

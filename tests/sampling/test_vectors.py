@@ -1,6 +1,7 @@
-"""Does every backend give the answers that a separate program worked out?
+"""Does every backend give the answers that an independent program computed?
 
-tests/sampling/vectors.json holds them: Python integers and numpy float32, four draws a row.
+tests/sampling/vectors.json holds them, with four draws for each row. The program that computed them
+uses Python integers and numpy float32 only.
 """
 
 from itertools import groupby
@@ -15,7 +16,7 @@ VECTORS = vectors.load()
 
 
 def _order(filtered):
-    """The kept ids of a row, larger logit first and equal ones by id."""
+    """Return the kept ids of a row in order: larger logit first, equal logits by id."""
     order = torch.sort(filtered, descending=True, stable=True).indices
     return order[: int((filtered > -torch.inf).sum())].tolist()
 
@@ -35,7 +36,7 @@ def test_the_loaders_random_bits():
 
 @pytest.mark.parametrize("case", VECTORS, ids=[v.name for v in VECTORS])
 def test_case(backend, case):
-    """Tokens, status, kept set, order and logprobs; and one draw, which is the first of four."""
+    """All results agree with the file, and a call for one draw gives the first of the four."""
     history, options = case.history(), {"positions": [case.position], "check": False}
     output = sample(
         case.logits,
@@ -64,7 +65,7 @@ def test_case(backend, case):
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 7, 64, 1000, 4097])
 def test_all_rows_in_one_batch(backend, vocab_size):
-    """The same rows side by side, every one with its own parameters, history, seed and position."""
+    """The same rows in one batch, each with its own parameters, history, seed and position."""
     cases = [v for v in VECTORS if v.vocab_size == vocab_size]
     assert len(cases) == 56
     batch = BatchParams.from_list([v.params for v in cases], positions=[v.position for v in cases])
@@ -81,7 +82,7 @@ def test_all_rows_in_one_batch(backend, vocab_size):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_half_precision(backend, dtype):
-    """The logits of shape "ties" are exact in every dtype, so their answers are the same."""
+    """The logits of shape "ties" are exact in every dtype, so the answers must be the same."""
     cases = [v for v in VECTORS if "ties" in v.name]
     assert len(cases) == 84
     for vocab_size, group in groupby(cases, key=lambda v: v.vocab_size):

@@ -1,7 +1,7 @@
-"""Loads vectors.json: rows of logits, parameters and history with another program's answers.
+"""Load vectors.json: rows with parameters and history, and the answers of an independent program.
 
-The logits are not in the file: each follows from the case's key by the recipe in :func:`logits_of`.
-Nothing here uses the package's own arithmetic.
+The file does not hold the logits: :func:`logits_of` makes them from the key of each case. Nothing
+here uses the package's own arithmetic.
 """
 
 import json
@@ -22,9 +22,9 @@ _LOW32 = np.uint64(0xFFFFFFFF)
 class Vector(NamedTuple):
     """One case.
 
-    ``logits`` is ``(1, vocab_size)``; ``kept`` is the kept set's size, ``first_kept`` its first
-    eight ids in order; ``logprobs``, of the processed distribution, holds None where the token
-    is -1.
+    ``logits`` is ``(1, vocab_size)``. ``kept`` is the size of the kept set, and ``first_kept`` has
+    its first eight ids in order. ``logprobs`` are those of the processed distribution, None where
+    the token is -1.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Vector(NamedTuple):
 
 
 def philox(key: int, counters: int) -> np.ndarray:
-    """Philox4x32-10 of counter words (i, 0, 0, 0), i < ``counters``: uint64 ``(counters, 4)``."""
+    """Return Philox4x32-10 of (i, 0, 0, 0) for i < ``counters``: uint64 ``(counters, 4)``."""
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     c0 = np.arange(counters, dtype=np.uint64)
     c1, c2, c3 = (np.zeros(counters, dtype=np.uint64) for _ in range(3))
@@ -65,7 +65,7 @@ def philox(key: int, counters: int) -> np.ndarray:
 
 
 def logits_of(shape: str, key: int, vocab_size: int) -> Tensor:
-    """Logit j from word j % 4 of counter j // 4; every value is exact in float32."""
+    """Make logit j from word j % 4 of counter j // 4. Every value is exact in float32."""
     a = philox(key, -(-vocab_size // 4)).reshape(-1)[:vocab_size].astype(np.int64)
     uniform = ((a & 0xFFFF) - 0x8000) / 2048
     high = a >> 16
@@ -90,6 +90,6 @@ def _vector(index: int, row: dict[str, Any]) -> Vector:
 
 @cache
 def load() -> list[Vector]:
-    """All cases of the file, in its order."""
+    """Return all cases in the order of the file."""
     rows = json.loads(_PATH.read_text(encoding="utf-8"))
     return [_vector(index, row) for index, row in enumerate(rows)]
