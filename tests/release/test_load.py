@@ -397,6 +397,9 @@ def make_threads() -> Work:
         worker = threading.Thread(target=sample, args=(logits, SamplingParams(top_p=0.9, seed=1)))
         worker.start()
         worker.join()
+        # A thread frees its working memory after join() has returned.
+        while Path(f"/proc/self/task/{worker.native_id}").exists():
+            time.sleep(0)
 
     return call
 
