@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import torch
 from benchmarks.cases import CASES
 from benchmarks.inputs import make_buffers, make_inputs
 from benchmarks.providers import AMAX, PROVIDERS, SOFTMAX, Task, sampler_of
-from benchmarks.timing import ROOT, environment
+from benchmarks.timing import ROOT, command_line, environment, write_result
 
 VOCAB_SIZE = 128256
 LANES = 8
@@ -167,13 +166,11 @@ def main(argv: Sequence[str]) -> int:
         count()
         return 0
     lines = run()
-    command = shlex.join(["python", "-m", "benchmarks.cpu_cost", *argv])
+    command = command_line("cpu_cost", argv)
     text = f"`{command}`, V = {VOCAB_SIZE:,}, one row, float32\n\n{table(lines)}"
     print(text)
-    if options.json is not None:
-        report = {"command": command, "environment": environment(argv), "lines": lines}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        options.json.with_suffix(".md").write_text(text, encoding="utf-8")
+    report = {"command": command, "environment": environment(argv), "lines": lines}
+    write_result(options.json, report, text)
     return 0
 
 

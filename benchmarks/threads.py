@@ -14,8 +14,6 @@ after
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -28,7 +26,7 @@ import torch
 from benchmarks.cases import CASES
 from benchmarks.inputs import make_buffers, make_inputs
 from benchmarks.providers import PROVIDERS, Task, sampler_of
-from benchmarks.timing import environment, progress
+from benchmarks.timing import command_line, environment, progress, write_result
 
 VOCAB_SIZE = 128256
 SHOWN = {
@@ -118,16 +116,11 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--calls must be an integer >= 1, got {options.calls}")
     record = environment(argv)
     lines = run(options.threads, options.calls)
-    command = shlex.join(["python", "-m", "benchmarks.threads", *argv])
+    command = command_line("threads", argv)
     print(f"`{command}`, {record['cpu']}, {record['date']}, V = {VOCAB_SIZE:,}, one row\n")
     print(table(lines, options.threads))
-    if options.json is not None:
-        report = {
-            "command": command,
-            "environment": record | {"threads": options.threads},
-            "lines": lines,
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record |= {"threads": options.threads}
+    write_result(options.json, {"command": command, "environment": record, "lines": lines})
     return 0
 
 
