@@ -24,7 +24,7 @@ from llm_sampling import BatchParams, Sampler, SamplingParams, sample
 from llm_sampling.backends import cpu
 from llm_sampling.backends.base import make_results
 from llm_sampling.backends.c_abi import make_args, set_results
-from llm_sampling.sample import make_call
+from llm_sampling.calls import make_call
 
 OURS = sampler_of("cpu")
 

@@ -57,7 +57,7 @@ from llm_sampling import SamplingParams, TokenHistory
 from llm_sampling.backends import triton as wrapper
 from llm_sampling.backends import triton_kernel
 from llm_sampling.backends.base import make_results
-from llm_sampling.sample import make_call
+from llm_sampling.calls import make_call
 
 SOURCE = Path(triton_kernel.__file__)
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)}

@@ -1,8 +1,8 @@
 // The C contract between a caller (Python's ctypes, or any other runtime) and the compiled backends.
 //
 // One struct describes a whole batch: pointers, element strides, sizes. Nothing here knows torch or
-// Python. Fields are only ever appended: a caller states the size of the struct that it was compiled
-// with, and fields past that size read as zero, which is "off" for every one of them.
+// Python. Within a version fields are only ever appended: a caller states the size of the struct that it
+// was compiled with, and fields past that size read as zero, which is "off" for every one of them.
 #ifndef LLM_SAMPLING_H_
 #define LLM_SAMPLING_H_
 
@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define LLM_SAMPLING_ABI_VERSION 1
+#define LLM_SAMPLING_ABI_VERSION 2
 #define LLM_SAMPLING_MAX_VOCAB_SIZE (1 << 20)
 
 // Values of LlmSamplingArgs.dtype.
@@ -50,7 +50,8 @@ enum {
   LLM_SAMPLING_BAD_STRIDE = 5,
   LLM_SAMPLING_MISALIGNED = 6,
   LLM_SAMPLING_BAD_PARAMETER = 7,
-  LLM_SAMPLING_OUT_OF_MEMORY = 8
+  LLM_SAMPLING_OUT_OF_MEMORY = 8,
+  LLM_SAMPLING_OVERLAP = 9
 };
 
 // Strides are in elements, from row to row; elements of a row are adjacent.
@@ -74,8 +75,7 @@ typedef struct LlmSamplingArgs {
   const float* temperature;
   const int32_t* top_k;
   const float* top_p;
-  const float* min_p;
-  const float* min_p_cut;  // fl32(2^-18 - log2(min_p)); read where min_p > 0
+  const float* min_p_cut;  // fl32(2^-18 - log2(min_p)); infinity where min-p is off
   const float* repetition_penalty;
   const float* frequency_penalty;
   const float* presence_penalty;
@@ -83,25 +83,27 @@ typedef struct LlmSamplingArgs {
   const int64_t* seed;
   int64_t* position;  // written where advance says so
 
-  // Sparse bias: row r owns entries [offsets[r], offsets[r + 1]); NULL offsets: no bias.
-  const int64_t* logit_bias_offsets;  // (rows + 1,)
-  const int32_t* logit_bias_ids;
-  const float* logit_bias_values;
+  // Sparse bias: row r owns entries [offsets[r], offsets[r + 1]); NULL offsets: no bias. A value is finite,
+  // or -infinity, which bans the token.
+  const int64_t* logit_bias_offsets;  // (rows + 1,), rising, each in 0 .. logit_bias_size
+  const int32_t* logit_bias_ids;      // (logit_bias_size,)
+  const float* logit_bias_values;     // (logit_bias_size,)
+  int64_t logit_bias_size;
 
   const int32_t* allowed_mask;  // (rows, ceil(vocab_size / 32)), bit set = allowed; NULL: all are
   int64_t allowed_mask_stride;
 
-  // Token history by slot; NULL seen: no penalties. slots[row] < num_slots; no two rows that have a
-  // penalty, or advance, share one.
+  // Token history by slot; NULL seen: no penalties. Where rows advance, no two share a slot.
   int32_t* seen;  // (num_slots, ceil(vocab_size / 32)): in prompt or output
   int64_t seen_stride;
   int32_t* counts;  // (num_slots, vocab_size): times in the output
   int64_t counts_stride;
   int64_t* lengths;      // (num_slots,): length of the output
-  const int32_t* slots;  // (rows,)
+  const int32_t* slots;  // (rows,), each in 0 .. num_slots - 1
   int64_t num_slots;
 
-  // Results. tokens and status go together; each of logprobs and filtered may be NULL.
+  // Results. tokens and status go together; each of logprobs and filtered may be NULL. What is written,
+  // results and state, overlaps nothing else.
   int64_t* tokens;  // (rows, num_samples), contiguous; -1 without candidates
   float* logprobs;  // (rows, num_samples), contiguous; NaN where the token is -1
   int32_t* status;  // (rows,)
@@ -118,7 +120,8 @@ void llm_sampling_cpu_forked(void);
 
 // The same on the current CUDA device, whose memory the pointers point to (the struct itself is the
 // host's): one launch on the stream, a cudaStream_t, and no wait for it. IF_ALL_VALID is a BAD_OPTION:
-// one block knows of one row. The values of rows (parameters, slots, bias ids in order) are not checked.
+// one block knows of one row. The values of rows (parameters, slots, biases, bias ids in order) are not
+// checked, but no value makes it read or write beyond the lengths that the struct states.
 // Codes from 1000 on are 1000 and CUDA's own.
 int32_t llm_sampling_cuda(const LlmSamplingArgs* args, void* stream);
 

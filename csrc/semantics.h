@@ -20,8 +20,8 @@ namespace llm_sampling {
 
 constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLowest =
-    -0x1.fffffep+127f;  // the lowest finite float: a lower one is no candidate
+// The lowest finite float. What is below it, -inf, is never drawn.
+constexpr float kLowest = -0x1.fffffep+127f;
 
 template <typename To, typename From>
 LLM_SAMPLING_FN To bit_cast(From from) {
@@ -43,6 +43,12 @@ LLM_SAMPLING_FN float widen_float16(uint16_t bits) {
   const uint32_t special = magnitude | 0x7f800000u;
   const uint32_t value = magnitude >= 0x0f800000u ? special : bit_cast<uint32_t>(finite);
   return bit_cast<float>(value | static_cast<uint32_t>(bits & 0x8000) << 16);
+}
+
+// 2 bias: -infinity bans a token whatever its logit is, NaN and +infinity included.
+LLM_SAMPLING_FN float biased(float x, float bias) {
+  const float sum = x + bias;
+  return bias == -kInfinity ? bias : sum;
 }
 
 // 3 repetition penalty
@@ -167,7 +173,7 @@ LLM_SAMPLING_FN int64_t top_p_target(int64_t z, float top_p) {
 // 13 min-p: the largest depth that a row's filters by depth keep; infinity if none is on. A further filter
 // by depth is one more term of a minimum here.
 LLM_SAMPLING_FN float depth_cut(const LlmSamplingArgs& args, int64_t row) {
-  return args.min_p[row] > 0.0f ? args.min_p_cut[row] : kInfinity;
+  return args.min_p_cut[row];
 }
 
 // 14 draw: Philox4x32-10 (Salmon et al., SC 2011). Key: seed; counter: position, draw, stream.

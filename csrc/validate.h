@@ -6,6 +6,8 @@
 #include <string.h>
 
 #include <algorithm>
+#include <memory>
+#include <new>
 
 #include "llm_sampling.h"
 #include "semantics.h"
@@ -15,7 +17,7 @@ namespace llm_sampling {
 // Copies the caller's struct, which may be that of an older version of this header: the fields that the
 // caller does not know become zero, which is "off".
 inline int32_t read_struct(const LlmSamplingArgs* args, LlmSamplingArgs& own) {
-  constexpr uint32_t kFirstSize = sizeof(LlmSamplingArgs);  // the size in version 1; never changes
+  constexpr uint32_t kFirstSize = sizeof(LlmSamplingArgs);  // the first size of version 2; never changes
   if (args == nullptr || args->version != LLM_SAMPLING_ABI_VERSION ||
       args->struct_size < kFirstSize || args->struct_size > sizeof(LlmSamplingArgs)) {
     return LLM_SAMPLING_BAD_STRUCT;
@@ -34,9 +36,9 @@ inline bool is_aligned(const T* pointer) {
 // is added here, and the range of its values in check_values.
 template <typename F>
 inline bool all_parameters(const LlmSamplingArgs& a, const F& holds) {
-  return holds(a.temperature) && holds(a.top_k) && holds(a.top_p) && holds(a.min_p) &&
-         holds(a.min_p_cut) && holds(a.repetition_penalty) && holds(a.frequency_penalty) &&
-         holds(a.presence_penalty) && holds(a.min_tokens_to_keep);
+  return holds(a.temperature) && holds(a.top_k) && holds(a.top_p) && holds(a.min_p_cut) &&
+         holds(a.repetition_penalty) && holds(a.frequency_penalty) && holds(a.presence_penalty) &&
+         holds(a.min_tokens_to_keep);
 }
 
 // Whether the size in bytes of `rows` rows of `width` elements, `stride` elements apart, fits an int64.
@@ -45,11 +47,96 @@ inline bool is_addressable(int64_t rows, int64_t stride, int64_t width) {
   return width <= kMost && (rows <= 1 || stride <= (kMost - width) / (rows - 1));
 }
 
+// The memory that a pointer of the struct points to: `rows` rows of `width` bytes, `stride` bytes apart.
+struct Region {
+  uintptr_t begin;
+  int64_t rows, width, stride;
+
+  uintptr_t end() const { return begin + static_cast<uintptr_t>((rows - 1) * stride + width); }
+};
+
+template <typename T>
+Region region(const T* pointer, int64_t rows, int64_t width, int64_t stride) {
+  constexpr int64_t kSize = sizeof(T);
+  const bool exists = pointer != nullptr && rows > 0 && width > 0;
+  return {
+      reinterpret_cast<uintptr_t>(pointer),
+      exists ? rows : 0,
+      exists ? width * kSize : 0,
+      exists && rows > 1 ? stride * kSize : 0
+  };
+}
+
+template <typename T>
+Region region(const T* pointer, int64_t size) {
+  return region(pointer, 1, size, size);
+}
+
+// Whether two regions share a byte. Rows that lie between each other's are told apart if they have the same
+// stride; otherwise regions overlap if the ranges of their addresses do.
+inline bool overlap(const Region& a, const Region& b) {
+  if (a.begin > b.begin) return overlap(b, a);
+  if (a.rows == 0 || b.rows == 0 || a.end() <= b.begin) return false;
+  if (a.stride != b.stride || a.stride < a.width || a.stride < b.width) return true;
+  const auto distance = static_cast<int64_t>((b.begin - a.begin) % static_cast<uintptr_t>(a.stride));
+  return distance < a.width || distance + b.width > a.stride;
+}
+
+// Whether memory that a call writes overlaps other memory of the call.
+inline bool has_overlap(const LlmSamplingArgs& a) {
+  const int64_t v = a.vocab_size;
+  const int64_t words = (v + 31) / 32;
+  const bool has_history = a.seen != nullptr;
+  const int64_t slots = has_history ? a.num_slots : 0;
+  const bool advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
+  const int64_t entries = a.logit_bias_offsets != nullptr ? a.logit_bias_size : 0;
+  const bool wants_logprobs = a.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE;
+  // What is written always, what is written where rows advance, what is only read.
+  const Region regions[] = {
+      region(a.tokens, a.tokens != nullptr ? a.rows * a.num_samples : 0),
+      region(a.status, a.tokens != nullptr ? a.rows : 0),
+      region(a.logprobs, wants_logprobs ? a.rows * a.num_samples : 0),
+      region(a.filtered, a.rows, v, a.filtered_stride),
+
+      region(a.position, a.rows),
+      region(a.seen, slots, words, a.seen_stride),
+      region(a.counts, slots, v, a.counts_stride),
+      region(a.lengths, slots),
+
+      a.dtype == LLM_SAMPLING_FLOAT32
+          ? region(static_cast<const float*>(a.logits), a.rows, v, a.logits_stride)
+          : region(static_cast<const uint16_t*>(a.logits), a.rows, v, a.logits_stride),
+      region(a.allowed_mask, a.rows, words, a.allowed_mask_stride),
+      region(a.temperature, a.rows),
+      region(a.top_k, a.rows),
+      region(a.top_p, a.rows),
+      region(a.min_p_cut, a.rows),
+      region(a.repetition_penalty, a.rows),
+      region(a.frequency_penalty, a.rows),
+      region(a.presence_penalty, a.rows),
+      region(a.min_tokens_to_keep, a.rows),
+      region(a.seed, a.rows),
+      region(a.logit_bias_offsets, a.rows + 1),
+      region(a.logit_bias_ids, entries),
+      region(a.logit_bias_values, entries),
+      region(a.slots, has_history ? a.rows : 0),
+  };
+  constexpr int kRegions = sizeof(regions) / sizeof(regions[0]);
+  const int written = advances ? 8 : 4;
+  for (int w = 0; w < written; ++w) {
+    for (int other = w + 1; other < kRegions; ++other) {
+      if (overlap(regions[w], regions[other])) return true;
+    }
+  }
+  return false;
+}
+
 // Checks everything that can be checked without following a pointer.
 inline int32_t check_struct(const LlmSamplingArgs& a) {
   if (a.rows < 0 || a.vocab_size < 1 || a.vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE ||
-      a.num_samples < 1 || a.num_threads < 1 ||
-      !is_addressable(a.rows, a.num_samples, a.num_samples)) {
+      a.num_samples < 1 || a.num_threads < 1 || a.logit_bias_size < 0 ||
+      !is_addressable(a.rows, a.num_samples, a.num_samples) ||
+      !is_addressable(1, a.logit_bias_size, a.logit_bias_size)) {
     return LLM_SAMPLING_BAD_SIZE;
   }
   if (a.dtype < LLM_SAMPLING_FLOAT32 || a.dtype > LLM_SAMPLING_BFLOAT16 ||
@@ -82,6 +169,10 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
         is_aligned(a.logprobs) && is_aligned(a.status) && is_aligned(a.filtered))) {
     return LLM_SAMPLING_MISALIGNED;
   }
+  if (a.logit_bias_offsets != nullptr && a.logit_bias_size > 0 &&
+      (a.logit_bias_ids == nullptr || a.logit_bias_values == nullptr)) {
+    return LLM_SAMPLING_NULL_POINTER;
+  }
   const int64_t words = (a.vocab_size + 31) / 32;
   // A stride of 0 repeats one row, which is allowed for inputs only.
   if (a.logits_stride < 0 || a.allowed_mask_stride < 0 ||
@@ -95,36 +186,56 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
     if (a.counts == nullptr || a.lengths == nullptr || a.slots == nullptr) {
       return LLM_SAMPLING_NULL_POINTER;
     }
+    if (a.num_slots < 1) return LLM_SAMPLING_BAD_SIZE;
     if (a.seen_stride < words || a.counts_stride < a.vocab_size ||
         !is_addressable(a.num_slots, a.seen_stride, words) ||
         !is_addressable(a.num_slots, a.counts_stride, a.vocab_size)) {
       return LLM_SAMPLING_BAD_STRIDE;
     }
   }
-  return LLM_SAMPLING_OK;
+  return has_overlap(a) ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
 }
 
-// Checks what the pointers of a struct that check_struct accepts point to: bias offsets, slots, and the
-// range of every parameter. It reads the arrays, so they must be in host memory.
-inline int32_t check_values(const LlmSamplingArgs& a) {
-  if (a.logit_bias_offsets != nullptr) {
-    const int64_t* offsets = a.logit_bias_offsets;
-    if (offsets[0] < 0 || !std::is_sorted(offsets, offsets + a.rows + 1))
-      return LLM_SAMPLING_BAD_SIZE;
-    if (offsets[a.rows] > 0 && (a.logit_bias_ids == nullptr || a.logit_bias_values == nullptr)) {
-      return LLM_SAMPLING_NULL_POINTER;
-    }
-  }
-  for (int64_t row = 0; a.seen != nullptr && row < a.rows; ++row) {
+// Checks that every slot is in range and, where rows advance, that no two rows share one.
+inline int32_t check_slots(const LlmSamplingArgs& a) {
+  bool is_rising = true;
+  for (int64_t row = 0; row < a.rows; ++row) {
     if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
+    is_rising &= row == 0 || a.slots[row - 1] < a.slots[row];
+  }
+  if (is_rising || a.advance == LLM_SAMPLING_ADVANCE_NEVER) return LLM_SAMPLING_OK;
+  const std::unique_ptr<int32_t[]> sorted(new (std::nothrow) int32_t[static_cast<size_t>(a.rows)]);
+  if (sorted == nullptr) return LLM_SAMPLING_OUT_OF_MEMORY;
+  std::copy(a.slots, a.slots + a.rows, sorted.get());
+  std::sort(sorted.get(), sorted.get() + a.rows);
+  const bool is_shared = std::adjacent_find(sorted.get(), sorted.get() + a.rows) != sorted.get() + a.rows;
+  return is_shared ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
+}
+
+// Checks what the pointers of a struct that check_struct accepts point to: slots, bias offsets and values,
+// and the range of every parameter. It reads the arrays, so they must be in host memory.
+inline int32_t check_values(const LlmSamplingArgs& a) {
+  if (a.seen != nullptr) {
+    const int32_t code = check_slots(a);
+    if (code != LLM_SAMPLING_OK) return code;
   }
   // Each comparison is false for NaN.
   const auto is_within = [](float x, float least, float most) { return x >= least && x <= most; };
+  if (a.logit_bias_offsets != nullptr) {
+    const int64_t* offsets = a.logit_bias_offsets;
+    if (offsets[0] < 0 || offsets[a.rows] > a.logit_bias_size ||
+        !std::is_sorted(offsets, offsets + a.rows + 1)) {
+      return LLM_SAMPLING_BAD_SIZE;
+    }
+    for (int64_t entry = offsets[0]; entry < offsets[a.rows]; ++entry) {
+      const float value = a.logit_bias_values[entry];
+      if (!(is_within(value, -100.0f, 100.0f) || value == -kInfinity)) return LLM_SAMPLING_BAD_PARAMETER;
+    }
+  }
   for (int64_t row = 0; row < a.rows; ++row) {
     if (!(is_within(a.temperature[row], 0.0f, -kLowest) &&
           is_within(a.top_p[row], 0.0f, 1.0f) &&  // a tiny top_p may have been rounded to 0
-          is_within(a.min_p[row], 0.0f, 1.0f) && a.min_p_cut[row] >= 0.0f &&
-          a.repetition_penalty[row] > 0.0f && a.repetition_penalty[row] < kInfinity &&
+          a.min_p_cut[row] >= 0.0f && a.repetition_penalty[row] > 0.0f && a.repetition_penalty[row] < kInfinity &&
           is_within(a.frequency_penalty[row], -2.0f, 2.0f) &&
           is_within(a.presence_penalty[row], -2.0f, 2.0f) && a.min_tokens_to_keep[row] >= 1)) {
       return LLM_SAMPLING_BAD_PARAMETER;
@@ -141,7 +252,8 @@ inline const char* error_text(int32_t code) {
     case LLM_SAMPLING_BAD_STRUCT:
       return "the args struct is NULL or of another size or version than this library's";
     case LLM_SAMPLING_BAD_SIZE:
-      return "rows, vocab_size, num_samples, num_threads, a slot or a bias offset is out of range";
+      return "rows, vocab_size, num_samples, num_threads, num_slots, logit_bias_size, a slot or a bias "
+             "offset is out of range";
     case LLM_SAMPLING_BAD_OPTION:
       return "dtype, logprobs_mode or advance has an unknown value";
     case LLM_SAMPLING_NULL_POINTER:
@@ -151,9 +263,11 @@ inline const char* error_text(int32_t code) {
     case LLM_SAMPLING_MISALIGNED:
       return "a pointer is not aligned to its type";
     case LLM_SAMPLING_BAD_PARAMETER:
-      return "a row's sampling parameter is out of range";
+      return "a row's sampling parameter or a bias is out of range";
     case LLM_SAMPLING_OUT_OF_MEMORY:
       return "out of memory";
+    case LLM_SAMPLING_OVERLAP:
+      return "memory that is written overlaps other memory, or rows that advance share a slot";
     default:
       return "unknown code";
   }

@@ -12,6 +12,7 @@ from llm_sampling.backends import backend_info
 from llm_sampling.backends.base import InvalidLogitsError, SampleOutput
 from llm_sampling.distributed import sample_sharded
 from llm_sampling.history import TokenHistory
+from llm_sampling.masks import pack_mask
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits, sample
 from llm_sampling.sampler import Sampler
@@ -29,6 +30,7 @@ __all__ = [
     "backend_info",
     "backends",
     "filter_logits",
+    "pack_mask",
     "sample",
     "sample_sharded",
 ]

@@ -46,19 +46,19 @@ from llm_sampling.backends.base import (
     SampleOutput,
     raise_on_status,
 )
-from llm_sampling.checks import integer_at_least
-from llm_sampling.fields import FIELDS
-from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory, slice_bits
-from llm_sampling.params import DTYPES, BatchParams, SamplingParams
-from llm_sampling.sample import (
+from llm_sampling.calls import (
     Params,
     check_draws,
     check_history,
     check_logits,
-    check_mask,
     pack,
     position_of,
 )
+from llm_sampling.checks import integer_at_least
+from llm_sampling.fields import FIELDS
+from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory, slice_bits
+from llm_sampling.masks import check_mask
+from llm_sampling.params import DTYPES, BatchParams, SamplingParams
 
 #: The largest number of tokens a row for which the ranks exchange candidates.
 MOST_CANDIDATES = 256
@@ -239,8 +239,15 @@ def _checked(
     check_history(history, batch, rows, vocab_size, device)
     num_samples = check_draws(num_samples, logprobs, check)
     if allowed_mask is not None:
-        words = allowed_mask.shape[-1] if isinstance(allowed_mask, Tensor) else 0
-        allowed_mask = check_mask(allowed_mask, rows, 32 * words, device)
+        if not isinstance(allowed_mask, Tensor):
+            kind = type(allowed_mask).__name__
+            raise ValueError(
+                f"allowed_mask must be a tensor, got {kind}: pack_mask makes one of the whole "
+                "vocabulary"
+            )
+        columns_of_a_word = 32 if allowed_mask.dtype == torch.int32 else 1
+        width = columns_of_a_word * (allowed_mask.shape[-1] if allowed_mask.dim() else 1)
+        allowed_mask = check_mask(allowed_mask, rows, min(max(1, width), MAX_VOCAB_SIZE), device)
     return _Part(
         logits=logits,
         columns=columns,

@@ -7,6 +7,7 @@ tables of the documentation are made from :data:`FIELDS`.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Callable, Mapping
@@ -20,9 +21,44 @@ from torch import Tensor
 from llm_sampling import checks
 from llm_sampling.checks import refusal
 
+#: The least number that is infinite as a float32, and the largest one that is 0.
+_ROUNDED_TO_INF, _ROUNDED_TO_0 = 2.0**128 - 2.0**103, 2.0**-150
+
 #: What a parameter does to a row. "rank", "mass" and "depth" are the filters: the three ways to cut
 #: the order of the tokens. "floor" is the number of tokens that no filter goes below.
 Kind = Literal["bias", "penalty", "scale", "rank", "mass", "depth", "floor", "seed"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a batch and the kernels hold a parameter: a tensor with a number for each row.
+
+    Attributes:
+        name: of the tensor in :class:`BatchParams`, in the C struct and in the ops.
+        dtype: of the tensor.
+        off: the number at which the parameter does nothing.
+        rule: what a number must be, in words; a message reads "NAME must be RULE, got VALUE".
+        holds: whether numbers keep the rule, for a number or a tensor of them.
+        pack: the number for a parameter's value, a float already rounded to float32.
+    """
+
+    name: str
+    dtype: torch.dtype
+    off: float
+    rule: str
+    holds: Callable[[Any], Any]
+    pack: Callable[[Any], Any] = lambda value: value
+
+    def check(self, tensor: Tensor) -> None:
+        """Check every row's number.
+
+        Raises:
+            ValueError: a number breaks the rule; the message names the first such place.
+        """
+        good = self.holds(tensor)
+        if not bool(good.all()):
+            place = int((~good).nonzero()[0])
+            raise refusal(f"{self.name}[{place}]", self.rule, tensor[place].item())
 
 
 @dataclass(frozen=True)
@@ -35,9 +71,10 @@ class Field:
         off: the value at which it does nothing.
         rule: what a value must be, in words; a message reads "NAME must be RULE, got VALUE".
         holds: whether a value keeps the rule; not for ``logit_bias``.
-        holds_in_float32: the same for the value rounded to float32, a number or a tensor of them,
-            where rounding makes a difference.
-        dtype: of its tensor in :class:`BatchParams`; None for ``logit_bias``, which has three.
+        holds_in_column: the same for a tensor of values that were rounded to float32, where
+            rounding makes a difference.
+        dtype: of the column; None for ``logit_bias`` and ``seed``, which have none.
+        packed: the column where it does not hold the parameter's own value.
         range: the values that it may have, as the tables of the documentation print them.
         off_text: the same of the values at which it is off.
         step: the numbers of its steps in docs/semantics.md.
@@ -56,12 +93,21 @@ class Field:
     step: str
     meaning: str
     help: str
-    holds_in_float32: Callable[[Any], Any] | None = None
+    holds_in_column: Callable[[Any], Any] | None = None
+    packed: Column | None = None
 
     @property
     def is_integer(self) -> bool:
         """Whether its values are integers."""
-        return self.dtype in (torch.int32, torch.int64)
+        return isinstance(self.off, int) or self.kind == "seed"
+
+    @functools.cached_property
+    def column(self) -> Column | None:
+        """Its column of a batch, or None if it has none."""
+        if self.packed is not None or self.dtype is None:
+            return self.packed
+        holds = self.holds_in_column or self.holds
+        return Column(self.name, self.dtype, self.off, self.rule, holds)
 
     def checked(self, value: object) -> Any:
         """``value`` as an int or a float.
@@ -74,18 +120,9 @@ class Field:
             number = checks.integer(self.name, value, self.rule)
         else:
             number = checks.number(self.name, value, self.rule)
-        if not self.holds(number) or (
-            self.holds_in_float32 is not None and not self.holds_in_float32(to_float32(number))
-        ):
+        if not self.holds(number):
             raise refusal(self.name, self.rule, value)
         return number
-
-    def check_tensor(self, tensor: Tensor) -> None:
-        """A ValueError that names the first row whose value, rounded already, breaks the rule."""
-        good = (self.holds_in_float32 or self.holds)(tensor)
-        if not bool(good.all()):
-            row = int((~good).nonzero()[0])
-            raise refusal(f"{self.name}[{row}]", self.rule, tensor[row].item())
 
 
 #: The parameters, in the order of the fields of :class:`SamplingParams`.
@@ -98,8 +135,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 kind="scale",
                 off=1.0,
                 rule="finite and >= 0 in float32",
-                holds=lambda t: t >= 0,
-                holds_in_float32=lambda t: (t >= 0) & (t < math.inf),
+                holds=lambda t: (t >= 0) & (t < _ROUNDED_TO_INF),
                 dtype=torch.float32,
                 range="finite, >= 0",
                 off_text="1; greedy at 0",
@@ -126,7 +162,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 off=1.0,
                 rule="in (0, 1]",
                 holds=lambda p: (p > 0) & (p <= 1),
-                holds_in_float32=lambda p: (p >= 0) & (p <= 1),  # a tiny one is rounded to 0
+                holds_in_column=lambda p: (p >= 0) & (p <= 1),  # a tiny one is rounded to 0
                 dtype=torch.float32,
                 range="(0, 1]",
                 off_text="1",
@@ -141,6 +177,14 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 rule="in [0, 1]",
                 holds=lambda p: (p >= 0) & (p <= 1),
                 dtype=torch.float32,
+                packed=Column(
+                    "min_p_cut",
+                    dtype=torch.float32,
+                    off=math.inf,
+                    rule="2^-18 - log2(min_p), or inf where min-p is off",
+                    holds=lambda cut: cut >= 0,
+                    pack=lambda p: 2.0**-18 - math.log2(p) if p > 0 else math.inf,
+                ),
                 range="[0, 1]",
                 off_text="0",
                 step="13",
@@ -152,8 +196,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 kind="penalty",
                 off=1.0,
                 rule="finite and > 0 in float32",
-                holds=lambda r: r > 0,
-                holds_in_float32=lambda r: (r > 0) & (r < math.inf),
+                holds=lambda r: (r > _ROUNDED_TO_0) & (r < _ROUNDED_TO_INF),
                 dtype=torch.float32,
                 range="finite, > 0",
                 off_text="1",
@@ -207,7 +250,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 rule="a mapping of token id to bias",
                 holds=lambda bias: True,  # _checked_bias looks at every entry
                 dtype=None,
-                range="token id to a bias in [-100, 100]",
+                range="token id to a bias in [-100, 100], or -inf",
                 off_text="None",
                 step="2",
                 meaning="added before the penalties",
@@ -217,10 +260,10 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 "seed",
                 kind="seed",
                 off=None,
-                rule="an integer in [-2^63, 2^64)",
-                holds=lambda seed: (seed >= -(2**63)) & (seed < 2**64),
-                dtype=torch.int64,
-                range="integer in [-2^63, 2^64)",
+                rule="an integer in [0, 2^64), or None for a new one each time",
+                holds=lambda seed: 0 <= seed < 2**64,
+                dtype=None,
+                range="integer in [0, 2^64)",
                 off_text="None: a fresh one is drawn",
                 step="14",
                 meaning="None draws one from torch's default generator",
@@ -228,6 +271,15 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
             ),
         )
     }
+)
+
+#: The values of ``logit_bias``: one number for each token id with a bias, and not for each row.
+BIAS_VALUES = Column(
+    "logit_bias_values",
+    dtype=torch.float32,
+    off=0.0,
+    rule="in [-100, 100], or -inf to ban the token",
+    holds=lambda bias: (bias >= -100) & (bias <= 100) | (bias == -math.inf),
 )
 
 #: The value at which each parameter does nothing. ``None`` stands for it everywhere, and so does

@@ -7,7 +7,9 @@ of the history and not with the vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,17 +17,81 @@ import torch
 from torch import Tensor
 
 from llm_sampling import checks
+from llm_sampling.tensors import (
+    is_traced,
+    is_wrapper,
+    not_of_inference_mode,
+    readable,
+    writable,
+)
 
 Ids = Sequence[Sequence[int] | Tensor] | Tensor
 
 MAX_VOCAB_SIZE = 2**20
 
 
+class Turn:
+    """Whether a call is changing an object's state; another call must not come in between.
+
+    It may come from another thread, from a signal handler, or through another object that shares
+    the state. A call takes its turn by assignments after a comparison: CPython neither switches
+    threads nor handles a signal between these.
+    """
+
+    __slots__ = ("is_taken",)
+
+    def __init__(self) -> None:
+        self.is_taken = False
+
+
+def refuse_turn(name: str) -> NoReturn:
+    """Raise the error for a call that comes while another one changes the same state."""
+    raise RuntimeError(
+        f"this {name} is being changed by another call, from another thread, a signal handler or "
+        "another object that shares its state; wait for that call to return"
+    )
+
+
+class _HasTurns(Protocol):
+    @property
+    def turns(self) -> tuple[Turn, Turn]:
+        """The turns of the object and of the state that it shares, which may be the same."""
+
+
+_Self = TypeVar("_Self", bound=_HasTurns)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def alone(
+    method: Callable[Concatenate[_Self, _Arguments], _Result],
+) -> Callable[Concatenate[_Self, _Arguments], _Result]:
+    """Make a method that changes an object take its turns."""
+
+    @functools.wraps(method)
+    def run(self: _Self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        own, shared = self.turns
+        if own.is_taken or shared.is_taken:
+            refuse_turn(type(self).__name__)
+        own.is_taken = shared.is_taken = True
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            own.is_taken = shared.is_taken = False
+
+    return run
+
+
 class TokenHistory:
     """Token history of ``rows`` requests over a vocabulary of ``vocab_size`` tokens.
 
     Requests live in slots; ``slots[row]`` is the slot of a row, so that rows can be reordered,
-    added and removed without moving their state. Build one with :meth:`from_ids`.
+    added and removed without moving their state. Build one with :meth:`from_ids`. One call at a
+    time may change a history; a second one raises a RuntimeError and changes nothing.
+
+    Attributes cannot be assigned.
 
     Attributes:
         vocab_size: ids outside ``0 .. vocab_size - 1`` are padding and are ignored everywhere.
@@ -41,27 +107,48 @@ class TokenHistory:
             what slots hold is looked at on the CPU only, since elsewhere it would wait.
     """
 
+    seen: Tensor
+    counts: Tensor
+    lengths: Tensor
+    slots: Tensor
+    vocab_size: int
+    _turn: Turn | None  # None for a view, which is read-only
+
     def __init__(
         self, seen: Tensor, counts: Tensor, lengths: Tensor, slots: Tensor, vocab_size: int
     ) -> None:
         vocab_size = check_vocab_size(vocab_size)
+        vars(self).update(vars(self.of_parts(seen, counts, lengths, slots, vocab_size=vocab_size)))
+        self.check_state()
+        self._check_slots()
+
+    def _set(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(
+            f"{name} of a TokenHistory cannot be assigned: append, add and select change a history"
+        )
+
+    def check_state(self) -> None:
+        """A ValueError if a tensor is not as this class says; their values are not looked at."""
+        seen, vocab_size = self.seen, self.vocab_size
         words = -(-vocab_size // 32)
         _check_state("seen", seen, seen, "(capacity, ceil(vocab_size / 32))", (None, words))
         capacity = seen.shape[0]
-        _check_state("counts", counts, seen, "(capacity, vocab_size)", (capacity, vocab_size))
-        _check_state("lengths", lengths, seen, "(capacity,)", (capacity,), torch.int64)
-        _check_state("slots", slots, seen, "(rows,)", (None,))
-        if slots.device.type == "cpu":
-            values = slots.tolist()
-            if values and not 0 <= min(values) <= max(values) < capacity:
-                raise ValueError(f"slots must be in 0 .. {capacity - 1}, got {values}")
-            if len(set(values)) != len(values):
-                raise ValueError(f"slots must name each slot at most once, got {values}")
-        self.seen = seen
-        self.counts = counts
-        self.lengths = lengths
-        self.slots = slots
-        self.vocab_size = vocab_size
+        _check_state("counts", self.counts, seen, "(capacity, vocab_size)", (capacity, vocab_size))
+        _check_state("lengths", self.lengths, seen, "(capacity,)", (capacity,), torch.int64)
+        _check_state("slots", self.slots, seen, "(rows,)", (None,))
+
+    def _check_slots(self) -> None:
+        """A ValueError if a slot does not exist or is named twice; on the CPU only."""
+        if self.device.type != "cpu" or is_traced() or is_wrapper(self.slots):
+            return
+        values, capacity = self.slots.tolist(), self.seen.shape[0]
+        if values and not 0 <= min(values) <= max(values) < capacity:
+            raise ValueError(f"slots must be in 0 .. {capacity - 1}, got {values}")
+        if len(set(values)) != len(values):
+            raise ValueError(f"slots must name each slot at most once, got {values}")
 
     @classmethod
     def from_ids(
@@ -91,16 +178,17 @@ class TokenHistory:
                 f"output_ids must have one sequence per row of prompt_ids ({rows}), "
                 f"got {len(output_ids)}"
             )
-        history = cls._empty(rows, vocab_size, torch.device("cpu"))
-        for row in range(rows):
-            prompt = valid_ids("prompt_ids", prompt_ids[row], vocab_size)
-            output = (
-                prompt[:0]
-                if output_ids is None
-                else valid_ids("output_ids", output_ids[row], vocab_size)
-            )
-            history._fill(row, prompt, output)
-        return history.to(device)
+        with not_of_inference_mode():
+            history = cls._empty(rows, vocab_size, torch.device("cpu"))
+            for row in range(rows):
+                prompt = valid_ids("prompt_ids", prompt_ids[row], vocab_size)
+                output = (
+                    prompt[:0]
+                    if output_ids is None
+                    else valid_ids("output_ids", output_ids[row], vocab_size)
+                )
+                history._fill(row, prompt, output)
+            return history.to(device)
 
     @classmethod
     def _empty(cls, rows: int, vocab_size: int, device: torch.device) -> TokenHistory:
@@ -150,13 +238,14 @@ class TokenHistory:
         return self._map(Tensor.clone)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenHistory:
-        return TokenHistory(
-            change(self.seen),
-            change(self.counts),
-            change(self.lengths),
-            change(self.slots),
-            self.vocab_size,
-        )
+        with not_of_inference_mode():
+            return TokenHistory(
+                change(self.seen),
+                change(self.counts),
+                change(self.lengths),
+                change(self.slots),
+                self.vocab_size,
+            )
 
     def part(self, start: int, width: int) -> TokenHistory:
         """A read-only view of the same rows over ids ``start`` up to ``start + width - 1``.
@@ -185,12 +274,35 @@ class TokenHistory:
         return self._view(self.seen, self.counts, slots, self.vocab_size)
 
     def _view(self, seen: Tensor, counts: Tensor, slots: Tensor, vocab_size: int) -> TokenHistory:
-        """A history of these tensors, which need not be contiguous or name each slot once."""
-        view = object.__new__(TokenHistory)
-        view.seen, view.counts, view.lengths, view.slots = seen, counts, self.lengths, slots
-        view.vocab_size = vocab_size
+        """A read-only history, whose tensors need not be contiguous or name each slot once."""
+        view = TokenHistory.of_parts(seen, counts, self.lengths, slots, vocab_size=vocab_size)
+        view._set(_turn=None)
         return view
 
+    @classmethod
+    def of_parts(
+        cls, seen: Tensor, counts: Tensor, lengths: Tensor, slots: Tensor, *, vocab_size: int
+    ) -> TokenHistory:
+        """A history of these parts as they are: for callers that have checked them."""
+        history = object.__new__(cls)
+        history._set(
+            seen=seen, counts=counts, lengths=lengths, slots=slots, vocab_size=vocab_size, _turn=Turn()
+        )
+        return history
+
+    @property
+    def turns(self) -> tuple[Turn, Turn]:
+        """The turn of a call that changes the state, twice; a ValueError for a view."""
+        if self._turn is None:
+            raise ValueError("a view of a TokenHistory is read-only: change the history itself")
+        return self._turn, self._turn
+
+    @property
+    def is_view(self) -> bool:
+        """Whether this is a read-only view of another history, as :meth:`among` returns."""
+        return self._turn is None
+
+    @alone
     def append(self, tokens: Tensor) -> None:
         """Record the token that each row produced. Never waits for the device.
 
@@ -199,10 +311,9 @@ class TokenHistory:
                 as -1, leaves its row as it is.
 
         Raises:
-            ValueError: wrong shape, dtype or device.
+            ValueError: wrong shape, dtype or device, or this is a view.
         """
-        if not isinstance(tokens, Tensor):
-            raise ValueError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
+        tokens = readable("tokens", tokens)
         if tokens.shape != (self.rows,):
             raise ValueError(
                 f"tokens must have shape ({self.rows},), one per row, got {tuple(tokens.shape)}"
@@ -211,6 +322,27 @@ class TokenHistory:
             raise ValueError(f"tokens must be int64 or int32, got {tokens.dtype}")
         if tokens.device != self.device:
             raise ValueError(f"tokens must be on {self.device}, got {tokens.device}")
+        self._check_slots()
+        self.record(tokens)
+
+    def record(self, tokens: Tensor, position: Tensor | None = None) -> None:
+        """What :meth:`append` does after its checks; adds 1 to ``position`` where a token is one.
+
+        Args:
+            tokens: integers ``(rows,)`` on the history's device.
+            position: int64 ``(rows,)``, changed in place.
+
+        Raises:
+            ValueError: the state was made in inference mode, which alone can change it.
+        """
+        state = (self.seen, self.counts, self.lengths, position)
+        if not torch.is_inference_mode_enabled() and any(
+            tensor is not None and tensor.is_inference() for tensor in state
+        ):
+            raise ValueError(
+                "a history made of tensors of torch.inference_mode must be changed in that mode; "
+                "its clone() can be changed anywhere"
+            )
         tokens = tokens.to(torch.int64)
         valid = (tokens >= 0) & (tokens < self.vocab_size)
         token = torch.where(valid, tokens, 0)
@@ -218,11 +350,14 @@ class TokenHistory:
         word = token >> 5
         count, length = valid.to(torch.int32), valid.to(torch.int64)
         bit = torch.bitwise_left_shift(count, (token & 31).to(torch.int32))
-        # Python handles Ctrl-C after a call, so no function is called between the three updates
+        # Python handles Ctrl-C after a call, so no function is called between the updates
         self.seen[slot, word] |= bit
         self.counts[slot, token] += count
         self.lengths[slot] += length
+        if position is not None:
+            position += length
 
+    @alone
     def add(
         self, prompt_ids: Sequence[int] | Tensor, output_ids: Sequence[int] | Tensor = ()
     ) -> int:
@@ -231,7 +366,7 @@ class TokenHistory:
         Returns:
             The new row's index.
         """
-        self.slots = self._slots_with(prompt_ids, output_ids)
+        self._set(slots=self._slots_with(prompt_ids, output_ids))
         return self.rows - 1
 
     def _slots_with(
@@ -241,26 +376,29 @@ class TokenHistory:
         prompt = valid_ids("prompt_ids", prompt_ids, self.vocab_size)
         output = valid_ids("output_ids", output_ids, self.vocab_size)
         free = sorted(set(range(self.seen.shape[0])) - set(self.slots.tolist()))
-        if not free:
-            free = [self.seen.shape[0]]
-            self._grow()
-        self._fill(free[0], prompt, output)
-        return torch.cat([self.slots, self.slots.new_tensor(free[:1])])
+        with not_of_inference_mode():
+            if not free:
+                free = [self.seen.shape[0]]
+                self._grow()
+            self._fill(free[0], prompt, output)
+            return torch.cat([self.slots, self.slots.new_tensor(free[:1])])
 
     def _grow(self) -> None:
         more = TokenHistory._empty(max(1, self.seen.shape[0]), self.vocab_size, self.device)
         seen = torch.cat([self.seen, more.seen])
         counts = torch.cat([self.counts, more.counts])
         lengths = torch.cat([self.lengths, more.lengths])
-        self.seen, self.counts, self.lengths = seen, counts, lengths
+        self._set(seen=seen, counts=counts, lengths=lengths)
 
+    @alone
     def select(self, rows: Sequence[int]) -> None:
         """Keep the given rows, in the given order; the others' slots become free.
 
         Raises:
             ValueError: a row does not exist or is named twice.
         """
-        self.slots = self.slots[selection(rows, self.rows).to(self.device)]
+        with not_of_inference_mode():
+            self._set(slots=self.slots[selection(rows, self.rows).to(self.device)])
 
 
 def slice_bits(words: Tensor, start: int, width: int) -> Tensor:
@@ -299,8 +437,7 @@ def _check_state(
     dtype: torch.dtype = torch.int32,
 ) -> None:
     """A ValueError if a tensor of the state is not as it must be; None in ``shape`` is any size."""
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    tensor = writable(name, tensor)
     if tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     sizes = zip(tensor.shape, shape, strict=False)
@@ -321,7 +458,7 @@ def selection(rows: Iterable[int], available: int) -> Tensor:
             raise checks.refusal("rows", f"integers in 0 .. {available - 1}", row)
     if len(set(index)) != len(index):
         raise ValueError(f"rows must name each row at most once, got {index}")
-    return torch.tensor(index, dtype=torch.int64)
+    return torch.tensor(index, dtype=torch.int64, device="cpu")
 
 
 def _row_count(name: str, ids: Ids) -> int:

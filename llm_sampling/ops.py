@@ -1,20 +1,27 @@
-"""The same calls as ops of torch.library, for torch.compile and export. Eager calls bypass them.
+"""The same calls as ops of torch.library, for compilers, tracers, modes and wrapped tensors.
 
-An op takes the batch and the history field by field, because a schema has tensors and numbers only.
+Eager calls of plain tensors bypass them. An op takes the batch and the history field by field,
+because a schema has tensors and numbers only. No gradient goes through an op: its results do not
+require one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from llm_sampling import backends
 from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
+from llm_sampling.calls import make_call
+from llm_sampling.fields import FIELDS
 from llm_sampling.history import TokenHistory
-from llm_sampling.params import KERNEL_TENSORS, BatchParams
+from llm_sampling.params import DTYPES, KERNEL_TENSORS, BatchParams
+from llm_sampling.tensors import is_traced, is_wrapper
 
 _BATCH_FLAGS = ("all_greedy", "any_filter")
 HISTORY_FIELDS = ("seen", "counts", "lengths", "slots")
@@ -34,6 +41,7 @@ _LIBRARY.define(
     "-> (Tensor tokens, Tensor logprobs, Tensor status)"
 )
 _LIBRARY.define(f"filter_logits({_INPUTS}, str backend) -> Tensor")
+_LIBRARY.define("pack(Tensor values, str parameter) -> Tensor")
 
 
 def _inputs(call: SampleCall) -> tuple[Tensor | bool | None, ...]:
@@ -51,7 +59,7 @@ def _call(
     logprobs: Logprobs | None = None,
     check: bool = False,
 ) -> SampleCall:
-    """The inverse of ``_inputs``."""
+    """The inverse of ``_inputs``, checked like the arguments of a user."""
     logits, *rest, allowed_mask, all_greedy, any_filter = inputs
     batch = dict(zip(KERNEL_TENSORS, rest, strict=False))
     state = dict(zip(HISTORY_FIELDS, rest[len(KERNEL_TENSORS) :], strict=True))
@@ -63,9 +71,9 @@ def _call(
         all_greedy=all_greedy,
         any_filter=any_filter,
     )
-    return SampleCall(
-        logits=logits,
-        batch=params.checked(),
+    return make_call(
+        logits,
+        params,
         history=TokenHistory(**state, vocab_size=logits.shape[1]) if has_history else None,
         allowed_mask=allowed_mask,
         num_samples=num_samples,
@@ -103,22 +111,127 @@ def _filter_logits_fake(*args):  # type: ignore[no-untyped-def]
     return args[0].new_empty(args[0].shape, dtype=torch.float32)
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("sample", _sample, _key)
-    _LIBRARY.impl("filter_logits", _filter_logits, _key)
-torch.library.register_fake("llm_sampling::sample", _sample_fake, lib=_LIBRARY)
-torch.library.register_fake("llm_sampling::filter_logits", _filter_logits_fake, lib=_LIBRARY)
+def _pack(values: Tensor, parameter: str) -> Tensor:
+    """A parameter's values as its column has them, by the function that packs them in eager mode."""
+    column = FIELDS[parameter].column
+    assert column is not None
+    packed = [column.pack(value) for value in values.tolist()]
+    return torch.tensor(packed, dtype=column.dtype, device=values.device)
+
+
+def _pack_fake(values: Tensor, parameter: str) -> Tensor:
+    column = FIELDS[parameter].column
+    assert column is not None
+    return values.new_empty(values.shape, dtype=column.dtype)
+
+
+def _without_gradient(name: str) -> Callable[..., Any]:
+    """The op for inputs that may require a gradient, which its results do not."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.llm_sampling, name)(*args)
+
+    return run
+
+
+for _name, _kernel, _fake in (
+    ("sample", _sample, _sample_fake),
+    ("filter_logits", _filter_logits, _filter_logits_fake),
+    ("pack", _pack, _pack_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _kernel, _key)
+    _LIBRARY.impl(_name, _without_gradient(_name), "Autograd")
+    torch.library.register_fake(f"llm_sampling::{_name}", _fake, lib=_LIBRARY)
+
+
+def is_needed(call: SampleCall) -> bool:
+    """Whether a call must be an op, because something else than plain tensors takes part in it."""
+    inputs = _inputs(call)
+    return is_traced() or any(is_wrapper(value) for value in inputs if isinstance(value, Tensor))
+
+
+_Result = TypeVar("_Result")
+
+
+def _run(op: Callable[..., _Result], call: SampleCall, backend: str, *options: object) -> _Result:
+    """Call an op; what a class of tensors or a transform cannot do with it is a refusal by name."""
+    if torch.compiler.is_compiling():
+        return op(*_inputs(call), *options)
+    backends.resolve(backend, call.logits.device)  # what it refuses is no fault of the logits
+    inputs = _inputs(call)
+    mode = getattr(call.logits, "fake_mode", None)
+    if mode is not None:  # a fake tensor, which goes with fake tensors alone
+        inputs = tuple(mode.from_tensor(x) if type(x) is Tensor else x for x in inputs)
+    try:
+        return op(*inputs, *options)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            "logits must be a plain tensor, or one whose class or transform can run custom ops, "
+            f"got {type(call.logits).__name__}: {error}"
+        ) from error
 
 
 def sample(call: SampleCall, backend: str) -> SampleOutput:
     """``sample`` as one op of a graph."""
-    tokens, logprobs, status = torch.ops.llm_sampling.sample(
-        *_inputs(call), call.num_samples, call.logprobs, call.check, backend
-    )
+    op = torch.ops.llm_sampling.sample
+    options = (call.num_samples, call.logprobs, call.check, backend)
+    tokens, logprobs, status = _run(op, call, backend, *options)
     return SampleOutput(tokens, None if call.logprobs is None else logprobs, status)
 
 
 def filter_logits(call: SampleCall, backend: str) -> Tensor:
     """``filter_logits`` as one op of a graph."""
-    result: Tensor = torch.ops.llm_sampling.filter_logits(*_inputs(call), backend)
-    return result
+    return _run(torch.ops.llm_sampling.filter_logits, call, backend, backend)
+
+
+# ---- Pytrees: a batch and a history may be inputs and outputs of exported programs ----------------
+
+
+_FLAGS = [field.name for field in fields(BatchParams) if field.name not in DTYPES]
+
+
+def _batch_to_pytree(batch: BatchParams) -> tuple[list[Tensor | None], list[Any]]:
+    return [getattr(batch, name) for name in DTYPES], [getattr(batch, name) for name in _FLAGS]
+
+
+def _batch_from_pytree(tensors: Iterable[Any], flags: Sequence[Any]) -> BatchParams:
+    columns = dict(zip(DTYPES, tensors, strict=True))
+    return BatchParams(**columns, **dict(zip(_FLAGS, flags, strict=True)))
+
+
+def _history_to_pytree(history: TokenHistory) -> tuple[list[Tensor], int]:
+    return [getattr(history, name) for name in HISTORY_FIELDS], history.vocab_size
+
+
+def _history_from_pytree(tensors: Iterable[Any], vocab_size: int) -> TokenHistory:
+    return TokenHistory.of_parts(*tensors, vocab_size=vocab_size)
+
+
+def _with_keys(
+    flatten: Callable[[Any], tuple[list[Any], Any]], names: Iterable[str]
+) -> Callable[[Any], tuple[list[tuple[pytree.KeyEntry, Any]], Any]]:
+    keys = [pytree.GetAttrKey(name) for name in names]
+
+    def run(tree: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], Any]:
+        tensors, context = flatten(tree)
+        return list(zip(keys, tensors, strict=True)), context
+
+    return run
+
+
+pytree.register_pytree_node(
+    BatchParams,
+    _batch_to_pytree,
+    _batch_from_pytree,
+    serialized_type_name="llm_sampling.BatchParams",
+    flatten_with_keys_fn=_with_keys(_batch_to_pytree, DTYPES),
+)
+pytree.register_pytree_node(
+    TokenHistory,
+    _history_to_pytree,
+    _history_from_pytree,
+    serialized_type_name="llm_sampling.TokenHistory",
+    flatten_with_keys_fn=_with_keys(_history_to_pytree, HISTORY_FIELDS),
+)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import numbers
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from llm_sampling import checks
 from llm_sampling.checks import refusal
-from llm_sampling.fields import FIELDS, Field, to_float32
+from llm_sampling.fields import BIAS_VALUES, FIELDS, Column, to_float32
+from llm_sampling.tensors import (
+    is_traced,
+    is_wrapper,
+    not_of_inference_mode,
+    version_of,
+    writable,
+)
 
 _INT32_MAX = 2**31 - 1
 
-#: The fields whose tensors hold one number per row that is checked and read as it is.
-_NUMBERS = tuple(f for f in FIELDS.values() if f.dtype in (torch.float32, torch.int32))
-_PENALTIES = tuple(f for f in FIELDS.values() if f.kind == "penalty")
-_FILTERS = tuple(f for f in FIELDS.values() if f.kind in ("rank", "mass", "depth"))
+#: Each parameter that has a column, with that column.
+_COLUMNS = tuple((f, f.column) for f in FIELDS.values() if f.column is not None)
+_PENALTIES = tuple(column for f, column in _COLUMNS if f.kind == "penalty")
+_FILTERS = tuple(column for f, column in _COLUMNS if f.kind in ("rank", "mass", "depth"))
 #: The filters that ``min_tokens_to_keep`` may hold back; top-k's own number is at least that.
-_FLOORED = tuple(f for f in FIELDS.values() if f.kind in ("mass", "depth"))
+_FLOORED = tuple(column for f, column in _COLUMNS if f.kind in ("mass", "depth"))
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,11 @@ class SamplingParams:
         presence_penalty: Subtracted once if the output holds the token; in [-2, 2]. Off at 0.
         min_tokens_to_keep: No filter leaves fewer tokens than this; an integer >= 1.
         logit_bias: Token id to a bias added to its logit before the penalties; ids are integers in
-            [0, 2^31), biases in [-100, 100]. An id past the vocabulary is ignored.
-        seed: An integer in [-2^63, 2^64); seeds that are equal modulo 2^64 are the same seed.
-            ``None`` draws one from torch's default generator, which ``torch.manual_seed`` governs.
+            [0, 2^31), or strings of their digits as JSON has them, and biases are in [-100, 100].
+            A bias of -inf bans the token, whatever its logit is. An id past the vocabulary is
+            ignored. Kept as a mapping that cannot be changed.
+        seed: An integer in [0, 2^64). ``None`` draws one from torch's default generator, which
+            ``torch.manual_seed`` governs.
 
     Raises:
         ValueError: a value is out of its range, NaN, infinite, a bool or not a number. The message
@@ -67,39 +78,66 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     min_tokens_to_keep: int = 1
-    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, parameter in FIELDS.items():
             value = getattr(self, name)
-            if value is None or parameter.dtype is None:
-                checked = parameter.off if value is None else _checked_bias(value)
+            if value is None:
+                checked = parameter.off
+            elif parameter.kind == "bias":
+                checked = _checked_bias(value)
             else:
                 checked = parameter.checked(value)
             object.__setattr__(self, name, checked)
         object.__setattr__(self, "top_k", max(self.top_k, 0))
+        # made here, where torch.compile has not yet turned the seed into a symbol of 64 bits
+        object.__setattr__(self, "_signed_seed", as_int64(self.seed or 0))
 
     @property
     def needs_history(self) -> bool:
         """Whether a penalty is on, so that the tokens so far matter."""
-        return any(to_float32(getattr(self, f.name)) != f.off for f in _PENALTIES)
+        return any(to_float32(getattr(self, c.name)) != c.off for c in _PENALTIES)
 
 
-def _checked_bias(bias: object) -> dict[int, float]:
+class LogitBias(dict[int, float]):
+    """A mapping of token id to bias that cannot be changed, so that it has a hash."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError(
+            "logit_bias cannot be changed; dataclasses.replace makes a SamplingParams with another"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
+    clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return LogitBias, (dict(self),)  # by default items are pickled to be set one by one
+
+
+def _checked_bias(bias: object) -> LogitBias:
     if not isinstance(bias, Mapping):
         raise refusal("logit_bias", FIELDS["logit_bias"].rule, bias)
-    checked = {}
-    for token, value in bias.items():
+    checked: dict[int, float] = {}
+    for key, value in bias.items():
+        is_digits = isinstance(key, str) and key.isascii() and key.isdigit()
         rule = "a mapping whose token ids are integers in [0, 2^31)"
-        token_id = checks.integer("logit_bias", token, rule)
+        token_id = checks.integer("logit_bias", int(key) if is_digits else key, rule)
         if not 0 <= token_id <= _INT32_MAX:
-            raise refusal("logit_bias", rule, token)
-        number = checks.number(f"logit_bias[{token_id}]", value, "in [-100, 100]")
-        if not -100 <= number <= 100:
-            raise refusal(f"logit_bias[{token_id}]", "in [-100, 100]", value)
+            raise refusal("logit_bias", rule, key)
+        if token_id in checked:
+            raise refusal("logit_bias", "a mapping that names each token id once", bias)
+        name, rule = f"logit_bias[{token_id}]", BIAS_VALUES.rule
+        is_ban = isinstance(value, numbers.Real) and value == -math.inf
+        number = -math.inf if is_ban else checks.number(name, value, rule)
+        if not BIAS_VALUES.holds(number):
+            raise refusal(name, rule, value)
         checked[token_id] = number
-    return checked
+    return LogitBias(sorted(checked.items()))  # in the order of a pass over the row
 
 
 def list_of_params(
@@ -127,25 +165,19 @@ def _in_float32(values: Sequence[float]) -> list[float]:
     return list(struct.unpack(form, struct.pack(form, *values)))
 
 
-def _min_p_cuts(min_p: Sequence[float]) -> list[float]:
-    """Step 13's depth for each ``min_p`` in float32; inf where min-p is off."""
-    return _in_float32([2.0**-18 - math.log2(p) if p > 0 else math.inf for p in min_p])
-
-
-def _as_int64(value: int) -> int:
-    """The signed 64-bit integer with the bits of ``value`` modulo 2^64."""
-    value &= 2**64 - 1
+def as_int64(value: int) -> int:
+    """The signed 64-bit integer that has the bits of ``value``, which is in [-2^63, 2^64)."""
     return value - 2**64 if value >= 2**63 else value
 
 
 #: Of each tensor of a BatchParams.
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
-        **{f.name: f.dtype for f in FIELDS.values() if f.dtype is not None},
-        "min_p_cut": torch.float32,
+        **{column.name: column.dtype for _, column in _COLUMNS},
+        "seed": torch.int64,
         "logit_bias_offsets": torch.int64,
         "logit_bias_ids": torch.int32,
-        "logit_bias_values": torch.float32,
+        BIAS_VALUES.name: BIAS_VALUES.dtype,
         "unseeded": torch.bool,
         "position": torch.int64,
     }
@@ -157,12 +189,19 @@ KERNEL_TENSORS = tuple(name for name in DTYPES if name != "unseeded")
 
 
 def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The flags of a BatchParams with these values, one per row, as its tensors hold them."""
+    """The flags of a BatchParams with these columns, each with a number for each row."""
     rows = len(columns["temperature"])
 
-    def any_on(parameters: Iterable[Field]) -> bool:
-        return any(columns[f.name].count(f.off) < rows for f in parameters)
+    def any_on(parameters: Iterable[Column]) -> bool:
+        return any(columns[column.name].count(column.off) < rows for column in parameters)
 
+    flags = {
+        "needs_history": any_on(_PENALTIES),
+        "all_greedy": columns["temperature"].count(0) == rows,
+        "any_filter": any_on(_FILTERS),
+    }
+    if torch.compiler.is_dynamo_compiling():  # no graph needs the others, which it would depend on
+        return {**_CONSERVATIVE_FLAGS, **flags}
     kept = [
         1 if temperature == 0 else int(max(k, keep)) if k > 0 else 0
         for temperature, k, keep in zip(
@@ -171,15 +210,26 @@ def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     ]
     floored = [row for row, keep in enumerate(columns["min_tokens_to_keep"]) if keep > 1]
     return {
-        "needs_history": any_on(_PENALTIES),
-        "all_greedy": columns["temperature"].count(0) == rows,
-        "any_filter": any_on(_FILTERS),
+        **flags,
         "kept_at_most": 0 if 0 in kept else max(kept, default=0),
         "any_top_k": any(kept),
         "any_top_p": columns["top_p"].count(FIELDS["top_p"].off) < rows,
-        "any_floor": any(columns[f.name][row] != f.off for f in _FLOORED for row in floored),
+        "any_floor": any(columns[c.name][row] != c.off for c in _FLOORED for row in floored),
     }
 
+
+#: Flags that are right for any values of the tensors.
+_CONSERVATIVE_FLAGS: Mapping[str, Any] = MappingProxyType(
+    {
+        "needs_history": True,
+        "all_greedy": False,
+        "any_filter": True,
+        "kept_at_most": 0,
+        "any_top_k": True,
+        "any_top_p": True,
+        "any_floor": True,
+    }
+)
 
 #: What a flag of a BatchParams must be that was built by hand.
 _FLAG_RULES: Mapping[str, str] = MappingProxyType(
@@ -204,11 +254,12 @@ class BatchParams:
     when it is first used, its values on the CPU only, since elsewhere that would wait.
 
     Attributes:
-        temperature, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty: float32.
+        temperature, top_p, repetition_penalty, frequency_penalty, presence_penalty: float32.
         top_k, min_tokens_to_keep: int32.
+        min_p_cut: float32, in place of ``min_p``: step 13's depth ``2^-18 - log2(min_p)`` in
+            octaves, worked out once so that no backend's logarithm can disagree; inf where min-p is
+            off.
         seed: int64, the seed's 64 bits; of no meaning where ``unseeded``.
-        min_p_cut: float32, ``2^-18 - log2(min_p)`` in octaves, worked out once so that no backend's
-            logarithm can disagree; inf where min-p is off.
         logit_bias_offsets: int64 ``(rows + 1,)``; row r owns entries ``offsets[r]`` up to
             ``offsets[r + 1] - 1``.
         logit_bias_ids, logit_bias_values: int32 and float32 ``(entries,)``.
@@ -222,21 +273,21 @@ class BatchParams:
         any_top_p: whether any row has top-p.
         any_floor: whether any row has top-p or min-p and a ``min_tokens_to_keep`` above 1.
 
-    The seven flags are read on the host, to choose a kernel or the messages between ranks. If you
-    change tensors in place, under a captured graph for example, update the flags too or set them to
-    their conservative values, which are the defaults of the last four.
+    The seven flags are read on the host, to choose a kernel or the messages between ranks. Tensors
+    may be changed in place, except under the replay of a captured graph, which reads no flag: build
+    it with conservative flags then, which are the defaults of the last four, ``needs_history=True``,
+    ``all_greedy=False`` and ``any_filter=True``.
     """
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
-    min_p: Tensor
+    min_p_cut: Tensor
     repetition_penalty: Tensor
     frequency_penalty: Tensor
     presence_penalty: Tensor
     min_tokens_to_keep: Tensor
     seed: Tensor
-    min_p_cut: Tensor
     logit_bias_offsets: Tensor
     logit_bias_ids: Tensor
     logit_bias_values: Tensor
@@ -269,39 +320,20 @@ class BatchParams:
             ValueError: an element is not a SamplingParams, or ``positions`` has another length.
         """
         rows = list_of_params(params, 1)
+        batch = _pack(rows, None, torch.device(device))
+        if positions is None:
+            return batch
+        return replace(batch, position=positions_tensor(positions, len(rows), batch.device))
 
-        def tensor(values: Sequence[object], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+    @classmethod
+    def repeat(
+        cls, params: SamplingParams, rows: int, *, device: torch.device | str = "cpu"
+    ) -> BatchParams:
+        """Pack one :class:`SamplingParams` for ``rows`` rows into tensors on ``device``.
 
-        columns: dict[str, list[Any]] = {}
-        for parameter in _NUMBERS:
-            values = [getattr(row, parameter.name) for row in rows]
-            if parameter.is_integer:
-                columns[parameter.name] = [min(value, _INT32_MAX) for value in values]
-            else:
-                columns[parameter.name] = _in_float32(values)
-        # in id order, which is that of a pass over the row
-        biases = [sorted(row.logit_bias.items()) if row.logit_bias else [] for row in rows]
-        offsets = [0]
-        for bias in biases:
-            offsets.append(offsets[-1] + len(bias))
-        unseeded = [row.seed is None for row in rows]
-        tensors: dict[str, Any] = {
-            name: tensor(column, DTYPES[name]) for name, column in columns.items()
-        }
-        return cls(
-            **tensors,
-            seed=tensor([_as_int64(row.seed or 0) for row in rows], torch.int64),
-            min_p_cut=tensor(_min_p_cuts(columns["min_p"]), torch.float32),
-            logit_bias_offsets=tensor(offsets, torch.int64),
-            logit_bias_ids=tensor([i for bias in biases for i, _ in bias], torch.int32),
-            logit_bias_values=tensor([x for bias in biases for _, x in bias], torch.float32),
-            unseeded=tensor(unseeded, torch.bool) if any(unseeded) else None,
-            position=None
-            if positions is None
-            else positions_tensor(positions, len(rows), tensors["temperature"].device),
-            **_flags(columns),
-        )
+        Inside ``torch.compile`` and ``torch.export`` the number of rows may be dynamic.
+        """
+        return _pack([params], rows, torch.device(device))
 
     @property
     def rows(self) -> int:
@@ -314,28 +346,56 @@ class BatchParams:
         return self.temperature.device
 
     def checked(self) -> BatchParams:
-        """Itself, after a check that is made once.
+        """Itself, or the same tensors with other flags where a tensor was changed in place.
+
+        The first use checks everything. Later ones check again what has changed since: on the CPU
+        by its values, elsewhere by torch's version counters, after which the flags are the
+        conservative ones.
 
         Raises:
             ValueError: a tensor is not what this class says, or holds a value out of its range, or
                 a flag promises what the tensors do not keep. Values are looked at on the CPU only.
         """
-        if "_is_sound" not in vars(self):
+        if torch.compiler.is_compiling():
+            return self  # the op checks the tensors when the graph runs
+        known: tuple[Any, BatchParams] | None = vars(self).get("_known")
+        if known is None or is_traced():
+            if not self._check_tensors() or is_traced():
+                return self
+            if self.device.type == "cpu":
+                self._check_flags(self._check_values())
+            known = self._state(), self
+        elif known[0] != (state := self._state()):
             self._check_tensors()
             if self.device.type == "cpu":
-                self._check_values()
-            vars(self)["_is_sound"] = True  # no field, so what `replace` makes is checked anew
-        return self
+                flags = _flags(self._check_values())
+            else:
+                flags = dict(_CONSERVATIVE_FLAGS)
+                names = [column.name for column in _PENALTIES]
+                if all(state[name] == known[0][name] for name in names):
+                    flags["needs_history"] = self.needs_history
+            known = state, replace(self, **flags)
+        vars(self)["_known"] = known  # no field, so what `replace` makes is checked anew
+        return known[1]
 
-    def _check_tensors(self) -> None:
+    def _state(self) -> dict[str, Any]:
+        """What tells whether a tensor that flags follow from has changed: values or versions."""
+        tensors = {column.name: getattr(self, column.name) for _, column in _COLUMNS}
+        tensors |= {name: getattr(self, name) for name in DTYPES if name.startswith("logit_bias")}
+        if self.device.type == "cpu":
+            return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+        return {name: version_of(tensor) for name, tensor in tensors.items()}
+
+    def _check_tensors(self) -> bool:
+        """Check everything but values. Returns whether the tensors' memory can be looked at."""
+        is_plain = True
         rows = self.temperature.shape[0] if isinstance(self.temperature, Tensor) else 0
         entries = self.logit_bias_ids.shape[0] if isinstance(self.logit_bias_ids, Tensor) else 0
         for name, dtype in DTYPES.items():
             tensor = getattr(self, name)
             if tensor is None and name in ("unseeded", "position"):
                 continue
-            if not isinstance(tensor, Tensor):
-                raise refusal(name, "a torch.Tensor", tensor)
+            is_plain &= not is_wrapper(writable(name, tensor))
             shape = (rows,)
             if name.startswith("logit_bias"):
                 shape = (rows + 1,) if name == "logit_bias_offsets" else (entries,)
@@ -349,23 +409,31 @@ class BatchParams:
                 )
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        return is_plain
 
-    def _check_values(self) -> None:
-        for parameter in _NUMBERS:
-            parameter.check_tensor(getattr(self, parameter.name))
-        columns = {f.name: getattr(self, f.name).tolist() for f in _NUMBERS}
-        cuts = _min_p_cuts(columns["min_p"])
-        if self.min_p_cut.tolist() != cuts:
-            raise refusal("min_p_cut", "2^-18 - log2(min_p)", self.min_p_cut.tolist())
+    def _check_values(self) -> dict[str, list[float]]:
+        """Check the numbers, which are on the CPU. Returns the columns."""
+        for _, column in _COLUMNS:
+            column.check(getattr(self, column.name))
+        BIAS_VALUES.check(self.logit_bias_values)
+        columns = {c.name: getattr(self, c.name).tolist() for _, c in _COLUMNS}
         offsets, entries = self.logit_bias_offsets.tolist(), self.logit_bias_ids.shape[0]
         if offsets != sorted(offsets) or offsets[0] != 0 or offsets[-1] != entries:
             raise refusal("logit_bias_offsets", f"ascending from 0 to {entries}", offsets)
+        ids = self.logit_bias_ids
+        is_rising = ids[1:] > ids[:-1]
+        is_rising[[end - 1 for end in offsets if 0 < end < entries]] = True  # another row's begin
+        if not bool(is_rising.all()):
+            raise refusal("logit_bias_ids", "strictly ascending within each row", ids.tolist())
+        return columns
+
+    def _check_flags(self, columns: Mapping[str, Sequence[float]]) -> None:
         for name, least in _flags(columns).items():
             given = getattr(self, name)
             if name == "kept_at_most":
                 is_true = not given or 0 < least <= given
             else:
-                is_true = given == least or given == (name != "all_greedy")
+                is_true = given in (least, _CONSERVATIVE_FLAGS[name])
             if not is_true:
                 raise refusal(name, _FLAG_RULES[name], given)
 
@@ -382,9 +450,67 @@ class BatchParams:
         """Give every row without a seed a fresh one from torch's default generator."""
         if self.unseeded is None:
             return self
-        fresh = torch.randint(-(2**63), 2**63 - 1, (self.rows,), dtype=torch.int64)
-        seed = torch.where(self.unseeded, fresh.to(self.device, non_blocking=True), self.seed)
-        return replace(self, seed=seed, unseeded=None)
+        with not_of_inference_mode():
+            fresh = torch.randint(
+                -(2**63), 2**63 - 1, (self.rows,), dtype=torch.int64, device="cpu"
+            )
+            seed = torch.where(self.unseeded, fresh.to(self.device, non_blocking=True), self.seed)
+            return replace(self, seed=seed, unseeded=None)
+
+
+def _pack(params: Sequence[SamplingParams], repeats: int | None, device: torch.device) -> BatchParams:
+    """Pack one row for each of ``params``, or ``repeats`` rows for the only one of them."""
+
+    def tensor(values: Sequence[Any], dtype: torch.dtype, device: torch.device = device) -> Tensor:
+        if dtype == torch.float32 and torch.compiler.is_dynamo_compiling():
+            # A symbol stays one in a graph where it is added to a tensor; elsewhere it becomes a
+            # constant, and the graph is compiled anew for every other number.
+            shape = () if repeats is None else (repeats,)
+            zeros = torch.zeros(shape, dtype=dtype, device=device)
+            return torch.stack([zeros + x for x in values]) if repeats is None else zeros + values[0]
+        if repeats is None:
+            return torch.tensor(values, dtype=dtype, device=device)
+        return torch.full((repeats,), values[0], dtype=dtype, device=device)
+
+    with not_of_inference_mode():
+        columns: dict[str, Sequence[Any]] = {}
+        tensors: dict[str, Any] = {}
+        for parameter, column in _COLUMNS:
+            values = [getattr(row, parameter.name) for row in params]
+            if parameter.is_integer:
+                values = [value if value < _INT32_MAX else _INT32_MAX for value in values]
+            elif not torch.compiler.is_dynamo_compiling():
+                values = _in_float32(values)
+                if parameter.packed is not None:
+                    values = _in_float32([column.pack(value) for value in values])
+            elif parameter.packed is not None:  # the values may be symbols, which have no logarithm
+                raw = tensor(values, torch.float32, torch.device("cpu"))
+                tensors[column.name] = torch.ops.llm_sampling.pack(raw, parameter.name).to(device)
+                values = [column.off if value == parameter.off else value for value in values]
+            columns[column.name] = values
+            if column.name not in tensors:
+                tensors[column.name] = tensor(values, column.dtype)
+        biases: list[Mapping[int, float]] = [row.logit_bias or {} for row in params]
+        entries = [entry for bias in biases for entry in bias.items()]
+        ids = torch.tensor([i for i, _ in entries], dtype=torch.int32, device=device)
+        bias = torch.tensor([x for _, x in entries], dtype=torch.float32, device=device)
+        if repeats is None:
+            ends = itertools.accumulate(map(len, biases), initial=0)
+            offsets = torch.tensor(list(ends), dtype=torch.int64, device=device)
+        else:
+            offsets = torch.arange(repeats + 1, dtype=torch.int64, device=device) * len(biases[0])
+            ids, bias = ids.repeat(repeats), bias.repeat(repeats)
+        unseeded = [int(row.seed is None) for row in params]
+        return BatchParams(
+            **tensors,
+            seed=tensor([vars(row)["_signed_seed"] for row in params], torch.int64),
+            logit_bias_offsets=offsets,
+            logit_bias_ids=ids,
+            logit_bias_values=bias,
+            unseeded=tensor(unseeded, torch.bool) if any(unseeded) else None,
+            position=None,
+            **_flags(columns),
+        )
 
 
 def positions_tensor(positions: Sequence[int] | Tensor, rows: int, device: torch.device) -> Tensor:
@@ -407,10 +533,10 @@ def positions_tensor(positions: Sequence[int] | Tensor, rows: int, device: torch
             raise refusal("positions", "integers, one per row", positions)
         values = [checks.integer("positions", value, "integers") for value in positions]
         for value in values:
-            if not 0 <= value < 2**64:
-                raise refusal("positions", "in [0, 2^64)", value)
+            if not -(2**63) <= value < 2**64:
+                raise refusal("positions", "in [-2^63, 2^64)", value)
         tensor = torch.tensor(
-            [_as_int64(value) for value in values], dtype=torch.int64, device=device
+            [as_int64(value) for value in values], dtype=torch.int64, device=device
         )
     if tensor.shape != (rows,):
         raise refusal("positions", f"of shape ({rows},)", tuple(tensor.shape))

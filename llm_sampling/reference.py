@@ -52,7 +52,10 @@ def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
     row = torch.arange(rows, device=x.device).repeat_interleave(batch.logit_bias_offsets.diff())
     token = batch.logit_bias_ids.to(torch.int64)
     inside = (token >= 0) & (token < vocab_size)
-    x = x.index_put((row[inside], token[inside]), batch.logit_bias_values[inside], accumulate=True)
+    place, bias = (row[inside], token[inside]), batch.logit_bias_values[inside]
+    x = x.index_put(place, bias, accumulate=True)
+    banned = bias == -_INF
+    x = x.index_put((place[0][banned], place[1][banned]), bias[banned])
     if call.allowed_mask is not None:
         x = torch.where(_bits(call.allowed_mask, vocab_size), x, -_INF)
 
@@ -111,7 +114,7 @@ def depth_cut(batch: BatchParams) -> Tensor:
 
     One more filter by depth is one more term of a minimum here. Returns float32 ``(rows,)``.
     """
-    return torch.where(batch.min_p > 0, batch.min_p_cut, _INF)
+    return batch.min_p_cut
 
 
 def kept_set(x: Tensor, batch: BatchParams) -> tuple[Tensor, Tensor]:
@@ -236,9 +239,12 @@ def _logprobs(call: SampleCall, tokens: Tensor, w: Tensor, s: Tensor) -> Tensor 
 def filter_logits(call: SampleCall) -> Tensor:
     """Steps 1 to 13: ``x / T`` in the kept set, -inf elsewhere; float32 ``(rows, V)``.
 
-    A greedy row keeps its one token's processed logit as it is.
+    T is 1 in a greedy row. Where the best token's quotient is not finite, the row is shifted by it.
     """
     x, _ = processed_logits(call)
     keep, _ = kept_set(x, call.batch)
     t = call.batch.temperature.unsqueeze(-1)
-    return torch.where(keep, torch.where(t == 0, x, x / t), -_INF)
+    t = torch.where(t == 0, 1.0, t)
+    m = x.amax(-1, keepdim=True)
+    shifted = torch.where(x == m, 0.0, (x - m) / t)
+    return torch.where(keep, torch.where((m / t).isfinite(), x / t, shifted), -_INF)

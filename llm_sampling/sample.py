@@ -1,21 +1,16 @@
-"""The entry points: check the tensors, resolve the backend, run it."""
+"""The entry points: check the arguments, resolve the backend, run it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from llm_sampling import backends, checks, ops
-from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
-from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
-from llm_sampling.params import BatchParams, SamplingParams, list_of_params, positions_tensor
-
-Params = SamplingParams | Sequence[SamplingParams] | BatchParams
-
-LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from llm_sampling import backends, ops
+from llm_sampling.backends.base import Logprobs, SampleOutput
+from llm_sampling.calls import Params, make_call
+from llm_sampling.history import TokenHistory
+from llm_sampling.masks import Mask
 
 
 def sample(
@@ -23,7 +18,7 @@ def sample(
     params: Params,
     *,
     history: TokenHistory | None = None,
-    allowed_mask: Tensor | None = None,
+    allowed_mask: Mask | None = None,
     positions: Sequence[int] | Tensor | None = None,
     num_samples: int = 1,
     logprobs: Logprobs | None = None,
@@ -38,15 +33,21 @@ def sample(
 
     Args:
         logits: ``(rows, vocab_size)``, float32, float16 or bfloat16, ``vocab_size`` in 1 .. 2^20,
-            any strides (a copy is made where the last is not 1). Never modified.
+            dense, with any strides (a copy is made where the last is not 1). Never modified. No
+            gradient goes through a draw: the results do not require one.
         params: one for all rows, one per row, or a prepared :class:`BatchParams`.
         history: the tokens so far; needed where a penalty is on. Not modified: append the tokens
             with :meth:`TokenHistory.append`.
-        allowed_mask: int32 ``(rows, ceil(vocab_size / 32))``; bit ``t & 31`` of word ``t >> 5`` set
-            means that token t may be drawn, as xgrammar and llguidance produce it.
-        positions: ``(rows,)`` integers: how many tokens each request has produced so far; every
-            position of a seed draws anew. Default: the position in ``params``, else the length of
-            the output in ``history``, else 0.
+        allowed_mask: which tokens may be drawn. An int32 tensor ``(rows, ceil(vocab_size / 32))``
+            is a bitmask, as xgrammar and llguidance produce it: bit ``t & 31`` of word ``t >> 5``
+            set means that token t may be drawn. A bool tensor is ``(rows, vocab_size)``. Either may
+            be one row for all rows, a numpy array, or wider than the logits, where the rest is
+            padding. A list has a list of token ids, or None for all tokens, for each row.
+            :func:`llm_sampling.pack_mask` makes a bitmask of any of them.
+        positions: ``(rows,)`` integers, taken modulo 2^64: how many tokens each request has
+            produced so far. A seed draws anew at every position, and the same token at the same
+            position. Default: the position in ``params``, else the length of the output in
+            ``history``, else 0, so that a loop without a history must count them.
         num_samples: how many tokens to draw from each row, independently; draw 0 is the token of
             ``num_samples=1``.
         logprobs: None; "processed": of the distribution that the token was drawn from; "raw": of
@@ -80,9 +81,9 @@ def sample(
         logprobs=logprobs,
         check=check,
     )
-    if torch.compiler.is_compiling():
+    if ops.is_needed(call):
         return ops.sample(call, backend)
-    return backends.resolve(backend, logits.device).sample(call)
+    return backends.resolve(backend, call.logits.device).sample(call)
 
 
 def filter_logits(
@@ -90,7 +91,7 @@ def filter_logits(
     params: Params,
     *,
     history: TokenHistory | None = None,
-    allowed_mask: Tensor | None = None,
+    allowed_mask: Mask | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The logits that :func:`sample` would draw from, for loops that draw themselves.
@@ -111,136 +112,6 @@ def filter_logits(
         ValueError, RuntimeError: as :func:`sample`.
     """
     call = make_call(logits, params, history=history, allowed_mask=allowed_mask, seeded=False)
-    if torch.compiler.is_compiling():
+    if ops.is_needed(call):
         return ops.filter_logits(call, backend)
-    return backends.resolve(backend, logits.device).filter_logits(call)
-
-
-def check_logits(logits: Tensor) -> Tensor:
-    """``logits`` with last stride 1; a ValueError if they cannot be sampled from."""
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
-    if logits.dim() != 2:
-        raise ValueError(f"logits must have shape (rows, vocab_size), got {tuple(logits.shape)}")
-    if logits.dtype not in LOGITS_DTYPES:
-        raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
-    if not 1 <= logits.shape[1] <= MAX_VOCAB_SIZE:
-        raise ValueError(f"logits must have a vocab_size in 1 .. 2^20, got {logits.shape[1]}")
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    return logits.detach() if logits.requires_grad else logits
-
-
-def pack(params: Params, rows: int, device: torch.device) -> BatchParams:
-    """``params`` in any of its forms as a BatchParams of ``rows`` rows on ``device``."""
-    if isinstance(params, BatchParams):
-        batch = params.checked()
-    else:
-        rule = "a SamplingParams, a sequence of them or a BatchParams"
-        batch = BatchParams.from_list(list_of_params(params, rows, rule=rule), device=device)
-    if batch.rows != rows:
-        raise ValueError(f"params must have one entry per row of logits ({rows}), got {batch.rows}")
-    if batch.device != device:
-        raise ValueError(f"params must be on the logits' device {device}, got {batch.device}")
-    return batch
-
-
-def make_call(
-    logits: Tensor,
-    params: Params,
-    *,
-    history: TokenHistory | None,
-    allowed_mask: Tensor | None = None,
-    positions: Sequence[int] | Tensor | None = None,
-    num_samples: int = 1,
-    logprobs: Logprobs | None = None,
-    check: bool | None = None,
-    seeded: bool = True,
-) -> SampleCall:
-    """Check everything that a user passes to :func:`sample` and put it into one object."""
-    logits = check_logits(logits)
-    rows, vocab_size = logits.shape
-    device = logits.device
-    batch = pack(params, rows, device)
-    check_history(history, batch, rows, vocab_size, device)
-    num_samples = check_draws(num_samples, logprobs, check)
-    batch = batch.seeded() if seeded else batch
-    return SampleCall(
-        logits=logits,
-        batch=replace(batch, position=position_of(positions, batch, history)),
-        history=history if batch.needs_history else None,
-        allowed_mask=None
-        if allowed_mask is None
-        else check_mask(allowed_mask, rows, vocab_size, device),
-        num_samples=num_samples,
-        logprobs=logprobs,
-        check=device.type == "cpu" if check is None else check,
-    )
-
-
-def position_of(
-    positions: Sequence[int] | Tensor | None, batch: BatchParams, history: TokenHistory | None
-) -> Tensor:
-    """int64 ``(rows,)``: what was given, else what ``batch`` or ``history`` has, else zeros."""
-    if positions is not None:
-        return positions_tensor(positions, batch.rows, batch.device)
-    if batch.position is not None:
-        return batch.position
-    if history is not None:
-        return history.lengths[history.slots.to(torch.int64)]
-    return torch.zeros(batch.rows, dtype=torch.int64, device=batch.device)
-
-
-def check_history(
-    history: TokenHistory | None,
-    batch: BatchParams,
-    rows: int,
-    vocab_size: int,
-    device: torch.device,
-) -> None:
-    """A ValueError if ``history`` does not fit, or is missing where a penalty needs it."""
-    if history is None:
-        if batch.needs_history:
-            raise ValueError(
-                "history must be given where repetition_penalty, frequency_penalty or "
-                "presence_penalty is on; TokenHistory.from_ids builds one"
-            )
-        return
-    if not isinstance(history, TokenHistory):
-        raise ValueError(f"history must be a TokenHistory, got {type(history).__name__}")
-    if history.rows != rows:
-        raise ValueError(
-            f"history must have one row per row of logits ({rows}), got {history.rows}"
-        )
-    if history.vocab_size != vocab_size:
-        raise ValueError(
-            f"history must have the logits' vocab_size {vocab_size}, got {history.vocab_size}"
-        )
-    if history.device != device:
-        raise ValueError(f"history must be on the logits' device {device}, got {history.device}")
-
-
-def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> int:
-    """``num_samples`` as an int; a ValueError if one of these is out of its range."""
-    num_samples = checks.integer_at_least("num_samples", num_samples, 1)
-    if logprobs not in (None, "processed", "raw"):
-        raise ValueError(f'logprobs must be None, "processed" or "raw", got {logprobs!r}')
-    if check is not None and not isinstance(check, bool):
-        raise checks.refusal("check", "True, False or None", check)
-    return num_samples
-
-
-def check_mask(mask: Tensor, rows: int, vocab_size: int, device: torch.device) -> Tensor:
-    """``mask`` with last stride 1; a ValueError if it does not fit the logits."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.int32:
-        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"allowed_mask must be an int32 tensor, got {what}")
-    shape = (rows, -(-vocab_size // 32))
-    if mask.shape != shape:
-        raise ValueError(
-            f"allowed_mask must have shape (rows, ceil(vocab_size / 32)) = {shape}, "
-            f"got {tuple(mask.shape)}"
-        )
-    if mask.device != device:
-        raise ValueError(f"allowed_mask must be on the logits' device {device}, got {mask.device}")
-    return mask if mask.stride(1) == 1 else mask.contiguous()
+    return backends.resolve(backend, call.logits.device).filter_logits(call)

@@ -10,11 +10,37 @@ from torch import Tensor
 
 from llm_sampling import backends
 from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
-from llm_sampling.history import TokenHistory, check_vocab_size, selection, valid_ids
+from llm_sampling.calls import check_draws, check_history, check_logits
+from llm_sampling.history import (
+    TokenHistory,
+    Turn,
+    alone,
+    check_vocab_size,
+    refuse_turn,
+    selection,
+    valid_ids,
+)
+from llm_sampling.masks import Mask, check_mask
 from llm_sampling.params import BatchParams, SamplingParams, list_of_params
-from llm_sampling.sample import check_draws, check_history, check_logits, check_mask
+from llm_sampling.tensors import (
+    has_memory,
+    is_traced,
+    is_watched,
+    is_wrapper,
+    not_of_inference_mode,
+    version_of,
+)
 
 Step = Callable[[Tensor, Tensor | None], SampleOutput]
+
+
+class _KnownSlots:
+    """The slots of a history as a Sampler left them, to see whether somebody else changed them."""
+
+    def __init__(self, slots: Tensor) -> None:
+        self.slots = slots
+        self.version = version_of(slots)
+        self.values = slots.clone()
 
 
 class Sampler:
@@ -23,13 +49,21 @@ class Sampler:
     Each call draws from new logits, records the tokens in the history and advances the positions of
     the rows that got one, all in the backend's one launch. Rows can be added, removed and reordered
     between steps; a row's tokens depend on nothing but its own logits, parameters, history, seed
-    and position, so the others' streams go on undisturbed. Not thread-safe: a Sampler a thread.
+    and position, so the others' streams go on undisturbed.
+
+    One call at a time may change a Sampler, or the history that it shares: a call from another
+    thread or a signal handler that comes in between raises a RuntimeError and changes nothing. A
+    call that raises, or that Ctrl-C ends, has changed all of the state or nothing. A Sampler keeps
+    state outside of a graph, so ``torch.compile`` runs its calls in eager mode, and tracers refuse
+    them; :func:`llm_sampling.sample` with positions can be a part of a graph.
 
     Args:
         params: one per row. A row without a seed gets one from torch's default generator, here.
         vocab_size: the width of the logits, 1 .. 2^20.
         history: the tokens so far, one row per row of ``params``; the Sampler goes on using and
-            updating this very object. Default: empty, kept only while a row has a penalty.
+            updating this very object. Its tokens may also be appended elsewhere, but its rows are
+            the Sampler's: add, remove and reorder them here. Default: empty, kept only while a row
+            has a penalty.
         num_samples: draws per row; more than 1 only without penalties, since a history follows one
             token per row. Each call advances the positions by one.
         logprobs: None, "processed" or "raw", as for :func:`llm_sampling.sample`.
@@ -74,16 +108,22 @@ class Sampler:
         if history is None and batch.needs_history:
             history = TokenHistory.from_ids([[]] * len(rows), None, vocab_size, device=self.device)
         check_history(history, batch, len(rows), vocab_size, self.device)
+        if history is not None and history.is_view:
+            raise ValueError("history must be one that can be changed, got a read-only view")
         self._refuse_draws(batch.needs_history)
+        with not_of_inference_mode():
+            if history is None:
+                position = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
+            else:
+                position = history.lengths[history.slots.to(torch.int64)]
+            self._batch = replace(batch.seeded(), position=position)
+        self._turn = Turn()
         self._history = history
-        self._slots = None if history is None else history.slots
-        if history is None:
-            position = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
-        else:
-            position = history.lengths[history.slots.to(torch.int64)]
-        self._batch = replace(batch.seeded(), position=position)
+        self._turns = (self._turn, self._turn if history is None else history.turns[0])
+        self._slots = None if history is None else _KnownSlots(history.slots)
         self._step: Step | None = None
         self._prepared_for: tuple[object, ...] = ()
+        self._least_bytes = 0
 
     def _refuse_draws(self, needs_history: bool) -> None:
         if needs_history and self.num_samples > 1:
@@ -91,6 +131,11 @@ class Sampler:
                 "num_samples must be 1 where a penalty is on, since a history follows one token "
                 f"per row, got {self.num_samples}"
             )
+
+    @property
+    def turns(self) -> tuple[Turn, Turn]:
+        """The turns that a call takes: this Sampler's, and that of the history that it shares."""
+        return self._turns
 
     @property
     def rows(self) -> int:
@@ -113,36 +158,71 @@ class Sampler:
         assert self._batch.position is not None
         return self._batch.position.clone()
 
-    def __call__(self, logits: Tensor, *, allowed_mask: Tensor | None = None) -> SampleOutput:
+    def __call__(self, logits: Tensor, *, allowed_mask: Mask | None = None) -> SampleOutput:
         """Draw one token (or ``num_samples``) per row and advance.
 
         Args:
             logits: ``(rows, vocab_size)`` on the Sampler's device, as for
                 :func:`llm_sampling.sample`.
-            allowed_mask: this step's bitmask, as for :func:`llm_sampling.sample`.
+            allowed_mask: this step's mask, as for :func:`llm_sampling.sample`.
 
         Raises:
-            ValueError: another shape, dtype or device.
+            ValueError: another shape, dtype or device, or a tensor that is traced or wrapped; or
+                the history's rows were changed by somebody else.
             InvalidLogitsError: ``check`` found bad rows; nothing has advanced.
+            RuntimeError: another call is changing the Sampler or its history.
         """
-        step = self._step
-        if (
-            step is None
-            or not isinstance(logits, Tensor)
-            or self._prepared_for != (logits.shape, logits.dtype, logits.device)
-            or not (logits.is_contiguous() or logits.stride(1) == 1)  # the first is cheaper
-            or logits.requires_grad
-        ):
-            logits = self._check(logits)
-            step = self._step or self._prepare(logits)
-        if self._history is not None and self._history.slots is not self._slots:
-            self._check_history()
-        if allowed_mask is not None:
-            allowed_mask = check_mask(allowed_mask, self.rows, self.vocab_size, self.device)
-        return step(logits, allowed_mask)
+        if torch.compiler.is_compiling():
+            return self._call_in_eager_mode(logits, allowed_mask)
+        own, shared = self._turns
+        if own.is_taken or shared.is_taken:
+            refuse_turn("Sampler")
+        own.is_taken = shared.is_taken = True
+        try:
+            step = self._step
+            # the same questions as of check_logits, in the order that costs the least
+            if (
+                step is None
+                or type(logits) is not Tensor
+                or self._prepared_for != (logits.shape, logits.dtype, logits.device)
+                or not (
+                    logits.is_contiguous()
+                    and not logits.storage_offset()
+                    and logits.untyped_storage().nbytes() >= self._least_bytes
+                    or (logits.stride(1) == 1 and has_memory(logits))
+                )
+                or logits.requires_grad
+                or logits.is_neg()
+                or logits._is_zerotensor()
+                or is_watched()
+            ):
+                logits = self._check(logits)
+                step = self._step or self._prepare(logits)
+            if self._slots is not None:
+                slots, known = self._history.slots, self._slots  # type: ignore[union-attr]
+                if slots is not known.slots or (
+                    known.version is not None and slots._version != known.version
+                ):
+                    self._check_history()
+            mask = None
+            if allowed_mask is not None:
+                mask = check_mask(allowed_mask, self.rows, self.vocab_size, self.device)
+            return step(logits, mask)
+        finally:
+            own.is_taken = shared.is_taken = False
+
+    @torch.compiler.disable
+    def _call_in_eager_mode(self, logits: Tensor, allowed_mask: Mask | None) -> SampleOutput:
+        return self(logits, allowed_mask=allowed_mask)
 
     def _check(self, logits: Tensor) -> Tensor:
         logits = check_logits(logits)
+        if is_traced() or is_wrapper(logits):
+            raise ValueError(
+                "logits must be a plain tensor outside of tracers, modes and transforms, since a "
+                f"Sampler keeps state outside of a graph, got {type(logits).__name__}; sample() "
+                "with positions can be a part of a graph"
+            )
         shape = (self.rows, self.vocab_size)
         if logits.shape != shape:
             raise ValueError(
@@ -155,10 +235,18 @@ class Sampler:
         return logits
 
     def _check_history(self) -> None:
-        """A ValueError if the user gave the shared history other rows than the Sampler has."""
-        if self._history is not None:
-            check_history(self._history, self._batch, self.rows, self.vocab_size, self.device)
-            self._slots = self._history.slots
+        """A ValueError if the history has other rows than the Sampler, or in another order."""
+        history, known = self._history, self._slots
+        if history is None or known is None:
+            return
+        check_history(history, self._batch, self.rows, self.vocab_size, self.device)
+        if not torch.equal(history.slots, known.values):
+            raise ValueError(
+                "history must have the Sampler's rows in their order, but its slots were changed "
+                f"from {known.values.tolist()} to {history.slots.tolist()}: add, remove and "
+                "reorder rows by the Sampler's methods"
+            )
+        self._slots = _KnownSlots(history.slots)
 
     def _prepare(self, logits: Tensor) -> Step:
         call = SampleCall(
@@ -173,8 +261,10 @@ class Sampler:
         )
         self._step = self._backend.prepare(call)
         self._prepared_for = (logits.shape, logits.dtype, logits.device)
+        self._least_bytes = logits.numel() * logits.itemsize
         return self._step
 
+    @alone
     def add(
         self,
         params: SamplingParams,
@@ -218,6 +308,7 @@ class Sampler:
         )
         return self.rows - 1
 
+    @alone
     def remove(self, rows: Sequence[int]) -> None:
         """Remove rows; the others move up and keep their order.
 
@@ -225,15 +316,18 @@ class Sampler:
             ValueError: a row does not exist or is named twice.
         """
         gone = set(selection(rows, self.rows).tolist())
-        self.reorder([row for row in range(self.rows) if row not in gone])
+        self._reorder([row for row in range(self.rows) if row not in gone])
 
+    @alone
     def reorder(self, rows: Sequence[int]) -> None:
         """Keep the given rows, in the given order.
 
         Raises:
             ValueError: a row does not exist or is named twice.
         """
-        rows = list(rows)
+        self._reorder(list(rows))
+
+    def _reorder(self, rows: list[int]) -> None:
         index = selection(rows, self.rows).to(self.device)
         self._check_history()
         assert self._batch.position is not None
@@ -260,8 +354,9 @@ class Sampler:
         """
         batch = BatchParams.from_list(params, device=self.device)
         batch = replace(batch, seed=seed, position=position, unseeded=None)
-        if history is not None:
-            assert slots is not None
-            history.slots = slots
-        self._history, self._slots = history, slots
+        known = None if slots is None else _KnownSlots(slots)
+        turns = (self._turn, self._turn if history is None else history.turns[0])
+        attributes = {} if history is None else vars(history)  # history.slots cannot be assigned
+        attributes["slots"] = slots
+        self._history, self._turns, self._slots = history, turns, known
         self._params, self._batch, self._step = params, batch, None

@@ -67,7 +67,8 @@ INLINE void add_bias(const Row& row, int64_t begin, int count, float* y) {
   const int32_t* end = row.bias_ids + row.bias_count;
   const int32_t* id = std::lower_bound(row.bias_ids, end, static_cast<int32_t>(begin));
   for (; id != end && *id < begin + count; ++id) {
-    y[*id - begin] += row.bias_values[id - row.bias_ids];
+    float& x = y[*id - begin];
+    x = biased(x, row.bias_values[id - row.bias_ids]);
   }
 }
 

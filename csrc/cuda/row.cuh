@@ -212,7 +212,7 @@ __device__ __forceinline__ void add_bias(
     const int place = ids[next] - first;
     const float value = values[next];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = i == place ? x[i] + value : x[i];
+    for (int i = 0; i < kCount; ++i) x[i] = i == place ? biased(x[i], value) : x[i];
   }
 }
 

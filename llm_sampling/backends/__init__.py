@@ -36,12 +36,13 @@ class Backend:
 
     def why_unavailable(self, device: torch.device | None = None) -> str | None:
         """None if the backend can run (on ``device``), else the reason."""
+        reason = self.load().why_unavailable()
         types = self.device_types
-        if device is not None and types is not None and device.type not in types:
+        if reason is None and device is not None and types is not None and device.type not in types:
             return (
                 f"it runs on {' or '.join(sorted(types))} tensors, and the logits are on {device}"
             )
-        return self.load().why_unavailable()
+        return reason
 
 
 #: In the order in which ``"auto"`` prefers them.

@@ -106,9 +106,10 @@ def make_results(call: SampleCall) -> SampleOutput:
 def advance(call: SampleCall, output: SampleOutput) -> None:
     """Record the tokens and advance the positions in torch, for kernels that have not done it."""
     assert call.batch.position is not None
-    call.batch.position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
     if call.history is not None:
-        call.history.append(output.tokens)
+        call.history.record(output.tokens, call.batch.position)
+    else:
+        call.batch.position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
 
 
 def settle(call: SampleCall, output: SampleOutput) -> SampleOutput:
@@ -134,6 +135,9 @@ class InvalidLogitsError(ValueError):
     def __init__(self, message: str, rows: list[int]) -> None:
         super().__init__(message)
         self.rows = rows
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.rows)  # by default only the message would be pickled
 
 
 def raise_on_status(status: Tensor) -> None:

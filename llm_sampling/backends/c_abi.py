@@ -10,7 +10,7 @@ from torch import Tensor
 from llm_sampling.backends.base import LOGPROBS_MODES, SampleCall, SampleOutput
 from llm_sampling.params import KERNEL_TENSORS
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NEVER, _ALWAYS, _IF_ALL_VALID = 0, 1, 2
@@ -35,7 +35,6 @@ class SampleArgs(ctypes.Structure):
         ("temperature", ctypes.c_void_p),
         ("top_k", ctypes.c_void_p),
         ("top_p", ctypes.c_void_p),
-        ("min_p", ctypes.c_void_p),
         ("min_p_cut", ctypes.c_void_p),
         ("repetition_penalty", ctypes.c_void_p),
         ("frequency_penalty", ctypes.c_void_p),
@@ -46,6 +45,7 @@ class SampleArgs(ctypes.Structure):
         ("logit_bias_offsets", ctypes.c_void_p),
         ("logit_bias_ids", ctypes.c_void_p),
         ("logit_bias_values", ctypes.c_void_p),
+        ("logit_bias_size", ctypes.c_int64),
         ("allowed_mask", ctypes.c_void_p),
         ("allowed_mask_stride", ctypes.c_int64),
         ("seen", ctypes.c_void_p),
@@ -78,7 +78,8 @@ def make_args(call: SampleCall) -> SampleArgs:
     )
     for name in KERNEL_TENSORS:
         setattr(args, name, getattr(call.batch, name).data_ptr())
-    if call.batch.logit_bias_ids.numel() == 0:
+    args.logit_bias_size = call.batch.logit_bias_ids.numel()
+    if not args.logit_bias_size:
         args.logit_bias_offsets = None
     set_logits(args, call.logits, call.allowed_mask)
     if call.history is not None:

@@ -131,7 +131,7 @@ def filter_logits(call: SampleCall, run: Run) -> Tensor:
 def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], SampleOutput]:
     """Keep the args struct between steps, so that a step costs a few microseconds of Python."""
     args = make_args(call)
-    held = _state(call)
+    held = None if call.history is None else _Held(call)
     like = make_results(call)
     results = _results(like)
 
@@ -139,11 +139,9 @@ def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], Sam
         nonlocal held, results
         args.num_threads = torch.get_num_threads()
         set_logits(args, logits, allowed_mask)
-        if held:
-            state = _state(call)
-            if any(mine is not theirs for mine, theirs in zip(held, state, strict=True)):
-                set_history(args, call)
-                held = state
+        if held is not None and not held.is_right():
+            held = _Held(call)
+            set_history(args, call)
         output = next(results, None)
         if output is None:  # Ctrl-C inside the generator has ended it
             results = _results(like)
@@ -177,13 +175,35 @@ def _results(like: SampleOutput) -> Iterator[SampleOutput]:
         yield from map(SampleOutput, *parts)
 
 
-def _state(call: SampleCall) -> tuple[Tensor, ...]:
-    """The history's tensors, kept alive since the struct has their addresses; read each step."""
-    history = call.history
-    if history is None:
-        return ()
-    if history.rows != call.batch.rows:
-        raise ValueError(
-            f"history must have one row per row of logits ({call.batch.rows}), got {history.rows}"
+class _Held:
+    """The history's tensors and their addresses as the struct has them.
+
+    A tensor keeps its memory alive only while it is held, and may be given other memory meanwhile,
+    as by ``share_memory_``.
+    """
+
+    def __init__(self, call: SampleCall) -> None:
+        history = call.history
+        assert history is not None
+        if history.rows != call.batch.rows:
+            raise ValueError(
+                f"history must have one row per row of logits ({call.batch.rows}), "
+                f"got {history.rows}"
+            )
+        history.check_state()
+        self.history = history
+        self.tensors = history.seen, history.counts, history.lengths, history.slots
+        self.addresses = tuple(tensor.data_ptr() for tensor in self.tensors)
+
+    def is_right(self) -> bool:
+        """Whether the history still has these tensors, at these addresses."""
+        history = self.history
+        seen, counts, lengths, slots = self.tensors
+        return (
+            history.seen is seen
+            and history.counts is counts
+            and history.lengths is lengths
+            and history.slots is slots
+            and self.addresses
+            == (seen.data_ptr(), counts.data_ptr(), lengths.data_ptr(), slots.data_ptr())
         )
-    return history.seen, history.counts, history.lengths, history.slots

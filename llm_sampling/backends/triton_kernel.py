@@ -176,7 +176,9 @@ def _biased(x, bias, ids):
         step = step >> 1
     exists = place < count
     found = exists & (tl.load(bias_ids + place, mask=exists, other=-1) == ids)
-    return tl.where(found, x + tl.load(bias_values + place, mask=found, other=0.0), x)
+    value = tl.load(bias_values + place, mask=found, other=0.0)
+    biased = tl.where(value == -_INF, -_INF, x + value)  # a ban hides NaN and +inf
+    return tl.where(found, biased, x)
 
 
 @triton.jit

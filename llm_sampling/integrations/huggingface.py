@@ -39,7 +39,8 @@ from llm_sampling.generation.rows import (
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
-from llm_sampling.sample import check_draws, filter_logits
+from llm_sampling.calls import check_draws
+from llm_sampling.sample import filter_logits
 from llm_sampling.sampler import Sampler
 
 

@@ -18,7 +18,7 @@ from llm_sampling import SamplingParams, TokenHistory, sample
 from llm_sampling.backends import BACKENDS, base
 from llm_sampling.backends import triton as triton_backend
 from llm_sampling.backends.triton import Launch, choose_launch
-from llm_sampling.sample import make_call
+from llm_sampling.calls import make_call
 
 TESTS = Path(__file__).parents[1]
 NUCLEUS = SamplingParams(top_p=0.9)

@@ -34,7 +34,7 @@ from torch import Tensor
 from llm_sampling import SamplingParams, TokenHistory, sample
 from llm_sampling.backends import base, c_abi
 from llm_sampling.backends.base import SampleCall, SampleOutput
-from llm_sampling.sample import make_call
+from llm_sampling.calls import make_call
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/sampling/golden"

@@ -15,7 +15,7 @@ from llm_sampling import (
     sample,
 )
 from llm_sampling.params import KERNEL_TENSORS
-from llm_sampling.sample import make_call
+from llm_sampling.calls import make_call
 
 V = 70
 PARAMS = [

@@ -18,7 +18,7 @@ import torch
 
 from llm_sampling import BatchParams, SamplingParams, TokenHistory, filter_logits, sample
 from llm_sampling.reference import depth, kept_set, mass, philox, processed_logits, scaled
-from llm_sampling.sample import make_call
+from llm_sampling.calls import make_call
 
 INF = math.inf
 LOGITS = [1.0, 2.5, -0.5, 2.5, 0.0, -3.0]

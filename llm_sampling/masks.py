@@ -1,0 +1,122 @@
+"""Which tokens may be drawn: token bitmasks, and the other forms that a user has them in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from llm_sampling import checks
+from llm_sampling.history import check_vocab_size
+from llm_sampling.tensors import readable
+
+#: The forms of an ``allowed_mask``.
+Mask = Tensor | npt.NDArray[np.bool_] | npt.NDArray[np.int32] | Sequence[Collection[int] | None]
+
+_FORMS = (
+    "an int32 tensor (a bitmask), a bool tensor, or a list with a list of token ids or None for "
+    "each row"
+)
+
+
+def pack_mask(
+    allowed: Mask, vocab_size: int, *, device: torch.device | str | None = None
+) -> Tensor:
+    """Pack which tokens may be drawn into a token bitmask, 32 tokens to a word.
+
+    Pack once what holds for many steps: ``allowed_mask`` takes the same forms, and packs them in
+    every call.
+
+    Args:
+        allowed: bool ``(rows, vocab_size)`` or ``(vocab_size,)``, a tensor or a numpy array, True
+            where a token may be drawn; or a list with one element for each row: the ids of the
+            tokens that may be drawn, or None for all of them. A bitmask is taken as it is.
+        vocab_size: the width of the logits, 1 .. 2^20. Columns and bits past it are dropped, and so
+            are ids past it, since padded vocabularies differ in length.
+        device: where the bitmask goes. Default: that of a tensor, else the CPU.
+
+    Returns:
+        int32 ``(rows, ceil(vocab_size / 32))``, or one row for one row: bit ``t & 31`` of word
+        ``t >> 5`` is set where token t may be drawn.
+
+    Raises:
+        ValueError: another form, fewer columns than ``vocab_size``, or an id that is no integer or
+            negative.
+
+    Example:
+        >>> mask = pack_mask([[1, 5], None], vocab_size=32000)  # the second row is free
+        >>> tokens = sample(torch.randn(2, 32000), params, allowed_mask=mask).tokens
+    """
+    return _packed("allowed", allowed, check_vocab_size(vocab_size), device)
+
+
+def _packed(
+    name: str, allowed: object, vocab_size: int, device: torch.device | str | None
+) -> Tensor:
+    words = -(-vocab_size // 32)
+    if isinstance(allowed, np.ndarray):
+        if allowed.dtype not in (np.bool_, np.int32):
+            raise ValueError(f"{name} must be {_FORMS}, got an array of {allowed.dtype}")
+        allowed = torch.from_numpy(np.ascontiguousarray(allowed))
+    if isinstance(allowed, Tensor):
+        tensor = readable(name, allowed)
+        if tensor.dtype not in (torch.bool, torch.int32) or tensor.dim() not in (1, 2):
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{name} must be {_FORMS}, got {tensor.dtype} of shape {shape}")
+        if tensor.dim() == 1:
+            tensor = tensor.unsqueeze(0)
+        is_bits = tensor.dtype == torch.int32
+        least, width = (words, "ceil(vocab_size / 32)") if is_bits else (vocab_size, "vocab_size")
+        if tensor.shape[-1] < least:
+            raise ValueError(
+                f"{name} must have at least {width} = {least} columns, got {tensor.shape[-1]}: "
+                "make it as wide as the logits, and say of the tokens past the mask whether they "
+                "may be drawn"
+            )
+        tensor = tensor[:, :least]
+        if not is_bits:
+            tensor = _words(tensor, words)
+        return tensor if device is None else tensor.to(device)
+    if not isinstance(allowed, Sequence) or isinstance(allowed, (str, bytes)):
+        raise ValueError(f"{name} must be {_FORMS}, got {type(allowed).__name__}")
+    bits = np.zeros((len(allowed), 32 * words), dtype=np.bool_)
+    for row, ids in enumerate(allowed):
+        if ids is None:
+            bits[row] = True
+            continue
+        tokens = checks.token_ids(f"{name}[{row}]", ids)
+        if tokens and min(tokens) < 0:
+            raise checks.refusal(f"{name}[{row}]", "token ids >= 0, or None", min(tokens))
+        bits[row, [token for token in tokens if token < vocab_size]] = True
+    packed = np.packbits(bits, axis=1, bitorder="little").view("<i4").astype(np.int32)
+    return torch.from_numpy(packed).to("cpu" if device is None else device)
+
+
+def _words(allowed: Tensor, words: int) -> Tensor:
+    """bool ``(rows, vocab_size)`` as int32 ``(rows, words)``."""
+    padded = torch.nn.functional.pad(allowed, (0, 32 * words - allowed.shape[1]))
+    weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=allowed.device)
+    octets = (padded.view(-1, 4 * words, 8) * weights).sum(-1, dtype=torch.uint8)
+    return octets.view(torch.int32)
+
+
+def check_mask(mask: object, rows: int, vocab_size: int, device: torch.device) -> Tensor:
+    """An ``allowed_mask`` in any form as a bitmask of ``rows`` rows, with last stride 1.
+
+    Raises:
+        ValueError: it has another form, too few columns, another number of rows or another device.
+    """
+    if isinstance(mask, Tensor) and mask.device != device:
+        raise ValueError(f"allowed_mask must be on the logits' device {device}, got {mask.device}")
+    packed = _packed("allowed_mask", mask, vocab_size, device)
+    if packed.shape[0] == 1 and isinstance(mask, (Tensor, np.ndarray)):
+        packed = packed.expand(rows, -1)  # one row for all
+    if packed.shape[0] != rows:
+        raise ValueError(
+            f"allowed_mask must have one row for each row of the logits ({rows}), or one for all, "
+            f"got {packed.shape[0]}"
+        )
+    return packed if packed.stride(1) == 1 else packed.contiguous()
