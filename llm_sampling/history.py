@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llm_sampling import checks
 from llm_sampling.tensors import (
+    check_changeable,
     is_traced,
     is_wrapper,
     not_of_inference_mode,
@@ -335,14 +336,8 @@ class TokenHistory:
         Raises:
             ValueError: the state was made in inference mode, which alone can change it.
         """
-        state = (self.seen, self.counts, self.lengths, position)
-        if not torch.is_inference_mode_enabled() and any(
-            tensor is not None and tensor.is_inference() for tensor in state
-        ):
-            raise ValueError(
-                "a history made of tensors of torch.inference_mode must be changed in that mode; "
-                "its clone() can be changed anywhere"
-            )
+        if not torch.compiler.is_compiling():
+            check_changeable("a history", (self.seen, self.counts, self.lengths, position))
         tokens = tokens.to(torch.int64)
         valid = (tokens >= 0) & (tokens < self.vocab_size)
         token = torch.where(valid, tokens, 0)
