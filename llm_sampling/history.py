@@ -126,18 +126,28 @@ class TokenHistory:
     def _set(self, **attributes: Any) -> None:
         vars(self).update(attributes)
 
-    def __setattr__(self, name: str, value: object) -> NoReturn:
+    def __setattr__(self, name: str, *value: object) -> NoReturn:
         raise AttributeError(
             f"{name} of a TokenHistory cannot be assigned: append, add and select change a history"
         )
 
+    __delattr__ = __setattr__
+
     def check_state(self) -> None:
-        """A ValueError if a tensor is not as this class says; their values are not looked at."""
+        """A ValueError if a tensor is not as this class says; their values are not looked at.
+
+        A tensor may have been given other memory or another shape since it was last checked.
+        """
+        if torch.compiler.is_compiling():
+            return  # the op looks at them when the graph runs
         seen, vocab_size = self.seen, self.vocab_size
         words = -(-vocab_size // 32)
         _check_state("seen", seen, seen, "(capacity, ceil(vocab_size / 32))", (None, words))
         capacity = seen.shape[0]
-        _check_state("counts", self.counts, seen, "(capacity, vocab_size)", (capacity, vocab_size))
+        shape = (capacity, vocab_size)
+        _check_state(
+            "counts", self.counts, seen, "(capacity, vocab_size)", shape, is_view=self.is_view
+        )
         _check_state("lengths", self.lengths, seen, "(capacity,)", (capacity,), torch.int64)
         _check_state("slots", self.slots, seen, "(rows,)", (None,))
 
@@ -430,6 +440,8 @@ def _check_state(
     dimensions: str,
     shape: tuple[int | None, ...],
     dtype: torch.dtype = torch.int32,
+    *,
+    is_view: bool = False,
 ) -> None:
     """A ValueError if a tensor of the state is not as it must be; None in ``shape`` is any size."""
     tensor = writable(name, tensor)
@@ -441,7 +453,7 @@ def _check_state(
         raise ValueError(f"{name} must have shape {dimensions}{known}, got {tuple(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, as seen is, got {tensor.device}")
-    if not tensor.is_contiguous():
+    if not (is_view or tensor.is_contiguous()):
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 

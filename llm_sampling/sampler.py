@@ -292,28 +292,29 @@ class Sampler:
         """
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {params!r}")
-        self._refuse_draws(params.needs_history)
-        valid_ids("prompt_ids", prompt_ids, self.vocab_size)
-        position = len(valid_ids("output_ids", output_ids, self.vocab_size))
-        self._check_history()
-        history = self._history
-        if history is None and params.needs_history:
-            # the rows so far have no penalty, so what they have produced does not matter
-            history = TokenHistory.from_ids(
-                [[]] * self.rows, None, self.vocab_size, device=self.device
+        with not_of_inference_mode():
+            self._refuse_draws(params.needs_history)
+            valid_ids("prompt_ids", prompt_ids, self.vocab_size)
+            position = len(valid_ids("output_ids", output_ids, self.vocab_size))
+            self._check_history()
+            history = self._history
+            if history is None and params.needs_history:
+                # the rows so far have no penalty, so what they have produced does not matter
+                history = TokenHistory.from_ids(
+                    [[]] * self.rows, None, self.vocab_size, device=self.device
+                )
+            slots = None if history is None else history._slots_with(prompt_ids, output_ids)
+            old = self._batch
+            assert old.position is not None
+            new = BatchParams.from_list([params], positions=[position], device=self.device).seeded()
+            assert new.position is not None
+            self._rebuild(
+                [*self._params, params],
+                torch.cat([old.seed, new.seed]),
+                torch.cat([old.position, new.position]),
+                history,
+                slots,
             )
-        slots = None if history is None else history._slots_with(prompt_ids, output_ids)
-        old = self._batch
-        assert old.position is not None
-        new = BatchParams.from_list([params], positions=[position], device=self.device).seeded()
-        assert new.position is not None
-        self._rebuild(
-            [*self._params, params],
-            torch.cat([old.seed, new.seed]),
-            torch.cat([old.position, new.position]),
-            history,
-            slots,
-        )
         return self.rows - 1
 
     @alone
@@ -336,16 +337,17 @@ class Sampler:
         self._reorder(list(rows))
 
     def _reorder(self, rows: list[int]) -> None:
-        index = selection(rows, self.rows).to(self.device)
-        self._check_history()
-        assert self._batch.position is not None
-        self._rebuild(
-            [self._params[row] for row in rows],
-            self._batch.seed[index],
-            self._batch.position[index],
-            self._history,
-            None if self._history is None else self._history.slots[index],
-        )
+        with not_of_inference_mode():
+            index = selection(rows, self.rows).to(self.device)
+            self._check_history()
+            assert self._batch.position is not None
+            self._rebuild(
+                [self._params[row] for row in rows],
+                self._batch.seed[index],
+                self._batch.position[index],
+                self._history,
+                None if self._history is None else self._history.slots[index],
+            )
 
     def _rebuild(
         self,

@@ -18,6 +18,7 @@ from llm_sampling.backends.base import (
     LOGPROBS_MODES,
     SampleCall,
     SampleOutput,
+    check_state,
     make_results,
     settle,
 )
@@ -260,6 +261,7 @@ def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]
     launches: dict[bool, tuple[Launch, Tensor]] = {}
 
     def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
+        check_state(call)
         this = replace(call, logits=logits, allowed_mask=allowed_mask)
         has_mask = allowed_mask is not None
         if has_mask not in launches:
