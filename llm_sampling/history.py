@@ -126,12 +126,14 @@ class TokenHistory:
     def _set(self, **attributes: Any) -> None:
         vars(self).update(attributes)
 
-    def __setattr__(self, name: str, *value: object) -> NoReturn:
+    def __setattr__(self, name: str, value: object) -> None:
+        if value is not vars(self).get(name):  # as after `history.lengths += 1`, done in place
+            self.__delattr__(name)
+
+    def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(
             f"{name} of a TokenHistory cannot be assigned: append, add and select change a history"
         )
-
-    __delattr__ = __setattr__
 
     def check_state(self) -> None:
         """A ValueError if a tensor is not as this class says; their values are not looked at.

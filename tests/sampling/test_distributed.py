@@ -783,8 +783,13 @@ def test_ranks_at_other_positions_all_raise(two: Ranks) -> None:
         ({"positions": [1]}, "positions must be of shape (2,), got (1,)"),
         ({"backend": "gpu"}, "backend must be one of"),
         ({"check": "yes"}, "check must be True, False or None, got 'yes'"),
-        ({"allowed_mask": torch.zeros(2, 1)}, "allowed_mask must be an int32 tensor"),
-        ({"allowed_mask": mask_of(10)[:1]}, "allowed_mask must have shape"),
+        ({"allowed_mask": torch.zeros(2, 1)}, "allowed_mask must be an int32 tensor (a bitmask)"),
+        ({"allowed_mask": torch.tensor(True)}, "allowed_mask must be an int32 tensor (a bitmask)"),
+        ({"allowed_mask": [[1], None]}, "allowed_mask must be a tensor, got list: pack_mask makes"),
+        (
+            {"allowed_mask": torch.ones(3, 1, dtype=torch.int32)},
+            "allowed_mask must have one row for each row of the logits (2), or one for all, got 3",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

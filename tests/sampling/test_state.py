@@ -260,10 +260,11 @@ def test_a_history_that_no_longer_fits_is_refused_by_a_plain_call(backend: str, 
 def test_a_history_s_parts_cannot_be_assigned(name: str) -> None:
     history = TokenHistory.from_ids([[1], [2]], None, V)
     value = getattr(history, name)
+    setattr(history, name, value)  # what `history.lengths += 1` does at its end
     message = f"{name} of a TokenHistory cannot be assigned"
     with pytest.raises(AttributeError, match=message):
-        setattr(history, name, value)
-    with pytest.raises(AttributeError):
+        setattr(history, name, copy.copy(value) if name != "vocab_size" else V + 1)
+    with pytest.raises(AttributeError, match=message):
         delattr(history, name)
     assert getattr(history, name) is value
 

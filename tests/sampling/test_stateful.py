@@ -7,7 +7,9 @@ nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -182,7 +184,7 @@ params = st.builds(
     frequency_penalty=st.sampled_from((0.0, 0.0, 0.6, -0.4)),
     presence_penalty=st.sampled_from((0.0, 0.0, 0.5)),
     logit_bias=st.none() | st.dictionaries(st.integers(0, 75), st.sampled_from((-3.0, 4.0))),
-    seed=st.none() | st.integers(-5, 5) | st.just(2**64 - 1),
+    seed=st.none() | st.integers(0, 5) | st.sampled_from((2**63, 2**64 - 1)),
 )
 
 
@@ -207,9 +209,9 @@ REFUSED_BY_A_SAMPLER: dict[str, tuple[Callable[[Sampler], object], str]] = {
     "another mask": (
         lambda s: s(
             torch.zeros(s.rows, s.vocab_size),
-            allowed_mask=torch.zeros(s.rows + 1, 9, dtype=torch.int32),
+            allowed_mask=torch.zeros(s.rows + 2, 9, dtype=torch.int32),
         ),
-        "allowed_mask must have shape",
+        "allowed_mask must have one row for each row",
     ),
     "remove no such row": (lambda s: s.remove([s.rows]), "rows must be integers in 0"),
     "a row twice": (
@@ -222,6 +224,48 @@ REFUSED_BY_A_SAMPLER: dict[str, tuple[Callable[[Sampler], object], str]] = {
     ),
     "a dict": (lambda s: s.add({"top_k": 5}), "params must be a SamplingParams"),  # type: ignore[arg-type]
 }
+
+
+#: Changes of a Sampler that may be interrupted, or that may come within another call.
+CHANGES: dict[str, Callable[[Sampler, Tensor], object]] = {
+    "step": lambda s, logits: s(logits),
+    "add": lambda s, logits: s.add(CHANGE_PARAMS),
+    "reorder": lambda s, logits: s.reorder(range(s.rows)[::-1]),
+}
+CHANGE_PARAMS = SamplingParams(top_k=3)
+
+
+class Intruder(Tensor):
+    """Logits that make a call of their own when a Sampler asks for their layout."""
+
+    intrude: Callable[[], object]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__self__", None) is Tensor.layout:
+            args[0].intrude()
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def interrupt(at: int, call: Callable[[], object]) -> None:
+    """Make a call, and raise KeyboardInterrupt in it as the function of this number returns.
+
+    CPython handles Ctrl-C after calls.
+    """
+    events = itertools.count()
+
+    def look(frame: Any, event: str, argument: object) -> None:
+        if event in ("return", "c_return") and next(events) == at:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    try:
+        sys.setprofile(look)
+        call()
+    except (KeyboardInterrupt, InvalidLogitsError):
+        pass
+    finally:
+        sys.setprofile(None)
 
 
 class Decoding(RuleBasedStateMachine):
@@ -328,7 +372,51 @@ class Decoding(RuleBasedStateMachine):
             self.step(seed, dtype, masked, layout, bad)
             bad = 0.0
 
-    def step(self, seed: int, dtype: torch.dtype, masked: bool, layout: str, bad: float) -> None:
+    @rule(seed=st.integers(0, 2**16), at=st.integers(0, 60), change=st.sampled_from(sorted(CHANGES)))
+    def interrupted(self, seed: int, at: int, change: str) -> None:
+        """Ctrl-C comes as a function is called or returns; the change is done as a whole or not."""
+        rows = len(self.requests)
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(rows, self.v, generator=generator)
+        positions, packed = self.sampler.positions.tolist(), self.sampler._batch
+        seeds = self.seeds([CHANGE_PARAMS], seed)
+        interrupt(at, lambda: CHANGES[change](self.sampler, logits))
+        if change == "step" and self.sampler.positions.tolist() != positions:
+            self.record([self.alone(row, logits, None) for row in range(rows)])
+        elif self.sampler._batch is not packed:
+            if change == "add":
+                self.requests.append(Request(params=CHANGE_PARAMS, seed=seeds[0]))
+            else:
+                self.requests.reverse()
+
+    @rule(seed=st.integers(0, 2**16))
+    def a_second_call(self, seed: int) -> None:
+        """A call that comes within another one raises; the first one goes on."""
+        refused = []
+
+        def intrude() -> None:
+            for change in CHANGES.values():
+                with pytest.raises(RuntimeError, match="is being changed by another call"):
+                    change(self.sampler, torch.zeros(len(self.requests), self.v))
+                refused.append(change)
+
+        def intruding(logits: Tensor) -> Tensor:
+            inner = logits.clone().as_subclass(Intruder)  # type: ignore[no-untyped-call]
+            inner.intrude = intrude
+            return inner
+
+        self.step(seed, torch.float32, False, "contiguous", 0.0, intruding)
+        assert refused == [*CHANGES.values()]
+
+    def step(
+        self,
+        seed: int,
+        dtype: torch.dtype,
+        masked: bool,
+        layout: str,
+        bad: float,
+        wrap: Callable[[Tensor], Tensor] = lambda logits: logits,
+    ) -> None:
         rows = len(self.requests)
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(rows, self.v, generator=generator)
@@ -343,10 +431,10 @@ class Decoding(RuleBasedStateMachine):
         statuses = [int(one.status) for one in wanted]
         if self.check and any(statuses):  # the call raises and no row advances
             with pytest.raises(InvalidLogitsError) as error:
-                self.sampler(logits, allowed_mask=mask)
+                self.sampler(wrap(logits), allowed_mask=mask)
             assert error.value.rows == [row for row, status in enumerate(statuses) if status]
             return
-        got = self.sampler(logits, allowed_mask=mask)
+        got = self.sampler(wrap(logits), allowed_mask=mask)
         assert got.status.tolist() == statuses
         assert got.tokens.tolist() == [one.tokens.squeeze(0).tolist() for one in wanted]
         if self.logprobs is None:
@@ -356,6 +444,10 @@ class Decoding(RuleBasedStateMachine):
                 [one.logprobs.squeeze(0) for one in wanted if one.logprobs is not None]
             )
             torch.testing.assert_close(got.logprobs, logprobs, rtol=0, atol=1e-5, equal_nan=True)
+        self.record(wanted)
+
+    def record(self, wanted: list[SampleOutput]) -> None:
+        """Note what every row has drawn."""
         for request, one in zip(self.requests, wanted, strict=True):
             token = int(one.tokens.flatten()[0])
             request.position += token != -1
@@ -366,7 +458,7 @@ class Decoding(RuleBasedStateMachine):
         request = self.requests[row]
         return sample(
             logits[row : row + 1],
-            replace(request.params, seed=request.seed),
+            replace(request.params, seed=request.seed % 2**64),
             history=TokenHistory.from_ids([request.prompt], [request.output], self.v),
             allowed_mask=None if mask is None else mask[row : row + 1],
             positions=[request.position % 2**64],
@@ -397,13 +489,21 @@ class Decoding(RuleBasedStateMachine):
     @precondition(lambda self: self.sampler.history is not None)
     @rule(data=st.data())
     def the_owner_reorders(self, data: st.DataObject) -> None:
-        """Only the pasts are reordered; parameters, seeds and positions stay in their rows."""
+        """In another order every call raises, until the rows are in the Sampler's order again."""
         assert self.sampler.history is not None
-        order = data.draw(st.permutations(range(len(self.requests))))
-        self.sampler.history.select(order)
-        pasts = [(r.prompt, r.output, r.before) for r in self.requests]
-        for request, row in zip(self.requests, order, strict=True):
-            request.prompt, request.output, request.before = pasts[row]
+        history, rows = self.sampler.history, len(self.requests)
+        order = data.draw(st.permutations(range(rows)))
+        history.select(order)
+        for call in (
+            lambda: self.sampler(torch.zeros(rows, self.v)),
+            lambda: self.sampler.reorder(range(rows)),
+            lambda: self.sampler.add(SamplingParams(seed=1)),
+        ):
+            if order == [*range(rows)]:
+                break
+            with pytest.raises(ValueError, match="history must have the Sampler's rows in their"):
+                call()
+        history.select(sorted(range(rows), key=order.__getitem__))
 
     @precondition(lambda self: self.sampler.history is not None)
     @rule(prompt=ids, output=ids)
@@ -479,9 +579,10 @@ RIGHT_SAMPLE, RIGHT_PREPARE = TORCH.sample, TORCH.prepare
 
 def append_by_row(self: TokenHistory, tokens: Tensor) -> None:
     """Broken: ``append`` takes row i's slot to be i and ignores the slot mapping."""
-    slots, self.slots = self.slots, torch.arange(self.rows, dtype=torch.int32)
+    slots = self.slots
+    self._set(slots=torch.arange(self.rows, dtype=torch.int32))
     RIGHT_APPEND(self, tokens)
-    self.slots = slots
+    self._set(slots=slots)
 
 
 def append_padding(self: TokenHistory, tokens: Tensor) -> None:
@@ -491,7 +592,7 @@ def append_padding(self: TokenHistory, tokens: Tensor) -> None:
 
 def select_sorted(self: TokenHistory, rows: list[int]) -> None:
     """Broken: ``select`` keeps the rows in their old order."""
-    self.slots = self.slots[selection(rows, self.rows).sort().values]
+    self._set(slots=self.slots[selection(rows, self.rows).sort().values])
 
 
 def fill_over_old_bits(self: TokenHistory, slot: int, prompt: Any, output: Any) -> None:
@@ -559,7 +660,7 @@ def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
     assert call.batch.position is not None
     call.batch.position.add_(1)
     if call.history is not None:
-        call.history.append(output.tokens)
+        call.history.record(output.tokens)
 
 
 @pytest.mark.parametrize(
