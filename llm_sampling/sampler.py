@@ -211,7 +211,7 @@ class Sampler:
         finally:
             own.is_taken = shared.is_taken = False
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler, which few need
     def _call_in_eager_mode(self, logits: Tensor, allowed_mask: Mask | None) -> SampleOutput:
         return self(logits, allowed_mask=allowed_mask)
 
