@@ -121,6 +121,7 @@ def check_history(
         )
     if history.device != device:
         raise ValueError(f"history must be on the logits' device {device}, got {history.device}")
+    history.check_state()
 
 
 def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> int:

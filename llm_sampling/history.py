@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llm_sampling import checks
 from llm_sampling.tensors import (
+    check_changeable,
     is_traced,
     is_wrapper,
     not_of_inference_mode,
@@ -125,18 +126,28 @@ class TokenHistory:
     def _set(self, **attributes: Any) -> None:
         vars(self).update(attributes)
 
-    def __setattr__(self, name: str, value: object) -> NoReturn:
+    def __setattr__(self, name: str, *value: object) -> NoReturn:
         raise AttributeError(
             f"{name} of a TokenHistory cannot be assigned: append, add and select change a history"
         )
 
+    __delattr__ = __setattr__
+
     def check_state(self) -> None:
-        """A ValueError if a tensor is not as this class says; their values are not looked at."""
+        """A ValueError if a tensor is not as this class says; their values are not looked at.
+
+        A tensor may have been given other memory or another shape since it was last checked.
+        """
+        if torch.compiler.is_compiling():
+            return  # the op looks at them when the graph runs
         seen, vocab_size = self.seen, self.vocab_size
         words = -(-vocab_size // 32)
         _check_state("seen", seen, seen, "(capacity, ceil(vocab_size / 32))", (None, words))
         capacity = seen.shape[0]
-        _check_state("counts", self.counts, seen, "(capacity, vocab_size)", (capacity, vocab_size))
+        shape = (capacity, vocab_size)
+        _check_state(
+            "counts", self.counts, seen, "(capacity, vocab_size)", shape, is_view=self.is_view
+        )
         _check_state("lengths", self.lengths, seen, "(capacity,)", (capacity,), torch.int64)
         _check_state("slots", self.slots, seen, "(rows,)", (None,))
 
@@ -335,14 +346,8 @@ class TokenHistory:
         Raises:
             ValueError: the state was made in inference mode, which alone can change it.
         """
-        state = (self.seen, self.counts, self.lengths, position)
-        if not torch.is_inference_mode_enabled() and any(
-            tensor is not None and tensor.is_inference() for tensor in state
-        ):
-            raise ValueError(
-                "a history made of tensors of torch.inference_mode must be changed in that mode; "
-                "its clone() can be changed anywhere"
-            )
+        if not torch.compiler.is_compiling():
+            check_changeable("a history", (self.seen, self.counts, self.lengths, position))
         tokens = tokens.to(torch.int64)
         valid = (tokens >= 0) & (tokens < self.vocab_size)
         token = torch.where(valid, tokens, 0)
@@ -435,6 +440,8 @@ def _check_state(
     dimensions: str,
     shape: tuple[int | None, ...],
     dtype: torch.dtype = torch.int32,
+    *,
+    is_view: bool = False,
 ) -> None:
     """A ValueError if a tensor of the state is not as it must be; None in ``shape`` is any size."""
     tensor = writable(name, tensor)
@@ -446,7 +453,7 @@ def _check_state(
         raise ValueError(f"{name} must have shape {dimensions}{known}, got {tuple(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, as seen is, got {tensor.device}")
-    if not tensor.is_contiguous():
+    if not (is_view or tensor.is_contiguous()):
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 

@@ -69,6 +69,11 @@ def _packed(
         if tensor.dim() == 1:
             tensor = tensor.unsqueeze(0)
         is_bits = tensor.dtype == torch.int32
+        if is_bits and tensor.shape[1] == vocab_size > words:
+            raise ValueError(
+                f"{name} must be bool where it has a column for each token ({vocab_size}): int32 "
+                f"is a bitmask of {words} columns"
+            )
         least, width = (words, "ceil(vocab_size / 32)") if is_bits else (vocab_size, "vocab_size")
         if tensor.shape[-1] < least:
             raise ValueError(

@@ -21,6 +21,7 @@ from llm_sampling.tensors import (
     is_traced,
     is_wrapper,
     not_of_inference_mode,
+    readable,
     version_of,
     writable,
 )
@@ -520,6 +521,7 @@ def positions_tensor(positions: Sequence[int] | Tensor, rows: int, device: torch
         ValueError: it has another length, another device, or is not made of integers.
     """
     if isinstance(positions, Tensor):
+        positions = readable("positions", positions)
         dtype = positions.dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
             raise refusal("positions", "integers", dtype)

@@ -240,6 +240,7 @@ def filter_logits(call: SampleCall) -> Tensor:
     """Steps 1 to 13: ``x / T`` in the kept set, -inf elsewhere; float32 ``(rows, V)``.
 
     T is 1 in a greedy row. Where the best token's quotient is not finite, the row is shifted by it.
+    What is kept is finite.
     """
     x, _ = processed_logits(call)
     keep, _ = kept_set(x, call.batch)
@@ -247,4 +248,5 @@ def filter_logits(call: SampleCall) -> Tensor:
     t = torch.where(t == 0, 1.0, t)
     m = x.amax(-1, keepdim=True)
     shifted = torch.where(x == m, 0.0, (x - m) / t)
-    return torch.where(keep, torch.where((m / t).isfinite(), x / t, shifted), -_INF)
+    divided = torch.where((m / t).isfinite(), x / t, shifted)
+    return torch.where(keep, divided.clamp(min=torch.finfo(torch.float32).min), -_INF)

@@ -179,25 +179,10 @@ class Sampler:
             refuse_turn("Sampler")
         own.is_taken = shared.is_taken = True
         try:
-            step = self._step
-            # the same questions as of check_logits, in the order that costs the least
-            if (
-                step is None
-                or type(logits) is not Tensor
-                or self._prepared_for != (logits.shape, logits.dtype, logits.device)
-                or not (
-                    logits.is_contiguous()
-                    and not logits.storage_offset()
-                    and logits.untyped_storage().nbytes() >= self._least_bytes
-                    or (logits.stride(1) == 1 and has_memory(logits))
-                )
-                or logits.requires_grad
-                or logits.is_neg()
-                or logits._is_zerotensor()
-                or is_watched()
-            ):
+            if not self._is_prepared_for(logits):
                 logits = self._check(logits)
-                step = self._step or self._prepare(logits)
+                if self._step is None:
+                    self._prepare(logits)
             if self._slots is not None:
                 slots, known = self._history.slots, self._slots  # type: ignore[union-attr]
                 if slots is not known.slots or (
@@ -207,9 +192,33 @@ class Sampler:
             mask = None
             if allowed_mask is not None:
                 mask = check_mask(allowed_mask, self.rows, self.vocab_size, self.device)
-            return step(logits, mask)
+            return self._step(logits, mask)  # type: ignore[misc]
         finally:
             own.is_taken = shared.is_taken = False
+
+    def _is_prepared_for(self, logits: Tensor) -> bool:
+        """Whether the last step's logits were like these, which the kernel can read as they are.
+
+        These are the questions of :meth:`_check`, in the order that costs the least.
+        """
+        try:
+            return (
+                self._step is not None
+                and type(logits) is Tensor
+                and self._prepared_for == (logits.shape, logits.dtype, logits.device)
+                and (
+                    logits.is_contiguous()
+                    and not logits.storage_offset()
+                    and logits.untyped_storage().nbytes() >= self._least_bytes
+                    or (logits.stride(1) == 1 and has_memory(logits))
+                )
+                and not logits.requires_grad
+                and not logits.is_neg()
+                and not logits._is_zerotensor()
+                and not is_watched()
+            )
+        except RuntimeError:  # a layout that has no sizes, strides or storage
+            return False
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler, which few need
     def _call_in_eager_mode(self, logits: Tensor, allowed_mask: Mask | None) -> SampleOutput:
@@ -217,6 +226,8 @@ class Sampler:
 
     def _check(self, logits: Tensor) -> Tensor:
         logits = check_logits(logits)
+        if logits.device != self.device:
+            raise ValueError(f"logits must be on {self.device}, got {logits.device}")
         if is_traced() or is_wrapper(logits):
             raise ValueError(
                 "logits must be a plain tensor outside of tracers, modes and transforms, since a "
@@ -228,8 +239,6 @@ class Sampler:
             raise ValueError(
                 f"logits must have shape (rows, vocab_size) = {shape}, got {tuple(logits.shape)}"
             )
-        if logits.device != self.device:
-            raise ValueError(f"logits must be on {self.device}, got {logits.device}")
         if self._prepared_for != (logits.shape, logits.dtype, logits.device):
             self._step = None
         return logits
@@ -248,7 +257,7 @@ class Sampler:
             )
         self._slots = _KnownSlots(history.slots)
 
-    def _prepare(self, logits: Tensor) -> Step:
+    def _prepare(self, logits: Tensor) -> None:
         call = SampleCall(
             logits=logits,
             batch=self._batch,
@@ -262,7 +271,6 @@ class Sampler:
         self._step = self._backend.prepare(call)
         self._prepared_for = (logits.shape, logits.dtype, logits.device)
         self._least_bytes = logits.numel() * logits.itemsize
-        return self._step
 
     @alone
     def add(
@@ -284,28 +292,29 @@ class Sampler:
         """
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {params!r}")
-        self._refuse_draws(params.needs_history)
-        valid_ids("prompt_ids", prompt_ids, self.vocab_size)
-        position = len(valid_ids("output_ids", output_ids, self.vocab_size))
-        self._check_history()
-        history = self._history
-        if history is None and params.needs_history:
-            # the rows so far have no penalty, so what they have produced does not matter
-            history = TokenHistory.from_ids(
-                [[]] * self.rows, None, self.vocab_size, device=self.device
+        with not_of_inference_mode():
+            self._refuse_draws(params.needs_history)
+            valid_ids("prompt_ids", prompt_ids, self.vocab_size)
+            position = len(valid_ids("output_ids", output_ids, self.vocab_size))
+            self._check_history()
+            history = self._history
+            if history is None and params.needs_history:
+                # the rows so far have no penalty, so what they have produced does not matter
+                history = TokenHistory.from_ids(
+                    [[]] * self.rows, None, self.vocab_size, device=self.device
+                )
+            slots = None if history is None else history._slots_with(prompt_ids, output_ids)
+            old = self._batch
+            assert old.position is not None
+            new = BatchParams.from_list([params], positions=[position], device=self.device).seeded()
+            assert new.position is not None
+            self._rebuild(
+                [*self._params, params],
+                torch.cat([old.seed, new.seed]),
+                torch.cat([old.position, new.position]),
+                history,
+                slots,
             )
-        slots = None if history is None else history._slots_with(prompt_ids, output_ids)
-        old = self._batch
-        assert old.position is not None
-        new = BatchParams.from_list([params], positions=[position], device=self.device).seeded()
-        assert new.position is not None
-        self._rebuild(
-            [*self._params, params],
-            torch.cat([old.seed, new.seed]),
-            torch.cat([old.position, new.position]),
-            history,
-            slots,
-        )
         return self.rows - 1
 
     @alone
@@ -328,16 +337,17 @@ class Sampler:
         self._reorder(list(rows))
 
     def _reorder(self, rows: list[int]) -> None:
-        index = selection(rows, self.rows).to(self.device)
-        self._check_history()
-        assert self._batch.position is not None
-        self._rebuild(
-            [self._params[row] for row in rows],
-            self._batch.seed[index],
-            self._batch.position[index],
-            self._history,
-            None if self._history is None else self._history.slots[index],
-        )
+        with not_of_inference_mode():
+            index = selection(rows, self.rows).to(self.device)
+            self._check_history()
+            assert self._batch.position is not None
+            self._rebuild(
+                [self._params[row] for row in rows],
+                self._batch.seed[index],
+                self._batch.position[index],
+                self._history,
+                None if self._history is None else self._history.slots[index],
+            )
 
     def _rebuild(
         self,

@@ -7,6 +7,7 @@ wrappers around it, or of a tracer that watches. Every tensor of a call comes th
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -116,6 +117,15 @@ def writable(name: str, tensor: object) -> Tensor:
 def version_of(tensor: Tensor) -> int | None:
     """How often torch has changed ``tensor`` in place; None if it was made in inference mode."""
     return None if tensor.is_inference() else tensor._version
+
+
+def check_changeable(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """A ValueError if torch refuses to change one of the tensors in place."""
+    if not torch.is_inference_mode_enabled() and any(t is not None and t.is_inference() for t in tensors):
+        raise ValueError(
+            f"{name} that was made in torch.inference_mode must be changed in that mode; a clone "
+            "made outside can be changed anywhere"
+        )
 
 
 def not_of_inference_mode() -> AbstractContextManager[object]:

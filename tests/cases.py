@@ -272,6 +272,8 @@ def filter_mixes(v: int) -> dict[str, dict[str, Any]]:
         "logit_bias": {t: (t % 17 - 8) / 4 for t in range(0, v, max(1, v // 300))},
         "top_p": 0.9,
     }
+    mixes["bias bans"] = {"logit_bias": {t: -INF if t % 3 else 2.5 for t in range(0, v, 2)}}
+    mixes["bias bans k"] = {"top_k": 9, "logit_bias": {t * 7 % v: -INF for t in range(40)}}
     mixes["bias greedy"] = {"temperature": 0, "logit_bias": {v // 2: 3.5, v // 3: 3.25}}
     return mixes
 
@@ -284,7 +286,7 @@ def penalty_mixes(v: int) -> dict[str, dict[str, Any]]:
     down = {"repetition_penalty": 0.7, "frequency_penalty": -0.5772157, "presence_penalty": -0.4}
     chain = {"repetition_penalty": 1.1, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
     # The bias applies to penalised tokens too: the longer histories contain 0, V // 2 and V - 1.
-    bias = {0: 1.7, v // 2: -2.3, v - 1: -100, v // 3: 0.6}
+    bias = {0: 1.7, v // 2: -2.3, v - 1: -100, v // 3: 0.6, v // 5: -INF}
     return {
         "repetition up": {"repetition_penalty": 1.1},
         "repetition down": {"repetition_penalty": 0.8},
@@ -381,7 +383,7 @@ def make_mask(name: str, vocab_size: int, seed: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------ cases
 
-_SEEDS = (0, 1, 2**32, 2**32 - 1, 2**63 - 1, 2**63 + 11, 2**64 - 1, -1, -(2**63))
+_SEEDS = (0, 1, 2**32, 2**32 - 1, 2**63 - 1, 2**63 + 11, 2**64 - 1, 2**64 - 1, 2**63)
 _POSITIONS = (0, 0, 1, 7, 4096, 2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1)
 
 

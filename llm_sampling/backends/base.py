@@ -111,6 +111,18 @@ def make_results(call: SampleCall) -> SampleOutput:
     )
 
 
+def check_state(call: SampleCall) -> None:
+    """A ValueError if the history of a prepared call no longer fits it."""
+    if call.history is None:
+        return
+    if call.history.rows != call.batch.rows:
+        raise ValueError(
+            f"history must have one row per row of logits ({call.batch.rows}), "
+            f"got {call.history.rows}"
+        )
+    call.history.check_state()
+
+
 def advance(call: SampleCall, output: SampleOutput) -> None:
     """Record the tokens and advance the positions in torch, for kernels that have not done it."""
     assert call.batch.position is not None
@@ -145,7 +157,7 @@ class InvalidLogitsError(ValueError):
         self.rows = rows
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (str(self), self.rows)  # by default only the message would be pickled
+        return type(self), (str(self), self.rows)  # by default only the message is pickled
 
 
 def raise_on_status(status: Tensor) -> None:

@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm_sampling.backends.base import IMPORTED_BY, SampleCall, SampleOutput, make_results
+from llm_sampling.backends.base import (
+    IMPORTED_BY,
+    SampleCall,
+    SampleOutput,
+    check_state,
+    make_results,
+)
 from llm_sampling.backends.c_abi import (
     ABI_VERSION,
     SampleArgs,
@@ -185,12 +191,7 @@ class _Held:
     def __init__(self, call: SampleCall) -> None:
         history = call.history
         assert history is not None
-        if history.rows != call.batch.rows:
-            raise ValueError(
-                f"history must have one row per row of logits ({call.batch.rows}), "
-                f"got {history.rows}"
-            )
-        history.check_state()
+        check_state(call)
         self.history = history
         self.tensors = history.seen, history.counts, history.lengths, history.slots
         self.addresses = tuple(tensor.data_ptr() for tensor in self.tensors)

@@ -8,7 +8,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from llm_sampling import reference
-from llm_sampling.backends.base import SampleCall, SampleOutput, advance, raise_on_status
+from llm_sampling.backends.base import (
+    SampleCall,
+    SampleOutput,
+    advance,
+    check_state,
+    raise_on_status,
+)
 
 DEVICE_TYPES = None
 
@@ -41,4 +47,9 @@ def filter_logits(call: SampleCall) -> Tensor:
 
 def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
     """The reference has nothing to prepare."""
-    return lambda logits, mask: sample(replace(call, logits=logits, allowed_mask=mask))
+
+    def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
+        check_state(call)
+        return sample(replace(call, logits=logits, allowed_mask=allowed_mask))
+
+    return step

@@ -19,7 +19,11 @@ from llm_sampling.backends.base import (
     LOGPROBS_MODES,
     SampleCall,
     SampleOutput,
+<<<<<<< HEAD
     described,
+=======
+    check_state,
+>>>>>>> main
     make_results,
     settle,
 )
@@ -281,6 +285,7 @@ def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]
     launches: dict[bool, tuple[Launch, Tensor]] = {}
 
     def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
+        check_state(call)
         this = replace(call, logits=logits, allowed_mask=allowed_mask)
         has_mask = allowed_mask is not None
         if has_mask not in launches:

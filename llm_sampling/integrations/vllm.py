@@ -289,7 +289,7 @@ def params_of(theirs: Any) -> SamplingParams:
         repetition_penalty=min(max(theirs.repetition_penalty, _LEAST_PENALTY), _LARGEST_PENALTY),
         frequency_penalty=float(theirs.frequency_penalty),
         presence_penalty=float(theirs.presence_penalty),
-        seed=int(seed),
+        seed=int(seed) % 2**64,  # vLLM takes negative ones
     )
 
 

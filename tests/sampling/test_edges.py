@@ -4,6 +4,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,11 @@ LOGITS_REFUSED = [
 
 TWO_ROWS = TokenHistory.from_ids([[1], [2]], None, V)
 
+MASK_FORMS = (
+    "allowed_mask must be an int32 tensor (a bitmask), a bool tensor, or a list with a list of "
+    "token ids or None for each row"
+)
+
 # (keywords of sample(), message), for logits of two rows
 SAMPLE_REFUSED = [
     ({"params": [PLAIN]}, "params must have one entry per row of logits (2), got 1"),
@@ -140,23 +146,55 @@ SAMPLE_REFUSED = [
         {"history": TWO_ROWS.to("meta")},
         "history must be on the logits' device cpu, got meta",
     ),
-    (
-        {"allowed_mask": torch.ones(2, V, dtype=torch.bool)},
-        "allowed_mask must be an int32 tensor, got torch.bool",
-    ),
-    (
-        {"allowed_mask": torch.ones(2, 2, dtype=torch.int64)},
-        "allowed_mask must be an int32 tensor, got torch.int64",
-    ),
-    ({"allowed_mask": [[1, 1], [1, 1]]}, "allowed_mask must be an int32 tensor, got list"),
+    *[
+        ({"allowed_mask": mask}, f"{MASK_FORMS}, got {got}")
+        for mask, got in (
+            (torch.ones(2, 2, dtype=torch.int64), "torch.int64 of shape (2, 2)"),
+            (torch.ones(2, V), "torch.float32 of shape (2, 40)"),
+            (torch.ones(2, 2, 1, dtype=torch.int32), "torch.int32 of shape (2, 2, 1)"),
+            (torch.tensor(True), "torch.bool of shape ()"),
+            (np.ones((2, V), dtype=np.int64), "an array of int64"),
+            ({0: [1], 1: [2]}, "dict"),
+            ("ab", "str"),
+            (5, "int"),
+        )
+    ],
     *[
         (
-            {"allowed_mask": torch.ones(shape, dtype=torch.int32)},
-            "allowed_mask must have shape (rows, ceil(vocab_size / 32)) = (2, 2), "
-            f"got {tuple(shape)}",
+            {"allowed_mask": mask},
+            f"allowed_mask must have at least {least} columns, got {mask.shape[-1]}: make it as wide "
+            "as the logits, and say of the tokens past the mask whether they may be drawn",
         )
-        for shape in ((2, 1), (2, 3), (1, 2), (2,), (2, 2, 1), (2, V))
+        for mask, least in (
+            (torch.ones(2, 1, dtype=torch.int32), "ceil(vocab_size / 32) = 2"),
+            (torch.ones(1, dtype=torch.int32), "ceil(vocab_size / 32) = 2"),
+            (torch.ones(2, V - 1, dtype=torch.bool), f"vocab_size = {V}"),
+            (np.ones(V - 1, dtype=np.bool_), f"vocab_size = {V}"),
+        )
     ],
+    *[
+        (
+            {"allowed_mask": mask},
+            "allowed_mask must have one row for each row of the logits (2), or one for all, "
+            f"got {len(mask)}",
+        )
+        for mask in (
+            torch.ones(3, 2, dtype=torch.int32),
+            torch.ones(0, 2, dtype=torch.int32),
+            np.ones((3, V), dtype=np.bool_),
+            [[1]],  # a list has an element for each row
+            [],
+        )
+    ],
+    (
+        {"allowed_mask": torch.ones(2, V, dtype=torch.int32)},
+        f"allowed_mask must be bool where it has a column for each token ({V}): int32 is a bitmask "
+        "of 2 columns",
+    ),
+    ({"allowed_mask": [[1], [-1]]}, "allowed_mask[1] must be token ids >= 0, or None, got -1"),
+    ({"allowed_mask": [[True], None]}, "allowed_mask[0] must be integers, got True"),
+    ({"allowed_mask": [None, 5]}, "allowed_mask[1] must be a collection of token ids, got 5"),
+    ({"allowed_mask": [[1, 1.5], None]}, "allowed_mask[0] must be integers, got 1.5"),
     (
         {"allowed_mask": torch.ones(2, 2, dtype=torch.int32, device="meta")},
         "allowed_mask must be on the logits' device cpu, got meta",
@@ -175,8 +213,11 @@ SAMPLE_REFUSED = [
     ],
     ({"positions": [0]}, "positions must be of shape (2,), got (1,)"),
     ({"positions": [0, 1, 2]}, "positions must be of shape (2,), got (3,)"),
-    ({"positions": [0, -1]}, "positions must be in [0, 2^64), got -1"),
-    ({"positions": [0, 2**64]}, f"positions must be in [0, 2^64), got {2**64}"),
+    ({"positions": [0, 2**64]}, f"positions must be in [-2^63, 2^64), got {2**64}"),
+    (
+        {"positions": [0, -(2**63) - 1]},
+        f"positions must be in [-2^63, 2^64), got {-(2**63) - 1}",
+    ),
     ({"positions": [0, 0.5]}, "positions must be integers, got 0.5"),
     ({"positions": torch.zeros(2)}, "positions must be integers, got torch.float32"),
     ({"positions": torch.zeros(2, 1).long()}, "positions must be of shape (2,), got (2, 1)"),

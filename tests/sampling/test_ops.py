@@ -22,7 +22,7 @@ PARAMS = [
     SamplingParams(top_k=9, temperature=0.7, seed=3),
     SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, seed=2**64 - 1),
     SamplingParams(temperature=0, logit_bias={3: 2.0, 500: 1.0}),
-    SamplingParams(top_p=0.9, min_p=0.02, presence_penalty=0.4, seed=-9),
+    SamplingParams(top_p=0.9, min_p=0.02, presence_penalty=0.4, seed=2**64 - 9),
 ]
 BATCH = BatchParams.from_list(PARAMS, positions=[0, 5, 2**40, 2**64 - 1])
 MASK = torch.tensor([[-2, -1, 63], [-1, 0, -1], [7, 1, 0], [-1, -1, -1]], dtype=torch.int32)

@@ -1,7 +1,10 @@
 """Are parameters checked with the documented messages, and packed into the right tensors?"""
 
+import contextlib
 import copy
 import dataclasses
+import json
+import math
 import pickle
 import re
 from fractions import Fraction
@@ -12,6 +15,7 @@ import torch
 
 from llm_sampling import BatchParams, SamplingParams, sample
 from llm_sampling.fields import OFF_VALUES
+from llm_sampling.params import LogitBias
 
 NAN, INF = float("nan"), float("inf")
 
@@ -23,9 +27,11 @@ REPETITION = "repetition_penalty must be finite and > 0 in float32"
 FREQUENCY = "frequency_penalty must be in [-2, 2]"
 PRESENCE = "presence_penalty must be in [-2, 2]"
 KEEP = "min_tokens_to_keep must be an integer >= 1"
-SEED = "seed must be an integer in [-2^63, 2^64)"
+SEED = "seed must be an integer in [0, 2^64), or None for a new one each time"
 BIAS = "logit_bias must be a mapping of token id to bias"
 BIAS_ID = "logit_bias must be a mapping whose token ids are integers in [0, 2^31)"
+BIAS_ONCE = "logit_bias must be a mapping that names each token id once"
+BIAS_VALUE = "logit_bias[7] must be in [-100, 100], or -inf to ban the token"
 
 NOT_NUMBERS = [NAN, INF, -INF, True, False, "1", b"1", [1.0], (1.0,), {}, 1j, object]
 NOT_INTEGERS = [NAN, INF, 1.0, 2.5, True, False, "1", [1], np.float32(2), np.bool_(True)]
@@ -74,7 +80,8 @@ REFUSED = [
     ("min_tokens_to_keep", -1, KEEP),
     *[("seed", value, SEED) for value in NOT_INTEGERS],
     ("seed", 2**64, SEED),
-    ("seed", -(2**63) - 1, SEED),
+    ("seed", -1, SEED),
+    ("seed", np.int64(-5), SEED),
     ("logit_bias", [(1, 2.0)], BIAS),
     ("logit_bias", {1, 2}, BIAS),
     ("logit_bias", "1", BIAS),
@@ -84,17 +91,28 @@ REFUSED = [
 REFUSED_BIAS = [
     ({-1: 1.0}, BIAS_ID, "-1"),
     ({2**31: 1.0}, BIAS_ID, "2147483648"),
-    ({"3": 1.0}, BIAS_ID, "'3'"),
+    ({"x": 1.0}, BIAS_ID, "'x'"),
+    ({"-3": 1.0}, BIAS_ID, "'-3'"),
+    ({"3.0": 1.0}, BIAS_ID, "'3.0'"),
+    ({" 3": 1.0}, BIAS_ID, "' 3'"),
+    ({"٣": 1.0}, BIAS_ID, "'٣'"),
+    ({str(2**31): 1.0}, BIAS_ID, "'2147483648'"),
+    ({"": 1.0}, BIAS_ID, "''"),
+    ({"5": 1.0, 5: 2.0}, BIAS_ONCE, "{'5': 1.0, 5: 2.0}"),
+    ({"5": 1.0, "05": 1.0}, BIAS_ONCE, "{'5': 1.0, '05': 1.0}"),
     ({3.0: 1.0}, BIAS_ID, "3.0"),
     ({True: 1.0}, BIAS_ID, "True"),
     ({None: 1.0}, BIAS_ID, "None"),
-    ({7: 100.5}, "logit_bias[7] must be in [-100, 100]", "100.5"),
-    ({7: -101}, "logit_bias[7] must be in [-100, 100]", "-101"),
-    ({0: 1.0, 7: NAN}, "logit_bias[7] must be in [-100, 100]", "nan"),
-    ({7: -INF}, "logit_bias[7] must be in [-100, 100]", "-inf"),
-    ({7: True}, "logit_bias[7] must be in [-100, 100]", "True"),
-    ({7: None}, "logit_bias[7] must be in [-100, 100]", "None"),
-    ({7: "1"}, "logit_bias[7] must be in [-100, 100]", "'1'"),
+    ({7: 100.5}, BIAS_VALUE, "100.5"),
+    ({7: -101}, BIAS_VALUE, "-101"),
+    ({0: 1.0, 7: NAN}, BIAS_VALUE, "nan"),
+    ({7: INF}, BIAS_VALUE, "inf"),
+    ({7: -1000}, BIAS_VALUE, "-1000"),
+    ({7: False}, BIAS_VALUE, "False"),
+    ({7: "-inf"}, BIAS_VALUE, "'-inf'"),
+    ({7: True}, BIAS_VALUE, "True"),
+    ({7: None}, BIAS_VALUE, "None"),
+    ({7: "1"}, BIAS_VALUE, "'1'"),
 ]
 
 # (field, accepted value, stored value)
@@ -130,13 +148,14 @@ ACCEPTED = [
     ("min_tokens_to_keep", 1, 1),
     ("min_tokens_to_keep", 2**40, 2**40),
     ("seed", 0, 0),
-    ("seed", -(2**63), -(2**63)),
+    ("seed", 2**63, 2**63),
     ("seed", 2**64 - 1, 2**64 - 1),
     ("seed", np.uint64(2**64 - 1), 2**64 - 1),
-    ("seed", np.int64(-5), -5),
-    ("logit_bias", {}, {}),
-    ("logit_bias", {0: 100, 2**31 - 1: -100}, {0: 100.0, 2**31 - 1: -100.0}),
-    ("logit_bias", {np.int64(5): np.float32(0.5)}, {5: 0.5}),
+    ("logit_bias", {}, LogitBias()),
+    ("logit_bias", {0: 100, 2**31 - 1: -100}, LogitBias({0: 100.0, 2**31 - 1: -100.0})),
+    ("logit_bias", {np.int64(5): np.float32(0.5)}, LogitBias({5: 0.5})),
+    ("logit_bias", {"12": 1, "007": 2, 3: 4}, LogitBias({12: 1.0, 7: 2.0, 3: 4.0})),
+    ("logit_bias", {5: -INF, 6: np.float32(-INF)}, LogitBias({5: -INF, 6: -INF})),
 ]
 
 
@@ -252,13 +271,68 @@ def test_a_bias_is_the_users_no_more():
     assert params.logit_bias == {1: 2.0}
 
 
+CHANGES = {
+    "set": lambda bias: bias.__setitem__(1, 5.0),
+    "delete": lambda bias: bias.__delitem__(1),
+    "update": lambda bias: bias.update({2: 1.0}),
+    "or": lambda bias: bias.__ior__({2: 1.0}),
+    "pop": lambda bias: bias.pop(1),
+    "popitem": lambda bias: bias.popitem(),
+    "clear": lambda bias: bias.clear(),
+    "setdefault": lambda bias: bias.setdefault(2, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_bias_cannot_be_changed(name):
+    """A SamplingParams is frozen as a whole: it may be a key, and a Sampler may have packed it."""
+    params = SamplingParams(logit_bias={1: 2.0})
+    with pytest.raises(TypeError, match="logit_bias cannot be changed"):
+        CHANGES[name](params.logit_bias)
+    assert params.logit_bias == {1: 2.0}
+    assert params == SamplingParams(logit_bias={1: 2.0})
+
+
+def test_every_way_to_change_a_dict_is_closed():
+    """A new version of Python may add a method that changes a dict."""
+    known = {"__class__", "__init__", "__setattr__", "__delattr__", "__setstate__"}
+    for name in set(dir(dict)) - known:
+        bias = LogitBias({1: 2.0, 2: 3.0})
+        for arguments in ((), (1,), ({5: 1.0},), (5, 1.0)):
+            with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
+                getattr(bias, name)(*arguments)
+        assert dict(bias) == {1: 2.0, 2: 3.0}, name
+
+
+def test_parameters_survive_json():
+    """JSON has strings as keys, and Python's json module has -Infinity."""
+    for params in (
+        SamplingParams(),
+        EVERYTHING,
+        SamplingParams(logit_bias={0: -INF, 12: 1.5, 2**31 - 1: -100.0}, seed=2**64 - 1),
+    ):
+        text = json.dumps(dataclasses.asdict(params))
+        assert SamplingParams(**json.loads(text)) == params
+
+
+def test_a_bias_is_packed_in_the_order_of_ids():
+    params = SamplingParams(logit_bias={9: 1.0, "2": 2.0, 5: -INF})
+    batch = BatchParams.from_list([params])
+    assert batch.logit_bias_ids.tolist() == [2, 5, 9]
+    assert batch.logit_bias_values.tolist() == [2.0, -INF, 1.0]
+    assert hash(params) == hash(SamplingParams(logit_bias={2: 2.0, 5: -INF, 9: 1.0}))
+
+
 # BatchParams
+
+#: Step 13's depth for a min_p of 0.05 in float32.
+CUT_OF_5_PERCENT = 2.0**-18 - math.log2(np.float32(0.05))
 
 MIXED = [
     SamplingParams(),
     SamplingParams(temperature=0, seed=5),
     EVERYTHING,
-    SamplingParams(top_k=2**40, min_tokens_to_keep=2**40, logit_bias={9: -1, 0: 0.1}, seed=-1),
+    SamplingParams(top_k=2**40, min_tokens_to_keep=2**40, logit_bias={9: -1, 0: 0.1}, seed=2**64 - 1),
 ]
 
 
@@ -275,7 +349,7 @@ def test_from_list():
     expected = {
         "temperature": (torch.float32, floats([1, 0, 0.7, 1])),
         "top_p": (torch.float32, floats([1, 1, 0.9, 1])),
-        "min_p": (torch.float32, floats([0, 0, 0.05, 0])),
+        "min_p_cut": (torch.float32, floats([INF, INF, CUT_OF_5_PERCENT, INF])),
         "repetition_penalty": (torch.float32, floats([1, 1, 1.1, 1])),
         "frequency_penalty": (torch.float32, floats([0, 0, 0.2, 0])),
         "presence_penalty": (torch.float32, floats([0, 0, -0.1, 0])),
@@ -318,10 +392,8 @@ def test_min_p_cut(min_p, cut):
     [
         (0, 0),
         (5, 5),
-        (-5, -5),
         (2**63 - 1, 2**63 - 1),
         (2**63, -(2**63)),
-        (-(2**63), -(2**63)),
         (2**64 - 1, -1),
         (2**63 + 11, -(2**63) + 11),
     ],
@@ -330,15 +402,6 @@ def test_a_seed_is_its_64_bits(seed, bits):
     batch = BatchParams.from_list([SamplingParams(seed=seed)])
     assert batch.seed.tolist() == [bits]
     assert batch.unseeded is None
-
-
-def test_equal_seeds_modulo_2_64_draw_alike():
-    logits = torch.zeros(1, 1000)
-    tokens = [
-        sample(logits, SamplingParams(seed=seed), backend="torch").tokens.item()
-        for seed in (-7, 2**64 - 7, 2**63 - 7)
-    ]
-    assert tokens[0] == tokens[1] != tokens[2]
 
 
 def test_no_rows():
@@ -482,8 +545,8 @@ def test_positions(positions, held):
         ([0, 1], "positions must be of shape (3,), got (2,)"),
         ([0, 1, 2, 3], "positions must be of shape (3,), got (4,)"),
         ([], "positions must be of shape (3,), got (0,)"),
-        ([0, -1, 2], "positions must be in [0, 2^64), got -1"),
-        ([0, 1, 2**64], "positions must be in [0, 2^64), got 18446744073709551616"),
+        ([0, 1, 2**64], "positions must be in [-2^63, 2^64), got 18446744073709551616"),
+        ([0, -(2**63) - 1, 0], "positions must be in [-2^63, 2^64), got -9223372036854775809"),
         ([0, 1.0, 2], "positions must be integers, got 1.0"),
         ([0, True, 2], "positions must be integers, got True"),
         ([0, None, 2], "positions must be integers, got None"),
@@ -508,6 +571,19 @@ def test_positions(positions, held):
 def test_positions_refused(positions, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         BatchParams.from_list([SamplingParams()] * 3, positions=positions)
+
+
+def test_positions_are_taken_modulo_2_64():
+    """A list, a tensor and numpy integers follow one rule, -1 of a row that is not ready included."""
+    for positions in (
+        [-1, 2**64 - 1, -(2**63)],
+        torch.tensor([-1, -1, -(2**63)]),
+        np.array([-1, -1, -(2**63)]),
+        torch.tensor([-1, -1, -(2**63)]).tolist(),
+    ):
+        batch = BatchParams.from_list([SamplingParams(seed=1)] * 3, positions=positions)
+        assert batch.position.tolist() == [-1, -1, -(2**63)]
+        assert batch.position.dtype == torch.int64
 
 
 def test_what_top_k_keeps_at_most():

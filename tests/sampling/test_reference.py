@@ -21,6 +21,7 @@ from llm_sampling.reference import depth, kept_set, mass, philox, processed_logi
 from llm_sampling.calls import make_call
 
 INF = math.inf
+LARGEST_FLOAT = (2 - 2.0**-23) * 2.0**127
 LOGITS = [1.0, 2.5, -0.5, 2.5, 0.0, -3.0]
 RAMP = [float(i - 5) for i in range(10)]
 R10 = [RAMP, [100 * x for x in RAMP]]
@@ -676,7 +677,7 @@ def oracle(row, params, prompt=(), output=(), allowed=None, position=0, draws=4)
     x = list(row)
     for token, bias in (params.logit_bias or {}).items():
         if token < vocab_size:
-            x[token] = _fl(x[token] + _fl(bias))
+            x[token] = -INF if bias == -INF else _fl(x[token] + _fl(bias))
     if allowed is not None:
         x = [value if i in allowed else -INF for i, value in enumerate(x)]
     r = _fl(params.repetition_penalty)
@@ -702,7 +703,7 @@ def oracle(row, params, prompt=(), output=(), allowed=None, position=0, draws=4)
         status |= 4
     t = _fl(params.temperature)
     if t == 0:
-        greedy = [x[i] if i == order[0] else -INF for i in range(vocab_size)]
+        greedy = _filtered_row(x, m, 1.0, order[:1])
         return Answer(order[:1], order[:1] * draws, status, greedy)
 
     s = _divide(LOG2_E, t)
@@ -737,8 +738,17 @@ def oracle(row, params, prompt=(), output=(), allowed=None, position=0, draws=4)
             if random_number < 0:
                 tokens.append(token)
                 break
-    filtered = [_fl(x[i] / t) if i in kept else -INF for i in range(vocab_size)]
-    return Answer(kept, tokens, status, filtered)
+    return Answer(kept, tokens, status, _filtered_row(x, m, t, kept))
+
+
+def _filtered_row(x, m, t, kept):
+    """Return the filtered logits of a row with the maximum ``m``, divided by ``t``."""
+    is_shifted = math.isinf(_divide(m, t))
+    filtered = [-INF] * len(x)
+    for i in kept:
+        below = 0.0 if x[i] == m else _fl(x[i] - m)
+        filtered[i] = max(_divide(below if is_shifted else x[i], t), -LARGEST_FLOAT)
+    return filtered
 
 
 def test_the_oracle_gives_the_worked_rows():
@@ -757,7 +767,7 @@ def test_the_oracle_gives_the_worked_rows():
 
 STEPS = {
     "bias": lambda rng, v: {
-        "logit_bias": {rng.randrange(v + 2): rng.choice([-100, -0.3, 0.7, 100]) for _ in range(3)}
+        "logit_bias": {rng.randrange(v + 2): rng.choice([-100, -0.3, 0.7, 100, -INF]) for _ in range(3)}
     },
     "repetition": lambda rng, v: {
         "repetition_penalty": rng.choice([0.5, 0.9, 1.1, 1.3, 3.0, 1e-45])

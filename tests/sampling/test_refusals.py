@@ -8,6 +8,7 @@ test_huggingface.py. This file tests all other arguments, and what all refusals 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -119,8 +120,17 @@ BATCHES = [
     ({"top_k": torch.zeros(3, dtype=torch.int32)}, "top_k must have shape (2,), got (3,)"),
     ({"top_k": torch.zeros(2)}, "top_k must be torch.int32, got torch.float32"),
     ({"top_p": torch.ones(2).double()}, "top_p must be torch.float32, got torch.float64"),
-    ({"top_p": [1.0, 1.0]}, "top_p must be a torch.Tensor, got [1.0, 1.0]"),
-    ({"min_p": torch.zeros(1).expand(2)}, "min_p must be contiguous, got strides (0,)"),
+    ({"top_p": [1.0, 1.0]}, "top_p must be a torch.Tensor, got list"),
+    ({"min_p_cut": torch.zeros(1).expand(2)}, "min_p_cut must be contiguous, got strides (0,)"),
+    (
+        {"top_p": torch._efficientzerotensor((2,))},
+        "top_p must be a plain torch.Tensor, got Tensor",
+    ),
+    (
+        {"temperature": torch.ones(2, requires_grad=True)},
+        "temperature must be a plain torch.Tensor, got Tensor",
+    ),
+    ({"top_p": torch.ones(2).to_sparse()}, "top_p must be a dense tensor, got layout torch.sparse_coo"),
     ({"seed": torch.zeros(2, dtype=torch.int32)}, "seed must be torch.int64, got torch.int32"),
     (
         {"seed": torch.zeros(2, dtype=torch.int64, device="meta")},
@@ -146,7 +156,31 @@ BATCHES += [
     ),
     ({"top_k": torch.tensor([-2, 0]).int()}, "top_k[0] must be an integer >= -1, got -2"),
     ({"top_p": torch.tensor([1.0, 1.5])}, "top_p[1] must be in (0, 1], got 1.5"),
-    ({"min_p": torch.tensor([-0.5, 0])}, "min_p[0] must be in [0, 1], got -0.5"),
+    (
+        {"min_p_cut": torch.tensor([-0.5, 0])},
+        "min_p_cut[0] must be 2^-18 - log2(min_p), or inf where min-p is off, got -0.5",
+    ),
+    (
+        {"min_p_cut": torch.tensor([torch.inf, torch.nan])},
+        "min_p_cut[1] must be 2^-18 - log2(min_p), or inf where min-p is off, got nan",
+    ),
+    *[
+        (
+            {"logit_bias_values": torch.tensor([1.0, value])},
+            f"logit_bias_values[1] must be in [-100, 100], or -inf to ban the token, got {value}",
+        )
+        for value in (math.nan, math.inf, -1000.0, 100.5)
+    ],
+    *[
+        (
+            {
+                "logit_bias_offsets": torch.tensor([0, 2, 2]),
+                "logit_bias_ids": torch.tensor(ids, dtype=torch.int32),
+            },
+            f"logit_bias_ids must be strictly ascending within each row, got {ids}",
+        )
+        for ids in ([3, 3], [4, 3])
+    ],
     (
         {"repetition_penalty": torch.tensor([1.0, 0.0])},
         "repetition_penalty[1] must be finite and > 0 in float32, got 0.0",
@@ -164,8 +198,8 @@ BATCHES += [
         "min_tokens_to_keep[1] must be an integer >= 1, got 0",
     ),
     (
-        {"min_p": torch.tensor([0.5, 0.5])},
-        "min_p_cut must be 2^-18 - log2(min_p), got [inf, inf]",
+        {"min_p_cut": torch.tensor([torch.inf, 0.5])},
+        "any_filter must be True where a row has a filter, got False",
     ),
     (
         {"presence_penalty": torch.ones(2)},

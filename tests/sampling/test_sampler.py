@@ -314,7 +314,7 @@ class _Request:
                 SamplingParams(seed=7, top_k=8, temperature=0.9, frequency_penalty=0.5),
                 SamplingParams(seed=7, top_p=0.8, repetition_penalty=1.4),
                 SamplingParams(temperature=0, presence_penalty=1.5),
-                SamplingParams(seed=-number, min_p=0.05, logit_bias={number % V: 1.5}),
+                SamplingParams(seed=2**64 - 1 - number, min_p=0.05, logit_bias={number % V: 1.5}),
             ]
         )
         self.prompt = rng.choices(range(-1, V), k=rng.randrange(6))
@@ -519,24 +519,66 @@ def test_appending_to_the_shared_history(backend):
         assert sampler(logits).tokens.tolist() == expected
 
 
-def test_reordering_the_shared_history(backend):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_reordering_the_shared_history(backend, in_place):
+    """The rows are the Sampler's: in another order each would get the past of another."""
     sampler, history = _shared(backend)
+    slots = history.slots.clone()
+
+    def reorder(rows):
+        if in_place:
+            history.slots.copy_(history.slots[rows])
+        else:
+            history.select(rows)
+
     for logits in _logits(19, steps=6):
-        history.select([4, 3, 0, 1, 2])
+        reorder([4, 3, 0, 1, 2])
+        before, positions = _state(history), sampler.positions
+        message = (
+            "history must have the Sampler's rows in their order, but its slots were changed from "
+            f"{slots.tolist()} to {history.slots.tolist()}"
+        )
+        for call in (
+            lambda logits=logits: sampler(logits),
+            lambda: sampler.add(PLAIN[0]),
+            lambda: sampler.remove([1]),
+            lambda: sampler.reorder([1, 0, 2, 3, 4]),
+        ):
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+                call()
+        assert _state(history) == before
+        assert torch.equal(sampler.positions, positions)
+        reorder([2, 3, 4, 1, 0])  # the order that it was
+        assert torch.equal(history.slots, slots)
         expected = _expect(sampler, history, logits, backend)
-        counts = history.counts[history.slots.long()].clone()
-        tokens = sampler(logits).tokens
-        assert tokens.tolist() == expected
-        counts[torch.arange(5), tokens] += 1
-        assert torch.equal(history.counts[history.slots.long()], counts)
+        assert sampler(logits).tokens.tolist() == expected
+
+
+def test_two_samplers_that_share_a_history(backend):
+    """One of them reorders the rows; the other one refuses to mistake each for another."""
+    first, history = _shared(backend)
+    second = Sampler(PARAMS, vocab_size=V, history=history, backend=backend)
+    logits = _logits(19, steps=4)
+    for step in logits[:2]:  # their tokens go into the same rows
+        for sampler in (first, second):
+            expected = _expect(sampler, history, step, backend)
+            assert sampler(step).tokens.tolist() == expected
+    first.reorder([1, 0, 2, 3, 4])
+    before = _state(history)
+    with pytest.raises(ValueError, match="history must have the Sampler's rows in their order"):
+        second(logits[2])
+    assert _state(history) == before
+    first(logits[2])
+    first.reorder([1, 0, 2, 3, 4])
+    second(logits[3])
 
 
 def test_a_shared_history_that_grew_and_shrank(backend):
     """After add() and select() the history has its rows again, but in other memory."""
     sampler, history = _shared(backend)
     for logits in _logits(20, steps=6):
-        row = history.add([1, 2], [3])
-        history.select([row, 0, 1, 2, 3])
+        history.add([1, 2], [3])
+        history.select(range(5))
         expected = _expect(sampler, history, logits, backend)
         lengths = history.lengths[history.slots.long()] + 1
         assert sampler(logits).tokens.tolist() == expected
@@ -699,6 +741,7 @@ BAD_LOGITS = [
         "logits must be float32, float16 or bfloat16, got torch.float64",
     ),
     (torch.zeros(5, V, device="meta"), "logits must be on cpu, got meta"),
+    (torch.zeros(5, V).to_sparse(), "logits must be a dense tensor, got layout torch.sparse_coo"),
     ([[0.0] * V] * 5, "logits must be a torch.Tensor, got list"),
     (None, "logits must be a torch.Tensor, got NoneType"),
 ]
@@ -720,18 +763,18 @@ def test_bad_logits_at_any_step(backend, logits, message):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.zeros(5, 2, dtype=torch.int64), "must be an int32 tensor, got torch.int64"),
-        (torch.zeros(5, 1, dtype=torch.int32), "= (5, 2), got (5, 1)"),
-        (torch.zeros(5, V, dtype=torch.bool), "must be an int32 tensor, got torch.bool"),
+        (torch.zeros(5, 2, dtype=torch.int64), ", got torch.int64 of shape (5, 2)"),
+        (torch.zeros(5, 1, dtype=torch.int32), " = 2 columns, got 1: "),
+        (torch.zeros(5, V - 1, dtype=torch.bool), " = 37 columns, got 36: "),
         (torch.zeros(5, 2, dtype=torch.int32, device="meta"), "logits' device cpu, got meta"),
-        ([[0, 0]] * 5, "must be an int32 tensor, got list"),
+        ([[0, 0]] * 4, " (5), or one for all, got 4"),
     ],
-    ids=["int64", "shape", "bool", "device", "list"],
+    ids=["int64", "narrow", "narrow bool", "device", "rows"],
 )
 def test_bad_mask_at_any_step(backend, mask, message):
     sampler = Sampler(PARAMS, vocab_size=V, history=_history(), backend=backend)
     for logits in _logits(25, steps=3):
-        with pytest.raises(ValueError, match=f"^allowed_mask .*{re.escape(message)}$"):
+        with pytest.raises(ValueError, match=f"^allowed_mask .*{re.escape(message)}"):
             sampler(logits, allowed_mask=mask)
         sampler(logits)
     assert sampler.positions.tolist() == [5, 3, 4, 6, 3]

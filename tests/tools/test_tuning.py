@@ -375,7 +375,7 @@ OUT_OF_RANGE = {
     "frequency_penalty": (-2.0, 2.5),
     "presence_penalty": (-2.5, 2.0),
     "min_tokens_to_keep": (0, 3),
-    "seed": (-(2**63) - 1, 3),
+    "seed": (-1, 3),
 }
 
 

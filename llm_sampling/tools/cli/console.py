@@ -38,6 +38,9 @@ class CommandError(Exception):
         super().__init__(message)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.exit_code)  # by default only the message is pickled
+
 
 def complain(message: str) -> None:
     """Write the message to stderr as one line."""
