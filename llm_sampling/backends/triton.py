@@ -19,11 +19,8 @@ from llm_sampling.backends.base import (
     LOGPROBS_MODES,
     SampleCall,
     SampleOutput,
-<<<<<<< HEAD
-    described,
-=======
     check_state,
->>>>>>> main
+    described,
     make_results,
     settle,
 )
