@@ -27,7 +27,7 @@ from llm_sampling.backends.base import (
 from llm_sampling.history import TokenHistory
 
 #: The oldest Triton that the kernel is for.
-OLDEST = (3, 6)
+OLDEST = (3, 4)
 
 
 class _Loaded(NamedTuple):

@@ -104,11 +104,12 @@ def test_kernel_numbers_logprobs_and_status_as_the_table_does():
 @pytest.mark.skipif(bool(INTERPRETED), reason="the interpreter runs on the CPU")
 def test_it_says_why_it_does_not_run_here():
     logits = torch.zeros(1, 8)
-    message = "backend 'triton' is unavailable: it runs on cuda tensors, and the logits are on cpu"
+    reason = BACKENDS["triton"].why_unavailable()
+    wrong_device = "it runs on cuda tensors, and the logits are on cpu"
+    message = f"backend 'triton' is unavailable: {reason or wrong_device}"
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         sample(logits, SamplingParams(), backend="triton")
     if not torch.cuda.is_available():
-        reason = BACKENDS["triton"].why_unavailable()
         assert reason is not None
         assert "there is no CUDA device" in reason or "triton does not import" in reason
 
@@ -125,9 +126,9 @@ BROKEN = {
     "1 +": "triton does not import: SyntaxError: ",
     "": "triton does not import: AttributeError: module 'triton' has no attribute '__version__'",
     "__version__ = None": "triton does not import: TypeError: ",
-    "__version__ = '3.2.0'": "triton 3.2.0 is older than 3.6",
-    "__version__ = '2.9.0+git1'": "triton 2.9.0+git1 is older than 3.6",
-    "__version__ = '3.6.0'": "triton does not import: No module named 'triton.language'",
+    "__version__ = '3.2.0'": "triton 3.2.0 is older than 3.4",
+    "__version__ = '2.9.0+git1'": "triton 2.9.0+git1 is older than 3.4",
+    "__version__ = '3.4.0'": "triton does not import: No module named 'triton.language'",
     "__version__ = '10.0'": "triton does not import: No module named 'triton.language'",
 }
 
@@ -217,8 +218,9 @@ def test_the_package_imports_beside_it(source, tmp_path):
 def test_a_triton_without_its_knobs_is_listed(tmp_path):
     """As Triton 3.2 was, whatever version such a module claims to be of."""
     (real,) = pytest.importorskip("triton").__path__
-    source = f"__path__ = [{real!r}]\nexec(open({real + '/__init__.py'!r}).read())\ndel knobs"
-    reason = with_triton(tmp_path, [source])[-1]
+    file = real + "/__init__.py"
+    program = f"exec(compile(open({file!r}).read(), {file!r}, 'exec'))"
+    reason = with_triton(tmp_path, [f"__path__ = [{real!r}]\n{program}\ndel knobs"])[-1]
     assert reason.startswith("triton does not import: AttributeError: ")
     assert "knobs" in reason
 
