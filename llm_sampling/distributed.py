@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,8 +108,8 @@ def sample_sharded(
         num_samples: as for ``sample``.
         logprobs: as for ``sample``.
         backend: the kernel that works on this rank's part, as for ``sample``.
-        check: first compare the arguments of all ranks, and in the end raise for rows with NaN,
-            +inf or no candidate. Default: True for logits on the CPU, False elsewhere, because it
+        check: first compare the arguments of all ranks, the tokens of their histories included, and
+            in the end raise for rows with NaN, +inf or no candidate. Default: True for logits on the CPU, False elsewhere, because it
             waits for the device. Without it, ranks that disagree fail as the group's backend does,
             wait until its timeout, or return meaningless tokens.
 
@@ -264,7 +264,7 @@ def _checked(
 #: Header that all ranks exchange first: validation status and shapes. -1 stands for None.
 _HEADER = (
     *("accepted", "vocab_start", "columns", "whole", "history", "mask"),
-    *("rows", "num_samples", "logprobs", "flags", "params"),
+    *("rows", "num_samples", "logprobs", "flags", "params", "tokens", "allowed"),
 )
 #: The entries that must be equal on all ranks, in the words of the error message.
 _SAME = {
@@ -273,6 +273,11 @@ _SAME = {
     "logprobs": "logprobs (by number)",
     "flags": "what params turn on (as bits)",
     "params": "params and positions (by checksum)",
+}
+#: The same of entries that are compared once the shapes agree.
+_SAME_CONTENTS = {
+    "tokens": "the tokens in history (by checksum)",
+    "allowed": "allowed_mask (by checksum)",
 }
 
 
@@ -287,7 +292,7 @@ def _header(part: _Part, history: TokenHistory | None, whole: int) -> list[int]:
     checksum = 0
     for tensor in tensors:
         if tensor is not None:
-            checksum = zlib.crc32(tensor.cpu().numpy().tobytes(), checksum)
+            checksum = _checksum(tensor, checksum)
     values = {
         "accepted": 1,
         "vocab_start": part.vocab_start,
@@ -300,8 +305,30 @@ def _header(part: _Part, history: TokenHistory | None, whole: int) -> list[int]:
         "logprobs": LOGPROBS_MODES[part.logprobs],
         "flags": bits,
         "params": checksum,
+        "tokens": 0 if part.history is None else _checksum_of_history(part.history),
+        "allowed": 0 if part.allowed_mask is None else _checksum(part.allowed_mask),
     }
     return [values[name] for name in _HEADER]
+
+
+def _checksum(tensor: Tensor, start: int = 0) -> int:
+    return zlib.crc32(tensor.cpu().numpy().tobytes(), start)
+
+
+def _checksum_of_history(history: TokenHistory) -> int:
+    """A checksum of the rows' seen tokens and their counts, which is all that penalties read."""
+    slots = history.slots.to(torch.int64)
+    words = history.seen[slots]
+    row, word = words.nonzero(as_tuple=True)
+    words = words[row, word]
+    tokens = word.unsqueeze(1) * 32 + torch.arange(32, device=word.device)
+    is_seen = (words.unsqueeze(1) >> torch.arange(32, device=word.device, dtype=torch.int32)) & 1
+    tokens = tokens.clamp(max=history.vocab_size - 1)
+    counts = history.counts[slots[row].unsqueeze(1), tokens] * is_seen
+    checksum = 0
+    for tensor in (row, word, words, counts):
+        checksum = _checksum(tensor, checksum)
+    return checksum
 
 
 def _check_headers(headers: list[list[int]]) -> None:
@@ -313,10 +340,14 @@ def _check_headers(headers: list[list[int]]) -> None:
             f"sample_sharded refused the arguments of rank {', '.join(refusing)} of the group, "
             "where it raised the reason"
         )
-    for name, known_as in _SAME.items():
-        values = by_rank[name]
-        if len(set(values)) > 1:
-            raise ValueError(f"{known_as} must be the same on every rank, got {values} by rank")
+
+    def check_same(names: Mapping[str, str]) -> None:
+        for name, known_as in names.items():
+            values = by_rank[name]
+            if len(set(values)) > 1:
+                raise ValueError(f"{known_as} must be the same on every rank, got {values} by rank")
+
+    check_same(_SAME)
     columns = by_rank["columns"]
     if by_rank["vocab_start"] != [sum(columns[:rank]) for rank in range(len(columns))]:
         raise ValueError(
@@ -334,6 +365,7 @@ def _check_headers(headers: list[list[int]]) -> None:
         values = by_rank[name]
         if set(values) not in ({-1}, {wanted}):
             raise ValueError(f"{rule}, {wanted}, or be None everywhere, got {values} by rank")
+    check_same(_SAME_CONTENTS)
 
 
 class _Ranks:

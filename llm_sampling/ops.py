@@ -8,7 +8,6 @@ require one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -189,7 +188,8 @@ def filter_logits(call: SampleCall, backend: str) -> Tensor:
 # ---- Pytrees: a batch and a history may be inputs and outputs of exported programs ----------------
 
 
-_FLAGS = [field.name for field in fields(BatchParams) if field.name not in DTYPES]
+#: The flags on which a graph may depend; the others become the conservative ones.
+_FLAGS = ("needs_history", *_BATCH_FLAGS)
 
 
 def _batch_to_pytree(batch: BatchParams) -> tuple[list[Tensor | None], list[Any]]:

@@ -462,13 +462,18 @@ class BatchParams:
 def _pack(params: Sequence[SamplingParams], repeats: int | None, device: torch.device) -> BatchParams:
     """Pack one row for each of ``params``, or ``repeats`` rows for the only one of them."""
 
+    def floats(values: Sequence[Any], device: torch.device = device) -> Tensor:
+        if not (values and torch.compiler.is_dynamo_compiling()):
+            return torch.tensor(values, dtype=torch.float32, device=device)
+        # A symbol stays one in a graph where it is added to a tensor; elsewhere it becomes a
+        # constant, and the graph is compiled anew for every other number.
+        zero = torch.zeros((), dtype=torch.float32, device=device)
+        return torch.stack([zero + value for value in values])
+
     def tensor(values: Sequence[Any], dtype: torch.dtype, device: torch.device = device) -> Tensor:
         if dtype == torch.float32 and torch.compiler.is_dynamo_compiling():
-            # A symbol stays one in a graph where it is added to a tensor; elsewhere it becomes a
-            # constant, and the graph is compiled anew for every other number.
-            shape = () if repeats is None else (repeats,)
-            zeros = torch.zeros(shape, dtype=dtype, device=device)
-            return torch.stack([zeros + x for x in values]) if repeats is None else zeros + values[0]
+            packed = floats(values, device)
+            return packed if repeats is None else packed.expand(repeats).contiguous()
         if repeats is None:
             return torch.tensor(values, dtype=dtype, device=device)
         return torch.full((repeats,), values[0], dtype=dtype, device=device)
@@ -494,7 +499,7 @@ def _pack(params: Sequence[SamplingParams], repeats: int | None, device: torch.d
         biases: list[Mapping[int, float]] = [row.logit_bias or {} for row in params]
         entries = [entry for bias in biases for entry in bias.items()]
         ids = torch.tensor([i for i, _ in entries], dtype=torch.int32, device=device)
-        bias = torch.tensor([x for _, x in entries], dtype=torch.float32, device=device)
+        bias = floats([x for _, x in entries])
         if repeats is None:
             ends = itertools.accumulate(map(len, biases), initial=0)
             offsets = torch.tensor(list(ends), dtype=torch.int64, device=device)

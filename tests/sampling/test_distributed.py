@@ -720,6 +720,43 @@ def test_ranks_with_other_parameters_all_raise(two: Ranks, params: SamplingParam
         assert "params and positions (by checksum) must be the same on every rank" in told.message
 
 
+@pytest.mark.parametrize(
+    ("prompt", "output"),
+    [
+        ([[1, 2], [3]], [[4, 5], [7]]),
+        ([[1, 2], [3]], [[4, 4], [6]]),
+        ([[1, 3], [3]], [[4, 4], [7]]),
+        ([[1], [3]], [[4, 4], [7]]),
+        ([[3], [1, 2]], [[7], [4, 4]]),
+    ],
+    ids=["another token", "another row", "another prompt", "a token less", "rows swapped"],
+)
+def test_ranks_with_other_histories_all_raise(
+    two: Ranks, prompt: list[list[int]], output: list[list[int]]
+) -> None:
+    """Each rank penalises its own slice: they would return the same wrong token."""
+    options = {"params": PENALTY, "positions": [2, 1]}
+    same = {**options, "history": TokenHistory.from_ids([[1, 2], [3]], [[4, 4], [7]], 10)}
+    other = {**options, "history": TokenHistory.from_ids(prompt, output, 10)}
+    for told, _ in two(call, [same, other]):
+        assert told.type == "ValueError"
+        message = "the tokens in history (by checksum) must be the same on every rank"
+        assert message in told.message
+    slots = TokenHistory.from_ids([[9], [1, 2], [9], [3]], [[9], [4, 4], [9], [7]], 10)
+    slots.select([1, 3])  # the same rows, in other slots
+    told, good = two(call, [same, {**options, "history": slots}])[1]
+    assert told is None
+    assert good is not None
+
+
+def test_ranks_with_other_masks_all_raise(two: Ranks) -> None:
+    masks = [torch.tensor([[1023], [1023]], dtype=torch.int32) for _ in range(2)]
+    masks[1][1] = 1022
+    for told, _ in two(call, [{"allowed_mask": mask} for mask in masks]):
+        assert told.type == "ValueError"
+        assert "allowed_mask (by checksum) must be the same on every rank" in told.message
+
+
 def test_ranks_at_other_positions_all_raise(two: Ranks) -> None:
     for told, _ in two(call, [{"positions": [0, 1]}, {"positions": [0, 2]}]):
         assert "params and positions (by checksum) must be the same on every rank" in told.message

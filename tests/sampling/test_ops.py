@@ -1,13 +1,18 @@
 """Do the ops work under torch.compile, torch.export and fake tensors, with the eager results?"""
 
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree as pytree
 
 from llm_sampling import (
     BatchParams,
     InvalidLogitsError,
+    Sampler,
     SamplingParams,
     TokenHistory,
     filter_logits,
@@ -84,6 +89,56 @@ def test_opcheck_sample(backend, logits, history, name):
 def test_opcheck_filter_logits(backend, logits, history, name):
     inputs = INPUTS[name](logits, history)
     torch.library.opcheck(torch.ops.llm_sampling.filter_logits.default, (*inputs, backend))
+
+
+@pytest.mark.parametrize("logprobs", [None, "processed", "raw"])
+def test_opcheck_with_a_gradient(backend, logits, history, logprobs):
+    inputs = list(INPUTS["batch"](logits, history))
+    inputs[0] = logits.requires_grad_()
+    op = torch.ops.llm_sampling.sample.default
+    torch.library.opcheck(op, (*inputs, 1, logprobs, True, backend))
+    torch.library.opcheck(torch.ops.llm_sampling.filter_logits.default, (*inputs, backend))
+    tokens, values, status = op(*inputs, 1, logprobs, True, backend)
+    assert not any(x.requires_grad for x in (tokens, values, status))
+
+
+def test_opcheck_pack():
+    values = torch.tensor([0.0, 0.05, 1.0, 2.0**-149])
+    op = torch.ops.llm_sampling.pack
+    torch.library.opcheck(op.default, (values, "min_p"))
+    expected = BatchParams.from_list([SamplingParams(min_p=p) for p in values.tolist()]).min_p_cut
+    assert torch.equal(op(values, "min_p"), expected)
+
+
+#: Inputs of the op that do not belong together: what is changed, and the start of the message.
+BAD_INPUTS = {
+    "fewer rows": ({"logits": torch.zeros(3, V)}, "params must have one entry per row of logits"),
+    "no vocabulary": ({"logits": torch.zeros(4, 0)}, "vocab_size must be in 1 .. 2^20, got 0"),
+    "float64": ({"logits": torch.zeros(4, V).double()}, "logits must be float32, float16"),
+    "temperature": ({"temperature": torch.zeros(3)}, "top_k must have shape"),
+    "position": ({"position": torch.zeros(3, dtype=torch.int64)}, "position must have shape"),
+    "offsets": (
+        {"logit_bias_offsets": torch.tensor([0, 0, 0, 9, 9])},
+        "logit_bias_offsets must be ascending",
+    ),
+    "counts": ({"counts": torch.zeros(4, 3, dtype=torch.int32)}, "counts must have shape"),
+    "slots": ({"slots": torch.tensor([0, 1, 2, 9]).int()}, "slots must be in 0 .. 3"),
+    "mask": ({"allowed_mask": torch.zeros(4, 1).int()}, "allowed_mask must have at least"),
+    "greedy": ({"all_greedy": True}, "all_greedy must be False"),
+    "unfiltered": ({"any_filter": False}, "any_filter must be True"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_the_op_looks_at_its_inputs(backend, logits, history, name):
+    """It can be called without the functions that check arguments, and no kernel checks them all."""
+    schema = torch.ops.llm_sampling.sample.default._schema
+    names = [argument.name for argument in schema.arguments]
+    inputs = (*_inputs(logits, BATCH, history, MASK), 1, None, False, backend)
+    changed, message = BAD_INPUTS[name]
+    values = dict(zip(names, inputs, strict=True)) | changed
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        torch.ops.llm_sampling.sample(*values.values())
 
 
 def test_the_op_is_the_function(backend, logits, history):
@@ -257,6 +312,138 @@ def test_another_number_of_rows():
         assert torch.equal(compiled(logits), step(logits))
 
 
+# Parameters and rows that change
+
+
+def compiled_frames(function, calls, backend="aot_eager", **options):
+    """Assert that a compiled function gives what it gives in eager mode; return its compilations."""
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, backend=counter, fullgraph=True, **options)
+    for arguments in calls:
+        _assert_equal([compiled(*arguments)], [function(*arguments)])
+    return counter.frame_count
+
+
+FLOATS = [0.5, 0.7, 0.9, 0.31, 0.123456789, 0.77777]
+
+
+@pytest.mark.parametrize(
+    ("backend_of_torch", "dynamic"),
+    [
+        ("aot_eager", None),
+        *(
+            pytest.param(name, dynamic, marks=pytest.mark.sweep)
+            for name in ("eager", "aot_eager", "inductor")
+            for dynamic in (None, True)
+            if (name, dynamic) != ("aot_eager", None)
+        ),
+    ],
+)
+def test_floats_that_change_recompile_once(logits, backend_of_torch, dynamic):
+    calls = [
+        (
+            logits * f,
+            SamplingParams(temperature=f, top_p=1 - f / 3, min_p=f / 9, seed=7),
+        )
+        for f in FLOATS
+    ]
+    step = lambda x, p: sample(x, p).tokens  # noqa: E731
+    assert compiled_frames(step, calls, backend_of_torch, dynamic=dynamic) <= 2
+
+
+def test_a_float_argument(logits):
+    """The parameters are made inside the graph, of a number that is not known when it is made."""
+
+    def step(x, f):
+        return sample(x, SamplingParams(temperature=f, min_p=f / 9, seed=7)).tokens
+
+    assert compiled_frames(step, [(logits, f) for f in FLOATS]) <= 2
+
+
+def test_penalties_that_change(logits, history):
+    def step(x, p):
+        return sample(x, p, history=history).tokens
+
+    calls = [
+        (
+            logits,
+            SamplingParams(
+                repetition_penalty=1 + f, frequency_penalty=f, presence_penalty=-f, seed=7
+            ),
+        )
+        for f in FLOATS
+    ]
+    assert compiled_frames(step, calls) <= 2
+
+
+CHANGING = {
+    "top_k": [SamplingParams(top_k=k, seed=1) for k in (1, 3, 5, 9, 2**40)],
+    "top_k off": [SamplingParams(top_k=k, seed=1) for k in (3, 0, 5, -1, 7)],
+    "min_tokens_to_keep": [
+        SamplingParams(top_p=0.1, min_tokens_to_keep=n, seed=1) for n in (1, 2, 5, 9)
+    ],
+    "seed": [SamplingParams(seed=s) for s in (0, 5, 2**63 - 1, 2**63, 2**63 + 11, 2**64 - 1)],
+    "bias": [SamplingParams(logit_bias={3: f, 9: -f}, seed=1) for f in FLOATS],
+    "other ids": [SamplingParams(logit_bias={i: 5.0}, seed=1) for i in (3, 4, 5)],
+    "bans": [SamplingParams(logit_bias={3: f, 9: -math.inf}, seed=1) for f in FLOATS],
+    "greedy": [SamplingParams(temperature=t, seed=1) for t in (1.0, 0.0, 0.5, 0.0, 2.0)],
+    "min_p off": [SamplingParams(min_p=p, seed=1) for p in (0.0, 0.3, 0.0, 0.4)],
+}
+
+
+@pytest.mark.parametrize(
+    "backend_of_torch", ["aot_eager", pytest.param("inductor", marks=pytest.mark.sweep)]
+)
+@pytest.mark.parametrize("name", CHANGING)
+def test_other_parameters(logits, name, backend_of_torch):
+    step = lambda x, p: sample(x, p).tokens  # noqa: E731
+    frames = compiled_frames(step, [(logits, p) for p in CHANGING[name]], backend_of_torch)
+    assert frames <= len(CHANGING[name])
+
+
+def test_a_batch_made_in_the_graph(logits):
+    def step(x, f):
+        rows = [
+            SamplingParams(temperature=f, seed=1),
+            SamplingParams(top_k=3, seed=2),
+            SamplingParams(min_p=0.1, seed=4),
+            SamplingParams(temperature=0),
+        ]
+        return sample(x, BatchParams.from_list(rows)).tokens
+
+    assert compiled_frames(step, [(logits, f) for f in FLOATS]) <= 2
+
+
+def test_a_batch_as_an_argument(logits, history):
+    """Other values of the same flags need no other graph."""
+
+    def step(x, batch, history):
+        return sample(x, batch, history=history).tokens
+
+    batches = [BatchParams.from_list([replace(p, top_k=k) for p in PARAMS]) for k in (2, 3, 9)]
+    assert compiled_frames(step, [(logits, b, history) for b in batches]) == 1
+
+
+def test_many_numbers_of_rows():
+    params = SamplingParams(top_p=0.9, seed=1, logit_bias={3: 1.0})
+    generator = torch.Generator().manual_seed(2)
+    calls = [(torch.randn(n, V, generator=generator),) for n in range(1, 13)]
+    assert compiled_frames(lambda x: sample(x, params).tokens, calls) <= 3
+
+
+def test_a_sampler_runs_outside_of_the_graph(backend, logits):
+    eager, other = (Sampler(PARAMS[:1] * 4, vocab_size=V, backend=backend) for _ in range(2))
+    compiled = torch.compile(lambda x: other(x * 2).tokens + 1, backend="aot_eager")
+    for _ in range(4):
+        assert torch.equal(compiled(logits), eager(logits * 2).tokens + 1)
+    assert torch.equal(other.positions, eager.positions)
+    torch._dynamo.reset()
+    whole = torch.compile(lambda x: other(x * 2).tokens, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="torch.compiler.disable"):
+        whole(logits)
+    assert torch.equal(other.positions, eager.positions)
+
+
 # Errors in a graph
 
 
@@ -324,3 +511,75 @@ def test_export(backend, logits, history):
     exported = torch.export.export(Head(), (logits,))
     for scale in (1.0, 0.1):
         _assert_equal(exported.module()(logits * scale), Head()(logits * scale))
+
+
+class Exported(torch.nn.Module):
+    def forward(self, logits, batch, history):
+        output = sample(logits, batch, history=history, logprobs="processed", check=False)
+        return (*output, filter_logits(logits, batch, history=history))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_takes_a_batch_and_a_history(logits, history, strict):
+    exported = torch.export.export(Exported(), (logits, BATCH, history), strict=strict)
+    other = BatchParams.from_list([replace(p, top_k=3) for p in PARAMS], positions=[9, 8, 7, 6])
+    for batch in (BATCH, other):
+        for scale in (1.0, 0.1):
+            _assert_equal(
+                exported.module()(logits * scale, batch, history),
+                Exported()(logits * scale, batch, history),
+            )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_any_rows_and_vocabulary(logits, strict):
+    class Head(torch.nn.Module):
+        def forward(self, logits):
+            params = SamplingParams(top_p=0.9, min_p=0.02, seed=1, logit_bias={3: 1.0})
+            return sample(logits, params, check=False).tokens, filter_logits(logits, params)
+
+    dim = torch.export.Dim
+    shapes = {"logits": {0: dim("rows", min=1, max=4096), 1: dim("vocab", min=2, max=2**20)}}
+    exported = torch.export.export(Head(), (logits,), dynamic_shapes=shapes, strict=strict)
+    generator = torch.Generator().manual_seed(4)
+    for shape in ((4, V), (7, 33), (2, 2049), (1, 2)):
+        x = torch.randn(shape, generator=generator)
+        _assert_equal(exported.module()(x), Head()(x))
+
+
+def test_pytrees(history):
+    batch = replace(BATCH, unseeded=None)
+    for tree, names in (
+        (batch, [*KERNEL_TENSORS]),
+        (history, ["seen", "counts", "lengths", "slots"]),
+    ):
+        leaves, spec = pytree.tree_flatten(tree)
+        again = pytree.tree_unflatten(leaves, spec)
+        assert type(again) is type(tree)
+        for name in names:
+            assert getattr(again, name) is getattr(tree, name)
+        doubled = pytree.tree_map(lambda x: x if x is None else x + x, tree)
+        assert torch.equal(getattr(doubled, names[0]), 2 * getattr(tree, names[0]))
+        keys = [str(key) for key, _ in pytree.tree_flatten_with_path(tree)[0]]
+        assert any(names[0] in key for key in keys)
+    mapped = pytree.tree_map(lambda x: x, batch)
+    for flag in ("needs_history", "all_greedy", "any_filter"):
+        assert getattr(mapped, flag) == getattr(batch, flag)
+    assert mapped.kept_at_most == 0  # the conservative value of what no graph depends on
+
+
+@pytest.mark.sweep
+def test_aot_inductor(logits, tmp_path):
+    """A package that AOTInductor has compiled calls the op of this process."""
+
+    class Head(torch.nn.Module):
+        def forward(self, logits):
+            return sample(logits * 2, SamplingParams(top_k=5, seed=1), check=False).tokens + 1
+
+    exported = torch.export.export(Head(), (logits,))
+    path = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "head.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(path)
+    for scale in (1.0, -1.0):
+        assert torch.equal(loaded(logits * scale), Head()(logits * scale))
