@@ -220,7 +220,7 @@ class Sampler:
         except RuntimeError:  # a layout that has no sizes, strides or storage
             return False
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler, which few need
     def _call_in_eager_mode(self, logits: Tensor, allowed_mask: Mask | None) -> SampleOutput:
         return self(logits, allowed_mask=allowed_mask)
 

@@ -39,7 +39,7 @@ EXACT_HALF = 0.5 + 2.0**-20
 def device_of(backend: str) -> str:
     """Return the device type on which a backend is tested."""
     types = BACKENDS[backend].device_types
-    return "cpu" if types is None or "cpu" in types else min(types)
+    return "cpu" if not types or "cpu" in types else min(types)
 
 
 #: The backends whose kernels run in Triton's interpreter in this process, as TRITON_INTERPRET=1

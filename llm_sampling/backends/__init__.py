@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from llm_sampling.backends.base import BackendModule
+from llm_sampling.backends.base import BackendModule, described
 
 
 @dataclass(frozen=True, eq=False)  # by identity: what one row has loaded is not another's
@@ -22,21 +22,39 @@ class Backend:
     module: str
 
     @functools.cached_property
-    def _module(self) -> BackendModule:
-        return cast(BackendModule, importlib.import_module(self.module))
+    def _module(self) -> BackendModule | str:
+        """The module, or why there is none: one that fails must not take the others with it."""
+        try:
+            return cast(BackendModule, importlib.import_module(self.module))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # such as SystemExit: what it imports may raise anything
+            return f"{self.module} does not import: {described(error)}"
 
     def load(self) -> BackendModule:
-        """Import the backend's module, once; nothing heavy is imported before this."""
-        return self._module
+        """Import the backend's module, once; nothing heavy is imported before this.
+
+        Raises:
+            RuntimeError: it does not import; the message says why.
+        """
+        module = self._module
+        if isinstance(module, str):
+            raise RuntimeError(f"backend {self.name!r} is unavailable: {module}")
+        return module
 
     @property
     def device_types(self) -> frozenset[str] | None:
         """The types of device that it runs on; None for all of torch's."""
-        return self.load().DEVICE_TYPES
+        return frozenset() if isinstance(self._module, str) else self._module.DEVICE_TYPES
 
     def why_unavailable(self, device: torch.device | None = None) -> str | None:
         """None if the backend can run (on ``device``), else the reason."""
-        reason = self.load().why_unavailable()
+        if isinstance(self._module, str):
+            return self._module
+        try:
+            reason = self._module.why_unavailable()
+        except Exception as error:
+            return described(error)
         types = self.device_types
         if reason is None and device is not None and types is not None and device.type not in types:
             return (
@@ -66,8 +84,8 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {names}, got {name!r}")
 
 
-def resolve(name: str, device: torch.device) -> BackendModule:
-    """The backend called ``name`` for tensors on ``device``; only ``"auto"`` chooses.
+def choose(name: str, device: torch.device) -> Backend:
+    """The row of the backend called ``name``, for tensors on ``device``; only ``"auto"`` chooses.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -76,13 +94,18 @@ def resolve(name: str, device: torch.device) -> BackendModule:
     if name == "auto":
         for backend in BACKENDS.values():
             if backend.why_unavailable(device) is None:
-                return backend.load()
+                return backend
         raise RuntimeError(f"no backend runs on {device}")
     check_name(name)
     reason = BACKENDS[name].why_unavailable(device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is unavailable: {reason}")
-    return BACKENDS[name].load()
+    return BACKENDS[name]
+
+
+def resolve(name: str, device: torch.device) -> BackendModule:
+    """The module of :func:`choose`'s backend, which raises as that does."""
+    return choose(name, device).load()
 
 
 class BackendInfo(NamedTuple):

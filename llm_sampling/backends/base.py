@@ -90,6 +90,14 @@ class BackendModule(Protocol):
         """``sample`` of new logits of the same shape, dtype and device, and a mask or None."""
 
 
+def described(error: BaseException) -> str:
+    """Why something did not load, for a reason: an ImportError's message says it all."""
+    text = str(error)
+    if isinstance(error, ImportError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def make_results(call: SampleCall) -> SampleOutput:
     """Memory for a call's results."""
     rows, device = call.logits.shape[0], call.logits.device

@@ -6,6 +6,7 @@ The first call of a shape's kind compiles for some seconds, once: Triton keeps w
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -19,36 +20,56 @@ from llm_sampling.backends.base import (
     SampleCall,
     SampleOutput,
     check_state,
+    described,
     make_results,
     settle,
 )
 from llm_sampling.history import TokenHistory
 
+#: The oldest Triton that the kernel is for.
+OLDEST = (3, 4)
+
+
+class _Loaded(NamedTuple):
+    """The kernel's module, or the reason why there is none.
+
+    Attributes:
+        is_interpreted: whether Triton's interpreter runs kernels on the CPU, as TRITON_INTERPRET=1
+            asks for.
+    """
+
+    kernel: ModuleType | None
+    is_interpreted: bool
+    reason: str | None
+
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str | None]:
-    """The kernel's module, or the reason why there is none; asked once, remembered for good."""
+def _load() -> _Loaded:
+    """Asked once, remembered for good."""
     try:
+        import triton
+
+        version = re.match(r"(\d+)\.(\d+)", triton.__version__)
+        if version is not None and tuple(map(int, version.groups())) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            return _Loaded(None, False, f"triton {triton.__version__} is older than {oldest}")
         from llm_sampling.backends import triton_kernel
-    except ImportError as error:
-        return None, f"triton does not import: {error}"
-    return triton_kernel, None
 
-
-def _is_interpreted() -> bool:
-    """Whether Triton's interpreter runs kernels on the CPU, as TRITON_INTERPRET=1 asks for."""
-    kernel, _ = _load()
-    return kernel is not None and bool(kernel.triton.knobs.runtime.interpret)
+        return _Loaded(triton_kernel, bool(triton.knobs.runtime.interpret), None)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a broken one may raise anything, SystemExit too
+        return _Loaded(None, False, f"triton does not import: {described(error)}")
 
 
 #: Where tensors may be. "cuda" is what torch calls AMD's GPUs too.
-DEVICE_TYPES = frozenset({"cuda", "cpu"}) if _is_interpreted() else frozenset({"cuda"})
+DEVICE_TYPES = frozenset({"cuda", "cpu"}) if _load().is_interpreted else frozenset({"cuda"})
 
 
 def why_unavailable() -> str | None:
     """None if Triton imports and there is a device, or its interpreter."""
-    _, reason = _load()
-    if reason is not None or _is_interpreted() or torch.cuda.is_available():
+    _, is_interpreted, reason = _load()
+    if reason is not None or is_interpreted or torch.cuda.is_available():
         return reason
     return "there is no CUDA device"
 
@@ -193,7 +214,7 @@ def _run(
     filtered: Tensor | None,
 ) -> None:
     """One launch, on the current stream of the logits' device."""
-    kernel, _ = _load()
+    kernel = _load().kernel
     assert kernel is not None
     logits, batch, history, mask = call.logits, call.batch, call.history, call.allowed_mask
     rows, vocab_size = logits.shape

@@ -104,33 +104,129 @@ def test_kernel_numbers_logprobs_and_status_as_the_table_does():
 @pytest.mark.skipif(bool(INTERPRETED), reason="the interpreter runs on the CPU")
 def test_it_says_why_it_does_not_run_here():
     logits = torch.zeros(1, 8)
-    message = "backend 'triton' is unavailable: it runs on cuda tensors, and the logits are on cpu"
+    reason = BACKENDS["triton"].why_unavailable()
+    wrong_device = "it runs on cuda tensors, and the logits are on cpu"
+    message = f"backend 'triton' is unavailable: {reason or wrong_device}"
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         sample(logits, SamplingParams(), backend="triton")
     if not torch.cuda.is_available():
-        reason = BACKENDS["triton"].why_unavailable()
         assert reason is not None
         assert "there is no CUDA device" in reason or "triton does not import" in reason
 
 
-def test_without_triton_the_reason_is_remembered(tmp_path):
-    """A process in which importing triton fails: the package works, and says what is missing."""
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('no triton here')\n")
-    code = (
-        "from llm_sampling import backend_info\n"
-        "row = {row.name: row for row in backend_info()}['triton']\n"
-        "print(row.available, row.reason)"
-    )
-    paths = [str(tmp_path), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+#: A module triton that cannot be used -> the reason that is given, or its beginning.
+BROKEN = {
+    "raise ImportError('no triton here')": "triton does not import: no triton here",
+    "raise ImportError": "triton does not import: ImportError",
+    "raise AttributeError('half of it')": "triton does not import: AttributeError: half of it",
+    "raise OSError('libcuda.so.1')": "triton does not import: OSError: libcuda.so.1",
+    "raise RuntimeError": "triton does not import: RuntimeError",
+    "raise SystemExit('no GPU')": "triton does not import: SystemExit: no GPU",
+    "class Odd(BaseException): pass\nraise Odd(7)": "triton does not import: Odd: 7",
+    "1 +": "triton does not import: SyntaxError: ",
+    "": "triton does not import: AttributeError: module 'triton' has no attribute '__version__'",
+    "__version__ = None": "triton does not import: TypeError: ",
+    "__version__ = '3.2.0'": "triton 3.2.0 is older than 3.4",
+    "__version__ = '2.9.0+git1'": "triton 2.9.0+git1 is older than 3.4",
+    "__version__ = '3.4.0'": "triton does not import: No module named 'triton.language'",
+    "__version__ = '10.0'": "triton does not import: No module named 'triton.language'",
+}
+
+
+#: Prints how a process goes on whose module triton is that of a folder, for each folder.
+GOES_ON = """
+import os, sys
+import torch
+from llm_sampling import SamplingParams, backend_info, sample
+
+def show():
+    rows = {row.name: row for row in backend_info()}
+    for name in ("auto", "torch"):
+        sample(torch.zeros(1, 8), SamplingParams(seed=1), backend=name)
+    try:
+        sample(torch.zeros(1, 8), SamplingParams(seed=1), backend="triton")
+    except RuntimeError as error:
+        print(error)
+    print(*rows)
+    print(rows["triton"].available, rows["triton"].device_types)
+    print(rows["triton"].reason)
+
+for folder in sys.argv[1:]:
+    sys.stdout.flush()
+    if os.fork():
+        os.wait()
+        continue
+    try:
+        sys.path.insert(0, folder)
+        show()
+    except KeyboardInterrupt:
+        print("interrupted")
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+if not sys.argv[1:]:
+    show()
+"""
+
+
+def with_triton(folder, sources, *, fresh=False):
+    """Return the lines that GOES_ON prints for each source of a module triton.
+
+    A process forks for each, after it has imported the package; a fresh one has the only source on
+    its path from the beginning, where torch may find it too.
+    """
+    folders = [str(folder / str(place)) for place in range(len(sources))]
+    for path, source in zip(folders, sources, strict=True):
+        Path(path, "triton").mkdir(parents=True)
+        Path(path, "triton", "__init__.py").write_text(source + "\n")
+    paths = [*(folders if fresh else ()), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", GOES_ON, *(() if fresh else folders)],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         check=False,
     )
-    assert done.stdout.strip() == "False triton does not import: no triton here", done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def check_lines(source, lines):
+    refusal, names, about, reason = lines
+    assert reason.startswith(BROKEN[source])
+    assert reason == BROKEN[source] or BROKEN[source].endswith(": ")
+    assert refusal == f"backend 'triton' is unavailable: {reason}"
+    assert names.split() == list(BACKENDS)
+    assert about == "False ('cuda',)"
+
+
+def test_a_triton_that_does_not_load_is_listed_with_the_reason(tmp_path):
+    """It breaks nothing else: the other backends draw, and "auto" does not take it."""
+    lines = with_triton(tmp_path, BROKEN)
+    assert len(lines) == 4 * len(BROKEN)
+    for place, source in enumerate(BROKEN):
+        check_lines(source, lines[4 * place : 4 * place + 4])
+
+
+@pytest.mark.parametrize("source", ["raise ImportError", "raise AttributeError('half of it')"])
+def test_the_package_imports_beside_it(source, tmp_path):
+    """torch imports triton too, where its compiler is loaded: the package does not load that."""
+    check_lines(source, with_triton(tmp_path, [source], fresh=True))
+
+
+def test_a_triton_without_its_knobs_is_listed(tmp_path):
+    """As Triton 3.2 was, whatever version such a module claims to be of."""
+    (real,) = pytest.importorskip("triton").__path__
+    file = real + "/__init__.py"
+    program = f"exec(compile(open({file!r}).read(), {file!r}, 'exec'))"
+    reason = with_triton(tmp_path, [f"__path__ = [{real!r}]\n{program}\ndel knobs"])[-1]
+    assert reason.startswith("triton does not import: AttributeError: ")
+    assert "knobs" in reason
+
+
+def test_ctrl_c_while_triton_is_imported_is_no_reason(tmp_path):
+    assert with_triton(tmp_path, ["raise KeyboardInterrupt"]) == ["interrupted"]
 
 
 # The interpreter

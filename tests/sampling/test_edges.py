@@ -301,6 +301,33 @@ def test_an_unavailable_backend_says_why(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise ImportError('no such wheel')", "{} does not import: no such wheel"),
+        ("raise OSError('bad ELF')", "{} does not import: OSError: bad ELF"),
+        ("raise SystemExit", "{} does not import: SystemExit"),
+        ("DEVICE_TYPES = None\ndef why_unavailable(): raise OSError('gone')", "OSError: gone"),
+    ],
+)
+def test_a_backend_that_fails_to_load_breaks_no_other(monkeypatch, tmp_path, source, reason):
+    """It is listed with its reason, which is that of a call that names it; "auto" passes it."""
+    name = f"edges_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    added = {"new": table.Backend("new", name)}
+    monkeypatch.setattr(table, "BACKENDS", {**added, **BACKENDS})
+    reason = reason.format(name)
+    infos = backend_info()
+    assert [info.name for info in infos] == ["new", *BACKENDS]
+    assert (infos[0].available, infos[0].reason) == (False, reason)
+    logits = torch.zeros(1, V)
+    with pytest.raises(RuntimeError, match=f"^backend 'new' is unavailable: {re.escape(reason)}$"):
+        sample(logits, PLAIN, backend="new")
+    expected = sample(logits, PLAIN, backend="torch").tokens
+    assert torch.equal(sample(logits, PLAIN, backend="auto").tokens, expected)
+
+
+@pytest.mark.parametrize(
     ("device", "missing", "chosen"),
     [
         ("cpu", (), "cpu"),

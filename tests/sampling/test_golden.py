@@ -2,15 +2,18 @@
 
 golden/README.md defines how the 1,000 cases are made from integers, and golden/tokens.json holds
 their recorded answers. Every backend must give these answers, and so must the CPU kernel when it is
-built for each instruction set by each compiler, on torch's threads and on its own threads.
+built for each instruction set by each compiler, on torch's threads and on its own threads, and when
+it is built for ARM's aarch64 and runs in QEMU.
 ``python tests/sampling/test_golden.py`` records the answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import ctypes
 import functools
+import io
 import json
 import os
 import platform
@@ -31,7 +34,7 @@ import torch
 from cases import EVERY_BACKEND, INF, NAN, device_of, threads
 from torch import Tensor
 
-from llm_sampling import SamplingParams, TokenHistory, sample
+from llm_sampling import SamplingParams, TokenHistory, reference, sample
 from llm_sampling.backends import base, c_abi
 from llm_sampling.backends.base import SampleCall, SampleOutput
 from llm_sampling.calls import make_call
@@ -345,9 +348,22 @@ def test_every_backend_gives_them(backend: str, golden: list[Golden], recorded: 
     assert differences(golden, found, recorded) == []
 
 
-# The flags of setup.py. Hidden symbols give each library of a process its own thread pool.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
-FLAGS += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+def flags_of_setup() -> list[str]:
+    """Return the compiler's options for the CPU kernel in setup.py."""
+    script = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    assignments = [
+        statement
+        for statement in script.body
+        if isinstance(statement, ast.Assign | ast.AugAssign)
+        and re.match(r"(EXACT|FLAGS) ", ast.unparse(statement))
+    ]
+    found: dict[str, list[str]] = {}
+    exec(compile(ast.Module(assignments, []), "setup.py", "exec"), found)
+    assert "-ffp-contract=off" in found["FLAGS"]
+    return found["FLAGS"]
+
+
+FLAGS = flags_of_setup()
 COMPILERS = {"g++": ("g++",), "clang++": ("clang++", "clang++-14")}
 #: The CPU features that each level adds to the levels before it, by their names in /proc/cpuinfo.
 ARCHITECTURES = {
@@ -357,8 +373,12 @@ ARCHITECTURES = {
 }
 
 
-def find_compiler(name: str) -> str | None:
-    return next(filter(None, map(shutil.which, COMPILERS[name])), None)
+def program_of(names: Sequence[str]) -> str:
+    """Return the path of the first program that there is; without one skip, and fail in CI."""
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"there is no {' or '.join(names)}")
+    return found
 
 
 def what_is_missing(architecture: str) -> list[str]:
@@ -376,7 +396,12 @@ def build(compiler: str, architecture: str, library: Path) -> None:
     """Build the CPU kernel for one instruction set only, without run-time dispatch."""
     alone = "-DLLM_SAMPLING_CLONES=__attribute__((noinline))"
     source = ROOT / "csrc/cpu/sample.cpp"
-    command = [compiler, *FLAGS, f"-march={architecture}", alone, "-o", library, source, "-ldl"]
+    # FLAGS hide symbols, which gives each library of a process its own thread pool
+    options = ["-fPIC", "-shared", *FLAGS, f"-march={architecture}", alone]
+    compile_with([compiler, *options, "-o", library, source, "-ldl"])
+
+
+def compile_with(command: Sequence[str | Path]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -389,7 +414,7 @@ def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     @functools.cache
     def library_of(name: str, architecture: str) -> Path:
         library = folder / f"{name}-{architecture}.so"
-        build(str(find_compiler(name)), architecture, library)
+        build(program_of(COMPILERS[name]), architecture, library)
         return library
 
     return library_of
@@ -414,9 +439,7 @@ def test_every_build_gives_them(
     tmp_path: Path,
 ) -> None:
     """Every build gives the recorded answers, on torch's OpenMP threads and on its own pool."""
-    if find_compiler(compiler) is None:
-        reason = f"there is no {' or '.join(COMPILERS[compiler])}"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    program_of(COMPILERS[compiler])
     if missing := what_is_missing(architecture):
         pytest.skip(f"this CPU has no {', '.join(missing)}")
     # loading the same file twice would give the same library, with the same thread pool
@@ -438,6 +461,114 @@ def test_every_build_gives_them(
         found = answers(calls, draw)
         assert count_threads() - before == (1 if whose == "own threads" else 0)
     assert differences(golden, found, recorded) == []
+
+
+#: The machines for which golden_runner.cpp is built: the names that the compiler may have, and
+#: those of the emulator that runs the program.
+MACHINES = {
+    "this machine": (("g++",), ()),
+    "aarch64": (("aarch64-linux-gnu-g++",), ("qemu-aarch64", "qemu-aarch64-static")),
+}
+
+
+def packed(call: SampleCall, struct: c_abi.SampleArgs, results: dict[str, Tensor]) -> bytes:
+    """Return a call in the form that golden_runner.cpp reads: sizes for pointers, then arrays."""
+    history = {} if call.history is None else vars(call.history)
+    tensors = {"logits": call.logits, "allowed_mask": call.allowed_mask, **vars(call.batch)}
+    arrays = []
+    for name, kind in struct._fields_:
+        if kind is not ctypes.c_void_p or not getattr(struct, name):
+            continue
+        tensor = results[name] if name in results else {**tensors, **history}[name]
+        assert tensor.is_contiguous()
+        setattr(struct, name, tensor.numel() * tensor.itemsize or None)
+        if name not in results:
+            arrays.append(tensor.view(torch.uint8).numpy().tobytes())
+    return b"".join([bytes(struct), *arrays])
+
+
+class Runner:
+    """The program golden_runner.cpp, built for a machine, and the kernel in it."""
+
+    def __init__(self, machine: str, folder: Path, *, without: str | None = None) -> None:
+        compiler, *emulator = map(program_of, filter(None, MACHINES[machine]))
+        program = folder / "golden_runner"
+        self.command = [*emulator, program]
+        sources = (ROOT / "tests/kernels/cpp/golden_runner.cpp", ROOT / "csrc/cpu/sample.cpp")
+        options = [flag for flag in FLAGS if flag != without]
+        assert len(options) == len(FLAGS) - (without is not None)
+        compile_with([compiler, *options, "-static", "-o", program, *sources, "-ldl"])
+
+    def __call__(self, calls: Sequence[SampleCall]) -> list[tuple[SampleOutput, Tensor]]:
+        """Return the results and the filtered logits of each call; one process runs them all."""
+        asked, expected = [], []
+        for call in calls:
+            struct, output = c_abi.make_args(call), base.make_results(call)
+            filtered = torch.empty(call.logits.shape)
+            c_abi.set_results(struct, output)
+            struct.filtered, struct.filtered_stride = filtered.data_ptr(), filtered.shape[1]
+            struct.num_threads = 2
+            results = {"tokens": output.tokens, "status": output.status, "filtered": filtered}
+            asked.append(packed(call, struct, results))
+            expected.append(results)
+        done = subprocess.run(
+            self.command, input=b"".join(asked), capture_output=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        answer = io.BytesIO(done.stdout)
+        found = []
+        for results in expected:
+            assert int.from_bytes(answer.read(4), sys.byteorder) == 0
+            for tensor in results.values():
+                read = answer.readinto(tensor.view(torch.uint8).numpy())
+                assert read == tensor.numel() * tensor.itemsize
+            output = SampleOutput(results["tokens"], None, results["status"])
+            found.append((output, results["filtered"]))
+        assert not answer.read()
+        return found
+
+
+def differences_on(
+    run: Runner,
+    calls: list[tuple[Question, SampleCall]],
+    golden: list[Golden],
+    recorded: Answers,
+) -> list[str]:
+    """Return a description of each case whose answers or filtered logits differ in a program."""
+    found = run([call for _, call in calls])
+    results = iter(found)
+    other = differences(golden, answers(calls, lambda call: next(results)[0]), recorded)
+    with threads(1):
+        for (question, call), (_, filtered) in zip(calls, found, strict=True):
+            expected = reference.filter_logits(call)
+            if not torch.equal(filtered.view(torch.int32), expected.view(torch.int32)):
+                other.append(f"filtered logits of {', '.join(map(str, question.rows))}")
+    return other
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_program_for_every_machine_gives_them(
+    machine: str,
+    calls: list[tuple[Question, SampleCall]],
+    golden: list[Golden],
+    recorded: Answers,
+    tmp_path: Path,
+) -> None:
+    """So does the kernel without Python, on this machine and on an emulated ARM processor."""
+    assert differences_on(Runner(machine, tmp_path), calls, golden, recorded) == []
+
+
+def test_fused_multiply_adds_of_arm_are_reported(
+    calls: list[tuple[Question, SampleCall]],
+    golden: list[Golden],
+    recorded: Answers,
+    tmp_path: Path,
+) -> None:
+    """Every aarch64 has them, and without the option of setup.py the compiler uses them."""
+    run = Runner("aarch64", tmp_path, without="-ffp-contract=off")
+    wrong = differences_on(run, calls, golden, recorded)
+    assert any("recorded" in line for line in wrong)
+    assert any("filtered" in line for line in wrong)
 
 
 @pytest.mark.parametrize("case", [0, 1, 500, CASES - 1])

@@ -44,8 +44,7 @@ class Running:
     @property
     def backend_name(self) -> str:
         """The name of the backend, which is the chosen one if ``backend`` is "auto"."""
-        module = backends.resolve(self.backend, CPU)
-        return next(row.name for row in backends.BACKENDS.values() if row.load() is module)
+        return backends.choose(self.backend, CPU).name
 
     def load(self, messages: Console) -> models.LanguageModel:
         """Set the number of threads and load the model.
