@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 import struct
@@ -189,16 +188,24 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 KERNEL_TENSORS = tuple(name for name in DTYPES if name != "unseeded")
 
 
+def _all_are(values: Sequence[float], value: float) -> bool:
+    if torch.compiler.is_dynamo_compiling():
+        for other in values:  # noqa: SIM110  # torch 2.8 does not know how to compile count or all
+            if other != value:
+                return False
+        return True
+    return values.count(value) == len(values)
+
+
 def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """The flags of a BatchParams with these columns, each with a number for each row."""
-    rows = len(columns["temperature"])
 
     def any_on(parameters: Iterable[Column]) -> bool:
-        return any(columns[column.name].count(column.off) < rows for column in parameters)
+        return not all([_all_are(columns[column.name], column.off) for column in parameters])
 
     flags = {
         "needs_history": any_on(_PENALTIES),
-        "all_greedy": columns["temperature"].count(0) == rows,
+        "all_greedy": _all_are(columns["temperature"], 0),
         "any_filter": any_on(_FILTERS),
     }
     if torch.compiler.is_dynamo_compiling():  # no graph needs the others, which it would depend on
@@ -214,7 +221,7 @@ def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         **flags,
         "kept_at_most": 0 if 0 in kept else max(kept, default=0),
         "any_top_k": any(kept),
-        "any_top_p": columns["top_p"].count(FIELDS["top_p"].off) < rows,
+        "any_top_p": not _all_are(columns["top_p"], FIELDS["top_p"].off),
         "any_floor": any(columns[c.name][row] != c.off for c in _FLOORED for row in floored),
     }
 
@@ -501,15 +508,17 @@ def _pack(params: Sequence[SamplingParams], repeats: int | None, device: torch.d
         ids = torch.tensor([i for i, _ in entries], dtype=torch.int32, device=device)
         bias = floats([x for _, x in entries])
         if repeats is None:
-            ends = itertools.accumulate(map(len, biases), initial=0)
-            offsets = torch.tensor(list(ends), dtype=torch.int64, device=device)
+            ends = [0]
+            for mapping in biases:
+                ends.append(ends[-1] + len(mapping))
+            offsets = torch.tensor(ends, dtype=torch.int64, device=device)
         else:
             offsets = torch.arange(repeats + 1, dtype=torch.int64, device=device) * len(biases[0])
             ids, bias = ids.repeat(repeats), bias.repeat(repeats)
         unseeded = [int(row.seed is None) for row in params]
         return BatchParams(
             **tensors,
-            seed=tensor([vars(row)["_signed_seed"] for row in params], torch.int64),
+            seed=tensor([row._signed_seed for row in params], torch.int64),  # type: ignore[attr-defined]
             logit_bias_offsets=offsets,
             logit_bias_ids=ids,
             logit_bias_values=bias,
