@@ -50,24 +50,20 @@ inline bool is_addressable(int64_t rows, int64_t stride, int64_t width) {
   return width <= kMost && (rows <= 1 || stride <= (kMost - width) / (rows - 1));
 }
 
-// The memory that a pointer of the struct points to: `rows` rows of `width` bytes, `stride` bytes apart.
+// The memory that a pointer of the struct points to: `rows` rows of `width` bytes, `stride` bytes apart. Where
+// there is none, it begins and ends at 0.
 struct Region {
-  uintptr_t begin;
+  uintptr_t begin, end;
   int64_t rows, width, stride;
-
-  uintptr_t end() const { return begin + static_cast<uintptr_t>((rows - 1) * stride + width); }
 };
 
 template <typename T>
 Region region(const T* pointer, int64_t rows, int64_t width, int64_t stride) {
   constexpr int64_t kSize = sizeof(T);
-  const bool exists = pointer != nullptr && rows > 0 && width > 0;
-  return {
-      reinterpret_cast<uintptr_t>(pointer),
-      exists ? rows : 0,
-      exists ? width * kSize : 0,
-      exists && rows > 1 ? stride * kSize : 0
-  };
+  if (pointer == nullptr || rows <= 0 || width <= 0) return {};
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
+  const int64_t size = ((rows - 1) * stride + width) * kSize;
+  return {begin, begin + static_cast<uintptr_t>(size), rows, width * kSize, stride * kSize};
 }
 
 template <typename T>
@@ -75,11 +71,11 @@ Region region(const T* pointer, int64_t size) {
   return region(pointer, 1, size, size);
 }
 
-// Whether two regions share a byte. Rows that lie between each other's are told apart if they have the same
-// stride, or one region has a single row; otherwise regions overlap if the ranges of their addresses do.
-inline bool overlap(const Region& a, const Region& b) {
-  if (a.begin > b.begin) return overlap(b, a);
-  if (a.rows == 0 || b.rows == 0 || a.end() <= b.begin) return false;
+// Whether two regions, the ranges of whose addresses overlap, share a byte. Rows that lie between each other's
+// are told apart if they have the same stride, or one region has a single row; otherwise the answer is yes.
+inline bool share_a_byte(const Region& a, const Region& b) {
+  if (a.begin > b.begin) return share_a_byte(b, a);
+  if (a.rows == 1) return true;
   const bool same_stride = b.rows == 1 || a.stride == b.stride;
   if (!same_stride || a.stride < a.width || a.stride < b.width) return true;
   const auto distance =
@@ -129,8 +125,12 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
   constexpr int kRegions = sizeof(regions) / sizeof(regions[0]);
   const int written = advances ? 8 : 4;
   for (int w = 0; w < written; ++w) {
+    const uintptr_t begin = regions[w].begin;
+    const uintptr_t end = regions[w].end;
     for (int other = w + 1; other < kRegions; ++other) {
-      if (overlap(regions[w], regions[other])) return true;
+      const Region& region = regions[other];
+      if (region.begin >= end || region.end <= begin) continue;
+      if (share_a_byte(regions[w], region)) return true;
     }
   }
   return false;

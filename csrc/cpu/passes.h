@@ -223,6 +223,22 @@ LLM_SAMPLING_CLONES void find_min_max(const float* value, int64_t size, float& l
   most = *std::max_element(high, high + kLanes);
 }
 
+// The largest value that is not NaN, or -inf.
+LLM_SAMPLING_CLONES float find_max(const float* value, int64_t size) {
+  constexpr int kLanes = 32;
+  float high[kLanes];
+  for (int j = 0; j < kLanes; ++j) high[j] = -kInfinity;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) high[j] = value[i + j] > high[j] ? value[i + j] : high[j];
+  }
+  for (; i < size; ++i) high[0] = value[i] > high[0] ? value[i] : high[0];
+  for (int j = 0; j < 16; ++j) high[j] = std::max(high[j], high[j + 16]);
+  for (int j = 0; j < 8; ++j) high[j] = std::max(high[j], high[j + 8]);
+  for (int j = 0; j < 4; ++j) high[j] = std::max(high[j], high[j + 4]);
+  return std::max(std::max(high[0], high[1]), std::max(high[2], high[3]));
+}
+
 // A weighted sample of a row's tokens, to estimate where a threshold lies. Part 0: the maximum of each
 // stripe, with weight 1. Part 1: one more token of each stripe of every other tile, weighted to represent all
 // tokens that are not the maximum of their stripe.

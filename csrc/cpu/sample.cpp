@@ -174,7 +174,6 @@ class RowSampler {
  private:
   Row make_row(int64_t row);
   void find_maxima(const Row& row);
-  float largest_maximum() const;
   bool find_kept_penalising_late();
   void find_kept();
   float lowest_within_depth() const;
@@ -319,14 +318,7 @@ void RowSampler::find_maxima(const Row& row) {
     }
   });
   if (nan.load(std::memory_order_relaxed)) status_ |= LLM_SAMPLING_STATUS_NAN;
-  row_.m = largest_maximum();
-}
-
-// Never NaN, whatever the maxima are.
-float RowSampler::largest_maximum() const {
-  float m = -kInfinity;
-  for (int64_t tile = 0; tile < tiles_; ++tile) m = tile_max_[tile] > m ? tile_max_[tile] : m;
-  return m + 0.0f;  // -0.0 becomes +0.0
+  row_.m = find_max(tile_max_, tiles_) + 0.0f;  // -0.0 becomes +0.0
 }
 
 // Steps 3 to 13 if top-k is on and the penalties can only lower logits. A token's logit before the penalties
@@ -787,7 +779,7 @@ void RowSampler::write_raw_logprobs() {
     over_tiles([&](int64_t begin, int64_t end) {
       scan_maxima(row, begin, end, stripe_max_, tile_max_);
     });
-    row.m = largest_maximum();
+    row.m = find_max(tile_max_, tiles_) + 0.0f;
   }
   row.scale = depth_scale(1.0f);
   const double log_mass = std::log(static_cast<double>(mass_of_row())) - 42.0 * std::log(2.0);
