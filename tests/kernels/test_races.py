@@ -21,9 +21,10 @@ GXX = shutil.which("g++")
 EXACT = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS = ["-std=c++17", "-O1", "-g", *EXACT, "-pthread", "-DLLM_SAMPLING_CLONES="]
 MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-#: The race that ThreadSanitizer must not report. The function that writes the logits names it: the
-#: functions that read them also read and write memory of the kernel's own, where a race is a bug.
-SUPPRESSED = "race:overwrite_logits\n"
+#: The race that ThreadSanitizer must not report, by the functions that write and read the logits.
+#: load_tile is the only reader where logits are bfloat16. float32 logits are read in place, in
+#: functions that also use memory of the kernel's own, whose races must not be hidden.
+SUPPRESSED = "race:overwrite_logits\nrace:load_tile\n"
 #: The exit status of a process in which ThreadSanitizer has found a race.
 RACE_FOUND = 66
 SECONDS, MANY_SECONDS = 3, 60
@@ -56,7 +57,7 @@ def run(
             text=True,
             check=False,
             timeout=300 + 20 * seconds,
-            env={"TSAN_OPTIONS": f"halt_on_error=1 exitcode={RACE_FOUND} history_size=7 {tsan}"},
+            env={"TSAN_OPTIONS": f"halt_on_error=1 exitcode={RACE_FOUND} {tsan}"},
         )
 
     done = start()
@@ -87,7 +88,7 @@ def with_thread_sanitizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def start(seconds: float, *, suppressed: bool = True, program: Path = program) -> Run:
         options = f"print_suppressions=0 suppressions={folder / 'suppressions'}"
         tsan = options if suppressed else ""
-        return run(program, "logits", seconds, one_in=ONE_IN, tsan=tsan)
+        return run(program, "few", seconds, one_in=ONE_IN, tsan=tsan)
 
     return start
 
@@ -108,7 +109,7 @@ def test_memory_that_changes_during_many_calls(
 
 
 def test_the_race_on_the_logits_is_the_only_one(with_thread_sanitizer: Callable[..., Run]) -> None:
-    assert_all_is_well(with_thread_sanitizer(SECONDS), COMBINATIONS // ONE_IN)
+    assert_all_is_well(with_thread_sanitizer(SECONDS), COMBINATIONS // ONE_IN // 2)
 
 
 def test_the_race_on_the_logits_is_there(with_thread_sanitizer: Callable[..., Run]) -> None:
