@@ -181,12 +181,6 @@ GUARDS = {
         "at_most > 0.0f ? at_most : 0.0f",
         "at_most",
     ),
-    "a mass that is not negative": (
-        "logits",
-        "cpu/sample.cpp",
-        "std::max<int64_t>(tile_kept_[tile], 0)",
-        "tile_kept_[tile]",
-    ),
     "a slot in range": (
         "all",
         "cpu/sample.cpp",
