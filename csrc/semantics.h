@@ -31,6 +31,13 @@ LLM_SAMPLING_FN To bit_cast(From from) {
   return to;
 }
 
+// Loads a value exactly once. Memory of the caller may change during a call, and a compiler may load a plain
+// value again after it has been checked.
+template <typename T>
+LLM_SAMPLING_FN T read_once(const T& value) {
+  return *static_cast<const volatile T*>(&value);
+}
+
 // 1 widen, which is exact.
 LLM_SAMPLING_FN float widen_bfloat16(uint16_t bits) {
   return bit_cast<float>(static_cast<uint32_t>(bits) << 16);

@@ -17,12 +17,14 @@ namespace llm_sampling {
 // Copies the caller's struct, which may be that of an older version of this header: the fields that the
 // caller does not know become zero, which is "off".
 inline int32_t read_struct(const LlmSamplingArgs* args, LlmSamplingArgs& own) {
-  constexpr uint32_t kFirstSize = sizeof(LlmSamplingArgs);  // the first size of version 2; never changes
-  if (args == nullptr || args->version != LLM_SAMPLING_ABI_VERSION ||
-      args->struct_size < kFirstSize || args->struct_size > sizeof(LlmSamplingArgs)) {
+  // The first size of version 2, which never changes.
+  constexpr uint32_t kFirstSize = sizeof(LlmSamplingArgs);
+  if (args == nullptr) return LLM_SAMPLING_BAD_STRUCT;
+  const uint32_t size = read_once(args->struct_size);
+  if (args->version != LLM_SAMPLING_ABI_VERSION || size < kFirstSize || size > sizeof(own)) {
     return LLM_SAMPLING_BAD_STRUCT;
   }
-  memcpy(&own, args, args->struct_size);
+  memcpy(&own, args, size);
   return LLM_SAMPLING_OK;
 }
 
@@ -41,30 +43,27 @@ inline bool all_parameters(const LlmSamplingArgs& a, const F& holds) {
          holds(a.min_tokens_to_keep);
 }
 
-// Whether the size in bytes of `rows` rows of `width` elements, `stride` elements apart, fits an int64.
+// Whether the size in bytes of `rows` rows of `width` elements, `stride` elements apart, fits an int64. So does
+// that of one row more, as the bias offsets have.
 inline bool is_addressable(int64_t rows, int64_t stride, int64_t width) {
-  constexpr int64_t kMost = INT64_MAX / 8;
+  constexpr int64_t kMost = INT64_MAX / 16;
   return width <= kMost && (rows <= 1 || stride <= (kMost - width) / (rows - 1));
 }
 
-// The memory that a pointer of the struct points to: `rows` rows of `width` bytes, `stride` bytes apart.
+// The memory that a pointer of the struct points to: `rows` rows of `width` bytes, `stride` bytes apart. Where
+// there is none, it begins and ends at 0.
 struct Region {
-  uintptr_t begin;
+  uintptr_t begin, end;
   int64_t rows, width, stride;
-
-  uintptr_t end() const { return begin + static_cast<uintptr_t>((rows - 1) * stride + width); }
 };
 
 template <typename T>
 Region region(const T* pointer, int64_t rows, int64_t width, int64_t stride) {
   constexpr int64_t kSize = sizeof(T);
-  const bool exists = pointer != nullptr && rows > 0 && width > 0;
-  return {
-      reinterpret_cast<uintptr_t>(pointer),
-      exists ? rows : 0,
-      exists ? width * kSize : 0,
-      exists && rows > 1 ? stride * kSize : 0
-  };
+  if (pointer == nullptr || rows <= 0 || width <= 0) return {};
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
+  const int64_t size = ((rows - 1) * stride + width) * kSize;
+  return {begin, begin + static_cast<uintptr_t>(size), rows, width * kSize, stride * kSize};
 }
 
 template <typename T>
@@ -72,13 +71,15 @@ Region region(const T* pointer, int64_t size) {
   return region(pointer, 1, size, size);
 }
 
-// Whether two regions share a byte. Rows that lie between each other's are told apart if they have the same
-// stride; otherwise regions overlap if the ranges of their addresses do.
-inline bool overlap(const Region& a, const Region& b) {
-  if (a.begin > b.begin) return overlap(b, a);
-  if (a.rows == 0 || b.rows == 0 || a.end() <= b.begin) return false;
-  if (a.stride != b.stride || a.stride < a.width || a.stride < b.width) return true;
-  const auto distance = static_cast<int64_t>((b.begin - a.begin) % static_cast<uintptr_t>(a.stride));
+// Whether two regions, the ranges of whose addresses overlap, share a byte. Rows that lie between each other's
+// are told apart if they have the same stride, or one region has a single row; otherwise the answer is yes.
+inline bool share_a_byte(const Region& a, const Region& b) {
+  if (a.begin > b.begin) return share_a_byte(b, a);
+  if (a.rows == 1) return true;
+  const bool same_stride = b.rows == 1 || a.stride == b.stride;
+  if (!same_stride || a.stride < a.width || a.stride < b.width) return true;
+  const auto distance =
+      static_cast<int64_t>((b.begin - a.begin) % static_cast<uintptr_t>(a.stride));
   return distance < a.width || distance + b.width > a.stride;
 }
 
@@ -124,8 +125,12 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
   constexpr int kRegions = sizeof(regions) / sizeof(regions[0]);
   const int written = advances ? 8 : 4;
   for (int w = 0; w < written; ++w) {
+    const uintptr_t begin = regions[w].begin;
+    const uintptr_t end = regions[w].end;
     for (int other = w + 1; other < kRegions; ++other) {
-      if (overlap(regions[w], regions[other])) return true;
+      const Region& region = regions[other];
+      if (region.begin >= end || region.end <= begin) continue;
+      if (share_a_byte(regions[w], region)) return true;
     }
   }
   return false;
@@ -208,7 +213,8 @@ inline int32_t check_slots(const LlmSamplingArgs& a) {
   if (sorted == nullptr) return LLM_SAMPLING_OUT_OF_MEMORY;
   std::copy(a.slots, a.slots + a.rows, sorted.get());
   std::sort(sorted.get(), sorted.get() + a.rows);
-  const bool is_shared = std::adjacent_find(sorted.get(), sorted.get() + a.rows) != sorted.get() + a.rows;
+  const bool is_shared =
+      std::adjacent_find(sorted.get(), sorted.get() + a.rows) != sorted.get() + a.rows;
   return is_shared ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
 }
 
@@ -223,19 +229,22 @@ inline int32_t check_values(const LlmSamplingArgs& a) {
   const auto is_within = [](float x, float least, float most) { return x >= least && x <= most; };
   if (a.logit_bias_offsets != nullptr) {
     const int64_t* offsets = a.logit_bias_offsets;
-    if (offsets[0] < 0 || offsets[a.rows] > a.logit_bias_size ||
-        !std::is_sorted(offsets, offsets + a.rows + 1)) {
+    const int64_t begin = read_once(offsets[0]);
+    const int64_t end = read_once(offsets[a.rows]);
+    if (begin < 0 || end > a.logit_bias_size || !std::is_sorted(offsets, offsets + a.rows + 1)) {
       return LLM_SAMPLING_BAD_SIZE;
     }
-    for (int64_t entry = offsets[0]; entry < offsets[a.rows]; ++entry) {
+    for (int64_t entry = begin; entry < end; ++entry) {
       const float value = a.logit_bias_values[entry];
-      if (!(is_within(value, -100.0f, 100.0f) || value == -kInfinity)) return LLM_SAMPLING_BAD_PARAMETER;
+      if (!(is_within(value, -100.0f, 100.0f) || value == -kInfinity))
+        return LLM_SAMPLING_BAD_PARAMETER;
     }
   }
   for (int64_t row = 0; row < a.rows; ++row) {
     if (!(is_within(a.temperature[row], 0.0f, -kLowest) &&
           is_within(a.top_p[row], 0.0f, 1.0f) &&  // a tiny top_p may have been rounded to 0
-          a.min_p_cut[row] >= 0.0f && a.repetition_penalty[row] > 0.0f && a.repetition_penalty[row] < kInfinity &&
+          a.min_p_cut[row] >= 0.0f && a.repetition_penalty[row] > 0.0f &&
+          a.repetition_penalty[row] < kInfinity &&
           is_within(a.frequency_penalty[row], -2.0f, 2.0f) &&
           is_within(a.presence_penalty[row], -2.0f, 2.0f) && a.min_tokens_to_keep[row] >= 1)) {
       return LLM_SAMPLING_BAD_PARAMETER;
@@ -252,8 +261,8 @@ inline const char* error_text(int32_t code) {
     case LLM_SAMPLING_BAD_STRUCT:
       return "the args struct is NULL or of another size or version than this library's";
     case LLM_SAMPLING_BAD_SIZE:
-      return "rows, vocab_size, num_samples, num_threads, num_slots, logit_bias_size, a slot or a bias "
-             "offset is out of range";
+      return "rows, vocab_size, num_samples, num_threads, num_slots, logit_bias_size, a slot or a "
+             "bias offset is out of range";
     case LLM_SAMPLING_BAD_OPTION:
       return "dtype, logprobs_mode or advance has an unknown value";
     case LLM_SAMPLING_NULL_POINTER:

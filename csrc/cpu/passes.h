@@ -223,6 +223,22 @@ LLM_SAMPLING_CLONES void find_min_max(const float* value, int64_t size, float& l
   most = *std::max_element(high, high + kLanes);
 }
 
+// The largest value that is not NaN, or -inf.
+LLM_SAMPLING_CLONES float find_max(const float* value, int64_t size) {
+  constexpr int kLanes = 32;
+  float high[kLanes];
+  for (int j = 0; j < kLanes; ++j) high[j] = -kInfinity;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) high[j] = value[i + j] > high[j] ? value[i + j] : high[j];
+  }
+  for (; i < size; ++i) high[0] = value[i] > high[0] ? value[i] : high[0];
+  for (int j = 0; j < 16; ++j) high[j] = std::max(high[j], high[j + 16]);
+  for (int j = 0; j < 8; ++j) high[j] = std::max(high[j], high[j + 8]);
+  for (int j = 0; j < 4; ++j) high[j] = std::max(high[j], high[j + 4]);
+  return std::max(std::max(high[0], high[1]), std::max(high[2], high[3]));
+}
+
 // A weighted sample of a row's tokens, to estimate where a threshold lies. Part 0: the maximum of each
 // stripe, with weight 1. Part 1: one more token of each stripe of every other tile, weighted to represent all
 // tokens that are not the maximum of their stripe.
@@ -280,7 +296,8 @@ LLM_SAMPLING_CLONES void take_probe(const Row& row, const float* stripe_max, Pro
   for (int j = 0; j < kStripes; ++j) out.total += lane[0][j] + lane[1][j];
 }
 
-// The bin of each depth in a histogram: depth * scale, at most `last`.
+// The bin of each depth in a histogram: depth * scale, at most `last`. A depth is negative, and its bin 0, if
+// the token's logit has risen above the maximum of the row since that was taken.
 LLM_SAMPLING_CLONES void find_bins(
     const float* d,
     int64_t size,
@@ -291,7 +308,8 @@ LLM_SAMPLING_CLONES void find_bins(
   const float limit = static_cast<float>(last);
   for (int64_t i = 0; i < size; ++i) {
     const float b = d[i] * scale;
-    bin[i] = static_cast<int32_t>(b < limit ? b : limit);
+    const float at_most = b < limit ? b : limit;
+    bin[i] = static_cast<int32_t>(at_most > 0.0f ? at_most : 0.0f);
   }
 }
 
@@ -348,7 +366,8 @@ LLM_SAMPLING_CLONES int64_t append_band(
   return size;
 }
 
-// Writes x / temperature for kept tokens, -inf for the others.
+// Writes x / temperature for kept tokens, -inf for the others; (x - m) / temperature if the quotient of the
+// best token, whose logit is m, is not finite.
 LLM_SAMPLING_CLONES void write_filtered(
     const Row& row,
     int64_t begin_tile,
@@ -359,13 +378,23 @@ LLM_SAMPLING_CLONES void write_filtered(
 ) {
   alignas(64) float buffer[kTile];
   alignas(64) float z[kTile];
+  const float best = row.m / temperature;
+  const bool is_shifted = !(best >= kLowest && best < kInfinity);
   for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
     const float* y = load_tile(row, tile, buffer);
     const int64_t begin = tile * kTile;
-    for (int32_t j = 0; j < kTile; ++j) {
-      const float x = y[j] + 0.0f;  // 6 canonical
-      const float divided = x / temperature;
-      z[j] = is_kept(threshold, begin, x, j) ? divided : -kInfinity;
+    if (is_shifted) {
+      for (int32_t j = 0; j < kTile; ++j) {
+        const float divided = (y[j] - row.m) / temperature;
+        const float shifted = y[j] == row.m ? 0.0f : divided;
+        z[j] = is_kept(threshold, begin, y[j], j) ? shifted : -kInfinity;
+      }
+    } else {
+      for (int32_t j = 0; j < kTile; ++j) {
+        const float x = y[j] + 0.0f;  // 6 canonical
+        const float divided = x / temperature;
+        z[j] = is_kept(threshold, begin, x, j) ? divided : -kInfinity;
+      }
     }
     const int64_t count = std::min<int64_t>(kTile, row.vocab_size - begin);
     std::copy(z, z + count, out + begin);

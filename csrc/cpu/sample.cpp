@@ -26,6 +26,12 @@
 // Hazards: NaN is not replaced by -inf, so every comparison is written such that NaN is not kept. Loops
 // marked LLM_SAMPLING_CLONES are vectorised by the compiler, once per instruction set. This file needs the
 // flags -ffp-contract=off -fno-trapping-math -fno-math-errno.
+//
+// Another thread may wrongly change the caller's memory during a call, so that two passes see different
+// values, and even two loads of one pass do. Such a race may change a token, and make a maximum or a candidate
+// NaN. It must not make the kernel leave the memory of the struct or run for ever. So what becomes an index or
+// a count is loaded by read_once and brought into its range again, no pass relies on what another one found
+// in the logits, and maxima, candidates and masses, once taken, are in memory of the kernel's own.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -63,10 +69,16 @@ class Buffer {
   int64_t size_ = 0;
 };
 
+struct Bias {
+  int32_t id;
+  float value;
+};
+
 // The scratch memory of a thread, kept from call to call.
 struct Workspace {
   Buffer<float> stripe_max, tile_max, maxima, probe_depth, probe_mass, candidate_x, bias_values;
-  Buffer<int64_t> tile_mass, tile_kept, candidate_w, weights, bias_order;
+  Buffer<int64_t> tile_mass, tile_kept, candidate_w, weights;
+  Buffer<Bias> biases;
   Buffer<uint32_t> candidate_id, keys;
   Buffer<int32_t> bias_ids, bins;
   Histogram histogram;
@@ -84,16 +96,18 @@ struct RowParams {
   bool is_greedy() const { return temperature == 0.0f; }
 };
 
+// The values were checked, but may have changed since.
 RowParams read_params(const LlmSamplingArgs& args, int64_t row) {
   RowParams params = {};
-  params.temperature = args.temperature[row];
-  params.top_p = args.top_p[row];
+  params.temperature = read_once(args.temperature[row]);
+  params.top_p = std::max(read_once(args.top_p[row]), 0.0f);
   params.depth_cut = depth_cut(args, row);
-  params.min_tokens_to_keep = args.min_tokens_to_keep[row];
+  params.min_tokens_to_keep = std::max(read_once(args.min_tokens_to_keep[row]), 1);
+  const int64_t top_k = read_once(args.top_k[row]);
   if (params.is_greedy()) {
     params.top_k = 1;
-  } else if (args.top_k[row] > 0) {
-    const int64_t k = std::max<int64_t>(args.top_k[row], params.min_tokens_to_keep);
+  } else if (top_k > 0) {
+    const int64_t k = std::max(top_k, params.min_tokens_to_keep);
     params.top_k = k < args.vocab_size ? k : 0;
   }
   if (args.tokens != nullptr) {
@@ -101,6 +115,12 @@ RowParams read_params(const LlmSamplingArgs& args, int64_t row) {
     params.position = static_cast<uint64_t>(args.position[row]);
   }
   return params;
+}
+
+// The slot of a row. It is in range again if it has changed since it was checked.
+int64_t find_slot(const LlmSamplingArgs& args, int64_t row) {
+  const int64_t slot = read_once(args.slots[row]);
+  return slot >= 0 && slot < args.num_slots ? slot : 0;
 }
 
 // Where one row's results go; NULL for a result that is not wanted.
@@ -143,6 +163,7 @@ class RowSampler {
       find_maxima(row_);
       find_kept();
     }
+    if (mass_ == 0) keep_nothing();
     if (results_.filtered != nullptr) write_filtered_logits();
     if (results_.tokens == nullptr) return;
     draw();
@@ -183,6 +204,7 @@ class RowSampler {
 
   void write_filtered_logits();
   void draw();
+  void draw_nothing();
   void write_raw_logprobs();
 
   // Calls part(begin, end) for ranges of tiles that together are all tiles, on all threads.
@@ -240,21 +262,27 @@ Row RowSampler::make_row(int64_t index) {
   row.scale = depth_scale(params_.temperature);
 
   if (args_.logit_bias_offsets != nullptr) {
-    const int64_t begin = args_.logit_bias_offsets[index];
-    row.bias_count = args_.logit_bias_offsets[index + 1] - begin;
+    const auto offset = [&](int64_t at, int64_t least) {
+      const int64_t value = read_once(args_.logit_bias_offsets[at]);
+      return std::min(std::max(value, least), args_.logit_bias_size);
+    };
+    const int64_t begin = offset(index, 0);
+    row.bias_count = offset(index + 1, begin) - begin;
     row.bias_ids = args_.logit_bias_ids + begin;
     row.bias_values = args_.logit_bias_values + begin;
     if (!std::is_sorted(row.bias_ids, row.bias_ids + row.bias_count)) {
-      int64_t* order = ws_.bias_order.at_least(row.bias_count);
+      Bias* biases = ws_.biases.at_least(row.bias_count);
       int32_t* ids = ws_.bias_ids.at_least(row.bias_count);
       float* values = ws_.bias_values.at_least(row.bias_count);
-      for (int64_t i = 0; i < row.bias_count; ++i) order[i] = i;
-      std::stable_sort(order, order + row.bias_count, [&](int64_t a, int64_t b) {
-        return row.bias_ids[a] < row.bias_ids[b];
+      // A sort must not compare ids that may change, so they are copied first.
+      for (int64_t i = 0; i < row.bias_count; ++i)
+        biases[i] = {row.bias_ids[i], row.bias_values[i]};
+      std::stable_sort(biases, biases + row.bias_count, [](const Bias& a, const Bias& b) {
+        return a.id < b.id;
       });
       for (int64_t i = 0; i < row.bias_count; ++i) {
-        ids[i] = row.bias_ids[order[i]];
-        values[i] = row.bias_values[order[i]];
+        ids[i] = biases[i].id;
+        values[i] = biases[i].value;
       }
       row.bias_ids = ids;
       row.bias_values = values;
@@ -270,7 +298,7 @@ Row RowSampler::make_row(int64_t index) {
   const bool penalised = row.repetition_penalty != 1.0f || row.frequency_penalty != 0.0f ||
                          row.presence_penalty != 0.0f;
   if (args_.seen != nullptr && penalised) {
-    const int64_t slot = args_.slots[index];
+    const int64_t slot = find_slot(args_, index);
     row.seen = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
     if (row.frequency_penalty != 0.0f || row.presence_penalty != 0.0f) {
       row.counts = args_.counts + slot * args_.counts_stride;
@@ -290,7 +318,7 @@ void RowSampler::find_maxima(const Row& row) {
     }
   });
   if (nan.load(std::memory_order_relaxed)) status_ |= LLM_SAMPLING_STATUS_NAN;
-  row_.m = *std::max_element(tile_max_, tile_max_ + tiles_) + 0.0f;  // -0.0 becomes +0.0
+  row_.m = find_max(tile_max_, tiles_) + 0.0f;  // -0.0 becomes +0.0
 }
 
 // Steps 3 to 13 if top-k is on and the penalties can only lower logits. A token's logit before the penalties
@@ -313,11 +341,7 @@ bool RowSampler::find_kept_penalising_late() {
     penalise_candidates(row_, candidates_.x, candidates_.id, candidates_.size);
     drop_below(bound);
     if (candidates_.size < k && bound > kLowest) continue;
-    if (candidates_.size == 0) {
-      status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
-      keep_nothing();
-      return true;
-    }
+    if (candidates_.size == 0) return true;
     float least;
     find_min_max(candidates_.x, candidates_.size, least, row_.m);
     row_.m += 0.0f;  // -0.0 becomes +0.0
@@ -330,10 +354,7 @@ bool RowSampler::find_kept_penalising_late() {
 
 // Steps 7 to 13.
 void RowSampler::find_kept() {
-  if (row_.m == -kInfinity) {
-    status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
-    return keep_nothing();
-  }
+  if (row_.m == -kInfinity) return;
   if (row_.m == kInfinity) status_ |= LLM_SAMPLING_STATUS_POS_INF;
 
   if (params_.top_k == 1) return keep_best();
@@ -372,7 +393,9 @@ int64_t RowSampler::total(const int64_t* tile_mass) const {
 
 // ---- Kept sets: which tokens are kept, by the filters that are on ----------------------------------
 
+// What a row keeps without mass: it has no candidate, or a race has taken those that it had.
 void RowSampler::keep_nothing() {
+  status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
   threshold_ = {kInfinity, -1};
   mass_ = 0;
 }
@@ -381,8 +404,8 @@ void RowSampler::keep_nothing() {
 void RowSampler::keep_best() {
   const int64_t tile = std::find(tile_max_, tile_max_ + tiles_, row_.m) - tile_max_;
   clear_candidates();
-  append_band(row_, tile, row_.m, row_.m, candidates_.x, candidates_.id, 0);
-  candidates_.size = 1;
+  const int64_t found = append_band(row_, tile, row_.m, row_.m, candidates_.x, candidates_.id, 0);
+  candidates_.size = std::min<int64_t>(found, 1);
   keep_candidates();
 }
 
@@ -435,6 +458,7 @@ void RowSampler::keep_from(float lowest_kept) {
 void RowSampler::keep_candidates() {
   candidates_are_kept_ = true;
   mass_ = weigh_candidates();
+  if (mass_ == 0) return;
   float most;
   find_min_max(candidates_.x, candidates_.size, threshold_.value, most);
   int64_t last = candidates_.size - 1;
@@ -518,7 +542,7 @@ void RowSampler::keep_flat_nucleus(float guess, float lowest_kept) {
     const double step = (1 + margin) * wrong_by + 32 * margin * of_a_token;
     const float far =
         ws_.histogram.logit_by_mass_above(row_, is_lower ? estimated + step : estimated - step);
-    const float below_guess = std::nextafter(guess, -kInfinity);
+    const float below_guess = std::max(kLowest, std::nextafter(guess, -kInfinity));
     const float from = is_lower ? std::min(far, below_guess) : guess;
     const float to = is_lower ? below_guess : std::max(far, guess);
     gather(row_, from, to);
@@ -536,6 +560,10 @@ void RowSampler::keep_flat_nucleus(float guess, float lowest_kept) {
     tile_kept_[candidates_.id[i] / kTile] +=
         (is_lower ? candidates_.w[i] : -candidates_.w[i]) * (kept == is_lower);
     if (kept & (candidates_.x[i] == threshold_.value)) threshold_.last_id = candidates_.id[i];
+  }
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    // After a race more may have been subtracted than there was.
+    tile_kept_[tile] = std::max<int64_t>(tile_kept_[tile], 0);
   }
   mass_ = total(tile_kept_);
 
@@ -645,9 +673,11 @@ int64_t RowSampler::weigh_candidates() {
   return sum;
 }
 
-// The threshold of the shortest prefix of the candidates' order whose mass is at least the target.
+// The threshold of the shortest prefix of the candidates' order whose mass is at least the target, or that has
+// all their mass if there is less. Without mass nothing is kept.
 CandidateThreshold RowSampler::threshold_of_mass(int64_t target) {
-  weigh_candidates();
+  target = std::min(target, weigh_candidates());
+  if (target < 1) return {UINT32_MAX, 0};
   uint32_t* keys = ws_.keys.at_least(candidates_.size);
   int64_t* weights = ws_.weights.at_least(candidates_.size);
   for (int64_t i = 0; i < candidates_.size; ++i) keys[i] = order_key(candidates_.x[i]);
@@ -695,14 +725,16 @@ void RowSampler::write_filtered_logits() {
   });
 }
 
-void RowSampler::draw() {
-  if ((status_ & LLM_SAMPLING_STATUS_NO_CANDIDATE) != 0) {
-    std::fill_n(results_.tokens, args_.num_samples, -1);
-    if (results_.logprobs != nullptr) {
-      std::fill_n(results_.logprobs, args_.num_samples, std::nanf(""));
-    }
-    return;
+void RowSampler::draw_nothing() {
+  status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
+  std::fill_n(results_.tokens, args_.num_samples, -1);
+  if (results_.logprobs != nullptr) {
+    std::fill_n(results_.logprobs, args_.num_samples, std::nanf(""));
   }
+}
+
+void RowSampler::draw() {
+  if ((status_ & LLM_SAMPLING_STATUS_NO_CANDIDATE) != 0) return draw_nothing();
   // A part is a candidate or a tile; its running mass is the mass of all parts up to it.
   const int64_t parts = candidates_are_kept_ ? candidates_.size : tiles_;
   const int64_t* part_mass = candidates_are_kept_ ? candidates_.w : tile_kept_;
@@ -720,11 +752,13 @@ void RowSampler::draw() {
     if (candidates_are_kept_) {
       token = candidates_.id[part];
     } else {
-      alignas(64) float tile_w[kTile];
+      alignas(64) float tile_w[kTile + 1];
       tile_kept_masses(row_, part, threshold_, tile_w);
+      tile_w[kTile] = 0x1p62f;  // ends the loop if the tile has less mass than before
       r -= running_mass[part] - w;
       int j = 0;
       while (r >= (w = static_cast<int64_t>(tile_w[j]))) r -= w, ++j;
+      if (j == kTile) return draw_nothing();
       token = part * kTile + j;
     }
     results_.tokens[sample] = token;
@@ -745,13 +779,14 @@ void RowSampler::write_raw_logprobs() {
     over_tiles([&](int64_t begin, int64_t end) {
       scan_maxima(row, begin, end, stripe_max_, tile_max_);
     });
-    row.m = *std::max_element(tile_max_, tile_max_ + tiles_) + 0.0f;
+    row.m = find_max(tile_max_, tiles_) + 0.0f;
   }
   row.scale = depth_scale(1.0f);
   const double log_mass = std::log(static_cast<double>(mass_of_row())) - 42.0 * std::log(2.0);
   alignas(64) float buffer[kTile];
   for (int32_t sample = 0; sample < args_.num_samples; ++sample) {
-    const int64_t token = results_.tokens[sample];
+    const int64_t token = read_once(results_.tokens[sample]);
+    if (token < 0 || token >= row.vocab_size) continue;  // another thread has overwritten it
     const float x = load_tile(row, token / kTile, buffer)[token % kTile];
     const double below = x == row.m ? 0.0 : static_cast<double>(x) - static_cast<double>(row.m);
     results_.logprobs[sample] = static_cast<float>(below - log_mass);
@@ -769,11 +804,11 @@ void count_up(T& value) {
 // Adds every row's token to its history and 1 to its position.
 void advance(const LlmSamplingArgs& args) {
   for (int64_t row = 0; row < args.rows; ++row) {
-    const int64_t token = args.tokens[row * args.num_samples];
-    if (token < 0) continue;
+    const int64_t token = read_once(args.tokens[row * args.num_samples]);
+    if (token < 0 || token >= args.vocab_size) continue;
     count_up(args.position[row]);
     if (args.seen == nullptr) continue;
-    const int64_t slot = args.slots[row];
+    const int64_t slot = find_slot(args, row);
     uint32_t* seen = reinterpret_cast<uint32_t*>(args.seen + slot * args.seen_stride);
     seen[token >> 5] |= 1u << (token & 31);
     count_up(args.counts[slot * args.counts_stride + token]);

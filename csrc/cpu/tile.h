@@ -36,7 +36,7 @@ struct Row {
   const void* logits;
   int32_t dtype;
   int64_t vocab_size;
-  const int32_t* bias_ids;  // ascending
+  const int32_t* bias_ids;  // ascending, unless another thread changes them
   const float* bias_values;
   int64_t bias_count;
   const uint32_t* allowed;  // NULL without a mask
@@ -66,9 +66,11 @@ INLINE float same(float x) { return x; }
 INLINE void add_bias(const Row& row, int64_t begin, int count, float* y) {
   const int32_t* end = row.bias_ids + row.bias_count;
   const int32_t* id = std::lower_bound(row.bias_ids, end, static_cast<int32_t>(begin));
-  for (; id != end && *id < begin + count; ++id) {
-    float& x = y[*id - begin];
-    x = biased(x, row.bias_values[id - row.bias_ids]);
+  for (; id != end; ++id) {
+    const int64_t j = read_once(*id) - begin;
+    if (j >= count) break;
+    if (j < 0) continue;  // the ids have changed since they were found to ascend
+    y[j] = biased(y[j], row.bias_values[id - row.bias_ids]);
   }
 }
 
@@ -86,8 +88,8 @@ INLINE void mask_out(const uint32_t* allowed, int count, float* __restrict y) {
 INLINE int set_bits(const uint32_t* words, int count, int32_t* __restrict indices) {
   int size = 0;
   for (int begin = 0; begin < count; begin += 64) {
-    uint64_t bits = words[begin / 32];
-    if (begin + 32 < count) bits |= static_cast<uint64_t>(words[begin / 32 + 1]) << 32;
+    uint64_t bits = read_once(words[begin / 32]);
+    if (begin + 32 < count) bits |= static_cast<uint64_t>(read_once(words[begin / 32 + 1])) << 32;
     if (begin + 64 > count) bits &= (uint64_t{1} << (count - begin)) - 1;
     // Four at a time, so that most words take no branch that depends on their bits.
     int32_t* out = indices + size;
@@ -141,7 +143,8 @@ INLINE void penalise_candidates(const Row& row, float* x, const uint32_t* id, in
 }
 
 // The 512 logits of a tile after steps 1 to 5, -inf past the row's end. They are written to `buffer`, or
-// returned in place if they are float32 and steps 2 to 5 change nothing.
+// returned in place if they are float32 and steps 2 to 5 change nothing: then another thread may change them
+// between two loads.
 INLINE const float* load_tile(const Row& row, int64_t tile, float* __restrict buffer) {
   const int64_t begin = tile * kTile;
   const int count = static_cast<int>(std::min<int64_t>(kTile, row.vocab_size - begin));

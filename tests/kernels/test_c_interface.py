@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 EXACT = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 
 BAD_STRUCT, BAD_SIZE, BAD_OPTION, NULL_POINTER = 1, 2, 3, 4
-BAD_STRIDE, MISALIGNED, BAD_PARAMETER = 5, 6, 7
+BAD_STRIDE, MISALIGNED, BAD_PARAMETER, OVERLAP = 5, 6, 7, 9
 
 needs_kernel = pytest.mark.skipif(
     cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable())
@@ -49,6 +50,14 @@ def filled(call: SampleCall) -> tuple[c_abi.SampleArgs, object]:
     output.tokens.fill_(-7)
     c_abi.set_results(struct, output)
     return struct, output
+
+
+def memory(call: SampleCall, output: object) -> list[list[int]]:
+    """The bytes of every tensor of a call, which compare equal also where a float is NaN."""
+    tensors = [getattr(call.batch, name) for name in KERNEL_TENSORS]
+    tensors += [call.logits, call.allowed_mask, *output]
+    tensors += [getattr(call.history, name) for name in ("seen", "counts", "lengths", "slots")]
+    return [tensor.view(torch.uint8).flatten().tolist() for tensor in tensors]
 
 
 def run(struct: c_abi.SampleArgs) -> int:
@@ -81,16 +90,22 @@ BAD_STRUCTS = {
     "smaller": (setting(struct_size=8), BAD_STRUCT),
     "larger": (setting(struct_size=4096), BAD_STRUCT),
     "version 0": (setting(version=0), BAD_STRUCT),
-    "version 2": (setting(version=2), BAD_STRUCT),
+    "version 1": (setting(version=1), BAD_STRUCT),
+    "version 3": (setting(version=3), BAD_STRUCT),
     "negative rows": (setting(rows=-1), BAD_SIZE),
     "more rows than there are addresses": (setting(rows=2**61), BAD_SIZE),
+    "more offsets than there are addresses": (setting(rows=2**60 - 1, logits_stride=0), BAD_SIZE),
     "more samples than there are addresses": (setting(rows=2**32, num_samples=2**30), BAD_SIZE),
     "no vocabulary": (setting(vocab_size=0), BAD_SIZE),
     "huge vocabulary": (setting(vocab_size=2**20 + 1), BAD_SIZE),
     "the largest vocabulary": (setting(vocab_size=2**63 - 1), BAD_SIZE),
     "no samples": (setting(num_samples=0), BAD_SIZE),
     "no threads": (setting(num_threads=0), BAD_SIZE),
-    "no slots": (setting(num_slots=1), BAD_SIZE),
+    "no slots": (setting(num_slots=0), BAD_SIZE),
+    "fewer slots than are used": (setting(num_slots=1), BAD_SIZE),
+    "negative bias size": (setting(logit_bias_size=-1), BAD_SIZE),
+    "fewer biases than the offsets say": (setting(logit_bias_size=1), BAD_SIZE),
+    "more biases than there are addresses": (setting(logit_bias_size=2**62), BAD_SIZE),
     "dtype": (setting(dtype=3), BAD_OPTION),
     "negative dtype": (setting(dtype=-1), BAD_OPTION),
     "logprobs": (setting(logprobs_mode=3), BAD_OPTION),
@@ -122,12 +137,9 @@ def test_a_bad_struct_gives_its_code_and_changes_nothing(
 ) -> None:
     struct, output = filled(call)
     change(struct)
-    before = call.history.clone()
+    before = memory(call, output)
     assert run(struct) == code
-    assert output.tokens.tolist() == [-7, -7]
-    assert call.batch.position.tolist() == [0, 7]
-    assert torch.equal(call.history.seen, before.seen)
-    assert torch.equal(call.history.counts, before.counts)
+    assert memory(call, output) == before
     struct, _ = filled(call)
     assert run(struct) == 0  # without the change the struct is valid
 
@@ -135,7 +147,6 @@ def test_a_bad_struct_gives_its_code_and_changes_nothing(
 BAD_PARAMETERS = {
     "temperature": (-1.0, float("inf"), float("nan")),
     "top_p": (-0.5, 1.5, float("nan")),
-    "min_p": (-0.1, 1.5, float("nan")),
     "min_p_cut": (-1.0, float("nan")),
     "repetition_penalty": (0.0, -1.0, float("inf"), float("nan")),
     "frequency_penalty": (2.5, float("inf"), float("nan")),
@@ -154,6 +165,220 @@ def test_a_bad_parameter_in_any_row_gives_its_code(
 ) -> None:
     getattr(call.batch, name)[1] = value
     assert run(filled(call)[0]) == BAD_PARAMETER
+
+
+@needs_kernel
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -101.0, 100.00001, -3e38])
+def test_a_bias_that_is_out_of_range_gives_its_code(
+    call: SampleCall, row: int, value: float
+) -> None:
+    call.batch.logit_bias_values[row] = value
+    struct, output = filled(call)
+    before = memory(call, output)
+    assert run(struct) == BAD_PARAMETER
+    assert memory(call, output) == before
+
+
+@needs_kernel
+@pytest.mark.parametrize("value", [100.0, -100.0, float("-inf")])
+def test_a_bias_at_the_end_of_its_range_is_accepted(call: SampleCall, value: float) -> None:
+    """Minus infinity bans a token, here one whose logit is NaN, so that the row is valid."""
+    call.batch.logit_bias_values[:] = value
+    call.logits[:, 1] = float("nan") if value == float("-inf") else 0.0
+    expected = reference.sample(dataclasses.replace(call, history=call.history.clone()))
+    struct, output = filled(call)
+    assert run(struct) == 0
+    assert output.status.tolist() == expected.status.tolist() == [0, 0]
+    assert output.tokens.tolist() == expected.tokens.flatten().tolist()
+
+
+@needs_kernel
+def test_biases_beyond_those_of_all_rows_are_not_read(call: SampleCall) -> None:
+    """Entries before the first offset and after the last one are no row's."""
+    batch = call.batch
+    batch.logit_bias_values[0] = float("nan")
+    batch.logit_bias_offsets.copy_(torch.tensor([1, 1, 2]))
+    struct, output = filled(call)
+    assert run(struct) == 0
+    assert output.status.tolist() == [0, 0]
+
+
+# ---- Memory that is written overlaps nothing else ------------------------------------------------
+
+WRITTEN = ("tokens", "logprobs", "status", "filtered", "position", "seen", "counts", "lengths")
+READ = ("logits", "allowed_mask", "slots", *(name for name in KERNEL_TENSORS if name != "position"))
+
+
+@pytest.fixture
+def struct_and_output(call: SampleCall) -> tuple[c_abi.SampleArgs, list[object]]:
+    """A valid struct that has every result, and all that must not change when it is refused."""
+    struct, output = filled(call)
+    filtered = torch.full((2, 40), 7.0)
+    struct.filtered, struct.filtered_stride = filtered.data_ptr(), 40
+    return struct, [*output, filtered]
+
+
+@needs_kernel
+@pytest.mark.parametrize("other", [*WRITTEN, *READ])
+@pytest.mark.parametrize("written", WRITTEN)
+def test_what_is_written_overlaps_nothing_else(
+    call: SampleCall,
+    struct_and_output: tuple[c_abi.SampleArgs, list[object]],
+    written: str,
+    other: str,
+) -> None:
+    struct, output = struct_and_output
+    if other != written:
+        setattr(struct, written, getattr(struct, other))
+    before = memory(call, output)
+    assert run(struct) == (OVERLAP if other != written else 0)
+    assert (memory(call, output) == before) == (other != written)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("written", "shift", "code"),
+    [
+        ("tokens", -16, 0),  # ends where the logits begin
+        ("tokens", -8, OVERLAP),
+        ("tokens", 320, 0),  # begins where the logits end
+        ("tokens", 312, OVERLAP),
+        ("status", -8, 0),
+        ("status", -4, OVERLAP),
+        ("status", 316, OVERLAP),
+        ("filtered", -320, 0),
+        ("filtered", -316, OVERLAP),
+        ("filtered", 316, OVERLAP),
+        ("filtered", 320, 0),
+    ],
+)
+def test_the_first_and_the_last_byte_count(
+    call: SampleCall,
+    struct_and_output: tuple[c_abi.SampleArgs, list[object]],
+    written: str,
+    shift: int,
+    code: int,
+) -> None:
+    """The logits take 320 bytes; a result before or behind them may touch them."""
+    struct, _ = struct_and_output
+    room = torch.full((240,), 9.0)
+    logits = room[80:160].view(2, 40)
+    logits.copy_(call.logits)
+    struct.logits = logits.data_ptr()
+    setattr(struct, written, logits.data_ptr() + shift)
+    before = room.clone()
+    assert run(struct) == code
+    assert torch.equal(logits, call.logits)
+    assert torch.equal(room, before) == (code != 0)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("stride", "shift", "code"),
+    [
+        (80, 40, 0),  # the rows of both alternate
+        (90, 45, 0),
+        (90, 50, 0),
+        (80, 39, OVERLAP),  # begins with the last logit of a row
+        (80, 41, OVERLAP),  # ends with the first logit of the next row
+        (90, 51, OVERLAP),
+        (80, 119, OVERLAP),  # behind the last row but one
+        (80, 120, 0),
+    ],
+)
+def test_rows_between_each_other_s_rows(
+    call: SampleCall,
+    struct_and_output: tuple[c_abi.SampleArgs, list[object]],
+    stride: int,
+    shift: int,
+    code: int,
+) -> None:
+    struct, output = struct_and_output
+    assert run(struct) == 0
+    expected = output[-1].clone()
+    call.batch.position.copy_(torch.tensor([0, 7]))
+    before_the_step = TokenHistory.from_ids([[1], [2]], [[3], []], 40)
+    call.history.seen.copy_(before_the_step.seen)
+    call.history.counts.copy_(before_the_step.counts)
+
+    room = torch.zeros(300)
+    logits = room.as_strided((2, 40), (stride, 1))
+    filtered = room.as_strided((2, 40), (stride, 1), shift)
+    logits.copy_(call.logits)
+    struct.logits, struct.filtered = logits.data_ptr(), filtered.data_ptr()
+    struct.logits_stride = struct.filtered_stride = stride
+    before = room.clone()
+    assert run(struct) == code
+    assert torch.equal(logits, call.logits)
+    if code == 0:
+        assert torch.equal(filtered, expected)
+    else:
+        assert torch.equal(room, before)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("begin", "code"),
+    [(160, 0), (164, 0), (156, OVERLAP), (168, 0), (172, OVERLAP), (316, OVERLAP), (336, 0)],
+)
+def test_one_row_between_the_rows_of_another(call: SampleCall, begin: int, code: int) -> None:
+    """Both statuses, 8 bytes, in the gap of 16 bytes between two rows of logits, or not."""
+    struct, _output = filled(call)  # which must live on
+    room = torch.zeros(100)
+    logits = room.as_strided((2, 40), (44, 1))
+    logits.copy_(call.logits)
+    struct.logits, struct.logits_stride = logits.data_ptr(), 44
+    struct.status = room.data_ptr() + begin
+    assert run(struct) == code
+    assert torch.equal(logits, call.logits)
+
+
+@needs_kernel
+def test_rows_of_another_stride_are_not_told_apart(call: SampleCall) -> None:
+    """They are refused if their addresses interleave, whether or not they share a byte."""
+    struct, _output = filled(call)  # which must live on
+    room = torch.zeros(400)
+    struct.logits, struct.logits_stride = room.data_ptr(), 160
+    struct.filtered, struct.filtered_stride = room.data_ptr() + 4 * 40, 161
+    assert run(struct) == OVERLAP
+    struct.filtered_stride = 160
+    assert run(struct) == 0
+
+
+@needs_kernel
+def test_what_is_only_read_may_overlap(call: SampleCall) -> None:
+    struct, _output = filled(call)  # which must live on
+    struct.frequency_penalty = struct.presence_penalty
+    struct.top_p = struct.temperature
+    struct.logits_stride = 0
+    struct.allowed_mask_stride = 0
+    assert run(struct) == 0
+    struct.counts = struct.logits
+    assert run(struct) == OVERLAP
+    struct.advance = 0
+    assert run(struct) == 0
+
+
+@needs_kernel
+@pytest.mark.parametrize("slots", [[0, 0, 1], [2, 1, 2], [1, 0, 0]])
+def test_rows_that_advance_share_no_slot(slots: list[int]) -> None:
+    params = SamplingParams(presence_penalty=1, seed=5)
+    batch = BatchParams.from_list([params] * 3, positions=[0, 1, 2])
+    history = TokenHistory.from_ids([[1], [2], [3]], [[3], [], [1]], 40)
+    history.slots.copy_(torch.tensor(slots))
+    logits = torch.arange(120.0).reshape(3, 40)
+    call = SampleCall(logits, batch, history, torch.full((3, 2), -1).int(), advance=True)
+    struct, output = filled(call)
+    before = memory(call, output[::2])  # there are no logprobs
+    assert run(struct) == OVERLAP
+    assert memory(call, output[::2]) == before
+    struct.advance = 0
+    assert run(struct) == 0
+    history.slots.copy_(torch.tensor([2, 0, 1]))  # in any order
+    struct.advance = 1
+    assert run(struct) == 0
+    assert batch.position.tolist() == [1, 2, 3]
 
 
 @needs_kernel
@@ -207,8 +432,8 @@ def test_more_threads_than_a_process_can_have() -> None:
 
 @needs_kernel
 def test_every_code_has_a_text() -> None:
-    texts = [cpu.LIBRARY.load().llm_sampling_error(code).decode() for code in range(9)]
-    assert len(set(texts)) == 9
+    texts = [cpu.LIBRARY.load().llm_sampling_error(code).decode() for code in range(10)]
+    assert len(set(texts)) == 10
     assert "unknown code" not in texts
     assert cpu.LIBRARY.load().llm_sampling_error(99) == b"unknown code"
 

@@ -175,6 +175,44 @@ def test_a_bias_beside_penalties():
     assert_equal(logits, params, best(logits, 10), [[], []])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-38},  # the best quotient is +inf, or -inf
+        {"temperature": 3e-38, "top_k": 20},
+        {"temperature": 0},  # +inf alone is not finite
+        {"temperature": 2.0, "top_p": 0.9},
+        {"temperature": 1e-38, "repetition_penalty": 1.5, "top_k": 5},
+    ],
+    ids=str,
+)
+def test_filtered_logits_whose_best_quotient_is_not_finite(options, dtype):
+    params = SamplingParams(**options, seed=1)
+    for vocab_size in VOCAB_SIZES:
+        logits = torch.randn(5, vocab_size, generator=generator())
+        logits[0, 7] = logits[0, vocab_size - 3] = torch.inf
+        logits[1] = -4 - logits[1].abs()
+        logits[2] = torch.where(logits[2] > 0, 5.0, logits[2])
+        logits[3] = -torch.inf
+        logits[4] = 0.0  # 0 / T is finite
+        batch = BatchParams.from_list([params] * 5)
+        prompts = best(logits, 3)
+        results = [
+            filter_logits(
+                logits.to(dtype),
+                batch,
+                history=TokenHistory.from_ids(prompts, [[]] * 5, vocab_size),
+                backend=backend,
+            )
+            for backend in ("cpu", "torch")
+        ]
+        assert torch.equal(*results)
+        best_quotients = results[0].amax(-1)
+        assert best_quotients[0] == 0
+        assert not (results[0] == torch.inf).any()
+
+
 # ---- Top-p ---------------------------------------------------------------------------------------
 
 TOP_P = (1e-6, 0.01, 0.5, 0.9, 0.99, 0.999, 0.999999)

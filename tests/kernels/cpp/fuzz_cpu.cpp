@@ -102,6 +102,12 @@ constexpr float kFloats[] = {
     -kLowest,
 };
 
+// A value that a bias may have.
+float to_bias(float x) {
+  if (x != x) return -kInfinity;
+  return x == -kInfinity ? x : std::min(std::max(x, -100.0f), 100.0f);
+}
+
 // A special value, or an arbitrary one.
 float take_float(Bytes& bytes) {
   const uint8_t which = bytes.take<uint8_t>();
@@ -126,7 +132,7 @@ uint16_t narrow(float x, int32_t dtype) {
 struct Inputs {
   std::vector<float> logits;
   std::vector<uint16_t> narrow_logits;
-  std::vector<float> temperature, top_p, min_p, min_p_cut, repetition, frequency, presence;
+  std::vector<float> temperature, top_p, min_p_cut, repetition, frequency, presence;
   std::vector<int32_t> top_k, at_least, slots;
   std::vector<int64_t> seed, offsets;
   std::vector<int32_t> bias_ids;
@@ -201,7 +207,6 @@ struct Case {
   LlmSamplingArgs args = {};
   Inputs inputs;
   State state;
-  int64_t bias_entries = 0;
 
   explicit Case(Bytes& bytes) {
     LlmSamplingArgs& a = args;
@@ -240,9 +245,9 @@ struct Case {
       i.top_p.push_back(
           bytes.one_of({1.0f, 0.9f, 0.5f, 0.99f, 0.01f, 0.0f, 0.500001f, 0.99999994f})
       );
-      i.min_p.push_back(bytes.one_of({0.0f, 0.1f, 1.0f, 1e-6f, 1e-40f}));
-      const double cut = 0x1p-18 - std::log2(static_cast<double>(i.min_p.back()));
-      i.min_p_cut.push_back(i.min_p.back() > 0.0f ? static_cast<float>(cut) : 0.0f);
+      const float min_p = bytes.one_of({0.0f, 0.1f, 1.0f, 1e-6f, 1e-40f});
+      const double cut = 0x1p-18 - std::log2(static_cast<double>(min_p));
+      i.min_p_cut.push_back(min_p > 0.0f ? static_cast<float>(cut) : kInfinity);
       i.repetition.push_back(bytes.one_of({1.0f, 1.3f, 0.7f, 1e-30f, 1e30f}));
       i.frequency.push_back(bytes.one_of({0.0f, 0.5f, -0.5f, 2.0f, -2.0f, 1e-40f}));
       i.presence.push_back(bytes.one_of({0.0f, 0.5f, -0.5f, 2.0f, -2.0f}));
@@ -253,7 +258,6 @@ struct Case {
     a.temperature = inputs.temperature.data();
     a.top_k = inputs.top_k.data();
     a.top_p = inputs.top_p.data();
-    a.min_p = inputs.min_p.data();
     a.min_p_cut = inputs.min_p_cut.data();
     a.repetition_penalty = inputs.repetition.data();
     a.frequency_penalty = inputs.frequency.data();
@@ -266,16 +270,17 @@ struct Case {
       for (size_t row = 0; row < rows; ++row) {
         inputs.offsets.push_back(inputs.offsets.back() + bytes.below(8));
       }
-      bias_entries = inputs.offsets.back();
+      const int64_t bias_entries = inputs.offsets.back();
       for (int64_t entry = 0; entry < bias_entries; ++entry) {
         inputs.bias_ids.push_back(
             bytes.take<uint16_t>() % static_cast<int32_t>(a.vocab_size + 4) - 2
         );
-        inputs.bias_values.push_back(take_float(bytes));
+        inputs.bias_values.push_back(to_bias(take_float(bytes)));
       }
       a.logit_bias_offsets = inputs.offsets.data();
       a.logit_bias_ids = inputs.bias_ids.data();
       a.logit_bias_values = inputs.bias_values.data();
+      a.logit_bias_size = bias_entries;
     }
     if (parts & 2) {
       a.allowed_mask_stride = strides & 4 ? 0 : words + (strides >> 3 & 1);
@@ -389,7 +394,8 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   if (a.logit_bias_offsets != nullptr) {  // 2 bias, mask
     for (int64_t e = a.logit_bias_offsets[row]; e < a.logit_bias_offsets[row + 1]; ++e) {
       const int32_t id = a.logit_bias_ids[e];
-      if (id >= 0 && id < v) x[id] = x[id] + a.logit_bias_values[e];
+      const float bias = a.logit_bias_values[e];
+      if (id >= 0 && id < v) x[id] = bias == -kInfinity ? -kInfinity : x[id] + bias;
     }
   }
   for (int64_t i = 0; a.allowed_mask != nullptr && i < v; ++i) {
@@ -444,7 +450,7 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
       while (sum < target) sum += w[kept[size++]];
       keep(size, at_least);
     }
-    if (a.min_p[row] > 0.0f) {  // 13 min-p
+    if (a.min_p_cut[row] < kInfinity) {  // 13 min-p
       size_t size = 0;
       while (size < kept.size() && depth(x[kept[size]], m, scale) <= a.min_p_cut[row]) ++size;
       keep(size, at_least);
@@ -454,7 +460,17 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
 
   if (a.filtered != nullptr) {
     std::vector<float> expected(static_cast<size_t>(v), -kInfinity);
-    for (int64_t i : kept) expected[i] = greedy ? x[i] : x[i] / temperature;
+    const float divisor = greedy ? 1.0f : temperature;
+    const float m = kept.empty()
+                        ? 0.0f
+                        : x[*std::max_element(kept.begin(), kept.end(), [&](int64_t i, int64_t j) {
+                            return x[i] < x[j];
+                          })];
+    for (int64_t i : kept) {
+      expected[i] = std::isfinite(m / divisor) ? x[i] / divisor
+                    : x[i] == m                ? 0.0f
+                                               : (x[i] - m) / divisor;
+    }
     const uint32_t* filtered = out.filtered.data() + row * a.filtered_stride;
     require(
         std::memcmp(filtered, expected.data(), static_cast<size_t>(v) * 4) == 0,
@@ -519,7 +535,6 @@ void run_good(const Case& batch) {
   State own = batch.state;
   Outputs out = batch.make_outputs();
   const LlmSamplingArgs a = batch.with(own, out);
-  // Any bias value is valid here, although Python refuses those that are not finite.
   require(llm_sampling_cpu(&a) == LLM_SAMPLING_OK, "a valid batch is accepted");
   State before = batch.state;
   LlmSamplingArgs given = batch.with(before, out);
@@ -559,6 +574,8 @@ struct Field {
         std::is_pointer<decltype(LlmSamplingArgs::name)>::value     \
   }
 
+// The bytes of an input choose a field by its place here, so a new field takes the place of an old one or is
+// the last: then the corpus keeps its meaning.
 constexpr Field kFields[] = {
     FIELD(struct_size),
     FIELD(version),
@@ -575,7 +592,7 @@ constexpr Field kFields[] = {
     FIELD(temperature),
     FIELD(top_k),
     FIELD(top_p),
-    FIELD(min_p),
+    FIELD(logit_bias_size),
     FIELD(min_p_cut),
     FIELD(repetition_penalty),
     FIELD(frequency_penalty),
@@ -620,6 +637,7 @@ bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
       a.seen == nullptr || (a.num_slots <= was.num_slots && a.seen_stride <= was.seen_stride &&
                             a.counts_stride <= was.counts_stride);
   return a.rows <= was.rows && a.num_samples <= was.num_samples &&
+         a.logit_bias_size <= was.logit_bias_size &&
          holds(a.logits, a.logits_stride, a.vocab_size, elements) &&
          holds(a.allowed_mask, a.allowed_mask_stride, words, batch.inputs.mask.size()) &&
          holds(
@@ -629,6 +647,80 @@ bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
              batch.extent(was.filtered_stride, was.vocab_size)
          ) &&
          holds(a.tokens, a.num_samples, a.num_samples, draws) && slots;
+}
+
+// Whether memory that is written shares a byte with other memory of the struct, row by row.
+bool shares_a_byte(const LlmSamplingArgs& a) {
+  struct Span {
+    int part;
+    bool is_written;
+    uintptr_t begin, end;
+  };
+  std::vector<Span> spans;
+  int part = 0;
+  const auto add =
+      [&](bool is_written, const auto* pointer, int64_t rows, int64_t width, int64_t stride) {
+        ++part;
+        const int64_t size = sizeof(*pointer);
+        for (int64_t row = 0; pointer != nullptr && width > 0 && row < rows; ++row) {
+          const uintptr_t begin =
+              reinterpret_cast<uintptr_t>(pointer) + static_cast<uintptr_t>(row * stride * size);
+          spans.push_back({part, is_written, begin, begin + static_cast<uintptr_t>(width * size)});
+        }
+      };
+  const int64_t v = a.vocab_size, words = (v + 31) / 32,
+                slots = a.seen != nullptr ? a.num_slots : 0;
+  const bool draws = a.tokens != nullptr, advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
+  const int64_t draws_of_all = draws ? a.rows * a.num_samples : 0;
+  add(true, a.tokens, 1, draws_of_all, 0);
+  add(true, a.status, 1, draws ? a.rows : 0, 0);
+  add(true, a.logprobs, 1, a.logprobs_mode != 0 ? draws_of_all : 0, 0);
+  add(true, a.filtered, a.rows, v, a.filtered_stride);
+  add(advances, a.position, 1, a.rows, 0);
+  add(advances, a.seen, slots, words, a.seen_stride);
+  add(advances, a.counts, slots, v, a.counts_stride);
+  add(advances, a.lengths, 1, slots, 0);
+  if (a.dtype == LLM_SAMPLING_FLOAT32) {
+    add(false, static_cast<const float*>(a.logits), a.rows, v, a.logits_stride);
+  } else {
+    add(false, static_cast<const uint16_t*>(a.logits), a.rows, v, a.logits_stride);
+  }
+  add(false, a.allowed_mask, a.rows, words, a.allowed_mask_stride);
+  add(false, a.temperature, 1, a.rows, 0);
+  add(false, a.top_k, 1, a.rows, 0);
+  add(false, a.top_p, 1, a.rows, 0);
+  add(false, a.min_p_cut, 1, a.rows, 0);
+  add(false, a.repetition_penalty, 1, a.rows, 0);
+  add(false, a.frequency_penalty, 1, a.rows, 0);
+  add(false, a.presence_penalty, 1, a.rows, 0);
+  add(false, a.min_tokens_to_keep, 1, a.rows, 0);
+  add(false, a.seed, 1, a.rows, 0);
+  const int64_t entries = a.logit_bias_offsets != nullptr ? a.logit_bias_size : 0;
+  add(false, a.logit_bias_offsets, 1, a.rows + 1, 0);
+  add(false, a.logit_bias_ids, 1, entries, 0);
+  add(false, a.logit_bias_values, 1, entries, 0);
+  add(false, a.slots, 1, slots != 0 ? a.rows : 0, 0);
+  for (const Span& one : spans) {
+    for (const Span& two : spans) {
+      if (one.is_written && one.part != two.part && one.begin < two.end && two.begin < one.end) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+// What the slots of a struct that is otherwise accepted must give.
+int32_t code_of_slots(const LlmSamplingArgs& a) {
+  int32_t code = LLM_SAMPLING_OK;
+  for (int64_t row = 0; a.seen != nullptr && row < a.rows; ++row) {
+    if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
+    for (int64_t other = 0; other < row; ++other) {
+      const bool is_shared = a.slots[row] == a.slots[other];
+      if (is_shared && a.advance != LLM_SAMPLING_ADVANCE_NEVER) code = LLM_SAMPLING_OVERLAP;
+    }
+  }
+  return code;
 }
 
 int64_t take_number(Bytes& bytes, const LlmSamplingArgs& a) {
@@ -659,22 +751,23 @@ void run_bad(Case& batch, Bytes& bytes) {
         static_cast<int32_t>(take_number(bytes, batch.args));
   }
   if ((what & 3) == 2 && !batch.inputs.offsets.empty()) {
-    // Not above the number of entries, which no callee can check.
     int64_t& offset = batch.inputs.offsets[what % batch.inputs.offsets.size()];
-    offset = std::min(take_number(bytes, batch.args), batch.bias_entries);
+    offset = take_number(bytes, batch.args);
   }
   if ((what & 3) == 3) {
     Inputs& i = batch.inputs;
     std::vector<float>* floats[] = {
         &i.temperature,
         &i.top_p,
-        &i.min_p,
+        &i.bias_values,
         &i.min_p_cut,
         &i.repetition,
         &i.frequency,
         &i.presence
     };
-    floats[bytes.below(7)]->back() = take_float(bytes);
+    std::vector<float>& changed = *floats[bytes.below(7)];
+    const float value = take_float(bytes);
+    if (!changed.empty()) changed.back() = value;
     i.at_least.back() = static_cast<int32_t>(take_number(bytes, batch.args));
     i.top_k.back() = static_cast<int32_t>(take_number(bytes, batch.args));
   }
@@ -682,13 +775,25 @@ void run_bad(Case& batch, Bytes& bytes) {
   State own = batch.state;
   Outputs out = batch.make_outputs();
   LlmSamplingArgs a = batch.with(own, out);
+  bool is_moved = false;
   for (int64_t changes = bytes.below(4); changes > 0; --changes) {
     const Field field = bytes.one_of(kFields);
     char* at = reinterpret_cast<char*>(&a) + field.offset;
     int64_t value = 0;
     if (field.is_pointer) {
       std::memcpy(&value, at, field.size);
-      value = value == 0 || bytes.below(2) == 0 ? 0 : value + 1;  // NULL, or not aligned
+      const int64_t how = value == 0 ? 0 : bytes.below(4);
+      if (how == 3) {  // to or near other memory of the batch
+        const Field target = bytes.one_of(kFields);
+        int64_t there = 0;
+        if (target.is_pointer) {
+          std::memcpy(&there, reinterpret_cast<char*>(&a) + target.offset, target.size);
+        }
+        is_moved |= there != 0;
+        value = there == 0 ? 0 : there + 4 * (static_cast<int8_t>(bytes.take<uint8_t>()));
+      } else {
+        value = how == 1 ? value + 1 : 0;  // not aligned, or NULL
+      }
     } else {
       value = take_number(bytes, batch.args);
     }
@@ -699,7 +804,10 @@ void run_bad(Case& batch, Bytes& bytes) {
   LlmSamplingArgs read;
   int32_t expected = read_struct(&a, read);
   if (expected == LLM_SAMPLING_OK) expected = check_struct(a);
-  if (expected == LLM_SAMPLING_OK && !is_within_memory(batch, a)) return;
+  if (expected == LLM_SAMPLING_OK) require(!shares_a_byte(a), "an overlap is found");
+  // What no callee can check.
+  if (expected == LLM_SAMPLING_OK && (is_moved || !is_within_memory(batch, a))) return;
+  if (expected == LLM_SAMPLING_OK) expected = code_of_slots(a);
   const int32_t code = llm_sampling_cpu(&a);
   require(
       expected == LLM_SAMPLING_OK || code == expected,

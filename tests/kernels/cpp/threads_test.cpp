@@ -66,7 +66,7 @@ constexpr int kKindCount = sizeof(kKinds) / sizeof(kKinds[0]);
 
 // The rows and the state of one caller.
 struct Step {
-  std::vector<float> temperature, top_p, min_p, min_p_cut, repetition, frequency, presence;
+  std::vector<float> temperature, top_p, min_p_cut, repetition, frequency, presence;
   std::vector<int32_t> top_k, at_least, slots, mask, seen, counts, status;
   std::vector<int64_t> seed, position, lengths, tokens;
   std::vector<float> logprobs, filtered;
@@ -75,8 +75,7 @@ struct Step {
   Step(const Kind& kind, const std::vector<float>& logits, int32_t threads)
       : temperature(kind.rows, 0.8f),
         top_p(kind.rows, kind.top_p),
-        min_p(kind.rows, kind.min_p),
-        min_p_cut(kind.rows, kind.min_p > 0.0f ? 0x1p-18f - std::log2(kind.min_p) : 0.0f),
+        min_p_cut(kind.rows, kind.min_p > 0.0f ? 0x1p-18f - std::log2(kind.min_p) : HUGE_VALF),
         repetition(kind.rows, kind.repetition),
         frequency(kind.rows, kind.frequency),
         presence(kind.rows, 0.0f),
@@ -108,7 +107,6 @@ struct Step {
     args.temperature = temperature.data();
     args.top_k = top_k.data();
     args.top_p = top_p.data();
-    args.min_p = min_p.data();
     args.min_p_cut = min_p_cut.data();
     args.repetition_penalty = repetition.data();
     args.frequency_penalty = frequency.data();

@@ -1,0 +1,419 @@
+// The CPU kernel while another thread overwrites the memory that it reads, which no caller should do. A race
+// may change a token. It must not make the kernel leave the memory of the struct, which AddressSanitizer sees,
+// run for ever, or return a token that is not in -1 .. V-1.
+//
+//   races_test logits SECONDS SEED ONE_IN     overwrites the logits alone
+//   races_test few SECONDS SEED ONE_IN        overwrites a few bfloat16 logits now and then
+//   races_test all SECONDS SEED ONE_IN        also mask, history, biases, slots and parameters
+//
+// Of the combinations of parameters, sizes, dtypes and threads every ONE_IN-th is run, for SECONDS in all.
+// The exit status is 0 if all results are well-formed; "N calls" is then printed.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../../csrc/llm_sampling.h"
+
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kNan = __builtin_nanf("");
+constexpr int64_t kRows = 3;
+
+// SplitMix64 (Steele, Lea, Flood, 2014).
+class Noise {
+ public:
+  explicit Noise(uint64_t seed) : state_(seed) {}
+  uint64_t next() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+  }
+  size_t below(size_t limit) { return next() % limit; }
+  // About normally distributed, with standard deviation 1.
+  float normal() {
+    const uint64_t z = next();
+    const uint64_t sum = (z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48);
+    return (static_cast<float>(sum) - 0x1.fffep+16f) * 0x1.bb68p-16f;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// What a call asks for.
+struct Kind {
+  const char* name;
+  float temperature;
+  int32_t top_k;
+  float top_p, min_p;
+  int32_t at_least;
+  float repetition, frequency;  // if either is on, there is a history
+  bool biased, masked, filtered;
+  int32_t logprobs, samples;
+};
+
+constexpr int32_t kNone = LLM_SAMPLING_LOGPROBS_NONE;
+constexpr int32_t kProcessed = LLM_SAMPLING_LOGPROBS_PROCESSED;
+constexpr int32_t kRaw = LLM_SAMPLING_LOGPROBS_RAW;
+constexpr Kind kKinds[] = {
+    {"greedy", 0.0f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f, false, false, false, kNone, 1},
+    {"greedy, penalised", 0.0f, 0, 1.0f, 0.0f, 1, 1.2f, 0.1f, false, false, true, kRaw, 1},
+    {"no filter", 0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f, false, false, false, kProcessed, 3},
+    {"a bias", 0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f, true, false, true, kRaw, 1},
+    {"top-k", 0.8f, 40, 1.0f, 0.0f, 1, 1.0f, 0.0f, false, false, false, kNone, 1},
+    {"top-k, penalised", 0.8f, 40, 0.9f, 0.0f, 1, 1.2f, 0.1f, false, false, true, kProcessed, 2},
+    {"top-p", 0.8f, 0, 0.9f, 0.0f, 1, 1.0f, 0.0f, false, false, false, kNone, 1},
+    {"top-p, raw", 0.8f, 0, 0.5f, 0.0f, 1, 1.0f, 0.0f, false, false, true, kRaw, 3},
+    {"top-p, hot", 1e3f, 0, 0.99f, 0.0f, 1, 1.0f, 0.0f, false, false, false, kNone, 2},
+    {"top-p, many", 0.8f, 0, 0.1f, 0.0f, 3000, 1.0f, 0.0f, false, false, true, kNone, 1},
+    {"top-p, min-p", 0.8f, 0, 0.9f, 0.1f, 5, 1.0f, 0.0f, false, false, false, kNone, 1},
+    {"min-p", 0.8f, 0, 1.0f, 0.1f, 1, 1.0f, 0.0f, false, false, false, kProcessed, 1},
+    {"min-p, flat", 1e3f, 0, 1.0f, 1e-3f, 1, 1.0f, 0.0f, false, false, true, kNone, 1},
+    {"all", 1.3f, 400, 0.9f, 0.01f, 3, 0.8f, -0.5f, true, true, true, kRaw, 2},
+    {"all but top-k", 0.7f, 0, 0.9f, 0.01f, 3, 1.2f, 0.5f, true, true, true, kProcessed, 2},
+};
+
+// One row of logits for the writer to choose from.
+std::vector<float> make_pattern(int which, size_t size, Noise& noise) {
+  std::vector<float> x(size);
+  for (float& value : x) {
+    const float normal = noise.normal();
+    switch (which) {
+      case 0:
+        value = normal * 3.0f;
+        break;
+      case 1:
+        value = normal * 0.1f;  // flat
+        break;
+      case 2:
+        value = normal * 0.1f + 4.0f;  // above the maximum of the one before
+        break;
+      case 3:
+        value = normal - 60.0f;  // without mass below the others
+        break;
+      case 4:
+        value = std::nearbyint(normal * 2.0f);  // ties
+        break;
+      case 5:
+        value = 1.0f;
+        break;
+      case 6:
+        value = -kInfinity;
+        break;
+      case 7:
+        value = kNan;
+        break;
+      case 8: {
+        constexpr float kSpecial[] = {kNan, kInfinity, -kInfinity, 3e38f, -3e38f, 1e-40f, 0, -0.0f};
+        value = noise.below(50) == 0 ? kSpecial[noise.below(8)] : normal;
+        break;
+      }
+      default:
+        value = noise.below(200) == 0 ? 9.0f + normal : normal;  // few have most of the mass
+    }
+  }
+  return x;
+}
+constexpr int kPatterns = 10;
+
+// The rows and the state of a call, each array in exactly the memory that the contract asks for.
+struct Batch {
+  int64_t vocab_size, words;
+  bool narrow;
+  std::vector<std::vector<float>> patterns;
+  std::vector<std::vector<uint16_t>> narrow_patterns;
+  std::vector<float> logits, temperature, top_p, min_p_cut, repetition, frequency, presence, values;
+  std::vector<uint16_t> narrow_logits;
+  std::vector<int32_t> top_k, at_least, slots, mask, seen, counts, ids, status;
+  std::vector<int64_t> seed, position, lengths, offsets, tokens;
+  std::vector<float> logprobs, filtered;
+  LlmSamplingArgs args = {};
+
+  Batch(const Kind& kind, int64_t vocab_size, bool narrow, int32_t threads, Noise& noise)
+      : vocab_size(vocab_size),
+        words((vocab_size + 31) / 32),
+        narrow(narrow),
+        temperature(kRows, kind.temperature),
+        top_p(kRows, kind.top_p),
+        min_p_cut(kRows, kind.min_p > 0.0f ? 0x1p-18f - std::log2(kind.min_p) : kInfinity),
+        repetition(kRows, kind.repetition),
+        frequency(kRows, kind.frequency),
+        presence(kRows, 0.0f),
+        top_k(kRows, kind.top_k),
+        at_least(kRows, kind.at_least),
+        status(kRows),
+        seed(kRows, 1),
+        position(kRows, 0),
+        tokens(kRows * kind.samples),
+        logprobs(tokens.size()),
+        filtered(kind.filtered ? kRows * (vocab_size + 1) - 1 : 0) {
+    for (int which = 0; which < kPatterns; ++which) {
+      patterns.push_back(make_pattern(which, static_cast<size_t>(vocab_size), noise));
+      std::vector<uint16_t> half;
+      for (float x : patterns.back()) half.push_back(to_bfloat16(x));
+      narrow_patterns.push_back(half);
+    }
+    for (int64_t row = 0; row < kRows; ++row) {
+      const std::vector<float>& x = patterns[row];
+      const std::vector<uint16_t>& half = narrow_patterns[row];
+      if (narrow) {
+        narrow_logits.insert(narrow_logits.end(), half.begin(), half.end());
+      } else {
+        logits.insert(logits.end(), x.begin(), x.end());
+      }
+    }
+    args.struct_size = sizeof(args);
+    args.version = LLM_SAMPLING_ABI_VERSION;
+    args.rows = kRows;
+    args.vocab_size = vocab_size;
+    args.dtype = narrow ? LLM_SAMPLING_BFLOAT16 : LLM_SAMPLING_FLOAT32;
+    args.num_samples = kind.samples;
+    args.logprobs_mode = kind.logprobs;
+    args.advance = LLM_SAMPLING_ADVANCE_ALWAYS;
+    args.num_threads = threads;
+    args.logits = narrow ? static_cast<const void*>(narrow_logits.data()) : logits.data();
+    args.logits_stride = vocab_size;
+    args.temperature = temperature.data();
+    args.top_k = top_k.data();
+    args.top_p = top_p.data();
+    args.min_p_cut = min_p_cut.data();
+    args.repetition_penalty = repetition.data();
+    args.frequency_penalty = frequency.data();
+    args.presence_penalty = presence.data();
+    args.min_tokens_to_keep = at_least.data();
+    args.seed = seed.data();
+    args.position = position.data();
+    if (kind.biased) {
+      constexpr int64_t kEntries = 20;  // of a row; those of the last row do not ascend
+      for (int64_t row = 0; row <= kRows; ++row) offsets.push_back(row * kEntries);
+      for (int64_t i = 0; i < kRows * kEntries; ++i) {
+        const int64_t at = i % kEntries * vocab_size / kEntries;
+        ids.push_back(static_cast<int32_t>(i < 2 * kEntries ? at : vocab_size - 1 - at));
+        values.push_back(noise.normal());
+      }
+      args.logit_bias_offsets = offsets.data();
+      args.logit_bias_ids = ids.data();
+      args.logit_bias_values = values.data();
+      args.logit_bias_size = static_cast<int64_t>(ids.size());
+    }
+    if (kind.masked) {
+      mask.assign(kRows * words, 0x5fffffff);
+      args.allowed_mask = mask.data();
+      args.allowed_mask_stride = words;
+    }
+    if (kind.repetition != 1.0f || kind.frequency != 0.0f) {
+      seen.assign(kRows * words, 0x11111111);
+      counts.assign(kRows * vocab_size, 1);
+      lengths.assign(kRows, 0);
+      slots = {2, 0, 1};
+      args.seen = seen.data();
+      args.seen_stride = words;
+      args.counts = counts.data();
+      args.counts_stride = vocab_size;
+      args.lengths = lengths.data();
+      args.slots = slots.data();
+      args.num_slots = kRows;
+    }
+    args.tokens = tokens.data();
+    args.status = status.data();
+    args.logprobs = kind.logprobs == kNone ? nullptr : logprobs.data();
+    args.filtered = kind.filtered ? filtered.data() : nullptr;
+    args.filtered_stride = vocab_size + 1;
+  }
+
+  static uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return static_cast<uint16_t>(bits >> 16);
+  }
+};
+
+// ---- The writer ----------------------------------------------------------------------------------
+
+// Overwrites a part of a row, or all of it. TSan's suppression names this function: the race on the logits is
+// the one that ThreadSanitizer must not report.
+__attribute__((noinline)) void overwrite_logits(Batch& batch, Noise& noise, size_t most) {
+  const size_t v = static_cast<size_t>(batch.vocab_size);
+  const size_t row = noise.below(kRows);
+  const size_t which = noise.below(kPatterns);
+  size_t begin = 0, count = v;
+  if (noise.below(2) == 0) {
+    begin = noise.below(v);
+    count = 1 + noise.below(v - begin);
+  }
+  count = std::min(count, most);
+  // One by one, because ThreadSanitizer does not always know who called memcpy.
+  for (size_t at = begin; at < begin + count; ++at) {
+    if (batch.narrow) {
+      volatile uint16_t* to = batch.narrow_logits.data() + row * v;
+      to[at] = batch.narrow_patterns[which][at];
+    } else {
+      volatile float* to = batch.logits.data() + row * v;
+      to[at] = batch.patterns[which][at];
+    }
+  }
+}
+
+// Gives some elements bad values for a moment, and then the old ones again, so that many calls pass the checks
+// and meet the bad values after them.
+template <typename T, size_t n>
+void disturb(std::vector<T>& values, const T (&bad)[n], Noise& noise) {
+  if (values.empty()) return;
+  const std::vector<T> before = values;
+  for (size_t changes = 1 + noise.below(values.size()); changes > 0; --changes) {
+    *const_cast<volatile T*>(&values[noise.below(values.size())]) = bad[noise.below(n)];
+  }
+  for (size_t wait = noise.below(20000); wait > 0; --wait) asm volatile("");
+  for (size_t i = 0; i < values.size(); ++i) *const_cast<volatile T*>(&values[i]) = before[i];
+}
+
+void overwrite_others(Batch& b, Noise& noise) {
+  const int32_t v = static_cast<int32_t>(b.vocab_size);
+  const int64_t entries = static_cast<int64_t>(b.ids.size());
+  const int32_t words[] = {0, -1, static_cast<int32_t>(noise.next()), 1 << 31};
+  const int32_t numbers[] = {0, 1, -1, 2, 100, v - 1, v, INT32_MAX, INT32_MIN};
+  const int32_t slots[] = {0, 1, 2, 3, -1, 1 << 20, INT32_MAX, INT32_MIN};
+  const int32_t ids[] = {0, v / 2, v - 1, v, v + 600, -1, -600, INT32_MAX, INT32_MIN};
+  const int64_t offsets[] = {0, 5, entries, entries + 1, 1 << 20, -1, INT64_MAX, INT64_MIN};
+  const float floats[] = {0.0f, 1.0f, -1.0f, 1e-30f, 1e30f, 1e-40f, kNan, kInfinity, -kInfinity};
+  switch (noise.below(15)) {
+    case 0:
+      return disturb(b.mask, words, noise);
+    case 1:
+      return disturb(b.seen, words, noise);
+    case 2:
+      return disturb(b.counts, numbers, noise);
+    case 3:
+      return disturb(b.ids, ids, noise);
+    case 4:
+      return disturb(b.values, floats, noise);
+    case 5:
+      return disturb(b.offsets, offsets, noise);
+    case 6:
+      return disturb(b.slots, slots, noise);
+    case 7:
+      return disturb(b.temperature, floats, noise);
+    case 8:
+      return disturb(b.top_p, floats, noise);
+    case 9:
+      return disturb(b.min_p_cut, floats, noise);
+    case 10:
+      return disturb(b.repetition, floats, noise);
+    case 11:
+      return disturb(b.frequency, floats, noise);
+    case 12:
+      return disturb(b.presence, floats, noise);
+    case 13:
+      return disturb(b.top_k, numbers, noise);
+    default:
+      return disturb(b.at_least, numbers, noise);
+  }
+}
+
+// ---- The caller ----------------------------------------------------------------------------------
+
+[[noreturn]] void fail(const Kind& kind, const Batch& batch, const char* what) {
+  std::printf("FAILED: %s: %s, V = %ld\n", what, kind.name, static_cast<long>(batch.vocab_size));
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
+void call(const Kind& kind, Batch& batch, bool is_valid) {
+  constexpr int64_t kUntouched = -7;
+  std::fill(batch.tokens.begin(), batch.tokens.end(), kUntouched);
+  std::fill(batch.status.begin(), batch.status.end(), -7);
+  for (int64_t row = 1; kind.filtered && row < kRows; ++row) {
+    batch.filtered[row * (batch.vocab_size + 1) - 1] = 7.0f;  // between two rows
+  }
+  const int32_t code = llm_sampling_cpu(&batch.args);
+  if (code != LLM_SAMPLING_OK) {
+    if (is_valid) fail(kind, batch, llm_sampling_error(code));
+    if (code != LLM_SAMPLING_BAD_PARAMETER && code != LLM_SAMPLING_BAD_SIZE &&
+        code != LLM_SAMPLING_OVERLAP) {
+      fail(kind, batch, llm_sampling_error(code));
+    }
+    for (int64_t token : batch.tokens) {
+      if (token != kUntouched) fail(kind, batch, "a token is written after an error");
+    }
+    return;
+  }
+  for (int64_t row = 0; row < kRows; ++row) {
+    const int32_t status = batch.status[row];
+    if (status < 0 || status > 7) fail(kind, batch, "an unknown status");
+    for (int32_t sample = 0; sample < kind.samples; ++sample) {
+      const int64_t token = batch.tokens[row * kind.samples + sample];
+      if (token < -1 || token >= batch.vocab_size) fail(kind, batch, "no token of the row");
+      const bool has_none = (status & LLM_SAMPLING_STATUS_NO_CANDIDATE) != 0;
+      if (has_none != (token == -1)) fail(kind, batch, "token and status do not agree");
+    }
+  }
+  for (int64_t row = 1; kind.filtered && row < kRows; ++row) {
+    if (batch.filtered[row * (batch.vocab_size + 1) - 1] != 7.0f) {
+      fail(kind, batch, "the gap between filtered rows is written");
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 5) return 2;
+  const bool all = std::string(argv[1]) == "all";
+  const bool few = std::string(argv[1]) == "few";
+  Noise noise(std::strtoull(argv[3], nullptr, 10));
+  struct Combination {
+    const Kind* kind;
+    int64_t vocab_size;
+    bool narrow;
+    int32_t threads;
+  };
+  std::vector<Combination> combinations;
+  for (const Kind& kind : kKinds) {
+    for (int64_t vocab_size : {7, 513, 5000, 40000}) {
+      for (bool narrow : {false, true}) {
+        for (int32_t threads : {1, 3}) combinations.push_back({&kind, vocab_size, narrow, threads});
+      }
+    }
+  }
+  const size_t one_in = std::strtoull(argv[4], nullptr, 10);
+  using Clock = std::chrono::steady_clock;
+  const std::chrono::duration<double> whole(std::strtod(argv[2], nullptr));
+  const auto slice = std::chrono::duration_cast<Clock::duration>(
+      whole * static_cast<double>(one_in) / static_cast<double>(combinations.size())
+  );
+  long calls = 0;
+  for (size_t i = 0; i < combinations.size(); i += one_in) {
+    const Combination& c = combinations[i];
+    if (few && !c.narrow) continue;
+    Batch batch(*c.kind, c.vocab_size, c.narrow, c.threads, noise);
+    std::atomic<bool> is_over{false};
+    std::thread writer([&, seed = noise.next()] {
+      Noise own(seed);
+      while (!is_over.load(std::memory_order_relaxed)) {
+        overwrite_logits(batch, own, few ? 4 : SIZE_MAX);
+        // ThreadSanitizer takes long for each access in a race, and must see some.
+        if (few) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        if (all) overwrite_others(batch, own);
+      }
+    });
+    const auto end = Clock::now() + slice;
+    do {
+      call(*c.kind, batch, !all);
+      ++calls;
+    } while (Clock::now() < end);
+    is_over.store(true, std::memory_order_relaxed);
+    writer.join();
+  }
+  std::printf("%ld calls\n", calls);
+  return 0;
+}
