@@ -367,7 +367,7 @@ LLM_SAMPLING_CLONES int64_t append_band(
 }
 
 // Writes x / temperature for kept tokens, -inf for the others; (x - m) / temperature if the quotient of the
-// best token, whose logit is m, is not finite.
+// best token, whose logit is m, is not finite. What is kept is finite.
 LLM_SAMPLING_CLONES void write_filtered(
     const Row& row,
     int64_t begin_tile,
@@ -387,13 +387,15 @@ LLM_SAMPLING_CLONES void write_filtered(
       for (int32_t j = 0; j < kTile; ++j) {
         const float divided = (y[j] - row.m) / temperature;
         const float shifted = y[j] == row.m ? 0.0f : divided;
-        z[j] = is_kept(threshold, begin, y[j], j) ? shifted : -kInfinity;
+        const float finite = shifted > kLowest ? shifted : kLowest;
+        z[j] = is_kept(threshold, begin, y[j], j) ? finite : -kInfinity;
       }
     } else {
       for (int32_t j = 0; j < kTile; ++j) {
         const float x = y[j] + 0.0f;  // 6 canonical
         const float divided = x / temperature;
-        z[j] = is_kept(threshold, begin, x, j) ? divided : -kInfinity;
+        const float finite = divided > kLowest ? divided : kLowest;
+        z[j] = is_kept(threshold, begin, x, j) ? finite : -kInfinity;
       }
     }
     const int64_t count = std::min<int64_t>(kTile, row.vocab_size - begin);
