@@ -108,10 +108,11 @@ def sample_sharded(
         num_samples: as for ``sample``.
         logprobs: as for ``sample``.
         backend: the kernel that works on this rank's part, as for ``sample``.
-        check: first compare the arguments of all ranks, the tokens of their histories included, and
-            in the end raise for rows with NaN, +inf or no candidate. Default: True for logits on the CPU, False elsewhere, because it
-            waits for the device. Without it, ranks that disagree fail as the group's backend does,
-            wait until its timeout, or return meaningless tokens.
+        check: first compare the arguments of all ranks, the tokens of their histories and their
+            masks included, and in the end raise for rows with NaN, +inf or no candidate. Default:
+            True for logits on the CPU, False elsewhere, because it waits for the device. Without
+            it, ranks that disagree fail as the group's backend does, wait until its timeout, or
+            return meaningless tokens.
 
     Returns:
         ``SampleOutput(tokens, logprobs, status)`` as of ``sample``, the same on every rank.

@@ -82,7 +82,7 @@ def alone(
         finally:
             own.is_taken = shared.is_taken = False
 
-    return run
+    return run  # type: ignore[return-value]  # its first argument cannot be given by name
 
 
 class TokenHistory:
@@ -299,7 +299,12 @@ class TokenHistory:
         """A history of these parts as they are: for callers that have checked them."""
         history = object.__new__(cls)
         history._set(
-            seen=seen, counts=counts, lengths=lengths, slots=slots, vocab_size=vocab_size, _turn=Turn()
+            seen=seen,
+            counts=counts,
+            lengths=lengths,
+            slots=slots,
+            vocab_size=vocab_size,
+            _turn=Turn(),
         )
         return history
 

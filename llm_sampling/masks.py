@@ -101,7 +101,7 @@ def _packed(
 
 
 def _words(allowed: Tensor, words: int) -> Tensor:
-    """bool ``(rows, vocab_size)`` as int32 ``(rows, words)``."""
+    """Bool ``(rows, vocab_size)`` as int32 ``(rows, words)``."""
     padded = torch.nn.functional.pad(allowed, (0, 32 * words - allowed.shape[1]))
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=allowed.device)
     octets = (padded.view(-1, 4 * words, 8) * weights).sum(-1, dtype=torch.uint8)

@@ -111,7 +111,7 @@ def _filter_logits_fake(*args):  # type: ignore[no-untyped-def]
 
 
 def _pack(values: Tensor, parameter: str) -> Tensor:
-    """A parameter's values as its column has them, by the function that packs them in eager mode."""
+    """A parameter's values as its column has them, by the function that packs them elsewhere."""
     column = FIELDS[parameter].column
     assert column is not None
     packed = [column.pack(value) for value in values.tolist()]
@@ -182,10 +182,11 @@ def sample(call: SampleCall, backend: str) -> SampleOutput:
 
 def filter_logits(call: SampleCall, backend: str) -> Tensor:
     """``filter_logits`` as one op of a graph."""
-    return _run(torch.ops.llm_sampling.filter_logits, call, backend, backend)
+    result: Tensor = _run(torch.ops.llm_sampling.filter_logits, call, backend, backend)
+    return result
 
 
-# ---- Pytrees: a batch and a history may be inputs and outputs of exported programs ----------------
+# ---- Pytrees: a batch and a history may be inputs and outputs of exported programs ---------------
 
 
 #: The flags on which a graph may depend; the others become the conservative ones.

@@ -6,7 +6,7 @@ import math
 import numbers
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -109,8 +109,8 @@ class LogitBias(dict[int, float]):
             "logit_bias cannot be changed; dataclasses.replace makes a SamplingParams with another"
         )
 
-    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
-    clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
@@ -201,7 +201,8 @@ def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """The flags of a BatchParams with these columns, each with a number for each row."""
 
     def any_on(parameters: Iterable[Column]) -> bool:
-        return not all([_all_are(columns[column.name], column.off) for column in parameters])
+        are_off = [_all_are(columns[column.name], column.off) for column in parameters]
+        return False in are_off
 
     flags = {
         "needs_history": any_on(_PENALTIES),
@@ -283,8 +284,8 @@ class BatchParams:
 
     The seven flags are read on the host, to choose a kernel or the messages between ranks. Tensors
     may be changed in place, except under the replay of a captured graph, which reads no flag: build
-    it with conservative flags then, which are the defaults of the last four, ``needs_history=True``,
-    ``all_greedy=False`` and ``any_filter=True``.
+    it with conservative flags then, which are the defaults of the last four,
+    ``needs_history=True``, ``all_greedy=False`` and ``any_filter=True``.
     """
 
     temperature: Tensor
@@ -466,7 +467,9 @@ class BatchParams:
             return replace(self, seed=seed, unseeded=None)
 
 
-def _pack(params: Sequence[SamplingParams], repeats: int | None, device: torch.device) -> BatchParams:
+def _pack(
+    params: Sequence[SamplingParams], repeats: int | None, device: torch.device
+) -> BatchParams:
     """Pack one row for each of ``params``, or ``repeats`` rows for the only one of them."""
 
     def floats(values: Sequence[Any], device: torch.device = device) -> Tensor:

@@ -207,9 +207,11 @@ class Sampler:
                 and type(logits) is Tensor
                 and self._prepared_for == (logits.shape, logits.dtype, logits.device)
                 and (
-                    logits.is_contiguous()
-                    and not logits.storage_offset()
-                    and logits.untyped_storage().nbytes() >= self._least_bytes
+                    (
+                        logits.is_contiguous()
+                        and not logits.storage_offset()
+                        and logits.untyped_storage().nbytes() >= self._least_bytes
+                    )
                     or (logits.stride(1) == 1 and has_memory(logits))
                 )
                 and not logits.requires_grad
@@ -220,7 +222,8 @@ class Sampler:
         except RuntimeError:  # a layout that has no sizes, strides or storage
             return False
 
-    @torch._disable_dynamo  # torch.compiler.disable would import the compiler, which few need
+    # torch.compiler.disable would import the compiler, which few need
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _call_in_eager_mode(self, logits: Tensor, allowed_mask: Mask | None) -> SampleOutput:
         return self(logits, allowed_mask=allowed_mask)
 

@@ -13,8 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
-from torch.nn.parameter import UninitializedTensorMixin
-
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 # Bound here, because a prepared call asks them in every step.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -121,7 +120,9 @@ def version_of(tensor: Tensor) -> int | None:
 
 def check_changeable(name: str, tensors: Iterable[Tensor | None]) -> None:
     """A ValueError if torch refuses to change one of the tensors in place."""
-    if not torch.is_inference_mode_enabled() and any(t is not None and t.is_inference() for t in tensors):
+    if not torch.is_inference_mode_enabled() and any(
+        t is not None and t.is_inference() for t in tensors
+    ):
         raise ValueError(
             f"{name} that was made in torch.inference_mode must be changed in that mode; a clone "
             "made outside can be changed anywhere"
@@ -129,7 +130,7 @@ def check_changeable(name: str, tensors: Iterable[Tensor | None]) -> None:
 
 
 def not_of_inference_mode() -> AbstractContextManager[object]:
-    """A context for making tensors that outlive inference mode: others can only be changed in it."""
+    """A context for making tensors that can be changed outside of inference mode too."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return torch.inference_mode(False)

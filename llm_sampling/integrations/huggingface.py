@@ -27,6 +27,7 @@ from transformers.utils.generic import ModelOutput
 
 from llm_sampling.backends import check_name
 from llm_sampling.backends.base import Logprobs, raise_on_status
+from llm_sampling.calls import check_draws
 from llm_sampling.checks import integer
 from llm_sampling.generation.prompts import unpadded
 from llm_sampling.generation.rows import (
@@ -39,7 +40,6 @@ from llm_sampling.generation.rows import (
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
-from llm_sampling.calls import check_draws
 from llm_sampling.sample import filter_logits
 from llm_sampling.sampler import Sampler
 

@@ -162,8 +162,8 @@ SAMPLE_REFUSED = [
     *[
         (
             {"allowed_mask": mask},
-            f"allowed_mask must have at least {least} columns, got {mask.shape[-1]}: make it as wide "
-            "as the logits, and say of the tokens past the mask whether they may be drawn",
+            f"allowed_mask must have at least {least} columns, got {mask.shape[-1]}: make it as "
+            "wide as the logits, and say of the tokens past the mask whether they may be drawn",
         )
         for mask, least in (
             (torch.ones(2, 1, dtype=torch.int32), "ceil(vocab_size / 32) = 2"),

@@ -332,7 +332,9 @@ MIXED = [
     SamplingParams(),
     SamplingParams(temperature=0, seed=5),
     EVERYTHING,
-    SamplingParams(top_k=2**40, min_tokens_to_keep=2**40, logit_bias={9: -1, 0: 0.1}, seed=2**64 - 1),
+    SamplingParams(
+        top_k=2**40, min_tokens_to_keep=2**40, logit_bias={9: -1, 0: 0.1}, seed=2**64 - 1
+    ),
 ]
 
 
@@ -574,7 +576,7 @@ def test_positions_refused(positions, message):
 
 
 def test_positions_are_taken_modulo_2_64():
-    """A list, a tensor and numpy integers follow one rule, -1 of a row that is not ready included."""
+    """A list, a tensor and numpy integers follow one rule, which includes -1."""
     for positions in (
         [-1, 2**64 - 1, -(2**63)],
         torch.tensor([-1, -1, -(2**63)]),

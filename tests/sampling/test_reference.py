@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from llm_sampling import BatchParams, SamplingParams, TokenHistory, filter_logits, sample
-from llm_sampling.reference import depth, kept_set, mass, philox, processed_logits, scaled
 from llm_sampling.calls import make_call
+from llm_sampling.reference import depth, kept_set, mass, philox, processed_logits, scaled
 
 INF = math.inf
 LARGEST_FLOAT = (2 - 2.0**-23) * 2.0**127
@@ -767,7 +767,9 @@ def test_the_oracle_gives_the_worked_rows():
 
 STEPS = {
     "bias": lambda rng, v: {
-        "logit_bias": {rng.randrange(v + 2): rng.choice([-100, -0.3, 0.7, 100, -INF]) for _ in range(3)}
+        "logit_bias": {
+            rng.randrange(v + 2): rng.choice([-100, -0.3, 0.7, 100, -INF]) for _ in range(3)
+        }
     },
     "repetition": lambda rng, v: {
         "repetition_penalty": rng.choice([0.5, 0.9, 1.1, 1.3, 3.0, 1e-45])

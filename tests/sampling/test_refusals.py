@@ -130,7 +130,10 @@ BATCHES = [
         {"temperature": torch.ones(2, requires_grad=True)},
         "temperature must be a plain torch.Tensor, got Tensor",
     ),
-    ({"top_p": torch.ones(2).to_sparse()}, "top_p must be a dense tensor, got layout torch.sparse_coo"),
+    (
+        {"top_p": torch.ones(2).to_sparse()},
+        "top_p must be a dense tensor, got layout torch.sparse_coo",
+    ),
     ({"seed": torch.zeros(2, dtype=torch.int32)}, "seed must be torch.int64, got torch.int32"),
     (
         {"seed": torch.zeros(2, dtype=torch.int64, device="meta")},

@@ -372,7 +372,9 @@ class Decoding(RuleBasedStateMachine):
             self.step(seed, dtype, masked, layout, bad)
             bad = 0.0
 
-    @rule(seed=st.integers(0, 2**16), at=st.integers(0, 60), change=st.sampled_from(sorted(CHANGES)))
+    @rule(
+        seed=st.integers(0, 2**16), at=st.integers(0, 60), change=st.sampled_from(sorted(CHANGES))
+    )
     def interrupted(self, seed: int, at: int, change: str) -> None:
         """Ctrl-C comes as a function is called or returns; the change is done as a whole or not."""
         rows = len(self.requests)

@@ -140,16 +140,23 @@ READABLE: dict[str, Callable[[Tensor], Tensor]] = {
 REFUSED: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "sparse": (lambda x: x.to_sparse(), "must be a dense tensor, got layout torch.sparse_coo"),
     "csr": (lambda x: x.to_sparse_csr(), "must be a dense tensor, got layout torch.sparse_csr"),
-    "bsr": (lambda x: x.to_sparse_bsr((2, 2)), "must be a dense tensor, got layout torch.sparse_bsr"),
+    "bsr": (
+        lambda x: x.to_sparse_bsr((2, 2)),
+        "must be a dense tensor, got layout torch.sparse_bsr",
+    ),
     "mkldnn": (lambda x: x.to_mkldnn(), "must be a dense tensor, got layout torch._mkldnn"),
-    "nested": (lambda x: torch.nested.nested_tensor([x[0], x[1]]), "must be a dense tensor, got a nested"),
+    "nested": (
+        lambda x: torch.nested.nested_tensor([x[0], x[1]]),
+        "must be a dense tensor, got a nested",
+    ),
     "jagged": (
         lambda x: torch.nested.nested_tensor([x[0], x[1]], layout=torch.jagged),
         "must be a dense tensor, got a nested one",
     ),
     "masked": (
         lambda x: torch.masked.masked_tensor(x, x > 0),
-        "must be a plain tensor, or one whose class or transform can run custom ops, got MaskedTensor",
+        "must be a plain tensor, or one whose class or transform can run custom ops, "
+        "got MaskedTensor",
     ),
     "a wrapper that refuses": (
         Refusing,
@@ -229,7 +236,9 @@ def test_a_zero_tensor_has_no_memory(backend: str) -> None:
     zero = torch._efficientzerotensor((3, V))
     assert zero.data_ptr() == 0
     for call in WAYS_IN.values():
-        for expected, got in zip(call(torch.zeros(3, V), backend), call(zero, backend), strict=True):
+        for expected, got in zip(
+            call(torch.zeros(3, V), backend), call(zero, backend), strict=True
+        ):
             assert torch.equal(got, expected)
 
 
@@ -258,7 +267,7 @@ def test_how_far_a_storage_reaches(
     assert has_memory(tensor) is is_there
 
 
-# ---- Kinds at random ------------------------------------------------------------------------------
+# ---- Kinds at random -----------------------------------------------------------------------------
 
 #: Steps that keep the values of a tensor, or change them and its plain copy alike.
 STEPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -299,10 +308,12 @@ def test_kinds_of_kinds(backend_: str, steps: list[str], way: str, rows: int, se
         return
     values = plain_copy(x)
     for expected, got in zip(WAYS_IN[way](values, "torch"), WAYS_IN[way](x, backend_), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 if got.is_floating_point() else 0)
+        torch.testing.assert_close(
+            got, expected, rtol=0, atol=1e-5 if got.is_floating_point() else 0
+        )
 
 
-# ---- Masks, positions, parameters and histories ----------------------------------------------------
+# ---- Masks, positions, parameters and histories --------------------------------------------------
 
 
 def test_masks_and_positions_of_every_kind(backend: str, logits: Tensor) -> None:
@@ -349,7 +360,7 @@ def test_a_history_is_made_of_plain_tensors(
         TokenHistory(**{**parts, name: make(parts[name])}, vocab_size=V)
 
 
-# ---- Whatever watches a call -----------------------------------------------------------------------
+# ---- Whatever watches a call ---------------------------------------------------------------------
 
 
 class Recording(TorchDispatchMode):

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from llm_sampling import checks, reference
 from llm_sampling.backends.base import SampleCall, raise_on_status
+from llm_sampling.calls import make_call
 from llm_sampling.fields import FIELDS
 from llm_sampling.generation.models import LanguageModel
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
-from llm_sampling.calls import make_call
 
 #: The filters, in the order in which they apply.
 FILTERS = tuple(name for name, f in FIELDS.items() if f.kind in ("rank", "mass", "depth"))
