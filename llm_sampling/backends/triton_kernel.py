@@ -828,8 +828,8 @@ def _draw_by_tile(
 ):
     """14 draw, from all tokens that reach the threshold: first a tile, then a token of it.
 
-    ``masses`` are the tiles' masses of these tokens. Returns the last draw's token, and the smallest
-    of all draws, which is -1 where one has failed.
+    ``masses`` are the tiles' masses of these tokens. Returns the last draw's token, and the
+    smallest of all draws, which is -1 where one has failed.
     """
     PIECE: tl.constexpr = CONFIG.candidates
     running = tl.cumsum(masses, axis=0)
