@@ -882,8 +882,9 @@ def _row(
     if CONFIG.has_bias:
         start = tl.load(batch.logit_bias_offsets + index)
         start = tl.minimum(tl.maximum(start, 0), bias_size)
-        end = tl.minimum(tl.load(batch.logit_bias_offsets + index + 1), bias_size)
-        count = tl.minimum(tl.maximum(end - start, 0), _MOST_BIASES).to(tl.int32)
+        end = tl.load(batch.logit_bias_offsets + index + 1)
+        end = tl.minimum(tl.maximum(end, start), bias_size)
+        count = tl.minimum(end - start, _MOST_BIASES).to(tl.int32)
         bias = (batch.logit_bias_ids + start, batch.logit_bias_values + start, count)
     row_mask = ()
     if len(mask) > 0:

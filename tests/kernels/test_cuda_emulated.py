@@ -13,10 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import unchecked
 from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases, every_case
 from parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
 
-from llm_sampling import BatchParams, Sampler, SamplingParams, TokenHistory, backends, sample
+from llm_sampling import (
+    BatchParams,
+    Sampler,
+    SamplingParams,
+    TokenHistory,
+    backends,
+    filter_logits,
+    sample,
+)
 from llm_sampling.backends.base import SampleCall
 
 sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
@@ -216,6 +225,88 @@ def test_steps_of_many_draws(install, launch):
         return torch.stack([backend.sample(call).tokens for _ in range(8)])
 
     assert torch.equal(draw(install(launch)), draw("cpu"))
+
+
+# Bans, filtered logits that are shifted
+
+
+@launches
+def test_bans(install, launch):
+    """A ban hides NaN and +inf, alone and beside bans and biases of the same vec."""
+    vocab_size = 300
+    x = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(3))
+    x[:, 40], x[:, 41], x[:, 299] = torch.nan, torch.inf, 9.0
+    banned = {40: -torch.inf, 41: -torch.inf}
+    biases = [banned, {**banned, 42: 5.0, 299: -torch.inf}, {41: -torch.inf}, {40: 3.0}]
+    params = [SamplingParams(logit_bias=bias, top_k=9, seed=1) for bias in biases]
+    drawn = [
+        sample(x, params, num_samples=8, backend=name, check=False)
+        for name in ("torch", install(launch))
+    ]
+    assert drawn[1].status.tolist() == [0, 0, 1, 5]
+    assert torch.equal(drawn[0].tokens, drawn[1].tokens)
+    assert torch.equal(drawn[0].status, drawn[1].status)
+
+
+@launches
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+def test_filtered_logits_without_a_finite_quotient(install, launch, filters):
+    x, params = unchecked.rows_without_a_finite_quotient(filters)
+    wanted = filter_logits(x, params, backend="torch")
+    got = filter_logits(x, params, backend=install(launch))
+    assert torch.equal(unchecked.bits(got), unchecked.bits(wanted))
+
+
+# Values that nothing has checked, logits that change
+
+
+@launches
+def test_hostile_values(library, launch):
+    """Whatever a call points to, tokens are of the row, and what lies around does not matter."""
+    backend = emulation.EmulatedBackend(library, launch)
+    dtype = DTYPES[LAUNCHES.index(launch) % 3]
+    for seed in range(2):
+        seen = []
+        for fill in (torch.nan, 0.0):
+            guards = unchecked.Guards(fill)
+            call = unchecked.hostile_call(guards, 700, rows=24, seed=seed, dtype=dtype)
+            output = backend.sample(call)
+            unchecked.assert_defined(output, 700)
+            filtered = backend.filter_logits(unchecked.to_filter(call))
+            assert not filtered.isnan().any()
+            guards.assert_whole()
+            seen.append((output.tokens, output.status, unchecked.bits(filtered)))
+        assert all(map(torch.equal, *seen))
+
+
+#: At which barriers of a row the logits change: every one of the first, some of a search.
+BARRIERS = (*range(1, 17), 20, 25, 30, 36, 43, 60)
+
+
+@launches
+@pytest.mark.parametrize("often", [False, True], ids=["once", "often"])
+@pytest.mark.parametrize("change", unchecked.CHANGES)
+def test_logits_that_change(library, launch, change, often):
+    """The kernel ends, and a token is one of the row or -1, which the status says."""
+    vocab_size = 1500
+    turn = LAUNCHES.index(launch) + list(unchecked.CHANGES).index(change) + often
+    dtype = DTYPES[turn % 3]
+    backend = emulation.EmulatedBackend(library, launch)
+    call, at = unchecked.changing_call(vocab_size, BARRIERS[turn % 5 :: 5], dtype)
+    original = call.logits.clone()
+    others = unchecked.CHANGES[change](original)
+    state = (others.clone(), torch.tensor(at, dtype=torch.int32))
+    backend.overwriting = emulation.Overwriting(
+        call.logits.data_ptr(), state[0].data_ptr(), state[1].data_ptr(), often
+    )
+    output = backend.sample(call)
+    unchecked.assert_defined(output, vocab_size)
+    unchecked.assert_advanced(call, output)
+    assert not torch.equal(unchecked.bits(call.logits), unchecked.bits(original))
+    call.logits.copy_(original)
+    state[0].copy_(others)
+    filtered = backend.filter_logits(unchecked.to_filter(call))
+    assert not filtered.isnan().any()
 
 
 # With sanitizers, and with planted bugs
