@@ -30,6 +30,13 @@ HOSTILE = {
     "seed": (-(2**63), -1),
     "position": (-(2**63), -1, 2**63 - 1),
 }
+#: The first rows of a call have these; the others have three of HOSTILE by chance.
+FIRST_ROWS: tuple[dict[str, float], ...] = (
+    {"temperature": NAN},
+    {"top_p": -INF},
+    {"top_p": 0.9, "min_tokens_to_keep": MOST},
+    {},
+)
 HOSTILE_OFFSETS = (-(2**63), -1, 0, 3, 5, 8, 2**31, 2**32 + 3, 2**63 - 1)
 HOSTILE_IDS = (LEAST, -1, 0, 7, 33, MOST)
 HOSTILE_BIASES = (NAN, INF, -INF, 3e38, 1.0)
@@ -79,18 +86,25 @@ def hostile_call(
     )
     tensors = {name: getattr(batch, name).clone() for name in KERNEL_TENSORS}
     for row in range(rows):
-        for name in chance.sample(list(HOSTILE), 3):
-            tensors[name][row] = chance.choice(HOSTILE[name])
+        values = {name: chance.choice(HOSTILE[name]) for name in chance.sample(list(HOSTILE), 3)}
+        for name, value in (FIRST_ROWS[row] if row < len(FIRST_ROWS) else values).items():
+            tensors[name][row] = value
 
     def some(values: tuple[float, ...], like: Tensor) -> Tensor:
         return torch.tensor([chance.choice(values) for _ in like], dtype=like.dtype)
 
-    for name, values in (
+    for name, possible in (
         ("logit_bias_offsets", HOSTILE_OFFSETS),
         ("logit_bias_ids", (*HOSTILE_IDS, vocab_size - 1, vocab_size)),
         ("logit_bias_values", HOSTILE_BIASES),
     ):
-        tensors[name] = some(values, tensors[name])
+        tensors[name] = some(possible, tensors[name])
+    # The row after the last of FIRST_ROWS has all biases; a binary search for 200 among 48 of them
+    # finds one that the lowest integer follows.
+    place = len(FIRST_ROWS)
+    tensors["logit_bias_offsets"][place : place + 2] = torch.tensor([0, 2 * rows])
+    tensors["logit_bias_ids"][:8] = torch.tensor([1, 1, 1, 1, 1, 1, 200, LEAST])
+    tensors["logit_bias_ids"][12::12] = MOST
     num_slots = 3
     history = TokenHistory.from_ids([[0, 7]] * num_slots, [[9, 9, 3]] * num_slots, vocab_size)
     slots = torch.zeros(rows, dtype=torch.int32)

@@ -312,7 +312,7 @@ def test_logits_that_change(library, launch, change, often):
 # With sanitizers, and with planted bugs
 
 
-def run_sanitized(folder, expression, planted=()):
+def run_sanitized(folder, expression, planted=(), markers=()):
     """Run some of these tests in a new process, on a library with both sanitizers."""
     options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     library = emulation.build(folder, options, planted)
@@ -321,7 +321,7 @@ def run_sanitized(folder, expression, planted=()):
     )
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", __file__]
     return subprocess.run(
-        [*command, "-k", expression],
+        [*command, "-k", expression, *markers],
         capture_output=True,
         text=True,
         check=False,
@@ -339,8 +339,9 @@ not_inside = pytest.mark.skipif(SANITIZED is not None, reason="this process is o
 
 
 SOME = "(covering and V33 and bfloat16) or (layouts and bfloat16 and offset)"
-SOME += " or V5003-1 or V5003-2 or steps"
-MANY = "covering or layouts or V5003 or V32000 or orders or more or steps or beyond"
+SOME += " or V5003-1 or V5003-2 or steps or hostile or change"
+MANY = "hostile or change or covering or layouts or V5003 or V32000 or orders or more or steps"
+MANY += " or beyond"
 
 
 @not_inside
@@ -375,6 +376,73 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
     done = run_sanitized(tmp_path, expression, (text, wrong))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stdout + done.stderr
+
+
+@not_inside
+@pytest.mark.parametrize(
+    ("text", "wrong", "expression"),
+    [
+        (
+            "limited(args_.slots[index_], 0, args_.num_slots - 1)",
+            "args_.slots[index_]",
+            "hostile_values and 1c",
+        ),
+        (
+            "limited(args_.logit_bias_offsets[index_], 0, size)",
+            "args_.logit_bias_offsets[index_]",
+            "hostile_values and 1c",
+        ),
+        (
+            "limited(args_.logit_bias_offsets[index_ + 1], row_.bias_first, size)",
+            "args_.logit_bias_offsets[index_ + 1]",
+            "hostile_values and 1c",
+        ),
+        (
+            "valid_temperature(args_.temperature[index_])",
+            "args_.temperature[index_]",
+            "hostile_values and 1c",
+        ),
+        ("fmaxf(args_.top_p[index_], 0.0f)", "args_.top_p[index_]", "hostile_values and 1c"),
+        (
+            "static_cast<uint32_t>(ids[next]) - static_cast<uint32_t>(first)",
+            "static_cast<uint32_t>(ids[next] - first)",
+            "hostile_values and 1c",
+        ),
+        (
+            "  if (wanted > kMaxCandidates) return false;\n  const bool by_mass",
+            "  const bool by_mass",
+            "hostile_values and 1c",
+        ),
+        (
+            "fmaxf(finite_depth(x, m_, scale_), 0.0f)",
+            "depth(x, m_, scale_)",
+            "that_change and infinite and often and 1",
+        ),
+        ("  cluster_.broadcast(pivots);\n", "", "that_change and nothing and often and 8"),
+        ("threshold_ == kNoCode || ", "", "that_change and nothing and 1"),
+        (" || total == 0;", ";", "that_change and nothing and 1"),
+        (
+            "past != 0 ? __ffs(static_cast<int>(past)) - 1 : 0",
+            "__ffs(static_cast<int>(past)) - 1",
+            "that_change and nothing and 1",
+        ),
+        (
+            "  if (token < 0) atomicOr(",
+            "  if (token < -1) atomicOr(",
+            "that_change and nothing and 1",
+        ),
+    ],
+    ids=[
+        *("slots", "first bias", "last bias", "temperature", "top-p", "bias ids", "wanted"),
+        *("depth", "pivots", "greedy", "no mass", "tile", "status"),
+    ],
+)
+def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
+    """Without one of its limits, the kernel does not stand hostile values or changing logits."""
+    done = run_sanitized(tmp_path, expression, (text, wrong), ("-x", "-m", "not slow"))
+    assert done.returncode != 0
+    words = ("AddressSanitizer", "runtime error", "AssertionError")
+    assert any(word in done.stdout + done.stderr for word in words), done.stdout[-4000:]
 
 
 @not_inside
