@@ -639,6 +639,8 @@ class Chain:
         self.compare_all(256)
         self.barrier()
         self.search_sorted(4)
+        self.steps(1)
+        self.sync()
         for _ in range(self.case.searches):
             self.over_vecs("search")
             self.combine()

@@ -33,8 +33,11 @@ class Some:
 SOME = {
     "test_cuda_emulated.py::test_covering_cases": Some(4),
     "test_cuda_emulated.py::test_every_launch": Some(5),
+    "test_cuda_emulated.py::test_hostile_values": Some(3),
     "test_cuda_emulated.py::test_layouts": Some(2),
+    "test_cuda_emulated.py::test_logits_that_change": Some(17),
     "test_cuda_emulated.py::test_orders_of_threads": Some(4),
+    "test_cuda_emulated.py::test_what_is_not_limited_is_seen": Some(13),
     "test_cuda_emulated.py::test_what_is_not_waited_for_is_seen": Some(3),
     "test_triton_compile.py::test_every_kind_of_call_compiles": Some(3),
     "test_triton_compile.py::test_no_rule_is_broken_on_sm_90": Some(3),
@@ -69,6 +72,8 @@ SOME_INTERPRETED = {
     "test_parity.py::test_covering_cases": Some(vocab_size=(33,)),
     "test_vectors.py::test_case": Some(11),
     "test_vectors.py::test_all_rows_in_one_batch": Some(vocab_size=(7,)),
+    "test_triton_interpreted.py::test_hostile_values": Some(5),
+    "test_triton_interpreted.py::test_logits_that_change": Some(9),
     "test_triton_interpreted.py::test_small_tiles": Some(dtype=(torch.float16,)),
     "test_triton_interpreted.py::test_small_tiles_on_hard_rows": Some(7),
 }

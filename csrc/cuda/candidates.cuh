@@ -44,9 +44,10 @@ __device__ bool RowSampler<kDtype, kCopied>::guess_range(
     const int half = kThreads * kMaxima / 2 * cluster_.blocks();
     nucleus = half < nucleus ? half : nucleus;
     wanted = wanted > nucleus ? wanted : nucleus;
-    if (top_p_target(mass_.total, filters.top_p) > wanted * kLargestMass) return false;
   }
   if (wanted > kMaxCandidates) return false;
+  const bool by_mass = filters.has_top_p && !filters.has_top_k;
+  if (by_mass && top_p_target(mass_.total, filters.top_p) > wanted * kLargestMass) return false;
   for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) shared_.bins[i] = 0;
   __syncthreads();
   const uint32_t top = order_key(m_);
@@ -211,7 +212,8 @@ __device__ bool RowSampler<kDtype, kCopied>::has_threshold(int64_t target, bool 
   return above < target && (above + own >= target || shared_.candidates.is_last);
 }
 
-// The code at which the target, a count or a mass, is reached; `lowest` if the row does not reach it.
+// The code at which the target, a count or a mass, is reached; `lowest` if the row does not reach it, or if
+// has_threshold() is false.
 template <int kDtype, bool kCopied>
 __device__ uint64_t
 RowSampler<kDtype, kCopied>::threshold_at(int64_t target, bool by_mass, uint64_t lowest) const {
@@ -222,7 +224,9 @@ RowSampler<kDtype, kCopied>::threshold_at(int64_t target, bool by_mass, uint64_t
                 [&](int i) { return shared_.candidates.mass_above + shared_.running[i] < target; }
             )
           : static_cast<int>(target - shared_.candidates.count_above - 1);
-  return place < shared_.candidates.count ? shared_.sorted[place] : lowest;
+  const bool is_listed =
+      static_cast<unsigned>(place) < static_cast<unsigned>(shared_.candidates.count);
+  return is_listed ? shared_.sorted[place] : lowest;
 }
 
 }  // namespace llm_sampling

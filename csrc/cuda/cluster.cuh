@@ -20,7 +20,8 @@ template <typename Holds>
 __device__ __forceinline__ int count_leading(int count, const Holds& holds) {
   int low = 0;
   while (low < count) {
-    const int middle = (low + count) / 2;
+    const int middle =
+        static_cast<int>((static_cast<unsigned>(low) + static_cast<unsigned>(count)) / 2);
     if (holds(middle)) {
       low = middle + 1;
     } else {
@@ -170,6 +171,14 @@ class Cluster {
         values[i] = two(values[i], __shfl_xor_sync(kWholeWarp, values[i], other));
       }
     }
+  }
+
+  // Replaces values that are the same in all threads of a block by those of block 0.
+  template <int kCount>
+  __device__ void broadcast(uint64_t (&values)[kCount]) {
+    const uint64_t (*all)[4] = all_gather(values);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = all[0][i];
   }
 
   // The inclusive running sum of one value of each thread of this block; each thread gets its own.

@@ -11,23 +11,25 @@
 
 namespace llm_sampling {
 
-// 14 draw
+// 14 draw. The kept set of a row that somebody overwrites between two passes may be found to be empty.
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::draw(bool is_greedy) {
   const int samples = args_.num_samples;
-  if (m_ == -kInfinity || is_greedy) {
+  const int64_t total = is_greedy ? 1 : in_candidates_ ? mass_from(threshold_) : mass_.total;
+  const bool is_empty = m_ == -kInfinity || threshold_ == kNoCode || total == 0;
+  if (is_empty || is_greedy) {
     if (cluster_.rank() != 0) return;
     for (int i = static_cast<int>(threadIdx.x); i < samples; i += kThreads) {
-      write(i, m_ == -kInfinity ? -1 : id_of(threshold_), 1, 1);
+      write(i, is_empty ? -1 : id_of(threshold_), 1, 1);
     }
   } else if (in_candidates_) {
-    if (cluster_.rank() == 0) draw_from_candidates();
+    if (cluster_.rank() == 0) draw_from_candidates(total);
   } else {
     draw_from_tiles();
   }
 }
 
-// A uniform integer in [0, total).
+// A uniform integer in [0, total); the total must not be 0.
 template <int kDtype, bool kCopied>
 __device__ int64_t RowSampler<kDtype, kCopied>::random_below(int draw, int64_t total) const {
   const Parameters& row = shared_.parameters;
@@ -38,9 +40,8 @@ __device__ int64_t RowSampler<kDtype, kCopied>::random_below(int draw, int64_t t
 // First works out, for each candidate, the mass of the kept candidates with smaller ids, in `running`.
 // Then each warp takes a draw, and the lane writes it whose candidate holds the random number.
 template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::draw_from_candidates() {
+__device__ void RowSampler<kDtype, kCopied>::draw_from_candidates(int64_t total) {
   const int count = shared_.candidates.count;
-  const int64_t total = mass_from(threshold_);
   const uint64_t threshold = threshold_;
   __syncthreads();
   compare_all(
@@ -67,7 +68,8 @@ __device__ void RowSampler<kDtype, kCopied>::draw_from_candidates() {
 }
 
 // Each warp takes a draw, in the block whose part holds the token: finds its tile by the running masses,
-// then the token within it.
+// then the token within it. The tile is read again for that: where it has lost mass meanwhile, the draw
+// fails.
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::draw_from_tiles() {
   const int warp = threadIdx.x / kWarpSize;
@@ -94,10 +96,11 @@ __device__ void RowSampler<kDtype, kCopied>::draw_from_tiles() {
     }
     int64_t running = (tile > 0 ? tile_masses_[tile - 1] : 0) + scan_warp(sum);
     const unsigned past = __ballot_sync(kWholeWarp, running > r);
-    if (lane != __ffs(static_cast<int>(past)) - 1) continue;
+    const int writer = past != 0 ? __ffs(static_cast<int>(past)) - 1 : 0;
+    if (lane != writer) continue;
     running -= sum;
     bool is_found = false;
-    int token = 0;
+    int token = -1;
     int64_t own = 0;
 #pragma unroll
     for (int t = 0; t < kVec; ++t) {
@@ -111,12 +114,13 @@ __device__ void RowSampler<kDtype, kCopied>::draw_from_tiles() {
   }
 }
 
-// Writes a token of mass `w` out of `total`, and its logprob. The token is -1 where the row has none to
-// draw. The thread that writes draw 0 remembers it for advance().
+// Writes a token of mass `w` out of `total`, and its logprob. The token is -1, and the status says so, where
+// the row has none to draw. The thread that writes draw 0 remembers it for advance().
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::write(int draw, int token, int64_t w, int64_t total) {
   const int64_t place = int64_t{index_} * args_.num_samples + draw;
   args_.tokens[place] = token;
+  if (token < 0) atomicOr(args_.status + index_, int32_t{LLM_SAMPLING_STATUS_NO_CANDIDATE});
   if (draw == 0) {
     drew_ = true;
     token_ = token;
@@ -177,7 +181,11 @@ __device__ void RowSampler<kDtype, kCopied>::find_raw_sum() {
 
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::write_filtered(bool is_greedy) {
-  const float t = shared_.parameters.temperature;
+  const float t = is_greedy ? 1.0f : shared_.parameters.temperature;
+  // Where the quotient of m would not be finite, m is subtracted first; fminf makes 0 of inf - inf.
+  const bool is_shifted = !(fabsf(m_ / t) < kInfinity);
+  const float base = is_shifted ? m_ : 0.0f;
+  const float most = is_shifted ? 0.0f : kInfinity;
   const Threshold threshold(threshold_);
   float* out = args_.filtered + int64_t{index_} * args_.filtered_stride;
   over_vecs([&](int, int vec, const float (&x)[kVec]) {
@@ -186,7 +194,8 @@ __device__ void RowSampler<kDtype, kCopied>::write_filtered(bool is_greedy) {
     for (int i = 0; i < kVec; ++i) {
       const int id = row_.first_id(vec) + i;
       if (id < 0 || id >= row_.vocab_size) continue;
-      out[id] = threshold.is_reached(x[i], id) ? (is_greedy ? x[i] : x[i] / t) : -kInfinity;
+      const float divided = fminf(x[i] - base, most) / t;
+      out[id] = threshold.is_reached(x[i], id) ? divided : -kInfinity;
     }
   });
 }

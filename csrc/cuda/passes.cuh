@@ -158,7 +158,8 @@ __device__ __forceinline__ bool RowSampler<kDtype, kCopied>::find_tile_maxima() 
   return any_nan;
 }
 
-// 8 greedy: the kept set is the first token of the order.
+// 8 greedy: the kept set is the first token of the order. The threshold is kNoCode if no token is at the
+// maximum any more.
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::find_first() {
   uint64_t first[1] = {kNoCode};
@@ -176,10 +177,12 @@ __device__ void RowSampler<kDtype, kCopied>::find_first() {
 
 // ---- masses ----
 
-// 9 depth, 10 mass
+// 9 depth, 10 mass. The depth is 0 where x is m: fmaxf makes 0 of NaN, which inf - inf and 0 * inf are. It
+// is also 0 where x is above m, as in a row that somebody overwrites meanwhile, so that any logit has a mass
+// of 0 .. 2^42.
 template <int kDtype, bool kCopied>
 __device__ __forceinline__ float RowSampler<kDtype, kCopied>::depth_of(float x) const {
-  return depth(x, m_, scale_);
+  return fmaxf(finite_depth(x, m_, scale_), 0.0f);
 }
 template <int kDtype, bool kCopied>
 __device__ __forceinline__ int64_t RowSampler<kDtype, kCopied>::mass_of(float x) const {

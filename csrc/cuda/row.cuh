@@ -201,7 +201,7 @@ __device__ __forceinline__ void add_bias(
     float (&x)[kCount]
 ) {
   if (row.bias_count == 0) return;
-  const int32_t* ids = args.logit_bias_ids + row.bias_first;  // in rising order
+  const int32_t* ids = args.logit_bias_ids + row.bias_first;  // should be in rising order
   const float* values = args.logit_bias_values + row.bias_first;
   const int from = first < 0 ? 0 : first;
   const int end = first + kCount < row.vocab_size ? first + kCount : row.vocab_size;
@@ -209,10 +209,10 @@ __device__ __forceinline__ void add_bias(
   for (int next = count_leading(row.bias_count, [&](int i) { return ids[i] < from; });
        next < row.bias_count && ids[next] < end;
        ++next) {
-    const int place = ids[next] - first;
+    const uint32_t place = static_cast<uint32_t>(ids[next]) - static_cast<uint32_t>(first);
     const float value = values[next];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = i == place ? biased(x[i], value) : x[i];
+    for (uint32_t i = 0; i < kCount; ++i) x[i] = i == place ? biased(x[i], value) : x[i];
   }
 }
 

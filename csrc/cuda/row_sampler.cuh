@@ -191,7 +191,7 @@ class RowSampler {
   // draw.cuh: step 14 and the other results
   __device__ void draw(bool is_greedy);
   __device__ int64_t random_below(int draw, int64_t total) const;
-  __device__ void draw_from_candidates();
+  __device__ void draw_from_candidates(int64_t total);
   __device__ void draw_from_tiles();
   __device__ void write(int draw, int token, int64_t w, int64_t total);
   __device__ float raw_logit(int id) const;

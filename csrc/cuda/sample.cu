@@ -30,6 +30,12 @@
 // Hazards. The comments of Shared (row_sampler.cuh) say which threads write what. A block may not exit
 // while another one reads its shared memory, so every such read is followed by a barrier of the cluster.
 // The history is written only after all threads of the cluster have read it.
+//
+// The values that a call points to are not checked, and somebody may overwrite logits or history while the
+// kernel runs. Slots, offsets and parameters are limited where they are read. A later pass may find other
+// logits than an earlier one, so every loop ends whatever a pass finds, all blocks decide by numbers that
+// they have in common, and a draw that does not meet the mass that an earlier pass has found gives the token
+// -1 and the status NO_CANDIDATE.
 #include <stdint.h>
 
 #include "../llm_sampling.h"

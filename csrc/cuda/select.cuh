@@ -110,7 +110,7 @@ __device__ uint64_t RowSampler<kDtype, kCopied>::code_at_depth(float depth_cut) 
     const int inside = count_leading_by_warp(candidates.count, [&](int i) {
       return depth_of(logit_of(shared_.sorted[i])) <= depth_cut;
     });
-    if (inside < candidates.count) return shared_.sorted[inside - 1];
+    if (inside > 0 && inside < candidates.count) return shared_.sorted[inside - 1];
   }
   return first_code(key_at_depth(depth_cut));
 }
@@ -137,6 +137,9 @@ __device__ uint32_t RowSampler<kDtype, kCopied>::key_at_depth(float depth_cut) c
 // Finds a range of the order that is short enough for the candidates and in which the target, a count or
 // a mass, is reached. A probe of the row chooses three codes; each pass counts and weighs the tokens that
 // reach them, which narrows the range, and the next three codes split that range.
+//
+// Every pass but the first narrows the range, whatever it counts, so the search ends. All blocks search the
+// same range, because the pivots of the first pass are those of block 0.
 template <int kDtype, bool kCopied>
 __device__ Range
 RowSampler<kDtype, kCopied>::search(int64_t target, bool by_mass, uint64_t lowest) {
@@ -144,6 +147,7 @@ RowSampler<kDtype, kCopied>::search(int64_t target, bool by_mass, uint64_t lowes
   int count = row_.vocab_size;  // of the tokens that reach range.low, or more
   uint64_t pivots[3];
   probe(target, by_mass, lowest, pivots);
+  cluster_.broadcast(pivots);
   while (count - range.count_above > kMaxCandidates && range.high - range.low > kMaxCandidates) {
     const Threshold thresholds[3] = {
         Threshold(pivots[0]),
@@ -170,10 +174,11 @@ RowSampler<kDtype, kCopied>::search(int64_t target, bool by_mass, uint64_t lowes
     for (int p = 0; p < 3; ++p) {
       const int n = static_cast<int>(sums[3] >> (21 * p) & 0x1fffff);
       const int64_t w = static_cast<int64_t>(sums[p]);
+      if (pivots[p] >= range.high) break;  // a probed logit was above the maximum
       if ((by_mass ? w : n) >= target) {
         range.low = pivots[p];
         count = n;
-      } else if (pivots[p] < range.high) {
+      } else {
         range = {range.low, pivots[p], n, w};
         break;
       }

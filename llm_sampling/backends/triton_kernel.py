@@ -37,6 +37,11 @@ below every threshold and whose mass is 0. No program writes what another one us
 of their own in a history that a call advances. (Rows without a penalty may share a slot in one of
 ``TokenHistory.among``, which is only read.)
 
+Nobody has checked the values that a call's tensors hold, and somebody may overwrite a row while it
+is read. Offsets, slots and parameters are limited where they are loaded. Every loop ends whatever
+the logits are in each read, and a draw that does not meet the mass that an earlier read has found
+gives the token -1 and the status bit _NO_CANDIDATE.
+
 Nothing may be fused into multiply-adds except by tl.fma: launch with enable_fp_fusion=False.
 """
 
@@ -62,6 +67,7 @@ _INF = tl.constexpr(float("inf"))
 _NAN_BIT = tl.constexpr(2**20)
 _DIVISION_BIT = tl.constexpr(2**21)
 _FLAG_BITS = tl.constexpr(2**21 + 2**20)
+_MOST_BIASES = tl.constexpr(2**30 - 1)  # of a row; twice as many overflow _biased's int32
 _FAR = tl.constexpr(2.0**40)  # _quotient is exact for operands between 1 / _FAR and _FAR
 _NAN_SEEN = tl.constexpr(1)
 _NO_CANDIDATE = tl.constexpr(2)
@@ -161,7 +167,10 @@ def _bits(words, first, ids, inside, vocab_size):
 
 @triton.jit
 def _biased(x, bias, ids):
-    """2 bias: each id is found by binary search among the ids with a bias, which are in order."""
+    """2 bias: each id is found by binary search among the ids with a bias.
+
+    The ids should be in order; if they are not, some of them are not found.
+    """
     bias_ids, bias_values, count = bias
     place = tl.zeros_like(ids)  # how many biases have a smaller id
     # the largest power of two that is at most the count
@@ -345,10 +354,14 @@ def _quarters(low, high):
 
 @triton.jit
 def _threshold(codes, w, bracket, by_mass, target):
-    """The largest code at which the target is reached, for a bracket whose tokens are all given."""
+    """The largest code at which the target is reached, for a bracket whose tokens are all given.
+
+    The difference of two codes is at least the number of tokens between them, unless the counts are
+    of two reads that found other logits: it ends the loop in any case.
+    """
     n_above = bracket.n_high
     w_above = bracket.w_high
-    while bracket.n_low - bracket.n_high > 1:
+    while (bracket.n_low - bracket.n_high > 1) & (bracket.high - bracket.low > 1):
         pivots = _quarters(bracket.low, bracket.high)
         packed = tl.sum(_packed_counts(codes, pivots), axis=0)
         packed += n_above * (1 + (1 << 21) + (1 << 42))
@@ -777,16 +790,22 @@ def _scaled_random(random, draw, total):
 
 @triton.jit
 def _first_beyond(running, r, ids, w):
-    """The first token, in id order, at which the running sum of mass exceeds r; and its mass."""
+    """The first token, in id order, at which the running sum of mass exceeds r; and its mass.
+
+    The token is -1 if the sum of all does not exceed r.
+    """
     is_drawn = tl.arange(0, ids.shape[0]) == tl.sum((running <= r).to(tl.int32), axis=0)
-    return tl.sum(tl.where(is_drawn, ids, 0), axis=0), tl.sum(tl.where(is_drawn, w, 0), axis=0)
+    return tl.max(tl.where(is_drawn, ids, -1), axis=0), tl.sum(tl.where(is_drawn, w, 0), axis=0)
 
 
 @triton.jit
 def _draw_from_candidates(
     workspace, held, threshold, m, scale, random, num_samples, output, CAPACITY: tl.constexpr
 ):
-    """14 draw, from the candidates that reach the threshold; the last draw's token."""
+    """14 draw, from the candidates that reach the threshold.
+
+    Returns the last draw's token, and the smallest of all draws, which is -1 where one has failed.
+    """
     codes, w = _candidates(workspace, held, m, scale, CAPACITY)
     place = tl.arange(0, CAPACITY)
     ids = tl.load(workspace.ids + place, mask=place < held, other=0)
@@ -794,11 +813,13 @@ def _draw_from_candidates(
     running = tl.cumsum(w, axis=0)
     total = tl.sum(w, axis=0)
     token = tl.full((), -1, tl.int32)
+    smallest = tl.full((), _LAST_ID, tl.int32)
     for draw in range(0, num_samples):
         r = _scaled_random(random, draw, total)
         token, token_w = _first_beyond(running, r, ids, w)
+        smallest = tl.minimum(smallest, token)
         _write(output, draw, token, token_w, total)
-    return token
+    return token, smallest
 
 
 @triton.jit
@@ -807,22 +828,25 @@ def _draw_by_tile(
 ):
     """14 draw, from all tokens that reach the threshold: first a tile, then a token of it.
 
-    ``masses`` are the tiles' masses of these tokens. Returns the last draw's token.
+    ``masses`` are the tiles' masses of these tokens. Returns the last draw's token, and the
+    smallest of all draws, which is -1 where one has failed.
     """
     PIECE: tl.constexpr = CONFIG.candidates
     running = tl.cumsum(masses, axis=0)
     total = tl.sum(masses, axis=0)
     token = tl.full((), -1, tl.int32)
+    smallest = tl.full((), _LAST_ID, tl.int32)
     for draw in range(0, num_samples):
         r = _scaled_random(random, draw, total)
         tile = tl.sum((running <= r).to(tl.int32), axis=0)
         before = tl.max(tl.where(running <= r, running, 0), axis=0)
-        # the pieces of the tile, from its start on
+        # the pieces of the tile, from its start on; past the row where there is no mass at all
         first = tile * CONFIG.tile - PIECE
+        last = tl.minimum((tile + 1) * CONFIG.tile, row.vocab_size) - PIECE
         ids = first + tl.arange(0, PIECE)
         w = tl.zeros([PIECE], tl.int64)
         piece_mass = tl.zeros((), tl.int64)
-        while before + piece_mass <= r:
+        while (before + piece_mass <= r) & (first < last):
             before += piece_mass
             first += PIECE
             ids = first + tl.arange(0, PIECE)
@@ -830,22 +854,37 @@ def _draw_by_tile(
             w = tl.where(_code(x, ids) >= threshold, _mass(x, m, scale), 0)
             piece_mass = tl.sum(w, axis=0)
         token, token_w = _first_beyond(tl.cumsum(w, axis=0), r - before, ids, w)
+        smallest = tl.minimum(smallest, token)
         _write(output, draw, token, token_w, total)
-    return token
+    return token, smallest
 
 
 # The row
 
 
 @triton.jit
-def _row(logits, vocab_size, num_tiles, batch, index, mask, history, CONFIG: tl.constexpr):
+def _row(
+    logits,
+    vocab_size,
+    num_tiles,
+    batch,
+    bias_size,
+    index,
+    mask,
+    history,
+    num_slots,
+    CONFIG: tl.constexpr,
+):
     """What steps 1 to 6 need of row ``index``; ``logits`` points to it."""
     tail_ids = vocab_size // CONFIG.align * CONFIG.align + tl.arange(0, CONFIG.align)
     tail = tl.load(logits + tail_ids, mask=tail_ids < vocab_size, other=-_INF)
     bias = ()
     if CONFIG.has_bias:
         start = tl.load(batch.logit_bias_offsets + index)
-        count = (tl.load(batch.logit_bias_offsets + index + 1) - start).to(tl.int32)
+        start = tl.minimum(tl.maximum(start, 0), bias_size)
+        end = tl.load(batch.logit_bias_offsets + index + 1)
+        end = tl.minimum(tl.maximum(end, start), bias_size)
+        count = tl.minimum(end - start, _MOST_BIASES).to(tl.int32)
         bias = (batch.logit_bias_ids + start, batch.logit_bias_values + start, count)
     row_mask = ()
     if len(mask) > 0:
@@ -855,6 +894,7 @@ def _row(logits, vocab_size, num_tiles, batch, index, mask, history, CONFIG: tl.
     if len(history) > 0:
         seen, seen_stride, counts, counts_stride, lengths, slots = history
         slot = tl.load(slots + index).to(tl.int64)
+        slot = tl.minimum(tl.maximum(slot, 0), num_slots - 1)
         seen += slot * seen_stride
         counts += slot * counts_stride
         repetition = tl.load(batch.repetition_penalty + index)
@@ -905,14 +945,14 @@ def _maxima(row, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def _advance(position, history, token, is_empty):
-    """Add 1 to the row's position and the token to its output, unless it has no candidate."""
-    produced = (is_empty == 0).to(tl.int64)
+def _advance(position, history, token):
+    """Add 1 to the row's position and the token to its output, unless it is -1."""
+    produced = (token >= 0).to(tl.int64)
     tl.store(position, tl.load(position) + produced)
     if len(history) > 0:
         # all reads of the history come before this
         tl.debug_barrier()
-        if is_empty == 0:
+        if token >= 0:
             word = tl.load(history.seen + (token >> 5))
             tl.store(history.seen + (token >> 5), word | (1 << (token & 31)))
             tl.store(history.counts + token, tl.load(history.counts + token) + 1)
@@ -920,26 +960,32 @@ def _advance(position, history, token, is_empty):
 
 
 @triton.jit
-def _write_filtered(row, filtered, threshold, temperature, TILE: tl.constexpr):
-    """A read of the row: logits over temperature, -inf below the threshold."""
+def _write_filtered(row, filtered, threshold, m, temperature, TILE: tl.constexpr):
+    """A read of the row: logits over temperature, -inf below the threshold.
+
+    The largest logit m is subtracted first where its quotient would not be finite.
+    """
+    base = tl.where(tl.abs(tl.div_rn(m, temperature)) < _INF, 0.0, m)
     for tile in range(0, row.num_tiles):
         ids = tile * TILE + tl.arange(0, TILE)
         inside = ids < row.vocab_size
         x = _processed(row, tile * TILE, ids, inside)
-        divided = tl.where(temperature == 0.0, x, tl.div_rn(x, temperature))
+        divided = tl.where(x == base, 0.0, tl.div_rn(x - base, temperature))
         kept = tl.where(_code(x, ids) >= threshold, divided, -_INF)
         tl.store(filtered + ids, kept, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bias_size", "num_slots"])  # they change from step to step
 def sample_kernel(
     logits,
     logits_stride,
     vocab_size,
     num_tiles,
     batch,
+    bias_size,
     mask,
     history,
+    num_slots,
     workspace,
     workspace_stride,
     results,
@@ -950,14 +996,21 @@ def sample_kernel(
 ):
     """Row ``program_id(0)`` of a batch: draw its tokens, or write its filtered logits.
 
-    ``batch`` has a BatchParams' tensors by their names. ``mask`` is (mask, stride), ``history``
-    (seen, its stride, counts, its stride, lengths, slots), ``results`` (tokens, logprobs, status).
-    Without ``results`` the filtered logits are written.
+    ``batch`` has a BatchParams' tensors by their names, and ``bias_size`` is the number of biases
+    of all rows. ``mask`` is (mask, stride), ``history`` (seen, its stride, counts, its stride,
+    lengths, slots), ``results`` (tokens, logprobs, status). Without ``results`` the filtered logits
+    are written.
     """
     index = tl.program_id(0).to(tl.int64)
     logits += index * logits_stride
-    row = _row(logits, vocab_size, num_tiles, batch, index, mask, history, CONFIG)
+    row = _row(
+        logits, vocab_size, num_tiles, batch, bias_size, index, mask, history, num_slots, CONFIG
+    )
     temperature = tl.load(batch.temperature + index)
+    temperature = tl.where((temperature >= 0.0) & (temperature < _INF), temperature, 1.0)
+    is_greedy = tl.full((), 1, tl.int1)
+    if CONFIG.any_random:
+        is_greedy = temperature == 0.0
 
     best, best_tile, flags, row = _maxima(row, CONFIG)
     m = tl.max(best, axis=0)
@@ -983,7 +1036,7 @@ def sample_kernel(
     # 8 greedy: the first of the order; and a row without candidates
     token = tl.where(is_empty, -1, first_best)
     threshold = tl.where(is_empty, 0x7FFFFFFFFFFFFFFF, _code(m, first_best))
-    if is_empty | (temperature == 0.0):
+    if is_empty | is_greedy:
         if len(output) > 0:
             one = tl.full((), 1, tl.int64)
             for draw in range(0, num_samples):
@@ -1000,9 +1053,9 @@ def sample_kernel(
         if CONFIG.any_filter:
             filters = Filters(
                 tl.load(batch.top_k + index),
-                tl.load(batch.top_p + index),
+                tl.maximum(tl.load(batch.top_p + index), 0.0),  # 0 for NaN
                 depth_cut(batch, index),
-                tl.maximum(tl.load(batch.min_tokens_to_keep + index), 1),
+                tl.minimum(tl.maximum(tl.load(batch.min_tokens_to_keep + index), 1), vocab_size),
             )
             threshold, masses, held, is_listed = _kept(
                 row, filters, best, m, scale, memory, len(output) > 0, CONFIG
@@ -1015,7 +1068,7 @@ def sample_kernel(
         if len(output) > 0:
             random = (tl.load(batch.seed + index), tl.load(batch.position + index))
             if is_listed:
-                token = _draw_from_candidates(
+                token, smallest = _draw_from_candidates(
                     memory,
                     held,
                     threshold,
@@ -1027,13 +1080,21 @@ def sample_kernel(
                     CONFIG.candidates,
                 )
             else:
-                token = _draw_by_tile(
+                token, smallest = _draw_by_tile(
                     row, masses, threshold, m, scale, random, num_samples, output, CONFIG
                 )
+            if smallest < 0:
+                # the thread that stores is the one that has stored the bits above
+                tl.store(status + index, tl.load(status + index) | _NO_CANDIDATE)
 
     if len(output) == 0:
         _write_filtered(
-            row, filtered + index * filtered_stride, threshold, temperature, CONFIG.tile
+            row,
+            filtered + index * filtered_stride,
+            threshold,
+            m,
+            tl.where(is_greedy, 1.0, temperature),
+            CONFIG.tile,
         )
     if CONFIG.advance:
-        _advance(batch.position + index, row.history, token, is_empty)
+        _advance(batch.position + index, row.history, token)

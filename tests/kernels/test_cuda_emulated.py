@@ -13,10 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import unchecked
 from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases, every_case
 from parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
 
-from llm_sampling import BatchParams, Sampler, SamplingParams, TokenHistory, backends, sample
+from llm_sampling import (
+    BatchParams,
+    Sampler,
+    SamplingParams,
+    TokenHistory,
+    backends,
+    filter_logits,
+    sample,
+)
 from llm_sampling.backends.base import SampleCall
 
 sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
@@ -218,10 +227,92 @@ def test_steps_of_many_draws(install, launch):
     assert torch.equal(draw(install(launch)), draw("cpu"))
 
 
+# Bans, filtered logits that are shifted
+
+
+@launches
+def test_bans(install, launch):
+    """A ban hides NaN and +inf, alone and beside bans and biases of the same vec."""
+    vocab_size = 300
+    x = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(3))
+    x[:, 40], x[:, 41], x[:, 299] = torch.nan, torch.inf, 9.0
+    banned = {40: -torch.inf, 41: -torch.inf}
+    biases = [banned, {**banned, 42: 5.0, 299: -torch.inf}, {41: -torch.inf}, {40: 3.0}]
+    params = [SamplingParams(logit_bias=bias, top_k=9, seed=1) for bias in biases]
+    drawn = [
+        sample(x, params, num_samples=8, backend=name, check=False)
+        for name in ("torch", install(launch))
+    ]
+    assert drawn[1].status.tolist() == [0, 0, 1, 5]
+    assert torch.equal(drawn[0].tokens, drawn[1].tokens)
+    assert torch.equal(drawn[0].status, drawn[1].status)
+
+
+@launches
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+def test_filtered_logits_without_a_finite_quotient(install, launch, filters):
+    x, params = unchecked.rows_without_a_finite_quotient(filters)
+    wanted = filter_logits(x, params, backend="torch")
+    got = filter_logits(x, params, backend=install(launch))
+    assert torch.equal(unchecked.bits(got), unchecked.bits(wanted))
+
+
+# Values that nothing has checked, logits that change
+
+
+@launches
+def test_hostile_values(library, launch):
+    """Whatever a call points to, tokens are of the row, and what lies around does not matter."""
+    backend = emulation.EmulatedBackend(library, launch)
+    dtype = DTYPES[LAUNCHES.index(launch) % 3]
+    for seed in range(2):
+        seen = []
+        for fill in (torch.nan, 0.0):
+            guards = unchecked.Guards(fill)
+            call = unchecked.hostile_call(guards, 700, rows=24, seed=seed, dtype=dtype)
+            output = backend.sample(call)
+            unchecked.assert_defined(output, 700)
+            filtered = backend.filter_logits(unchecked.to_filter(call))
+            assert not filtered.isnan().any()
+            guards.assert_whole()
+            seen.append((output.tokens, output.status, unchecked.bits(filtered)))
+        assert all(map(torch.equal, *seen))
+
+
+#: At which barriers of a row the logits change: every one of the first, some of a search.
+BARRIERS = (*range(1, 17), 20, 25, 30, 36, 43, 60)
+
+
+@launches
+@pytest.mark.parametrize("often", [False, True], ids=["once", "often"])
+@pytest.mark.parametrize("change", unchecked.CHANGES)
+def test_logits_that_change(library, launch, change, often):
+    """The kernel ends, and a token is one of the row or -1, which the status says."""
+    vocab_size = 1500
+    turn = LAUNCHES.index(launch) + list(unchecked.CHANGES).index(change) + often
+    dtype = DTYPES[turn % 3]
+    backend = emulation.EmulatedBackend(library, launch)
+    call, at = unchecked.changing_call(vocab_size, BARRIERS[turn % 5 :: 5], dtype)
+    original = call.logits.clone()
+    others = unchecked.CHANGES[change](original)
+    state = (others.clone(), torch.tensor(at, dtype=torch.int32))
+    backend.overwriting = emulation.Overwriting(
+        call.logits.data_ptr(), state[0].data_ptr(), state[1].data_ptr(), often
+    )
+    output = backend.sample(call)
+    unchecked.assert_defined(output, vocab_size)
+    unchecked.assert_advanced(call, output)
+    assert not torch.equal(unchecked.bits(call.logits), unchecked.bits(original))
+    call.logits.copy_(original)
+    state[0].copy_(others)
+    filtered = backend.filter_logits(unchecked.to_filter(call))
+    assert not filtered.isnan().any()
+
+
 # With sanitizers, and with planted bugs
 
 
-def run_sanitized(folder, expression, planted=()):
+def run_sanitized(folder, expression, planted=(), markers=()):
     """Run some of these tests in a new process, on a library with both sanitizers."""
     options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     library = emulation.build(folder, options, planted)
@@ -230,7 +321,7 @@ def run_sanitized(folder, expression, planted=()):
     )
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", __file__]
     return subprocess.run(
-        [*command, "-k", expression],
+        [*command, "-k", expression, *markers],
         capture_output=True,
         text=True,
         check=False,
@@ -248,8 +339,9 @@ not_inside = pytest.mark.skipif(SANITIZED is not None, reason="this process is o
 
 
 SOME = "(covering and V33 and bfloat16) or (layouts and bfloat16 and offset)"
-SOME += " or V5003-1 or V5003-2 or steps"
-MANY = "covering or layouts or V5003 or V32000 or orders or more or steps or beyond"
+SOME += " or V5003-1 or V5003-2 or steps or hostile or change"
+MANY = "hostile or change or covering or layouts or V5003 or V32000 or orders or more or steps"
+MANY += " or beyond"
 
 
 @not_inside
@@ -284,6 +376,73 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
     done = run_sanitized(tmp_path, expression, (text, wrong))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stdout + done.stderr
+
+
+@not_inside
+@pytest.mark.parametrize(
+    ("text", "wrong", "expression"),
+    [
+        (
+            "limited(args_.slots[index_], 0, args_.num_slots - 1)",
+            "args_.slots[index_]",
+            "hostile_values and 1c",
+        ),
+        (
+            "limited(args_.logit_bias_offsets[index_], 0, size)",
+            "args_.logit_bias_offsets[index_]",
+            "hostile_values and 1c",
+        ),
+        (
+            "limited(args_.logit_bias_offsets[index_ + 1], row_.bias_first, size)",
+            "args_.logit_bias_offsets[index_ + 1]",
+            "hostile_values and 1c",
+        ),
+        (
+            "valid_temperature(args_.temperature[index_])",
+            "args_.temperature[index_]",
+            "hostile_values and 1c",
+        ),
+        ("fmaxf(args_.top_p[index_], 0.0f)", "args_.top_p[index_]", "hostile_values and 1c"),
+        (
+            "static_cast<uint32_t>(ids[next]) - static_cast<uint32_t>(first)",
+            "static_cast<uint32_t>(ids[next] - first)",
+            "hostile_values and 1c",
+        ),
+        (
+            "  if (wanted > kMaxCandidates) return false;\n  const bool by_mass",
+            "  const bool by_mass",
+            "hostile_values and 1c",
+        ),
+        (
+            "fmaxf(finite_depth(x, m_, scale_), 0.0f)",
+            "depth(x, m_, scale_)",
+            "that_change and infinite and often and 1",
+        ),
+        ("  cluster_.broadcast(pivots);\n", "", "that_change and nothing and often and 8"),
+        ("threshold_ == kNoCode || ", "", "that_change and nothing and 1"),
+        (" || total == 0;", ";", "that_change and nothing and 1"),
+        (
+            "past != 0 ? __ffs(static_cast<int>(past)) - 1 : 0",
+            "__ffs(static_cast<int>(past)) - 1",
+            "that_change and nothing and 1",
+        ),
+        (
+            "  if (token < 0) atomicOr(",
+            "  if (token < -1) atomicOr(",
+            "that_change and nothing and 1",
+        ),
+    ],
+    ids=[
+        *("slots", "first bias", "last bias", "temperature", "top-p", "bias ids", "wanted"),
+        *("depth", "pivots", "greedy", "no mass", "tile", "status"),
+    ],
+)
+def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
+    """Without one of its limits, the kernel does not stand hostile values or changing logits."""
+    done = run_sanitized(tmp_path, expression, (text, wrong), ("-x", "-m", "not slow"))
+    assert done.returncode != 0
+    words = ("AddressSanitizer", "runtime error", "AssertionError")
+    assert any(word in done.stdout + done.stderr for word in words), done.stdout[-4000:]
 
 
 @not_inside

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import unchecked
 from cases import DTYPES, LAYOUTS, Case, build, covering_cases, make_row
 from parity import assert_parity, build_all
 
@@ -24,6 +25,7 @@ from llm_sampling import (
 )
 from llm_sampling.backends import triton as backend
 from llm_sampling.backends import triton_kernel as kernel
+from llm_sampling.backends.base import SampleCall, SampleOutput
 
 pytestmark = pytest.mark.usefixtures("triton_alone")
 
@@ -181,6 +183,159 @@ def test_small_tiles_on_hard_rows(small_tiles, mix, layout):
     batch = build(cases, 450, torch.float32)
     batch.logits = LAYOUTS[layout](batch.logits)
     assert_parity([batch], "triton")
+
+
+# Bans, filtered logits that are shifted
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "aligned rows"])
+def test_bans(layout):
+    """A ban hides NaN and +inf, alone and beside other bans and biases."""
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(3))
+    x[:, 40], x[:, 41], x[:, 299] = torch.nan, torch.inf, 9.0
+    x = LAYOUTS[layout](x)
+    banned = {40: -torch.inf, 41: -torch.inf}
+    biases = [banned, {**banned, 42: 5.0, 299: -torch.inf}, {41: -torch.inf}, {40: 3.0}]
+    params = [SamplingParams(logit_bias=bias, top_k=9, seed=1) for bias in biases]
+    wanted, got = (
+        sample(x, params, num_samples=8, backend=name, check=False) for name in ("torch", "triton")
+    )
+    assert got.status.tolist() == [0, 0, 1, 5]
+    assert torch.equal(got.status, wanted.status)
+    assert torch.equal(got.tokens, wanted.tokens)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+def test_filtered_logits_without_a_finite_quotient(filters):
+    x, params = unchecked.rows_without_a_finite_quotient(filters)
+    wanted = filter_logits(x, params, backend="torch")
+    got = filter_logits(x, params, backend="triton")
+    assert torch.equal(unchecked.bits(got), unchecked.bits(wanted))
+
+
+# Values that nothing has checked, logits that change
+
+
+@pytest.fixture
+def most_steps(monkeypatch):
+    """Ends a row with an error once it seems to be in a loop without an end."""
+    steps = []
+    narrowed, loaded, start = kernel._narrowed, kernel._loaded, kernel._row
+
+    def count(function):
+        def counted(*args):
+            steps.append(1)
+            assert len(steps) < 5000, "a loop does not end"
+            return function(*args)
+
+        return counted
+
+    def start_counted(*args):
+        steps.clear()
+        return start(*args)
+
+    monkeypatch.setattr(kernel, "_narrowed", count(narrowed))
+    monkeypatch.setattr(kernel, "_loaded", count(loaded))
+    monkeypatch.setattr(kernel, "_row", start_counted)
+
+
+@pytest.fixture
+def guard(monkeypatch):
+    """A function that puts the memory that the wrapper allocates into guards."""
+    make_results, workspace = backend.make_results, backend._workspace
+
+    def guard(guards):
+        monkeypatch.setattr(
+            backend,
+            "make_results",
+            lambda call: SampleOutput(
+                *(x if x is None else guards.put(x) for x in make_results(call))
+            ),
+        )
+        monkeypatch.setattr(backend, "_workspace", lambda *args: guards.put(workspace(*args)))
+
+    return guard
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_hostile_values(small_tiles, most_steps, guard, seed):
+    """Whatever a call points to, tokens are of the row, and what lies around does not matter."""
+    seen = []
+    for fill in (torch.nan, 0.0):
+        guards = unchecked.Guards(fill)
+        call = unchecked.hostile_call(guards, 450, rows=8, seed=seed, dtype=DTYPES[seed % 3])
+        guard(guards)
+        output = backend.sample(call)
+        unchecked.assert_defined(output, 450)
+        filtered = backend.filter_logits(unchecked.to_filter(call))
+        assert not filtered.isnan().any()
+        guards.assert_whole()
+        seen.append((output.tokens, output.status, unchecked.bits(filtered)))
+    assert all(map(torch.equal, *seen))
+
+
+def test_greedy_kernels_draw_at_any_temperature():
+    """A kernel that was compiled for greedy rows writes a token of every row."""
+    batch = BatchParams.from_list([SamplingParams(temperature=0)] * 2, positions=[0, 0])
+    batch.temperature[0] = 0.7
+    x = torch.randn(2, 300, generator=torch.Generator().manual_seed(1))
+    output = backend.sample(SampleCall(x, batch, None, None))
+    assert output.tokens.tolist() == x.argmax(-1).tolist()
+
+
+#: At which of a row's loads its logits change: in every pass, and in a search.
+LOADS = (1, 3, 5, 6, 8, 10, 11, 14, 16, 20, 23, 27, 36, 49)
+
+
+@pytest.fixture
+def change_at(monkeypatch, most_steps):
+    """A function after which the logits of row r change at its load with the number at[r].
+
+    With ``often`` they are what they were at every second load after that one.
+    """
+    loads = []
+    loaded, start = kernel._loaded, kernel._row
+
+    def change_at(change, at, often):
+        left = iter(at)
+
+        def start_next(*args):
+            loads[:] = [next(left), 0]
+            return start(*args)
+
+        def load(*args):
+            x = loaded(*args)
+            loads[1] += 1
+            after = loads[1] - loads[0]
+            if after >= 0 and not (often and after % 2):
+                old = torch.from_numpy(x.handle.data)
+                new = change(old) if len(old) else old
+                # what is not inside stays at -inf
+                x.handle.data = torch.where(old == -torch.inf, old, new).numpy()
+            return x
+
+        monkeypatch.setattr(kernel, "_row", start_next)
+        monkeypatch.setattr(kernel, "_loaded", load)
+
+    return change_at
+
+
+@pytest.mark.parametrize("often", [False, True], ids=["once", "often"])
+@pytest.mark.parametrize("change", unchecked.CHANGES)
+def test_logits_that_change(small_tiles, change_at, guard, change, often):
+    """The kernel ends, and a token is one of the row or -1, which the status says."""
+    guards = unchecked.Guards(torch.nan)
+    guard(guards)
+    turn = list(unchecked.CHANGES).index(change) + often
+    call, at = unchecked.changing_call(450, LOADS[turn % 5 :: 5], torch.float32)
+    change_at(unchecked.CHANGES[change], at, often)
+    output = backend.sample(call)
+    unchecked.assert_defined(output, 450)
+    unchecked.assert_advanced(call, output)
+    change_at(unchecked.CHANGES[change], at, often)
+    filtered = backend.filter_logits(unchecked.to_filter(call))
+    assert not filtered.isnan().any()
+    guards.assert_whole()
 
 
 # The quotient of the repetition penalty

@@ -28,16 +28,28 @@ class Launch(NamedTuple):
     copied: bool
 
 
+class Overwriting(ctypes.Structure):
+    """The struct of emulated.cpp: what becomes of the logits while a kernel runs."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("others", ctypes.c_void_p),
+        ("at", ctypes.c_void_p),
+        ("often", ctypes.c_int32),
+    )
+
+
 class EmulatedBackend:
     """Has the interface of a module of llm_sampling.backends, for one kind of launch.
 
-    Each call runs the threads in another order.
+    Each call runs the threads in another order. ``overwriting`` holds for the calls that follow.
     """
 
     DEVICE_TYPES = frozenset({"cpu"})
 
     def __init__(self, library: Path, launch: Launch) -> None:
         self.launch = launch
+        self.overwriting: Overwriting | None = None
         self.seeds = itertools.count()
         self.run_batch = ctypes.CDLL(str(library)).llm_sampling_cuda_emulated
         self.run_batch.argtypes = [
@@ -45,6 +57,7 @@ class EmulatedBackend:
             ctypes.c_int32,
             ctypes.c_int32,
             ctypes.c_uint64,
+            ctypes.POINTER(Overwriting),
         ]
         self.run_batch.restype = ctypes.c_char_p
 
@@ -55,7 +68,8 @@ class EmulatedBackend:
         if struct.rows == 0:
             return
         seed = next(self.seeds)
-        failure = self.run_batch(struct, self.launch.blocks, self.launch.copied, seed).decode()
+        options = (self.launch.blocks, self.launch.copied, seed, self.overwriting)
+        failure = self.run_batch(struct, *options).decode()
         assert failure == "", f"{self.launch}, seed {seed}: {failure}"
 
     def sample(self, call: SampleCall) -> SampleOutput:

@@ -5,10 +5,13 @@
 // arriving at the cluster's barrier. A seed shuffles the order in which fibers run, so that a missing
 // barrier gives a wrong result for some seeds.
 //
+// Device code has global memory for itself, unless Machine::at_barrier changes some of it: the emulation calls
+// it whenever a barrier is complete, before any of its threads goes on.
+//
 // A launch fails, with a message, on a deadlock (the message names the threads that wait), on a barrier
 // that cannot complete because a thread has exited, on a collective about which the lanes of a warp
-// disagree, on a copy that its thread never waits for, and on access to the shared memory of a block that
-// need not have started. AddressSanitizer sees accesses out of bounds, because the shared memory of each
+// disagree, on a copy that its thread never waits for, on access to the shared memory of a block that
+// need not have started, and on kMostBarriers, which tells of a loop without an end. AddressSanitizer sees accesses out of bounds, because the shared memory of each
 // block is an allocation of its own, and UndefinedBehaviorSanitizer sees misaligned vectors.
 //
 // Not detected are races without a waiting point between the accesses, what only a memory model weaker
@@ -23,6 +26,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <deque>
 #include <functional>
 #include <string>
@@ -74,6 +78,7 @@ constexpr size_t kStack =
 constexpr size_t kStack = 64 * 1024;
 #endif
 constexpr size_t kPage = 4096;
+constexpr unsigned kMostBarriers = 100000;  // of a cluster
 constexpr unsigned char kUninitialised = 0xCD;
 constexpr unsigned char kFreed = 0xDD;
 
@@ -195,6 +200,8 @@ struct Machine {
   Thread* current = nullptr;
   Barrier cluster_barrier;
   unsigned running = 0;
+  unsigned barriers = 0;             // that the running cluster and its blocks have completed
+  std::function<void()> at_barrier;  // may be empty
   std::string failure;
   uint64_t random_state = 0;
   const void* main_stack = nullptr;
@@ -354,6 +361,7 @@ inline void run_cluster(unsigned first_x, unsigned y, unsigned z) {
   machine.blocks.assign(launch.cluster, Block());
   machine.threads.assign(static_cast<size_t>(launch.cluster) * per_block, Thread());
   machine.cluster_barrier = Barrier();
+  machine.barriers = 0;
   machine.running = launch.cluster * per_block;
   for (unsigned rank = 0; rank < launch.cluster; ++rank) {
     Block& block = machine.blocks[rank];
@@ -437,6 +445,8 @@ inline void arrive(Barrier& barrier, unsigned expected) {
   if (barrier.arrived == expected) {
     barrier.arrived = 0;
     barrier.generation += 1;
+    if (++machine.barriers == kMostBarriers) fail("a barrier", " of a loop that does not seem to end");
+    if (machine.at_barrier) machine.at_barrier();
   }
 }
 

@@ -6,12 +6,22 @@
 
 extern "C" {
 
-// Returns what went wrong, or an empty string; valid until the next call.
+// Overwrites logits while a kernel runs: at the barrier of row r with the number at[r], counted from 1, its
+// logits and those of `others` change places; where `often` is not 0, at every later barrier too.
+struct Overwriting {
+  void* logits;  // that the args of the same call point to
+  void* others;  // (rows, vocab_size), contiguous
+  const int32_t* at;
+  int32_t often;
+};
+
+// Returns what went wrong, or an empty string; valid until the next call. `overwriting` may be NULL.
 const char* llm_sampling_cuda_emulated(
     const LlmSamplingArgs* args,
     int32_t blocks,
     int32_t copied,
-    uint64_t seed
+    uint64_t seed,
+    const Overwriting* overwriting
 ) {
   using namespace llm_sampling;
   static std::string failure;
@@ -26,6 +36,20 @@ const char* llm_sampling_cuda_emulated(
   emulated.seed = seed;
   emulated.shared_bytes = static_cast<size_t>(launch.shared_bytes);
   const Plan plan{*args, launch.vecs};
+  auto& machine = cuda_emulation::machine;
+  machine.at_barrier = nullptr;
+  if (overwriting != nullptr) {
+    machine.at_barrier = [&] {
+      const int64_t row = machine.blocks[0].index.x / static_cast<unsigned>(launch.blocks);
+      const auto at = static_cast<unsigned>(overwriting->at[row]);
+      if (overwriting->often != 0 ? machine.barriers < at : machine.barriers != at) return;
+      unsigned char* logits = static_cast<unsigned char*>(overwriting->logits);
+      unsigned char* others = static_cast<unsigned char*>(overwriting->others);
+      logits += row * args->logits_stride * logit_bytes;
+      others += row * args->vocab_size * logit_bytes;
+      std::swap_ranges(logits, logits + args->vocab_size * logit_bytes, others);
+    };
+  }
   failure = cuda_emulation::run(emulated, find_kernel(args->dtype, launch.copied), plan);
   return failure.c_str();
 }

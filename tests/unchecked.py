@@ -1,0 +1,224 @@
+"""Calls whose values no check has seen, for the kernels that must stay inside of their memory."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from llm_sampling import BatchParams, SamplingParams, TokenHistory
+from llm_sampling.backends.base import STATUS_NO_CANDIDATE, SampleCall, SampleOutput
+from llm_sampling.params import KERNEL_TENSORS
+
+NAN, INF = math.nan, math.inf
+LEAST, MOST = -(2**31), 2**31 - 1
+
+#: What a row's parameters may be besides valid numbers.
+HOSTILE = {
+    "temperature": (NAN, -1.0, INF, -INF, 1e-45, 3e38, 0.0, -0.0),
+    "top_k": (LEAST, -7, 5, MOST),
+    "top_p": (NAN, 7.0, -1.0, INF, -INF, 0.0, 0.9),
+    "min_p_cut": (NAN, -1.0, -INF, 0.0, 3.0),
+    "min_tokens_to_keep": (LEAST, -1, 0, 9, MOST),
+    "repetition_penalty": (NAN, -1.0, 0.0, INF, 1e-45, 1.2),
+    "frequency_penalty": (NAN, INF, -INF, 3e38),
+    "presence_penalty": (NAN, INF, -INF, 3e38),
+    "seed": (-(2**63), -1),
+    "position": (-(2**63), -1, 2**63 - 1),
+}
+#: The first rows of a call have these; the others have three of HOSTILE by chance.
+FIRST_ROWS: tuple[dict[str, float], ...] = (
+    {"temperature": NAN},
+    {"top_p": -INF},
+    {"top_p": 0.9, "min_tokens_to_keep": MOST},
+    {},
+)
+HOSTILE_OFFSETS = (-(2**63), -1, 0, 3, 5, 8, 2**31, 2**32 + 3, 2**63 - 1)
+HOSTILE_IDS = (LEAST, -1, 0, 7, 33, MOST)
+HOSTILE_BIASES = (NAN, INF, -INF, 3e38, 1.0)
+
+
+class Guards:
+    """Puts tensors into larger ones, so that what is written around them is seen."""
+
+    AROUND = 64  # elements before, and after; rows stay aligned as they were
+
+    def __init__(self, fill: float):
+        self.fill = fill
+        self.held: list[tuple[Tensor, Tensor]] = []
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy of a contiguous tensor, with ``fill`` around it; the lowest integer for NaN."""
+        fill = self.fill
+        if not tensor.dtype.is_floating_point:
+            fill = torch.iinfo(tensor.dtype).min if math.isnan(fill) else int(fill)
+        memory = torch.full((tensor.numel() + 2 * self.AROUND,), fill, dtype=tensor.dtype)
+        inside = memory[self.AROUND : -self.AROUND].view(tensor.shape)
+        inside.copy_(tensor)
+        self.held.append((memory, memory.clone()))
+        return inside
+
+    def assert_whole(self) -> None:
+        """No element around any of the tensors has changed."""
+        for now, before in self.held:
+            for edge in (slice(self.AROUND), slice(-self.AROUND, None)):
+                assert torch.equal(bits(now[edge]), bits(before[edge]))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's elements as integers, so that NaN equals itself."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.element_size()])
+
+
+def hostile_call(
+    guards: Guards, vocab_size: int, rows: int, seed: int, dtype: torch.dtype
+) -> SampleCall:
+    """A call whose parameters, slots, bias offsets, ids and values are mixed from HOSTILE."""
+    chance = random.Random(seed)
+    batch = BatchParams.from_list(
+        [SamplingParams(seed=s, logit_bias={1: 1.0, 5: -2.0}) for s in range(rows)],
+        positions=[0] * rows,
+    )
+    tensors = {name: getattr(batch, name).clone() for name in KERNEL_TENSORS}
+    for row in range(rows):
+        values = {name: chance.choice(HOSTILE[name]) for name in chance.sample(list(HOSTILE), 3)}
+        for name, value in (FIRST_ROWS[row] if row < len(FIRST_ROWS) else values).items():
+            tensors[name][row] = value
+
+    def some(values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor([chance.choice(values) for _ in like], dtype=like.dtype)
+
+    for name, possible in (
+        ("logit_bias_offsets", HOSTILE_OFFSETS),
+        ("logit_bias_ids", (*HOSTILE_IDS, vocab_size - 1, vocab_size)),
+        ("logit_bias_values", HOSTILE_BIASES),
+    ):
+        tensors[name] = some(possible, tensors[name])
+    # The row after the last of FIRST_ROWS has all biases; a binary search for 200 among 48 of them
+    # finds one that the lowest integer follows.
+    place = len(FIRST_ROWS)
+    tensors["logit_bias_offsets"][place : place + 2] = torch.tensor([0, 2 * rows])
+    tensors["logit_bias_ids"][:8] = torch.tensor([1, 1, 1, 1, 1, 1, 200, LEAST])
+    tensors["logit_bias_ids"][12::12] = MOST
+    num_slots = 3
+    history = TokenHistory.from_ids([[0, 7]] * num_slots, [[9, 9, 3]] * num_slots, vocab_size)
+    slots = torch.zeros(rows, dtype=torch.int32)
+    held = SimpleNamespace(
+        seen=guards.put(history.seen),
+        counts=guards.put(history.counts),
+        lengths=guards.put(history.lengths),
+        slots=guards.put(some((LEAST, -1, 0, 2, num_slots, MOST), slots)),
+    )
+    logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+    flags = {"all_greedy": False, "any_filter": True}
+    guarded = {name: guards.put(tensor) for name, tensor in tensors.items()}
+    return SampleCall(
+        guards.put(logits.to(dtype)),
+        SimpleNamespace(**guarded, **flags, rows=rows),  # type: ignore[arg-type]
+        held,  # type: ignore[arg-type]
+        None,
+        num_samples=1,
+        logprobs="processed",
+        advance=True,
+    )
+
+
+def to_filter(call: SampleCall) -> SampleCall:
+    """The same call for filter_logits."""
+    return replace(call, logprobs=None, advance=False)
+
+
+def assert_defined(output: SampleOutput, vocab_size: int) -> None:
+    """Every token was written and is -1 or one of the row; the status says where one is -1."""
+    tokens, _, status = output
+    assert ((tokens >= -1) & (tokens < vocab_size)).all(), tokens
+    assert ((status >= 0) & (status < 8)).all(), status
+    failed = (tokens.view(len(status), -1) < 0).any(-1)
+    assert torch.equal((status & STATUS_NO_CANDIDATE) != 0, failed), (tokens, status)
+
+
+def paths(vocab_size: int) -> list[SamplingParams]:
+    """Parameters whose rows take every path of a kernel."""
+    most = vocab_size * 3 // 5
+    return [
+        SamplingParams(presence_penalty=0.5, seed=seed, **filters)  # type: ignore[arg-type]
+        for seed, filters in enumerate(
+            (
+                {"temperature": 0.0},
+                {},
+                {"top_k": 20},
+                {"top_k": most},
+                {"top_p": 0.9},
+                {"min_p": 0.05},
+                {"top_k": most, "top_p": 0.95, "min_p": 0.001, "min_tokens_to_keep": 5},
+                {"top_p": 0.2, "min_tokens_to_keep": most},
+            )
+        )
+    ]
+
+
+#: What logits become while a kernel reads them.
+CHANGES = {
+    "nothing is left": lambda x: torch.full_like(x, -INF),
+    "far below": lambda x: x - 200,
+    "far above": lambda x: x + 200,
+    "infinite": lambda x: torch.full_like(x, INF),
+    "NaN": lambda x: torch.full_like(x, NAN),
+    "upside down": lambda x: -x,
+    "one": lambda x: torch.where(x == x.amax(-1, keepdim=True), -INF, x),
+}
+
+
+def changing_call(
+    vocab_size: int, moments: tuple[int, ...], dtype: torch.dtype
+) -> tuple[SampleCall, list[int]]:
+    """A call with a row for each of the paths and each moment, and the rows' moments."""
+    each = paths(vocab_size)
+    params = [path for path in each for _ in moments]
+    rows = len(params)
+    x = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(1))
+    call = SampleCall(
+        x.to(dtype),
+        BatchParams.from_list(params, positions=[0] * rows),
+        TokenHistory.from_ids([[]] * rows, [[]] * rows, vocab_size),
+        None,
+        num_samples=1,
+        logprobs="raw",
+        advance=True,
+    )
+    return call, list(moments) * len(each)
+
+
+def assert_advanced(call: SampleCall, output: SampleOutput) -> None:
+    """Positions and the histories, which were empty, have the drawn tokens and nothing else."""
+    drawn = output.tokens >= 0
+    assert call.history is not None
+    assert call.batch.position is not None
+    assert torch.equal(call.batch.position, drawn.to(torch.int64))
+    assert torch.equal(call.history.lengths, drawn.to(torch.int64))
+    places = call.history.counts.nonzero()
+    assert torch.equal(places[:, 0], drawn.nonzero().flatten())
+    assert torch.equal(places[:, 1], output.tokens[drawn])
+
+
+def rows_without_a_finite_quotient(
+    filters: dict[str, float],
+) -> tuple[Tensor, list[SamplingParams]]:
+    """Rows with +inf, with large logits, and with ordinary ones, at temperatures from 1e-45 on."""
+    temperatures = (1e-45, 1e-38, 1e-3, 0.5, 1.0, 0.0)
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(2))
+    x[0, 7] = x[0, 90] = INF
+    x[1] *= 1e38
+    x[2] *= -1e-3
+    x[3, 5] = x[3, 6] = 4.0
+    params = [
+        SamplingParams(temperature=t, seed=1, **filters)  # type: ignore[arg-type]
+        for t in temperatures
+        for _ in x
+    ]
+    return x.repeat(len(temperatures), 1), params
