@@ -194,7 +194,7 @@ __device__ void RowSampler<kDtype, kCopied>::write_filtered(bool is_greedy) {
     for (int i = 0; i < kVec; ++i) {
       const int id = row_.first_id(vec) + i;
       if (id < 0 || id >= row_.vocab_size) continue;
-      const float divided = fminf(x[i] - base, most) / t;
+      const float divided = fmaxf(fminf(x[i] - base, most) / t, kLowest);  // what is kept is finite
       out[id] = threshold.is_reached(x[i], id) ? divided : -kInfinity;
     }
   });

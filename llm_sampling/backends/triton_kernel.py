@@ -55,6 +55,7 @@ import triton.language as tl
 _ID_BITS = tl.constexpr(20)
 _LAST_ID = tl.constexpr(2**20 - 1)
 _LOWEST_KEY = tl.constexpr(-2139095040)  # of -3.4028235e38; that of -inf is one less
+_LOWEST = tl.constexpr(-float.fromhex("0x1.fffffep+127"))
 _LOG2_E = tl.constexpr(float.fromhex("0x1.715476p+0"))
 _C0 = tl.constexpr(float.fromhex("0x1.000000p+0"))
 _C1 = tl.constexpr(float.fromhex("-0x1.62e3b2p-1"))
@@ -963,7 +964,8 @@ def _advance(position, history, token):
 def _write_filtered(row, filtered, threshold, m, temperature, TILE: tl.constexpr):
     """A read of the row: logits over temperature, -inf below the threshold.
 
-    The largest logit m is subtracted first where its quotient would not be finite.
+    The largest logit m is subtracted first where its quotient would not be finite. What is kept is
+    finite.
     """
     base = tl.where(tl.abs(tl.div_rn(m, temperature)) < _INF, 0.0, m)
     for tile in range(0, row.num_tiles):
@@ -971,7 +973,8 @@ def _write_filtered(row, filtered, threshold, m, temperature, TILE: tl.constexpr
         inside = ids < row.vocab_size
         x = _processed(row, tile * TILE, ids, inside)
         divided = tl.where(x == base, 0.0, tl.div_rn(x - base, temperature))
-        kept = tl.where(_code(x, ids) >= threshold, divided, -_INF)
+        finite = tl.maximum(divided, _LOWEST)
+        kept = tl.where(_code(x, ids) >= threshold, finite, -_INF)
         tl.store(filtered + ids, kept, mask=inside)
 
 
