@@ -31,6 +31,7 @@ from torch import Tensor
 
 from llm_sampling import backends
 from llm_sampling.backends.base import SampleCall, SampleOutput
+from llm_sampling.calls import check_logits
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
@@ -524,8 +525,7 @@ class Requests:
         return batch
 
     def _draw(self, logits: Tensor, part: _Part) -> Tensor:
-        if logits.stride(1) != 1:
-            logits = logits.contiguous()
+        logits = check_logits(logits)
         key = (part, logits.dtype)
         step = self._steps.get(key)
         if step is None:

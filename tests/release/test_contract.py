@@ -29,20 +29,23 @@ PACKAGE = ROOT / "llm_sampling"
 PARAMETERS = [f.name for f in fields(SamplingParams)]
 
 #: parameter -> its fields in BatchParams and in the C struct, where they differ from its name
-PIECES = {"logit_bias": ["logit_bias_offsets", "logit_bias_ids", "logit_bias_values"]}
+PIECES = {
+    "logit_bias": ["logit_bias_offsets", "logit_bias_ids", "logit_bias_values"],
+    **{f.name: [f.packed.name] for f in FIELDS.values() if f.packed is not None},
+}
 
-#: The fields of BatchParams that are no parameters: values derived from parameters, and positions.
+#: The fields of BatchParams that are no parameters: flags, positions, and which rows have no seed.
 FLAGS = {"needs_history", "all_greedy", "any_filter"}
 FLAGS |= {"kept_at_most", "any_top_k", "any_top_p", "any_floor"}
-DERIVED = {"min_p_cut", "unseeded", "position", *FLAGS}
+DERIVED = {"unseeded", "position", *FLAGS}
 
 #: The layers of the package. A module may import only modules of the layers above its own.
 LAYERS = (
-    ("version", "checks", "backends.triton_kernel"),
+    ("version", "checks", "tensors", "backends.triton_kernel"),
     ("fields", "history"),
-    ("params",),
+    ("params", "masks"),
     ("backends.base",),
-    ("backends", "reference", "backends.c_abi"),
+    ("backends", "reference", "backends.c_abi", "calls"),
     ("backends.native", "ops"),
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
     ("sampler", "distributed"),
@@ -210,8 +213,8 @@ def read_all(path):
 
 
 def is_named(parameter, text):
-    """Return whether a text names a parameter, its threshold, or all fields that hold it."""
-    names = [[parameter], [f"{parameter}_cut"], pieces(parameter)]
+    """Return whether a text names a parameter, or all fields that hold it."""
+    names = [[parameter], pieces(parameter)]
     return any(all(re.search(rf"\b{n}\b", text) for n in these) for these in names)
 
 
@@ -376,9 +379,8 @@ def test_cuda_s_kernel_takes_every_parameter():
 
 
 def test_triton_s_kernel_reads_every_parameter():
-    """The kernel reads every tensor except min_p, in place of which it reads min_p_cut."""
     kernel = read("llm_sampling/backends/triton_kernel.py")
-    assert {*KERNEL_TENSORS} - {"min_p"} == set(re.findall(r"\bbatch\.(\w+)", kernel))
+    assert {*KERNEL_TENSORS} == set(re.findall(r"\bbatch\.(\w+)", kernel))
 
 
 @pytest.mark.parametrize(
