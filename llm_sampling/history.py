@@ -78,9 +78,10 @@ def alone(
             refuse_turn(type(self).__name__)
         own.is_taken = shared.is_taken = True
         try:
-            return method(self, *args, **kwargs)
+            result = method(self, *args, **kwargs)
         finally:
             own.is_taken = shared.is_taken = False
+        return result
 
     return run  # type: ignore[return-value]  # its first argument cannot be given by name
 

@@ -192,9 +192,10 @@ class Sampler:
             mask = None
             if allowed_mask is not None:
                 mask = check_mask(allowed_mask, self.rows, self.vocab_size, self.device)
-            return self._step(logits, mask)  # type: ignore[misc]
+            output = self._step(logits, mask)  # type: ignore[misc]
         finally:
             own.is_taken = shared.is_taken = False
+        return output
 
     def _is_prepared_for(self, logits: Tensor) -> bool:
         """Whether the last step's logits were like these, which the kernel can read as they are.
