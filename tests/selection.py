@@ -37,7 +37,6 @@ SOME = {
     "test_cuda_emulated.py::test_layouts": Some(2),
     "test_cuda_emulated.py::test_logits_that_change": Some(17),
     "test_cuda_emulated.py::test_orders_of_threads": Some(4),
-    "test_cuda_emulated.py::test_what_is_not_limited_is_seen": Some(13),
     "test_cuda_emulated.py::test_what_is_not_waited_for_is_seen": Some(3),
     "test_triton_compile.py::test_every_kind_of_call_compiles": Some(3),
     "test_triton_compile.py::test_no_rule_is_broken_on_sm_90": Some(3),

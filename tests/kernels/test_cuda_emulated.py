@@ -379,6 +379,7 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
 
 
 @not_inside
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("text", "wrong", "expression"),
     [

@@ -6,6 +6,7 @@ their own. test_triton_compile.py compiles the kernel and checks the machine cod
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -276,3 +277,49 @@ def test_everything_in_the_interpreter(name, markers):
     )
     assert done.returncode == 0, done.stdout[-20000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least[bool(markers)]
+
+
+@pytest.mark.skipif(bool(INTERPRETED), reason="this process is one of those that the test starts")
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    ("text", "wrong", "expression"),
+    [
+        ("tl.minimum(tl.maximum(slot, 0), num_slots - 1)", "slot", "hostile"),
+        ("start = tl.minimum(tl.maximum(start, 0), bias_size)", "start += 0", "hostile"),
+        ("end = tl.minimum(tl.maximum(end, start), bias_size)", "end += 0", "hostile"),
+        ("(temperature >= 0.0) & (temperature < _INF)", "temperature == temperature", "hostile"),
+        (" > 1) & (bracket.high - bracket.low > 1):", " > 1):", "that_change"),
+        (" & (first < last):", ":", "that_change"),
+        ("tl.where(is_drawn, ids, -1)", "tl.where(is_drawn, ids, 0)", "that_change"),
+        ("            if smallest < 0:", "            if smallest < -1:", "that_change"),
+        ("produced = (token >= 0)", "produced = (token >= -1)", "that_change"),
+    ],
+    ids=[
+        *("slots", "first bias", "last bias", "temperature"),
+        *("threshold", "tile", "token", "status", "advance"),
+    ],
+)
+def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
+    """Without one of its limits, the kernel does not stand hostile values or changing logits."""
+    pytest.importorskip("triton")
+    for name in ("llm_sampling", "tests"):
+        shutil.copytree(TESTS.parent / name, tmp_path / name)
+    shutil.copy(TESTS.parent / "pyproject.toml", tmp_path)
+    source = tmp_path / "llm_sampling/backends/triton_kernel.py"
+    kernel = source.read_text()
+    assert kernel.count(text) == 1
+    source.write_text(kernel.replace(text, wrong))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"),
+            *("tests/kernels/test_triton_interpreted.py", "-k", expression, "-m", "not slow"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode != 0
+    assert re.search("AssertionError|Segmentation fault|OverflowError", done.stdout), done.stdout
