@@ -452,12 +452,20 @@ def _call(part: _Part, **changes: Tensor | bool) -> SampleCall:
     )
 
 
-def _nan(part: _Part, call: SampleCall) -> Tensor:
-    """Whether step 6 finds a NaN in this slice, from a greedy call's status: int64 ``(rows,)``."""
+def _processed(part: _Part, call: SampleCall) -> tuple[Tensor, Tensor]:
+    """Steps 1 to 6 of this slice, and the filters of ``call``; and whether a NaN was found.
+
+    Returns:
+        float32 ``(rows, columns)``, -inf for what is not kept; and int64 ``(rows,)``, 1 for NaN.
+    """
+    x = part.backend.filter_logits(call)
     temperature = torch.zeros_like(call.batch.temperature)
     greedy = replace(call.batch, temperature=temperature, all_greedy=True)
     status = part.backend.sample(replace(call, batch=greedy)).status
-    return (status & STATUS_NAN).to(torch.int64)
+    # filter_logits shifts a row with +inf by it, so that +inf is 0 and all else is far below
+    is_shifted = ((status & STATUS_POS_INF) != 0).unsqueeze(-1)
+    x = torch.where(is_shifted & (x == 0), _INF, x)
+    return x, (status & STATUS_NAN).to(torch.int64)
 
 
 def _key(x: Tensor) -> Tensor:
@@ -494,7 +502,7 @@ def _by_candidates(part: _Part, ranks: _Ranks) -> SampleOutput:
     at_most = torch.where(greedy, 1, batch.top_k)
     floor = torch.where(greedy, 1, batch.min_tokens_to_keep)
     call = _call(part, top_k=at_most, min_tokens_to_keep=floor, any_filter=True)
-    x = part.backend.filter_logits(call)
+    x, nan = _processed(part, call)
 
     # The kernel leaves at most this many tokens and has decided which of equal ones to keep, so
     # the order in which topk returns them does not matter.
@@ -507,7 +515,7 @@ def _by_candidates(part: _Part, ranks: _Ranks) -> SampleOutput:
     ids = torch.nn.functional.pad(ids, missing)
     # A candidate is one integer: the bits of its value, then its id.
     candidates = (values.view(torch.int32).to(torch.int64) << 32) | (ids + part.vocab_start)
-    message = [candidates, _nan(part, call).unsqueeze(-1)]
+    message = [candidates, nan.unsqueeze(-1)]
     message += [seed.unsqueeze(-1) for seed in _seeds(part, ranks)]
     if part.logprobs == "raw":
         raw = _RawSoftmax.of(part.logits)
@@ -541,8 +549,8 @@ def _by_candidates(part: _Part, ranks: _Ranks) -> SampleOutput:
         x64 = gathered[..., -2 - width : -2].transpose(0, 1).flatten(1).view(torch.float64)
         logprobs = _RawSoftmax.logprobs(x64.gather(-1, drawn.clamp(min=0)), gathered[..., -2:])
         logprobs = logprobs.masked_fill(drawn < 0, math.nan)
-    nan = gathered[..., width].amax(0).to(torch.int32)
-    return _shaped(part, tokens, logprobs, output.status | nan * STATUS_NAN)
+    any_nan = gathered[..., width].amax(0).to(torch.int32)
+    return _shaped(part, tokens, logprobs, output.status | any_nan * STATUS_NAN)
 
 
 def _seeded(batch: BatchParams, drawn: Tensor) -> BatchParams:
@@ -589,8 +597,8 @@ def _by_threshold(part: _Part, ranks: _Ranks) -> SampleOutput:
     """Find the threshold of the kept set, then on which rank the draw falls, and its token."""
     batch = part.batch
     call = _call(part)
-    x = part.backend.filter_logits(call)
-    message = [_key(x.amax(-1)), _nan(part, call), *_seeds(part, ranks)]
+    x, nan = _processed(part, call)
+    message = [_key(x.amax(-1)), nan, *_seeds(part, ranks)]
     maxima = ranks.max(torch.stack(message, -1))
     best, nan = _value(maxima[:, 0]), maxima[:, 1]
     if batch.unseeded is not None:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +65,7 @@ def decode(
 ) -> Tokens:
     """Return the tokens of a decode loop on ``count`` threads; ``number`` selects the seeds."""
     params = [
-        SamplingParams(**{**vars(row), "seed": row.seed + 10 * number})
+        replace(row, seed=row.seed + 10 * number)
         for row in PARAMS[: len(logits)]
     ]
     sampler = Sampler(params, vocab_size=VOCAB_SIZE, history=history)

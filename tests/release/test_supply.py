@@ -50,6 +50,7 @@ ANYWHERE = {
 SOMEWHERE = {
     "generation.models": {"gguf", "transformers"},
     "integrations.huggingface": {"transformers"},
+    "backends.triton": {"triton"},
     "backends.triton_kernel": {"triton"},
     "tools.cli.chat": {"rich"},
     "tools.cli.console": {"rich", "tqdm"},
