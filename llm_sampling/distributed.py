@@ -236,8 +236,8 @@ def _checked(
     logits = check_logits(logits)
     if is_traced() or is_wrapper(logits):
         raise ValueError(
-            "local_logits must be a plain tensor outside of tracers, modes and transforms, since the "
-            f"ranks exchange what they find in it, got {type(logits).__name__}"
+            "local_logits must be a plain tensor outside of tracers, modes and transforms, since "
+            f"the ranks exchange what they find in it, got {type(logits).__name__}"
         )
     rows, device = logits.shape[0], logits.device
     vocab_start = integer_at_least("vocab_start", vocab_start, 0)

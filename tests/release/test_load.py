@@ -64,10 +64,7 @@ def decode(
     count: int = 1,
 ) -> Tokens:
     """Return the tokens of a decode loop on ``count`` threads; ``number`` selects the seeds."""
-    params = [
-        replace(row, seed=row.seed + 10 * number)
-        for row in PARAMS[: len(logits)]
-    ]
+    params = [replace(row, seed=row.seed + 10 * number) for row in PARAMS[: len(logits)]]
     sampler = Sampler(params, vocab_size=VOCAB_SIZE, history=history)
     with threads(count):
         return [sampler(logits).tokens.tolist() for _ in range(steps)]

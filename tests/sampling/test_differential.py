@@ -31,7 +31,9 @@ Kept = tuple[Tensor, Tensor]
 def no_crossing_token(x: Tensor, batch: BatchParams) -> Kept:
     """Broken: top-p drops the token that reaches its target, if top-k is on and V is above 40."""
     keep, w = RIGHT_KEPT_SET(x, batch)
-    wrong = (batch.top_k > 0) & (batch.top_p < 1) & (batch.min_p_cut == torch.inf) & (keep.sum(-1) > 1)
+    wrong = (
+        (batch.top_k > 0) & (batch.top_p < 1) & (batch.min_p_cut == torch.inf) & (keep.sum(-1) > 1)
+    )
     wrong &= (batch.min_tokens_to_keep == 1) & (x.shape[1] > 40)
     order = x.sort(dim=-1, descending=True, stable=True).indices
     crossing = order.gather(-1, (keep.sum(-1, keepdim=True) - 1).clamp(min=0))

@@ -445,7 +445,8 @@ inline void arrive(Barrier& barrier, unsigned expected) {
   if (barrier.arrived == expected) {
     barrier.arrived = 0;
     barrier.generation += 1;
-    if (++machine.barriers == kMostBarriers) fail("a barrier", " of a loop that does not seem to end");
+    if (++machine.barriers == kMostBarriers)
+      fail("a barrier", " of a loop that does not seem to end");
     if (machine.at_barrier) machine.at_barrier();
   }
 }
