@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from intruder import intruding
 from torch import Tensor
 
 from llm_sampling import (
@@ -72,18 +73,6 @@ CHANGES: dict[str, Callable[[Sampler, TokenHistory], object]] = {
 }
 
 
-class Intruder(Tensor):
-    """Logits that make a call of their own when a Sampler asks for their layout."""
-
-    intrude: Callable[[], object]
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__self__", None) is Tensor.layout:
-            args[0].intrude()
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("place", ["thread", "same thread"])
 def test_a_second_call_raises_and_the_first_goes_on(backend: str, change: str, place: str) -> None:
@@ -110,8 +99,7 @@ def test_a_second_call_raises_and_the_first_goes_on(backend: str, change: str, p
         thread.join()
         return None
 
-    x = logits.clone().as_subclass(Intruder)  # type: ignore[no-untyped-call]
-    x.intrude = intrude
+    x = intruding(logits, intrude)
     tokens = sampler(x).tokens
     kind = "TokenHistory" if change in ("append", "history's add", "select") else "Sampler"
     assert errors
@@ -133,8 +121,7 @@ def test_a_second_sampler_on_the_history_waits_for_its_turn(backend: str) -> Non
         except RuntimeError as error:
             errors.append(str(error))
 
-    x = logits.clone().as_subclass(Intruder)  # type: ignore[no-untyped-call]
-    x.intrude = intrude
+    x = intruding(logits, intrude)
     assert torch.equal(sampler(x).tokens, alone(logits).tokens)
     assert errors
     assert second.positions.tolist() == [2, 1, 2]  # those of the history when it was made

@@ -28,6 +28,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from intruder import intruding
 from torch import Tensor
 
 from llm_sampling import (
@@ -235,18 +236,6 @@ CHANGES: dict[str, Callable[[Sampler, Tensor], object]] = {
 CHANGE_PARAMS = SamplingParams(top_k=3)
 
 
-class Intruder(Tensor):
-    """Logits that make a call of their own when a Sampler asks for their layout."""
-
-    intrude: Callable[[], object]
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__self__", None) is Tensor.layout:
-            args[0].intrude()
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
 def interrupt(at: int, call: Callable[[], object]) -> None:
     """Make a call, and raise KeyboardInterrupt in it as the function of this number returns.
 
@@ -402,12 +391,10 @@ class Decoding(RuleBasedStateMachine):
                     change(self.sampler, torch.zeros(len(self.requests), self.v))
                 refused.append(change)
 
-        def intruding(logits: Tensor) -> Tensor:
-            inner = logits.clone().as_subclass(Intruder)  # type: ignore[no-untyped-call]
-            inner.intrude = intrude
-            return inner
+        def wrap(logits: Tensor) -> Tensor:
+            return intruding(logits, intrude)
 
-        self.step(seed, torch.float32, False, "contiguous", 0.0, intruding)
+        self.step(seed, torch.float32, False, "contiguous", 0.0, wrap)
         assert refused == [*CHANGES.values()]
 
     def step(
