@@ -59,7 +59,7 @@ from llm_sampling.fields import FIELDS
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory, slice_bits
 from llm_sampling.masks import check_mask
 from llm_sampling.params import DTYPES, BatchParams, SamplingParams
-from llm_sampling.tensors import is_traced, is_wrapper
+from llm_sampling.tensors import is_pretended, is_wrapper
 
 #: The largest number of tokens a row for which the ranks exchange candidates.
 MOST_CANDIDATES = 256
@@ -234,9 +234,9 @@ def _checked(
         if columns == 0:  # no kernel takes rows without a token
             logits = logits.new_full((logits.shape[0], 1), -_INF)
     logits = check_logits(logits)
-    if is_traced() or is_wrapper(logits):
+    if is_pretended() or is_wrapper(logits):
         raise ValueError(
-            "local_logits must be a plain tensor outside of tracers, modes and transforms, since "
+            "local_logits must be a plain tensor outside of tracers and transforms, since "
             f"the ranks exchange what they find in it, got {type(logits).__name__}"
         )
     rows, device = logits.shape[0], logits.device

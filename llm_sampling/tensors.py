@@ -37,6 +37,20 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or is_watched()
 
 
+def is_pretended() -> bool:
+    """Whether operations are recorded for later or work without data, and not only observed."""
+    modes = torch._C._TorchDispatchModeKey
+    return (
+        torch.compiler.is_compiling()
+        or _is_jit_tracing()
+        or _transform() is not None
+        or any(
+            torch._C._get_dispatch_mode(key) is not None
+            for key in (modes.PROXY, modes.FAKE, modes.FUNCTIONAL)
+        )
+    )
+
+
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether operations on ``tensor`` are not simply done on memory of its own.
 

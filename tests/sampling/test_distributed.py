@@ -786,10 +786,6 @@ def test_ranks_at_other_positions_all_raise(two: Ranks) -> None:
             {"logits": torch.zeros(2, 5).to_sparse()},
             "logits must be a dense tensor, got layout torch.sparse_coo",
         ),
-        (
-            {"logits": torch.zeros(2, 5, device="meta")},
-            "local_logits must be a plain tensor outside",
-        ),
         ({"check": "yes"}, "check must be True, False or None, got 'yes'"),
         ({"allowed_mask": torch.zeros(2, 1)}, "allowed_mask must be an int32 tensor (a bitmask)"),
         ({"allowed_mask": torch.tensor(True)}, "allowed_mask must be an int32 tensor (a bitmask)"),
