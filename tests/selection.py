@@ -37,7 +37,6 @@ SOME = {
     "test_cuda_emulated.py::test_layouts": Some(2),
     "test_cuda_emulated.py::test_logits_that_change": Some(17),
     "test_cuda_emulated.py::test_orders_of_threads": Some(4),
-    "test_cuda_emulated.py::test_what_is_not_limited_is_seen": Some(wrong=()),
     "test_cuda_emulated.py::test_what_is_not_waited_for_is_seen": Some(3),
     "test_interrupt.py::test_a_change_of_rows_that_fails_anywhere": Some(3),
     "test_tensors.py::test_every_kind_gives_what_a_plain_copy_gives": Some(5),

@@ -164,10 +164,8 @@ def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
 
     bias = None
     if rng.random() < 0.1:
-        bias = {
-            rng.randrange(vocab_size + 3): rng.choice((rng.uniform(-9, 9), 100.0, -math.inf))
-            for _ in range(rng.randrange(6))
-        }
+        bias = {rng.randrange(vocab_size + 3): rng.uniform(-9, 9) for _ in range(rng.randrange(6))}
+        bias = {token: value if value < 6 else -math.inf for token, value in bias.items()}
     return SamplingParams(
         temperature=maybe(0.0, 0.7, rng.uniform(0.05, 3), 10 ** rng.uniform(-44, 38)),
         top_k=maybe(1, 50, rng.randrange(1, 1200), rng.randrange(1, vocab_size + 2)),
