@@ -63,7 +63,9 @@ Region region(const T* pointer, int64_t rows, int64_t width, int64_t stride) {
   if (pointer == nullptr || rows <= 0 || width <= 0) return {};
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
   const int64_t size = ((rows - 1) * stride + width) * kSize;
-  return {begin, begin + static_cast<uintptr_t>(size), rows, width * kSize, stride * kSize};
+  // One row has no stride, and the one that the caller gives may be too large to be multiplied.
+  const int64_t stride_in_bytes = rows == 1 ? 0 : stride * kSize;
+  return {begin, begin + static_cast<uintptr_t>(size), rows, width * kSize, stride_in_bytes};
 }
 
 template <typename T>

@@ -14,7 +14,7 @@ flags=(-std=c++17 -O2 -g -ffp-contract=off -fno-trapping-math -fno-math-errno -p
 "$compiler" "${flags[@]}" -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
   -fsanitize-coverage-allowlist=build/fuzz/allowlist.txt \
   tests/kernels/cpp/fuzz_cpu.cpp -ldl -o build/fuzz/fuzz_cpu
-run=(build/fuzz/fuzz_cpu -max_len=512 -artifact_prefix=build/fuzz/)
+run=(build/fuzz/fuzz_cpu -max_len=512 -timeout=60 -artifact_prefix=build/fuzz/)
 "${run[@]}" -len_control=0 -max_total_time="$seconds" -print_final_stats=1 build/fuzz/finds tests/kernels/cpp/corpus
 if [ "${MERGE:-0}" = 1 ]; then
   "${run[@]}" -merge=1 tests/kernels/cpp/corpus build/fuzz/finds

@@ -347,6 +347,25 @@ def test_rows_of_another_stride_are_not_told_apart(call: SampleCall) -> None:
 
 
 @needs_kernel
+def test_a_single_row_has_any_stride(
+    call: SampleCall, struct_and_output: tuple[c_abi.SampleArgs, list[object]]
+) -> None:
+    """No second row begins there, so the stride is not multiplied either."""
+    struct, output = struct_and_output
+    struct.rows = 1
+    struct.logits_stride = struct.allowed_mask_stride = struct.filtered_stride = 2**63 - 1
+    assert run(struct) == 0
+    filtered = output[-1].clone()
+    call.batch.position[0] = 0
+    before_the_step = TokenHistory.from_ids([[1]], [[3]], 40)
+    call.history.seen[:1].copy_(before_the_step.seen)
+    call.history.counts[:1].copy_(before_the_step.counts)
+    struct.logits_stride = struct.allowed_mask_stride = struct.filtered_stride = 40
+    assert run(struct) == 0
+    assert torch.equal(filtered[0], output[-1][0])
+
+
+@needs_kernel
 def test_what_is_only_read_may_overlap(call: SampleCall) -> None:
     struct, _output = filled(call)  # which must live on
     struct.frequency_penalty = struct.presence_penalty

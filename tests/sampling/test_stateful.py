@@ -55,7 +55,7 @@ some_runs = settings(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-other_runs = settings(some_runs, max_examples=3000, derandomize=False)
+other_runs = settings(some_runs, max_examples=10_000, derandomize=False)
 
 #: Ids at the ends of mask words and of vocabularies; some are padding.
 some_ids = st.sampled_from((-2, -1, 0, 1, 30, 31, 32, 33, 63, 64, 69, 70, 75))

@@ -467,9 +467,10 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
                             return x[i] < x[j];
                           })];
     for (int64_t i : kept) {
-      expected[i] = std::isfinite(m / divisor) ? x[i] / divisor
-                    : x[i] == m                ? 0.0f
-                                               : (x[i] - m) / divisor;
+      const float divided = std::isfinite(m / divisor) ? x[i] / divisor
+                            : x[i] == m                ? 0.0f
+                                                       : (x[i] - m) / divisor;
+      expected[i] = std::max(divided, std::numeric_limits<float>::lowest());
     }
     const uint32_t* filtered = out.filtered.data() + row * a.filtered_stride;
     require(
@@ -649,6 +650,9 @@ bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
          holds(a.tokens, a.num_samples, a.num_samples, draws) && slots;
 }
 
+// The most rows of a struct that are compared with each other one by one, which takes the square of their number.
+constexpr int64_t kMostCompared = 64;
+
 // Whether memory that is written shares a byte with other memory of the struct, row by row.
 bool shares_a_byte(const LlmSamplingArgs& a) {
   struct Span {
@@ -804,7 +808,10 @@ void run_bad(Case& batch, Bytes& bytes) {
   LlmSamplingArgs read;
   int32_t expected = read_struct(&a, read);
   if (expected == LLM_SAMPLING_OK) expected = check_struct(a);
-  if (expected == LLM_SAMPLING_OK) require(!shares_a_byte(a), "an overlap is found");
+  const int64_t compared = std::max(a.rows, a.seen != nullptr ? a.num_slots : 0);
+  if (expected == LLM_SAMPLING_OK && compared <= kMostCompared) {
+    require(!shares_a_byte(a), "an overlap is found");
+  }
   // What no callee can check.
   if (expected == LLM_SAMPLING_OK && (is_moved || !is_within_memory(batch, a))) return;
   if (expected == LLM_SAMPLING_OK) expected = code_of_slots(a);
