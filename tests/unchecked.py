@@ -30,6 +30,8 @@ HOSTILE = {
     "seed": (-(2**63), -1),
     "position": (-(2**63), -1, 2**63 - 1),
 }
+#: Each counts as a temperature of 1.
+BAD_TEMPERATURES = (NAN, INF, -INF, -1.0, -1e-45) * 4
 #: The first rows of a call have these; the others have three of HOSTILE by chance.
 FIRST_ROWS: tuple[dict[str, float], ...] = (
     {"temperature": NAN},
@@ -126,6 +128,17 @@ def hostile_call(
         logprobs="processed",
         advance=True,
     )
+
+
+def call_at(temperatures: tuple[float, ...]) -> SampleCall:
+    """A call of one row of many tokens for each temperature, with seeds of their own."""
+    rows = len(temperatures)
+    batch = BatchParams.from_list(
+        [SamplingParams(top_p=0.95, seed=s) for s in range(rows)], positions=[0] * rows
+    )
+    batch.temperature.copy_(torch.tensor(temperatures))
+    logits = torch.randn(rows, 300, generator=torch.Generator().manual_seed(1)) * 3
+    return SampleCall(logits, batch, None, None)
 
 
 def to_filter(call: SampleCall) -> SampleCall:

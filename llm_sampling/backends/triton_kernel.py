@@ -967,12 +967,15 @@ def _write_filtered(row, filtered, threshold, m, temperature, TILE: tl.constexpr
     The largest logit m is subtracted first where its quotient would not be finite. What is kept is
     finite.
     """
-    base = tl.where(tl.abs(tl.div_rn(m, temperature)) < _INF, 0.0, m)
+    is_finite = tl.abs(tl.div_rn(m, temperature)) < _INF
+    base = tl.where(is_finite, 0.0, m)
+    most = tl.where(is_finite, _INF, 0.0)
     for tile in range(0, row.num_tiles):
         ids = tile * TILE + tl.arange(0, TILE)
         inside = ids < row.vocab_size
         x = _processed(row, tile * TILE, ids, inside)
-        divided = tl.where(x == base, 0.0, tl.div_rn(x - base, temperature))
+        # the minimum of NaN, which inf - inf is, and a number is the number
+        divided = tl.div_rn(tl.minimum(x - base, most), temperature)
         finite = tl.maximum(divided, _LOWEST)
         kept = tl.where(_code(x, ids) >= threshold, finite, -_INF)
         tl.store(filtered + ids, kept, mask=inside)

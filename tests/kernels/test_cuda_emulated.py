@@ -279,6 +279,15 @@ def test_hostile_values(library, launch):
         assert all(map(torch.equal, *seen))
 
 
+@launches
+def test_a_bad_temperature_counts_as_1(library, launch):
+    backend = emulation.EmulatedBackend(library, launch)
+    wanted = backend.sample(unchecked.call_at((1.0,) * len(unchecked.BAD_TEMPERATURES)))
+    got = backend.sample(unchecked.call_at(unchecked.BAD_TEMPERATURES))
+    assert torch.equal(got.tokens, wanted.tokens)
+    assert torch.equal(got.status, wanted.status)
+
+
 #: At which barriers of a row the logits change: every one of the first, some of a search.
 BARRIERS = (*range(1, 17), 20, 25, 30, 36, 43, 60)
 
@@ -399,6 +408,11 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
             "args_.logit_bias_offsets[index_ + 1]",
             "hostile_values and 1c",
         ),
+        (
+            "valid_temperature(args_.temperature[index_])",
+            "args_.temperature[index_]",
+            "bad_temperature and 1c",
+        ),
         ("fmaxf(args_.top_p[index_], 0.0f)", "args_.top_p[index_]", "hostile_values and 1c"),
         (
             "static_cast<uint32_t>(ids[next]) - static_cast<uint32_t>(first)",
@@ -430,7 +444,7 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
         ),
     ],
     ids=[
-        *("slots", "first bias", "last bias", "top-p", "bias ids", "wanted"),
+        *("slots", "first bias", "last bias", "temperature", "top-p", "bias ids", "wanted"),
         *("depth", "pivots", "greedy", "no mass", "tile", "status"),
     ],
 )

@@ -287,6 +287,11 @@ def test_everything_in_the_interpreter(name, markers):
         ("tl.minimum(tl.maximum(slot, 0), num_slots - 1)", "slot", "hostile"),
         ("start = tl.minimum(tl.maximum(start, 0), bias_size)", "start += 0", "hostile"),
         ("end = tl.minimum(tl.maximum(end, start), bias_size)", "end += 0", "hostile"),
+        (
+            "tl.where((temperature >= 0.0) & (temperature < _INF), temperature, 1.0)",
+            "temperature",
+            "bad_temperature",
+        ),
         (" > 1) & (bracket.high - bracket.low > 1):", " > 1):", "that_change"),
         (" & (first < last):", ":", "that_change"),
         ("tl.where(is_drawn, ids, -1)", "tl.where(is_drawn, ids, 0)", "that_change"),
@@ -294,7 +299,7 @@ def test_everything_in_the_interpreter(name, markers):
         ("produced = (token >= 0)", "produced = (token >= -1)", "that_change"),
     ],
     ids=[
-        *("slots", "first bias", "last bias"),
+        *("slots", "first bias", "last bias", "temperature"),
         *("threshold", "tile", "token", "status", "advance"),
     ],
 )

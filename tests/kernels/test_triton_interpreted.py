@@ -274,6 +274,13 @@ def test_hostile_values(small_tiles, most_steps, guard, seed):
     assert all(map(torch.equal, *seen))
 
 
+def test_a_bad_temperature_counts_as_1():
+    wanted = backend.sample(unchecked.call_at((1.0,) * len(unchecked.BAD_TEMPERATURES)))
+    got = backend.sample(unchecked.call_at(unchecked.BAD_TEMPERATURES))
+    assert torch.equal(got.tokens, wanted.tokens)
+    assert torch.equal(got.status, wanted.status)
+
+
 def test_greedy_kernels_draw_at_any_temperature():
     """A kernel that was compiled for greedy rows writes a token of every row."""
     batch = BatchParams.from_list([SamplingParams(temperature=0)] * 2, positions=[0, 0])
