@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling import BatchParams, SamplingParams, TokenHistory
-from llm_sampling.backends.base import STATUS_NO_CANDIDATE, SampleCall, SampleOutput
+from llm_sampling.backends.base import STATUS_NO_CANDIDATE, BackendModule, SampleCall, SampleOutput
 from llm_sampling.params import KERNEL_TENSORS
 
 NAN, INF = math.nan, math.inf
@@ -153,6 +154,29 @@ def assert_defined(output: SampleOutput, vocab_size: int) -> None:
     assert ((status >= 0) & (status < 8)).all(), status
     failed = (tokens.view(len(status), -1) < 0).any(-1)
     assert torch.equal((status & STATUS_NO_CANDIDATE) != 0, failed), (tokens, status)
+
+
+def assert_hostile_values_do_no_harm(
+    backend: BackendModule,
+    vocab_size: int,
+    rows: int,
+    seed: int,
+    dtype: torch.dtype,
+    guard: Callable[[Guards], None] = lambda guards: None,
+) -> None:
+    """Whatever a call points to, tokens are of the row, and what lies around does not matter."""
+    seen = []
+    for fill in (NAN, 0.0):
+        guards = Guards(fill)
+        call = hostile_call(guards, vocab_size, rows, seed, dtype)
+        guard(guards)
+        output = backend.sample(call)
+        assert_defined(output, vocab_size)
+        filtered = backend.filter_logits(to_filter(call))
+        assert not filtered.isnan().any()
+        guards.assert_whole()
+        seen.append((output.tokens, output.status, bits(filtered)))
+    assert all(map(torch.equal, *seen))
 
 
 def paths(vocab_size: int) -> list[SamplingParams]:

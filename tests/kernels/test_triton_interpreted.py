@@ -259,19 +259,9 @@ def guard(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_hostile_values(small_tiles, most_steps, guard, seed):
-    """Whatever a call points to, tokens are of the row, and what lies around does not matter."""
-    seen = []
-    for fill in (torch.nan, 0.0):
-        guards = unchecked.Guards(fill)
-        call = unchecked.hostile_call(guards, 450, rows=8, seed=seed, dtype=DTYPES[seed % 3])
-        guard(guards)
-        output = backend.sample(call)
-        unchecked.assert_defined(output, 450)
-        filtered = backend.filter_logits(unchecked.to_filter(call))
-        assert not filtered.isnan().any()
-        guards.assert_whole()
-        seen.append((output.tokens, output.status, unchecked.bits(filtered)))
-    assert all(map(torch.equal, *seen))
+    unchecked.assert_hostile_values_do_no_harm(
+        backend, 450, rows=8, seed=seed, dtype=DTYPES[seed % 3], guard=guard
+    )
 
 
 def test_a_bad_temperature_counts_as_1():

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../../../csrc/cpu/sample.cpp"
+#include "noise.h"
 
 using namespace llm_sampling;
 
@@ -48,31 +49,6 @@ class Bytes {
  private:
   const uint8_t* data_;
   size_t size_;
-};
-
-// SplitMix64 (Steele, Lea, Flood, 2014).
-class Noise {
- public:
-  explicit Noise(uint64_t seed) : state_(seed) {}
-  uint64_t next() {
-    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-    return z ^ z >> 31;
-  }
-  int64_t below(int64_t limit) {
-    return static_cast<int64_t>(next() % static_cast<uint64_t>(limit));
-  }
-  // About normally distributed, with standard deviation 1.
-  float normal() {
-    const uint64_t z = next();
-    const int sum =
-        static_cast<int>((z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48));
-    return static_cast<float>(sum - 0x1fffe) * 0x1.bb68p-16f;
-  }
-
- private:
-  uint64_t state_;
 };
 
 constexpr float kFloats[] = {

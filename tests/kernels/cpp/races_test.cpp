@@ -21,6 +21,8 @@
 #include <vector>
 
 #include "../../../csrc/llm_sampling.h"
+#include "noise.h"
+#include "parameters.h"
 
 namespace {
 
@@ -28,36 +30,10 @@ constexpr float kInfinity = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
 constexpr int64_t kRows = 3;
 
-// SplitMix64 (Steele, Lea, Flood, 2014).
-class Noise {
- public:
-  explicit Noise(uint64_t seed) : state_(seed) {}
-  uint64_t next() {
-    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-    return z ^ z >> 31;
-  }
-  size_t below(size_t limit) { return next() % limit; }
-  // About normally distributed, with standard deviation 1.
-  float normal() {
-    const uint64_t z = next();
-    const uint64_t sum = (z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48);
-    return (static_cast<float>(sum) - 0x1.fffep+16f) * 0x1.bb68p-16f;
-  }
-
- private:
-  uint64_t state_;
-};
-
 // What a call asks for.
 struct Kind {
   const char* name;
-  float temperature;
-  int32_t top_k;
-  float top_p, min_p;
-  int32_t at_least;
-  float repetition, frequency;  // if either is on, there is a history
+  Filters filters;  // penalties have a history
   bool biased, masked, filtered;
   int32_t logprobs, samples;
 };
@@ -66,21 +42,21 @@ constexpr int32_t kNone = LLM_SAMPLING_LOGPROBS_NONE;
 constexpr int32_t kProcessed = LLM_SAMPLING_LOGPROBS_PROCESSED;
 constexpr int32_t kRaw = LLM_SAMPLING_LOGPROBS_RAW;
 constexpr Kind kKinds[] = {
-    {"greedy", 0.0f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f, false, false, false, kNone, 1},
-    {"greedy, penalised", 0.0f, 0, 1.0f, 0.0f, 1, 1.2f, 0.1f, false, false, true, kRaw, 1},
-    {"no filter", 0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f, false, false, false, kProcessed, 3},
-    {"a bias", 0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f, true, false, true, kRaw, 1},
-    {"top-k", 0.8f, 40, 1.0f, 0.0f, 1, 1.0f, 0.0f, false, false, false, kNone, 1},
-    {"top-k, penalised", 0.8f, 40, 0.9f, 0.0f, 1, 1.2f, 0.1f, false, false, true, kProcessed, 2},
-    {"top-p", 0.8f, 0, 0.9f, 0.0f, 1, 1.0f, 0.0f, false, false, false, kNone, 1},
-    {"top-p, raw", 0.8f, 0, 0.5f, 0.0f, 1, 1.0f, 0.0f, false, false, true, kRaw, 3},
-    {"top-p, hot", 1e3f, 0, 0.99f, 0.0f, 1, 1.0f, 0.0f, false, false, false, kNone, 2},
-    {"top-p, many", 0.8f, 0, 0.1f, 0.0f, 3000, 1.0f, 0.0f, false, false, true, kNone, 1},
-    {"top-p, min-p", 0.8f, 0, 0.9f, 0.1f, 5, 1.0f, 0.0f, false, false, false, kNone, 1},
-    {"min-p", 0.8f, 0, 1.0f, 0.1f, 1, 1.0f, 0.0f, false, false, false, kProcessed, 1},
-    {"min-p, flat", 1e3f, 0, 1.0f, 1e-3f, 1, 1.0f, 0.0f, false, false, true, kNone, 1},
-    {"all", 1.3f, 400, 0.9f, 0.01f, 3, 0.8f, -0.5f, true, true, true, kRaw, 2},
-    {"all but top-k", 0.7f, 0, 0.9f, 0.01f, 3, 1.2f, 0.5f, true, true, true, kProcessed, 2},
+    {"greedy", {0.0f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kNone, 1},
+    {"greedy, penalised", {0.0f, 0, 1.0f, 0.0f, 1, 1.2f, 0.1f}, false, false, true, kRaw, 1},
+    {"no filter", {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kProcessed, 3},
+    {"a bias", {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, true, false, true, kRaw, 1},
+    {"top-k", {0.8f, 40, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kNone, 1},
+    {"top-k, penalised", {0.8f, 40, 0.9f, 0.0f, 1, 1.2f, 0.1f}, false, false, true, kProcessed, 2},
+    {"top-p", {0.8f, 0, 0.9f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kNone, 1},
+    {"top-p, raw", {0.8f, 0, 0.5f, 0.0f, 1, 1.0f, 0.0f}, false, false, true, kRaw, 3},
+    {"top-p, hot", {1e3f, 0, 0.99f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kNone, 2},
+    {"top-p, many", {0.8f, 0, 0.1f, 0.0f, 3000, 1.0f, 0.0f}, false, false, true, kNone, 1},
+    {"top-p, min-p", {0.8f, 0, 0.9f, 0.1f, 5, 1.0f, 0.0f}, false, false, false, kNone, 1},
+    {"min-p", {0.8f, 0, 1.0f, 0.1f, 1, 1.0f, 0.0f}, false, false, false, kProcessed, 1},
+    {"min-p, flat", {1e3f, 0, 1.0f, 1e-3f, 1, 1.0f, 0.0f}, false, false, true, kNone, 1},
+    {"all", {1.3f, 400, 0.9f, 0.01f, 3, 0.8f, -0.5f}, true, true, true, kRaw, 2},
+    {"all but top-k", {0.7f, 0, 0.9f, 0.01f, 3, 1.2f, 0.5f}, true, true, true, kProcessed, 2},
 };
 
 // One row of logits for the writer to choose from.
@@ -132,10 +108,11 @@ struct Batch {
   bool narrow;
   std::vector<std::vector<float>> patterns;
   std::vector<std::vector<uint16_t>> narrow_patterns;
-  std::vector<float> logits, temperature, top_p, min_p_cut, repetition, frequency, presence, values;
+  Parameters parameters;
+  std::vector<float> logits, values;
   std::vector<uint16_t> narrow_logits;
-  std::vector<int32_t> top_k, at_least, slots, mask, seen, counts, ids, status;
-  std::vector<int64_t> seed, position, lengths, offsets, tokens;
+  std::vector<int32_t> slots, mask, seen, counts, ids, status;
+  std::vector<int64_t> lengths, offsets, tokens;
   std::vector<float> logprobs, filtered;
   LlmSamplingArgs args = {};
 
@@ -143,17 +120,8 @@ struct Batch {
       : vocab_size(vocab_size),
         words((vocab_size + 31) / 32),
         narrow(narrow),
-        temperature(kRows, kind.temperature),
-        top_p(kRows, kind.top_p),
-        min_p_cut(kRows, kind.min_p > 0.0f ? 0x1p-18f - std::log2(kind.min_p) : kInfinity),
-        repetition(kRows, kind.repetition),
-        frequency(kRows, kind.frequency),
-        presence(kRows, 0.0f),
-        top_k(kRows, kind.top_k),
-        at_least(kRows, kind.at_least),
+        parameters(kRows, kind.filters),
         status(kRows),
-        seed(kRows, 1),
-        position(kRows, 0),
         tokens(kRows * kind.samples),
         logprobs(tokens.size()),
         filtered(kind.filtered ? kRows * (vocab_size + 1) - 1 : 0) {
@@ -183,16 +151,7 @@ struct Batch {
     args.num_threads = threads;
     args.logits = narrow ? static_cast<const void*>(narrow_logits.data()) : logits.data();
     args.logits_stride = vocab_size;
-    args.temperature = temperature.data();
-    args.top_k = top_k.data();
-    args.top_p = top_p.data();
-    args.min_p_cut = min_p_cut.data();
-    args.repetition_penalty = repetition.data();
-    args.frequency_penalty = frequency.data();
-    args.presence_penalty = presence.data();
-    args.min_tokens_to_keep = at_least.data();
-    args.seed = seed.data();
-    args.position = position.data();
+    parameters.put_into(args);
     if (kind.biased) {
       constexpr int64_t kEntries = 20;  // of a row; those of the last row do not ascend
       for (int64_t row = 0; row <= kRows; ++row) offsets.push_back(row * kEntries);
@@ -211,7 +170,7 @@ struct Batch {
       args.allowed_mask = mask.data();
       args.allowed_mask_stride = words;
     }
-    if (kind.repetition != 1.0f || kind.frequency != 0.0f) {
+    if (kind.filters.has_history()) {
       seen.assign(kRows * words, 0x11111111);
       counts.assign(kRows * vocab_size, 1);
       lengths.assign(kRows, 0);
@@ -302,21 +261,21 @@ void overwrite_others(Batch& b, Noise& noise) {
     case 6:
       return disturb(b.slots, slots, noise);
     case 7:
-      return disturb(b.temperature, floats, noise);
+      return disturb(b.parameters.temperature, floats, noise);
     case 8:
-      return disturb(b.top_p, floats, noise);
+      return disturb(b.parameters.top_p, floats, noise);
     case 9:
-      return disturb(b.min_p_cut, floats, noise);
+      return disturb(b.parameters.min_p_cut, floats, noise);
     case 10:
-      return disturb(b.repetition, floats, noise);
+      return disturb(b.parameters.repetition_penalty, floats, noise);
     case 11:
-      return disturb(b.frequency, floats, noise);
+      return disturb(b.parameters.frequency_penalty, floats, noise);
     case 12:
-      return disturb(b.presence, floats, noise);
+      return disturb(b.parameters.presence_penalty, floats, noise);
     case 13:
-      return disturb(b.top_k, numbers, noise);
+      return disturb(b.parameters.top_k, numbers, noise);
     default:
-      return disturb(b.at_least, numbers, noise);
+      return disturb(b.parameters.min_tokens_to_keep, numbers, noise);
   }
 }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../../../csrc/llm_sampling.h"
+#include "parameters.h"
 
 #ifdef OPENMP
 static std::atomic<int> teams{0};
@@ -39,10 +40,8 @@ constexpr int kSteps = 2;
 
 struct Kind {
   int64_t rows;
-  bool flat;  // false: few tokens have most of the mass
-  float top_p, min_p;
-  int32_t top_k, at_least;
-  float repetition, frequency;  // if either is on, there is a history
+  bool flat;        // false: few tokens have most of the mass
+  Filters filters;  // penalties have a history
   bool masked, filtered;
   int32_t logprobs, samples;
 };
@@ -50,50 +49,51 @@ struct Kind {
 // Calls that together take every path of the kernel, for one row, which is split over threads, and for
 // several rows.
 constexpr Kind kKinds[] = {
-    {1, true, 1.0f, 0.0f, 0, 1, 1.0f, 0.0f, false, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
-    {1, true, 1.0f, 0.0f, 0, 1, 1.0f, 0.1f, true, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
-    {1, true, 0.9f, 0.0f, 0, 1, 1.0f, 0.0f, false, true, LLM_SAMPLING_LOGPROBS_RAW, 7},
-    {1, true, 0.1f, 0.0f, 0, 30000, 1.0f, 0.0f, false, true, LLM_SAMPLING_LOGPROBS_NONE, 1},
-    {1, true, 1.0f, 1e-9f, 0, 1, 1.2f, 0.0f, false, true, LLM_SAMPLING_LOGPROBS_PROCESSED, 1},
-    {1, false, 0.9f, 0.0f, 0, 1, 1.2f, 0.1f, true, false, LLM_SAMPLING_LOGPROBS_RAW, 1},
-    {1, false, 0.9f, 0.05f, 50, 1, 1.2f, 0.1f, false, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
-    {1, false, 1.0f, 0.0f, 1, 1, 0.8f, 0.0f, true, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
-    {3, true, 0.9f, 0.0f, 0, 1, 1.2f, 0.1f, false, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
-    {8, false, 0.9f, 0.05f, 50, 1, 1.2f, 0.1f, true, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
-    {8, true, 1.0f, 0.0f, 0, 1, 1.0f, 0.0f, false, false, LLM_SAMPLING_LOGPROBS_PROCESSED, 3},
+    {1, true, {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
+    {1, true, {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.1f}, true, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
+    {1, true, {0.8f, 0, 0.9f, 0.0f, 1, 1.0f, 0.0f}, false, true, LLM_SAMPLING_LOGPROBS_RAW, 7},
+    {1, true, {0.8f, 0, 0.1f, 0.0f, 30000, 1.0f, 0.0f}, false, true, LLM_SAMPLING_LOGPROBS_NONE, 1},
+    {1,
+     true,
+     {0.8f, 0, 1.0f, 1e-9f, 1, 1.2f, 0.0f},
+     false,
+     true,
+     LLM_SAMPLING_LOGPROBS_PROCESSED,
+     1},
+    {1, false, {0.8f, 0, 0.9f, 0.0f, 1, 1.2f, 0.1f}, true, false, LLM_SAMPLING_LOGPROBS_RAW, 1},
+    {1, false, {0.8f, 50, 0.9f, 0.05f, 1, 1.2f, 0.1f}, false, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
+    {1, false, {0.8f, 1, 1.0f, 0.0f, 1, 0.8f, 0.0f}, true, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
+    {3, true, {0.8f, 0, 0.9f, 0.0f, 1, 1.2f, 0.1f}, false, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
+    {8, false, {0.8f, 50, 0.9f, 0.05f, 1, 1.2f, 0.1f}, true, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
+    {8,
+     true,
+     {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f},
+     false,
+     false,
+     LLM_SAMPLING_LOGPROBS_PROCESSED,
+     3},
 };
 constexpr int kKindCount = sizeof(kKinds) / sizeof(kKinds[0]);
 
 // The rows and the state of one caller.
 struct Step {
-  std::vector<float> temperature, top_p, min_p_cut, repetition, frequency, presence;
-  std::vector<int32_t> top_k, at_least, slots, mask, seen, counts, status;
-  std::vector<int64_t> seed, position, lengths, tokens;
+  Parameters parameters;
+  std::vector<int32_t> slots, mask, seen, counts, status;
+  std::vector<int64_t> lengths, tokens;
   std::vector<float> logprobs, filtered;
   LlmSamplingArgs args = {};
 
   Step(const Kind& kind, const std::vector<float>& logits, int32_t threads)
-      : temperature(kind.rows, 0.8f),
-        top_p(kind.rows, kind.top_p),
-        min_p_cut(kind.rows, kind.min_p > 0.0f ? 0x1p-18f - std::log2(kind.min_p) : HUGE_VALF),
-        repetition(kind.rows, kind.repetition),
-        frequency(kind.rows, kind.frequency),
-        presence(kind.rows, 0.0f),
-        top_k(kind.rows, kind.top_k),
-        at_least(kind.rows, kind.at_least),
+      : parameters(kind.rows, kind.filters),
         mask(kind.rows * kWords, 0x5fffffff),
         seen(kind.rows * kWords, 0x11111111),
         counts(kind.rows * kVocabSize, 1),
         status(kind.rows, -1),
-        position(kind.rows, 0),
         lengths(kind.rows, 0),
         tokens(kind.rows * kind.samples, -1),
         logprobs(tokens.size(), 1.0f),
         filtered(kind.filtered ? kind.rows * kVocabSize : 0, 1.0f) {
-    for (int32_t row = 0; row < kind.rows; ++row) {
-      slots.push_back(row);
-      seed.push_back(row);
-    }
+    for (int32_t row = 0; row < kind.rows; ++row) slots.push_back(row);
     args.struct_size = sizeof(args);
     args.version = LLM_SAMPLING_ABI_VERSION;
     args.rows = kind.rows;
@@ -104,21 +104,12 @@ struct Step {
     args.num_threads = threads;
     args.logits = logits.data();
     args.logits_stride = kVocabSize;
-    args.temperature = temperature.data();
-    args.top_k = top_k.data();
-    args.top_p = top_p.data();
-    args.min_p_cut = min_p_cut.data();
-    args.repetition_penalty = repetition.data();
-    args.frequency_penalty = frequency.data();
-    args.presence_penalty = presence.data();
-    args.min_tokens_to_keep = at_least.data();
-    args.seed = seed.data();
-    args.position = position.data();
+    parameters.put_into(args);
     if (kind.masked) {
       args.allowed_mask = mask.data();
       args.allowed_mask_stride = kWords;
     }
-    if (kind.repetition != 1.0f || kind.frequency != 0.0f) {
+    if (kind.filters.has_history()) {
       args.seen = seen.data();
       args.seen_stride = kWords;
       args.counts = counts.data();
