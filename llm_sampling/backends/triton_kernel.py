@@ -362,7 +362,7 @@ def _threshold(codes, w, bracket, by_mass, target):
     """
     n_above = bracket.n_high
     w_above = bracket.w_high
-    while (bracket.n_low - bracket.n_high > 1) & (bracket.high - bracket.low > 1):
+    while (bracket.n_low > bracket.n_high + 1) & (bracket.high > bracket.low + 1):
         pivots = _quarters(bracket.low, bracket.high)
         packed = tl.sum(_packed_counts(codes, pivots), axis=0)
         packed += n_above * (1 + (1 << 21) + (1 << 42))
@@ -718,7 +718,7 @@ def _kept(row, filters, best, m, scale, workspace, WEIGH_ALL: tl.constexpr, CONF
     # 11 top-k, 12 top-p, and what min_tokens_to_keep asks for, each as a threshold. They are found
     # in a loop, so that the search is compiled once and not three times.
     k_threshold = lowest
-    p_threshold = lowest
+    p_threshold = depth_threshold  # of 12 top-p and of 13 min-p
     keep_threshold = top
     for step in range(0, 3):
         by_mass = step == 1
@@ -736,12 +736,11 @@ def _kept(row, filters, best, m, scale, workspace, WEIGH_ALL: tl.constexpr, CONF
                 k_threshold = threshold
                 z = listed.w_high + tl.sum(tl.where(codes >= threshold, w, 0), axis=0)
             elif step == 1:
-                p_threshold = threshold
+                p_threshold = tl.maximum(p_threshold, threshold)
             else:
                 keep_threshold = threshold
-    # 12 top-p, 13 min-p: neither leaves fewer than min_tokens_to_keep
+    # neither of 12 top-p and 13 min-p leaves fewer than min_tokens_to_keep
     threshold = tl.maximum(k_threshold, tl.minimum(p_threshold, keep_threshold))
-    threshold = tl.maximum(threshold, tl.minimum(depth_threshold, keep_threshold))
 
     is_listed = (listed.high == top) & (listed.low <= threshold)
     if WEIGH_ALL & any_filter & (is_listed == 0):
