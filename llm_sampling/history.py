@@ -30,6 +30,9 @@ Ids = Sequence[Sequence[int] | Tensor] | Tensor
 
 MAX_VOCAB_SIZE = 2**20
 
+#: The tensors of a history.
+STATE_TENSORS = ("seen", "counts", "lengths", "slots")
+
 
 class Turn:
     """Whether a call is changing an object's state; another call must not come in between.
@@ -43,6 +46,9 @@ class Turn:
 
     def __init__(self) -> None:
         self.is_taken = False
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Turn, ()  # nobody is changing a copy
 
 
 def refuse_turn(name: str) -> NoReturn:
@@ -371,6 +377,52 @@ class TokenHistory:
             position += length
 
     @alone
+    def extend(self, row: int, tokens: Sequence[int] | Tensor) -> None:
+        """Record several tokens of one row, in order, as the next ones of its output.
+
+        Args:
+            row: the row.
+            tokens: ids; those outside the vocabulary are padding and are left out.
+
+        Raises:
+            ValueError: there is no such row, an id is not an integer, or this is a view.
+        """
+        row = checked_row(row, self.rows)
+        ids = valid_ids("tokens", tokens, self.vocab_size)
+        self._check_slots()
+        self.record_ids(row, ids)
+
+    def record_ids(
+        self, row: int, ids: npt.NDArray[np.int64], position: Tensor | None = None
+    ) -> None:
+        """What :meth:`extend` does after its checks; adds the number of ids to the position.
+
+        Args:
+            row: the row.
+            ids: all of them inside the vocabulary.
+            position: int64 ``(rows,)``, changed in place.
+
+        Raises:
+            ValueError: the state was made in inference mode, which alone can change it.
+        """
+        check_changeable("a history", (self.seen, self.counts, self.lengths, position))
+        tokens, times = np.unique(ids, return_counts=True)
+        words, places = np.unique(tokens >> 5, return_inverse=True)
+        bits = np.zeros(len(words), dtype=np.uint32)
+        np.bitwise_or.at(bits, places, np.uint32(1) << (tokens & 31).astype(np.uint32))
+        slot, length = self.slots[row].to(torch.int64), len(ids)
+        word, bit, token, count = (
+            torch.from_numpy(array).to(self.device)
+            for array in (words, bits.view(np.int32), tokens, times.astype(np.int32))
+        )
+        # Python handles Ctrl-C after a call, so no function is called between the updates
+        self.seen[slot, word] |= bit
+        self.counts[slot, token] += count
+        self.lengths[slot] += length
+        if position is not None:
+            position[row] += length
+
+    @alone
     def add(
         self, prompt_ids: Sequence[int] | Tensor, output_ids: Sequence[int] | Tensor = ()
     ) -> int:
@@ -474,6 +526,15 @@ def selection(rows: Iterable[int], available: int) -> Tensor:
     if len(set(index)) != len(index):
         raise ValueError(f"rows must name each row at most once, got {index}")
     return torch.tensor(index, dtype=torch.int64, device="cpu")
+
+
+def checked_row(row: object, available: int) -> int:
+    """``row`` as an int; a ValueError if it is not in ``0 .. available - 1``."""
+    rule = f"an integer in 0 .. {available - 1}"
+    checked = checks.integer("row", row, rule)
+    if not 0 <= checked < available:
+        raise checks.refusal("row", rule, row)
+    return checked
 
 
 def _row_count(name: str, ids: Ids) -> int:

@@ -18,18 +18,17 @@ from llm_sampling import backends
 from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
 from llm_sampling.calls import make_call
 from llm_sampling.fields import FIELDS
-from llm_sampling.history import TokenHistory
+from llm_sampling.history import STATE_TENSORS, TokenHistory
 from llm_sampling.params import DTYPES, KERNEL_TENSORS, BatchParams
 from llm_sampling.tensors import is_traced, is_wrapper
 
 _BATCH_FLAGS = ("all_greedy", "any_filter")
-HISTORY_FIELDS = ("seen", "counts", "lengths", "slots")
 
 _INPUTS = ", ".join(
     [
         "Tensor logits",
         *(f"Tensor {name}" for name in KERNEL_TENSORS),
-        *(f"Tensor? {name}" for name in HISTORY_FIELDS),
+        *(f"Tensor? {name}" for name in STATE_TENSORS),
         "Tensor? allowed_mask",
         *(f"bool {name}" for name in _BATCH_FLAGS),
     ]
@@ -45,7 +44,7 @@ _LIBRARY.define("pack(Tensor values, str parameter) -> Tensor")
 
 def _inputs(call: SampleCall) -> tuple[Tensor | bool | None, ...]:
     history = [
-        None if call.history is None else getattr(call.history, name) for name in HISTORY_FIELDS
+        None if call.history is None else getattr(call.history, name) for name in STATE_TENSORS
     ]
     batch = [getattr(call.batch, name) for name in KERNEL_TENSORS]
     flags = [getattr(call.batch, name) for name in _BATCH_FLAGS]
@@ -61,7 +60,7 @@ def _call(
     """The inverse of ``_inputs``, checked like the arguments of a user."""
     logits, *rest, allowed_mask, all_greedy, any_filter = inputs
     batch = dict(zip(KERNEL_TENSORS, rest, strict=False))
-    state = dict(zip(HISTORY_FIELDS, rest[len(KERNEL_TENSORS) :], strict=True))
+    state = dict(zip(STATE_TENSORS, rest[len(KERNEL_TENSORS) :], strict=True))
     has_history = state["seen"] is not None
     params = BatchParams(
         **batch,
@@ -203,7 +202,7 @@ def _batch_from_pytree(tensors: Iterable[Any], flags: Sequence[Any]) -> BatchPar
 
 
 def _history_to_pytree(history: TokenHistory) -> tuple[list[Tensor], int]:
-    return [getattr(history, name) for name in HISTORY_FIELDS], history.vocab_size
+    return [getattr(history, name) for name in STATE_TENSORS], history.vocab_size
 
 
 def _history_from_pytree(tensors: Iterable[Any], vocab_size: int) -> TokenHistory:
@@ -234,5 +233,5 @@ pytree.register_pytree_node(
     _history_to_pytree,
     _history_from_pytree,
     serialized_type_name="llm_sampling.TokenHistory",
-    flatten_with_keys_fn=_with_keys(_history_to_pytree, HISTORY_FIELDS),
+    flatten_with_keys_fn=_with_keys(_history_to_pytree, STATE_TENSORS),
 )

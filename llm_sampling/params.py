@@ -531,6 +531,14 @@ def _pack(
         )
 
 
+def checked_position(name: str, position: object) -> int:
+    """``position`` as the int64 that has its bits; a ValueError if it is not in [-2^63, 2^64)."""
+    value = checks.integer(name, position, "integers")
+    if not -(2**63) <= value < 2**64:
+        raise refusal(name, "in [-2^63, 2^64)", position)
+    return as_int64(value)
+
+
 def positions_tensor(positions: Sequence[int] | Tensor, rows: int, device: torch.device) -> Tensor:
     """``positions`` as a contiguous int64 ``(rows,)`` tensor on ``device``.
 
@@ -550,13 +558,8 @@ def positions_tensor(positions: Sequence[int] | Tensor, rows: int, device: torch
     else:
         if not isinstance(positions, Iterable):
             raise refusal("positions", "integers, one per row", positions)
-        values = [checks.integer("positions", value, "integers") for value in positions]
-        for value in values:
-            if not -(2**63) <= value < 2**64:
-                raise refusal("positions", "in [-2^63, 2^64)", value)
-        tensor = torch.tensor(
-            [as_int64(value) for value in values], dtype=torch.int64, device=device
-        )
+        values = [checked_position("positions", value) for value in positions]
+        tensor = torch.tensor(values, dtype=torch.int64, device=device)
     if tensor.shape != (rows,):
         raise refusal("positions", f"of shape ({rows},)", tuple(tensor.shape))
     return tensor.contiguous()

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_sampling import backends
+from llm_sampling import backends, checks
 from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
 from llm_sampling.calls import check_draws, check_history, check_logits
 from llm_sampling.history import (
+    STATE_TENSORS,
     TokenHistory,
     Turn,
     alone,
     check_vocab_size,
+    checked_row,
     refuse_turn,
     selection,
     valid_ids,
 )
 from llm_sampling.masks import Mask, check_mask
-from llm_sampling.params import BatchParams, SamplingParams, list_of_params
+from llm_sampling.params import (
+    BatchParams,
+    SamplingParams,
+    as_int64,
+    checked_position,
+    list_of_params,
+)
 from llm_sampling.tensors import (
     has_memory,
     is_traced,
     is_watched,
     is_wrapper,
     not_of_inference_mode,
+    readable,
     version_of,
 )
 
 Step = Callable[[Tensor, Tensor | None], SampleOutput]
+
+#: The entries of a ``state_dict``.
+_STATE = frozenset(
+    {"vocab_size", "num_samples", "logprobs", "check", "params", "is_kept"}
+    | {"seed", "position", "history"}
+)
 
 
 class _KnownSlots:
@@ -56,6 +72,9 @@ class Sampler:
     call that raises, or that Ctrl-C ends, has changed all of the state or nothing. A Sampler keeps
     state outside of a graph, so ``torch.compile`` runs its calls in eager mode, and tracers refuse
     them; :func:`llm_sampling.sample` with positions can be a part of a graph.
+
+    A Sampler can be copied by ``copy.deepcopy`` and pickled between steps, and :meth:`state_dict`
+    is its state in plain tensors and numbers; what is made of either goes on with the same tokens.
 
     Args:
         params: one per row. A row without a seed gets one from torch's default generator, here.
@@ -101,6 +120,7 @@ class Sampler:
         self.num_samples = check_draws(num_samples, logprobs, check)
         self.logprobs = logprobs
         self.check = self.device.type == "cpu" if check is None else check
+        self._backend_name = backend
         rows = list_of_params(params, 1)
         self._params = rows
         self._backend = backends.resolve(backend, self.device)
@@ -119,6 +139,7 @@ class Sampler:
             self._batch = replace(batch.seeded(), position=position)
         self._turn = Turn()
         self._history = history
+        self._is_kept = [history is not None] * len(rows)
         self._turns = (self._turn, self._turn if history is None else history.turns[0])
         self._slots = None if history is None else _KnownSlots(history.slots)
         self._step: Step | None = None
@@ -155,8 +176,20 @@ class Sampler:
     @property
     def positions(self) -> Tensor:
         """int64 ``(rows,)``, a copy: how many tokens each row has produced."""
+        return self._position.clone()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the rows, in [0, 2^64), with those that rows without a seed have got.
+
+        Reading them waits for the device.
+        """
+        return tuple(seed % 2**64 for seed in self._batch.seed.tolist())
+
+    @property
+    def _position(self) -> Tensor:
         assert self._batch.position is not None
-        return self._batch.position.clone()
+        return self._batch.position
 
     def __call__(self, logits: Tensor, *, allowed_mask: Mask | None = None) -> SampleOutput:
         """Draw one token (or ``num_samples``) per row and advance.
@@ -308,14 +341,13 @@ class Sampler:
                     [[]] * self.rows, None, self.vocab_size, device=self.device
                 )
             slots = None if history is None else history._slots_with(prompt_ids, output_ids)
-            old = self._batch
-            assert old.position is not None
             new = BatchParams.from_list([params], positions=[position], device=self.device).seeded()
             assert new.position is not None
             self._rebuild(
                 [*self._params, params],
-                torch.cat([old.seed, new.seed]),
-                torch.cat([old.position, new.position]),
+                [*self._is_kept, history is not None],
+                torch.cat([self._batch.seed, new.seed]),
+                torch.cat([self._position, new.position]),
                 history,
                 slots,
             )
@@ -344,11 +376,11 @@ class Sampler:
         with not_of_inference_mode():
             index = selection(rows, self.rows).to(self.device)
             self._check_history()
-            assert self._batch.position is not None
             self._rebuild(
                 [self._params[row] for row in rows],
+                [self._is_kept[row] for row in rows],
                 self._batch.seed[index],
-                self._batch.position[index],
+                self._position[index],
                 self._history,
                 None if self._history is None else self._history.slots[index],
             )
@@ -356,6 +388,7 @@ class Sampler:
     def _rebuild(
         self,
         params: list[SamplingParams],
+        is_kept: list[bool],
         seed: Tensor,
         position: Tensor,
         history: TokenHistory | None,
@@ -373,4 +406,177 @@ class Sampler:
         attributes = {} if history is None else vars(history)  # history.slots cannot be assigned
         attributes["slots"] = slots
         self._history, self._turns, self._slots = history, turns, known
-        self._params, self._batch, self._step = params, batch, None
+        self._params, self._is_kept, self._batch, self._step = params, is_kept, batch, None
+
+    @alone
+    def set_params(self, row: int, params: SamplingParams) -> None:
+        """Replace a row's parameters, from the next step on; position and history stay.
+
+        Args:
+            row: the row.
+            params: its new parameters. Without a seed the row keeps the seed that it has.
+
+        Raises:
+            ValueError: there is no such row; or ``params`` turn a penalty on, and the tokens of the
+                row so far were not kept, because no row had a penalty when they came.
+        """
+        row = checked_row(row, self.rows)
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be a SamplingParams, got {params!r}")
+        self._refuse_draws(params.needs_history)
+        if params.needs_history and not self._is_kept[row]:
+            raise ValueError(
+                f"params must have no penalty where the row's history was not kept (row {row}): "
+                "give the Sampler a history at its start, or remove the row and add it again with "
+                "its prompt_ids and output_ids"
+            )
+        with not_of_inference_mode():
+            self._check_history()
+            seed = self._batch.seed.clone()
+            if params.seed is not None:
+                seed[row] = as_int64(params.seed)
+            rows = [*self._params]
+            rows[row] = params
+            history = self._history
+            self._rebuild(
+                rows,
+                self._is_kept,
+                seed,
+                self._position,
+                history,
+                None if history is None else history.slots,
+            )
+
+    @alone
+    def set_position(self, row: int, position: int) -> None:
+        """Set how many tokens a row has produced, which chooses its next random numbers.
+
+        Args:
+            row: the row.
+            position: an integer in [-2^63, 2^64), taken modulo 2^64. The history stays as it is.
+
+        Raises:
+            ValueError: there is no such row, or the position is out of its range.
+        """
+        self._position[checked_row(row, self.rows)] = checked_position("position", position)
+
+    @alone
+    def extend(self, row: int, tokens: Sequence[int] | Tensor) -> None:
+        """Record tokens that a row has got without a draw: they come next in its output.
+
+        A grammar that jumps forward and a forced end of thinking give such tokens. The row's
+        position grows by their number, as if they had been drawn, so that its later draws are those
+        of a request that is added with the same output.
+
+        Args:
+            row: the row.
+            tokens: ids in order; those outside the vocabulary are padding and are left out.
+
+        Raises:
+            ValueError: there is no such row, or an id is not an integer.
+        """
+        row = checked_row(row, self.rows)
+        ids = valid_ids("tokens", tokens, self.vocab_size)
+        self._check_history()
+        if self._history is None or self.num_samples > 1:
+            self._position[row] += len(ids)
+        else:
+            self._history.record_ids(row, ids, self._position)
+
+    @alone
+    def state_dict(self) -> dict[str, Any]:
+        """The state between two steps, which :meth:`from_state_dict` makes a Sampler of.
+
+        It consists of tensors, numbers, strings, lists and dicts, so that ``torch.save`` and
+        ``torch.load(weights_only=True)`` can store it. All are copies: later steps do not change
+        them. A history has ``4 * vocab_size`` bytes for each of its slots.
+        """
+        self._check_history()
+        history = self._history
+        return {
+            "vocab_size": self.vocab_size,
+            "num_samples": self.num_samples,
+            "logprobs": self.logprobs,
+            "check": self.check,
+            "params": [_plain(params) for params in self._params],
+            "is_kept": [*self._is_kept],
+            "seed": self._batch.seed.clone(),
+            "position": self._position.clone(),
+            "history": None
+            if history is None
+            else {name: getattr(history, name).clone() for name in STATE_TENSORS},
+        }
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Any],
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> Sampler:
+        """A Sampler that goes on where the one whose ``state_dict`` this is stood.
+
+        Its tokens are the same on every backend and device. It has a history of its own.
+
+        Args:
+            state: what :meth:`state_dict` has returned; it is not changed.
+            backend: as for :class:`Sampler`.
+            device: the logits' device. Default: that of the state's tensors.
+
+        Raises:
+            ValueError: an entry is missing or is not as :meth:`state_dict` makes it.
+            RuntimeError: the named backend cannot run here.
+        """
+        if not isinstance(state, Mapping) or not _STATE.issubset(state):
+            rule = f"a mapping with {', '.join(sorted(_STATE))}"
+            raise checks.refusal("state", rule, [*state] if isinstance(state, Mapping) else state)
+        vocab_size, history = state["vocab_size"], None
+        params = [SamplingParams(**fields) for fields in state["params"]]
+        is_kept = [checks.true_or_false("is_kept", kept) for kept in state["is_kept"]]
+        if len(is_kept) != len(params):
+            raise checks.refusal("is_kept", f"of {len(params)} rows", is_kept)
+        with not_of_inference_mode():
+            seed = _column("seed", state["seed"], len(params), device)
+            position = _column("position", state["position"], len(params), device)
+            if state["history"] is not None:
+                tensors = {
+                    name: readable(name, state["history"][name]).to(seed.device, copy=True)
+                    for name in STATE_TENSORS
+                }
+                history = TokenHistory(**tensors, vocab_size=vocab_size)
+            sampler = cls(
+                [replace(row, seed=row.seed or 0) for row in params],  # draws no seed
+                vocab_size=vocab_size,
+                history=history,
+                num_samples=state["num_samples"],
+                logprobs=state["logprobs"],
+                backend=backend,
+                device=seed.device,
+                check=state["check"],
+            )
+        sampler._params, sampler._is_kept = params, is_kept
+        sampler._batch = replace(sampler._batch, seed=seed, position=position)
+        return sampler
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), self.state_dict(), self._backend_name)
+
+
+def _column(name: str, tensor: object, rows: int, device: torch.device | str | None) -> Tensor:
+    """A copy of an int64 tensor ``(rows,)`` on the device; a ValueError if it is another one."""
+    tensor = readable(name, tensor)
+    if tensor.dtype != torch.int64 or tensor.shape != (rows,):
+        got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise ValueError(f"{name} must be torch.int64 of shape ({rows},), got {got}")
+    return tensor.to(tensor.device if device is None else device, copy=True)
+
+
+def _plain(params: SamplingParams) -> dict[str, Any]:
+    """The parameters as a dict of numbers, of which ``SamplingParams(**...)`` makes the same."""
+    bias = params.logit_bias
+    return {**asdict(params), "logit_bias": None if bias is None else dict(bias)}
+
+
+def _restored(kind: type[Sampler], state: Mapping[str, Any], backend: str) -> Sampler:
+    return kind.from_state_dict(state, backend=backend)

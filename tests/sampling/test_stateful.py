@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import ON_THE_CPU, threads
@@ -79,6 +80,8 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     position: int = 0
+    #: Whether the Sampler has a history that holds the row's whole past.
+    is_kept: bool = True
 
 
 def inside(tokens: list[int], vocab_size: int) -> list[int]:
@@ -152,6 +155,13 @@ class Histories(RuleBasedStateMachine):
         for request, token in zip(self.requests, tokens, strict=True):
             request.output = [*request.output, token]
 
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), tokens=ids)
+    def extend(self, data: st.DataObject, tokens: list[int]) -> None:
+        row = data.draw(st.integers(0, len(self.requests) - 1))
+        self.history.extend(row, tokens)
+        self.requests[row].output = [*self.requests[row].output, *tokens]
+
     @rule(keep=st.booleans())
     def clone(self, keep: bool) -> None:
         """Go on with the original or the clone; changes of the other must not show."""
@@ -224,6 +234,13 @@ REFUSED_BY_A_SAMPLER: dict[str, tuple[Callable[[Sampler], object], str]] = {
         "output_ids must hold",
     ),
     "a dict": (lambda s: s.add({"top_k": 5}), "params must be a SamplingParams"),  # type: ignore[arg-type]
+    "extend no such row": (lambda s: s.extend(s.rows, [1]), "row must be an integer in 0"),
+    "half a token": (lambda s: s.extend(0, [0.5]), "row must be an integer|tokens must hold"),  # type: ignore[list-item]
+    "params of no such row": (
+        lambda s: s.set_params(-1, SamplingParams()),
+        "row must be an integer in 0",
+    ),
+    "a large position": (lambda s: s.set_position(0, 2**64), "row must be an|position must be in"),
 }
 
 
@@ -232,8 +249,14 @@ CHANGES: dict[str, Callable[[Sampler, Tensor], object]] = {
     "step": lambda s, logits: s(logits),
     "add": lambda s, logits: s.add(CHANGE_PARAMS),
     "reorder": lambda s, logits: s.reorder(range(s.rows)[::-1]),
+    "extend": lambda s, logits: s.extend(0, CHANGE_IDS),
+    "set_params": lambda s, logits: s.set_params(0, CHANGE_PARAMS),
+    "state_dict": lambda s, logits: s.state_dict(),
 }
 CHANGE_PARAMS = SamplingParams(top_k=3)
+CHANGE_IDS = [0, 31, 0, 99]
+#: The changes that need a row.
+NEED_A_ROW = ("extend", "set_params")
 
 
 def interrupt(at: int, call: Callable[[], object]) -> None:
@@ -289,7 +312,10 @@ class Decoding(RuleBasedStateMachine):
         if num_samples > 1:
             first = [*map(without_penalties, first)]
         seeds = self.seeds(first, torch_seed)
-        self.requests = [Request(params=p, seed=s) for p, s in zip(first, seeds, strict=True)]
+        is_kept = given or any(p.needs_history for p in first)
+        self.requests = [
+            Request(params=p, seed=s, is_kept=is_kept) for p, s in zip(first, seeds, strict=True)
+        ]
         history = None
         if given:
             for request in self.requests:
@@ -327,11 +353,11 @@ class Decoding(RuleBasedStateMachine):
             return
         if self.sampler.history is None and p.needs_history:
             for request in self.requests:  # the Sampler kept no ids, as no row had a penalty
-                request.prompt, request.output = [], []
+                request.prompt, request.output, request.is_kept = [], [], False
         (seed,) = self.seeds([p], torch_seed)
         assert self.sampler.add(p, **given) == len(self.requests)
-        position = len(inside(output, self.v))
-        self.requests.append(Request(prompt, output, 0, p, seed, position))
+        position, is_kept = len(inside(output, self.v)), self.sampler.history is not None
+        self.requests.append(Request(prompt, output, 0, p, seed, position, is_kept))
 
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
@@ -345,6 +371,52 @@ class Decoding(RuleBasedStateMachine):
         order = data.draw(st.permutations(range(len(self.requests))))
         self.sampler.reorder(order)
         self.requests = [self.requests[row] for row in order]
+
+    def some_request(self, data: st.DataObject) -> tuple[int, Request]:
+        row = data.draw(st.integers(0, len(self.requests) - 1))
+        return row, self.requests[row]
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), tokens=ids)
+    def extend(self, data: st.DataObject, tokens: list[int]) -> None:
+        row, request = self.some_request(data)
+        self.sampler.extend(row, tokens)
+        self.extended(request, tokens)
+
+    def extended(self, request: Request, tokens: list[int]) -> None:
+        request.position += len(inside(tokens, self.v))
+        if self.num_samples == 1:
+            request.output = [*request.output, *tokens]
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), position=st.sampled_from((0, 7, 2**63 - 1, 2**63, 2**64 - 1, -5)))
+    def set_position(self, data: st.DataObject, position: int) -> None:
+        row, request = self.some_request(data)
+        self.sampler.set_position(row, position)
+        request.position = position
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), p=params)
+    def set_params(self, data: st.DataObject, p: SamplingParams) -> None:
+        row, request = self.some_request(data)
+        if p.needs_history and (self.num_samples > 1 or not request.is_kept):
+            with pytest.raises(ValueError, match=r"num_samples must be 1|history was not kept"):
+                self.sampler.set_params(row, p)
+            return
+        self.sampler.set_params(row, p)
+        request.params = p
+        if p.seed is not None:
+            request.seed = as_int64(p.seed)
+
+    @rule(seed=st.integers(0, 2**16), backend=st.sampled_from(ON_THE_CPU))
+    def restore(self, seed: int, backend: str) -> None:
+        """Go on with a Sampler of the same state; one on any backend takes the next step too."""
+        state, rows = self.sampler.state_dict(), len(self.requests)
+        other = Sampler.from_state_dict(state, backend=backend)
+        logits = torch.randn(rows, self.v, generator=torch.Generator().manual_seed(seed))
+        wanted = [self.alone(row, logits, None).tokens.squeeze(0).tolist() for row in range(rows)]
+        assert other(logits).tokens.tolist() == wanted
+        self.sampler = Sampler.from_state_dict(state, backend=self.backend)
 
     @rule(
         seeds=st.lists(st.integers(0, 2**16), min_size=1, max_size=4),
@@ -367,6 +439,8 @@ class Decoding(RuleBasedStateMachine):
     def interrupted(self, seed: int, at: int, change: str) -> None:
         """Ctrl-C comes as a function is called or returns; the change is done as a whole or not."""
         rows = len(self.requests)
+        if change in NEED_A_ROW and not rows:
+            return
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(rows, self.v, generator=generator)
         positions, packed = self.sampler.positions.tolist(), self.sampler._batch
@@ -374,9 +448,15 @@ class Decoding(RuleBasedStateMachine):
         interrupt(at, lambda: CHANGES[change](self.sampler, logits))
         if change == "step" and self.sampler.positions.tolist() != positions:
             self.record([self.alone(row, logits, None) for row in range(rows)])
+        elif change == "extend" and self.sampler.positions.tolist() != positions:
+            self.extended(self.requests[0], CHANGE_IDS)
         elif self.sampler._batch is not packed:
             if change == "add":
-                self.requests.append(Request(params=CHANGE_PARAMS, seed=seeds[0]))
+                is_kept = self.sampler.history is not None
+                added = Request(params=CHANGE_PARAMS, seed=seeds[0], is_kept=is_kept)
+                self.requests.append(added)
+            elif change == "set_params":
+                self.requests[0].params = CHANGE_PARAMS
             else:
                 self.requests.reverse()
 
@@ -516,6 +596,7 @@ class Decoding(RuleBasedStateMachine):
         assert self.sampler.rows == len(self.requests)
         assert self.sampler.params == tuple(r.params for r in self.requests)
         assert self.sampler.positions.tolist() == [as_int64(r.position) for r in self.requests]
+        assert self.sampler.seeds == tuple(r.seed % 2**64 for r in self.requests)
         if self.sampler.history is not None:
             assert_history(self.sampler.history, self.requests)
 
@@ -561,7 +642,8 @@ def test_a_sampler_under_other_calls(backend: str) -> None:
 # ---- Negative controls: the same runs must detect each of these faults ---------------------------
 
 TORCH = backends.BACKENDS["torch"].load()
-RIGHT_RECORD = TokenHistory.record
+RIGHT_RECORD, RIGHT_RECORD_IDS = TokenHistory.record, TokenHistory.record_ids
+RIGHT_SET_PARAMS = Sampler.set_params
 RIGHT_APPEND, RIGHT_FILL, RIGHT_GROW = TokenHistory.append, TokenHistory._fill, TokenHistory._grow
 RIGHT_ADD, RIGHT_REBUILD = Sampler.add, Sampler._rebuild
 RIGHT_SAMPLE, RIGHT_PREPARE = TORCH.sample, TORCH.prepare
@@ -586,6 +668,16 @@ def record_by_row(self: TokenHistory, tokens: Tensor, position: Tensor | None = 
 def append_padding(self: TokenHistory, tokens: Tensor) -> None:
     """Broken: ``append`` counts -1, which is padding, as token 0."""
     RIGHT_APPEND(self, tokens.clamp(min=0))
+
+
+def record_ids_once(self: TokenHistory, row: int, ids: Any, *position: Tensor) -> None:
+    """Broken: of several tokens that are recorded at once, equal ones count once."""
+    RIGHT_RECORD_IDS(self, row, np.unique(ids), *position)
+
+
+def set_params_without_a_seed(self: Sampler, row: int, params: SamplingParams) -> None:
+    """Broken: a row whose new parameters have no seed gets another seed."""
+    RIGHT_SET_PARAMS(self, row, replace(params, seed=params.seed or 0))
 
 
 def select_sorted(self: TokenHistory, rows: list[int]) -> None:
@@ -619,9 +711,11 @@ def add_without_a_position(self: Sampler, params: SamplingParams, **given: Any) 
     return row
 
 
-def rebuild_with_sorted_seeds(self: Sampler, params: Any, seed: Tensor, *rest: Any) -> None:
+def rebuild_with_sorted_seeds(
+    self: Sampler, params: Any, is_kept: Any, seed: Tensor, *rest: Any
+) -> None:
     """Broken: a change of rows sorts the seeds, so that rows get each other's."""
-    RIGHT_REBUILD(self, params, seed.sort().values, *rest)
+    RIGHT_REBUILD(self, params, is_kept, seed.sort().values, *rest)
 
 
 def rebuild_with_old_step(self: Sampler, *rows: Any) -> None:
@@ -667,6 +761,7 @@ def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
         (Histories, TokenHistory, "append", append_by_row),
         (Histories, TokenHistory, "append", append_padding),
         (Histories, TokenHistory, "select", select_sorted),
+        (Histories, TokenHistory, "record_ids", record_ids_once),
         (Histories, TokenHistory, "_fill", fill_over_old_bits),
         (Histories, TokenHistory, "_grow", grow_without_lengths),
         (Histories, TokenHistory, "clone", same_tensors),
@@ -674,7 +769,9 @@ def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
         (Decoding, TokenHistory, "select", select_sorted),
         (Decoding, TokenHistory, "_fill", fill_over_old_bits),
         (Decoding, TokenHistory, "_grow", grow_without_lengths),
+        (Decoding, TokenHistory, "record_ids", record_ids_once),
         (Decoding, Sampler, "add", add_without_a_position),
+        (Decoding, Sampler, "set_params", set_params_without_a_seed),
         (Decoding, Sampler, "_rebuild", rebuild_with_sorted_seeds),
         (Decoding, Sampler, "_rebuild", rebuild_with_old_step),
         (Decoding, Sampler, "_rebuild", rebuild_without_slots),
