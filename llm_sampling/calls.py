@@ -122,6 +122,7 @@ def check_history(
     if history.device != device:
         raise ValueError(f"history must be on the logits' device {device}, got {history.device}")
     history.check_state()
+    history.check_slots(named_once=False)  # rows that record nothing may share a slot
 
 
 def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> int:

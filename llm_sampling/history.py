@@ -120,6 +120,8 @@ class TokenHistory:
     lengths: Tensor
     slots: Tensor
     vocab_size: int
+    #: How often each slot was given to a request that was added; without those that never were.
+    fills: dict[int, int]
     _turn: Turn | None  # None for a view, which is read-only
 
     def __init__(
@@ -128,7 +130,7 @@ class TokenHistory:
         vocab_size = check_vocab_size(vocab_size)
         vars(self).update(vars(self.of_parts(seen, counts, lengths, slots, vocab_size=vocab_size)))
         self.check_state()
-        self._check_slots()
+        self.check_slots(named_once=True)
 
     def _set(self, **attributes: Any) -> None:
         vars(self).update(attributes)
@@ -160,14 +162,18 @@ class TokenHistory:
         _check_state("lengths", self.lengths, seen, "(capacity,)", (capacity,), torch.int64)
         _check_state("slots", self.slots, seen, "(rows,)", (None,))
 
-    def _check_slots(self) -> None:
-        """A ValueError if a slot does not exist or is named twice; on the CPU only."""
+    def check_slots(self, *, named_once: bool) -> None:
+        """A ValueError if a slot does not exist, or is named twice; on the CPU only.
+
+        Args:
+            named_once: whether a slot that is named twice is an error, as it is where rows record.
+        """
         if self.device.type != "cpu" or is_traced() or is_wrapper(self.slots):
             return
         values, capacity = self.slots.tolist(), self.seen.shape[0]
         if values and not 0 <= min(values) <= max(values) < capacity:
             raise ValueError(f"slots must be in 0 .. {capacity - 1}, got {values}")
-        if len(set(values)) != len(values):
+        if named_once and len(set(values)) != len(values):
             raise ValueError(f"slots must name each slot at most once, got {values}")
 
     @classmethod
@@ -311,6 +317,7 @@ class TokenHistory:
             lengths=lengths,
             slots=slots,
             vocab_size=vocab_size,
+            fills={},
             _turn=Turn(),
         )
         return history
@@ -347,7 +354,7 @@ class TokenHistory:
             raise ValueError(f"tokens must be int64 or int32, got {tokens.dtype}")
         if tokens.device != self.device:
             raise ValueError(f"tokens must be on {self.device}, got {tokens.device}")
-        self._check_slots()
+        self.check_slots(named_once=True)
         self.record(tokens)
 
     def record(self, tokens: Tensor, position: Tensor | None = None) -> None:
@@ -389,7 +396,7 @@ class TokenHistory:
         """
         row = checked_row(row, self.rows)
         ids = valid_ids("tokens", tokens, self.vocab_size)
-        self._check_slots()
+        self.check_slots(named_once=True)
         self.record_ids(row, ids)
 
     def record_ids(
@@ -445,6 +452,7 @@ class TokenHistory:
             if not free:
                 free = [self.seen.shape[0]]
                 self._grow()
+            self.fills[free[0]] = self.fills.get(free[0], 0) + 1
             self._fill(free[0], prompt, output)
             return torch.cat([self.slots, self.slots.new_tensor(free[:1])])
 

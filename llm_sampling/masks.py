@@ -58,9 +58,11 @@ def _packed(
 ) -> Tensor:
     words = -(-vocab_size // 32)
     if isinstance(allowed, np.ndarray):
-        if allowed.dtype not in (np.bool_, np.int32):
+        # a compiler takes arrays for tensors, whose dtype is looked at below
+        if not torch.compiler.is_compiling() and allowed.dtype not in (np.bool_, np.int32):
             raise ValueError(f"{name} must be {_FORMS}, got an array of {allowed.dtype}")
-        allowed = torch.from_numpy(np.ascontiguousarray(allowed))
+        # a copy, since torch takes no negative strides
+        allowed = torch.as_tensor(allowed.copy(), device="cpu")
     if isinstance(allowed, Tensor):
         tensor = readable(name, allowed)
         if tensor.dtype not in (torch.bool, torch.int32) or tensor.dim() not in (1, 2):
@@ -87,25 +89,33 @@ def _packed(
         return tensor if device is None else tensor.to(device)
     if not isinstance(allowed, Sequence) or isinstance(allowed, (str, bytes)):
         raise ValueError(f"{name} must be {_FORMS}, got {type(allowed).__name__}")
-    bits = np.zeros((len(allowed), 32 * words), dtype=np.bool_)
+    free, places, bits = [], [], []
     for row, ids in enumerate(allowed):
         if ids is None:
-            bits[row] = True
+            free.append(row)
             continue
-        tokens = checks.token_ids(f"{name}[{row}]", ids)
+        tokens = set(checks.token_ids(f"{name}[{row}]", ids))
         if tokens and min(tokens) < 0:
             raise checks.refusal(f"{name}[{row}]", "token ids >= 0, or None", min(tokens))
-        bits[row, [token for token in tokens if token < vocab_size]] = True
-    packed = np.packbits(bits, axis=1, bitorder="little").view("<i4").astype(np.int32)
-    return torch.from_numpy(packed).to("cpu" if device is None else device)
+        tokens = {token for token in tokens if token < vocab_size}
+        places += [row * words + (token >> 5) for token in tokens]
+        bits += [1 << (token & 31) for token in tokens]
+    place, bit, whole = (
+        torch.tensor(x, dtype=torch.int64, device="cpu") for x in (places, bits, free)
+    )
+    packed = torch.zeros(len(allowed) * words, dtype=torch.int64, device="cpu")
+    packed = packed.index_add(0, place, bit).view(len(allowed), words).index_fill(0, whole, -1)
+    return packed.to(torch.int32).to("cpu" if device is None else device)
 
 
 def _words(allowed: Tensor, words: int) -> Tensor:
     """Bool ``(rows, vocab_size)`` as int32 ``(rows, words)``."""
     padded = torch.nn.functional.pad(allowed, (0, 32 * words - allowed.shape[1]))
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=allowed.device)
-    octets = (padded.view(-1, 4 * words, 8) * weights).sum(-1, dtype=torch.uint8)
-    return octets.view(torch.int32)
+    octets = (padded.view(-1, words, 4, 8) * weights).sum(-1, dtype=torch.uint8)
+    shifts = torch.tensor([0, 8, 16, 24], dtype=torch.int64, device=allowed.device)
+    # a view as int32 would do as well, but torch.jit.trace cannot follow it
+    return (octets.to(torch.int64) << shifts).sum(-1).to(torch.int32)
 
 
 def check_mask(mask: object, rows: int, vocab_size: int, device: torch.device) -> Tensor:
@@ -120,8 +130,9 @@ def check_mask(mask: object, rows: int, vocab_size: int, device: torch.device) -
     if packed.shape[0] == 1 and isinstance(mask, (Tensor, np.ndarray)):
         packed = packed.expand(rows, -1)  # one row for all
     if packed.shape[0] != rows:
-        raise ValueError(
-            f"allowed_mask must have one row for each row of the logits ({rows}), or one for all, "
-            f"got {packed.shape[0]}"
-        )
+        if isinstance(mask, (Tensor, np.ndarray)):
+            rule = f"one row for each row of the logits ({rows}), or one for all"
+        else:
+            rule = f"one element for each row of the logits ({rows})"
+        raise ValueError(f"allowed_mask must have {rule}, got {packed.shape[0]}")
     return packed if packed.stride(1) == 1 else packed.contiguous()

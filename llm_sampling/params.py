@@ -359,7 +359,7 @@ class BatchParams:
 
         The first use checks everything. Later ones check again what has changed since: on the CPU
         by its values, elsewhere by torch's version counters, after which the flags are the
-        conservative ones.
+        conservative ones; everywhere by its memory, which assigning ``.data`` exchanges.
 
         Raises:
             ValueError: a tensor is not what this class says, or holds a value out of its range, or
@@ -388,12 +388,17 @@ class BatchParams:
         return known[1]
 
     def _state(self) -> dict[str, Any]:
-        """What tells whether a tensor that flags follow from has changed: values or versions."""
-        tensors = {column.name: getattr(self, column.name) for _, column in _COLUMNS}
-        tensors |= {name: getattr(self, name) for name in DTYPES if name.startswith("logit_bias")}
-        if self.device.type == "cpu":
-            return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-        return {name: version_of(tensor) for name, tensor in tensors.items()}
+        """What tells whether a tensor has other memory, or other values from which flags follow."""
+        on_cpu, state = self.device.type == "cpu", {}
+        for name in DTYPES:
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            values: object = None
+            if name not in ("seed", "unseeded", "position"):  # no flag follows from them
+                values = tensor.numpy().tobytes() if on_cpu else version_of(tensor)
+            state[name] = (values, tensor.data_ptr(), tensor.shape, tensor.stride())
+        return state
 
     def _check_tensors(self) -> bool:
         """Check everything but values. Returns whether the tensors' memory can be looked at."""

@@ -53,10 +53,11 @@ _STATE = frozenset(
 class _KnownSlots:
     """The slots of a history as a Sampler left them, to see whether somebody else changed them."""
 
-    def __init__(self, slots: Tensor) -> None:
+    def __init__(self, history: TokenHistory, slots: Tensor) -> None:
         self.slots = slots
         self.version = version_of(slots)
         self.values = slots.clone()
+        self.fills = dict(history.fills)
 
 
 class Sampler:
@@ -141,7 +142,7 @@ class Sampler:
         self._history = history
         self._is_kept = [history is not None] * len(rows)
         self._turns = (self._turn, self._turn if history is None else history.turns[0])
-        self._slots = None if history is None else _KnownSlots(history.slots)
+        self._slots = None if history is None else _KnownSlots(history, history.slots)
         self._step: Step | None = None
         self._prepared_for: tuple[object, ...] = ()
         self._least_bytes = 0
@@ -292,7 +293,15 @@ class Sampler:
                 f"from {known.values.tolist()} to {history.slots.tolist()}: add, remove and "
                 "reorder rows by the Sampler's methods"
             )
-        self._slots = _KnownSlots(history.slots)
+        if history.fills != known.fills:
+            for row, slot in enumerate(history.slots.tolist()):
+                if history.fills.get(slot) != known.fills.get(slot):
+                    raise ValueError(
+                        f"history must have the Sampler's rows, but its row {row} is another "
+                        "request that was added in the same slot: add, remove and reorder rows by "
+                        "the Sampler's methods"
+                    )
+        self._slots = _KnownSlots(history, history.slots)
 
     def _prepare(self, logits: Tensor) -> None:
         call = SampleCall(
@@ -401,7 +410,7 @@ class Sampler:
         """
         batch = BatchParams.from_list(params, device=self.device)
         batch = replace(batch, seed=seed, position=position, unseeded=None)
-        known = None if slots is None else _KnownSlots(slots)
+        known = None if history is None or slots is None else _KnownSlots(history, slots)
         turns = (self._turn, self._turn if history is None else history.turns[0])
         attributes = {} if history is None else vars(history)  # history.slots cannot be assigned
         attributes["slots"] = slots

@@ -76,6 +76,37 @@ def test_one_row_for_all(backend: str) -> None:
         assert torch.equal(sampler(logits, allowed_mask=form).tokens, at_step.tokens)
 
 
+#: One mask of 3 rows and 70 tokens in each form.
+FORMS = {
+    "ids": [[1, 5, 5, 31, 32, 69, 90], None, {64}],
+    "bool": torch.rand(ROWS, 70, generator=torch.Generator().manual_seed(3)) < 0.3,
+}
+FORMS["numpy"] = FORMS["bool"].numpy()
+FORMS["bitmask"] = pack_mask(FORMS["bool"], 70)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_every_form_is_traced(form: str) -> None:
+    logits = torch.randn(ROWS, 70, generator=torch.Generator().manual_seed(1))
+
+    def draw(x: Tensor) -> Tensor:
+        return sample(x, PARAMS, allowed_mask=FORMS[form]).tokens
+
+    expected = draw(logits)
+    torch._dynamo.reset()
+    compiled = torch.compile(draw, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(logits), expected)
+    traced = torch.jit.trace(draw, logits, check_trace=False)
+    assert torch.equal(traced(logits), expected)
+
+
+def test_a_list_needs_an_element_for_each_row(backend: str) -> None:
+    message = "allowed_mask must have one element for each row of the logits (4), got 1"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        sample(torch.zeros(4, 70), PARAMS, allowed_mask=[[1]], backend=backend)
+
+
 def test_a_free_row_and_one_that_allows_nothing(backend: str) -> None:
     logits = torch.zeros(3, 40)
     kept = filter_logits(logits, PARAMS, allowed_mask=[None, [], [39, 0]], backend=backend) == 0

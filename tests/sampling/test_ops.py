@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._higher_order_ops.while_loop import while_loop
 from torch.utils import _pytree as pytree
 
 from llm_sampling import (
@@ -536,6 +537,36 @@ def test_export_takes_a_batch_and_a_history(logits, history, strict):
                 exported.module()(logits * scale, batch, history),
                 Exported()(logits * scale, batch, history),
             )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_batch_that_is_made_inside(logits, history, strict):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            batch = BatchParams.from_list(PARAMS, positions=[0, 5, 2**40, 2**64 - 1])
+            return sample(x, batch, history=history).tokens
+
+    program = torch.export.export(Model(), (logits,), strict=strict)
+    assert torch.equal(program.module()(logits), sample(logits, BATCH, history=history).tokens)
+
+
+def test_a_loop_inside_of_a_graph(logits):
+    """The body of while_loop draws at the position that it counts, with parameters made there."""
+
+    def loop(x):
+        def draw(position, total):
+            params = SamplingParams(top_k=9, temperature=0.7, seed=3)
+            tokens = sample(x, params, positions=position.expand(len(x))).tokens
+            return position + 1, total * 100 + tokens
+
+        start = torch.zeros((), dtype=torch.int64), torch.zeros(len(x), dtype=torch.int64)
+        return while_loop(lambda position, total: position < 3, draw, start)[1]
+
+    params, expected = SamplingParams(top_k=9, temperature=0.7, seed=3), torch.zeros(4).long()
+    for position in range(3):
+        tokens = sample(logits, params, positions=[position] * 4).tokens
+        expected = expected * 100 + tokens
+    assert torch.equal(torch.compile(loop, fullgraph=True, backend="eager")(logits), expected)
 
 
 @pytest.mark.parametrize("strict", [False, True])

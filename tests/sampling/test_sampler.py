@@ -573,6 +573,29 @@ def test_two_samplers_that_share_a_history(backend):
     second(logits[3])
 
 
+def test_another_request_in_a_shared_slot(backend):
+    """A slot that was freed and filled again keeps its number and holds another request."""
+    first, history = _shared(backend)
+    second = Sampler(PARAMS, vocab_size=V, history=history, backend=backend)
+    slots = history.slots.tolist()
+    first.remove([4])
+    first.add(PARAMS[4], prompt_ids=[9])
+    assert history.slots.tolist() == slots
+    before = _state(history)
+    message = "history must have the Sampler's rows, but its row 4 is another request"
+    for call in (
+        lambda: second(torch.zeros(5, V)),
+        lambda: second.reorder([1, 0, 2, 3, 4]),
+        lambda: second.add(PARAMS[0]),
+        lambda: second.state_dict(),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            call()
+    assert _state(history) == before
+    expected = _expect(first, history, torch.zeros(5, V), backend)
+    assert first(torch.zeros(5, V)).tokens.tolist() == expected
+
+
 def test_a_shared_history_that_grew_and_shrank(backend):
     """After add() and select() the history has its rows again, but in other memory."""
     sampler, history = _shared(backend)
@@ -767,7 +790,7 @@ def test_bad_logits_at_any_step(backend, logits, message):
         (torch.zeros(5, 1, dtype=torch.int32), " = 2 columns, got 1: "),
         (torch.zeros(5, V - 1, dtype=torch.bool), " = 37 columns, got 36: "),
         (torch.zeros(5, 2, dtype=torch.int32, device="meta"), "logits' device cpu, got meta"),
-        ([[0, 0]] * 4, " (5), or one for all, got 4"),
+        ([[0, 0]] * 4, "one element for each row of the logits (5), got 4"),
     ],
     ids=["int64", "narrow", "narrow bool", "device", "rows"],
 )

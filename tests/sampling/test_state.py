@@ -31,6 +31,7 @@ from llm_sampling import (
 )
 from llm_sampling.backends import BACKENDS
 from llm_sampling.generation.models import ModelError, NotInstalledError
+from llm_sampling.params import DTYPES
 from llm_sampling.tools.cli.console import CommandError
 
 V = 1000
@@ -258,6 +259,17 @@ def test_a_history_s_parts_cannot_be_assigned(name: str) -> None:
     assert getattr(history, name) is value
 
 
+@pytest.mark.parametrize("slots", [[0, 1, 9], [0, -1, 2]])
+def test_slots_out_of_range_in_a_plain_call(backend: str, slots: list[int]) -> None:
+    history = TokenHistory.from_ids([[1], [2, 2], []], None, V)
+    history.slots.copy_(torch.tensor(slots))
+    for call in (sample, filter_logits):
+        with pytest.raises(
+            ValueError, match=rf"^slots must be in 0 \.\. 2, got {re.escape(str(slots))}"
+        ):
+            call(steps(1)[0], PARAMS, history=history, backend=backend)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("slots", [[0, 0, 1], [0, 1, 3], [0, 1, -1]])
 def test_slots_that_were_changed_in_place(backend: str, slots: list[int]) -> None:
     """Two rows of one slot would both be recorded there; no memory belongs to other slots."""
@@ -356,6 +368,25 @@ def test_parameters_changed_in_place_are_followed(backend: str) -> None:
         assert batch.checked().any_filter is any(
             asked.get(f, off) != off for f, off in (("top_k", 0), ("top_p", 1.0))
         )
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_parameters_whose_memory_is_exchanged(backend: str, name: str) -> None:
+    """Memory that no longer fits is refused after the first use too, whatever its values are."""
+    params = [SamplingParams(logit_bias={1: 1.0, 2: 1.0}), *PARAMS[1:]]
+    batch = BatchParams.from_list(params, positions=[4, 4, 4])
+    history = TokenHistory.from_ids([[1], [2, 2], []], None, V)
+    tensor: Tensor = getattr(batch, name)
+    whole = tensor.clone()
+    options: dict[str, Any] = {"history": history, "backend": backend}
+    sample(steps(1)[0], batch, **options)
+    for wrong in (whole[:1].clone(), whole.repeat_interleave(2)[::2]):
+        tensor.data = wrong
+        for call in (sample, filter_logits):
+            with pytest.raises(ValueError, match=r"^\w+ must (have shape|be contiguous)"):
+                call(steps(1)[0], batch, **options)  # type: ignore[operator]
+    tensor.data = whole
+    sample(steps(1)[0], batch, **options)
 
 
 def test_parameters_changed_behind_torch_s_back(backend: str) -> None:

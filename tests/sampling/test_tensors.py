@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -115,6 +119,7 @@ def shared(x: Tensor) -> Tensor:
 READABLE: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda x: x,
     "negated": negated,
+    "negated as a whole": lambda x: torch._neg_view(-x),
     "negated and transposed": lambda x: negated(x.t().contiguous()).t(),
     "parameter": torch.nn.Parameter,
     "buffer": lambda x: torch.nn.Buffer(x.clone()),
@@ -181,11 +186,20 @@ REFUSED: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "None": (lambda x: None, "must be a torch.Tensor, got NoneType"),
 }
 
+
+def prepared(x: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """Take a second step with ``x``, for which the first one has prepared the call."""
+    sampler = Sampler([PARAMS] * len(x), vocab_size=V, backend=backend)
+    sampler(torch.zeros(x.shape, dtype=x.dtype))
+    return sampler(x)[::2]
+
+
 #: The ways in: name -> a call that returns tensors.
 WAYS_IN: dict[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
     "sample": lambda x, b: sample(x, PARAMS, logprobs="raw", backend=b),  # type: ignore[dict-item]
     "filter_logits": lambda x, b: (filter_logits(x, PARAMS, backend=b),),
     "Sampler": lambda x, b: Sampler([PARAMS] * len(x), vocab_size=V, backend=b)(x)[::2],
+    "prepared": prepared,
 }
 
 
@@ -195,13 +209,13 @@ WAYS_IN: dict[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
 def test_every_kind_gives_what_a_plain_copy_gives(
     backend: str, logits: Tensor, kind: str, way: str, dtype: torch.dtype
 ) -> None:
-    if dtype == torch.bfloat16 and ("negated" in kind or "numpy" in kind):
+    if dtype == torch.bfloat16 and kind in ("negated", "negated and transposed", "numpy's memory"):
         pytest.skip("torch has no complex bfloat16, and numpy has no bfloat16")
     plain = logits.to(dtype)
     given_ = READABLE[kind](plain.clone())
     before = plain.clone()
     call = WAYS_IN[way]
-    if kind == "wrapper" and way == "Sampler":
+    if kind == "wrapper" and way in ("Sampler", "prepared"):
         with pytest.raises(ValueError, match=r"^logits must be a plain tensor outside of tracers"):
             call(given_, backend)
         return
@@ -212,7 +226,7 @@ def test_every_kind_gives_what_a_plain_copy_gives(
     assert torch.equal(plain, before)
 
 
-@pytest.mark.parametrize("way", WAYS_IN)
+@pytest.mark.parametrize("way", ["sample", "filter_logits", "Sampler"])
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_no_kernel_can_read_is_refused_by_name(
     backend: str, logits: Tensor, kind: str, way: str
@@ -230,6 +244,24 @@ def test_what_no_kernel_can_read_is_refused_by_name(
         return
     with pytest.raises(ValueError, match=f"^logits {re.escape(message)}"):
         WAYS_IN[way](make(logits), backend)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_a_dtensor_is_refused_by_name(
+    backend: str, logits: Tensor, mesh: DeviceMesh, way: str
+) -> None:
+    given = distribute_tensor(logits, mesh)
+    with pytest.raises(ValueError, match=r"^logits must not be a DTensor: sample_sharded takes"):
+        WAYS_IN[way](given, backend)
 
 
 def test_a_zero_tensor_has_no_memory(backend: str) -> None:
