@@ -377,7 +377,6 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
 
 
 @not_inside
-@pytest.mark.sweep
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "wrong", "expression"),

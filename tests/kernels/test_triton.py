@@ -292,7 +292,7 @@ def test_everything_in_the_interpreter(name, markers):
             "temperature",
             "bad_temperature",
         ),
-        (" > 1) & (bracket.high - bracket.low > 1):", " > 1):", "that_change"),
+        (" & (bracket.high > bracket.low + 1):", ":", "that_change"),
         (" & (first < last):", ":", "that_change"),
         ("tl.where(is_drawn, ids, -1)", "tl.where(is_drawn, ids, 0)", "that_change"),
         ("            if smallest < 0:", "            if smallest < -1:", "that_change"),
