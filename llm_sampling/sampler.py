@@ -534,7 +534,7 @@ class Sampler:
             device: the logits' device. Default: that of the state's tensors.
 
         Raises:
-            ValueError: an entry is missing or is not as :meth:`state_dict` makes it.
+            ValueError, TypeError: an entry is missing or is not as :meth:`state_dict` makes it.
             RuntimeError: the named backend cannot run here.
         """
         if not isinstance(state, Mapping) or not _STATE.issubset(state):

@@ -41,5 +41,5 @@ pytest=(python -m pytest -q -n 0 -m 'not model and not sweep and not slow and no
   tests/tools/test_cli.py tests/tools/test_cli_tune.py tests/tools/test_tuning.py
 [ -z "${TORCH:-}" ] || exit 0
 
-"${pytest[@]}" tests/sampling/test_{edges,golden,history,ops,params,refusals,sampler}.py \
+"${pytest[@]}" tests/sampling/test_{edges,golden,history,masks,ops,params,refusals,sampler,sampler_changes,state}.py \
   tests/kernels/test_triton.py tests/kernels/test_triton_compile.py
