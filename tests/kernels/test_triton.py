@@ -232,6 +232,12 @@ def test_ctrl_c_while_triton_is_imported_is_no_reason(tmp_path):
 
 # The interpreter
 
+
+def version_of(module):
+    """Return the first two numbers of a module's version."""
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
 #: What runs in the interpreter: -k's expression by file, and how many cases must pass at least in
 #: the default run and in that of -m sweep.
 INTERPRETED_FILES = {
@@ -257,7 +263,13 @@ INTERPRETED_FILES = {
 @pytest.mark.parametrize("name", INTERPRETED_FILES)
 def test_everything_in_the_interpreter(name, markers):
     """Tokens, status and filtered logits equal the reference's, to the bit."""
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if name != "sampling/test_vectors.py" and version_of(triton) < (3, 9):
+        pytest.skip(
+            f"the interpreter of triton {triton.__version__} may round tl.fma twice and give NaN "
+            "for the maximum of NaN and a number, which its compiled code does not; 3.9's does as "
+            "compiled code does"
+        )
     expression, *least = INTERPRETED_FILES[name]
     done = subprocess.run(
         [

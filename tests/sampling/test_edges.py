@@ -182,9 +182,14 @@ SAMPLE_REFUSED = [
             torch.ones(3, 2, dtype=torch.int32),
             torch.ones(0, 2, dtype=torch.int32),
             np.ones((3, V), dtype=np.bool_),
-            [[1]],  # a list has an element for each row
-            [],
         )
+    ],
+    *[
+        (
+            {"allowed_mask": mask},
+            f"allowed_mask must have one element for each row of the logits (2), got {len(mask)}",
+        )
+        for mask in ([[1]], [], [None] * 3)
     ],
     (
         {"allowed_mask": torch.ones(2, V, dtype=torch.int32)},

@@ -542,12 +542,13 @@ def test_export_takes_a_batch_and_a_history(logits, history, strict):
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_of_a_batch_that_is_made_inside(logits, history, strict):
     class Model(torch.nn.Module):
-        def forward(self, x):
+        def forward(self, x, history):
             batch = BatchParams.from_list(PARAMS, positions=[0, 5, 2**40, 2**64 - 1])
             return sample(x, batch, history=history).tokens
 
-    program = torch.export.export(Model(), (logits,), strict=strict)
-    assert torch.equal(program.module()(logits), sample(logits, BATCH, history=history).tokens)
+    program = torch.export.export(Model(), (logits, history), strict=strict)
+    expected = sample(logits, BATCH, history=history).tokens
+    assert torch.equal(program.module()(logits, history), expected)
 
 
 def test_a_loop_inside_of_a_graph(logits):
