@@ -29,4 +29,4 @@ def test_what_the_default_run_leaves_ci_runs():
     left = re.search(r"^addopts = .*-m '(.*)'", settings, re.MULTILINE)[1]
     assert left == " and ".join(f"not {m}" for m in ("sweep", "slow", "large", "gpu", "vllm"))
     commands = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
-    assert "python -m pytest -m sweep" in commands
+    assert "python -m pytest -m sweep --durations=25" in commands
