@@ -82,9 +82,14 @@ SOME_INTERPRETED = {
     "test_triton_interpreted.py::test_small_tiles": Some(dtype=()),
     "test_triton_interpreted.py::test_small_tiles_on_hard_rows": Some(7),
 }
-#: Whole tests and single cases that take ten seconds or more, or whose fixtures take that long to
-#: build.
+#: Whole tests and single cases that take many seconds, or whose fixtures take that long to build.
 LONG = {
+    "test_interrupt.py::test_ctrl_c_leaves_a_usable_prompt",
+    "test_interrupt.py::test_what_is_interrupted_here_is_so_where_the_parent_ignores_ctrl_c",
+    "test_load.py::test_nothing_is_kept",
+    "test_cli.py::test_ctrl_c_and_a_closed_pipe_end_a_running_stream",
+    "test_distributed.py::test_a_rank_that_does_not_come_is_an_error_of_the_others",
+    "test_huggingface.py::test_the_three_ways_on_a_real_model_with_padding",
     "test_c_interface.py::test_the_arithmetic_in_cpp",
     "test_distributed.py::test_the_benchmark_checks_and_times_both",
     "test_fuzz.py::test_a_broken_kernel_is_found[a tie too few]",

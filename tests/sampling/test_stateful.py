@@ -675,9 +675,9 @@ def record_ids_once(self: TokenHistory, row: int, ids: Any, *position: Tensor) -
     RIGHT_RECORD_IDS(self, row, np.unique(ids), *position)
 
 
-def set_params_without_a_seed(self: Sampler, row: int, params: SamplingParams) -> None:
-    """Broken: a row whose new parameters have no seed gets another seed."""
-    RIGHT_SET_PARAMS(self, row, replace(params, seed=params.seed or 0))
+def set_params_in_the_first_row(self: Sampler, row: int, params: SamplingParams) -> None:
+    """Broken: the first row gets the new parameters, whichever row they are for."""
+    RIGHT_SET_PARAMS(self, 0, params)
 
 
 def select_sorted(self: TokenHistory, rows: list[int]) -> None:
@@ -769,9 +769,8 @@ def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
         (Decoding, TokenHistory, "select", select_sorted),
         (Decoding, TokenHistory, "_fill", fill_over_old_bits),
         (Decoding, TokenHistory, "_grow", grow_without_lengths),
-        (Decoding, TokenHistory, "record_ids", record_ids_once),
         (Decoding, Sampler, "add", add_without_a_position),
-        (Decoding, Sampler, "set_params", set_params_without_a_seed),
+        (Decoding, Sampler, "set_params", set_params_in_the_first_row),
         (Decoding, Sampler, "_rebuild", rebuild_with_sorted_seeds),
         (Decoding, Sampler, "_rebuild", rebuild_with_old_step),
         (Decoding, Sampler, "_rebuild", rebuild_without_slots),
