@@ -56,8 +56,13 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the tests that only run with -m sweep or -m slow."""
+    """Mark the tests that only run with -m sweep or -m slow, and put the longest tests first.
+
+    The longest ones start a process that runs for minutes, and at the end of a run no other test
+    would be left for the second worker.
+    """
     selection.mark(items)
+    items.sort(key=lambda item: item.originalname != "test_everything_in_the_interpreter")
 
 
 def _patch_less_often():
