@@ -120,7 +120,7 @@ class TokenHistory:
     lengths: Tensor
     slots: Tensor
     vocab_size: int
-    #: How often each slot was given to a request that was added; without those that never were.
+    #: Slot -> how many requests :meth:`add` has put into it. A slot that is not named has had none.
     fills: dict[int, int]
     _turn: Turn | None  # None for a view, which is read-only
 

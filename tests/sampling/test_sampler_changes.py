@@ -40,7 +40,7 @@ def tokens_of(sampler, steps):
 
 
 def seeded(sampler):
-    """Return the rows' parameters with the seeds that the rows have."""
+    """Return each row's parameters, with the seed that the row draws with."""
     return [replace(p, seed=s) for p, s in zip(sampler.params, sampler.seeds, strict=True)]
 
 

@@ -248,7 +248,7 @@ def test_what_no_kernel_can_read_is_refused_by_name(
 
 @pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
-    """A mesh of this process alone."""
+    """A device mesh whose only rank is this process."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield DeviceMesh("cpu", [0])
