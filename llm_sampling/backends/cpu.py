@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import SampleCall, SampleOutput, raise_on_status
+from llm_sampling.backends.base import SampleCall, SampleOutput
 
 DEVICE_TYPES = frozenset({"cpu"})
 
@@ -20,8 +20,8 @@ def why_unavailable() -> str | None:
 
 
 def sample(call: SampleCall) -> SampleOutput:
-    """Draw tokens in one call of the kernel, which advances the rows only if ``check`` lets it."""
-    return _checked(call, native.sample(call, LIBRARY.run))
+    """Draw tokens in one call of the kernel."""
+    return native.sample(call, LIBRARY.run)
 
 
 def filter_logits(call: SampleCall) -> Tensor:
@@ -31,13 +31,4 @@ def filter_logits(call: SampleCall) -> Tensor:
 
 def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
     """Keep what the kernel is called with between steps."""
-    step = native.prepare(call, LIBRARY.run)
-    if not call.check:
-        return step
-    return lambda logits, allowed_mask: _checked(call, step(logits, allowed_mask))
-
-
-def _checked(call: SampleCall, output: SampleOutput) -> SampleOutput:
-    if call.check:
-        raise_on_status(output.status)
-    return output
+    return native.prepare(call, LIBRARY.run)

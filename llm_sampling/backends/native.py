@@ -6,11 +6,11 @@ import ctypes
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from llm_sampling.backends.base import (
     IMPORTED_BY,
@@ -18,6 +18,7 @@ from llm_sampling.backends.base import (
     SampleOutput,
     check_state,
     make_results,
+    raise_on_status,
 )
 from llm_sampling.backends.c_abi import (
     ABI_VERSION,
@@ -116,11 +117,13 @@ Run = Callable[[SampleArgs], None]
 
 
 def sample(call: SampleCall, run: Run) -> SampleOutput:
-    """Draw tokens in one call of the kernel."""
+    """Draw tokens in one call of the kernel, which advances the rows only if ``check`` lets it."""
     args = make_args(call)
     output = make_results(call)
     set_results(args, output)
     run(args)
+    if call.check:
+        raise_on_status(output.status)
     return output
 
 
@@ -138,47 +141,52 @@ def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], Sam
     """Keep the args struct between steps, so that a step costs a few microseconds of Python."""
     args = make_args(call)
     held = None if call.history is None else _Held(call)
-    like = make_results(call)
-    results = _results(like)
+    check = call.check
+    results: list[SampleOutput] = []
 
     def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
-        nonlocal held, results
-        args.num_threads = torch.get_num_threads()
+        nonlocal held
+        args.num_threads = get_num_threads()
         set_logits(args, logits, allowed_mask)
         if held is not None and not held.is_right():
             held = _Held(call)
             set_history(args, call)
-        output = next(results, None)
-        if output is None:  # Ctrl-C inside the generator has ended it
-            results = _results(like)
-            output = next(results)
+        if not results:
+            results.extend(_make_many_results(call))
+        output = results.pop()
         set_results(args, output)
         run(args)
+        if check:
+            raise_on_status(output.status)
         return output
 
     return step
 
 
-def _results(like: SampleOutput) -> Iterator[SampleOutput]:
-    """Result tensors for one step after another, without end.
+def _make_many_results(call: SampleCall) -> list[SampleOutput]:
+    """Make result tensors for one step or more.
 
-    On the CPU those of many steps are allocated together, which takes a quarter of the time.
+    On the CPU those of many steps are allocated together, which takes a third of the time.
     Elsewhere each step has an allocation of its own, because a captured graph must own its memory.
     """
-    tokens = like.tokens
-    while tokens.device.type != "cpu":
-        logprobs = None if like.logprobs is None else torch.empty_like(like.logprobs)
-        yield SampleOutput(torch.empty_like(tokens), logprobs, torch.empty_like(like.status))
-    steps = max(1, min(64, 2**16 // max(1, tokens.numel())))
-    while True:
-        with torch.inference_mode(False):  # a later step may run outside of inference mode
-            parts = [
-                itertools.repeat(None, steps)
-                if x is None
-                else x.new_empty(steps, *x.shape).unbind()
-                for x in like
-            ]
-        yield from map(SampleOutput, *parts)
+    like = make_results(call)
+    if like.tokens.device.type != "cpu":
+        return [like]
+    steps = max(1, min(64, 2**16 // max(1, like.tokens.numel())))
+    with torch.inference_mode(False):  # a later step may run outside of inference mode
+        # "Unsafe" parts are independent for autograd: one that a graph has saved stays valid when
+        # another is changed in place.
+        parts = [
+            itertools.repeat(None)
+            if x is None
+            else x.new_empty(steps * len(x), *x.shape[1:]).unsafe_split_with_sizes([len(x)] * steps)
+            for x in like
+        ]
+    return list(map(_as_output, zip(*parts, strict=False)))
+
+
+#: ``SampleOutput._make`` without its check of the length.
+_as_output = functools.partial(tuple.__new__, SampleOutput)
 
 
 class _Held:

@@ -290,6 +290,25 @@ def test_an_error_advances_nothing(backend, value, keep_from, message):
     assert torch.equal(sampler.positions, position)
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("logprobs", [None, "raw"])
+def test_the_results_of_two_steps_are_independent(backend, logprobs, rows):
+    """Tokens that a graph has saved stay as they are when another step's are changed in place."""
+    sampler = Sampler(PLAIN[:rows], vocab_size=V, logprobs=logprobs, backend=backend)
+    embedding = torch.nn.Embedding(V, 4)
+    outputs = [sampler(logits) for logits in _logits(13, rows, steps=70)]
+    loss = sum(embedding(output.tokens).sum() for output in outputs[::2])
+    for output in outputs[1::2]:
+        for result in output:
+            if result is not None:
+                result.zero_()
+    loss.backward()
+    counts = torch.zeros(V).index_add_(
+        0, torch.cat([output.tokens for output in outputs[::2]]), torch.ones(35 * rows)
+    )
+    assert torch.equal(embedding.weight.grad, counts[:, None].expand(V, 4))
+
+
 def test_check_can_be_off(backend):
     sampler = Sampler(PLAIN, vocab_size=V, backend=backend, check=False)
     logits = torch.zeros(3, V)
