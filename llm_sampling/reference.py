@@ -227,13 +227,18 @@ def _logprobs(call: SampleCall, tokens: Tensor, w: Tensor, s: Tensor) -> Tensor 
     if call.logprobs == "processed":
         result = w.gather(-1, index).double().log() - s.double().log().unsqueeze(-1)
     else:
-        x = call.logits.to(torch.float64)
-        x = torch.where(x.isnan(), -_INF, x)
-        # the mass is shared by the +inf tokens, as in step 9
-        top = x.amax(-1, keepdim=True)
-        x = torch.where(top == _INF, torch.where(x == _INF, 0.0, -_INF), x)
-        result = x.log_softmax(-1).gather(-1, index)
+        result = raw_logprobs(call.logits).gather(-1, index)
     return result.masked_fill(tokens < 0, float("nan")).to(torch.float32)
+
+
+def raw_logprobs(logits: Tensor) -> Tensor:
+    """The log-softmax of the logits of step 1, float64; a NaN counts as -inf."""
+    x = logits.to(torch.float64)
+    x = torch.where(x.isnan(), -_INF, x)
+    # the mass is shared by the +inf tokens, as in step 9
+    top = x.amax(-1, keepdim=True)
+    x = torch.where(top == _INF, torch.where(x == _INF, 0.0, -_INF), x)
+    return x.log_softmax(-1)
 
 
 def filter_logits(call: SampleCall) -> Tensor:

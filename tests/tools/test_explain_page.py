@@ -102,20 +102,25 @@ def moved(source: str, settings: Sequence[Setting], folder: Path) -> list[dict[s
 
 # ---- rows and settings ---------------------------------------------------------------------------
 
-BIAS = {70: 1.3, 700: -2.7, 5000: 9.0}
+#: The tokens 3 and 5 are banned.
+BIAS = {3: -INF, 5: -INF, 70: 1.3, 700: -2.7, 5000: 9.0}
 
 
 def ties() -> Tensor:
-    """Return 3,000 multiples of 1/8, so that most tokens have ties; a few are -inf."""
+    """Return 3,000 multiples of 1/8, so that most tokens have ties; a few are -inf.
+
+    The banned tokens are at +inf and NaN: the ban makes them harmless, so no row is refused.
+    """
     generator = torch.Generator().manual_seed(1)
     row = (torch.randn(3000, generator=generator) * 24).round() / 8
     row[torch.randperm(3000, generator=generator)[:20]] = -INF
     row[7] = -0.0
+    row[3], row[5] = INF, math.nan
     return row
 
 
 def plateau() -> Tensor:
-    """Return 64 equal logits: all masses are at their maximum, every threshold is among ties."""
+    """Return 64 equal logits: all masses but those of two banned tokens are at their maximum."""
     return torch.zeros(64)
 
 

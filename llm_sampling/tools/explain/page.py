@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def page(
         "texts": [visible(text) for text in texts],
         "fields": {name: {"rule": FIELDS[name].rule, "off": FIELDS[name].off} for name in SETTINGS},
         "settings": {name: getattr(params, name) for name in SETTINGS},
-        # It is inf if min-p is off, and JSON has no inf.
-        "min_p_cut": None if batch.min_p_cut.isinf().item() else batch.min_p_cut.item(),
-        "bias": [[token, value] for token, value in bias if token < len(texts)],
+        # JSON has no inf: null is a min-p that is off, and the bias of a banned token.
+        "min_p_cut": _finite(batch.min_p_cut.item()),
+        "bias": [[token, _finite(value)] for token, value in bias if token < len(texts)],
         "seen": seen,
         "counts": counts,
     }
@@ -74,6 +75,10 @@ def page(
     for c in "<>&":
         text = text.replace(c, f"\\u{ord(c):04x}")
     return _TEMPLATE.read_text(encoding="utf-8").replace(_DATA_MARK, text, 1)
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def _history_of_one(history: TokenHistory | None) -> tuple[list[int], list[list[int]]]:

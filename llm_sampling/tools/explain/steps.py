@@ -44,9 +44,10 @@ class Explanation:
         logits: float64, the model's own.
         processed: float64, the logits after bias and penalties (steps 2 to 6).
         order: int64, the ids from the best token to the worst (step 7).
-        probabilities: stage to float64. "raw" is the softmax of ``logits``. The others are the
-            masses of step 10 divided by their sum over the tokens kept so far; "penalties" uses
-            temperature 1. :func:`~llm_sampling.sample` draws from those of "min_p".
+        probabilities: stage to float64. "raw" is the softmax of ``logits``, in which a NaN counts
+            as -inf and the tokens at +inf share the mass. The others are the masses of step 10
+            divided by their sum over the tokens kept so far; "penalties" uses temperature 1.
+            :func:`~llm_sampling.sample` draws from those of "min_p".
         kept_after: stage to bool. A kept token may have probability 0; it is never drawn.
         cut_by: for each token a value of :data:`CUTS`, or None if it is kept to the end.
     """
@@ -92,7 +93,7 @@ def explain(
     call = checked_call(logits, params, history)
     x, _ = reference.processed_logits(call)
     own = call.logits[0].double()
-    probabilities = {"raw": own.softmax(-1)}
+    probabilities = {"raw": reference.raw_logprobs(call.logits)[0].exp()}
     kept_after = {"raw": own > -torch.inf}
     # Each stage is the reference's result with the later filters switched off.
     for position, stage in enumerate(STAGES[1:], 2):
@@ -174,7 +175,9 @@ def rows(explanation: Explanation, top: int = 20) -> list[Row]:
         ValueError: ``top`` is not an integer >= 1.
     """
     checks.integer_at_least("top", top, 1)
-    own = torch.sort(explanation.logits, descending=True, stable=True).indices[:top]
+    logits = explanation.logits
+    logits = torch.where(logits.isnan(), -torch.inf, logits)
+    own = torch.sort(logits, descending=True, stable=True).indices[:top]
     shown = {*own.tolist(), *explanation.order[:top].tolist()}
     # The whole order is searched: penalties can move the model's best token to the end.
     ids = [token for token in explanation.order.tolist() if token in shown]
