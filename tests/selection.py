@@ -59,6 +59,7 @@ SOME = {
     "test_distributed.py::test_every_row_with_every_mix": Some(ranks=(1, 3)),
     "test_distributed.py::test_every_vocabulary": Some(ranks=(1, 3)),
     "test_distributed.py::test_large_vocabularies": Some(ranks=(1, 3)),
+    "test_distributed.py::test_digits_of_any_width_give_the_same_tokens": Some(3),
     "test_distribution.py::test_frequencies_are_the_softmax": Some(3),
     "test_golden.py::test_every_build_gives_them": Some(5),
     "test_differential.py::test_a_broken_backend_is_found_and_shown": Some(3),
@@ -120,6 +121,14 @@ LONG = {
     "test_supply.py::test_the_wheel_installs_without_an_index_and_draws",
     "test_cli.py::test_a_chat_that_no_longer_fits_ends",
     "test_objectives.py::test_a_real_model_answers_and_repeats_itself",
+    "test_benchmarks.py::test_a_wrong_answer_of_ours_fails_the_command",
+    "test_benchmarks.py::test_the_compiled_one_too",
+    "test_cli_explain.py::test_a_reader_that_has_gone[explain]",
+    "test_explain_page.py::test_the_page_keeps_what_sample_keeps[real-sized]",
+    "test_interrupt.py::"
+    "test_a_command_that_is_started_with_ctrl_c_ignored_keeps_it_ignored",
+    "test_load.py::test_a_data_loader_whose_workers_sample[spawn]",
+    "test_tune_training.py::test_a_resumed_search_keeps_its_finished_trials",
 }
 LONG_INTERPRETED = {
     "test_edges.py::test_num_samples_of_many[triton]",
