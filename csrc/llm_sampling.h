@@ -32,6 +32,15 @@ enum {
   LLM_SAMPLING_ADVANCE_IF_ALL_VALID = 2  // only if the status of every row is 0
 };
 
+// Values of LlmSamplingArgs.position_of: what an entry of `position` belongs to.
+enum {
+  LLM_SAMPLING_POSITION_OF_ROW = 0,
+  LLM_SAMPLING_POSITION_OF_SLOT = 1,
+  // An entry for each row, which is the place in the whole text of the token whose logits these are: the
+  // row's position is position[row] + 1 - prompt_lengths[slot]. It is not advanced.
+  LLM_SAMPLING_POSITION_OF_TEXT = 2
+};
+
 // Bits of LlmSamplingArgs.status.
 enum {
   LLM_SAMPLING_STATUS_NAN = 1,
@@ -66,12 +75,12 @@ typedef struct LlmSamplingArgs {
   int32_t logprobs_mode;
   int32_t advance;      // record tokens in seen, counts, lengths and position
   int32_t num_threads;  // >= 1; CPU only
-  int32_t reserved;
+  int32_t position_of;
 
   const void* logits;  // (rows, vocab_size), never written
   int64_t logits_stride;
 
-  // Parameters, (rows,) each.
+  // Parameters, (rows,) each; with param_slots (num_param_slots,) each.
   const float* temperature;
   const int32_t* top_k;
   const float* top_p;
@@ -81,7 +90,7 @@ typedef struct LlmSamplingArgs {
   const float* presence_penalty;
   const int32_t* min_tokens_to_keep;
   const int64_t* seed;
-  int64_t* position;  // written where advance says so
+  int64_t* position;  // as position_of says; written where advance says so
 
   // Sparse bias: row r owns entries [offsets[r], offsets[r + 1]); NULL offsets: no bias. A value is finite,
   // or -infinity, which bans the token.
@@ -109,6 +118,16 @@ typedef struct LlmSamplingArgs {
   int32_t* status;  // (rows,)
   float* filtered;  // (rows, vocab_size): processed logits over temperature, -inf if cut
   int64_t filtered_stride;
+
+  // Parameters of slots: row r has those of slot param_slots[r], which rows may share. A row whose slot is
+  // -1 is padding: its logits are not read, its token is -1 and its status 0. Any other slot that does not
+  // exist leaves no candidate. Only a row whose slot no other row names is advanced, and of several rows
+  // with one slot in `slots` none is.
+  const int32_t* param_slots;  // (rows,); NULL: row r has the parameters at index r
+  int64_t num_param_slots;
+  const int32_t*
+      logit_bias_counts;  // (num_param_slots,); slot s owns entries [offsets[s], offsets[s] + counts[s])
+  const int64_t* prompt_lengths;  // (num_param_slots,), for POSITION_OF_TEXT
 } LlmSamplingArgs;
 
 // Sample every row on the CPU. Thread-safe; state is written after the last row is done.

@@ -20,6 +20,7 @@ namespace llm_sampling {
 
 constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kInfinity = __builtin_inff();
+constexpr float kNan = __builtin_nanf("");
 // The lowest finite float. What is below it, -inf, is never drawn.
 constexpr float kLowest = -0x1.fffffep+127f;
 
@@ -177,10 +178,10 @@ LLM_SAMPLING_FN int64_t top_p_target(int64_t z, float top_p) {
   return target > 1 ? target : 1;
 }
 
-// 13 min-p: the largest depth that a row's filters by depth keep; infinity if none is on. A further filter
-// by depth is one more term of a minimum here.
-LLM_SAMPLING_FN float depth_cut(const LlmSamplingArgs& args, int64_t row) {
-  return args.min_p_cut[row];
+// 13 min-p: the largest depth that a row's filters by depth keep; infinity if none is on. `index` is that of
+// the row's parameters. A further filter by depth is one more term of a minimum here.
+LLM_SAMPLING_FN float depth_cut(const LlmSamplingArgs& args, int64_t index) {
+  return args.min_p_cut[index];
 }
 
 // 14 draw: Philox4x32-10 (Salmon et al., SC 2011). Key: seed; counter: position, draw, stream.

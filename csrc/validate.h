@@ -2,6 +2,7 @@
 #ifndef LLM_SAMPLING_VALIDATE_H_
 #define LLM_SAMPLING_VALIDATE_H_
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -10,6 +11,7 @@
 #include <new>
 
 #include "llm_sampling.h"
+#include "rows.h"
 #include "semantics.h"
 
 namespace llm_sampling {
@@ -18,7 +20,7 @@ namespace llm_sampling {
 // caller does not know become zero, which is "off".
 inline int32_t read_struct(const LlmSamplingArgs* args, LlmSamplingArgs& own) {
   // The first size of version 2, which never changes.
-  constexpr uint32_t kFirstSize = sizeof(LlmSamplingArgs);
+  constexpr uint32_t kFirstSize = offsetof(LlmSamplingArgs, param_slots);
   if (args == nullptr) return LLM_SAMPLING_BAD_STRUCT;
   const uint32_t size = read_once(args->struct_size);
   if (args->version != LLM_SAMPLING_ABI_VERSION || size < kFirstSize || size > sizeof(own)) {
@@ -93,6 +95,9 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
   const int64_t slots = has_history ? a.num_slots : 0;
   const bool advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
   const int64_t entries = a.logit_bias_offsets != nullptr ? a.logit_bias_size : 0;
+  const bool by_slot = a.param_slots != nullptr;
+  const int64_t params = by_slot ? a.num_param_slots : a.rows;
+  const bool has_text = a.position_of == LLM_SAMPLING_POSITION_OF_TEXT;
   const bool wants_logprobs = a.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE;
   // What is written always, what is written where rows advance, what is only read.
   const Region regions[] = {
@@ -101,7 +106,7 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
       region(a.logprobs, wants_logprobs ? a.rows * a.num_samples : 0),
       region(a.filtered, a.rows, v, a.filtered_stride),
 
-      region(a.position, a.rows),
+      region(a.position, a.position_of == LLM_SAMPLING_POSITION_OF_SLOT ? params : a.rows),
       region(a.seen, slots, words, a.seen_stride),
       region(a.counts, slots, v, a.counts_stride),
       region(a.lengths, slots),
@@ -110,16 +115,19 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
           ? region(static_cast<const float*>(a.logits), a.rows, v, a.logits_stride)
           : region(static_cast<const uint16_t*>(a.logits), a.rows, v, a.logits_stride),
       region(a.allowed_mask, a.rows, words, a.allowed_mask_stride),
-      region(a.temperature, a.rows),
-      region(a.top_k, a.rows),
-      region(a.top_p, a.rows),
-      region(a.min_p_cut, a.rows),
-      region(a.repetition_penalty, a.rows),
-      region(a.frequency_penalty, a.rows),
-      region(a.presence_penalty, a.rows),
-      region(a.min_tokens_to_keep, a.rows),
-      region(a.seed, a.rows),
-      region(a.logit_bias_offsets, a.rows + 1),
+      region(a.temperature, params),
+      region(a.top_k, params),
+      region(a.top_p, params),
+      region(a.min_p_cut, params),
+      region(a.repetition_penalty, params),
+      region(a.frequency_penalty, params),
+      region(a.presence_penalty, params),
+      region(a.min_tokens_to_keep, params),
+      region(a.seed, params),
+      region(a.logit_bias_offsets, params + (a.logit_bias_counts == nullptr)),
+      region(a.logit_bias_counts, params),
+      region(a.param_slots, a.rows),
+      region(a.prompt_lengths, has_text ? params : 0),
       region(a.logit_bias_ids, entries),
       region(a.logit_bias_values, entries),
       region(a.slots, has_history ? a.rows : 0),
@@ -149,10 +157,21 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   if (a.dtype < LLM_SAMPLING_FLOAT32 || a.dtype > LLM_SAMPLING_BFLOAT16 ||
       a.logprobs_mode < LLM_SAMPLING_LOGPROBS_NONE || a.logprobs_mode > LLM_SAMPLING_LOGPROBS_RAW ||
       a.advance < LLM_SAMPLING_ADVANCE_NEVER || a.advance > LLM_SAMPLING_ADVANCE_IF_ALL_VALID ||
-      a.reserved != 0) {
+      a.position_of < LLM_SAMPLING_POSITION_OF_ROW ||
+      a.position_of > LLM_SAMPLING_POSITION_OF_TEXT) {
     return LLM_SAMPLING_BAD_OPTION;
   }
   if (a.rows == 0) return LLM_SAMPLING_OK;
+  const bool by_slot = a.param_slots != nullptr;
+  const bool has_text = a.position_of == LLM_SAMPLING_POSITION_OF_TEXT;
+  // Everything else that belongs to slots needs them.
+  if (!by_slot &&
+      (a.position_of != LLM_SAMPLING_POSITION_OF_ROW || a.logit_bias_counts != nullptr)) {
+    return LLM_SAMPLING_BAD_OPTION;
+  }
+  if (by_slot && (a.num_param_slots < 1 || a.num_param_slots > INT32_MAX)) {
+    return LLM_SAMPLING_BAD_SIZE;
+  }
   const bool draws = a.tokens != nullptr;
   const bool advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
   const bool wants_logprobs = a.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE;
@@ -162,6 +181,7 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
     return LLM_SAMPLING_NULL_POINTER;
   }
   if (wants_logprobs && a.logprobs == nullptr) return LLM_SAMPLING_NULL_POINTER;
+  if (draws && has_text && a.prompt_lengths == nullptr) return LLM_SAMPLING_NULL_POINTER;
   if (a.logits == nullptr || !all_parameters(a, [](const auto* p) { return p != nullptr; })) {
     return LLM_SAMPLING_NULL_POINTER;
   }
@@ -171,9 +191,11 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   if (!(aligned_logits && all_parameters(a, [](const auto* p) { return is_aligned(p); }) &&
         is_aligned(a.seed) && is_aligned(a.position) && is_aligned(a.logit_bias_offsets) &&
         is_aligned(a.logit_bias_ids) && is_aligned(a.logit_bias_values) &&
-        is_aligned(a.allowed_mask) && is_aligned(a.seen) && is_aligned(a.counts) &&
-        is_aligned(a.lengths) && is_aligned(a.slots) && is_aligned(a.tokens) &&
-        is_aligned(a.logprobs) && is_aligned(a.status) && is_aligned(a.filtered))) {
+        is_aligned(a.logit_bias_counts) && is_aligned(a.param_slots) &&
+        is_aligned(a.prompt_lengths) && is_aligned(a.allowed_mask) && is_aligned(a.seen) &&
+        is_aligned(a.counts) && is_aligned(a.lengths) && is_aligned(a.slots) &&
+        is_aligned(a.tokens) && is_aligned(a.logprobs) && is_aligned(a.status) &&
+        is_aligned(a.filtered))) {
     return LLM_SAMPLING_MISALIGNED;
   }
   if (a.logit_bias_offsets != nullptr && a.logit_bias_size > 0 &&
@@ -203,14 +225,18 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   return has_overlap(a) ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
 }
 
-// Checks that every slot is in range and, where rows advance, that no two rows share one.
+// Checks that every slot of the history is in range and, where each row has parameters of its own and
+// advances, that no two rows share one.
 inline int32_t check_slots(const LlmSamplingArgs& a) {
   bool is_rising = true;
   for (int64_t row = 0; row < a.rows; ++row) {
+    if (parameter_index(a, row) < 0) continue;
     if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
     is_rising &= row == 0 || a.slots[row - 1] < a.slots[row];
   }
-  if (is_rising || a.advance == LLM_SAMPLING_ADVANCE_NEVER) return LLM_SAMPLING_OK;
+  if (is_rising || a.param_slots != nullptr || a.advance == LLM_SAMPLING_ADVANCE_NEVER) {
+    return LLM_SAMPLING_OK;
+  }
   const std::unique_ptr<int32_t[]> sorted(new (std::nothrow) int32_t[static_cast<size_t>(a.rows)]);
   if (sorted == nullptr) return LLM_SAMPLING_OUT_OF_MEMORY;
   std::copy(a.slots, a.slots + a.rows, sorted.get());
@@ -229,27 +255,27 @@ inline int32_t check_values(const LlmSamplingArgs& a) {
   }
   // Each comparison is false for NaN.
   const auto is_within = [](float x, float least, float most) { return x >= least && x <= most; };
-  if (a.logit_bias_offsets != nullptr) {
-    const int64_t* offsets = a.logit_bias_offsets;
-    const int64_t begin = read_once(offsets[0]);
-    const int64_t end = read_once(offsets[a.rows]);
-    if (begin < 0 || end > a.logit_bias_size || !std::is_sorted(offsets, offsets + a.rows + 1)) {
-      return LLM_SAMPLING_BAD_SIZE;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const int64_t i = parameter_index(a, row);
+    if (i < 0) continue;
+    if (!(is_within(a.temperature[i], 0.0f, -kLowest) &&
+          is_within(a.top_p[i], 0.0f, 1.0f) &&  // a tiny top_p may have been rounded to 0
+          a.min_p_cut[i] >= 0.0f && a.repetition_penalty[i] > 0.0f &&
+          a.repetition_penalty[i] < kInfinity && is_within(a.frequency_penalty[i], -2.0f, 2.0f) &&
+          is_within(a.presence_penalty[i], -2.0f, 2.0f) && a.min_tokens_to_keep[i] >= 1)) {
+      return LLM_SAMPLING_BAD_PARAMETER;
     }
+    if (a.logit_bias_offsets == nullptr) continue;
+    const int64_t begin = read_once(a.logit_bias_offsets[i]);
+    if (begin < 0 || begin > a.logit_bias_size) return LLM_SAMPLING_BAD_SIZE;
+    const int64_t end = a.logit_bias_counts != nullptr ? begin + read_once(a.logit_bias_counts[i])
+                                                       : read_once(a.logit_bias_offsets[i + 1]);
+    if (end < begin || end > a.logit_bias_size) return LLM_SAMPLING_BAD_SIZE;
     for (int64_t entry = begin; entry < end; ++entry) {
       const float value = a.logit_bias_values[entry];
-      if (!(is_within(value, -100.0f, 100.0f) || value == -kInfinity))
+      if (!(is_within(value, -100.0f, 100.0f) || value == -kInfinity)) {
         return LLM_SAMPLING_BAD_PARAMETER;
-    }
-  }
-  for (int64_t row = 0; row < a.rows; ++row) {
-    if (!(is_within(a.temperature[row], 0.0f, -kLowest) &&
-          is_within(a.top_p[row], 0.0f, 1.0f) &&  // a tiny top_p may have been rounded to 0
-          a.min_p_cut[row] >= 0.0f && a.repetition_penalty[row] > 0.0f &&
-          a.repetition_penalty[row] < kInfinity &&
-          is_within(a.frequency_penalty[row], -2.0f, 2.0f) &&
-          is_within(a.presence_penalty[row], -2.0f, 2.0f) && a.min_tokens_to_keep[row] >= 1)) {
-      return LLM_SAMPLING_BAD_PARAMETER;
+      }
     }
   }
   return LLM_SAMPLING_OK;
@@ -263,10 +289,11 @@ inline const char* error_text(int32_t code) {
     case LLM_SAMPLING_BAD_STRUCT:
       return "the args struct is NULL or of another size or version than this library's";
     case LLM_SAMPLING_BAD_SIZE:
-      return "rows, vocab_size, num_samples, num_threads, num_slots, logit_bias_size, a slot or a "
-             "bias offset is out of range";
+      return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
+             "logit_bias_size, a slot or a bias offset is out of range";
     case LLM_SAMPLING_BAD_OPTION:
-      return "dtype, logprobs_mode or advance has an unknown value";
+      return "dtype, logprobs_mode, advance or position_of has an unknown value, or one that needs "
+             "param_slots";
     case LLM_SAMPLING_NULL_POINTER:
       return "a pointer that is needed is NULL";
     case LLM_SAMPLING_BAD_STRIDE:

@@ -16,6 +16,7 @@ from llm_sampling.masks import pack_mask
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits, sample
 from llm_sampling.sampler import Sampler
+from llm_sampling.table import RequestTable
 from llm_sampling.version import VERSION
 
 __version__ = VERSION
@@ -23,6 +24,7 @@ __version__ = VERSION
 __all__ = [
     "BatchParams",
     "InvalidLogitsError",
+    "RequestTable",
     "SampleOutput",
     "Sampler",
     "SamplingParams",

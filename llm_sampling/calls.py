@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from llm_sampling import checks
-from llm_sampling.backends.base import Logprobs, SampleCall
+from llm_sampling.backends.base import Logprobs, ParamSlots, SampleCall
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
 from llm_sampling.masks import Mask, check_mask
 from llm_sampling.params import BatchParams, SamplingParams, list_of_params, positions_tensor
-from llm_sampling.tensors import readable
+from llm_sampling.table import RequestTable
+from llm_sampling.tensors import is_traced, is_wrapper, readable
 
-Params = SamplingParams | Sequence[SamplingParams] | BatchParams
+Params = SamplingParams | Sequence[SamplingParams] | BatchParams | RequestTable
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,26 +60,108 @@ def make_call(
     logprobs: Logprobs | None = None,
     check: bool | None = None,
     seeded: bool = True,
+    slots: Sequence[int] | Tensor | None = None,
+    text_positions: Sequence[int] | Tensor | None = None,
+    record: bool = False,
 ) -> SampleCall:
     """Check everything that a user passes to :func:`sample` and put it into one object."""
     logits = check_logits(logits)
     rows, vocab_size = logits.shape
     device = logits.device
-    batch = pack(params, rows, device)
-    check_history(history, batch, rows, vocab_size, device)
     num_samples = check_draws(num_samples, logprobs, check)
-    batch = batch.seeded() if seeded else batch
+    param_slots = None
+    if isinstance(params, RequestTable):
+        if history is not None:
+            raise ValueError("history must be None, since a RequestTable keeps the histories")
+        if record and num_samples > 1:
+            raise ValueError(f"num_samples must be 1 where record is True, got {num_samples}")
+        _check_table(params, logits)
+        of_rows = _slots_tensor(slots, rows, device)
+        params.check_slots(of_rows)
+        batch, param_slots = _batch_of_table(params, of_rows, positions, text_positions, record)
+        if params.history is not None and (batch.needs_history or record):
+            history = params.history.with_slots(of_rows)
+    else:
+        given = {"slots": slots, "text_positions": text_positions, "record": record or None}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} can be given where params is a RequestTable, got {value}")
+        batch = pack(params, rows, device)
+        check_history(history, batch, rows, vocab_size, device)
+        batch = batch.seeded() if seeded else batch
+        batch = replace(batch, position=position_of(positions, batch, history))
+        history = history if batch.needs_history else None
     return SampleCall(
         logits=logits,
-        batch=replace(batch, position=position_of(positions, batch, history)),
-        history=history if batch.needs_history else None,
+        batch=batch,
+        history=history,
         allowed_mask=None
         if allowed_mask is None
         else check_mask(allowed_mask, rows, vocab_size, device),
         num_samples=num_samples,
         logprobs=logprobs,
         check=device.type == "cpu" if check is None else check,
+        advance=record,
+        param_slots=param_slots,
     )
+
+
+def _check_table(table: RequestTable, logits: Tensor) -> None:
+    """A ValueError if the logits do not fit the table."""
+    if is_traced() or is_wrapper(logits):
+        raise ValueError(
+            "logits must be a plain tensor outside of tracers, modes and transforms, since a "
+            f"RequestTable keeps state outside of a graph, got {type(logits).__name__}"
+        )
+    if logits.shape[1] != table.vocab_size:
+        raise ValueError(
+            f"logits must have the RequestTable's vocab_size {table.vocab_size}, "
+            f"got {logits.shape[1]}"
+        )
+    if logits.device != table.device:
+        raise ValueError(f"logits must be on {table.device}, got {logits.device}")
+
+
+def _slots_tensor(slots: object, rows: int, device: torch.device) -> Tensor:
+    """``slots`` as a contiguous int32 ``(rows,)`` tensor on ``device``."""
+    if isinstance(slots, Tensor):
+        tensor = readable("slots", slots)
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"slots must be int32 or int64, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"slots must be on the logits' device {device}, got {tensor.device}")
+    else:
+        if not isinstance(slots, Sequence):
+            raise checks.refusal("slots", "given where params is a RequestTable: integers", slots)
+        values = [checks.integer("slots", slot, "integers") for slot in slots]
+        tensor = torch.tensor(values, dtype=torch.int64, device=device)
+    if tensor.shape != (rows,):
+        raise ValueError(
+            f"slots must have shape ({rows},), one for each row, got {tuple(tensor.shape)}"
+        )
+    if tensor.dtype == torch.int64:
+        tensor = tensor.clamp(-2, 2**31 - 1).to(torch.int32)  # no slot has such a number
+    return tensor.contiguous()
+
+
+def _batch_of_table(
+    table: RequestTable,
+    slots: Tensor,
+    positions: Sequence[int] | Tensor | None,
+    text_positions: Sequence[int] | Tensor | None,
+    record: bool,
+) -> tuple[BatchParams, ParamSlots]:
+    rows, device = slots.shape[0], slots.device
+    if positions is not None and text_positions is not None:
+        raise ValueError("positions and text_positions must not both be given")
+    if text_positions is not None:
+        places = positions_tensor(text_positions, rows, device, name="text_positions")
+        return table.batch_of(slots, places, "text")
+    if positions is None:
+        return table.batch_of(slots, None, "slot")
+    position = positions_tensor(positions, rows, device)
+    # a kernel that records adds 1 to the positions that it reads, and these are the caller's
+    return table.batch_of(slots, position.clone() if record else position, "row")
 
 
 def position_of(

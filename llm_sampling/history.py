@@ -297,6 +297,10 @@ class TokenHistory:
         places = [i for i, row in enumerate(rows) if row is not None]
         slots[places] = self.slots[selection(named, self.rows).to(self.device)]
         # rows without a penalty share the first slot
+        return self.with_slots(slots)
+
+    def with_slots(self, slots: Tensor) -> TokenHistory:
+        """A read-only view whose rows have these slots, int32 ``(rows,)``, unchecked."""
         return self._view(self.seen, self.counts, slots, self.vocab_size)
 
     def _view(self, seen: Tensor, counts: Tensor, slots: Tensor, vocab_size: int) -> TokenHistory:
@@ -357,12 +361,16 @@ class TokenHistory:
         self.check_slots(named_once=True)
         self.record(tokens)
 
-    def record(self, tokens: Tensor, position: Tensor | None = None) -> None:
+    def record(
+        self, tokens: Tensor, position: Tensor | None = None, places: Tensor | None = None
+    ) -> None:
         """What :meth:`append` does after its checks; adds 1 to ``position`` where a token is one.
 
         Args:
             tokens: integers ``(rows,)`` on the history's device.
-            position: int64 ``(rows,)``, changed in place.
+            position: int64, changed in place.
+            places: int64 ``(rows,)``, which entry of ``position`` is that of each row; None: the
+                row's own.
 
         Raises:
             ValueError: the state was made in inference mode, which alone can change it.
@@ -380,8 +388,10 @@ class TokenHistory:
         self.seen[slot, word] |= bit
         self.counts[slot, token] += count
         self.lengths[slot] += length
-        if position is not None:
+        if position is not None and places is None:
             position += length
+        elif position is not None:
+            position[places] += length
 
     @alone
     def extend(self, row: int, tokens: Sequence[int] | Tensor) -> None:
@@ -536,12 +546,12 @@ def selection(rows: Iterable[int], available: int) -> Tensor:
     return torch.tensor(index, dtype=torch.int64, device="cpu")
 
 
-def checked_row(row: object, available: int) -> int:
+def checked_row(row: object, available: int, name: str = "row") -> int:
     """``row`` as an int; a ValueError if it is not in ``0 .. available - 1``."""
     rule = f"an integer in 0 .. {available - 1}"
-    checked = checks.integer("row", row, rule)
+    checked = checks.integer(name, row, rule)
     if not 0 <= checked < available:
-        raise checks.refusal("row", rule, row)
+        raise checks.refusal(name, rule, row)
     return checked
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from llm_sampling import checks
 from llm_sampling.checks import refusal
-from llm_sampling.fields import BIAS_VALUES, FIELDS, Column, to_float32
+from llm_sampling.fields import BIAS_VALUES, FIELDS, Column, Field, to_float32
 from llm_sampling.tensors import (
     is_traced,
     is_wrapper,
@@ -188,27 +190,52 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 KERNEL_TENSORS = tuple(name for name in DTYPES if name != "unseeded")
 
 
-def _all_are(values: Sequence[float], value: float) -> bool:
+def _numbers(parameter: Field, column: Column, values: Sequence[Any]) -> list[Any]:
+    """The numbers of a column for values of its parameter."""
+    if parameter.is_integer:
+        return [value if value < _INT32_MAX else _INT32_MAX for value in values]
+    rounded = _in_float32(values)
+    if parameter.packed is None:
+        return rounded
+    return _in_float32([column.pack(value) for value in rounded])
+
+
+def column_values(params: SamplingParams) -> dict[str, float]:
+    """Column name -> its number for one row."""
+    return {
+        column.name: _numbers(parameter, column, [getattr(params, parameter.name)])[0]
+        for parameter, column in _COLUMNS
+    }
+
+
+def _all_are(values: Sequence[float] | npt.NDArray[Any], value: float) -> bool:
     if torch.compiler.is_dynamo_compiling():
         for other in values:  # noqa: SIM110  # torch 2.8 does not know how to compile count or all
             if other != value:
                 return False
         return True
+    if isinstance(values, np.ndarray):
+        return bool((values == value).all())
     return values.count(value) == len(values)
 
 
-def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The flags of a BatchParams with these columns, each with a number for each row."""
+def kernel_flags(columns: Mapping[str, Sequence[float] | npt.NDArray[Any]]) -> dict[str, bool]:
+    """The flags that choose a kernel, for columns that each have a number for each row."""
 
     def any_on(parameters: Iterable[Column]) -> bool:
         are_off = [_all_are(columns[column.name], column.off) for column in parameters]
         return False in are_off
 
-    flags = {
+    return {
         "needs_history": any_on(_PENALTIES),
         "all_greedy": _all_are(columns["temperature"], 0),
         "any_filter": any_on(_FILTERS),
     }
+
+
+def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The flags of a BatchParams with these columns, each with a number for each row."""
+    flags = kernel_flags(columns)
     if torch.compiler.is_dynamo_compiling():  # no graph needs the others, which it would depend on
         return {**_CONSERVATIVE_FLAGS, **flags}
     kept = [
@@ -465,11 +492,14 @@ class BatchParams:
         if self.unseeded is None:
             return self
         with not_of_inference_mode():
-            fresh = torch.randint(
-                -(2**63), 2**63 - 1, (self.rows,), dtype=torch.int64, device="cpu"
-            )
-            seed = torch.where(self.unseeded, fresh.to(self.device, non_blocking=True), self.seed)
+            fresh = fresh_seeds(self.rows).to(self.device, non_blocking=True)
+            seed = torch.where(self.unseeded, fresh, self.seed)
             return replace(self, seed=seed, unseeded=None)
+
+
+def fresh_seeds(rows: int) -> Tensor:
+    """Seeds from torch's default generator, int64 ``(rows,)`` on the CPU."""
+    return torch.randint(-(2**63), 2**63 - 1, (rows,), dtype=torch.int64, device="cpu")
 
 
 def _pack(
@@ -498,12 +528,8 @@ def _pack(
         tensors: dict[str, Any] = {}
         for parameter, column in _COLUMNS:
             values = [getattr(row, parameter.name) for row in params]
-            if parameter.is_integer:
-                values = [value if value < _INT32_MAX else _INT32_MAX for value in values]
-            elif not torch.compiler.is_dynamo_compiling():
-                values = _in_float32(values)
-                if parameter.packed is not None:
-                    values = _in_float32([column.pack(value) for value in values])
+            if parameter.is_integer or not torch.compiler.is_dynamo_compiling():
+                values = _numbers(parameter, column, values)
             elif parameter.packed is not None:  # the values may be symbols, which have no logarithm
                 raw = tensor(values, torch.float32, torch.device("cpu"))
                 tensors[column.name] = torch.ops.llm_sampling.pack(raw, parameter.name).to(device)
@@ -544,27 +570,29 @@ def checked_position(name: str, position: object) -> int:
     return as_int64(value)
 
 
-def positions_tensor(positions: Sequence[int] | Tensor, rows: int, device: torch.device) -> Tensor:
+def positions_tensor(
+    positions: Sequence[int] | Tensor, rows: int, device: torch.device, name: str = "positions"
+) -> Tensor:
     """``positions`` as a contiguous int64 ``(rows,)`` tensor on ``device``.
 
     Raises:
         ValueError: it has another length, another device, or is not made of integers.
     """
     if isinstance(positions, Tensor):
-        positions = readable("positions", positions)
+        positions = readable(name, positions)
         dtype = positions.dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-            raise refusal("positions", "integers", dtype)
+            raise refusal(name, "integers", dtype)
         if positions.device != device:
             raise ValueError(
-                f"positions must be on the logits' device {device}, got {positions.device}"
+                f"{name} must be on the logits' device {device}, got {positions.device}"
             )
         tensor = positions.to(torch.int64)
     else:
         if not isinstance(positions, Iterable):
-            raise refusal("positions", "integers, one per row", positions)
-        values = [checked_position("positions", value) for value in positions]
+            raise refusal(name, "integers, one per row", positions)
+        values = [checked_position(name, value) for value in positions]
         tensor = torch.tensor(values, dtype=torch.int64, device=device)
     if tensor.shape != (rows,):
-        raise refusal("positions", f"of shape ({rows},)", tuple(tensor.shape))
+        raise refusal(name, f"of shape ({rows},)", tuple(tensor.shape))
     return tensor.contiguous()

@@ -6,6 +6,8 @@ once; mass and random bits are integers, so sums are exact in any order.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,11 @@ from llm_sampling.backends.base import (
     STATUS_NAN,
     STATUS_NO_CANDIDATE,
     STATUS_POS_INF,
+    ParamSlots,
     SampleCall,
     SampleOutput,
 )
-from llm_sampling.params import BatchParams
+from llm_sampling.params import KERNEL_TENSORS, BatchParams
 
 _INF = float("inf")
 _LOW32 = 0xFFFFFFFF
@@ -195,6 +198,8 @@ def scaled(r_low: Tensor, r_high: Tensor, s: Tensor) -> Tensor:
 
 def sample(call: SampleCall) -> SampleOutput:
     """All steps. Tokens, and logprobs if asked for, are ``(rows, num_samples)``."""
+    if call.param_slots is not None:
+        return _sample_by_slot(call, call.param_slots)
     batch = call.batch
     assert batch.position is not None
     x, nan = processed_logits(call)
@@ -218,6 +223,61 @@ def sample(call: SampleCall) -> SampleOutput:
         + (x == _INF).any(-1).to(torch.int32) * STATUS_POS_INF
     )
     return SampleOutput(tokens, _logprobs(call, tokens, w, s), status)
+
+
+def _sample_by_slot(call: SampleCall, slots: ParamSlots) -> SampleOutput:
+    dense, exists = _by_row(call, slots)
+    tokens, logprobs, status = sample(dense)
+    is_padding = slots.of_rows == -1
+    has_token = exists.unsqueeze(-1)
+    return SampleOutput(
+        torch.where(has_token, tokens, -1),
+        None if logprobs is None else torch.where(has_token, logprobs, float("nan")),
+        torch.where(exists, status, torch.where(is_padding, 0, STATUS_NO_CANDIDATE)).int(),
+    )
+
+
+def _by_row(call: SampleCall, slots: ParamSlots) -> tuple[SampleCall, Tensor]:
+    """The same call with an entry for each row, and whether each row has parameters.
+
+    Rows that have none get those of slot 0, and logits of 0.
+    """
+    batch, history, capacity = call.batch, call.history, call.batch.rows
+    assert batch.position is not None
+    exists = (slots.of_rows >= 0) & (slots.of_rows < capacity)
+    slot = torch.where(exists, slots.of_rows, 0).to(torch.int64)
+    position = batch.position
+    if slots.position_of == "slot":
+        position = position[slot]
+    elif slots.prompt_lengths is not None:
+        position = position + 1 - slots.prompt_lengths[slot]
+
+    columns = {
+        name: getattr(batch, name)[slot]
+        for name in KERNEL_TENSORS
+        if name != "position" and not name.startswith("logit_bias")
+    }
+    counts = slots.bias_counts[slot].to(torch.int64)
+    ends = counts.cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    entry = torch.arange(len(row), device=counts.device) - offsets[row]
+    entry = entry + batch.logit_bias_offsets[slot][row]
+    if history is not None:
+        history = history.with_slots(torch.where(exists, history.slots, 0))
+    dense = replace(
+        batch,
+        **columns,
+        logit_bias_offsets=offsets,
+        logit_bias_ids=batch.logit_bias_ids[entry],
+        logit_bias_values=batch.logit_bias_values[entry],
+        position=position,
+    )
+    logits = torch.where(exists.unsqueeze(-1), call.logits, 0)
+    return (
+        replace(call, logits=logits, batch=dense, history=history, param_slots=None),
+        exists,
+    )
 
 
 def _logprobs(call: SampleCall, tokens: Tensor, w: Tensor, s: Tensor) -> Tensor | None:
@@ -247,6 +307,9 @@ def filter_logits(call: SampleCall) -> Tensor:
     T is 1 in a greedy row. Where the best token's quotient is not finite, the row is shifted by it.
     What is kept is finite.
     """
+    if call.param_slots is not None:
+        dense, exists = _by_row(call, call.param_slots)
+        return torch.where(exists.unsqueeze(-1), filter_logits(dense), -_INF)
     x, _ = processed_logits(call)
     keep, _ = kept_set(x, call.batch)
     t = call.batch.temperature.unsqueeze(-1)

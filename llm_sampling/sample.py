@@ -6,20 +6,24 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llm_sampling import backends, ops
+from llm_sampling import backends, checks, ops
 from llm_sampling.backends.base import Logprobs, SampleOutput
 from llm_sampling.calls import Params, make_call
 from llm_sampling.history import TokenHistory
 from llm_sampling.masks import Mask
+from llm_sampling.table import RequestTable
 
 
 def sample(
     logits: Tensor,
     params: Params,
+    slots: Sequence[int] | Tensor | None = None,
     *,
     history: TokenHistory | None = None,
     allowed_mask: Mask | None = None,
     positions: Sequence[int] | Tensor | None = None,
+    text_positions: Sequence[int] | Tensor | None = None,
+    record: bool = False,
     num_samples: int = 1,
     logprobs: Logprobs | None = None,
     backend: str = "auto",
@@ -35,7 +39,12 @@ def sample(
         logits: ``(rows, vocab_size)``, float32, float16 or bfloat16, ``vocab_size`` in 1 .. 2^20,
             dense, with any strides (a copy is made where the last is not 1). Never modified. No
             gradient goes through a draw: the results do not require one.
-        params: one for all rows, one per row, or a prepared :class:`BatchParams`.
+        params: one for all rows, one per row, a prepared :class:`BatchParams`, or a
+            :class:`RequestTable`.
+        slots: where ``params`` is a :class:`RequestTable`: integers ``(rows,)``, the slot of each
+            row; several rows may have the same. -1 is a row of padding: its logits are not read,
+            its token is -1, its logprob NaN and its status 0. Any other slot that does not exist
+            gives the token -1 and the status 2.
         history: the tokens so far; needed where a penalty is on. Not modified: append the tokens
             with :meth:`TokenHistory.append`.
         allowed_mask: which tokens may be drawn. An int32 tensor ``(rows, ceil(vocab_size / 32))``
@@ -48,6 +57,13 @@ def sample(
             produced so far. A seed draws anew at every position, and the same token at the same
             position. Default: the position in ``params``, else the length of the output in
             ``history``, else 0, so that a loop without a history must count them.
+        text_positions: instead of ``positions``, where ``params`` is a :class:`RequestTable`:
+            ``(rows,)`` integers, the place in its whole text, from 0 on, of the token whose logits
+            each row has. The position is ``text_position + 1 - prompt_length``.
+        record: where ``params`` is a :class:`RequestTable`: after the draw, add each row's token to
+            its slot's history, where the table keeps any, and 1 to its slot's position, unless
+            positions of either kind are given. A row that shares its slot with another row is not
+            recorded.
         num_samples: how many tokens to draw from each row, independently; draw 0 is the token of
             ``num_samples=1``.
         logprobs: None; "processed": of the distribution that the token was drawn from; "raw": of
@@ -80,15 +96,20 @@ def sample(
         num_samples=num_samples,
         logprobs=logprobs,
         check=check,
+        slots=slots,
+        text_positions=text_positions,
+        record=checks.true_or_false("record", record),
     )
     if ops.is_needed(call):
         return ops.sample(call, backend)
-    return backends.resolve(backend, call.logits.device).sample(call)
+    run = backends.resolve(backend, call.logits.device).sample
+    return params.record(run, call) if isinstance(params, RequestTable) and record else run(call)
 
 
 def filter_logits(
     logits: Tensor,
     params: Params,
+    slots: Sequence[int] | Tensor | None = None,
     *,
     history: TokenHistory | None = None,
     allowed_mask: Mask | None = None,
@@ -99,6 +120,7 @@ def filter_logits(
     Args:
         logits: as for :func:`sample`, and so are the others.
         params: positions and seeds do not matter here.
+        slots: as for :func:`sample`; a row without a slot is all -inf.
         history: needed where a penalty is on.
         allowed_mask: the tokens that may be kept.
         backend: a name or "auto".
@@ -111,7 +133,9 @@ def filter_logits(
     Raises:
         ValueError, RuntimeError: as :func:`sample`.
     """
-    call = make_call(logits, params, history=history, allowed_mask=allowed_mask, seeded=False)
+    call = make_call(
+        logits, params, history=history, allowed_mask=allowed_mask, seeded=False, slots=slots
+    )
     if ops.is_needed(call):
         return ops.filter_logits(call, backend)
     return backends.resolve(backend, call.logits.device).filter_logits(call)

@@ -65,6 +65,11 @@ SOME = {
     "test_differential.py::test_a_broken_backend_is_found_and_shown": Some(3),
     "test_benchmarks.py::test_providers_compute_what_they_are_asked_for": Some(4),
     "test_benchmarks.py::test_peers_of_a_gpu_with_functions_that_stand_in_for_theirs": Some(4),
+    "test_table.py::test_every_case_in_a_table": Some(7),
+    "test_table.py::test_covering_cases_in_a_table": Some(3),
+    "test_table.py::test_every_case_by_slot": Some(7),
+    "test_table.py::test_covering_cases_by_slot": Some(7),
+    "test_cuda_emulated.py::test_parameters_of_slots": Some(7),
     "test_contract.py::test_code_in_docs_runs": Some(path=("README.md",)),
 }
 #: The rules for cases whose backend runs in Triton's interpreter, which takes milliseconds for
@@ -134,11 +139,20 @@ LONG_INTERPRETED = {
     "test_parity.py::test_raw_logprobs[V32000-bfloat16-triton]",
     "test_vectors.py::test_half_precision[triton-float16]",
     "test_vectors.py::test_half_precision[triton-bfloat16]",
+    "test_table.py::test_requests_that_come_and_go[triton]",
+    "test_table.py::test_covering_cases_in_a_table[V33-triton]",
+    "test_table.py::test_covering_cases_by_slot[V33-row-triton]",
+    "test_table.py::test_covering_cases_by_slot[V33-slot-triton]",
+    "test_table.py::test_covering_cases_by_slot[V33-text-triton]",
 }
 #: The tests with the most rows per backend -> the vocabulary sizes, or pairs of size and dtype,
 #: that Triton's interpreter runs. Their other cases get the marker slow for the interpreter.
 INTERPRETED_SIZES = {
     "test_every_case": (),
+    "test_every_case_in_a_table": (),
+    "test_every_case_by_slot": (),
+    "test_covering_cases_in_a_table": (33,),
+    "test_covering_cases_by_slot": (33,),
     "test_covering_cases": (
         (33, torch.float32),
         (513, torch.bfloat16),

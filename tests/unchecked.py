@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from llm_sampling import BatchParams, SamplingParams, TokenHistory
-from llm_sampling.backends.base import STATUS_NO_CANDIDATE, BackendModule, SampleCall, SampleOutput
+from llm_sampling.backends.base import (
+    STATUS_NO_CANDIDATE,
+    BackendModule,
+    ParamSlots,
+    SampleCall,
+    SampleOutput,
+)
 from llm_sampling.params import KERNEL_TENSORS
 
 NAN, INF = math.nan, math.inf
@@ -43,6 +49,7 @@ FIRST_ROWS: tuple[dict[str, float], ...] = (
 HOSTILE_OFFSETS = (-(2**63), -1, 0, 3, 5, 8, 2**31, 2**32 + 3, 2**63 - 1)
 HOSTILE_IDS = (LEAST, -1, 0, 7, 33, MOST)
 HOSTILE_BIASES = (NAN, INF, -INF, 3e38, 1.0)
+HOSTILE_COUNTS = (LEAST, -1, 0, 3, MOST)
 
 
 class Guards:
@@ -81,7 +88,10 @@ def bits(tensor: Tensor) -> Tensor:
 def hostile_call(
     guards: Guards, vocab_size: int, rows: int, seed: int, dtype: torch.dtype
 ) -> SampleCall:
-    """A call whose parameters, slots, bias offsets, ids and values are mixed from HOSTILE."""
+    """A call whose parameters, slots, bias offsets, ids and values are mixed from HOSTILE.
+
+    With an odd seed the parameters belong to slots.
+    """
     chance = random.Random(seed)
     batch = BatchParams.from_list(
         [SamplingParams(seed=s, logit_bias={1: 1.0, 5: -2.0}) for s in range(rows)],
@@ -120,6 +130,15 @@ def hostile_call(
     logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
     flags = {"all_greedy": False, "any_filter": True}
     guarded = {name: guards.put(tensor) for name, tensor in tensors.items()}
+    param_slots = None
+    if seed % 2:
+        possible = (LEAST, -2, -1, *range(len(FIRST_ROWS) + 2), rows, MOST)
+        param_slots = ParamSlots(
+            guards.put(some(possible, slots)),
+            guards.put(some(HOSTILE_COUNTS, slots)),
+            ("row", "slot", "text")[seed // 2 % 3],  # type: ignore[arg-type]
+            guards.put(some(HOSTILE["position"], torch.zeros(rows, dtype=torch.int64))),
+        )
     return SampleCall(
         guards.put(logits.to(dtype)),
         SimpleNamespace(**guarded, **flags, rows=rows),  # type: ignore[arg-type]
@@ -128,6 +147,7 @@ def hostile_call(
         num_samples=1,
         logprobs="processed",
         advance=True,
+        param_slots=param_slots,
     )
 
 
@@ -147,12 +167,21 @@ def to_filter(call: SampleCall) -> SampleCall:
     return replace(call, logprobs=None, advance=False)
 
 
-def assert_defined(output: SampleOutput, vocab_size: int) -> None:
-    """Every token was written and is -1 or one of the row; the status says where one is -1."""
+def assert_defined(
+    output: SampleOutput, vocab_size: int, param_slots: ParamSlots | None = None
+) -> None:
+    """Every token was written and is -1 or one of the row; the status says where one is -1.
+
+    Rows of padding are -1, and their status is 0.
+    """
     tokens, _, status = output
     assert ((tokens >= -1) & (tokens < vocab_size)).all(), tokens
     assert ((status >= 0) & (status < 8)).all(), status
     failed = (tokens.view(len(status), -1) < 0).any(-1)
+    if param_slots is not None:
+        is_padding = param_slots.of_rows == -1
+        assert failed[is_padding].all(), tokens
+        failed &= ~is_padding
     assert torch.equal((status & STATUS_NO_CANDIDATE) != 0, failed), (tokens, status)
 
 
@@ -171,7 +200,7 @@ def assert_hostile_values_do_no_harm(
         call = hostile_call(guards, vocab_size, rows, seed, dtype)
         guard(guards)
         output = backend.sample(call)
-        assert_defined(output, vocab_size)
+        assert_defined(output, vocab_size, call.param_slots)
         filtered = backend.filter_logits(to_filter(call))
         assert not filtered.isnan().any()
         guards.assert_whole()

@@ -42,6 +42,7 @@
 #include <type_traits>
 
 #include "../llm_sampling.h"
+#include "../rows.h"
 #include "../semantics.h"
 #include "../validate.h"
 #include "passes.h"
@@ -96,14 +97,14 @@ struct RowParams {
   bool is_greedy() const { return temperature == 0.0f; }
 };
 
-// The values were checked, but may have changed since.
-RowParams read_params(const LlmSamplingArgs& args, int64_t row) {
+// The values, which are at `index`, were checked, but may have changed since.
+RowParams read_params(const LlmSamplingArgs& args, int64_t row, int64_t index) {
   RowParams params = {};
-  params.temperature = read_once(args.temperature[row]);
-  params.top_p = std::max(read_once(args.top_p[row]), 0.0f);
-  params.depth_cut = depth_cut(args, row);
-  params.min_tokens_to_keep = std::max(read_once(args.min_tokens_to_keep[row]), 1);
-  const int64_t top_k = read_once(args.top_k[row]);
+  params.temperature = read_once(args.temperature[index]);
+  params.top_p = std::max(read_once(args.top_p[index]), 0.0f);
+  params.depth_cut = depth_cut(args, index);
+  params.min_tokens_to_keep = std::max(read_once(args.min_tokens_to_keep[index]), 1);
+  const int64_t top_k = read_once(args.top_k[index]);
   if (params.is_greedy()) {
     params.top_k = 1;
   } else if (top_k > 0) {
@@ -111,16 +112,10 @@ RowParams read_params(const LlmSamplingArgs& args, int64_t row) {
     params.top_k = k < args.vocab_size ? k : 0;
   }
   if (args.tokens != nullptr) {
-    params.seed = static_cast<uint64_t>(args.seed[row]);
-    params.position = static_cast<uint64_t>(args.position[row]);
+    params.seed = static_cast<uint64_t>(args.seed[index]);
+    params.position = position(args, row, index);
   }
   return params;
-}
-
-// The slot of a row. It is in range again if it has changed since it was checked.
-int64_t find_slot(const LlmSamplingArgs& args, int64_t row) {
-  const int64_t slot = read_once(args.slots[row]);
-  return slot >= 0 && slot < args.num_slots ? slot : 0;
 }
 
 // Where one row's results go; NULL for a result that is not wanted.
@@ -129,6 +124,11 @@ struct RowResults {
   float* logprobs;
   int32_t* status;
   float* filtered;
+
+  void write_no_token(int64_t draws) const {
+    std::fill_n(tokens, draws, -1);
+    if (logprobs != nullptr) std::fill_n(logprobs, draws, kNan);
+  }
 };
 
 RowResults find_results(const LlmSamplingArgs& args, int64_t row) {
@@ -148,13 +148,20 @@ RowResults find_results(const LlmSamplingArgs& args, int64_t row) {
 
 class RowSampler {
  public:
-  RowSampler(const LlmSamplingArgs& args, int64_t row, Workspace& workspace, int threads)
+  // `index` is that of the row's parameters.
+  RowSampler(
+      const LlmSamplingArgs& args,
+      int64_t row,
+      int64_t index,
+      Workspace& workspace,
+      int threads
+  )
       : args_(args),
         ws_(workspace),
         threads_(threads),
-        params_(read_params(args, row)),
+        params_(read_params(args, row, index)),
         results_(find_results(args, row)),
-        row_(make_row(row)),
+        row_(make_row(row, index)),
         tiles_(row_.tiles()) {}
 
   // Writes the row's results. The state, which is positions and histories, is left to `advance`.
@@ -172,7 +179,7 @@ class RowSampler {
   }
 
  private:
-  Row make_row(int64_t row);
+  Row make_row(int64_t row, int64_t index);
   void find_maxima(const Row& row);
   bool find_kept_penalising_late();
   void find_kept();
@@ -253,23 +260,19 @@ void RowSampler::over_tiles(const F& part) {
   );
 }
 
-Row RowSampler::make_row(int64_t index) {
+Row RowSampler::make_row(int64_t number, int64_t index) {
   Row row = {};
   const int64_t element_size = args_.dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
-  row.logits = static_cast<const char*>(args_.logits) + index * args_.logits_stride * element_size;
+  row.logits = static_cast<const char*>(args_.logits) + number * args_.logits_stride * element_size;
   row.dtype = args_.dtype;
   row.vocab_size = args_.vocab_size;
   row.scale = depth_scale(params_.temperature);
 
-  if (args_.logit_bias_offsets != nullptr) {
-    const auto offset = [&](int64_t at, int64_t least) {
-      const int64_t value = read_once(args_.logit_bias_offsets[at]);
-      return std::min(std::max(value, least), args_.logit_bias_size);
-    };
-    const int64_t begin = offset(index, 0);
-    row.bias_count = offset(index + 1, begin) - begin;
-    row.bias_ids = args_.logit_bias_ids + begin;
-    row.bias_values = args_.logit_bias_values + begin;
+  const BiasEntries entries = bias_entries(args_, index);
+  row.bias_count = entries.count;
+  if (entries.count > 0) {
+    row.bias_ids = args_.logit_bias_ids + entries.begin;
+    row.bias_values = args_.logit_bias_values + entries.begin;
     if (!std::is_sorted(row.bias_ids, row.bias_ids + row.bias_count)) {
       Bias* biases = ws_.biases.at_least(row.bias_count);
       int32_t* ids = ws_.bias_ids.at_least(row.bias_count);
@@ -290,7 +293,7 @@ Row RowSampler::make_row(int64_t index) {
   }
   if (args_.allowed_mask != nullptr) {
     row.allowed =
-        reinterpret_cast<const uint32_t*>(args_.allowed_mask + index * args_.allowed_mask_stride);
+        reinterpret_cast<const uint32_t*>(args_.allowed_mask + number * args_.allowed_mask_stride);
   }
   row.repetition_penalty = args_.repetition_penalty[index];
   row.frequency_penalty = args_.frequency_penalty[index];
@@ -298,7 +301,7 @@ Row RowSampler::make_row(int64_t index) {
   const bool penalised = row.repetition_penalty != 1.0f || row.frequency_penalty != 0.0f ||
                          row.presence_penalty != 0.0f;
   if (args_.seen != nullptr && penalised) {
-    const int64_t slot = find_slot(args_, index);
+    const int64_t slot = history_slot(args_, number);
     row.seen = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
     if (row.frequency_penalty != 0.0f || row.presence_penalty != 0.0f) {
       row.counts = args_.counts + slot * args_.counts_stride;
@@ -727,10 +730,7 @@ void RowSampler::write_filtered_logits() {
 
 void RowSampler::draw_nothing() {
   status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
-  std::fill_n(results_.tokens, args_.num_samples, -1);
-  if (results_.logprobs != nullptr) {
-    std::fill_n(results_.logprobs, args_.num_samples, std::nanf(""));
-  }
+  results_.write_no_token(args_.num_samples);
 }
 
 void RowSampler::draw() {
@@ -801,19 +801,69 @@ void count_up(T& value) {
   value = static_cast<T>(static_cast<std::make_unsigned_t<T>>(value) + 1);
 }
 
-// Adds every row's token to its history and 1 to its position.
-void advance(const LlmSamplingArgs& args) {
+// How many rows of a call name each slot: none, one, or more. It is counted where rows with the parameters of
+// slots are to be advanced.
+class Uses {
+ public:
+  // Returns false if there is no memory.
+  bool count(const LlmSamplingArgs& args) {
+    if (args.param_slots == nullptr || args.advance == LLM_SAMPLING_ADVANCE_NEVER) return true;
+    if (!count(args.param_slots, args.rows, args.num_param_slots, of_parameters_)) return false;
+    return args.seen == nullptr || args.slots == args.param_slots ||
+           count(args.slots, args.rows, args.num_slots, of_history_);
+  }
+
+  // Whether no other row names a slot of this row; `index` is that of its parameters.
+  bool is_alone(const LlmSamplingArgs& args, int64_t row, int64_t index) const {
+    if (of_parameters_ == nullptr) return true;
+    if (of_parameters_[static_cast<size_t>(index)] != 1) return false;
+    return of_history_ == nullptr || of_history_[static_cast<size_t>(history_slot(args, row))] == 1;
+  }
+
+ private:
+  using Counts = std::unique_ptr<uint8_t[]>;  // at most 2 each
+
+  static bool count(const int32_t* slots, int64_t rows, int64_t size, Counts& counts) {
+    counts.reset(new (std::nothrow) uint8_t[static_cast<size_t>(size)]());
+    if (counts == nullptr) return false;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t slot = read_once(slots[row]);
+      if (slot < 0 || slot >= size) continue;
+      uint8_t& of_slot = counts[static_cast<size_t>(slot)];
+      of_slot = static_cast<uint8_t>(of_slot + (of_slot < 2));
+    }
+    return true;
+  }
+
+  Counts of_parameters_, of_history_;
+};
+
+// Adds every row's token to its history and 1 to its position. Rows that share a slot are left out.
+void advance(const LlmSamplingArgs& args, const Uses& uses) {
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t token = read_once(args.tokens[row * args.num_samples]);
     if (token < 0 || token >= args.vocab_size) continue;
-    count_up(args.position[row]);
+    const int64_t index = parameter_index(args, row);
+    if (index < 0 || !uses.is_alone(args, row, index)) continue;
+    if (args.position_of != LLM_SAMPLING_POSITION_OF_TEXT) {
+      count_up(*position_place(args, row, index));
+    }
     if (args.seen == nullptr) continue;
-    const int64_t slot = find_slot(args, row);
+    const int64_t slot = history_slot(args, row);
     uint32_t* seen = reinterpret_cast<uint32_t*>(args.seen + slot * args.seen_stride);
     seen[token >> 5] |= 1u << (token & 31);
     count_up(args.counts[slot * args.counts_stride + token]);
     count_up(args.lengths[slot]);
   }
+}
+
+// Writes the results of a row without parameters.
+void write_nothing(const LlmSamplingArgs& args, int64_t row, int32_t status) {
+  const RowResults results = find_results(args, row);
+  if (results.filtered != nullptr) std::fill_n(results.filtered, args.vocab_size, -kInfinity);
+  if (results.tokens == nullptr) return;
+  results.write_no_token(args.num_samples);
+  *results.status = status;
 }
 
 // The rows of a batch, as tasks for threads.
@@ -823,9 +873,11 @@ struct Batch {
   std::atomic<bool> out_of_memory{false};
 
   void run_row(int64_t row) noexcept {
+    const int64_t index = parameter_index(args, row);
+    if (index < 0) return write_nothing(args, row, status_of_nothing(index));
     static thread_local Workspace workspace;
     try {
-      RowSampler(args, row, workspace, threads_per_row).run();
+      RowSampler(args, row, index, workspace, threads_per_row).run();
     } catch (const std::bad_alloc&) {
       out_of_memory.store(true, std::memory_order_relaxed);
     }
@@ -837,6 +889,8 @@ int32_t run(const LlmSamplingArgs& args) {
   if (code != LLM_SAMPLING_OK || args.rows == 0) return code;
   code = check_values(args);
   if (code != LLM_SAMPLING_OK) return code;
+  Uses uses;
+  if (!uses.count(args)) return LLM_SAMPLING_OUT_OF_MEMORY;
   const DefaultFloats floats;
   constexpr int64_t kLeastTokens = 32768;  // fewer are not worth a second thread, in torch neither
   // More threads are of no use, and OpenMP ends the process if it cannot start them.
@@ -861,7 +915,7 @@ int32_t run(const LlmSamplingArgs& args) {
   if (args.advance == LLM_SAMPLING_ADVANCE_ALWAYS ||
       (args.advance == LLM_SAMPLING_ADVANCE_IF_ALL_VALID &&
        std::all_of(args.status, args.status + args.rows, is_valid))) {
-    advance(args);
+    advance(args, uses);
   }
   return LLM_SAMPLING_OK;
 }

@@ -140,6 +140,20 @@ class Cluster {
     }
   }
 
+  // The value of thread 0 of block 0, for all threads of the cluster.
+  __device__ int64_t common(int64_t value) {
+    sync();  // all blocks have started
+    if (rank_ == 0 && threadIdx.x == 0) {
+      for (int block = 0; block < blocks_; ++block) {
+        *in_block(&memory_.partial[0][0], block) = static_cast<uint64_t>(value);
+      }
+    }
+    sync();
+    value = static_cast<int64_t>(memory_.partial[0][0]);
+    sync();
+    return value;
+  }
+
   // Reduces the values of all threads, element by element; 0 must be neutral.
   template <int kCount, typename Combine>
   __device__ void combine(uint64_t (&values)[kCount], Combine two) {

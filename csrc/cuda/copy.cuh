@@ -12,6 +12,7 @@
 #include <cuda_pipeline_primitives.h>
 #endif
 
+#include "../rows.h"
 #include "row_sampler.cuh"
 
 namespace llm_sampling {
@@ -42,31 +43,23 @@ __device__ int RowSampler<kDtype, kCopied>::locate_logits() {
   return left < 0 ? 0 : left < part_vecs_ ? left : part_vecs_;
 }
 
-// Nobody has checked the values that a call points to. These two make out of any value one with which the
-// kernel ends and stays inside of its memory, and leave a valid one as it is.
-__device__ __forceinline__ int64_t limited(int64_t value, int64_t least, int64_t most) {
-  return value < least ? least : value > most ? most : value;
-}
+// Nobody has checked the values that a call points to. This makes out of any value one with which the kernel
+// ends, and leaves a valid one as it is.
 __device__ __forceinline__ float valid_temperature(float temperature) {
   return temperature >= 0.0f && temperature < kInfinity ? temperature : 1.0f;
 }
 
-// Reads everything but the logits. Thread 0 alone reads what is not needed before the first barrier.
+// Reads everything but the logits; `index` is that of the parameters. Thread 0 alone reads what is not needed
+// before the first barrier.
 template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::read_parameters(int vecs) {
-  row_.bias_count = 0;
-  row_.bias_first = 0;
-  if (args_.logit_bias_offsets != nullptr) {
-    const int64_t size = args_.logit_bias_size;
-    row_.bias_first = limited(args_.logit_bias_offsets[index_], 0, size);
-    const int64_t end = limited(args_.logit_bias_offsets[index_ + 1], row_.bias_first, size);
-    row_.bias_count = static_cast<int>(limited(end - row_.bias_first, 0, INT32_MAX));
-  }
-  const int64_t slot =
-      args_.seen != nullptr ? limited(args_.slots[index_], 0, args_.num_slots - 1) : 0;
-  row_.repetition = args_.repetition_penalty[index_];
-  row_.frequency = args_.frequency_penalty[index_];
-  row_.presence = args_.presence_penalty[index_];
+__device__ void RowSampler<kDtype, kCopied>::read_parameters(int64_t index, int vecs) {
+  const BiasEntries biases = bias_entries(args_, index);
+  row_.bias_first = biases.begin;
+  row_.bias_count = static_cast<int>(biases.count);
+  const int64_t slot = args_.seen != nullptr ? history_slot(args_, index_) : 0;
+  row_.repetition = args_.repetition_penalty[index];
+  row_.frequency = args_.frequency_penalty[index];
+  row_.presence = args_.presence_penalty[index];
   locate_bits(slot);
   row_.is_plain =
       row_.bias_count == 0 && row_.allowed.words == nullptr && row_.seen.words == nullptr;
@@ -75,13 +68,13 @@ __device__ void RowSampler<kDtype, kCopied>::read_parameters(int vecs) {
   shared_.seen_count = 0;
   shared_.candidates.count = 0;
   Parameters& own = shared_.parameters;
-  own.temperature = valid_temperature(args_.temperature[index_]);
-  own.top_p = fmaxf(args_.top_p[index_], 0.0f);  // 0 for NaN
-  own.depth_cut = depth_cut(args_, index_);
-  own.top_k = args_.top_k[index_];
-  own.min_tokens_to_keep = args_.min_tokens_to_keep[index_];
-  own.seed = args_.seed != nullptr ? static_cast<uint64_t>(args_.seed[index_]) : 0;
-  own.position = args_.position != nullptr ? static_cast<uint64_t>(args_.position[index_]) : 0;
+  own.temperature = valid_temperature(args_.temperature[index]);
+  own.top_p = fmaxf(args_.top_p[index], 0.0f);  // 0 for NaN
+  own.depth_cut = depth_cut(args_, index);
+  own.top_k = args_.top_k[index];
+  own.min_tokens_to_keep = args_.min_tokens_to_keep[index];
+  own.seed = args_.seed != nullptr ? static_cast<uint64_t>(args_.seed[index]) : 0;
+  own.position = args_.tokens != nullptr ? position(args_, index_, index) : 0;
   own.slot = slot;
   own.random = random_bits(own.seed, own.position, 0);
 }

@@ -126,7 +126,7 @@ __device__ void RowSampler<kDtype, kCopied>::write(int draw, int token, int64_t 
     token_ = token;
   }
   if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE) return;
-  float logprob = __uint_as_float(0x7fc00000u);  // NaN
+  float logprob = kNan;
   if (token >= 0 && args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_PROCESSED) {
     logprob = logf(static_cast<float>(w) / static_cast<float>(total));
   } else if (token >= 0) {
@@ -179,6 +179,24 @@ __device__ void RowSampler<kDtype, kCopied>::find_raw_sum() {
   raw_log_sum_ = logf(static_cast<float>(sum[0]) * 0x1p-40f);
 }
 
+// Writes the results of a row without parameters.
+template <int kDtype, bool kCopied>
+__device__ void RowSampler<kDtype, kCopied>::write_nothing(int32_t status) {
+  const int first = cluster_.rank() * kThreads + static_cast<int>(threadIdx.x);
+  const int threads = cluster_.blocks() * kThreads;
+  if (args_.filtered != nullptr) {
+    float* out = args_.filtered + int64_t{index_} * args_.filtered_stride;
+    for (int64_t id = first; id < args_.vocab_size; id += threads) out[id] = -kInfinity;
+  }
+  if (args_.tokens == nullptr) return;
+  const int64_t place = int64_t{index_} * args_.num_samples;
+  for (int64_t draw = first; draw < args_.num_samples; draw += threads) {
+    args_.tokens[place + draw] = -1;
+    if (args_.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE) args_.logprobs[place + draw] = kNan;
+  }
+  if (first == 0) args_.status[index_] = status;
+}
+
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::write_filtered(bool is_greedy) {
   const float t = is_greedy ? 1.0f : shared_.parameters.temperature;
@@ -200,12 +218,28 @@ __device__ void RowSampler<kDtype, kCopied>::write_filtered(bool is_greedy) {
   });
 }
 
+// Whether this thread, of all threads of the block, finds another row that names a slot of this one.
+template <int kDtype, bool kCopied>
+__device__ bool RowSampler<kDtype, kCopied>::finds_sharing_row() const {
+  bool is_found = false;
+  for (int64_t row = threadIdx.x; row < args_.rows; row += kThreads) {
+    if (row == index_) continue;
+    is_found |= args_.param_slots[row] == args_.param_slots[index_];
+    if (args_.seen != nullptr) is_found |= args_.slots[row] == args_.slots[index_];
+  }
+  return is_found;
+}
+
 // Adds the token of draw 0 to the row's history and 1 to its position.
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::advance() {
   if (args_.advance == LLM_SAMPLING_ADVANCE_NEVER || token_ < 0) return;
+  if (args_.param_slots != nullptr && shared_.is_shared) return;
   const Parameters& row = shared_.parameters;
-  args_.position[index_] = static_cast<int64_t>(row.position + 1);
+  const int64_t index = parameter_index(args_, index_);
+  if (index >= 0 && args_.position_of != LLM_SAMPLING_POSITION_OF_TEXT) {
+    *position_place(args_, index_, index) = static_cast<int64_t>(row.position + 1);
+  }
   if (args_.seen == nullptr) return;
   // Atomics whose results are not used: the thread waits for none of them.
   int32_t* seen = args_.seen + row.slot * args_.seen_stride + (token_ >> 5);

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "../llm_sampling.h"
+#include "../rows.h"
 #include "../semantics.h"
 #include "cluster.cuh"
 #include "launch.cuh"
@@ -85,6 +86,8 @@ struct Shared {
   Cluster::Memory cluster;
   Parameters parameters;  // written by thread 0, once
   int vecs;               // vecs of this block's part; written by thread 0, once
+  bool
+      is_shared;  // whether another row names a slot of this one; written by thread 0, by slot only
   uint32_t seen_count;    // seen tokens of this block's part
   uint32_t appended;      // candidates that this block has found
   Candidates candidates;  // written by thread 0
@@ -125,7 +128,7 @@ class RowSampler {
 
   // copy.cuh: where the row is, its copy in shared memory, steps 1 to 6 of a vec
   __device__ int locate_logits();
-  __device__ void read_parameters(int vecs);
+  __device__ void read_parameters(int64_t index, int vecs);
   __device__ void locate_bits(int64_t slot);
   __device__ void copy_logits(int vecs);
   __device__ void copy_edge(unsigned char* to, const unsigned char* from, int first) const;
@@ -196,7 +199,9 @@ class RowSampler {
   __device__ void write(int draw, int token, int64_t w, int64_t total);
   __device__ float raw_logit(int id) const;
   __device__ void find_raw_sum();
+  __device__ void write_nothing(int32_t status);
   __device__ void write_filtered(bool is_greedy);
+  __device__ bool finds_sharing_row() const;
   __device__ void advance();
 
   const LlmSamplingArgs& args_;

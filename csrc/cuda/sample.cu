@@ -53,10 +53,18 @@ namespace llm_sampling {
 
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::run() {
+  int64_t param_index = index_;
+  if (args_.param_slots != nullptr) {
+    // The blocks agree on it, so that all of them leave here or none does.
+    param_index = cluster_.common(parameter_index(args_, index_));
+    if (param_index < 0) return write_nothing(status_of_nothing(param_index));
+    const bool is_shared = __syncthreads_count(finds_sharing_row()) > 0;
+    if (threadIdx.x == 0) shared_.is_shared = is_shared;
+  }
   cluster_.arrive();
   const int vecs = locate_logits();
   if (kCopied) copy_logits(vecs);
-  read_parameters(vecs);
+  read_parameters(param_index, vecs);
   if (kCopied) copy_bits(vecs);
   __syncthreads();
   cluster_.wait();  // from here on, all blocks have started and may be looked into

@@ -18,6 +18,11 @@ Logprobs = Literal["processed", "raw"]
 #: The values of ``logprobs`` -> their number in every kernel.
 LOGPROBS_MODES = {None: 0, "processed": 1, "raw": 2}
 
+PositionOf = Literal["row", "slot", "text"]
+
+#: The values of ``ParamSlots.position_of`` -> their number in every kernel.
+POSITION_MODES = {"row": 0, "slot": 1, "text": 2}
+
 #: Status bits, a set of which is written for every row.
 STATUS_NAN, STATUS_NO_CANDIDATE, STATUS_POS_INF = 1, 2, 4
 
@@ -43,6 +48,42 @@ class SampleOutput(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class ParamSlots:
+    """The slots of a call whose batch has an entry for each slot and not for each row.
+
+    Rows may have the same slot. A row whose slot is -1 is padding: its logits are not read, its
+    token is -1 and its status 0. Any other slot that does not exist leaves no candidate.
+
+    Attributes:
+        of_rows: int32 ``(rows,)``, the slot of each row.
+        bias_counts: int32 ``(slots,)``; slot s owns ``bias_counts[s]`` entries of the batch's
+            biases, from ``logit_bias_offsets[s]`` on.
+        position_of: what the entries of the batch's ``position`` belong to. "text": to rows, as the
+            place in the whole text of the token whose logits these are; the row's position is
+            ``position[row] + 1 - prompt_lengths[slot]``, and is not advanced.
+        prompt_lengths: int64 ``(slots,)``, or None where ``position_of`` is not "text".
+        any_bias: whether any slot has a bias.
+    """
+
+    of_rows: Tensor
+    bias_counts: Tensor
+    position_of: PositionOf = "row"
+    prompt_lengths: Tensor | None = None
+    any_bias: bool = True
+
+    def are_named_once(self, history: TokenHistory | None) -> Tensor:
+        """Whether each row is the only one with its slots, and has parameters; bool ``(rows,)``.
+
+        Only such rows are advanced.
+        """
+        capacity = self.bias_counts.shape[0]
+        alone = (self.of_rows >= 0) & (self.of_rows < capacity)
+        for slots in (self.of_rows,) if history is None else (self.of_rows, history.slots):
+            alone = alone & ((slots[:, None] == slots).sum(-1) == 1)
+        return alone
+
+
+@dataclass(frozen=True, slots=True)
 class SampleCall:
     """Everything that a backend needs, checked by :mod:`llm_sampling.sample`.
 
@@ -55,7 +96,8 @@ class SampleCall:
         logprobs: which distribution the tokens' logprobs come from, or None.
         check: raise :class:`InvalidLogitsError` if any status is not 0.
         advance: after the draw add each row's token to the history and 1 to its position, in place,
-            unless ``check`` raises.
+            unless ``check`` raises. Rows of ``param_slots`` that share a slot are left out.
+        param_slots: where ``batch`` has an entry for each slot: the slots of the rows; else None.
     """
 
     logits: Tensor
@@ -66,6 +108,13 @@ class SampleCall:
     logprobs: Logprobs | None = None
     check: bool = False
     advance: bool = False
+    param_slots: ParamSlots | None = None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a row may have a bias."""
+        slots = self.param_slots
+        return self.batch.logit_bias_ids.numel() > 0 and (slots is None or slots.any_bias)
 
 
 class BackendModule(Protocol):
@@ -115,21 +164,36 @@ def check_state(call: SampleCall) -> None:
     """A ValueError if the history of a prepared call no longer fits it."""
     if call.history is None:
         return
-    if call.history.rows != call.batch.rows:
+    rows = call.logits.shape[0]
+    if call.history.rows != rows:
         raise ValueError(
-            f"history must have one row per row of logits ({call.batch.rows}), "
-            f"got {call.history.rows}"
+            f"history must have one row per row of logits ({rows}), got {call.history.rows}"
         )
     call.history.check_state()
 
 
 def advance(call: SampleCall, output: SampleOutput) -> None:
     """Record the tokens and advance the positions in torch, for kernels that have not done it."""
-    assert call.batch.position is not None
-    if call.history is not None:
-        call.history.record(output.tokens, call.batch.position)
+    history, position, slots = call.history, call.batch.position, call.param_slots
+    assert position is not None
+    if slots is not None:
+        _advance_by_slot(call, slots, output)
+    elif history is not None:
+        history.record(output.tokens, position)
     else:
-        call.batch.position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
+        position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
+
+
+def _advance_by_slot(call: SampleCall, slots: ParamSlots, output: SampleOutput) -> None:
+    rows = slots.are_named_once(call.history).nonzero()[:, 0]
+    tokens, position = output.tokens[rows], call.batch.position
+    assert position is not None
+    places = slots.of_rows[rows].to(torch.int64) if slots.position_of == "slot" else rows
+    if call.history is not None:
+        part = call.history.with_slots(call.history.slots[rows])
+        part.record(tokens, None if slots.position_of == "text" else position, places)
+    elif slots.position_of != "text":
+        position[places] += (tokens >= 0).to(torch.int64)
 
 
 def settle(call: SampleCall, output: SampleOutput) -> SampleOutput:

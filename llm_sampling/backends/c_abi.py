@@ -7,7 +7,13 @@ import ctypes
 import torch
 from torch import Tensor
 
-from llm_sampling.backends.base import LOGPROBS_MODES, SampleCall, SampleOutput
+from llm_sampling.backends.base import (
+    LOGPROBS_MODES,
+    POSITION_MODES,
+    ParamSlots,
+    SampleCall,
+    SampleOutput,
+)
 from llm_sampling.params import KERNEL_TENSORS
 
 ABI_VERSION = 2
@@ -29,7 +35,7 @@ class SampleArgs(ctypes.Structure):
         ("logprobs_mode", ctypes.c_int32),
         ("advance", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("position_of", ctypes.c_int32),
         ("logits", ctypes.c_void_p),
         ("logits_stride", ctypes.c_int64),
         ("temperature", ctypes.c_void_p),
@@ -60,6 +66,10 @@ class SampleArgs(ctypes.Structure):
         ("status", ctypes.c_void_p),
         ("filtered", ctypes.c_void_p),
         ("filtered_stride", ctypes.c_int64),
+        ("param_slots", ctypes.c_void_p),
+        ("num_param_slots", ctypes.c_int64),
+        ("logit_bias_counts", ctypes.c_void_p),
+        ("prompt_lengths", ctypes.c_void_p),
     )
 
 
@@ -79,12 +89,23 @@ def make_args(call: SampleCall) -> SampleArgs:
     for name in KERNEL_TENSORS:
         setattr(args, name, getattr(call.batch, name).data_ptr())
     args.logit_bias_size = call.batch.logit_bias_ids.numel()
-    if not args.logit_bias_size:
+    if not call.has_bias:
         args.logit_bias_offsets = None
+    if call.param_slots is not None:
+        _set_param_slots(args, call.param_slots)
     set_logits(args, call.logits, call.allowed_mask)
     if call.history is not None:
         set_history(args, call)
     return args
+
+
+def _set_param_slots(args: SampleArgs, slots: ParamSlots) -> None:
+    args.param_slots = slots.of_rows.data_ptr()
+    args.num_param_slots = slots.bias_counts.shape[0]
+    args.logit_bias_counts = slots.bias_counts.data_ptr()
+    args.position_of = POSITION_MODES[slots.position_of]
+    if slots.prompt_lengths is not None:
+        args.prompt_lengths = slots.prompt_lengths.data_ptr()
 
 
 def set_logits(args: SampleArgs, logits: Tensor, allowed_mask: Tensor | None) -> None:

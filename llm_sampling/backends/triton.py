@@ -10,13 +10,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llm_sampling.backends.base import (
     LOGPROBS_MODES,
+    POSITION_MODES,
+    ParamSlots,
     SampleCall,
     SampleOutput,
     check_state,
@@ -102,6 +104,7 @@ class _Config(NamedTuple):
         align: a load's mask is the same for all logits from one multiple of it to the next.
         has_bias, any_random, any_filter: whether any row has a bias, draws, or has a filter.
         logprobs: a value of LOGPROBS_MODES.
+        position_of: a value of POSITION_MODES.
         advance: whether positions and histories are advanced.
     """
 
@@ -116,6 +119,7 @@ class _Config(NamedTuple):
     any_random: bool
     any_filter: bool
     logprobs: int
+    position_of: int
     advance: bool
 
 
@@ -182,8 +186,7 @@ def _processors(index: int) -> int:
 
 
 def _has_extras(call: SampleCall, *, filter_only: bool) -> bool:
-    has_bias = call.batch.logit_bias_ids.numel() > 0
-    has_more = call.history is not None or call.allowed_mask is not None or has_bias
+    has_more = call.history is not None or call.allowed_mask is not None or call.has_bias
     return has_more or call.logprobs == "raw" or filter_only
 
 
@@ -206,6 +209,15 @@ def _history_argument(history: TokenHistory) -> tuple[Tensor | int, ...]:
     return seen, seen.stride(0), counts, counts.stride(0), history.lengths, history.slots
 
 
+def _by_slot(slots: ParamSlots) -> tuple[Any, ...]:
+    kernel = _load().kernel
+    assert kernel is not None
+    lengths = () if slots.prompt_lengths is None else (slots.prompt_lengths,)
+    capacity = slots.bias_counts.shape[0]
+    by_slot: tuple[Any, ...] = kernel.BySlot(slots.of_rows, capacity, slots.bias_counts, lengths)
+    return by_slot
+
+
 def _run(
     call: SampleCall,
     launch: Launch,
@@ -217,6 +229,7 @@ def _run(
     kernel = _load().kernel
     assert kernel is not None
     logits, batch, history, mask = call.logits, call.batch, call.history, call.allowed_mask
+    slots = call.param_slots
     rows, vocab_size = logits.shape
     if rows == 0:
         return
@@ -230,10 +243,11 @@ def _run(
         max_stored=launch.max_stored(),
         align=16 if vocab_size % 16 > 0 and logits_stride % 16 == 0 else 1,
         stages=launch.num_stages,
-        has_bias=batch.logit_bias_ids.numel() > 0,
+        has_bias=call.has_bias,
         any_random=not batch.all_greedy,
         any_filter=batch.any_filter,
         logprobs=0 if output is None else LOGPROBS_MODES[call.logprobs],
+        position_of=0 if slots is None else POSITION_MODES[slots.position_of],
         advance=call.advance and not call.check,
     )
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
@@ -244,6 +258,7 @@ def _run(
             tiles,
             _Batch(*(getattr(batch, name) for name in _Batch._fields)),
             batch.logit_bias_ids.numel(),
+            () if slots is None else _by_slot(slots),
             () if mask is None else (mask, mask.stride(0)),
             () if history is None else _history_argument(history),
             0 if history is None else history.seen.shape[0],

@@ -75,6 +75,8 @@ _NO_CANDIDATE = tl.constexpr(2)
 _POS_INF_SEEN = tl.constexpr(4)
 PROCESSED = tl.constexpr(1)
 RAW = tl.constexpr(2)
+POSITION_OF_SLOT = tl.constexpr(1)
+POSITION_OF_TEXT = tl.constexpr(2)
 
 # In these tuples and in the kernel's arguments, () is what a call does not have: Triton 3.6 cannot
 # return tuples that hold None.
@@ -83,6 +85,9 @@ RAW = tl.constexpr(2)
 #: (ids, values, count). mask: (a pointer,). history: a History. division: (1 / repetition, whether
 #: step 3 must use tl.div_rn, because _quotient would not be exact).
 Row = namedtuple("Row", "logits tail vocab_size num_tiles bias mask history division")
+#: The slots of a batch that has an entry for each slot; capacity: how many there are.
+#: prompt_lengths: (a pointer,).
+BySlot = namedtuple("BySlot", "slots capacity bias_counts prompt_lengths")
 #: A row's slot of the history, and its penalties.
 History = namedtuple("History", "seen counts length repetition frequency presence")
 #: The parameters of steps 11 to 13; keep is min_tokens_to_keep.
@@ -870,19 +875,24 @@ def _row(
     batch,
     bias_size,
     index,
+    params,
+    by_slot,
     mask,
     history,
     num_slots,
     CONFIG: tl.constexpr,
 ):
-    """What steps 1 to 6 need of row ``index``; ``logits`` points to it."""
+    """What steps 1 to 6 need of row ``index``; ``logits`` points to it, ``params`` is its entry."""
     tail_ids = vocab_size // CONFIG.align * CONFIG.align + tl.arange(0, CONFIG.align)
     tail = tl.load(logits + tail_ids, mask=tail_ids < vocab_size, other=-_INF)
     bias = ()
     if CONFIG.has_bias:
-        start = tl.load(batch.logit_bias_offsets + index)
+        start = tl.load(batch.logit_bias_offsets + params)
         start = tl.minimum(tl.maximum(start, 0), bias_size)
-        end = tl.load(batch.logit_bias_offsets + index + 1)
+        if len(by_slot) > 0:
+            end = start + tl.load(by_slot.bias_counts + params)
+        else:
+            end = tl.load(batch.logit_bias_offsets + params + 1)
         end = tl.minimum(tl.maximum(end, start), bias_size)
         count = tl.minimum(end - start, _MOST_BIASES).to(tl.int32)
         bias = (batch.logit_bias_ids + start, batch.logit_bias_values + start, count)
@@ -897,9 +907,9 @@ def _row(
         slot = tl.minimum(tl.maximum(slot, 0), num_slots - 1)
         seen += slot * seen_stride
         counts += slot * counts_stride
-        repetition = tl.load(batch.repetition_penalty + index)
-        frequency = tl.load(batch.frequency_penalty + index)
-        presence = tl.load(batch.presence_penalty + index)
+        repetition = tl.load(batch.repetition_penalty + params)
+        frequency = tl.load(batch.frequency_penalty + params)
+        presence = tl.load(batch.presence_penalty + params)
         row_history = History(seen, counts, lengths + slot, repetition, frequency, presence)
     return Row(logits, tail, vocab_size, num_tiles, bias, row_mask, row_history, ())
 
@@ -945,10 +955,26 @@ def _maxima(row, CONFIG: tl.constexpr):
 
 
 @triton.jit
+def _is_named_once(slots, index):
+    """Whether row ``index`` is the only row of the launch with its slot."""
+    own = tl.load(slots + index)
+    rows = tl.num_programs(0)
+    named = tl.zeros((), tl.int32)
+    for first in range(0, rows, 128):
+        row = first + tl.arange(0, 128)
+        named += tl.sum((tl.load(slots + row, mask=row < rows, other=-1) == own).to(tl.int32))
+    return named == 1
+
+
+@triton.jit
 def _advance(position, history, token):
-    """Add 1 to the row's position and the token to its output, unless it is -1."""
-    produced = (token >= 0).to(tl.int64)
-    tl.store(position, tl.load(position) + produced)
+    """Add 1 to the row's position and the token to its output, unless it is -1.
+
+    ``position`` is () where positions are not advanced.
+    """
+    if len(position) > 0:
+        produced = (token >= 0).to(tl.int64)
+        tl.store(position[0], tl.load(position[0]) + produced)
     if len(history) > 0:
         # all reads of the history come before this
         tl.debug_barrier()
@@ -960,8 +986,10 @@ def _advance(position, history, token):
 
 
 @triton.jit
-def _write_filtered(row, filtered, threshold, m, temperature, TILE: tl.constexpr):
-    """A read of the row: logits over temperature, -inf below the threshold.
+def _write_filtered(
+    row, vocab_size, num_tiles, filtered, threshold, m, temperature, TILE: tl.constexpr
+):
+    """A read of the row: logits over temperature, -inf below the threshold and where it has none.
 
     The largest logit m is subtracted first where its quotient would not be finite. What is kept is
     finite.
@@ -969,15 +997,14 @@ def _write_filtered(row, filtered, threshold, m, temperature, TILE: tl.constexpr
     is_finite = tl.abs(tl.div_rn(m, temperature)) < _INF
     base = tl.where(is_finite, 0.0, m)
     most = tl.where(is_finite, _INF, 0.0)
-    for tile in range(0, row.num_tiles):
+    for tile in range(0, num_tiles):
         ids = tile * TILE + tl.arange(0, TILE)
-        inside = ids < row.vocab_size
-        x = _processed(row, tile * TILE, ids, inside)
+        x = _processed(row, tile * TILE, ids, ids < row.vocab_size)
         # the minimum of NaN, which inf - inf is, and a number is the number
         divided = tl.div_rn(tl.minimum(x - base, most), temperature)
         finite = tl.maximum(divided, _LOWEST)
         kept = tl.where(_code(x, ids) >= threshold, finite, -_INF)
-        tl.store(filtered + ids, kept, mask=inside)
+        tl.store(filtered + ids, kept, mask=ids < vocab_size)
 
 
 @triton.jit(do_not_specialize=["bias_size", "num_slots"])  # they change from step to step
@@ -988,6 +1015,7 @@ def sample_kernel(
     num_tiles,
     batch,
     bias_size,
+    by_slot,
     mask,
     history,
     num_slots,
@@ -1002,16 +1030,36 @@ def sample_kernel(
     """Row ``program_id(0)`` of a batch: draw its tokens, or write its filtered logits.
 
     ``batch`` has a BatchParams' tensors by their names, and ``bias_size`` is the number of biases
-    of all rows. ``mask`` is (mask, stride), ``history`` (seen, its stride, counts, its stride,
-    lengths, slots), ``results`` (tokens, logprobs, status). Without ``results`` the filtered logits
-    are written.
+    of all rows. ``by_slot`` is () or a BySlot. ``mask`` is (mask, stride), ``history`` (seen, its
+    stride, counts, its stride, lengths, slots), ``results`` (tokens, logprobs, status). Without
+    ``results`` the filtered logits are written.
     """
     index = tl.program_id(0).to(tl.int64)
+    params = index
+    own_size, own_tiles, status_of_nothing = vocab_size, num_tiles, _NO_CANDIDATE
+    if len(by_slot) > 0:
+        params = tl.load(by_slot.slots + index).to(tl.int64)
+        status_of_nothing = tl.where(params == -1, 0, _NO_CANDIDATE)
+        exists = (params >= 0) & (params < by_slot.capacity)
+        params = tl.where(exists, params, 0)
+        # no logit is read of a row without parameters, so none is found that could be drawn
+        own_size, own_tiles = tl.where(exists, vocab_size, 0), tl.where(exists, num_tiles, 0)
     logits += index * logits_stride
     row = _row(
-        logits, vocab_size, num_tiles, batch, bias_size, index, mask, history, num_slots, CONFIG
+        logits,
+        own_size,
+        own_tiles,
+        batch,
+        bias_size,
+        index,
+        params,
+        by_slot,
+        mask,
+        history,
+        num_slots,
+        CONFIG,
     )
-    temperature = tl.load(batch.temperature + index)
+    temperature = tl.load(batch.temperature + params)
     temperature = tl.where((temperature >= 0.0) & (temperature < _INF), temperature, 1.0)
     is_greedy = tl.full((), 1, tl.int1)
     if CONFIG.any_random:
@@ -1026,7 +1074,7 @@ def sample_kernel(
     if len(results) > 0:
         tokens, logprobs, status = results
         bits = tl.where((flags & _NAN_BIT) != 0, _NAN_SEEN, 0)
-        bits += is_empty.to(tl.int32) * _NO_CANDIDATE
+        bits += is_empty.to(tl.int32) * status_of_nothing
         bits += (m == _INF).to(tl.int32) * _POS_INF_SEEN
         tl.store(status + index, bits)
         first_draw = index * num_samples
@@ -1057,10 +1105,10 @@ def sample_kernel(
         is_listed = False
         if CONFIG.any_filter:
             filters = Filters(
-                tl.load(batch.top_k + index),
-                tl.maximum(tl.load(batch.top_p + index), 0.0),  # 0 for NaN
-                depth_cut(batch, index),
-                tl.minimum(tl.maximum(tl.load(batch.min_tokens_to_keep + index), 1), vocab_size),
+                tl.load(batch.top_k + params),
+                tl.maximum(tl.load(batch.top_p + params), 0.0),  # 0 for NaN
+                depth_cut(batch, params),
+                tl.minimum(tl.maximum(tl.load(batch.min_tokens_to_keep + params), 1), vocab_size),
             )
             threshold, masses, held, is_listed = _kept(
                 row, filters, best, m, scale, memory, len(output) > 0, CONFIG
@@ -1071,7 +1119,13 @@ def sample_kernel(
                 masses = _tile_masses(row, None, m, scale, None, CONFIG)
 
         if len(output) > 0:
-            random = (tl.load(batch.seed + index), tl.load(batch.position + index))
+            if CONFIG.position_of == POSITION_OF_SLOT:
+                position = tl.load(batch.position + params)
+            else:
+                position = tl.load(batch.position + index)
+            if CONFIG.position_of == POSITION_OF_TEXT:
+                position += 1 - tl.load(by_slot.prompt_lengths[0] + params)
+            random = (tl.load(batch.seed + params), position)
             if is_listed:
                 token, smallest = _draw_from_candidates(
                     memory,
@@ -1095,6 +1149,8 @@ def sample_kernel(
     if len(output) == 0:
         _write_filtered(
             row,
+            vocab_size,
+            num_tiles,
             filtered + index * filtered_stride,
             threshold,
             m,
@@ -1102,4 +1158,14 @@ def sample_kernel(
             CONFIG.tile,
         )
     if CONFIG.advance:
-        _advance(batch.position + index, row.history, token)
+        place = (batch.position + index,)
+        if CONFIG.position_of == POSITION_OF_SLOT:
+            place = (batch.position + params,)
+        if CONFIG.position_of == POSITION_OF_TEXT:
+            place = ()
+        if len(by_slot) > 0:
+            is_alone = _is_named_once(by_slot.slots, index)
+            if len(history) > 0:
+                is_alone &= _is_named_once(history[5], index)
+            token = tl.where(is_alone, token, -1)
+        _advance(place, row.history, token)

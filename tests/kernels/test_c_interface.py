@@ -110,7 +110,10 @@ BAD_STRUCTS = {
     "negative dtype": (setting(dtype=-1), BAD_OPTION),
     "logprobs": (setting(logprobs_mode=3), BAD_OPTION),
     "advance": (setting(advance=3), BAD_OPTION),
-    "reserved": (setting(reserved=1), BAD_OPTION),
+    "position_of": (setting(position_of=3), BAD_OPTION),
+    "positions of slots without slots": (setting(position_of=1), BAD_OPTION),
+    "positions in texts without slots": (setting(position_of=2), BAD_OPTION),
+    "counts of biases without slots": (setting(logit_bias_counts=8), BAD_OPTION),
     "nothing to do": (setting(tokens=None, advance=0, logprobs_mode=0), NULL_POINTER),
     "advance without tokens": (setting(tokens=None), NULL_POINTER),
     **{f"no {name}": (setting(**{name: None}), NULL_POINTER) for name in POINTERS},
@@ -142,6 +145,80 @@ def test_a_bad_struct_gives_its_code_and_changes_nothing(
     assert memory(call, output) == before
     struct, _ = filled(call)
     assert run(struct) == 0  # without the change the struct is valid
+
+
+@pytest.fixture
+def slots_call(call: SampleCall) -> SampleCall:
+    """The same call with its parameters in slots, and positions that are places in texts."""
+    slots = base.ParamSlots(
+        torch.tensor([1, 0], dtype=torch.int32),
+        torch.tensor([1, 1], dtype=torch.int32),
+        "text",
+        torch.tensor([1, 1]),
+    )
+    return dataclasses.replace(call, param_slots=slots)
+
+
+SLOT_POINTERS = ("param_slots", "logit_bias_counts", "prompt_lengths")
+BAD_SLOTS = {
+    "position_of": (setting(position_of=-1), BAD_OPTION),
+    "no slots": (setting(num_param_slots=0), BAD_SIZE),
+    "more slots than an int32 counts": (setting(num_param_slots=2**31), BAD_SIZE),
+    "fewer biases than there are counted": (setting(logit_bias_size=1), BAD_SIZE),
+    "no prompt_lengths": (setting(prompt_lengths=None), NULL_POINTER),
+    **{f"misaligned {name}": (shifting(name, 1), MISALIGNED) for name in SLOT_POINTERS},
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(("change", "code"), BAD_SLOTS.values(), ids=BAD_SLOTS.keys())
+def test_a_bad_struct_with_slots_gives_its_code(
+    slots_call: SampleCall, change: Callable[[c_abi.SampleArgs], None], code: int
+) -> None:
+    struct, output = filled(slots_call)
+    change(struct)
+    before = memory(slots_call, output)
+    assert run(struct) == code
+    assert memory(slots_call, output) == before
+    struct, _ = filled(slots_call)
+    assert run(struct) == 0
+
+
+@needs_kernel
+@pytest.mark.parametrize("other", SLOT_POINTERS)
+def test_what_is_written_does_not_overlap_what_belongs_to_slots(
+    slots_call: SampleCall, other: str
+) -> None:
+    struct, output = filled(slots_call)
+    struct.tokens = getattr(struct, other)
+    before = memory(slots_call, output)
+    assert run(struct) == OVERLAP
+    assert memory(slots_call, output) == before
+
+
+@needs_kernel
+def test_parameters_of_slots_that_no_row_names_are_not_checked(slots_call: SampleCall) -> None:
+    """A row of padding has no parameters, no history, and no slot in it."""
+    assert slots_call.param_slots is not None
+    slots_call.param_slots.of_rows.copy_(torch.tensor([1, -1]))
+    slots_call.history.slots.copy_(torch.tensor([1, -1]))
+    slots_call.batch.temperature[0] = float("nan")
+    struct, output = filled(slots_call)
+    assert run(struct) == 0
+    assert output.tokens[1] == -1
+    assert output.status.tolist() == [0, 0]
+
+
+@needs_kernel
+def test_a_caller_of_the_first_version_has_no_slots(call: SampleCall) -> None:
+    """What lies behind the struct of a caller that was compiled earlier is not read."""
+    expected = reference.sample(dataclasses.replace(call, history=call.history.clone()))
+    struct, output = filled(call)
+    struct.struct_size = c_abi.SampleArgs.param_slots.offset
+    for name in SLOT_POINTERS:
+        setattr(struct, name, 8)
+    assert run(struct) == 0
+    assert output.tokens.tolist() == expected.tokens.flatten().tolist()
 
 
 BAD_PARAMETERS = {

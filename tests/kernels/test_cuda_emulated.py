@@ -15,6 +15,7 @@ import pytest
 import torch
 import unchecked
 from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases, every_case
+from param_slots import assert_by_slot
 from parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
 
 from llm_sampling import (
@@ -109,6 +110,16 @@ def test_layouts(install, layout, dtype):
         for launch in (Launch(1, True), Launch(1, False), Launch(2, True)):
             name = install(launch)
             assert_same(batch, name, expected, run(batch, name, ()), f"{layout} {launch}")
+
+
+@pytest.mark.parametrize("position_of", ["row", "slot", "text"])
+@launches
+def test_parameters_of_slots(library, launch, position_of):
+    """Rows of padding, rows that share a slot, and slots that do not exist are among the rows."""
+    turn = LAUNCHES.index(launch)
+    groups = covering_cases(513, seed=turn, rows=12)
+    backend = emulation.EmulatedBackend(library, launch)
+    assert_by_slot(build_all(groups, 513, DTYPES[turn % 3], "cpu"), backend, position_of)
 
 
 @launches
@@ -264,7 +275,7 @@ def test_filtered_logits_without_a_finite_quotient(install, launch, filters):
 def test_hostile_values(library, launch):
     backend = emulation.EmulatedBackend(library, launch)
     dtype = DTYPES[LAUNCHES.index(launch) % 3]
-    for seed in range(2):
+    for seed in range(4):
         unchecked.assert_hostile_values_do_no_harm(backend, 700, rows=24, seed=seed, dtype=dtype)
 
 
@@ -382,26 +393,31 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
     ("text", "wrong", "expression"),
     [
         (
-            "limited(args_.slots[index_], 0, args_.num_slots - 1)",
-            "args_.slots[index_]",
+            "limited(read_once(args.slots[row]), 0, args.num_slots - 1)",
+            "args.slots[row]",
             "hostile_values and 1c",
         ),
         (
-            "limited(args_.logit_bias_offsets[index_], 0, size)",
-            "args_.logit_bias_offsets[index_]",
+            "limited(read_once(args.logit_bias_offsets[index]), 0, size)",
+            "args.logit_bias_offsets[index]",
             "hostile_values and 1c",
         ),
         (
-            "limited(args_.logit_bias_offsets[index_ + 1], row_.bias_first, size)",
-            "args_.logit_bias_offsets[index_ + 1]",
+            "limited(limited(end, entries.begin, size) - entries.begin, 0, INT32_MAX)",
+            "end - entries.begin",
             "hostile_values and 1c",
         ),
         (
-            "valid_temperature(args_.temperature[index_])",
-            "args_.temperature[index_]",
+            "slot >= kPadding && slot < args.num_param_slots ? slot : kNoSuchSlot",
+            "slot",
+            "hostile_values and 1c",
+        ),
+        (
+            "valid_temperature(args_.temperature[index])",
+            "args_.temperature[index]",
             "bad_temperature and 1c",
         ),
-        ("fmaxf(args_.top_p[index_], 0.0f)", "args_.top_p[index_]", "hostile_values and 1c"),
+        ("fmaxf(args_.top_p[index], 0.0f)", "args_.top_p[index]", "hostile_values and 1c"),
         (
             "static_cast<uint32_t>(ids[next]) - static_cast<uint32_t>(first)",
             "static_cast<uint32_t>(ids[next] - first)",
@@ -432,7 +448,8 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
         ),
     ],
     ids=[
-        *("slots", "first bias", "last bias", "temperature", "top-p", "bias ids", "wanted"),
+        *("slots", "first bias", "last bias", "slots of parameters"),
+        *("temperature", "top-p", "bias ids", "wanted"),
         *("depth", "pivots", "greedy", "no mass", "tile", "status"),
     ],
 )

@@ -183,15 +183,27 @@ GUARDS = {
     ),
     "a slot in range": (
         "all",
-        "cpu/sample.cpp",
-        "return slot >= 0 && slot < args.num_slots ? slot : 0;",
-        "return slot;",
+        "rows.h",
+        "limited(read_once(args.slots[row]), 0, args.num_slots - 1)",
+        "args.slots[row]",
+    ),
+    "a slot of parameters in range": (
+        "all",
+        "rows.h",
+        "slot >= kPadding && slot < args.num_param_slots ? slot : kNoSuchSlot",
+        "slot",
+    ),
+    "the end of the biases in range": (
+        "all",
+        "rows.h",
+        "limited(limited(end, entries.begin, size) - entries.begin, 0, INT32_MAX)",
+        "end - entries.begin",
     ),
     "bias offsets in range": (
         "all",
-        "cpu/sample.cpp",
-        "return std::min(std::max(value, least), args_.logit_bias_size);",
-        "return value;",
+        "rows.h",
+        "limited(read_once(args.logit_bias_offsets[index]), 0, size)",
+        "args.logit_bias_offsets[index]",
     ),
 }
 

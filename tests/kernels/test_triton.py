@@ -247,6 +247,7 @@ INTERPRETED_FILES = {
         2,
         4,
     ),
+    "sampling/test_table.py": ("triton", 4, 5),
     "sampling/test_vectors.py": ("triton", 30, 300),
     "kernels/test_triton_interpreted.py": ("triton", 140, 10),
 }
@@ -299,6 +300,7 @@ def test_everything_in_the_interpreter(name, markers):
         ("tl.minimum(tl.maximum(slot, 0), num_slots - 1)", "slot", "hostile"),
         ("start = tl.minimum(tl.maximum(start, 0), bias_size)", "start += 0", "hostile"),
         ("end = tl.minimum(tl.maximum(end, start), bias_size)", "end += 0", "hostile"),
+        ("        params = tl.where(exists, params, 0)\n", "", "hostile"),
         (
             "tl.where((temperature >= 0.0) & (temperature < _INF), temperature, 1.0)",
             "temperature",
@@ -311,7 +313,7 @@ def test_everything_in_the_interpreter(name, markers):
         ("produced = (token >= 0)", "produced = (token >= -1)", "that_change"),
     ],
     ids=[
-        *("slots", "first bias", "last bias", "temperature"),
+        *("slots", "first bias", "last bias", "slots of parameters", "temperature"),
         *("threshold", "tile", "token", "status", "advance"),
     ],
 )

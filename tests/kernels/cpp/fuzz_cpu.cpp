@@ -114,6 +114,8 @@ struct Inputs {
   std::vector<int32_t> bias_ids;
   std::vector<float> bias_values;
   std::vector<int32_t> mask;
+  std::vector<int32_t> param_slots, bias_counts;
+  std::vector<int64_t> prompt_lengths;
 };
 
 struct State {
@@ -231,15 +233,7 @@ struct Case {
       i.seed.push_back(bytes.take<int64_t>());
       state.position.push_back(bytes.one_of<int64_t>({0, 1, INT64_MAX, -1, INT64_MIN, 77}));
     }
-    a.temperature = inputs.temperature.data();
-    a.top_k = inputs.top_k.data();
-    a.top_p = inputs.top_p.data();
-    a.min_p_cut = inputs.min_p_cut.data();
-    a.repetition_penalty = inputs.repetition.data();
-    a.frequency_penalty = inputs.frequency.data();
-    a.presence_penalty = inputs.presence.data();
-    a.min_tokens_to_keep = inputs.at_least.data();
-    a.seed = inputs.seed.data();
+    point_to_parameters();
 
     if (parts & 1) {
       inputs.offsets.push_back(bytes.below(2));  // the first entry may belong to no row
@@ -292,6 +286,57 @@ struct Case {
     }
     draws = (parts & 24) != 24;
     filters = (parts & 8) != 0;
+    if (parts & 32) put_into_slots(bytes);
+  }
+
+  // Gives the parameters to slots. What was the parameters of row r is now those of slot r, and there may be
+  // more slots, which have those of the last row.
+  void put_into_slots(Bytes& bytes) {
+    LlmSamplingArgs& a = args;
+    Inputs& i = inputs;
+    a.num_param_slots = a.rows + bytes.below(3);
+    const size_t slots = static_cast<size_t>(a.num_param_slots);
+    const auto extend = [&](auto& values) { values.resize(slots, values.back()); };
+    for (auto* values :
+         {&i.temperature, &i.top_p, &i.min_p_cut, &i.repetition, &i.frequency, &i.presence}) {
+      extend(*values);
+    }
+    extend(i.top_k);
+    extend(i.at_least);
+    extend(i.seed);
+    point_to_parameters();
+    const int32_t some[] = {-1, -2, static_cast<int32_t>(slots), INT32_MAX, 0, 0, 1};
+    for (int64_t row = 0; row < a.rows; ++row) {
+      const int64_t which = bytes.below(16);
+      const bool is_own = which >= static_cast<int64_t>(std::size(some));
+      i.param_slots.push_back(is_own ? static_cast<int32_t>(row) : some[which]);
+    }
+    a.param_slots = i.param_slots.data();
+    if (a.logit_bias_offsets != nullptr) {
+      i.offsets.resize(slots + 1, i.offsets.back());
+      for (size_t slot = 0; slot < slots; ++slot) {
+        const int64_t owned = i.offsets[slot + 1] - i.offsets[slot];
+        i.bias_counts.push_back(static_cast<int32_t>(owned - std::min(owned, bytes.below(3))));
+      }
+      a.logit_bias_offsets = i.offsets.data();
+      if (bytes.below(4) != 0) a.logit_bias_counts = i.bias_counts.data();
+    }
+    a.position_of = static_cast<int32_t>(bytes.below(3));
+    if (a.position_of == LLM_SAMPLING_POSITION_OF_SLOT) extend(state.position);
+    i.prompt_lengths.resize(slots, bytes.one_of<int64_t>({0, 1, 7, INT64_MIN}));
+    a.prompt_lengths = i.prompt_lengths.data();
+  }
+
+  void point_to_parameters() {
+    args.temperature = inputs.temperature.data();
+    args.top_k = inputs.top_k.data();
+    args.top_p = inputs.top_p.data();
+    args.min_p_cut = inputs.min_p_cut.data();
+    args.repetition_penalty = inputs.repetition.data();
+    args.frequency_penalty = inputs.frequency.data();
+    args.presence_penalty = inputs.presence.data();
+    args.min_tokens_to_keep = inputs.at_least.data();
+    args.seed = inputs.seed.data();
   }
 
   bool draws = true;
@@ -355,9 +400,34 @@ bool is_close(uint32_t bits, double expected) {
   return std::abs(value - expected) <= 1e-5 + 1e-6 * std::abs(expected);
 }
 
+// The index of a row's parameters; below 0 for a row that has none, -1 if it is padding.
+int64_t index_of(const LlmSamplingArgs& a, int64_t row) {
+  if (a.param_slots == nullptr) return row;
+  const int64_t slot = a.param_slots[row];
+  return slot >= -1 && slot < a.num_param_slots ? slot : -2;
+}
+
+// Compares the results of a row without parameters with the definition.
+void check_nothing(const LlmSamplingArgs& a, const Outputs& out, int64_t row, int32_t status) {
+  for (int64_t i = 0; a.filtered != nullptr && i < a.vocab_size; ++i) {
+    require(a.filtered[row * a.filtered_stride + i] == -kInfinity, "filtered logits of nothing");
+  }
+  if (a.tokens == nullptr) return;
+  require(a.status[row] == status, "the status of nothing");
+  for (int64_t at = row * a.num_samples; at < (row + 1) * a.num_samples; ++at) {
+    require(a.tokens[at] == -1, "the token of nothing");
+    if (a.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE) continue;
+    require(is_close(out.logprobs[at], NAN), "the logprob of nothing");
+  }
+}
+
 // Compares the results of one row with the definition.
 void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   const int64_t v = a.vocab_size;
+  const int64_t index = index_of(a, row);
+  if (index < 0) {
+    return check_nothing(a, out, row, index == -1 ? 0 : LLM_SAMPLING_STATUS_NO_CANDIDATE);
+  }
   std::vector<float> x(static_cast<size_t>(v));
   for (int64_t i = 0; i < v; ++i) {  // 1 widen
     const int64_t at = row * a.logits_stride + i;
@@ -368,7 +438,10 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   }
   const std::vector<float> raw = x;
   if (a.logit_bias_offsets != nullptr) {  // 2 bias, mask
-    for (int64_t e = a.logit_bias_offsets[row]; e < a.logit_bias_offsets[row + 1]; ++e) {
+    const int64_t begin = a.logit_bias_offsets[index];
+    const int64_t end = a.logit_bias_counts != nullptr ? begin + a.logit_bias_counts[index]
+                                                       : a.logit_bias_offsets[index + 1];
+    for (int64_t e = begin; e < end; ++e) {
       const int32_t id = a.logit_bias_ids[e];
       const float bias = a.logit_bias_values[e];
       if (id >= 0 && id < v) x[id] = bias == -kInfinity ? -kInfinity : x[id] + bias;
@@ -381,11 +454,11 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   for (int64_t i = 0; a.seen != nullptr && i < v; ++i) {  // 3 to 5 penalties
     const int32_t word = a.seen[a.slots[row] * a.seen_stride + (i >> 5)];
     if ((static_cast<uint32_t>(word) >> (i & 31) & 1) == 0) continue;
-    x[i] = repetition(x[i], a.repetition_penalty[row]);
+    x[i] = repetition(x[i], a.repetition_penalty[index]);
     const int32_t count = a.counts[a.slots[row] * a.counts_stride + i];
     if (count == 0) continue;
-    x[i] = frequency(x[i], a.frequency_penalty[row], count);
-    x[i] = x[i] - a.presence_penalty[row];
+    x[i] = frequency(x[i], a.frequency_penalty[index], count);
+    x[i] = x[i] - a.presence_penalty[index];
   }
   int32_t status = 0;
   std::vector<int64_t> kept;
@@ -403,7 +476,7 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
     return x[i] > x[j];
   });  // 7 order
 
-  const float temperature = a.temperature[row];
+  const float temperature = a.temperature[index];
   const bool greedy = temperature == 0.0f;
   std::vector<int64_t> w(static_cast<size_t>(v));
   const auto keep = [&](size_t size, size_t at_least) {
@@ -413,22 +486,22 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
     keep(1, 1);
     w[kept[0]] = 1;
   } else if (!kept.empty()) {
-    const size_t at_least = static_cast<size_t>(a.min_tokens_to_keep[row]);
+    const size_t at_least = static_cast<size_t>(a.min_tokens_to_keep[index]);
     const float m = x[kept[0]];
     const float scale = depth_scale(temperature);
-    for (int64_t i : kept) w[i] = whole_mass(depth(x[i], m, scale));          // 9 depth, 10 mass
-    if (a.top_k[row] > 0) keep(static_cast<size_t>(a.top_k[row]), at_least);  // 11 top-k
-    if (a.top_p[row] < 1.0f) {                                                // 12 top-p
+    for (int64_t i : kept) w[i] = whole_mass(depth(x[i], m, scale));  // 9 depth, 10 mass
+    if (a.top_k[index] > 0) keep(static_cast<size_t>(a.top_k[index]), at_least);  // 11 top-k
+    if (a.top_p[index] < 1.0f) {                                                  // 12 top-p
       int64_t z = 0, sum = 0;
       for (int64_t i : kept) z += w[i];
-      const int64_t target = top_p_target(z, a.top_p[row]);
+      const int64_t target = top_p_target(z, a.top_p[index]);
       size_t size = 0;
       while (sum < target) sum += w[kept[size++]];
       keep(size, at_least);
     }
-    if (a.min_p_cut[row] < kInfinity) {  // 13 min-p
+    if (a.min_p_cut[index] < kInfinity) {  // 13 min-p
       size_t size = 0;
-      while (size < kept.size() && depth(x[kept[size]], m, scale) <= a.min_p_cut[row]) ++size;
+      while (size < kept.size() && depth(x[kept[size]], m, scale) <= a.min_p_cut[index]) ++size;
       keep(size, at_least);
     }
   }
@@ -465,8 +538,12 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   }
   for (int32_t draw = 0; draw < a.num_samples; ++draw) {  // 14 draw
     int64_t expected = -1;
-    const uint64_t seed = static_cast<uint64_t>(a.seed[row]);
-    const uint64_t position = static_cast<uint64_t>(a.position[row]);
+    const uint64_t seed = static_cast<uint64_t>(a.seed[index]);
+    const bool by_slot = a.position_of == LLM_SAMPLING_POSITION_OF_SLOT;
+    uint64_t position = static_cast<uint64_t>(a.position[by_slot ? index : row]);
+    if (a.position_of == LLM_SAMPLING_POSITION_OF_TEXT) {
+      position = position + 1 - static_cast<uint64_t>(a.prompt_lengths[index]);
+    }
     int64_t r = scaled_random(random_bits(seed, position, static_cast<uint32_t>(draw)), s);
     for (int64_t i : kept) {
       if ((r -= w[i]) < 0) {
@@ -488,6 +565,16 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   }
 }
 
+// Whether the parameters belong to slots, and another row names a slot of this row.
+bool shares_a_slot(const LlmSamplingArgs& a, int64_t row) {
+  for (int64_t other = 0; a.param_slots != nullptr && other < a.rows; ++other) {
+    if (other == row) continue;
+    if (a.param_slots[other] == a.param_slots[row]) return true;
+    if (a.seen != nullptr && a.slots[other] == a.slots[row]) return true;
+  }
+  return false;
+}
+
 // The state after the step of a batch whose results are in a.
 State advanced(const Case& batch, const LlmSamplingArgs& a) {
   State after = batch.state;
@@ -497,8 +584,12 @@ State advanced(const Case& batch, const LlmSamplingArgs& a) {
   if (a.advance == LLM_SAMPLING_ADVANCE_IF_ALL_VALID && !valid) return after;
   for (int64_t row = 0; row < a.rows; ++row) {
     const int64_t token = a.tokens[row * a.num_samples];
-    if (token < 0) continue;
-    after.position[row] = static_cast<int64_t>(static_cast<uint64_t>(after.position[row]) + 1);
+    if (token < 0 || shares_a_slot(a, row)) continue;
+    const int64_t place = a.position_of == LLM_SAMPLING_POSITION_OF_SLOT ? index_of(a, row) : row;
+    if (a.position_of != LLM_SAMPLING_POSITION_OF_TEXT) {
+      after.position[place] =
+          static_cast<int64_t>(static_cast<uint64_t>(after.position[place]) + 1);
+    }
     if (a.seen == nullptr) continue;
     int32_t& word = after.seen[a.slots[row] * a.seen_stride + (token >> 5)];
     word = static_cast<int32_t>(static_cast<uint32_t>(word) | 1u << (token & 31));
@@ -563,7 +654,7 @@ constexpr Field kFields[] = {
     FIELD(logprobs_mode),
     FIELD(advance),
     FIELD(num_threads),
-    FIELD(reserved),
+    FIELD(position_of),
     FIELD(logits),
     FIELD(logits_stride),
     FIELD(temperature),
@@ -594,6 +685,10 @@ constexpr Field kFields[] = {
     FIELD(status),
     FIELD(filtered),
     FIELD(filtered_stride),
+    FIELD(param_slots),
+    FIELD(num_param_slots),
+    FIELD(logit_bias_counts),
+    FIELD(prompt_lengths),
 };
 
 // Whether all that the struct describes lies within the memory of the batch, which no callee can check.
@@ -613,8 +708,11 @@ bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
   const bool slots =
       a.seen == nullptr || (a.num_slots <= was.num_slots && a.seen_stride <= was.seen_stride &&
                             a.counts_stride <= was.counts_stride);
+  const bool by_slot = a.position_of == LLM_SAMPLING_POSITION_OF_SLOT;
+  const size_t positions = static_cast<size_t>(by_slot ? a.num_param_slots : a.rows);
   return a.rows <= was.rows && a.num_samples <= was.num_samples &&
-         a.logit_bias_size <= was.logit_bias_size &&
+         a.logit_bias_size <= was.logit_bias_size && a.num_param_slots <= was.num_param_slots &&
+         positions <= batch.state.position.size() &&
          holds(a.logits, a.logits_stride, a.vocab_size, elements) &&
          holds(a.allowed_mask, a.allowed_mask_stride, words, batch.inputs.mask.size()) &&
          holds(
@@ -656,7 +754,11 @@ bool shares_a_byte(const LlmSamplingArgs& a) {
   add(true, a.status, 1, draws ? a.rows : 0, 0);
   add(true, a.logprobs, 1, a.logprobs_mode != 0 ? draws_of_all : 0, 0);
   add(true, a.filtered, a.rows, v, a.filtered_stride);
-  add(advances, a.position, 1, a.rows, 0);
+  const bool has_slots = a.param_slots != nullptr;
+  const int64_t params = has_slots ? a.num_param_slots : a.rows;
+  const bool by_slot = a.position_of == LLM_SAMPLING_POSITION_OF_SLOT;
+  const bool has_texts = a.position_of == LLM_SAMPLING_POSITION_OF_TEXT;
+  add(advances, a.position, 1, by_slot ? params : a.rows, 0);
   add(advances, a.seen, slots, words, a.seen_stride);
   add(advances, a.counts, slots, v, a.counts_stride);
   add(advances, a.lengths, 1, slots, 0);
@@ -666,17 +768,20 @@ bool shares_a_byte(const LlmSamplingArgs& a) {
     add(false, static_cast<const uint16_t*>(a.logits), a.rows, v, a.logits_stride);
   }
   add(false, a.allowed_mask, a.rows, words, a.allowed_mask_stride);
-  add(false, a.temperature, 1, a.rows, 0);
-  add(false, a.top_k, 1, a.rows, 0);
-  add(false, a.top_p, 1, a.rows, 0);
-  add(false, a.min_p_cut, 1, a.rows, 0);
-  add(false, a.repetition_penalty, 1, a.rows, 0);
-  add(false, a.frequency_penalty, 1, a.rows, 0);
-  add(false, a.presence_penalty, 1, a.rows, 0);
-  add(false, a.min_tokens_to_keep, 1, a.rows, 0);
-  add(false, a.seed, 1, a.rows, 0);
+  add(false, a.temperature, 1, params, 0);
+  add(false, a.top_k, 1, params, 0);
+  add(false, a.top_p, 1, params, 0);
+  add(false, a.min_p_cut, 1, params, 0);
+  add(false, a.repetition_penalty, 1, params, 0);
+  add(false, a.frequency_penalty, 1, params, 0);
+  add(false, a.presence_penalty, 1, params, 0);
+  add(false, a.min_tokens_to_keep, 1, params, 0);
+  add(false, a.seed, 1, params, 0);
+  add(false, a.param_slots, 1, a.rows, 0);
+  add(false, a.logit_bias_counts, 1, params, 0);
+  add(false, a.prompt_lengths, 1, has_texts ? params : 0, 0);
   const int64_t entries = a.logit_bias_offsets != nullptr ? a.logit_bias_size : 0;
-  add(false, a.logit_bias_offsets, 1, a.rows + 1, 0);
+  add(false, a.logit_bias_offsets, 1, params + (a.logit_bias_counts == nullptr), 0);
   add(false, a.logit_bias_ids, 1, entries, 0);
   add(false, a.logit_bias_values, 1, entries, 0);
   add(false, a.slots, 1, slots != 0 ? a.rows : 0, 0);
@@ -694,9 +799,10 @@ bool shares_a_byte(const LlmSamplingArgs& a) {
 int32_t code_of_slots(const LlmSamplingArgs& a) {
   int32_t code = LLM_SAMPLING_OK;
   for (int64_t row = 0; a.seen != nullptr && row < a.rows; ++row) {
+    if (index_of(a, row) < 0) continue;
     if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
     for (int64_t other = 0; other < row; ++other) {
-      const bool is_shared = a.slots[row] == a.slots[other];
+      const bool is_shared = a.param_slots == nullptr && a.slots[row] == a.slots[other];
       if (is_shared && a.advance != LLM_SAMPLING_ADVANCE_NEVER) code = LLM_SAMPLING_OVERLAP;
     }
   }
@@ -781,16 +887,16 @@ void run_bad(Case& batch, Bytes& bytes) {
   }
   const State before_state = own;
   const Outputs before = out;
-  LlmSamplingArgs read;
+  LlmSamplingArgs read = {};  // as the kernel reads a struct that may be shorter
   int32_t expected = read_struct(&a, read);
-  if (expected == LLM_SAMPLING_OK) expected = check_struct(a);
-  const int64_t compared = std::max(a.rows, a.seen != nullptr ? a.num_slots : 0);
+  if (expected == LLM_SAMPLING_OK) expected = check_struct(read);
+  const int64_t compared = std::max(read.rows, read.seen != nullptr ? read.num_slots : 0);
   if (expected == LLM_SAMPLING_OK && compared <= kMostCompared) {
-    require(!shares_a_byte(a), "an overlap is found");
+    require(!shares_a_byte(read), "an overlap is found");
   }
   // What no callee can check.
-  if (expected == LLM_SAMPLING_OK && (is_moved || !is_within_memory(batch, a))) return;
-  if (expected == LLM_SAMPLING_OK) expected = code_of_slots(a);
+  if (expected == LLM_SAMPLING_OK && (is_moved || !is_within_memory(batch, read))) return;
+  if (expected == LLM_SAMPLING_OK) expected = code_of_slots(read);
   const int32_t code = llm_sampling_cpu(&a);
   require(
       expected == LLM_SAMPLING_OK || code == expected,

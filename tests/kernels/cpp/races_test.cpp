@@ -36,6 +36,7 @@ struct Kind {
   Filters filters;  // penalties have a history
   bool biased, masked, filtered;
   int32_t logprobs, samples;
+  bool by_slot = false;  // whether the parameters belong to slots
 };
 
 constexpr int32_t kNone = LLM_SAMPLING_LOGPROBS_NONE;
@@ -57,6 +58,8 @@ constexpr Kind kKinds[] = {
     {"min-p, flat", {1e3f, 0, 1.0f, 1e-3f, 1, 1.0f, 0.0f}, false, false, true, kNone, 1},
     {"all", {1.3f, 400, 0.9f, 0.01f, 3, 0.8f, -0.5f}, true, true, true, kRaw, 2},
     {"all but top-k", {0.7f, 0, 0.9f, 0.01f, 3, 1.2f, 0.5f}, true, true, true, kProcessed, 2},
+    {"top-k, by slot", {0.8f, 40, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, true, kNone, 1, true},
+    {"all, by slot", {1.3f, 400, 0.9f, 0.01f, 3, 0.8f, -0.5f}, true, true, true, kRaw, 2, true},
 };
 
 // One row of logits for the writer to choose from.
@@ -111,7 +114,7 @@ struct Batch {
   Parameters parameters;
   std::vector<float> logits, values;
   std::vector<uint16_t> narrow_logits;
-  std::vector<int32_t> slots, mask, seen, counts, ids, status;
+  std::vector<int32_t> slots, mask, seen, counts, ids, status, param_slots, bias_counts;
   std::vector<int64_t> lengths, offsets, tokens;
   std::vector<float> logprobs, filtered;
   LlmSamplingArgs args = {};
@@ -164,6 +167,14 @@ struct Batch {
       args.logit_bias_ids = ids.data();
       args.logit_bias_values = values.data();
       args.logit_bias_size = static_cast<int64_t>(ids.size());
+    }
+    if (kind.by_slot) {
+      param_slots = {1, 2, 0};
+      bias_counts = {20, 0, 7};
+      args.param_slots = param_slots.data();
+      args.num_param_slots = kRows;
+      args.logit_bias_counts = bias_counts.data();
+      args.position_of = LLM_SAMPLING_POSITION_OF_SLOT;
     }
     if (kind.masked) {
       mask.assign(kRows * words, 0x5fffffff);
@@ -245,7 +256,7 @@ void overwrite_others(Batch& b, Noise& noise) {
   const int32_t ids[] = {0, v / 2, v - 1, v, v + 600, -1, -600, INT32_MAX, INT32_MIN};
   const int64_t offsets[] = {0, 5, entries, entries + 1, 1 << 20, -1, INT64_MAX, INT64_MIN};
   const float floats[] = {0.0f, 1.0f, -1.0f, 1e-30f, 1e30f, 1e-40f, kNan, kInfinity, -kInfinity};
-  switch (noise.below(15)) {
+  switch (noise.below(17)) {
     case 0:
       return disturb(b.mask, words, noise);
     case 1:
@@ -274,6 +285,10 @@ void overwrite_others(Batch& b, Noise& noise) {
       return disturb(b.parameters.presence_penalty, floats, noise);
     case 13:
       return disturb(b.parameters.top_k, numbers, noise);
+    case 14:
+      return disturb(b.param_slots, slots, noise);
+    case 15:
+      return disturb(b.bias_counts, numbers, noise);
     default:
       return disturb(b.parameters.min_tokens_to_keep, numbers, noise);
   }
@@ -312,7 +327,8 @@ void call(const Kind& kind, Batch& batch, bool is_valid) {
     for (int32_t sample = 0; sample < kind.samples; ++sample) {
       const int64_t token = batch.tokens[row * kind.samples + sample];
       if (token < -1 || token >= batch.vocab_size) fail(kind, batch, "no token of the row");
-      const bool has_none = (status & LLM_SAMPLING_STATUS_NO_CANDIDATE) != 0;
+      bool has_none = (status & LLM_SAMPLING_STATUS_NO_CANDIDATE) != 0;
+      if (kind.by_slot && status == 0) has_none = token == -1;  // the row has become padding
       if (has_none != (token == -1)) fail(kind, batch, "token and status do not agree");
     }
   }

@@ -91,7 +91,8 @@ def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str
         for name in ("csrc", "tests/kernels/cuda_emulation"):
             shutil.copytree(root / name, folder / name)
         root = folder
-        sources = {path: path.read_text() for path in (root / "csrc/cuda").iterdir()}
+        files = [*(root / "csrc/cuda").iterdir(), root / "csrc/rows.h"]
+        sources = {path: path.read_text() for path in files}
         found = [path for path, right in sources.items() for _ in range(right.count(text))]
         assert len(found) == 1, f"the kernel has {len(found)} of {text!r}"
         found[0].write_text(sources[found[0]].replace(text, wrong))
