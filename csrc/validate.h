@@ -137,6 +137,7 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
   for (int w = 0; w < written; ++w) {
     const uintptr_t begin = regions[w].begin;
     const uintptr_t end = regions[w].end;
+    if (begin == end) continue;  // there is none
     for (int other = w + 1; other < kRegions; ++other) {
       const Region& region = regions[other];
       if (region.begin >= end || region.end <= begin) continue;
