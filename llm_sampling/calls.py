@@ -79,8 +79,8 @@ def make_call(
         of_rows = _slots_tensor(slots, rows, device)
         params.check_slots(of_rows)
         batch, param_slots = _batch_of_table(params, of_rows, positions, text_positions, record)
-        if params.history is not None and (batch.needs_history or record):
-            history = params.history.with_slots(of_rows)
+        if batch.needs_history or record:
+            history = params.history_of(of_rows)
     else:
         given = {"slots": slots, "text_positions": text_positions, "record": record or None}
         for name, value in given.items():
@@ -140,7 +140,8 @@ def _slots_tensor(slots: object, rows: int, device: torch.device) -> Tensor:
             f"slots must have shape ({rows},), one for each row, got {tuple(tensor.shape)}"
         )
     if tensor.dtype == torch.int64:
-        tensor = tensor.clamp(-2, 2**31 - 1).to(torch.int32)  # no slot has such a number
+        # a number that no int32 holds becomes one that is not the number of a slot either
+        tensor = tensor.clamp(-2, 2**31 - 1).to(torch.int32)
     return tensor.contiguous()
 
 

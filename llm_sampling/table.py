@@ -125,6 +125,10 @@ class RequestTable:
         """A read-only view of the histories, whose row s is slot s; None if none are kept."""
         return None if self._history is None else self._history.with_slots(self._history.slots)
 
+    def history_of(self, slots: Tensor) -> TokenHistory | None:
+        """A read-only view of rows with these slots, int32 ``(rows,)``; None if none are kept."""
+        return None if self._history is None else self._history.with_slots(slots)
+
     @property
     def positions(self) -> Tensor:
         """int64 ``(capacity,)``, a copy: how many tokens the request of each slot has produced."""

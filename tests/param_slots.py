@@ -32,17 +32,20 @@ class BySlot:
     call: SampleCall
     cases: Tensor
 
-    @property
-    def is_case(self) -> Tensor:
-        """Whether a row has a case."""
-        return self.cases >= 0
-
     def expected(self, of_cases: Tensor, padding: float, outside: float) -> Tensor:
-        """Return each row's value, from those of the cases and of the rows that have none."""
-        values = of_cases[self.cases.clamp(min=0)].clone()
-        values[self.cases == PADDING] = padding
-        values[self.cases == OUTSIDE] = outside
-        return values
+        """Return what ``for_rows`` gives for this call."""
+        return for_rows(self.cases, of_cases, padding, outside)
+
+
+def for_rows(cases: Tensor, of_cases: Tensor, padding: float, outside: float) -> Tensor:
+    """Return a value for each row, given its case and the values of the cases.
+
+    ``padding`` and ``outside`` are the values of the rows that have no case.
+    """
+    values = of_cases[cases.clamp(min=0)].clone()
+    values[cases == PADDING] = padding
+    values[cases == OUTSIDE] = outside
+    return values
 
 
 def by_slot(batch: Batch, position_of: PositionOf, seed: int) -> BySlot:

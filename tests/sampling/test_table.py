@@ -21,7 +21,7 @@ from cases import (
     every_case,
     make_history,
 )
-from param_slots import OUTSIDE, assert_by_slot, by_slot
+from param_slots import OUTSIDE, PADDING, assert_by_slot, by_slot, for_rows
 from parity import bits, build_all
 
 from llm_sampling import (
@@ -77,9 +77,10 @@ def assert_like_rows(batch: Batch, backend: str, seed: int) -> None:
     table, slots = filled(batch, seed)
     rng = random.Random(seed)
     rows = len(slots)
-    chosen = [*range(rows), *rng.sample(range(rows), rows // 4), -1, -1, -2]
+    chosen = [*range(rows), *rng.sample(range(rows), rows // 4), PADDING, PADDING, OUTSIDE]
     rng.shuffle(chosen)
-    named = [slots[case] if case >= 0 else -1 if case == -1 else table.capacity for case in chosen]
+    without_case = {PADDING: -1, OUTSIDE: table.capacity}
+    named = [slots[case] if case >= 0 else without_case[case] for case in chosen]
     cases = torch.tensor(chosen)
     logits = batch.logits[cases.clamp(min=0)].clone()
     logits[cases < 0] = math.nan
@@ -90,15 +91,10 @@ def assert_like_rows(batch: Batch, backend: str, seed: int) -> None:
     wanted = sample(batch.logits, params, backend="torch", check=False, **given)
     kept = filter_logits(batch.logits, params, backend="torch", **given)
 
-    def with_others(of_cases: torch.Tensor, padding: float, outside: float) -> torch.Tensor:
-        values = of_cases[cases.clamp(min=0)].clone()
-        values[cases == -1], values[cases == -2] = padding, outside
-        return values
-
-    tokens = with_others(wanted.tokens, -1, -1)
-    status = with_others(wanted.status, 0, STATUS_NO_CANDIDATE)
+    tokens = for_rows(cases, wanted.tokens, -1, -1)
+    status = for_rows(cases, wanted.status, 0, STATUS_NO_CANDIDATE)
     filtered = filter_logits(logits, table, named, allowed_mask=mask, backend=backend)
-    assert torch.equal(bits(filtered), bits(with_others(kept, -math.inf, -math.inf)))
+    assert torch.equal(bits(filtered), bits(for_rows(cases, kept, -math.inf, -math.inf)))
 
     history = table.history
     assert history is not None
