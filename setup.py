@@ -49,7 +49,7 @@ ARCHITECTURES = ["80", "86", "89", "90a", "100a", "120"]
 
 CUDA = Extension(
     "llm_sampling.lib.libllm_sampling_cuda",
-    sources=["csrc/cuda/launch.cu", "csrc/cuda/sample.cu"],
+    sources=["csrc/cuda/launch.cu", "csrc/cuda/sample.cu", "csrc/cuda/history.cu"],
     depends=HEADERS,
 )
 

@@ -1,8 +1,9 @@
 // The C contract between a caller (Python's ctypes, or any other runtime) and the compiled backends.
 //
-// One struct describes a whole batch: pointers, element strides, sizes. Nothing here knows torch or
-// Python. Within a version fields are only ever appended: a caller states the size of the struct that it
-// was compiled with, and fields past that size read as zero, which is "off" for every one of them.
+// One struct describes a whole batch, and another one a change of histories: pointers, element strides,
+// sizes. Nothing here knows torch or Python. Within a version fields are only ever appended: a caller states
+// the size of the struct that it was compiled with, and fields past that size read as zero, which is "off"
+// for every one of them.
 #ifndef LLM_SAMPLING_H_
 #define LLM_SAMPLING_H_
 
@@ -14,6 +15,7 @@ extern "C" {
 
 #define LLM_SAMPLING_ABI_VERSION 2
 #define LLM_SAMPLING_MAX_VOCAB_SIZE (1 << 20)
+#define LLM_SAMPLING_MAX_EXTRA_OUTPUT 64
 
 // Values of LlmSamplingArgs.dtype.
 enum { LLM_SAMPLING_FLOAT32 = 0, LLM_SAMPLING_FLOAT16 = 1, LLM_SAMPLING_BFLOAT16 = 2 };
@@ -45,7 +47,8 @@ enum {
 enum {
   LLM_SAMPLING_STATUS_NAN = 1,
   LLM_SAMPLING_STATUS_NO_CANDIDATE = 2,
-  LLM_SAMPLING_STATUS_POS_INF = 4
+  LLM_SAMPLING_STATUS_POS_INF = 4,
+  LLM_SAMPLING_STATUS_TEXT_FULL = 8
 };
 
 // What an entry point returns; 0 is success. Nothing has been written where it is not 0, except that
@@ -102,7 +105,8 @@ typedef struct LlmSamplingArgs {
   const int32_t* allowed_mask;  // (rows, ceil(vocab_size / 32)), bit set = allowed; NULL: all are
   int64_t allowed_mask_stride;
 
-  // Token history by slot; NULL seen: no penalties. Where rows advance, no two share a slot.
+  // Token history by slot; NULL seen: no penalties. Where rows with parameters of their own advance, no two
+  // share a slot.
   int32_t* seen;  // (num_slots, ceil(vocab_size / 32)): in prompt or output
   int64_t seen_stride;
   int32_t* counts;  // (num_slots, vocab_size): times in the output
@@ -128,10 +132,81 @@ typedef struct LlmSamplingArgs {
   const int32_t*
       logit_bias_counts;  // (num_param_slots,); slot s owns entries [offsets[s], offsets[s] + counts[s])
   const int64_t* prompt_lengths;  // (num_param_slots,), for POSITION_OF_TEXT
+
+  // The ids of prompt and output in order, by slot of the history, so text_lengths[slot] of them; the first
+  // text_prompt_lengths[slot] are the prompt's. NULL text: they are not kept. A row that is to be recorded
+  // in a slot with max_text_length ids draws nothing, and its status is TEXT_FULL.
+  int32_t* text;  // (num_slots, max_text_length), contiguous
+  int64_t max_text_length;
+  int64_t* text_lengths;               // (num_slots,)
+  const int64_t* text_prompt_lengths;  // (num_slots,)
+
+  // seen and counts are those of the last windows[slot] ids of the text, of all ids where it is negative.
+  const int32_t* windows;  // (num_slots,); NULL: they are those of all ids
+  const uint8_t* record;   // (rows,): 0 where a row is not recorded; NULL: all are
+
+  // Which tokens the repetition penalty is for: 0 those of prompt and output, 1 those of the output.
+  const int32_t* repetition_penalty_scope;  // like the other parameters; NULL: 0
+
+  // Ids that come next in the output of the rows' histories, for this call alone; they need the history.
+  // Those outside of the vocabulary are padding.
+  const int32_t* extra_output;  // (rows, num_extra_output), contiguous; NULL: there are none
+  int64_t num_extra_output;     // 0 .. LLM_SAMPLING_MAX_EXTRA_OUTPUT
 } LlmSamplingArgs;
+
+// Values of LlmSamplingUpdate.kind: what happens to the history of a row's slot.
+enum {
+  LLM_SAMPLING_UPDATE_APPEND = 0,   // the ids come next in its output
+  LLM_SAMPLING_UPDATE_FILL = 1,     // its prompt and output become the ids
+  LLM_SAMPLING_UPDATE_ROLLBACK = 2  // the last ids of its output are taken away
+};
+
+// A change of histories by ids that were not drawn. An id outside of the vocabulary is padding and is left
+// out; so are ids for which a text has no room. A row whose slot is not in 0 .. num_slots - 1 changes
+// nothing. No two rows may have the same slot.
+typedef struct LlmSamplingUpdate {
+  uint32_t struct_size;  // sizeof(LlmSamplingUpdate) where the caller was compiled
+  uint32_t version;      // LLM_SAMPLING_ABI_VERSION
+
+  int64_t rows;
+  int64_t vocab_size;
+  int32_t kind;
+  int32_t id_bytes;      // 4: ids are int32; 8: int64
+  const int32_t* slots;  // (rows,)
+
+  // numbers[row] of the row's ids, its first ones, are added, or so many ids are taken away. For FILL the
+  // first prompt_lengths[row] of them are the prompt.
+  const int32_t* numbers;  // (rows,)
+  const void* ids;         // (rows, max_ids); ROLLBACK reads none
+  int64_t ids_stride;
+  int64_t max_ids;
+  const int32_t* prompt_lengths;  // (rows,); NULL: 0
+
+  // position[slot], or position[row], grows by the number of ids that are appended and falls by that of ids
+  // that are taken away; FILL makes it the length of the output. NULL: there is none.
+  int64_t* position;
+  int32_t position_of;  // LLM_SAMPLING_POSITION_OF_ROW or _OF_SLOT
+  int32_t reserved;     // 0
+
+  // The histories, as in LlmSamplingArgs. ROLLBACK and windows need the text.
+  int32_t* seen;
+  int64_t seen_stride;
+  int32_t* counts;
+  int64_t counts_stride;
+  int64_t* lengths;
+  int64_t num_slots;
+  int32_t* text;
+  int64_t max_text_length;
+  int64_t* text_lengths;
+  int64_t* text_prompt_lengths;
+  const int32_t* windows;
+} LlmSamplingUpdate;
 
 // Sample every row on the CPU. Thread-safe; state is written after the last row is done.
 int32_t llm_sampling_cpu(const LlmSamplingArgs* args);
+
+// Change histories on the CPU. Calls that change the same slot must come one after the other.
+int32_t llm_sampling_cpu_update(const LlmSamplingUpdate* update);
 
 // Call it in a process that was forked before the library was loaded, as its parent may have used
 // OpenMP, whose threads are gone; the library hears of later forks by itself.
@@ -144,13 +219,17 @@ void llm_sampling_cpu_forked(void);
 // Codes from 1000 on are 1000 and CUDA's own.
 int32_t llm_sampling_cuda(const LlmSamplingArgs* args, void* stream);
 
+// The same as llm_sampling_cpu_update on the current CUDA device, as llm_sampling_cuda does it.
+int32_t llm_sampling_cuda_update(const LlmSamplingUpdate* update, void* stream);
+
 // 0 if the library has code for a device of this machine, and its driver is new enough; else CUDA's
 // reason, as above. It makes no context.
 int32_t llm_sampling_cuda_usable(void);
 
-// LLM_SAMPLING_ABI_VERSION and sizeof(LlmSamplingArgs) of this library.
+// LLM_SAMPLING_ABI_VERSION, sizeof(LlmSamplingArgs) and sizeof(LlmSamplingUpdate) of this library.
 uint32_t llm_sampling_abi_version(void);
 uint32_t llm_sampling_args_size(void);
+uint32_t llm_sampling_update_size(void);
 
 // What a return code means, in words; never NULL.
 const char* llm_sampling_error(int32_t code);

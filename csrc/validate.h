@@ -30,6 +30,15 @@ inline int32_t read_struct(const LlmSamplingArgs* args, LlmSamplingArgs& own) {
   return LLM_SAMPLING_OK;
 }
 
+inline int32_t read_struct(const LlmSamplingUpdate* update, LlmSamplingUpdate& own) {
+  if (update == nullptr || update->struct_size != sizeof(own) ||
+      update->version != LLM_SAMPLING_ABI_VERSION) {
+    return LLM_SAMPLING_BAD_STRUCT;
+  }
+  memcpy(&own, update, sizeof(own));
+  return LLM_SAMPLING_OK;
+}
+
 // True if the pointer is NULL or a multiple of its type's alignment.
 template <typename T>
 inline bool is_aligned(const T* pointer) {
@@ -87,12 +96,29 @@ inline bool share_a_byte(const Region& a, const Region& b) {
   return distance < a.width || distance + b.width > a.stride;
 }
 
+// Whether one of the first `written` regions shares a byte with another region.
+template <int kRegions>
+bool has_overlap(const Region (&regions)[kRegions], int written) {
+  for (int w = 0; w < written; ++w) {
+    const uintptr_t begin = regions[w].begin;
+    const uintptr_t end = regions[w].end;
+    if (begin == end) continue;  // there is none
+    for (int other = w + 1; other < kRegions; ++other) {
+      const Region& region = regions[other];
+      if (region.begin >= end || region.end <= begin) continue;
+      if (share_a_byte(regions[w], region)) return true;
+    }
+  }
+  return false;
+}
+
 // Whether memory that a call writes overlaps other memory of the call.
 inline bool has_overlap(const LlmSamplingArgs& a) {
   const int64_t v = a.vocab_size;
   const int64_t words = (v + 31) / 32;
   const bool has_history = a.seen != nullptr;
   const int64_t slots = has_history ? a.num_slots : 0;
+  const int64_t slots_with_text = a.text != nullptr ? slots : 0;
   const bool advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
   const int64_t entries = a.logit_bias_offsets != nullptr ? a.logit_bias_size : 0;
   const bool by_slot = a.param_slots != nullptr;
@@ -110,7 +136,12 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
       region(a.seen, slots, words, a.seen_stride),
       region(a.counts, slots, v, a.counts_stride),
       region(a.lengths, slots),
+      region(a.text, slots_with_text, a.max_text_length, a.max_text_length),
+      region(a.text_lengths, slots_with_text),
 
+      region(a.text_prompt_lengths, slots_with_text),
+      region(a.windows, slots_with_text),
+      region(a.record, advances ? a.rows : 0),
       a.dtype == LLM_SAMPLING_FLOAT32
           ? region(static_cast<const float*>(a.logits), a.rows, v, a.logits_stride)
           : region(static_cast<const uint16_t*>(a.logits), a.rows, v, a.logits_stride),
@@ -120,6 +151,8 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
       region(a.top_p, params),
       region(a.min_p_cut, params),
       region(a.repetition_penalty, params),
+      region(a.repetition_penalty_scope, params),
+      region(a.extra_output, a.rows * a.num_extra_output),
       region(a.frequency_penalty, params),
       region(a.presence_penalty, params),
       region(a.min_tokens_to_keep, params),
@@ -132,26 +165,74 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
       region(a.logit_bias_values, entries),
       region(a.slots, has_history ? a.rows : 0),
   };
-  constexpr int kRegions = sizeof(regions) / sizeof(regions[0]);
-  const int written = advances ? 8 : 4;
-  for (int w = 0; w < written; ++w) {
-    const uintptr_t begin = regions[w].begin;
-    const uintptr_t end = regions[w].end;
-    if (begin == end) continue;  // there is none
-    for (int other = w + 1; other < kRegions; ++other) {
-      const Region& region = regions[other];
-      if (region.begin >= end || region.end <= begin) continue;
-      if (share_a_byte(regions[w], region)) return true;
-    }
+  return has_overlap(regions, advances ? 10 : 4);
+}
+
+inline bool has_overlap(const LlmSamplingUpdate& u) {
+  const int64_t words = (u.vocab_size + 31) / 32;
+  const bool by_slot = u.position_of == LLM_SAMPLING_POSITION_OF_SLOT;
+  const bool has_ids = u.kind != LLM_SAMPLING_UPDATE_ROLLBACK;
+  const int64_t slots_with_text = u.text != nullptr ? u.num_slots : 0;
+  const Region regions[] = {
+      region(u.position, by_slot ? u.num_slots : u.rows),
+      region(u.seen, u.num_slots, words, u.seen_stride),
+      region(u.counts, u.num_slots, u.vocab_size, u.counts_stride),
+      region(u.lengths, u.num_slots),
+      region(u.text, slots_with_text, u.max_text_length, u.max_text_length),
+      region(u.text_lengths, slots_with_text),
+      region(u.text_prompt_lengths, slots_with_text),
+
+      region(u.windows, slots_with_text),
+      region(u.slots, u.rows),
+      region(u.numbers, u.rows),
+      region(u.prompt_lengths, u.kind == LLM_SAMPLING_UPDATE_FILL ? u.rows : 0),
+      u.id_bytes == 4 ? region(
+                            static_cast<const int32_t*>(u.ids),
+                            has_ids ? u.rows : 0,
+                            u.max_ids,
+                            u.ids_stride
+                        )
+                      : region(
+                            static_cast<const int64_t*>(u.ids),
+                            has_ids ? u.rows : 0,
+                            u.max_ids,
+                            u.ids_stride
+                        ),
+  };
+  return has_overlap(regions, 7);
+}
+
+// Checks the histories of a call that has some, without following a pointer. Args is LlmSamplingArgs or
+// LlmSamplingUpdate.
+template <typename Args>
+int32_t check_history(const Args& a) {
+  if (a.counts == nullptr || a.lengths == nullptr) return LLM_SAMPLING_NULL_POINTER;
+  if (a.num_slots < 1) return LLM_SAMPLING_BAD_SIZE;
+  const int64_t words = (a.vocab_size + 31) / 32;
+  if (a.seen_stride < words || a.counts_stride < a.vocab_size ||
+      !is_addressable(a.num_slots, a.seen_stride, words) ||
+      !is_addressable(a.num_slots, a.counts_stride, a.vocab_size)) {
+    return LLM_SAMPLING_BAD_STRIDE;
   }
-  return false;
+  if (a.text == nullptr) {
+    return a.windows == nullptr ? LLM_SAMPLING_OK : LLM_SAMPLING_NULL_POINTER;
+  }
+  if (a.text_lengths == nullptr || a.text_prompt_lengths == nullptr) {
+    return LLM_SAMPLING_NULL_POINTER;
+  }
+  if (a.max_text_length < 1 || !is_addressable(a.num_slots, a.max_text_length, a.max_text_length)) {
+    return LLM_SAMPLING_BAD_SIZE;
+  }
+  return LLM_SAMPLING_OK;
 }
 
 // Checks everything that can be checked without following a pointer.
 inline int32_t check_struct(const LlmSamplingArgs& a) {
   if (a.rows < 0 || a.vocab_size < 1 || a.vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE ||
-      a.num_samples < 1 || a.num_threads < 1 || a.logit_bias_size < 0 ||
+      a.num_samples < 1 || a.num_threads < 1 || a.logit_bias_size < 0 || a.num_extra_output < 0 ||
+      a.num_extra_output > LLM_SAMPLING_MAX_EXTRA_OUTPUT ||
       !is_addressable(a.rows, a.num_samples, a.num_samples) ||
+      !is_addressable(a.rows, a.num_extra_output, a.num_extra_output) ||
       !is_addressable(1, a.logit_bias_size, a.logit_bias_size)) {
     return LLM_SAMPLING_BAD_SIZE;
   }
@@ -196,7 +277,9 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
         is_aligned(a.prompt_lengths) && is_aligned(a.allowed_mask) && is_aligned(a.seen) &&
         is_aligned(a.counts) && is_aligned(a.lengths) && is_aligned(a.slots) &&
         is_aligned(a.tokens) && is_aligned(a.logprobs) && is_aligned(a.status) &&
-        is_aligned(a.filtered))) {
+        is_aligned(a.filtered) && is_aligned(a.text) && is_aligned(a.text_lengths) &&
+        is_aligned(a.text_prompt_lengths) && is_aligned(a.windows) &&
+        is_aligned(a.repetition_penalty_scope) && is_aligned(a.extra_output))) {
     return LLM_SAMPLING_MISALIGNED;
   }
   if (a.logit_bias_offsets != nullptr && a.logit_bias_size > 0 &&
@@ -213,38 +296,79 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
     return LLM_SAMPLING_BAD_STRIDE;
   }
   if (a.seen != nullptr) {
-    if (a.counts == nullptr || a.lengths == nullptr || a.slots == nullptr) {
-      return LLM_SAMPLING_NULL_POINTER;
-    }
-    if (a.num_slots < 1) return LLM_SAMPLING_BAD_SIZE;
-    if (a.seen_stride < words || a.counts_stride < a.vocab_size ||
-        !is_addressable(a.num_slots, a.seen_stride, words) ||
-        !is_addressable(a.num_slots, a.counts_stride, a.vocab_size)) {
-      return LLM_SAMPLING_BAD_STRIDE;
-    }
+    if (a.slots == nullptr) return LLM_SAMPLING_NULL_POINTER;
+    const int32_t code = check_history(a);
+    if (code != LLM_SAMPLING_OK) return code;
+  } else if (a.text != nullptr || a.extra_output != nullptr) {
+    return LLM_SAMPLING_NULL_POINTER;
   }
+  if (a.num_extra_output > 0 && a.extra_output == nullptr) return LLM_SAMPLING_NULL_POINTER;
   return has_overlap(a) ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
+}
+
+// Checks everything of a change of histories that can be checked without following a pointer.
+inline int32_t check_update(const LlmSamplingUpdate& u) {
+  const bool has_ids = u.kind != LLM_SAMPLING_UPDATE_ROLLBACK;
+  if (u.rows < 0 || u.vocab_size < 1 || u.vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE ||
+      (has_ids && u.max_ids < 0) || !is_addressable(u.rows, 1, 1)) {
+    return LLM_SAMPLING_BAD_SIZE;
+  }
+  if (u.kind < LLM_SAMPLING_UPDATE_APPEND || u.kind > LLM_SAMPLING_UPDATE_ROLLBACK ||
+      (u.position_of != LLM_SAMPLING_POSITION_OF_ROW &&
+       u.position_of != LLM_SAMPLING_POSITION_OF_SLOT) ||
+      (has_ids && u.id_bytes != 4 && u.id_bytes != 8) || u.reserved != 0) {
+    return LLM_SAMPLING_BAD_OPTION;
+  }
+  if (u.rows == 0) return LLM_SAMPLING_OK;
+  if (u.slots == nullptr || u.numbers == nullptr || u.seen == nullptr ||
+      (has_ids && u.max_ids > 0 && u.ids == nullptr) || (!has_ids && u.text == nullptr)) {
+    return LLM_SAMPLING_NULL_POINTER;
+  }
+  const int32_t code = check_history(u);
+  if (code != LLM_SAMPLING_OK) return code;
+  if (has_ids && (u.ids_stride < 0 || !is_addressable(u.rows, u.ids_stride, u.max_ids))) {
+    return LLM_SAMPLING_BAD_STRIDE;
+  }
+  const bool aligned_ids = u.id_bytes == 4 ? is_aligned(static_cast<const int32_t*>(u.ids))
+                                           : is_aligned(static_cast<const int64_t*>(u.ids));
+  if (!((aligned_ids || !has_ids) && is_aligned(u.slots) && is_aligned(u.numbers) &&
+        is_aligned(u.prompt_lengths) && is_aligned(u.position) && is_aligned(u.seen) &&
+        is_aligned(u.counts) && is_aligned(u.lengths) && is_aligned(u.text) &&
+        is_aligned(u.text_lengths) && is_aligned(u.text_prompt_lengths) && is_aligned(u.windows))) {
+    return LLM_SAMPLING_MISALIGNED;
+  }
+  return has_overlap(u) ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
+}
+
+// Whether two rows name the same slot, of those that are in 0 .. num_slots - 1. Returns OVERLAP then.
+inline int32_t check_named_once(const int32_t* slots, int64_t rows, int64_t num_slots) {
+  bool is_rising = true;
+  for (int64_t row = 1; row < rows; ++row) is_rising &= slots[row - 1] < slots[row];
+  if (is_rising) return LLM_SAMPLING_OK;
+  const std::unique_ptr<int32_t[]> sorted(new (std::nothrow) int32_t[static_cast<size_t>(rows)]);
+  if (sorted == nullptr) return LLM_SAMPLING_OUT_OF_MEMORY;
+  int32_t* end = std::copy_if(slots, slots + rows, sorted.get(), [&](int32_t slot) {
+    return slot >= 0 && slot < num_slots;
+  });
+  std::sort(sorted.get(), end);
+  const bool is_shared = std::adjacent_find(sorted.get(), end) != end;
+  return is_shared ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
+}
+
+// Checks that no two rows of a change name the same slot; the slots must be in host memory.
+inline int32_t check_update_slots(const LlmSamplingUpdate& u) {
+  return check_named_once(u.slots, u.rows, u.num_slots);
 }
 
 // Checks that every slot of the history is in range and, where each row has parameters of its own and
 // advances, that no two rows share one.
 inline int32_t check_slots(const LlmSamplingArgs& a) {
-  bool is_rising = true;
   for (int64_t row = 0; row < a.rows; ++row) {
     if (parameter_index(a, row) < 0) continue;
     if (a.slots[row] < 0 || a.slots[row] >= a.num_slots) return LLM_SAMPLING_BAD_SIZE;
-    is_rising &= row == 0 || a.slots[row - 1] < a.slots[row];
   }
-  if (is_rising || a.param_slots != nullptr || a.advance == LLM_SAMPLING_ADVANCE_NEVER) {
-    return LLM_SAMPLING_OK;
-  }
-  const std::unique_ptr<int32_t[]> sorted(new (std::nothrow) int32_t[static_cast<size_t>(a.rows)]);
-  if (sorted == nullptr) return LLM_SAMPLING_OUT_OF_MEMORY;
-  std::copy(a.slots, a.slots + a.rows, sorted.get());
-  std::sort(sorted.get(), sorted.get() + a.rows);
-  const bool is_shared =
-      std::adjacent_find(sorted.get(), sorted.get() + a.rows) != sorted.get() + a.rows;
-  return is_shared ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
+  if (a.param_slots != nullptr || a.advance == LLM_SAMPLING_ADVANCE_NEVER) return LLM_SAMPLING_OK;
+  return check_named_once(a.slots, a.rows, a.num_slots);
 }
 
 // Checks what the pointers of a struct that check_struct accepts point to: slots, bias offsets and values,
@@ -264,6 +388,9 @@ inline int32_t check_values(const LlmSamplingArgs& a) {
           a.min_p_cut[i] >= 0.0f && a.repetition_penalty[i] > 0.0f &&
           a.repetition_penalty[i] < kInfinity && is_within(a.frequency_penalty[i], -2.0f, 2.0f) &&
           is_within(a.presence_penalty[i], -2.0f, 2.0f) && a.min_tokens_to_keep[i] >= 1)) {
+      return LLM_SAMPLING_BAD_PARAMETER;
+    }
+    if (a.repetition_penalty_scope != nullptr && (a.repetition_penalty_scope[i] & ~1) != 0) {
       return LLM_SAMPLING_BAD_PARAMETER;
     }
     if (a.logit_bias_offsets == nullptr) continue;
@@ -288,13 +415,16 @@ inline const char* error_text(int32_t code) {
     case LLM_SAMPLING_OK:
       return "success";
     case LLM_SAMPLING_BAD_STRUCT:
-      return "the args struct is NULL or of another size or version than this library's";
+      return "the struct is NULL or of another size or version than this library's";
     case LLM_SAMPLING_BAD_SIZE:
       return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
-             "logit_bias_size, a slot or a bias offset is out of range";
+             "logit_bias_size, max_text_length, num_extra_output, max_ids, a slot or a bias offset "
+             "is "
+             "out of range";
     case LLM_SAMPLING_BAD_OPTION:
-      return "dtype, logprobs_mode, advance or position_of has an unknown value, or one that needs "
-             "param_slots";
+      return "dtype, logprobs_mode, advance, kind, id_bytes, position_of or reserved has an "
+             "unknown "
+             "value, or one that needs param_slots";
     case LLM_SAMPLING_NULL_POINTER:
       return "a pointer that is needed is NULL";
     case LLM_SAMPLING_BAD_STRIDE:

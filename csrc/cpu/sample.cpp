@@ -41,10 +41,12 @@
 #include <thread>
 #include <type_traits>
 
+#include "../history.h"
 #include "../llm_sampling.h"
 #include "../rows.h"
 #include "../semantics.h"
 #include "../validate.h"
+#include "history.h"
 #include "passes.h"
 #include "select.h"
 #include "thread_pool.h"
@@ -80,9 +82,10 @@ struct Workspace {
   Buffer<float> stripe_max, tile_max, maxima, probe_depth, probe_mass, candidate_x, bias_values;
   Buffer<int64_t> tile_mass, tile_kept, candidate_w, weights;
   Buffer<Bias> biases;
-  Buffer<uint32_t> candidate_id, keys;
+  Buffer<uint32_t> candidate_id, keys, seen;
   Buffer<int32_t> bias_ids, bins;
   Histogram histogram;
+  Replaced replaced;
 };
 
 // One row's parameters of steps 8 and 11 to 14. Those of steps 2 to 5 and 9 are in its Row.
@@ -301,10 +304,21 @@ Row RowSampler::make_row(int64_t number, int64_t index) {
   const bool penalised = row.repetition_penalty != 1.0f || row.frequency_penalty != 0.0f ||
                          row.presence_penalty != 0.0f;
   if (args_.seen != nullptr && penalised) {
-    const int64_t slot = history_slot(args_, number);
-    row.seen = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
-    if (row.frequency_penalty != 0.0f || row.presence_penalty != 0.0f) {
-      row.counts = args_.counts + slot * args_.counts_stride;
+    const SlotHistory history = slot_history(args_, history_slot(args_, number));
+    row.seen = reinterpret_cast<const uint32_t*>(history.seen);
+    row.is_of_output =
+        args_.repetition_penalty_scope != nullptr && args_.repetition_penalty_scope[index] != 0;
+    if (row.frequency_penalty != 0.0f || row.presence_penalty != 0.0f || row.is_of_output) {
+      row.counts = history.counts;
+    }
+    if (args_.extra_output != nullptr) {
+      const int64_t words = (row.vocab_size + 31) / 32;
+      uint32_t* seen = ws_.seen.at_least(words);
+      std::copy_n(row.seen, words, seen);
+      const int64_t ids = args_.num_extra_output;
+      ws_.replaced.find(history, args_.extra_output + number * ids, ids, seen);
+      row.seen = seen;
+      row.replaced = &ws_.replaced;
     }
   }
   return row;
@@ -795,12 +809,6 @@ void RowSampler::write_raw_logprobs() {
 
 // ---- The batch -----------------------------------------------------------------------------------
 
-// Adds 1. The largest value is followed by the smallest, as in torch.
-template <typename T>
-void count_up(T& value) {
-  value = static_cast<T>(static_cast<std::make_unsigned_t<T>>(value) + 1);
-}
-
 // How many rows of a call name each slot: none, one, or more. It is counted where rows with the parameters of
 // slots are to be advanced.
 class Uses {
@@ -842,22 +850,18 @@ class Uses {
 void advance(const LlmSamplingArgs& args, const Uses& uses) {
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t token = read_once(args.tokens[row * args.num_samples]);
-    if (token < 0 || token >= args.vocab_size) continue;
+    if (token < 0 || token >= args.vocab_size || !is_recorded(args, row)) continue;
     const int64_t index = parameter_index(args, row);
     if (index < 0 || !uses.is_alone(args, row, index)) continue;
     if (args.position_of != LLM_SAMPLING_POSITION_OF_TEXT) {
-      count_up(*position_place(args, row, index));
+      add_to(*position_place(args, row, index), 1);
     }
     if (args.seen == nullptr) continue;
-    const int64_t slot = history_slot(args, row);
-    uint32_t* seen = reinterpret_cast<uint32_t*>(args.seen + slot * args.seen_stride);
-    seen[token >> 5] |= 1u << (token & 31);
-    count_up(args.counts[slot * args.counts_stride + token]);
-    count_up(args.lengths[slot]);
+    record(slot_history(args, history_slot(args, row)), static_cast<int32_t>(token));
   }
 }
 
-// Writes the results of a row without parameters.
+// Writes the results of a row that draws nothing.
 void write_nothing(const LlmSamplingArgs& args, int64_t row, int32_t status) {
   const RowResults results = find_results(args, row);
   if (results.filtered != nullptr) std::fill_n(results.filtered, args.vocab_size, -kInfinity);
@@ -875,6 +879,7 @@ struct Batch {
   void run_row(int64_t row) noexcept {
     const int64_t index = parameter_index(args, row);
     if (index < 0) return write_nothing(args, row, status_of_nothing(index));
+    if (is_text_full(args, row)) return write_nothing(args, row, LLM_SAMPLING_STATUS_TEXT_FULL);
     static thread_local Workspace workspace;
     try {
       RowSampler(args, row, index, workspace, threads_per_row).run();
@@ -931,6 +936,16 @@ __attribute__((visibility("default"))) int32_t llm_sampling_cpu(const LlmSamplin
   return code != LLM_SAMPLING_OK ? code : llm_sampling::run(own);
 }
 
+__attribute__((visibility("default"))) int32_t
+llm_sampling_cpu_update(const LlmSamplingUpdate* update) {
+  LlmSamplingUpdate own = {};
+  int32_t code = llm_sampling::read_struct(update, own);
+  if (code == LLM_SAMPLING_OK) code = llm_sampling::check_update(own);
+  if (code == LLM_SAMPLING_OK) code = llm_sampling::check_update_slots(own);
+  if (code == LLM_SAMPLING_OK) llm_sampling::update(own);
+  return code;
+}
+
 __attribute__((visibility("default"))) void llm_sampling_cpu_forked(void) {
   llm_sampling::ThreadPool::forked();
 }
@@ -941,6 +956,10 @@ __attribute__((visibility("default"))) uint32_t llm_sampling_abi_version(void) {
 
 __attribute__((visibility("default"))) uint32_t llm_sampling_args_size(void) {
   return sizeof(LlmSamplingArgs);
+}
+
+__attribute__((visibility("default"))) uint32_t llm_sampling_update_size(void) {
+  return sizeof(LlmSamplingUpdate);
 }
 
 __attribute__((visibility("default"))) const char* llm_sampling_error(int32_t code) {

@@ -8,6 +8,7 @@
 
 #include "../llm_sampling.h"
 #include "../semantics.h"
+#include "history.h"
 
 // LLM_SAMPLING_CLONES marks a function that is compiled once per instruction set; the CPU chooses when the
 // library is loaded. A build that defines it otherwise, and sets -march, is for one instruction set alone.
@@ -39,9 +40,11 @@ struct Row {
   const int32_t* bias_ids;  // ascending, unless another thread changes them
   const float* bias_values;
   int64_t bias_count;
-  const uint32_t* allowed;  // NULL without a mask
-  const uint32_t* seen;     // NULL without penalties
-  const int32_t* counts;    // NULL if no penalty needs them
+  const uint32_t* allowed;   // NULL without a mask
+  const uint32_t* seen;      // NULL without penalties
+  const int32_t* counts;     // NULL if no penalty needs them
+  const Replaced* replaced;  // NULL if the row has no ids that count for one call
+  bool is_of_output;         // whether the repetition penalty is for the output alone
   float repetition_penalty;
   float frequency_penalty;
   float presence_penalty;
@@ -116,12 +119,21 @@ INLINE void penalise(const Row& row, int64_t begin, int count, float* __restrict
   const int padded = (size + kWidth - 1) / kWidth * kWidth;
   for (int i = size; i < padded; ++i) indices[i] = 0;
   for (int i = 0; i < padded; ++i) x[i] = y[indices[i]];
-  for (int i = 0; i < padded; i += kWidth) {
-    for (int j = i; j < i + kWidth; ++j) x[j] = repetition(x[j], row.repetition_penalty);
-  }
   if (row.counts != nullptr) {
     const int32_t* counts = row.counts + begin;
     for (int i = 0; i < padded; ++i) times[i] = counts[indices[i]];
+    if (row.replaced != nullptr) row.replaced->replace(begin, indices, size, times);
+  }
+  if (row.is_of_output) {
+    for (int i = 0; i < size; ++i) {
+      if (times[i] > 0) x[i] = repetition(x[i], row.repetition_penalty);
+    }
+  } else {
+    for (int i = 0; i < padded; i += kWidth) {
+      for (int j = i; j < i + kWidth; ++j) x[j] = repetition(x[j], row.repetition_penalty);
+    }
+  }
+  if (row.counts != nullptr) {
     for (int i = 0; i < padded; i += kWidth) {
       for (int j = i; j < i + kWidth; ++j) {
         const float less = frequency(x[j], row.frequency_penalty, times[j]) - row.presence_penalty;
@@ -136,8 +148,9 @@ INLINE void penalise(const Row& row, int64_t begin, int count, float* __restrict
 INLINE void penalise_candidates(const Row& row, float* x, const uint32_t* id, int64_t size) {
   for (int64_t i = 0; i < size; ++i) {
     if ((row.seen[id[i] >> 5] >> (id[i] & 31) & 1) == 0) continue;
-    x[i] = repetition(x[i], row.repetition_penalty);
-    const int32_t times = row.counts == nullptr ? 0 : row.counts[id[i]];
+    int32_t times = row.counts == nullptr ? 0 : row.counts[id[i]];
+    if (row.replaced != nullptr) row.replaced->replace(id[i], times);
+    if (!row.is_of_output || times > 0) x[i] = repetition(x[i], row.repetition_penalty);
     if (times > 0) x[i] = frequency(x[i], row.frequency_penalty, times) - row.presence_penalty;
   }
 }

@@ -47,7 +47,7 @@ __device__ bool RowSampler<kDtype, kCopied>::guess_range(
   }
   if (wanted > kMaxCandidates) return false;
   const bool by_mass = filters.has_top_p && !filters.has_top_k;
-  if (by_mass && top_p_target(mass_.total, filters.top_p) > wanted * kLargestMass) return false;
+  if (by_mass && top_p_target(total_mass_, filters.top_p) > wanted * kLargestMass) return false;
   for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) shared_.bins[i] = 0;
   __syncthreads();
   const uint32_t top = order_key(m_);

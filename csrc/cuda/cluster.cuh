@@ -13,6 +13,16 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kWarps = kThreads / kWarpSize;
 
+// The start of a block's shared memory.
+#ifdef __CUDACC__
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+#else
+__device__ __forceinline__ unsigned char* dynamic_shared() { return dynamic_shared_memory(); }
+#endif
+
 // ---- a thread and a warp ----
 
 // Binary search: the number of leading i in [0, count) for which holds(i) is true.

@@ -5,6 +5,7 @@
 #ifndef LLM_SAMPLING_CUDA_COPY_CUH_
 #define LLM_SAMPLING_CUDA_COPY_CUH_
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -13,6 +14,7 @@
 #endif
 
 #include "../rows.h"
+#include "overrides.cuh"
 #include "row_sampler.cuh"
 
 namespace llm_sampling {
@@ -54,13 +56,17 @@ __device__ __forceinline__ float valid_temperature(float temperature) {
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::read_parameters(int64_t index, int vecs) {
   const BiasEntries biases = bias_entries(args_, index);
-  row_.bias_first = biases.begin;
   row_.bias_count = static_cast<int>(biases.count);
   const int64_t slot = args_.seen != nullptr ? history_slot(args_, index_) : 0;
-  row_.repetition = args_.repetition_penalty[index];
-  row_.frequency = args_.frequency_penalty[index];
-  row_.presence = args_.presence_penalty[index];
-  locate_bits(slot);
+  Penalties penalties = {
+      args_.repetition_penalty[index],
+      args_.frequency_penalty[index],
+      args_.presence_penalty[index]
+  };
+  if (args_.repetition_penalty_scope != nullptr && args_.repetition_penalty_scope[index] != 0) {
+    penalties.repetition = -penalties.repetition;
+  }
+  const int32_t* counts = locate_bits(slot, penalties);
   row_.is_plain =
       row_.bias_count == 0 && row_.allowed.words == nullptr && row_.seen.words == nullptr;
   if (threadIdx.x != 0) return;
@@ -76,23 +82,32 @@ __device__ void RowSampler<kDtype, kCopied>::read_parameters(int64_t index, int 
   own.seed = args_.seed != nullptr ? static_cast<uint64_t>(args_.seed[index]) : 0;
   own.position = args_.tokens != nullptr ? position(args_, index_, index) : 0;
   own.slot = slot;
+  own.row = index_;
   own.random = random_bits(own.seed, own.position, 0);
+  shared_.penalties = penalties;
+  shared_.counts = counts;
+  shared_.bias_first = biases.begin;
 }
 
-// Finds the row's token bitmask, and its history where a penalty is on.
+// Finds the row's token bitmask, and its history where a penalty is on. Returns the output counts, or null
+// where no penalty needs them.
 template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::locate_bits(int64_t slot) {
+__device__ const int32_t* RowSampler<kDtype, kCopied>::locate_bits(
+    int64_t slot,
+    const Penalties& penalties
+) {
   row_.allowed = {nullptr};
   if (args_.allowed_mask != nullptr) {
     const int32_t* words = args_.allowed_mask + int64_t{index_} * args_.allowed_mask_stride;
     row_.allowed.words = reinterpret_cast<const uint32_t*>(words);
   }
   row_.seen = {nullptr};
-  row_.counts = nullptr;
-  const bool has_output_penalty = row_.frequency != 0.0f || row_.presence != 0.0f;
-  if (args_.seen == nullptr || (row_.repetition == 1.0f && !has_output_penalty)) return;
+  const bool has_repetition = fabsf(penalties.repetition) != 1.0f;
+  const bool has_output_penalty = penalties.frequency != 0.0f || penalties.presence != 0.0f ||
+                                  (has_repetition && penalties.repetition < 0.0f);
+  if (args_.seen == nullptr || (!has_repetition && !has_output_penalty)) return nullptr;
   row_.seen.words = reinterpret_cast<const uint32_t*>(args_.seen + slot * args_.seen_stride);
-  if (has_output_penalty) row_.counts = args_.counts + slot * args_.counts_stride;
+  return has_output_penalty ? args_.counts + slot * args_.counts_stride : nullptr;
 }
 
 // ---- the copy ----
@@ -156,7 +171,16 @@ __device__ void RowSampler<kDtype, kCopied>::copy_bits(int vecs) {
       copy.seen[i] = row_.seen.word_at(first + i * 32, row_.vocab_size);
       count += __popc(copy.seen[i]);
     }
-    __syncthreads();  // thread 0 has set seen_count to 0
+    if (args_.extra_output != nullptr) {
+      count = 0;
+#pragma unroll 1
+      for (int i = thread; i < words; i += kThreads) {
+        copy.seen[i] = shared_.overrides.over(copy.seen[i], first + i * 32, 32);
+        count += __popc(copy.seen[i]);
+      }
+    }
+    __syncthreads();  // thread 0 has set seen_count to 0 and found the counts
+    const int32_t* counts = shared_.counts;
     const int before = static_cast<int>(scan_warp(count));
     int place = 0;
     if (thread % kWarpSize == kWarpSize - 1) {
@@ -171,7 +195,7 @@ __device__ void RowSampler<kDtype, kCopied>::copy_bits(int vecs) {
         if (place >= kMaxScores) continue;
         const int id = first + i * 32 + __ffs(static_cast<int>(seen)) - 1;
         shared_.seen_ids[place] = static_cast<uint32_t>(id);
-        if (row_.counts != nullptr) start_copy<4>(copy.scores + place, row_.counts + id);
+        if (counts != nullptr) start_copy<4>(copy.scores + place, counts + id);
       }
     }
   }
@@ -186,7 +210,10 @@ __device__ bool RowSampler<kDtype, kCopied>::score() {
   const int first = row_.first_id(first_vec_);
   const int count = static_cast<int>(shared_.seen_count);
   const int tiles = rounds() * kWarps;
+  const Penalties penalties = shared_.penalties;
   bool any_nan = false;
+  const bool has_counts = shared_.counts != nullptr;
+  if (args_.extra_output != nullptr && has_counts) override_counts(copy);
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kThreads) tile_keys_[i] = 0;
   __syncthreads();
@@ -199,11 +226,11 @@ __device__ bool RowSampler<kDtype, kCopied>::score() {
     float x[1] = {widen<kDtype>(place)};
     const auto lowest = kLowestBits<kDtype>;
     memcpy(place, &lowest, sizeof(lowest));
-    add_bias(args_, row_, id, x);
+    add_bias(args_, row_, shared_.bias_first, id, x);
     if (row_.allowed.words != nullptr) apply_mask(copy.allowed[local / 4] >> offset % 32, x);
     int32_t times = 0;
-    if (row_.counts != nullptr) memcpy(&times, copy.scores + i, sizeof(times));
-    x[0] = penalize(row_, x[0], times);
+    if (has_counts) memcpy(&times, copy.scores + i, sizeof(times));
+    x[0] = penalize(penalties, x[0], times);
     copy.scores[i] = x[0];
     any_nan |= x[0] != x[0];
     const float value = canonical(x[0]);
@@ -256,7 +283,7 @@ __device__ __forceinline__ void RowSampler<kDtype, kCopied>::process(
   load<kDtype, kCopied>(row_, logits_of(copy, local, vec), vec, x);
   if (row_.is_plain) return;
   const int first = row_.first_id(vec);
-  add_bias(args_, row_, first, x);
+  add_bias(args_, row_, shared_.bias_first, first, x);
   const int word = local / 4;
   const int bit = local % 4 * kVec;
   if (row_.allowed.words != nullptr) {
@@ -267,6 +294,7 @@ __device__ __forceinline__ void RowSampler<kDtype, kCopied>::process(
   if (row_.seen.words == nullptr) return;
   const uint32_t here = kCopied ? copy.seen[word] : 0;
   unsigned seen = kCopied ? here >> bit & 0xff : row_.seen.of_vec(first, row_.vocab_size);
+  if (!kCopied && args_.extra_output != nullptr) seen = shared_.overrides.over(seen, first, kVec);
   const float* scores = nullptr;
   if (kCopied && is_scored)
     scores = copy.scores + copy.places[word] + __popc(here & ((1u << bit) - 1));
@@ -280,7 +308,7 @@ __device__ __forceinline__ void RowSampler<kDtype, kCopied>::process(
     } else {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) value = i == next ? x[i] : value;
-      value = penalize(row_, value, row_.counts != nullptr ? row_.counts[first + next] : 0);
+      value = penalize(shared_.penalties, value, times_of(first + next));
     }
 #pragma unroll
     for (int i = 0; i < kVec; ++i) x[i] = i == next ? value : x[i];

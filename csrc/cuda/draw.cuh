@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "../history.h"
 #include "candidates.cuh"
 #include "passes.cuh"
 #include "row_sampler.cuh"
@@ -13,9 +14,10 @@ namespace llm_sampling {
 
 // 14 draw. The kept set of a row that somebody overwrites between two passes may be found to be empty.
 template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::draw(bool is_greedy) {
+__device__ void RowSampler<kDtype, kCopied>::draw() {
   const int samples = args_.num_samples;
-  const int64_t total = is_greedy ? 1 : in_candidates_ ? mass_from(threshold_) : mass_.total;
+  const bool is_greedy = this->is_greedy();
+  const int64_t total = is_greedy ? 1 : in_candidates_ ? mass_from(threshold_) : total_mass_;
   const bool is_empty = m_ == -kInfinity || threshold_ == kNoCode || total == 0;
   if (is_empty || is_greedy) {
     if (cluster_.rank() != 0) return;
@@ -75,12 +77,14 @@ __device__ void RowSampler<kDtype, kCopied>::draw_from_tiles() {
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const Threshold threshold(threshold_);
+  __syncthreads();  // thread 0 has written mass_before
+  const int last = rounds() * kWarps - 1;
+  const int64_t own_mass = last < 0 ? 0 : tile_masses_[last];
 #pragma unroll 1
   for (int i = warp; i < args_.num_samples; i += kWarps) {
-    const int64_t r = random_below(i, mass_.total) - mass_.before;
-    if (r < 0 || r >= mass_.own) continue;
-    const int tile =
-        count_leading(rounds() * kWarps - 1, [&](int j) { return tile_masses_[j] <= r; });
+    const int64_t r = random_below(i, total_mass_) - shared_.mass_before;
+    if (r < 0 || r >= own_mass) continue;
+    const int tile = count_leading(last, [&](int j) { return tile_masses_[j] <= r; });
     const int local = tile / kWarps * kThreads + tile % kWarps * kWarpSize + lane;
     const int vec = first_vec_ + local;
     int64_t w[kVec] = {};
@@ -110,7 +114,7 @@ __device__ void RowSampler<kDtype, kCopied>::draw_from_tiles() {
       token = row_.first_id(vec) + t;
       own = w[t];
     }
-    write(i, token, own, mass_.total);
+    write(i, token, own, total_mass_);
   }
 }
 
@@ -118,9 +122,10 @@ __device__ void RowSampler<kDtype, kCopied>::draw_from_tiles() {
 // the row has none to draw. The thread that writes draw 0 remembers it for advance().
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::write(int draw, int token, int64_t w, int64_t total) {
-  const int64_t place = int64_t{index_} * args_.num_samples + draw;
+  const int64_t row = shared_.parameters.row;
+  const int64_t place = row * args_.num_samples + draw;
   args_.tokens[place] = token;
-  if (token < 0) atomicOr(args_.status + index_, int32_t{LLM_SAMPLING_STATUS_NO_CANDIDATE});
+  if (token < 0) atomicOr(args_.status + row, int32_t{LLM_SAMPLING_STATUS_NO_CANDIDATE});
   if (draw == 0) {
     drew_ = true;
     token_ = token;
@@ -179,7 +184,7 @@ __device__ void RowSampler<kDtype, kCopied>::find_raw_sum() {
   raw_log_sum_ = logf(static_cast<float>(sum[0]) * 0x1p-40f);
 }
 
-// Writes the results of a row without parameters.
+// Writes the results of a row that draws nothing.
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::write_nothing(int32_t status) {
   const int first = cluster_.rank() * kThreads + static_cast<int>(threadIdx.x);
@@ -198,14 +203,14 @@ __device__ void RowSampler<kDtype, kCopied>::write_nothing(int32_t status) {
 }
 
 template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::write_filtered(bool is_greedy) {
-  const float t = is_greedy ? 1.0f : shared_.parameters.temperature;
+__device__ void RowSampler<kDtype, kCopied>::write_filtered() {
+  const float t = is_greedy() ? 1.0f : shared_.parameters.temperature;
   // Where the quotient of m would not be finite, m is subtracted first; fminf makes 0 of inf - inf.
   const bool is_shifted = !(fabsf(m_ / t) < kInfinity);
   const float base = is_shifted ? m_ : 0.0f;
   const float most = is_shifted ? 0.0f : kInfinity;
   const Threshold threshold(threshold_);
-  float* out = args_.filtered + int64_t{index_} * args_.filtered_stride;
+  float* out = args_.filtered + shared_.parameters.row * args_.filtered_stride;
   over_vecs([&](int, int vec, const float (&x)[kVec]) {
     if (vec >= first_vec_ + vecs()) return;
 #pragma unroll
@@ -230,22 +235,61 @@ __device__ bool RowSampler<kDtype, kCopied>::finds_sharing_row() const {
   return is_found;
 }
 
-// Adds the token of draw 0 to the row's history and 1 to its position.
+// Whether there is an id that leaves the window when one more is recorded: the first one of the window.
+__device__ __forceinline__ bool has_leaving_id(const SlotHistory& history, Places window) {
+  return window.begin < window.end && window_of(history, window.end + 1).begin > window.begin;
+}
+
+// Whether this thread, of all threads of the block, finds the id that will leave the window at a second place
+// of it. The window may be long, and one thread alone runs advance().
+template <int kDtype, bool kCopied>
+__device__ bool RowSampler<kDtype, kCopied>::finds_leaving_id() const {
+  const SlotHistory history = slot_history(args_, history_slot(args_, index_));
+  const Places window = window_of(history, text_length(history));
+  if (!has_leaving_id(history, window)) return false;
+  const int32_t leaving = text_id(history, window.begin);
+  bool is_found = false;
+  for (int64_t place = window.begin + 1 + threadIdx.x; place < window.end; place += kThreads) {
+    is_found |= text_id(history, place) == leaving;
+  }
+  return is_found;
+}
+
+// Adds the token of draw 0 to the row's history and 1 to its position. Atomics whose results are not used: the
+// thread waits for none of them.
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::advance() {
-  if (args_.advance == LLM_SAMPLING_ADVANCE_NEVER || token_ < 0) return;
-  if (args_.param_slots != nullptr && shared_.is_shared) return;
   const Parameters& row = shared_.parameters;
-  const int64_t index = parameter_index(args_, index_);
+  if (token_ < 0 || !is_recorded(args_, row.row)) return;
+  if (args_.param_slots != nullptr && shared_.is_shared) return;
+  const int64_t index = parameter_index(args_, row.row);
   if (index >= 0 && args_.position_of != LLM_SAMPLING_POSITION_OF_TEXT) {
-    *position_place(args_, index_, index) = static_cast<int64_t>(row.position + 1);
+    *position_place(args_, row.row, index) = static_cast<int64_t>(row.position + 1);
   }
   if (args_.seen == nullptr) return;
-  // Atomics whose results are not used: the thread waits for none of them.
-  int32_t* seen = args_.seen + row.slot * args_.seen_stride + (token_ >> 5);
-  atomicOr(seen, static_cast<int32_t>(1u << (token_ & 31)));
-  atomicAdd(args_.counts + row.slot * args_.counts_stride + token_, 1);
-  atomicAdd(reinterpret_cast<unsigned long long*>(args_.lengths + row.slot), 1ull);
+  const SlotHistory history = slot_history(args_, row.slot);
+  bool is_counted = true;
+  if (history.text != nullptr) {
+    const int64_t length = text_length(history);
+    if (length == history.max_text_length) return;  // it has been changed since the row began
+    history.text[length] = token_;
+    *history.text_length = length + 1;
+    is_counted = history.window != 0;
+    const Places window = window_of(history, length);
+    const int32_t leaving = has_leaving_id(history, window) ? text_id(history, window.begin) : -1;
+    if (leaving >= 0) {
+      if (!shared_.leaving_id_stays) {
+        atomicAnd(history.seen + (leaving >> 5), static_cast<int32_t>(~(1u << (leaving & 31))));
+      }
+      if (window.begin >= history.prompt_length) atomicAdd(history.counts + leaving, -1);
+    }
+  }
+  if (is_counted) {
+    // After the bit of the id that leaves is cleared, because both may be the same id.
+    atomicOr(history.seen + (token_ >> 5), static_cast<int32_t>(1u << (token_ & 31)));
+    atomicAdd(history.counts + token_, 1);
+  }
+  atomicAdd(reinterpret_cast<unsigned long long*>(history.length), 1ull);
 }
 
 }  // namespace llm_sampling

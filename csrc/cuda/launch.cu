@@ -1,4 +1,5 @@
-// The host half: the library's C functions, which choose a launch and start the kernel of sample.cu.
+// The host half: the library's C functions, which choose a launch and start the kernels of sample.cu and
+// history.cu.
 // tests/kernels/cuda_emulation/ has a host half of its own.
 #include <cuda_runtime.h>
 #include <stddef.h>
@@ -85,6 +86,18 @@ int32_t run(const LlmSamplingArgs& args, cudaStream_t stream) {
   return code_of_cuda(start({args, launch.vecs}, launch, stream));
 }
 
+int32_t update(const LlmSamplingUpdate& update, cudaStream_t stream) {
+  const int32_t code = check_update(update);
+  if (code != LLM_SAMPLING_OK || update.rows == 0) return code;
+  if (update.rows > INT32_MAX) return LLM_SAMPLING_BAD_SIZE;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(update.rows));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kUpdateBytes;
+  config.stream = stream;
+  return code_of_cuda(cudaLaunchKernelEx(&config, find_update_kernel(), update));
+}
+
 }  // namespace
 }  // namespace llm_sampling
 
@@ -98,6 +111,14 @@ llm_sampling_cuda(const LlmSamplingArgs* args, void* stream) {
   return llm_sampling::run(own, static_cast<cudaStream_t>(stream));
 }
 
+__attribute__((visibility("default"))) int32_t
+llm_sampling_cuda_update(const LlmSamplingUpdate* update, void* stream) {
+  LlmSamplingUpdate own = {};
+  const int32_t code = llm_sampling::read_struct(update, own);
+  if (code != LLM_SAMPLING_OK) return code;
+  return llm_sampling::update(own, static_cast<cudaStream_t>(stream));
+}
+
 __attribute__((visibility("default"))) int32_t llm_sampling_cuda_usable(void) {
   return llm_sampling::code_of_cuda(llm_sampling::find_usable());
 }
@@ -108,6 +129,10 @@ __attribute__((visibility("default"))) uint32_t llm_sampling_abi_version(void) {
 
 __attribute__((visibility("default"))) uint32_t llm_sampling_args_size(void) {
   return sizeof(LlmSamplingArgs);
+}
+
+__attribute__((visibility("default"))) uint32_t llm_sampling_update_size(void) {
+  return sizeof(LlmSamplingUpdate);
 }
 
 __attribute__((visibility("default"))) const char* llm_sampling_error(int32_t code) {

@@ -17,6 +17,7 @@ constexpr int kVec = 8;               // tokens of a vec; its logits begin at a 
 constexpr int kMaxBlocks = 8;         // blocks of a cluster: every device with clusters supports 8
 constexpr int kMaxScores = 2048;      // most seen tokens per block whose scores are kept (row.cuh)
 constexpr int kFixedBytes = 16384;    // shared memory that a block needs whatever its part's size
+constexpr int kUpdateBytes = 1024;    // shared memory of a block that changes a history
 constexpr int kReservedBytes = 1024;  // shared memory that the device reserves for each block
 
 struct Device {
@@ -42,6 +43,11 @@ using SampleKernel = void (*)(const Plan);
 
 // The kernel for a dtype, in sample.cu.
 SampleKernel find_kernel(int32_t dtype, bool copied);
+
+using UpdateKernel = void (*)(const LlmSamplingUpdate);
+
+// The kernel that changes histories, in history.cu: a block of kThreads threads for each row.
+UpdateKernel find_update_kernel();
 
 // The shared memory behind the fixed part, in whole lines of 128 bytes: a mass and a key for each tile
 // of 32 vecs, for whole rounds of a block; then, where there is a copy, the arrays of row.cuh's Copy.

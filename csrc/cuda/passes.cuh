@@ -107,7 +107,7 @@ __device__ void RowSampler<kDtype, kCopied>::find_maxima() {
     int32_t status = (found[0] & 1) != 0 ? LLM_SAMPLING_STATUS_NAN : 0;
     if (m_ == -kInfinity) status |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
     if (m_ == kInfinity) status |= LLM_SAMPLING_STATUS_POS_INF;
-    args_.status[index_] = status;
+    args_.status[shared_.parameters.row] = status;
   }
 }
 
@@ -238,7 +238,9 @@ __device__ void RowSampler<kDtype, kCopied>::sum_tiles() {
     tile_masses_[i] = running;
   }
   __syncthreads();
-  mass_ = cluster_.sum(count > 0 ? tile_masses_[count - 1] : 0);
+  const Sums sums = cluster_.sum(count > 0 ? tile_masses_[count - 1] : 0);
+  total_mass_ = sums.total;
+  if (threadIdx.x == 0) shared_.mass_before = sums.before;
 }
 
 }  // namespace llm_sampling

@@ -7,6 +7,7 @@
 #ifndef LLM_SAMPLING_CUDA_ROW_CUH_
 #define LLM_SAMPLING_CUDA_ROW_CUH_
 
+#include <math.h>
 #include <stdint.h>
 
 #include <type_traits>
@@ -47,17 +48,20 @@ struct Bits {
   }
 };
 
+// The penalties of a row. That for repetition is negative where it is for the output alone: its sign is of no
+// other use.
+struct Penalties {
+  float repetition, frequency, presence;
+};
+
 struct Row {
   const unsigned char* aligned;  // logits of vec 0, in global memory
   int shift;                     // tokens of vec 0 that lie before the row; they are not read
   int vocab_size;
-  bool is_plain;       // no bias, no mask and no penalty
-  int64_t bias_first;  // index of the row's first bias among the biases of all rows
+  bool is_plain;  // no bias, no mask and no penalty
   int bias_count;
-  Bits allowed;           // the token bitmask; null words: all tokens are allowed
-  Bits seen;              // tokens of prompt and output; null words: no penalty is on
-  const int32_t* counts;  // output counts; null: neither frequency nor presence penalty is on
-  float repetition, frequency, presence;
+  Bits allowed;  // the token bitmask; null words: all tokens are allowed
+  Bits seen;     // tokens of prompt and output; null words: no penalty is on
 
   __device__ __forceinline__ int first_id(int vec) const { return vec * kVec - shift; }
   __device__ __forceinline__ bool is_whole(int vec) const {
@@ -192,17 +196,19 @@ __device__ __forceinline__ void load(
   }
 }
 
-// 2 bias: of kCount tokens from id `first` on, some of which may lie outside the row.
+// 2 bias: of kCount tokens from id `first` on, some of which may lie outside the row. `bias_first` is the index
+// of the row's first bias among the biases of all rows, in shared memory; it is read only where there are some.
 template <int kCount>
 __device__ __forceinline__ void add_bias(
     const LlmSamplingArgs& args,
     const Row& row,
+    const int64_t& bias_first,
     int first,
     float (&x)[kCount]
 ) {
   if (row.bias_count == 0) return;
-  const int32_t* ids = args.logit_bias_ids + row.bias_first;  // should be in rising order
-  const float* values = args.logit_bias_values + row.bias_first;
+  const int32_t* ids = args.logit_bias_ids + bias_first;  // should be in rising order
+  const float* values = args.logit_bias_values + bias_first;
   const int from = first < 0 ? 0 : first;
   const int end = first + kCount < row.vocab_size ? first + kCount : row.vocab_size;
 #pragma unroll 1
@@ -224,9 +230,9 @@ __device__ __forceinline__ void apply_mask(unsigned bits, float (&x)[kCount]) {
 }
 
 // The penalties for a seen token that the output holds `count` times.
-__device__ __forceinline__ float penalize(const Row& row, float x, int32_t count) {
-  // 3 repetition penalty: prompt and output
-  x = repetition(x, row.repetition);
+__device__ __forceinline__ float penalize(const Penalties& row, float x, int32_t count) {
+  // 3 repetition penalty: prompt and output, or output
+  if (row.repetition >= 0.0f || count > 0) x = repetition(x, fabsf(row.repetition));
   // 4 frequency penalty, 5 presence penalty: output
   if (count > 0) {
     x = frequency(x, row.frequency, count);

@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../history.h"
 #include "../llm_sampling.h"
 #include "../rows.h"
 #include "../semantics.h"
@@ -26,15 +27,9 @@ static_assert(
 );
 static_assert(kMaxima == 2, "find_maxima and find_tile_maxima name both");
 
-// The start of a block's shared memory.
-#ifdef __CUDACC__
-__device__ __forceinline__ unsigned char* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char memory[];
-  return memory;
-}
-#else
-__device__ __forceinline__ unsigned char* dynamic_shared() { return dynamic_shared_memory(); }
-#endif
+// In place of the index of parameters: the row is to be recorded, and its text has no room.
+constexpr int64_t kTextFull = -3;
+static_assert(kTextFull < kPadding && kTextFull < kNoSuchSlot, "it is none of rows.h");
 
 // The row's parameters that are not needed before the first barrier.
 struct Parameters {
@@ -43,6 +38,7 @@ struct Parameters {
   uint64_t seed, position;
   uint64_t random;  // the random bits of draw 0
   int64_t slot;     // the row's slot of the history
+  int64_t row;      // the row's index; index_ takes a register, which later passes do not have
 };
 
 // What the filters of a row ask for.
@@ -81,17 +77,52 @@ struct Candidates {
   bool is_last;        // whether all other tokens of the row are above them or at -inf
 };
 
+constexpr int kMaxOverrides = 2 * LLM_SAMPLING_MAX_EXTRA_OUTPUT;
+
+// The tokens whose bit or count extra ids change, see overrides.cuh. Made only where a call has extra ids and
+// the row has a penalty.
+struct Overrides {
+  int count;
+  uint32_t keys[kMaxOverrides];   // rising; twice the id, and 1 more if the token is seen
+  int32_t counts[kMaxOverrides];  // how often the output holds them
+
+  // The number of entries with smaller ids.
+  __device__ __forceinline__ int place_of(int id) const {
+    const uint32_t key = static_cast<uint32_t>(id) * 2;
+    return count_leading(count, [&](int i) { return keys[i] < key; });
+  }
+  // The entry of an id, or -1.
+  __device__ __forceinline__ int find(int id) const {
+    const int place = place_of(id);
+    return place < count && static_cast<int>(keys[place] >> 1) == id ? place : -1;
+  }
+  __device__ __forceinline__ uint32_t over(uint32_t bits, int first, int width) const;
+};
+
 // The fixed part of a block's shared memory.
 struct Shared {
   Cluster::Memory cluster;
   Parameters parameters;  // written by thread 0, once
+  Penalties penalties;    // written by thread 0, once
+  const int32_t* counts;  // output counts; null: no penalty needs them; written by thread 0, once
+  int64_t bias_first;     // index of the row's first bias; written by thread 0, once
   int vecs;               // vecs of this block's part; written by thread 0, once
   bool
       is_shared;  // whether another row names a slot of this one; written by thread 0, by slot only
+  // Whether the id that leaves the window with the row's token is in it a second time; written by thread 0,
+  // with windows only.
+  bool leaving_id_stays;
   uint32_t seen_count;    // seen tokens of this block's part
   uint32_t appended;      // candidates that this block has found
   Candidates candidates;  // written by thread 0
+  int64_t
+      mass_before;  // that part of total_mass_ which belongs to earlier blocks; written by thread 0
+  Overrides overrides;
   union {
+    struct {
+      int32_t ids[kMaxOverrides];  // -1 where there is none
+      uint32_t stays[kMaxOverrides];
+    } listing;                      // used by list_overrides
     uint32_t seen_ids[kMaxScores];  // in any order; used before there are candidates
     struct {
       uint64_t codes[kMaxCandidates];   // in any order; written by all blocks, between two barriers
@@ -129,7 +160,7 @@ class RowSampler {
   // copy.cuh: where the row is, its copy in shared memory, steps 1 to 6 of a vec
   __device__ int locate_logits();
   __device__ void read_parameters(int64_t index, int vecs);
-  __device__ void locate_bits(int64_t slot);
+  __device__ const int32_t* locate_bits(int64_t slot, const Penalties& penalties);
   __device__ void copy_logits(int vecs);
   __device__ void copy_edge(unsigned char* to, const unsigned char* from, int first) const;
   __device__ void copy_bits(int vecs);
@@ -145,6 +176,11 @@ class RowSampler {
       float (&x)[kVec]
   ) const;
   __device__ __forceinline__ void process_any(int vec, float (&x)[kVec]) const;
+
+  // overrides.cuh: ids that count for one call
+  __device__ void list_overrides();
+  __device__ void override_counts(const Copy& copy) const;
+  __device__ __forceinline__ int32_t times_of(int id) const;
 
   // passes.cuh: passes over the block's part
   __device__ int vecs() const { return shared_.vecs; }
@@ -183,6 +219,7 @@ class RowSampler {
 
   // select.cuh: steps 11 to 13
   __device__ __forceinline__ Filters filters() const;
+  __device__ bool is_greedy() const { return shared_.parameters.temperature == 0.0f; }
   __device__ void find_kept();
   __device__ void find_thresholds();
   __device__ uint64_t code_at_depth(float depth_cut) const;
@@ -192,7 +229,7 @@ class RowSampler {
   __device__ static void split(uint64_t low, uint64_t high, uint64_t (&pivots)[3]);
 
   // draw.cuh: step 14 and the other results
-  __device__ void draw(bool is_greedy);
+  __device__ void draw();
   __device__ int64_t random_below(int draw, int64_t total) const;
   __device__ void draw_from_candidates(int64_t total);
   __device__ void draw_from_tiles();
@@ -200,8 +237,9 @@ class RowSampler {
   __device__ float raw_logit(int id) const;
   __device__ void find_raw_sum();
   __device__ void write_nothing(int32_t status);
-  __device__ void write_filtered(bool is_greedy);
+  __device__ void write_filtered();
   __device__ bool finds_sharing_row() const;
+  __device__ bool finds_leaving_id() const;
   __device__ void advance();
 
   const LlmSamplingArgs& args_;
@@ -223,7 +261,7 @@ class RowSampler {
   uint64_t threshold_;          // the lowest code of the kept set
   bool in_candidates_ = false;  // whether the candidates contain the whole kept set
   // The mass of all tokens where a filter needs it; later that of the kept set, unless in_candidates_.
-  Sums mass_ = {};
+  int64_t total_mass_ = 0;
 
   float raw_m_ = 0.0f;        // the largest raw logit
   float raw_log_sum_ = 0.0f;  // the logarithm of the sum of exp(x - raw_m_)

@@ -1,4 +1,5 @@
-// The CUDA kernel: all of docs/semantics.md in one launch, with its step numbers.
+// The CUDA kernel that samples: all of docs/semantics.md in one launch, with its step numbers. What changes
+// histories by ids that were not drawn is in history.cu.
 //
 // A cluster of 1 to 8 blocks owns one row. Each block owns an equal part of the row's vecs (8 neighbouring
 // tokens, see row.cuh), and each thread owns every kThreads-th vec of that part. In one round, a warp
@@ -27,9 +28,13 @@
 // A pass is inlined where it is called. Steps that share a pass are iterations of one loop, because each
 // call would add the whole of its code to the kernel.
 //
+// Before the passes, where a call asks for it: finds_sharing_row, for rows whose parameters belong to slots;
+// finds_leaving_id, for what recording the token takes out of a window; list_overrides (overrides.cuh), for ids
+// that count for this call alone. A row whose text has no room for its token draws nothing.
+//
 // Hazards. The comments of Shared (row_sampler.cuh) say which threads write what. A block may not exit
 // while another one reads its shared memory, so every such read is followed by a barrier of the cluster.
-// The history is written only after all threads of the cluster have read it.
+// The history is written only after all threads of the cluster have read it, by one thread, in advance().
 //
 // The values that a call points to are not checked, and somebody may overwrite logits or history while the
 // kernel runs. Slots, offsets and parameters are limited where they are read. A later pass may find other
@@ -38,6 +43,7 @@
 // -1 and the status NO_CANDIDATE.
 #include <stdint.h>
 
+#include "../history.h"
 #include "../llm_sampling.h"
 #include "../semantics.h"
 #include "candidates.cuh"
@@ -54,36 +60,45 @@ namespace llm_sampling {
 template <int kDtype, bool kCopied>
 __device__ void RowSampler<kDtype, kCopied>::run() {
   int64_t param_index = index_;
-  if (args_.param_slots != nullptr) {
+  if (args_.param_slots != nullptr || args_.text != nullptr) {
+    param_index = parameter_index(args_, index_);
+    const bool is_full = param_index >= 0 && is_text_full(args_, index_);
     // The blocks agree on it, so that all of them leave here or none does.
-    param_index = cluster_.common(parameter_index(args_, index_));
+    param_index = cluster_.common(is_full ? kTextFull : param_index);
+    if (param_index == kTextFull) return write_nothing(LLM_SAMPLING_STATUS_TEXT_FULL);
     if (param_index < 0) return write_nothing(status_of_nothing(param_index));
+  }
+  if (args_.param_slots != nullptr) {
     const bool is_shared = __syncthreads_count(finds_sharing_row()) > 0;
     if (threadIdx.x == 0) shared_.is_shared = is_shared;
   }
   cluster_.arrive();
   const int vecs = locate_logits();
   if (kCopied) copy_logits(vecs);
+  if (args_.windows != nullptr && args_.advance != LLM_SAMPLING_ADVANCE_NEVER) {
+    const bool stays = __syncthreads_count(finds_leaving_id()) > 0;
+    if (threadIdx.x == 0) shared_.leaving_id_stays = stays;
+  }
   read_parameters(param_index, vecs);
+  if (args_.extra_output != nullptr && row_.seen.words != nullptr) list_overrides();
   if (kCopied) copy_bits(vecs);
   __syncthreads();
   cluster_.wait();  // from here on, all blocks have started and may be looked into
 
   // 1 widen, 2 bias and mask, 3 repetition, 4 frequency, 5 presence, 6 canonical: in every pass
   find_maxima();
-  const bool is_greedy = shared_.parameters.temperature == 0.0f;
   if (m_ == -kInfinity) {
     threshold_ = ~uint64_t{0};  // nothing is kept
-  } else if (is_greedy) {
+  } else if (is_greedy()) {
     find_first();  // 7 order, 8 greedy
   } else {
     find_kept();  // 9 depth, 10 mass, 11 top-k, 12 top-p, 13 min-p
   }
 
-  if (args_.filtered != nullptr) write_filtered(is_greedy);
+  if (args_.filtered != nullptr) write_filtered();
   if (args_.tokens != nullptr) {
     if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) find_raw_sum();
-    draw(is_greedy);  // 14 draw
+    draw();  // 14 draw
   }
 
   // Other threads may still read the history, for further draws or for the filtered logits.

@@ -66,9 +66,9 @@ __device__ void RowSampler<kDtype, kCopied>::find_thresholds() {
       if (!filters.has_top_p) continue;
       if (filters.has_top_k) {
         if (step == kCollectMore) continue;
-        mass_.total = mass_from(top_k_threshold);
+        total_mass_ = mass_from(top_k_threshold);
       }
-      target = top_p_target(mass_.total, filters.top_p);
+      target = top_p_target(total_mass_, filters.top_p);
     }
     if (step == kKeepMinimum) {
       if (filters.has_depth_cut) {  // 13 min-p
@@ -218,7 +218,7 @@ __device__ void RowSampler<kDtype, kCopied>::probe(
   const float reached = by_mass ? static_cast<float>(count > 0 ? shared_.running[count - 1] : 0)
                                 : static_cast<float>(count);
   const float all = by_mass
-                        ? static_cast<float>(mass_.total)
+                        ? static_cast<float>(total_mass_)
                         : static_cast<float>(count) * static_cast<float>(row_.vocab_size) / kProbed;
   float share = static_cast<float>(target) / (all > 1.0f ? all : 1.0f);
   share = share < 1.0f ? share : 1.0f;
