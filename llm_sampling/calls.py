@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from llm_sampling import checks
-from llm_sampling.backends.base import Logprobs, ParamSlots, SampleCall
+from llm_sampling.backends.base import MAX_EXTRA_OUTPUT, Logprobs, ParamSlots, SampleCall
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
 from llm_sampling.masks import Mask, check_mask
 from llm_sampling.params import BatchParams, SamplingParams, list_of_params, positions_tensor
-from llm_sampling.table import RequestTable
-from llm_sampling.tensors import is_traced, is_wrapper, readable
+from llm_sampling.table import RequestTable, slots_tensor
+from llm_sampling.tensors import is_pretended, is_traced, is_wrapper, readable, to_device
 
 Params = SamplingParams | Sequence[SamplingParams] | BatchParams | RequestTable
+ExtraIds = Sequence[Sequence[int]] | Tensor
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -62,27 +63,35 @@ def make_call(
     seeded: bool = True,
     slots: Sequence[int] | Tensor | None = None,
     text_positions: Sequence[int] | Tensor | None = None,
-    record: bool = False,
+    record: bool | Sequence[bool] | Tensor = False,
+    extra_output_ids: ExtraIds | None = None,
 ) -> SampleCall:
     """Check everything that a user passes to :func:`sample` and put it into one object."""
     logits = check_logits(logits)
     rows, vocab_size = logits.shape
     device = logits.device
     num_samples = check_draws(num_samples, logprobs, check)
-    param_slots = None
+    param_slots, of_rows_to_record = None, None
+    if not isinstance(record, bool):
+        of_rows_to_record = _record_tensor(record, rows, device)
+    records = record is not False
     if isinstance(params, RequestTable):
         if history is not None:
             raise ValueError("history must be None, since a RequestTable keeps the histories")
-        if record and num_samples > 1:
+        if records and num_samples > 1:
             raise ValueError(f"num_samples must be 1 where record is True, got {num_samples}")
         _check_table(params, logits)
-        of_rows = _slots_tensor(slots, rows, device)
+        of_rows = slots_tensor(slots, rows, device)
         params.check_slots(of_rows)
-        batch, param_slots = _batch_of_table(params, of_rows, positions, text_positions, record)
-        if batch.needs_history or record:
+        batch, param_slots = _batch_of_table(params, of_rows, positions, text_positions, records)
+        if batch.needs_history or records:
             history = params.history_of(of_rows)
     else:
-        given = {"slots": slots, "text_positions": text_positions, "record": record or None}
+        given = {
+            "slots": slots,
+            "text_positions": text_positions,
+            "record": record if records else None,
+        }
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} can be given where params is a RequestTable, got {value}")
@@ -101,17 +110,71 @@ def make_call(
         num_samples=num_samples,
         logprobs=logprobs,
         check=device.type == "cpu" if check is None else check,
-        advance=record,
+        advance=records,
         param_slots=param_slots,
+        record=of_rows_to_record,
+        extra_output=None
+        if extra_output_ids is None
+        else _extra_output(extra_output_ids, batch, history, rows, device),
     )
+
+
+def _record_tensor(record: object, rows: int, device: torch.device) -> Tensor:
+    """``record`` as a contiguous bool ``(rows,)`` tensor on ``device``."""
+    rule = f"True or False, or bools ({rows},), one for each row"
+    if not isinstance(record, Tensor):
+        if not isinstance(record, Sequence):
+            raise checks.refusal("record", rule, record)
+        values = [checks.true_or_false("record", value) for value in record]
+        record = to_device(torch.tensor(values, dtype=torch.bool, device="cpu"), device)
+    tensor = readable("record", record)
+    if tensor.dtype != torch.bool or tensor.shape != (rows,):
+        raise ValueError(f"record must be {rule}, got {tensor.dtype} of {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"record must be on the logits' device {device}, got {tensor.device}")
+    return tensor.contiguous()
+
+
+def _extra_output(
+    given: ExtraIds,
+    batch: BatchParams,
+    history: TokenHistory | None,
+    rows: int,
+    device: torch.device,
+) -> Tensor | None:
+    """``extra_output_ids`` as contiguous int32 ``(rows, n)``; None where no penalty needs them."""
+    rule = f"integers, at most {MAX_EXTRA_OUTPUT} for each of the {rows} rows"
+    name = "extra_output_ids"
+    if isinstance(given, Tensor):
+        ids = readable(name, given)
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise checks.refusal(name, rule, ids.dtype)
+        if ids.device != device:
+            raise ValueError(f"{name} must be on the logits' device {device}, got {ids.device}")
+    else:
+        if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+            raise checks.refusal(name, rule, given)
+        lists = [checks.token_ids(f"{name}[{row}]", of_row) for row, of_row in enumerate(given)]
+        width = max(map(len, lists), default=0)
+        padded = [[*of_row, *[-1] * (width - len(of_row))] for of_row in lists]
+        ids = torch.tensor(padded, dtype=torch.int64, device="cpu").view(len(lists), width)
+        ids = to_device(ids, device)
+    if ids.dim() != 2 or ids.shape[0] != rows or ids.shape[1] > MAX_EXTRA_OUTPUT:
+        raise ValueError(f"{name} must be {rule}, got shape {tuple(ids.shape)}")
+    if not batch.needs_history or history is None or ids.shape[1] == 0:
+        return None
+    if ids.dtype == torch.int64:
+        # a number that no int32 holds becomes one that is no token's id either
+        ids = ids.clamp(-1, 2**31 - 1).to(torch.int32)
+    return ids.contiguous()
 
 
 def _check_table(table: RequestTable, logits: Tensor) -> None:
     """A ValueError if the logits do not fit the table."""
-    if is_traced() or is_wrapper(logits):
+    if is_pretended() or is_wrapper(logits):
         raise ValueError(
-            "logits must be a plain tensor outside of tracers, modes and transforms, since a "
-            f"RequestTable keeps state outside of a graph, got {type(logits).__name__}"
+            "logits must be a plain tensor outside of tracers and transforms, since a RequestTable "
+            f"keeps state outside of a graph, got {type(logits).__name__}"
         )
     if logits.shape[1] != table.vocab_size:
         raise ValueError(
@@ -120,29 +183,6 @@ def _check_table(table: RequestTable, logits: Tensor) -> None:
         )
     if logits.device != table.device:
         raise ValueError(f"logits must be on {table.device}, got {logits.device}")
-
-
-def _slots_tensor(slots: object, rows: int, device: torch.device) -> Tensor:
-    """``slots`` as a contiguous int32 ``(rows,)`` tensor on ``device``."""
-    if isinstance(slots, Tensor):
-        tensor = readable("slots", slots)
-        if tensor.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"slots must be int32 or int64, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"slots must be on the logits' device {device}, got {tensor.device}")
-    else:
-        if not isinstance(slots, Sequence):
-            raise checks.refusal("slots", "given where params is a RequestTable: integers", slots)
-        values = [checks.integer("slots", slot, "integers") for slot in slots]
-        tensor = torch.tensor(values, dtype=torch.int64, device=device)
-    if tensor.shape != (rows,):
-        raise ValueError(
-            f"slots must have shape ({rows},), one for each row, got {tuple(tensor.shape)}"
-        )
-    if tensor.dtype == torch.int64:
-        # a number that no int32 holds becomes one that is not the number of a slot either
-        tensor = tensor.clamp(-2, 2**31 - 1).to(torch.int32)
-    return tensor.contiguous()
 
 
 def _batch_of_table(
@@ -207,6 +247,36 @@ def check_history(
         raise ValueError(f"history must be on the logits' device {device}, got {history.device}")
     history.check_state()
     history.check_slots(named_once=False)  # rows that record nothing may share a slot
+    _check_windows(history, batch)
+
+
+def _check_windows(history: TokenHistory, batch: BatchParams) -> None:
+    """A ValueError if rows with a penalty have another window in ``batch`` than in ``history``.
+
+    What the tensors hold is looked at on the CPU only, since elsewhere it would wait.
+    """
+    windows = None if history.text is None else history.text.windows
+    if not batch.needs_history or (windows is None and not batch.any_window):
+        return
+    if windows is None:
+        raise ValueError(
+            "history must have windows where penalty_last_n is on: make it with max_length and "
+            "penalty_last_n"
+        )
+    if history.device.type != "cpu" or is_traced() or is_wrapper(windows):
+        return
+    of_rows = zip(
+        batch.penalty_last_n.tolist(),
+        windows[history.slots.to(torch.int64)].tolist(),
+        batch.rows_with_penalties(),
+        strict=True,
+    )
+    for row, (asked, kept, has_penalty) in enumerate(of_rows):
+        if has_penalty and max(asked, -1) != max(kept, -1):
+            raise ValueError(
+                f"history must have the penalty_last_n of the parameters, {asked} in row {row}, "
+                f"got one of {kept}"
+            )
 
 
 def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> int:

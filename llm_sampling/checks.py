@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 
 def refusal(name: str, rule: str, value: object) -> ValueError:
@@ -80,3 +81,15 @@ def token_ids(name: str, ids: object) -> list[int]:
     if not isinstance(ids, Collection) or isinstance(ids, (str, bytes)):
         raise refusal(name, "a collection of token ids", ids)
     return [integer(name, token, "integers") for token in ids]
+
+
+def mapping_with(name: str, value: object, keys: Collection[str]) -> Mapping[str, Any]:
+    """``value`` itself.
+
+    Raises:
+        ValueError: it is not a mapping that has all of the keys.
+    """
+    if not isinstance(value, Mapping) or not set(keys).issubset(value):
+        got = [*value] if isinstance(value, Mapping) else value
+        raise refusal(name, f"a mapping with {', '.join(sorted(keys))}", got)
+    return value

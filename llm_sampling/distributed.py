@@ -419,7 +419,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 #: The tensors of a batch that steps 2 to 6 and 14 read.
 _NOT_FILTERING = {
-    *(field.name for field in FIELDS.values() if field.kind in ("penalty", "seed")),
+    *(field.name for field in FIELDS.values() if field.kind in ("penalty", "scope", "seed")),
     *("logit_bias_offsets", "logit_bias_ids", "logit_bias_values", "unseeded", "position"),
 }
 _OFF_ROW = BatchParams.from_list([SamplingParams()])

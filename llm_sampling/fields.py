@@ -25,8 +25,12 @@ from llm_sampling.checks import refusal
 _ROUNDED_TO_INF, _ROUNDED_TO_0 = 2.0**128 - 2.0**103, 2.0**-150
 
 #: What a parameter does to a row. "rank", "mass" and "depth" are the filters: the three ways to cut
-#: the order of the tokens. "floor" is the number of tokens that no filter goes below.
-Kind = Literal["bias", "penalty", "scale", "rank", "mass", "depth", "floor", "seed"]
+#: the order of the tokens. "floor" is the number of tokens that no filter goes below. "scope" says
+#: which ids a penalty is for.
+Kind = Literal["bias", "penalty", "scope", "scale", "rank", "mass", "depth", "floor", "seed"]
+
+#: The values of ``repetition_penalty_scope`` -> their number in every kernel.
+SCOPES = {"all": 0, "output": 1}
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Field:
             rounding makes a difference.
         dtype: of the column; None for ``logit_bias`` and ``seed``, which have none.
         packed: the column where it does not hold the parameter's own value.
+        choices: the strings that it may be; none where it is a number.
         range: the values that it may have, as the tables of the documentation print them.
         off_text: the same of the values at which it is off.
         step: the numbers of its steps in docs/semantics.md.
@@ -95,6 +100,7 @@ class Field:
     help: str
     holds_in_column: Callable[[Any], Any] | None = None
     packed: Column | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def is_integer(self) -> bool:
@@ -110,11 +116,15 @@ class Field:
         return Column(self.name, self.dtype, self.off, self.rule, holds)
 
     def checked(self, value: object) -> Any:
-        """``value`` as an int or a float.
+        """``value`` as an int, a float or one of the choices.
 
         Raises:
             ValueError: it breaks the rule.
         """
+        if self.choices:
+            if not isinstance(value, str) or value not in self.choices:
+                raise refusal(self.name, self.rule, value)
+            return value
         number: Any
         if self.is_integer:
             number = checks.integer(self.name, value, self.rule)
@@ -268,6 +278,41 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 step="14",
                 meaning="None draws one from torch's default generator",
                 help="The same seed gives the same text. Default: a new one each time.",
+            ),
+            Field(
+                "repetition_penalty_scope",
+                kind="scope",
+                off="all",
+                rule='"all" or "output"',
+                holds=lambda scope: True,  # it is one of the choices
+                dtype=torch.int32,
+                packed=Column(
+                    "repetition_penalty_scope",
+                    dtype=torch.int32,
+                    off=SCOPES["all"],
+                    rule="0 (all) or 1 (output)",
+                    holds=lambda scope: (scope == 0) | (scope == 1),
+                    pack=SCOPES.__getitem__,
+                ),
+                choices=tuple(SCOPES),
+                range='"all", "output"',
+                off_text='"all"',
+                step="3",
+                meaning="whether the repetition penalty is for prompt and output or output alone",
+                help="Which tokens the repetition penalty is for: all, or those of the text.",
+            ),
+            Field(
+                "penalty_last_n",
+                kind="scope",
+                off=-1,
+                rule="an integer >= -1",
+                holds=lambda n: n >= -1,
+                dtype=torch.int32,
+                range="integer >= -1",
+                off_text="-1",
+                step="3, 4, 5",
+                meaning="the penalties are for the last so many ids of prompt and output",
+                help="The penalties are for the last so many tokens; -1 is all.",
             ),
         )
     }

@@ -18,17 +18,21 @@ from llm_sampling import backends
 from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
 from llm_sampling.calls import make_call
 from llm_sampling.fields import FIELDS
-from llm_sampling.history import STATE_TENSORS, TokenHistory
+from llm_sampling.history import STATE_TENSORS, Text, TokenHistory
 from llm_sampling.params import DTYPES, KERNEL_TENSORS, BatchParams
 from llm_sampling.tensors import is_traced, is_wrapper
 
-_BATCH_FLAGS = ("all_greedy", "any_filter")
+_TEXT_TENSORS = tuple(f"text_{name}" for name in Text._fields)
+_NO_TEXT = (None,) * len(_TEXT_TENSORS)
+_BATCH_FLAGS = ("all_greedy", "any_filter", "any_output_scope")
 
 _INPUTS = ", ".join(
     [
         "Tensor logits",
         *(f"Tensor {name}" for name in KERNEL_TENSORS),
         *(f"Tensor? {name}" for name in STATE_TENSORS),
+        *(f"Tensor? {name}" for name in _TEXT_TENSORS),
+        "Tensor? extra_output",
         "Tensor? allowed_mask",
         *(f"bool {name}" for name in _BATCH_FLAGS),
     ]
@@ -46,9 +50,10 @@ def _inputs(call: SampleCall) -> tuple[Tensor | bool | None, ...]:
     history = [
         None if call.history is None else getattr(call.history, name) for name in STATE_TENSORS
     ]
+    text = (None if call.history is None else call.history.text) or _NO_TEXT
     batch = [getattr(call.batch, name) for name in KERNEL_TENSORS]
     flags = [getattr(call.batch, name) for name in _BATCH_FLAGS]
-    return (call.logits, *batch, *history, call.allowed_mask, *flags)
+    return (call.logits, *batch, *history, *text, call.extra_output, call.allowed_mask, *flags)
 
 
 def _call(
@@ -58,21 +63,32 @@ def _call(
     check: bool = False,
 ) -> SampleCall:
     """The inverse of ``_inputs``, checked like the arguments of a user."""
-    logits, *rest, allowed_mask, all_greedy, any_filter = inputs
+    logits, *rest, extra_output, allowed_mask = inputs[: -len(_BATCH_FLAGS)]
+    rest, text = rest[: -len(Text._fields)], Text(*rest[-len(Text._fields) :])
     batch = dict(zip(KERNEL_TENSORS, rest, strict=False))
     state = dict(zip(STATE_TENSORS, rest[len(KERNEL_TENSORS) :], strict=True))
     has_history = state["seen"] is not None
+    if text.windows is None:
+        window = torch.full_like(batch["top_k"], -1)
+    else:
+        window = text.windows[state["slots"].to(torch.int64)]
     params = BatchParams(
         **batch,
+        penalty_last_n=window,
         unseeded=None,
         needs_history=has_history,
-        all_greedy=all_greedy,
-        any_filter=any_filter,
+        any_window=text.windows is not None,
+        **dict(zip(_BATCH_FLAGS, inputs[-len(_BATCH_FLAGS) :], strict=True)),
     )
+    history = None
+    if has_history:
+        found = None if text.ids is None else text
+        history = TokenHistory(**state, vocab_size=logits.shape[1], text=found)
     return make_call(
         logits,
         params,
-        history=TokenHistory(**state, vocab_size=logits.shape[1]) if has_history else None,
+        history=history,
+        extra_output_ids=extra_output,
         allowed_mask=allowed_mask,
         num_samples=num_samples,
         logprobs=logprobs,
@@ -189,24 +205,32 @@ def filter_logits(call: SampleCall, backend: str) -> Tensor:
 
 
 #: The flags on which a graph may depend; the others become the conservative ones.
-_FLAGS = ("needs_history", *_BATCH_FLAGS)
+_FLAGS = ("needs_history", "any_window", *_BATCH_FLAGS)
+
+
+#: A name that another one continues comes after that one: torch.export replaces the names of inputs
+#: in the text of its guards one after the other, and would find it inside of the longer one.
+_BATCH_NAMES = tuple(sorted(DTYPES, key=len, reverse=True))
 
 
 def _batch_to_pytree(batch: BatchParams) -> tuple[list[Tensor | None], list[Any]]:
-    return [getattr(batch, name) for name in DTYPES], [getattr(batch, name) for name in _FLAGS]
+    return [getattr(batch, name) for name in _BATCH_NAMES], [getattr(batch, x) for x in _FLAGS]
 
 
 def _batch_from_pytree(tensors: Iterable[Any], flags: Sequence[Any]) -> BatchParams:
-    columns = dict(zip(DTYPES, tensors, strict=True))
+    columns = dict(zip(_BATCH_NAMES, tensors, strict=True))
     return BatchParams(**columns, **dict(zip(_FLAGS, flags, strict=True)))
 
 
-def _history_to_pytree(history: TokenHistory) -> tuple[list[Tensor], int]:
-    return [getattr(history, name) for name in STATE_TENSORS], history.vocab_size
+def _history_to_pytree(history: TokenHistory) -> tuple[list[Tensor | None], int]:
+    text = history.text or _NO_TEXT
+    return [*(getattr(history, name) for name in STATE_TENSORS), *text], history.vocab_size
 
 
 def _history_from_pytree(tensors: Iterable[Any], vocab_size: int) -> TokenHistory:
-    return TokenHistory.of_parts(*tensors, vocab_size=vocab_size)
+    *state, ids, lengths, prompt_lengths, windows = tensors
+    text = None if ids is None else Text(ids, lengths, prompt_lengths, windows)
+    return TokenHistory.of_parts(*state, vocab_size=vocab_size, text=text)
 
 
 def _with_keys(
@@ -226,12 +250,12 @@ pytree.register_pytree_node(
     _batch_to_pytree,
     _batch_from_pytree,
     serialized_type_name="llm_sampling.BatchParams",
-    flatten_with_keys_fn=_with_keys(_batch_to_pytree, DTYPES),
+    flatten_with_keys_fn=_with_keys(_batch_to_pytree, _BATCH_NAMES),
 )
 pytree.register_pytree_node(
     TokenHistory,
     _history_to_pytree,
     _history_from_pytree,
     serialized_type_name="llm_sampling.TokenHistory",
-    flatten_with_keys_fn=_with_keys(_history_to_pytree, STATE_TENSORS),
+    flatten_with_keys_fn=_with_keys(_history_to_pytree, (*STATE_TENSORS, *_TEXT_TENSORS)),
 )

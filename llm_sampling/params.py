@@ -6,12 +6,10 @@ import math
 import numbers
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from llm_sampling.tensors import (
     is_wrapper,
     not_of_inference_mode,
     readable,
+    to_device,
     version_of,
     writable,
 )
@@ -30,11 +29,12 @@ from llm_sampling.tensors import (
 _INT32_MAX = 2**31 - 1
 
 #: Each parameter that has a column, with that column.
-_COLUMNS = tuple((f, f.column) for f in FIELDS.values() if f.column is not None)
-_PENALTIES = tuple(column for f, column in _COLUMNS if f.kind == "penalty")
-_FILTERS = tuple(column for f, column in _COLUMNS if f.kind in ("rank", "mass", "depth"))
+COLUMNS = tuple((f, f.column) for f in FIELDS.values() if f.column is not None)
+_PENALTIES = tuple(column for f, column in COLUMNS if f.kind == "penalty")
+_SCOPE, _WINDOW = (column for f, column in COLUMNS if f.kind == "scope")
+_FILTERS = tuple(column for f, column in COLUMNS if f.kind in ("rank", "mass", "depth"))
 #: The filters that ``min_tokens_to_keep`` may hold back; top-k's own number is at least that.
-_FLOORED = tuple(column for f, column in _COLUMNS if f.kind in ("mass", "depth"))
+_FLOORED = tuple(column for f, column in COLUMNS if f.kind in ("mass", "depth"))
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class SamplingParams:
             ignored. Kept as a mapping that cannot be changed.
         seed: An integer in [0, 2^64). ``None`` draws one from torch's default generator, which
             ``torch.manual_seed`` governs.
+        repetition_penalty_scope: "all": ``repetition_penalty`` is for the tokens of prompt and
+            output. "output": for those of the output alone.
+        penalty_last_n: All penalties are for the last so many ids of prompt and output together; an
+            integer >= -1. At 0 they are for none. Off at -1, where they are for all. The history
+            must keep its ids in order and have the same window.
 
     Raises:
         ValueError: a value is out of its range, NaN, infinite, a bool or not a number. The message
@@ -82,6 +87,8 @@ class SamplingParams:
     min_tokens_to_keep: int = 1
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
+    repetition_penalty_scope: Literal["all", "output"] = "all"
+    penalty_last_n: int = -1
 
     def __post_init__(self) -> None:
         for name, parameter in FIELDS.items():
@@ -101,6 +108,11 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether a penalty is on, so that the tokens so far matter."""
         return any(to_float32(getattr(self, c.name)) != c.off for c in _PENALTIES)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether penalties are for the last ids only."""
+        return self.penalty_last_n != _WINDOW.off
 
 
 class LogitBias(dict[int, float]):
@@ -175,7 +187,7 @@ def as_int64(value: int) -> int:
 #: Of each tensor of a BatchParams.
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
-        **{column.name: column.dtype for _, column in _COLUMNS},
+        **{column.name: column.dtype for _, column in COLUMNS},
         "seed": torch.int64,
         "logit_bias_offsets": torch.int64,
         "logit_bias_ids": torch.int32,
@@ -186,12 +198,15 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 
-#: The tensors that kernels read; the C struct and the ops hold each under the same name.
-KERNEL_TENSORS = tuple(name for name in DTYPES if name != "unseeded")
+#: The tensors that kernels read; the C struct and the ops hold each under the same name. Windows
+#: are those of the history.
+KERNEL_TENSORS = tuple(name for name in DTYPES if name not in ("unseeded", _WINDOW.name))
 
 
 def _numbers(parameter: Field, column: Column, values: Sequence[Any]) -> list[Any]:
     """The numbers of a column for values of its parameter."""
+    if parameter.choices:
+        return [column.pack(value) for value in values]
     if parameter.is_integer:
         return [value if value < _INT32_MAX else _INT32_MAX for value in values]
     rounded = _in_float32(values)
@@ -200,44 +215,65 @@ def _numbers(parameter: Field, column: Column, values: Sequence[Any]) -> list[An
     return _in_float32([column.pack(value) for value in rounded])
 
 
-def column_values(params: SamplingParams) -> dict[str, float]:
-    """Column name -> its number for one row."""
-    return {
-        column.name: _numbers(parameter, column, [getattr(params, parameter.name)])[0]
-        for parameter, column in _COLUMNS
-    }
+def number_of(parameter: Field, column: Column, value: Any) -> float:
+    """The number of a column for one value, which a float32 tensor rounds when it is stored."""
+    number: float = value
+    if parameter.choices:
+        number = column.pack(value)
+    elif parameter.is_integer:
+        number = min(value, _INT32_MAX)
+    elif parameter.packed is not None:
+        number = column.pack(to_float32(value))
+    return number
 
 
-def _all_are(values: Sequence[float] | npt.NDArray[Any], value: float) -> bool:
+def _all_are(values: Sequence[float], value: float) -> bool:
     if torch.compiler.is_dynamo_compiling():
         for other in values:  # noqa: SIM110  # torch 2.8 does not know how to compile count or all
             if other != value:
                 return False
         return True
-    if isinstance(values, np.ndarray):
-        return bool((values == value).all())
     return values.count(value) == len(values)
 
 
-def kernel_flags(columns: Mapping[str, Sequence[float] | npt.NDArray[Any]]) -> dict[str, bool]:
-    """The flags that choose a kernel, for columns that each have a number for each row."""
+#: What chooses a kernel -> columns, each with its number where it is off. A row turns it on where
+#: one of its columns is not off.
+SWITCHES: Mapping[str, tuple[tuple[str, float], ...]] = MappingProxyType(
+    {
+        "penalties": tuple((column.name, column.off) for column in _PENALTIES),
+        "output_scope": ((_SCOPE.name, _SCOPE.off),),
+        "random": (("temperature", 0.0),),
+        "filters": tuple((column.name, column.off) for column in _FILTERS),
+    }
+)
 
-    def any_on(parameters: Iterable[Column]) -> bool:
-        are_off = [_all_are(columns[column.name], column.off) for column in parameters]
-        return False in are_off
 
+def kernel_flags(is_on: Mapping[str, bool]) -> dict[str, bool]:
+    """The flags of a BatchParams that choose a kernel, by which of SWITCHES are on in any row."""
     return {
-        "needs_history": any_on(_PENALTIES),
-        "all_greedy": _all_are(columns["temperature"], 0),
-        "any_filter": any_on(_FILTERS),
+        "needs_history": is_on["penalties"],
+        "any_output_scope": is_on["output_scope"],
+        "all_greedy": not is_on["random"],
+        "any_filter": is_on["filters"],
     }
 
 
 def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """The flags of a BatchParams with these columns, each with a number for each row."""
-    flags = kernel_flags(columns)
+    windows = columns[_WINDOW.name]
+    is_on = {
+        switch: False in [_all_are(columns[name], off) for name, off in pairs]
+        for switch, pairs in SWITCHES.items()
+    }
+    flags = kernel_flags(is_on)
+    flags["any_window"] = any(
+        columns[penalty.name][row] != penalty.off
+        for row, window in enumerate(windows)
+        if window != _WINDOW.off
+        for penalty in _PENALTIES
+    )
     if torch.compiler.is_dynamo_compiling():  # no graph needs the others, which it would depend on
-        return {**_CONSERVATIVE_FLAGS, **flags}
+        return {**CONSERVATIVE_FLAGS, **flags}
     kept = [
         1 if temperature == 0 else int(max(k, keep)) if k > 0 else 0
         for temperature, k, keep in zip(
@@ -255,12 +291,14 @@ def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 #: Flags that are right for any values of the tensors.
-_CONSERVATIVE_FLAGS: Mapping[str, Any] = MappingProxyType(
+CONSERVATIVE_FLAGS: Mapping[str, Any] = MappingProxyType(
     {
         "needs_history": True,
         "all_greedy": False,
         "any_filter": True,
         "kept_at_most": 0,
+        "any_output_scope": True,
+        "any_window": True,
         "any_top_k": True,
         "any_top_p": True,
         "any_floor": True,
@@ -273,6 +311,8 @@ _FLAG_RULES: Mapping[str, str] = MappingProxyType(
         "needs_history": "True where a row has a penalty",
         "all_greedy": "False where a row has a temperature",
         "any_filter": "True where a row has a filter",
+        "any_output_scope": 'True where a row has repetition_penalty_scope "output"',
+        "any_window": "True where a row with a penalty has penalty_last_n",
         "kept_at_most": "0, or at least what top-k keeps in every row",
         "any_top_k": "True where a row has top_k or is greedy",
         "any_top_p": "True where a row has top_p",
@@ -292,6 +332,8 @@ class BatchParams:
     Attributes:
         temperature, top_p, repetition_penalty, frequency_penalty, presence_penalty: float32.
         top_k, min_tokens_to_keep: int32.
+        repetition_penalty_scope: int32, 0 for "all" and 1 for "output".
+        penalty_last_n: int32; kernels find it in the history.
         min_p_cut: float32, in place of ``min_p``: step 13's depth ``2^-18 - log2(min_p)`` in
             octaves, worked out once so that no backend's logarithm can disagree; inf where min-p is
             off.
@@ -308,10 +350,12 @@ class BatchParams:
         any_top_k: whether any row has top-k or is greedy.
         any_top_p: whether any row has top-p.
         any_floor: whether any row has top-p or min-p and a ``min_tokens_to_keep`` above 1.
+        any_output_scope: whether any row has the ``repetition_penalty_scope`` "output".
+        any_window: whether any row with a penalty has ``penalty_last_n``.
 
-    The seven flags are read on the host, to choose a kernel or the messages between ranks. Tensors
+    The nine flags are read on the host, to choose a kernel or the messages between ranks. Tensors
     may be changed in place, except under the replay of a captured graph, which reads no flag: build
-    it with conservative flags then, which are the defaults of the last four,
+    it with conservative flags then, which are the defaults of the last six,
     ``needs_history=True``, ``all_greedy=False`` and ``any_filter=True``.
     """
 
@@ -320,6 +364,8 @@ class BatchParams:
     top_p: Tensor
     min_p_cut: Tensor
     repetition_penalty: Tensor
+    repetition_penalty_scope: Tensor
+    penalty_last_n: Tensor
     frequency_penalty: Tensor
     presence_penalty: Tensor
     min_tokens_to_keep: Tensor
@@ -336,6 +382,8 @@ class BatchParams:
     any_top_k: bool = True
     any_top_p: bool = True
     any_floor: bool = True
+    any_output_scope: bool = True
+    any_window: bool = True
 
     @classmethod
     def from_list(
@@ -381,6 +429,12 @@ class BatchParams:
         """Where the tensors are."""
         return self.temperature.device
 
+    def rows_with_penalties(self) -> list[bool]:
+        """Whether each row has a penalty. Waits for the device."""
+        columns = [getattr(self, c.name) != c.off for c in _PENALTIES]
+        is_on: list[bool] = torch.stack(columns).any(0).tolist()
+        return is_on
+
     def checked(self) -> BatchParams:
         """Itself, or the same tensors with other flags where a tensor was changed in place.
 
@@ -406,10 +460,12 @@ class BatchParams:
             if self.device.type == "cpu":
                 flags = _flags(self._check_values())
             else:
-                flags = dict(_CONSERVATIVE_FLAGS)
+                flags = dict(CONSERVATIVE_FLAGS)
                 names = [column.name for column in _PENALTIES]
                 if all(state[name] == known[0][name] for name in names):
                     flags["needs_history"] = self.needs_history
+                if state[_WINDOW.name] == known[0][_WINDOW.name]:
+                    flags["any_window"] = self.any_window
             known = state, replace(self, **flags)
         vars(self)["_known"] = known  # no field, so what `replace` makes is checked anew
         return known[1]
@@ -454,10 +510,10 @@ class BatchParams:
 
     def _check_values(self) -> dict[str, list[float]]:
         """Check the numbers, which are on the CPU. Returns the columns."""
-        for _, column in _COLUMNS:
+        for _, column in COLUMNS:
             column.check(getattr(self, column.name))
         BIAS_VALUES.check(self.logit_bias_values)
-        columns = {c.name: getattr(self, c.name).tolist() for _, c in _COLUMNS}
+        columns = {c.name: getattr(self, c.name).tolist() for _, c in COLUMNS}
         offsets, entries = self.logit_bias_offsets.tolist(), self.logit_bias_ids.shape[0]
         if offsets != sorted(offsets) or offsets[0] != 0 or offsets[-1] != entries:
             raise refusal("logit_bias_offsets", f"ascending from 0 to {entries}", offsets)
@@ -474,7 +530,7 @@ class BatchParams:
             if name == "kept_at_most":
                 is_true = not given or 0 < least <= given
             else:
-                is_true = given in (least, _CONSERVATIVE_FLAGS[name])
+                is_true = given in (least, CONSERVATIVE_FLAGS[name])
             if not is_true:
                 raise refusal(name, _FLAG_RULES[name], given)
 
@@ -526,9 +582,10 @@ def _pack(
     with not_of_inference_mode():
         columns: dict[str, Sequence[Any]] = {}
         tensors: dict[str, Any] = {}
-        for parameter, column in _COLUMNS:
+        for parameter, column in COLUMNS:
             values = [getattr(row, parameter.name) for row in params]
-            if parameter.is_integer or not torch.compiler.is_dynamo_compiling():
+            is_symbol = not (parameter.is_integer or parameter.choices)
+            if not (is_symbol and torch.compiler.is_dynamo_compiling()):
                 values = _numbers(parameter, column, values)
             elif parameter.packed is not None:  # the values may be symbols, which have no logarithm
                 raw = tensor(values, torch.float32, torch.device("cpu"))
@@ -562,6 +619,21 @@ def _pack(
         )
 
 
+def int64_column(name: str, tensor: object, rows: int, device: torch.device | str | None) -> Tensor:
+    """A copy of an int64 tensor ``(rows,)`` on the device; a ValueError if it is another one."""
+    tensor = readable(name, tensor)
+    if tensor.dtype != torch.int64 or tensor.shape != (rows,):
+        got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise ValueError(f"{name} must be torch.int64 of shape ({rows},), got {got}")
+    return tensor.to(tensor.device if device is None else device, copy=True)
+
+
+def plain(params: SamplingParams) -> dict[str, Any]:
+    """The parameters as a dict of numbers, of which ``SamplingParams(**...)`` makes the same."""
+    bias = params.logit_bias
+    return {**asdict(params), "logit_bias": None if bias is None else dict(bias)}
+
+
 def checked_position(name: str, position: object) -> int:
     """``position`` as the int64 that has its bits; a ValueError if it is not in [-2^63, 2^64)."""
     value = checks.integer(name, position, "integers")
@@ -592,7 +664,7 @@ def positions_tensor(
         if not isinstance(positions, Iterable):
             raise refusal(name, "integers, one per row", positions)
         values = [checked_position(name, value) for value in positions]
-        tensor = torch.tensor(values, dtype=torch.int64, device=device)
+        tensor = to_device(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
     if tensor.shape != (rows,):
         raise refusal(name, f"of shape ({rows},)", tuple(tensor.shape))
     return tensor.contiguous()

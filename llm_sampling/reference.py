@@ -19,6 +19,8 @@ from llm_sampling.backends.base import (
     SampleCall,
     SampleOutput,
 )
+from llm_sampling.fields import SCOPES
+from llm_sampling.history import TokenHistory, bits_and_counts
 from llm_sampling.params import KERNEL_TENSORS, BatchParams
 
 _INF = float("inf")
@@ -43,6 +45,41 @@ def _bits(words: Tensor, vocab_size: int) -> Tensor:
     return ((words.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :vocab_size].bool()
 
 
+def seen_and_counts(history: TokenHistory, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which tokens the histories of rows hold, and how often their output does.
+
+    Args:
+        history: of the rows.
+        extra: None, or ids that come next in each row's output, ``(rows, n)``, with padding.
+
+    Returns:
+        bool and int32 ``(rows, vocab_size)``.
+    """
+    slots, vocab_size, text = history.slots.to(torch.int64), history.vocab_size, history.text
+    count = history.counts[slots]
+    seen = _bits(history.seen[slots], vocab_size)
+    if extra is None:
+        return seen, count
+    is_id = (extra >= 0) & (extra < vocab_size)
+    if text is None or text.windows is None:
+        words, more = bits_and_counts(extra, is_id, is_id, vocab_size)
+        return seen | _bits(words, vocab_size), count + more
+    # The ids move the window: what counts is the end of text and ids together.
+    length = text.lengths[slots].unsqueeze(1)
+    begin = text.window_begin(slots, (length + is_id.sum(1, keepdim=True)).squeeze(1)).unsqueeze(1)
+    place = torch.arange(text.max_length, device=begin.device)
+    in_text = (place >= begin) & (place < length)
+    in_extra = is_id & (length + is_id.cumsum(1) - 1 >= begin)
+    is_output = in_text & (place >= text.prompt_lengths[slots].unsqueeze(1))
+    words, count = bits_and_counts(
+        torch.cat([text.ids[slots], extra], 1),
+        torch.cat([in_text, in_extra], 1),
+        torch.cat([is_output, in_extra], 1),
+        vocab_size,
+    )
+    return _bits(words, vocab_size), count
+
+
 def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
     """Steps 1 to 6: float32 ``(rows, V)`` without NaN or -0.0; and, per row, was a NaN seen."""
     batch, history = call.batch, call.history
@@ -63,13 +100,13 @@ def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
         x = torch.where(_bits(call.allowed_mask, vocab_size), x, -_INF)
 
     if history is not None:
-        slots = history.slots.to(torch.int64)
-        count = history.counts[slots]
-        seen = _bits(history.seen[slots], vocab_size)
+        seen, count = seen_and_counts(history, call.extra_output)
         produced = count > 0
-        # 3 repetition penalty: prompt and output
+        # 3 repetition penalty: prompt and output, or output
         r = batch.repetition_penalty.unsqueeze(1)
-        x = torch.where(seen, torch.where(x > 0, x / r, x * r), x)
+        of_output = (batch.repetition_penalty_scope == SCOPES["output"]).unsqueeze(1)
+        penalised = torch.where(of_output, produced, seen)
+        x = torch.where(penalised, torch.where(x > 0, x / r, x * r), x)
         # 4 frequency penalty: output
         a = batch.frequency_penalty.unsqueeze(1)
         x = torch.where(produced, x - a * count.to(torch.float32), x)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llm_sampling import backends, checks, ops
+from llm_sampling import backends, ops
 from llm_sampling.backends.base import Logprobs, SampleOutput
-from llm_sampling.calls import Params, make_call
+from llm_sampling.calls import ExtraIds, Params, make_call
 from llm_sampling.history import TokenHistory
 from llm_sampling.masks import Mask
 from llm_sampling.table import RequestTable
@@ -23,7 +23,8 @@ def sample(
     allowed_mask: Mask | None = None,
     positions: Sequence[int] | Tensor | None = None,
     text_positions: Sequence[int] | Tensor | None = None,
-    record: bool = False,
+    record: bool | Sequence[bool] | Tensor = False,
+    extra_output_ids: ExtraIds | None = None,
     num_samples: int = 1,
     logprobs: Logprobs | None = None,
     backend: str = "auto",
@@ -63,7 +64,13 @@ def sample(
         record: where ``params`` is a :class:`RequestTable`: after the draw, add each row's token to
             its slot's history, where the table keeps any, and 1 to its slot's position, unless
             positions of either kind are given. A row that shares its slot with another row is not
-            recorded.
+            recorded, nor is a row that is False in a bool tensor or sequence ``(rows,)``. A row
+            that is to be recorded, and whose slot has as many ids as the table's ``max_length``,
+            gets the token -1 and the status 8.
+        extra_output_ids: ids that come next in each row's output, for this call alone, as those of
+            a draft do that its row is to verify: integers ``(rows, n)``, n at most 64, with padding
+            outside the vocabulary such as -1, or a list of ids for each row. The history stays as
+            it is, and so does the position.
         num_samples: how many tokens to draw from each row, independently; draw 0 is the token of
             ``num_samples=1``.
         logprobs: None; "processed": of the distribution that the token was drawn from; "raw": of
@@ -98,12 +105,15 @@ def sample(
         check=check,
         slots=slots,
         text_positions=text_positions,
-        record=checks.true_or_false("record", record),
+        record=record,
+        extra_output_ids=extra_output_ids,
     )
-    if ops.is_needed(call):
+    if call.param_slots is None and ops.is_needed(call):
         return ops.sample(call, backend)
     run = backends.resolve(backend, call.logits.device).sample
-    return params.record(run, call) if isinstance(params, RequestTable) and record else run(call)
+    if isinstance(params, RequestTable) and call.advance:
+        return params.record(run, call)
+    return run(call)
 
 
 def filter_logits(
@@ -113,6 +123,7 @@ def filter_logits(
     *,
     history: TokenHistory | None = None,
     allowed_mask: Mask | None = None,
+    extra_output_ids: ExtraIds | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The logits that :func:`sample` would draw from, for loops that draw themselves.
@@ -123,6 +134,7 @@ def filter_logits(
         slots: as for :func:`sample`; a row without a slot is all -inf.
         history: needed where a penalty is on.
         allowed_mask: the tokens that may be kept.
+        extra_output_ids: ids that come next in each row's output.
         backend: a name or "auto".
 
     Returns:
@@ -134,8 +146,14 @@ def filter_logits(
         ValueError, RuntimeError: as :func:`sample`.
     """
     call = make_call(
-        logits, params, history=history, allowed_mask=allowed_mask, seeded=False, slots=slots
+        logits,
+        params,
+        history=history,
+        allowed_mask=allowed_mask,
+        seeded=False,
+        slots=slots,
+        extra_output_ids=extra_output_ids,
     )
-    if ops.is_needed(call):
+    if call.param_slots is None and ops.is_needed(call):
         return ops.filter_logits(call, backend)
     return backends.resolve(backend, call.logits.device).filter_logits(call)

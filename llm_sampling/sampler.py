@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,14 +13,16 @@ from llm_sampling import backends, checks
 from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
 from llm_sampling.calls import check_draws, check_history, check_logits
 from llm_sampling.history import (
-    STATE_TENSORS,
+    Moved,
     TokenHistory,
     Turn,
     alone,
     check_vocab_size,
     checked_row,
+    history_from_state,
     refuse_turn,
     selection,
+    state_of,
     valid_ids,
 )
 from llm_sampling.masks import Mask, check_mask
@@ -29,7 +31,9 @@ from llm_sampling.params import (
     SamplingParams,
     as_int64,
     checked_position,
+    int64_column,
     list_of_params,
+    plain,
 )
 from llm_sampling.tensors import (
     has_memory,
@@ -37,7 +41,6 @@ from llm_sampling.tensors import (
     is_watched,
     is_wrapper,
     not_of_inference_mode,
-    readable,
     version_of,
 )
 
@@ -83,7 +86,10 @@ class Sampler:
         history: the tokens so far, one row per row of ``params``; the Sampler goes on using and
             updating this very object. Its tokens may also be appended elsewhere, but its rows are
             the Sampler's: add, remove and reorder them here. Default: empty, kept only while a row
-            has a penalty.
+            has a penalty, or where ``max_length`` is given.
+        max_length: keep the ids of each row in order, so many of prompt and output together, in the
+            history that is made here; :meth:`rollback` of rows with a penalty, and
+            ``penalty_last_n``, need them.
         num_samples: draws per row; more than 1 only without penalties, since a history follows one
             token per row. Each call advances the positions by one.
         logprobs: None, "processed" or "raw", as for :func:`llm_sampling.sample`.
@@ -107,6 +113,7 @@ class Sampler:
         *,
         vocab_size: int,
         history: TokenHistory | None = None,
+        max_length: int | None = None,
         num_samples: int = 1,
         logprobs: Logprobs | None = None,
         backend: str = "auto",
@@ -126,8 +133,16 @@ class Sampler:
         self._params = rows
         self._backend = backends.resolve(backend, self.device)
         batch = BatchParams.from_list(rows, device=self.device)
-        if history is None and batch.needs_history:
-            history = TokenHistory.from_ids([[]] * len(rows), None, vocab_size, device=self.device)
+        if history is None and (batch.needs_history or max_length is not None):
+            history = TokenHistory.empty(
+                len(rows),
+                vocab_size,
+                max_length=max_length,
+                penalty_last_n=_windows_of(rows, max_length is not None),
+                device=self.device,
+            )
+        elif max_length is not None:
+            raise ValueError(f"max_length must be None where history is given, got {max_length}")
         check_history(history, batch, len(rows), vocab_size, self.device)
         if history is not None and history.is_view:
             raise ValueError("history must be one that can be changed, got a read-only view")
@@ -346,10 +361,12 @@ class Sampler:
             history = self._history
             if history is None and params.needs_history:
                 # the rows so far have no penalty, so what they have produced does not matter
-                history = TokenHistory.from_ids(
-                    [[]] * self.rows, None, self.vocab_size, device=self.device
-                )
-            slots = None if history is None else history._slots_with(prompt_ids, output_ids)
+                history = TokenHistory.empty(self.rows, self.vocab_size, device=self.device)
+            slots = None
+            if history is not None:
+                window = _window_of(params, history.text is not None)
+                change = self._backend.update_history
+                slots = history._slots_with(prompt_ids, output_ids, window, change)
             new = BatchParams.from_list([params], positions=[position], device=self.device).seeded()
             assert new.position is not None
             self._rebuild(
@@ -402,6 +419,7 @@ class Sampler:
         position: Tensor,
         history: TokenHistory | None,
         slots: Tensor | None,
+        moved: Moved | None = None,
     ) -> None:
         """Pack the rows anew; seeds and positions are carried over, not drawn or counted again.
 
@@ -413,6 +431,12 @@ class Sampler:
         known = None if history is None or slots is None else _KnownSlots(history, slots)
         turns = (self._turn, self._turn if history is None else history.turns[0])
         attributes = {} if history is None else vars(history)  # history.slots cannot be assigned
+        windows = None if history is None or history.text is None else history.text.windows
+        if moved is not None and history is not None and windows is not None:
+            slot, seen, counts = moved.slot, history.seen, history.counts
+            windows[slot] = moved.window
+            seen[slot] = moved.seen
+            counts[slot] = moved.counts
         attributes["slots"] = slots
         self._history, self._turns, self._slots = history, turns, known
         self._params, self._is_kept, self._batch, self._step = params, is_kept, batch, None
@@ -421,13 +445,16 @@ class Sampler:
     def set_params(self, row: int, params: SamplingParams) -> None:
         """Replace a row's parameters, from the next step on; position and history stay.
 
+        With a history that keeps ids in order this waits for the device.
+
         Args:
             row: the row.
             params: its new parameters. Without a seed the row keeps the seed that it has.
 
         Raises:
             ValueError: there is no such row; or ``params`` turn a penalty on, and the tokens of the
-                row so far were not kept, because no row had a penalty when they came.
+                row so far were not kept, because no row had a penalty when they came; or they have
+                ``penalty_last_n``, and the ids are not kept in order (``max_length``).
         """
         row = checked_row(row, self.rows)
         if not isinstance(params, SamplingParams):
@@ -446,7 +473,9 @@ class Sampler:
                 seed[row] = as_int64(params.seed)
             rows = [*self._params]
             rows[row] = params
-            history = self._history
+            history, moved = self._history, None
+            if history is not None:
+                moved = history.with_window(row, _window_of(params, history.text is not None))
             self._rebuild(
                 rows,
                 self._is_kept,
@@ -454,6 +483,7 @@ class Sampler:
                 self._position,
                 history,
                 None if history is None else history.slots,
+                moved,
             )
 
     @alone
@@ -484,13 +514,41 @@ class Sampler:
         Raises:
             ValueError: there is no such row, or an id is not an integer.
         """
-        row = checked_row(row, self.rows)
-        ids = valid_ids("tokens", tokens, self.vocab_size)
         self._check_history()
         if self._history is None or self.num_samples > 1:
-            self._position[row] += len(ids)
+            row = checked_row(row, self.rows)
+            self._position[row] += len(valid_ids("tokens", tokens, self.vocab_size))
         else:
-            self._history.record_ids(row, ids, self._position)
+            update = self._history.update_of_row("append", row, tokens, self._position)
+            self._backend.update_history(update)
+
+    @alone
+    def rollback(self, row: int, num_tokens: int) -> None:
+        """Take the last tokens of a row's output away, as if they had never been drawn.
+
+        The row's position falls by their number, so that the next draws are those that followed the
+        first time. Waits for the device.
+
+        Args:
+            row: the row.
+            num_tokens: how many, an integer >= 0, at most as many as the row has produced.
+
+        Raises:
+            ValueError: there is no such row, it has produced fewer tokens, or the Sampler has a
+                history that does not keep ids in order (``max_length``).
+        """
+        self._check_history()
+        if self._history is None or self.num_samples > 1:
+            row = checked_row(row, self.rows)
+            number = checks.integer_at_least("num_tokens", num_tokens, 0)
+            position = int(self._position[row]) % 2**64
+            if number > position:
+                raise checks.refusal("num_tokens", f"at most {position}, the position", num_tokens)
+            self._position[row] -= number
+        else:
+            number = checks.integer_at_least("num_tokens", num_tokens, 0)
+            update = self._history.update_of_row("rollback", row, number, self._position)
+            self._backend.update_history(update)
 
     @alone
     def state_dict(self) -> dict[str, Any]:
@@ -507,13 +565,11 @@ class Sampler:
             "num_samples": self.num_samples,
             "logprobs": self.logprobs,
             "check": self.check,
-            "params": [_plain(params) for params in self._params],
+            "params": [plain(params) for params in self._params],
             "is_kept": [*self._is_kept],
             "seed": self._batch.seed.clone(),
             "position": self._position.clone(),
-            "history": None
-            if history is None
-            else {name: getattr(history, name).clone() for name in STATE_TENSORS},
+            "history": None if history is None else state_of(history),
         }
 
     @classmethod
@@ -537,23 +593,17 @@ class Sampler:
             ValueError, TypeError: an entry is missing or is not as :meth:`state_dict` makes it.
             RuntimeError: the named backend cannot run here.
         """
-        if not isinstance(state, Mapping) or not _STATE.issubset(state):
-            rule = f"a mapping with {', '.join(sorted(_STATE))}"
-            raise checks.refusal("state", rule, [*state] if isinstance(state, Mapping) else state)
+        checks.mapping_with("state", state, _STATE)
         vocab_size, history = state["vocab_size"], None
         params = [SamplingParams(**fields) for fields in state["params"]]
         is_kept = [checks.true_or_false("is_kept", kept) for kept in state["is_kept"]]
         if len(is_kept) != len(params):
             raise checks.refusal("is_kept", f"of {len(params)} rows", is_kept)
         with not_of_inference_mode():
-            seed = _column("seed", state["seed"], len(params), device)
-            position = _column("position", state["position"], len(params), device)
+            seed = int64_column("seed", state["seed"], len(params), device)
+            position = int64_column("position", state["position"], len(params), device)
             if state["history"] is not None:
-                tensors = {
-                    name: readable(name, state["history"][name]).to(seed.device, copy=True)
-                    for name in STATE_TENSORS
-                }
-                history = TokenHistory(**tensors, vocab_size=vocab_size)
+                history = history_from_state(state["history"], vocab_size, seed.device)
             sampler = cls(
                 [replace(row, seed=row.seed or 0) for row in params],  # draws no seed
                 vocab_size=vocab_size,
@@ -572,19 +622,15 @@ class Sampler:
         return _restored, (type(self), self.state_dict(), self._backend_name)
 
 
-def _column(name: str, tensor: object, rows: int, device: torch.device | str | None) -> Tensor:
-    """A copy of an int64 tensor ``(rows,)`` on the device; a ValueError if it is another one."""
-    tensor = readable(name, tensor)
-    if tensor.dtype != torch.int64 or tensor.shape != (rows,):
-        got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-        raise ValueError(f"{name} must be torch.int64 of shape ({rows},), got {got}")
-    return tensor.to(tensor.device if device is None else device, copy=True)
+def _window_of(params: SamplingParams, keeps_ids: bool) -> int:
+    """The window of a row's history; that of a row without a penalty matters once it has one."""
+    return params.penalty_last_n if keeps_ids or params.needs_history else -1
 
 
-def _plain(params: SamplingParams) -> dict[str, Any]:
-    """The parameters as a dict of numbers, of which ``SamplingParams(**...)`` makes the same."""
-    bias = params.logit_bias
-    return {**asdict(params), "logit_bias": None if bias is None else dict(bias)}
+def _windows_of(rows: Sequence[SamplingParams], keeps_ids: bool) -> list[int] | None:
+    """``penalty_last_n`` of a new history's rows; None if no row has a window."""
+    windows = [_window_of(row, keeps_ids) for row in rows]
+    return windows if any(window >= 0 for window in windows) else None
 
 
 def _restored(kind: type[Sampler], state: Mapping[str, Any], backend: str) -> Sampler:

@@ -1,39 +1,61 @@
 """Requests in slots: their parameters, seeds, positions and histories, at fixed addresses.
 
 SamplingParams, ids -> RequestTable.set -> the host's numbers -> a copy to the device
+ids on the device -> RequestTable.append, fill, rollback -> a kernel that changes histories
 logits, RequestTable, the rows' slots -> sample()
 """
 
 from __future__ import annotations
 
-from collections import deque
+import functools
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llm_sampling import checks
+from llm_sampling import backends, checks
 from llm_sampling.backends.base import ParamSlots, PositionOf, SampleCall, SampleOutput
 from llm_sampling.history import (
+    HistoryUpdate,
+    Text,
     TokenHistory,
     Turn,
+    UpdateKind,
     alone,
     check_vocab_size,
     checked_row,
+    history_from_state,
+    state_of,
     valid_ids,
 )
 from llm_sampling.params import (
+    COLUMNS,
+    CONSERVATIVE_FLAGS,
+    SWITCHES,
     BatchParams,
     SamplingParams,
     as_int64,
     checked_position,
-    column_values,
     fresh_seeds,
+    int64_column,
     kernel_flags,
+    number_of,
+    plain,
 )
-from llm_sampling.tensors import not_of_inference_mode
+from llm_sampling.tensors import is_watched, not_of_inference_mode, readable, to_device
+
+#: The entries of a ``state_dict``.
+_STATE = frozenset(
+    {"capacity", "vocab_size", "max_logit_bias", "params", "is_kept", "prompt_lengths"}
+    | {"position", "history"}
+)
+
+#: What is filled in where a request has no ids; memory must not be empty.
+_NO_IDS = array("q", [-1])
 
 #: What a slot without a request has: no kernel does more than it must for such a slot.
 _EMPTY = SamplingParams(temperature=0)
@@ -44,21 +66,30 @@ class RequestTable:
 
     An engine makes one table, puts each request into a slot when it comes, and tells
     :func:`llm_sampling.sample` which slot each row of the logits has. The tensors on the device
-    keep their addresses, so that a captured CUDA graph sees the requests that come later.
+    keep their addresses, so that a captured CUDA graph sees the requests that come later. No method
+    waits for the device, unless it says so; methods with ``slots`` take a sequence or a tensor of
+    integers ``(rows,)``, and a row whose slot does not exist, such as -1, changes nothing.
 
     One call at a time may change a table; a second one raises a RuntimeError and changes nothing.
-    A call of :meth:`set` that Ctrl-C ends leaves its slot to be set again.
+    A call of :meth:`set` or :meth:`set_params` that Ctrl-C ends leaves its slot to be set again.
+    A table can be copied by ``copy.deepcopy`` and pickled between steps; :meth:`state_dict` is its
+    state in plain tensors and numbers.
 
     Args:
         capacity: how many slots there are, at least 1.
         vocab_size: the width of the logits, 1 .. 2^20.
         history: whether to keep histories, which requests with penalties need. Their counts take
-            ``capacity * vocab_size * 4`` bytes: 131 MB for 256 slots of 128,256 tokens.
+            ``capacity * vocab_size * 4`` bytes: 131 MB for 256 slots of 128,256 tokens. Or a
+            :class:`TokenHistory` over tensors of an engine, whose slot s is that of this table.
+        max_length: keep the ids of prompt and output in order too, so many of both together in each
+            slot, 4 bytes each; :meth:`rollback` and ``penalty_last_n`` need them.
         max_logit_bias: how many biases a request may have; each takes 8 bytes of every slot.
+        backend: which one changes the histories; as for :func:`llm_sampling.sample`.
         device: the logits' device.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or ``history`` does not fit the others.
+        RuntimeError: the named backend cannot run here.
 
     Example:
         >>> table = RequestTable(256, vocab_size=32000)
@@ -71,36 +102,44 @@ class RequestTable:
         capacity: int,
         *,
         vocab_size: int,
-        history: bool = False,
+        history: bool | TokenHistory = False,
+        max_length: int | None = None,
         max_logit_bias: int = 1024,
+        backend: str = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
         self.capacity = checks.integer_at_least("capacity", capacity, 1)
         self.vocab_size = check_vocab_size(vocab_size)
         self.max_logit_bias = checks.integer_at_least("max_logit_bias", max_logit_bias, 0)
-        checks.true_or_false("history", history)
         self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
+        if not isinstance(history, TokenHistory):
+            checks.true_or_false("history", history)
+            if max_length is not None and not history:
+                raise ValueError(
+                    f"max_length must be None where history is False, got {max_length}"
+                )
+        self._backend_name = backend
+        self._backend = backends.resolve(backend, self.device)
         self._turn = Turn()
         self._params: list[SamplingParams | None] = [None] * self.capacity
+        self._is_free = np.ones(self.capacity, dtype=np.bool_)
+        self._is_kept = [False] * self.capacity
         with not_of_inference_mode():
-            self._history = (
-                TokenHistory.from_ids([[]] * capacity, None, self.vocab_size, device=self.device)
-                if history
-                else None
-            )
             self._make_tensors()
+            self._history = self._make_history(history, max_length)
 
     def _make_tensors(self) -> None:
         like = BatchParams.from_list([_EMPTY])
-        columns = column_values(_EMPTY)
-        dtypes = {name: getattr(like, name).dtype for name in columns}
+        dtypes = {column.name: column.dtype for _, column in COLUMNS}
         dtypes |= {"seed": torch.int64, "prompt_length": torch.int64, "bias_count": torch.int32}
         self._numbers = _Mirrored(dtypes, self.capacity, self.device)
         entries = self.capacity * self.max_logit_bias
         self._biases = _Mirrored({"id": torch.int32, "value": torch.float32}, entries, self.device)
         self._position = torch.zeros(self.capacity, dtype=torch.int64, device=self.device)
         slots = torch.arange(self.capacity + 1, dtype=torch.int64, device=self.device)
-        of_columns: dict[str, Any] = {name: self._numbers.on_device[name] for name in columns}
+        of_columns: dict[str, Any] = {
+            column.name: self._numbers.on_device[column.name] for _, column in COLUMNS
+        }
         self._batch = replace(
             like,
             **of_columns,
@@ -110,10 +149,57 @@ class RequestTable:
             logit_bias_ids=self._biases.on_device["id"],
             logit_bias_values=self._biases.on_device["value"],
         )
-        for name, value in columns.items():
-            self._numbers.on_host[name][:] = value
+        on_host = self._numbers.on_host
+        #: Of each parameter its name, how its value becomes a number, and where that goes.
+        self._columns: list[tuple[str, Callable[[Any], float] | None, Any]] = []
+        for parameter, column in COLUMNS:
+            pack = None
+            if parameter.is_integer or parameter.packed is not None:
+                pack = functools.partial(number_of, parameter, column)
+            self._columns.append((parameter.name, pack, on_host[column.name]))
+            on_host[column.name][:] = number_of(parameter, column, getattr(_EMPTY, parameter.name))
         self._numbers.send()
-        self._update_flags()
+        self._switches = [
+            [(on_host[name], off) for name, off in pairs] for pairs in SWITCHES.values()
+        ]
+        #: Which of SWITCHES each slot turns on, and whether it has a bias; how many slots do.
+        self._on = [[False] * (len(SWITCHES) + 1)] * self.capacity
+        self._times_on = [0] * (len(SWITCHES) + 1)
+        #: A slot, the number of its ids, and how many of them are the prompt.
+        self._row = np.zeros(3, dtype=np.int32)
+        self._row_tensor = torch.from_numpy(self._row)
+
+    def _make_history(
+        self, history: bool | TokenHistory, max_length: int | None
+    ) -> TokenHistory | None:
+        """The histories, whose windows are the table's own column."""
+        if not isinstance(history, TokenHistory):
+            if not history:
+                return None
+            history = TokenHistory.empty(
+                self.capacity, self.vocab_size, max_length=max_length, device=self.device
+            )
+        elif max_length is not None:
+            raise ValueError(
+                f"max_length must be None where history is a TokenHistory, got {max_length}"
+            )
+        found = history.seen.shape[0], history.vocab_size, history.device
+        if history.is_view or found != (self.capacity, self.vocab_size, self.device):
+            raise ValueError(
+                "history must be one that can be changed, of capacity, vocab_size and device "
+                f"{(self.capacity, self.vocab_size, str(self.device))}, got {found}"
+            )
+        text: Text | None = history.text
+        if text is not None:
+            text = text._replace(windows=self._numbers.on_device["penalty_last_n"])
+        return TokenHistory.of_parts(
+            history.seen,
+            history.counts,
+            history.lengths,
+            torch.arange(self.capacity, dtype=torch.int32, device=self.device),
+            vocab_size=self.vocab_size,
+            text=text,
+        )
 
     @property
     def turns(self) -> tuple[Turn, Turn]:
@@ -140,7 +226,11 @@ class RequestTable:
         Raises:
             ValueError: there is no such slot.
         """
-        return self._params[checked_row(slot, self.capacity, "slot")]
+        slot = checked_row(slot, self.capacity, "slot")
+        params = self._params[slot]
+        if params is None or params.seed is not None:
+            return params
+        return replace(params, seed=int(self._numbers.on_host["seed"][slot]) % 2**64)
 
     @alone
     def set(
@@ -148,15 +238,16 @@ class RequestTable:
         slot: int,
         params: SamplingParams,
         *,
-        prompt_ids: Sequence[int] | Tensor = (),
-        output_ids: Sequence[int] | Tensor = (),
+        prompt_ids: Sequence[int] | Tensor | None = None,
+        output_ids: Sequence[int] | Tensor | None = None,
         prompt_length: int | None = None,
         position: int | None = None,
     ) -> None:
         """Put a request into a slot, whatever the slot held before.
 
-        Its numbers go to the device in one copy, from pinned memory and on the current stream, and
-        its biases in two more.
+        Its numbers go to the device in one copy, from pinned memory and on the current stream, its
+        biases in two more, and its ids in one. Ids on the device are brought to the host, which
+        waits; :meth:`fill` takes them as they are.
 
         Args:
             slot: 0 .. ``capacity - 1``.
@@ -170,9 +261,53 @@ class RequestTable:
 
         Raises:
             ValueError: there is no such slot, an argument is out of its range, there are more than
-                ``max_logit_bias`` biases, or a penalty is on and the table keeps no histories.
+                ``max_logit_bias`` biases, more than ``max_length`` ids, or the table does not keep
+                what a penalty needs.
         """
         slot = checked_row(slot, self.capacity, "slot")
+        bias = self._check_params(params)
+        prompt = _array_of("prompt_ids", prompt_ids)
+        ids = prompt + _array_of("output_ids", output_ids)
+        if self._history is not None and self._history.text is not None:
+            self._history.check_room(sum(0 <= token < self.vocab_size for token in ids))
+        if prompt_length is None:
+            prompt_length = 0 if prompt_ids is None else len(prompt_ids)
+        prompt_length = checks.integer_at_least("prompt_length", prompt_length, 0)
+        if position is not None:
+            position = checked_position("position", position)
+        seed = int(fresh_seeds(1)) if params.seed is None else as_int64(params.seed)
+
+        self._is_kept[slot] = prompt_ids is not None or params.needs_history
+        self._write(slot, params, bias, seed, prompt_length)
+        if self._history is None:
+            output = sum(0 <= token < self.vocab_size for token in ids[len(prompt) :])
+            self._position[slot] = output if position is None else position
+            return
+        self._fill(slot, ids, len(prompt))
+        if position is not None:
+            self._position[slot] = position
+
+    def _fill(self, slot: int, ids: array[int], prompt_length: int) -> None:
+        """Make ids the history of a slot, and the length of their output its position."""
+        assert self._history is not None
+        self._row[:] = slot, len(ids), prompt_length
+        given = torch.frombuffer(ids or _NO_IDS, dtype=torch.int64)[None]
+        row = to_device(self._row_tensor, self.device)
+        self._backend.update_history(
+            HistoryUpdate(
+                "fill",
+                self._history,
+                row[:1],
+                row[1:2],
+                to_device(given, self.device),
+                row[2:],
+                self._position,
+                "slot",
+            )
+        )
+
+    def _check_params(self, params: SamplingParams) -> Mapping[int, float]:
+        """A ValueError if no slot can hold these parameters; else their biases."""
         if not isinstance(params, SamplingParams):
             raise checks.refusal("params", "a SamplingParams", params)
         bias = params.logit_bias or {}
@@ -181,30 +316,64 @@ class RequestTable:
                 f"logit_bias must have at most max_logit_bias = {self.max_logit_bias} tokens, "
                 f"got {len(bias)}"
             )
-        if params.needs_history and self._history is None:
+        if not params.needs_history:
+            return bias
+        if self._history is None:
             raise ValueError(
                 "params must have no penalty where no histories are kept: make the RequestTable "
                 f"with history=True, got {params}"
             )
-        prompt = valid_ids("prompt_ids", prompt_ids, self.vocab_size)
-        output = valid_ids("output_ids", output_ids, self.vocab_size)
-        if prompt_length is None:
-            prompt_length = len(prompt_ids)
-        prompt_length = checks.integer_at_least("prompt_length", prompt_length, 0)
-        position = checked_position("position", len(output) if position is None else position)
-        if params.seed is None:
-            params = replace(params, seed=int(fresh_seeds(1)) % 2**64)
-        assert params.seed is not None
+        if params.has_window and self._history.text is None:
+            raise ValueError(
+                "params must have no penalty_last_n where the ids are not kept in order: make the "
+                f"RequestTable with max_length, got {params}"
+            )
+        return bias
 
-        if self._history is not None:
-            self._history._fill(slot, prompt, output)
-        self._position[slot] = position
-        start, stop = slot * self.max_logit_bias, slot * self.max_logit_bias + len(bias)
-        self._biases.on_host["id"][start:stop] = [*bias]
-        self._biases.on_host["value"][start:stop] = [*bias.values()]
-        self._biases.send(start, stop)
-        numbers = {"seed": as_int64(params.seed), "prompt_length": prompt_length}
-        self._write(slot, params, {**numbers, "bias_count": len(bias)})
+    @alone
+    def set_params(self, slot: int, params: SamplingParams) -> None:
+        """Replace the parameters of the request in a slot; its history and position stay.
+
+        Args:
+            slot: a slot with a request.
+            params: the new parameters. Without a seed the request keeps the one that it has.
+
+        Raises:
+            ValueError: there is no request in this slot, the table cannot hold the parameters, or
+                they turn a penalty on and the request's ids are not known, since it was set without
+                a penalty and without ``prompt_ids``.
+        """
+        old = self.params(slot)
+        if old is None:
+            raise checks.refusal("slot", "one with a request", slot)
+        bias = self._check_params(params)
+        if params.needs_history and not self._is_kept[slot]:
+            raise ValueError(
+                f"params must have no penalty where the history was not kept (slot {slot}): set "
+                "the request with its prompt_ids, or fill its slot"
+            )
+        if params.seed is None:
+            params = replace(params, seed=old.seed)
+        assert params.seed is not None
+        length = int(self._numbers.on_host["prompt_length"][slot])
+        self._write(slot, params, bias, as_int64(params.seed), length)
+        text = None if self._history is None else self._history.text
+        if (
+            self._history is not None
+            and text is not None
+            and old.penalty_last_n != params.penalty_last_n
+        ):
+            one = slice(slot, slot + 1)
+            self._backend.update_history(
+                HistoryUpdate(
+                    "fill",
+                    self._history,
+                    self._history.slots[one],
+                    text.lengths[one].to(torch.int32),
+                    text.ids[one].clone(),
+                    text.prompt_lengths[one].to(torch.int32),
+                )
+            )
 
     @alone
     def clear(self, slot: int) -> None:
@@ -214,39 +383,288 @@ class RequestTable:
             ValueError: there is no such slot.
         """
         slot = checked_row(slot, self.capacity, "slot")
-        self._write(slot, None, {"seed": 0, "prompt_length": 0, "bias_count": 0})
+        self._is_kept[slot] = False
+        self._write(slot, None, {}, 0, 0)
 
     def _write(
-        self, slot: int, params: SamplingParams | None, numbers: Mapping[str, float]
+        self,
+        slot: int,
+        params: SamplingParams | None,
+        bias: Mapping[int, float],
+        seed: int,
+        prompt_length: int,
     ) -> None:
-        columns = column_values(_EMPTY if params is None else params)
-        for name, value in {**columns, **numbers}.items():
-            self._numbers.on_host[name][slot] = value
+        if bias:
+            start, stop = slot * self.max_logit_bias, slot * self.max_logit_bias + len(bias)
+            self._biases.on_host["id"][start:stop] = [*bias]
+            self._biases.on_host["value"][start:stop] = [*bias.values()]
+            self._biases.send(start, stop)
+        on_host = self._numbers.on_host
+        of_slot = _EMPTY if params is None else params
+        for name, pack, column in self._columns:
+            value = getattr(of_slot, name)
+            column[slot] = value if pack is None else pack(value)
+        on_host["seed"][slot] = seed
+        on_host["prompt_length"][slot] = prompt_length
+        on_host["bias_count"][slot] = len(bias)
         self._params[slot] = params
-        self._update_flags()
+        self._is_free[slot] = params is None
+        self._turn_on(slot, bool(bias))
         self._numbers.send()
 
-    def _update_flags(self) -> None:
-        self._any_bias = bool(self._numbers.on_host["bias_count"].any())
-        flags: dict[str, Any] = kernel_flags(self._numbers.on_host)
+    def _turn_on(self, slot: int, has_bias: bool) -> None:
+        """Work out the flags anew, after a slot's numbers have changed."""
+        is_on = [any(column[slot] != off for column, off in pairs) for pairs in self._switches]
+        is_on.append(has_bias)
+        if is_on == self._on[slot]:
+            return
+        old, self._on[slot] = self._on[slot], is_on
+        times = [n + now - was for n, now, was in zip(self._times_on, is_on, old, strict=True)]
+        self._times_on = times
+        flags: dict[str, Any] = kernel_flags(dict(zip(SWITCHES, map(bool, times), strict=False)))
         if any(getattr(self._batch, name) != value for name, value in flags.items()):
             self._batch = replace(self._batch, **flags)
+
+    @alone
+    def append(
+        self,
+        tokens: Tensor,
+        counts: Sequence[int] | Tensor | None = None,
+        *,
+        slots: Sequence[int] | Tensor,
+    ) -> None:
+        """Record tokens that were not drawn here as the next ones of their slots' outputs.
+
+        So an engine records what a verified draft or another device has drawn. One launch; the
+        table's own positions grow by the numbers of recorded tokens.
+
+        Args:
+            tokens: int32 or int64 ``(rows,)`` or ``(rows, k)`` on the table's device. Ids outside
+                the vocabulary, such as -1, are left out.
+            counts: how many of each row's tokens, its first ones, are recorded; integers
+                ``(rows,)``. Default: all.
+            slots: the slots, each at most once.
+
+        Raises:
+            ValueError: the table keeps no histories, or an argument is not as above. Slots that are
+                named twice, and tokens for which ``max_length`` leaves no room, are looked for on
+                the CPU only; elsewhere such tokens are left out, and the next row that is to be
+                recorded in the slot gets the status 8.
+        """
+        ids = self._ids("tokens", tokens[:, None] if tokens.dim() == 1 else tokens)
+        if counts is None:
+            counts = [ids.shape[1]] * ids.shape[0]
+        self._update("append", slots, "counts", counts, ids)
+
+    @alone
+    def fill(
+        self,
+        slots: Sequence[int] | Tensor,
+        ids: Tensor,
+        lengths: Sequence[int] | Tensor,
+        prompt_lengths: Sequence[int] | Tensor,
+    ) -> None:
+        """Make ids on the device the prompts and outputs of slots, as :meth:`set` does with lists.
+
+        One launch. The table's own positions become the lengths of the outputs. A request is set
+        first, and its slot is filled then.
+
+        Args:
+            slots: the slots, each at most once.
+            ids: int32 or int64 ``(rows, length)`` on the table's device: prompt, then output.
+            lengths: how many ids each row has, of prompt and output; integers ``(rows,)``.
+            prompt_lengths: how many of them are the prompt; integers ``(rows,)``.
+
+        Raises:
+            ValueError: as :meth:`append`.
+        """
+        given = self._ids("ids", ids)
+        rows = given.shape[0]
+        of_prompts = _int32("prompt_lengths", prompt_lengths, rows, self.device)
+        self._update("fill", slots, "lengths", lengths, given, of_prompts)
+        if not isinstance(slots, Tensor):
+            for slot in slots:
+                if 0 <= slot < self.capacity:
+                    self._is_kept[slot] = True
+
+    @alone
+    def rollback(self, slots: Sequence[int] | Tensor, num_tokens: Sequence[int] | Tensor) -> None:
+        """Take the last tokens of outputs away, as if they had never been recorded.
+
+        One launch; the table's own positions fall by the numbers of tokens that are taken away.
+
+        Args:
+            slots: the slots, each at most once.
+            num_tokens: how many; integers ``(rows,)``. No more than the output has are taken away.
+
+        Raises:
+            ValueError: the table does not keep ids in order, or an argument is not as above.
+        """
+        if self._history is not None and self._history.text is None:
+            raise ValueError(
+                "rollback needs the ids in order: make the RequestTable with max_length"
+            )
+        self._update("rollback", slots, "num_tokens", num_tokens, None)
+
+    def _ids(self, name: str, ids: object) -> Tensor:
+        tensor = readable(name, ids)
+        if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != 2:
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{name} must be int32 or int64 (rows, length), got {got}")
+        if tensor.device != self.device:
+            raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+        return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+    def _update(
+        self,
+        kind: UpdateKind,
+        slots: Sequence[int] | Tensor,
+        name: str,
+        numbers: Sequence[int] | Tensor,
+        ids: Tensor | None,
+        prompt_lengths: Tensor | None = None,
+    ) -> None:
+        if self._history is None:
+            raise ValueError(f"{kind} needs histories: make the RequestTable with history=True")
+        rows = len(slots) if ids is None else ids.shape[0]
+        update = HistoryUpdate(
+            kind,
+            self._history,
+            slots_tensor(slots, rows, self.device),
+            _int32(name, numbers, rows, self.device),
+            ids,
+            prompt_lengths,
+            self._position,
+            "slot",
+        )
+        if self._sees_values():
+            self._check_values(update, name)
+        self._backend.update_history(update)
+
+    def _check_values(self, update: HistoryUpdate, name: str) -> None:
+        """A ValueError where slots are named twice, or a text has no room; on the CPU only."""
+        slots, numbers = update.slots.numpy(), update.numbers.numpy()
+        exist = (slots >= 0) & (slots < self.capacity)
+        there = slots[exist]
+        if len(np.unique(there)) != len(there):
+            raise checks.refusal("slots", "named at most once", slots.tolist())
+        if numbers.size and numbers.min() < 0:
+            raise checks.refusal(name, "integers >= 0", numbers.tolist())
+        if update.ids is None:
+            return
+        if numbers.size and numbers.max() > update.ids.shape[1]:
+            raise checks.refusal(name, f"at most {update.ids.shape[1]}", numbers.tolist())
+        text = update.history.text
+        if text is None:
+            return
+        ids = update.ids.numpy()
+        is_id = (np.arange(ids.shape[1]) < numbers[:, None]) & (ids >= 0) & (ids < self.vocab_size)
+        length = is_id.sum(1)[exist]
+        if update.kind == "append":
+            length = length + text.lengths.numpy()[there]
+        if length.size and length.max() > text.max_length:
+            row = int(np.flatnonzero(exist)[length.argmax()])
+            rule = f"at most max_length = {text.max_length} ids in a slot"
+            raise ValueError(f"there must be {rule}, got {length.max()} in row {row}")
 
     def batch_of(
         self, slots: Tensor, position: Tensor | None, position_of: PositionOf
     ) -> tuple[BatchParams, ParamSlots]:
         """What a kernel reads for rows with these slots.
 
+        While a CUDA graph is captured the flags are right for any requests that may come.
+
         Args:
             slots: int32 ``(rows,)``.
             position: int64 ``(rows,)``; None where ``position_of`` is "slot".
             position_of: see :class:`ParamSlots`.
         """
-        batch = self._batch if position is None else replace(self._batch, position=position)
+        batch, any_bias = self._batch, self._times_on[-1] > 0
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            flags = {**CONSERVATIVE_FLAGS, "needs_history": self._history is not None}
+            batch = replace(batch, **flags)
+            any_bias = self.max_logit_bias > 0
+        if position is not None:
+            batch = replace(batch, position=position)
         numbers = self._numbers.on_device
         lengths = numbers["prompt_length"] if position_of == "text" else None
-        by_slot = ParamSlots(slots, numbers["bias_count"], position_of, lengths, self._any_bias)
+        by_slot = ParamSlots(slots, numbers["bias_count"], position_of, lengths, any_bias)
         return batch, by_slot
+
+    @alone
+    def state_dict(self) -> dict[str, Any]:
+        """The state between two steps, which :meth:`from_state_dict` makes a table of.
+
+        It consists of tensors, numbers, strings, lists and dicts, so that ``torch.save`` and
+        ``torch.load(weights_only=True)`` can store it. All are copies.
+        """
+        history = self._history
+        lengths = self._numbers.on_host["prompt_length"]
+        return {
+            "capacity": self.capacity,
+            "vocab_size": self.vocab_size,
+            "max_logit_bias": self.max_logit_bias,
+            "params": [
+                None if (row := self.params(slot)) is None else plain(row)
+                for slot in range(self.capacity)
+            ],
+            "is_kept": [*self._is_kept],
+            "prompt_lengths": lengths.tolist(),
+            "position": self._position.clone(),
+            "history": None if history is None else state_of(history),
+        }
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Any],
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> RequestTable:
+        """A table that goes on where the one whose ``state_dict`` this is stood.
+
+        Its tokens are the same on every backend and device.
+
+        Args:
+            state: what :meth:`state_dict` has returned; it is not changed.
+            backend: as for :class:`RequestTable`.
+            device: the logits' device. Default: that of the state's tensors.
+
+        Raises:
+            ValueError, TypeError: an entry is missing or is not as :meth:`state_dict` makes it.
+            RuntimeError: the named backend cannot run here.
+        """
+        checks.mapping_with("state", state, _STATE)
+        capacity = checks.integer_at_least("capacity", state["capacity"], 1)
+        for name in ("params", "is_kept", "prompt_lengths"):
+            if len(state[name]) != capacity:
+                raise checks.refusal(name, f"of {capacity} slots", state[name])
+        with not_of_inference_mode():
+            position = int64_column("position", state["position"], capacity, device)
+            history: bool | TokenHistory = False
+            if state["history"] is not None:
+                history = history_from_state(state["history"], state["vocab_size"], position.device)
+            table = cls(
+                capacity,
+                vocab_size=state["vocab_size"],
+                history=history,
+                max_logit_bias=state["max_logit_bias"],
+                backend=backend,
+                device=position.device,
+            )
+        for slot, fields in enumerate(state["params"]):
+            if fields is not None:
+                params = SamplingParams(**fields)
+                bias = table._check_params(params)
+                length = checks.integer_at_least("prompt_lengths", state["prompt_lengths"][slot], 0)
+                table._write(slot, params, bias, as_int64(params.seed or 0), length)
+            table._is_kept[slot] = checks.true_or_false("is_kept", state["is_kept"][slot])
+        table._position.copy_(position)
+        return table
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), self.state_dict(), self._backend_name)
 
     @alone
     def record(self, run: Callable[[SampleCall], SampleOutput], call: SampleCall) -> SampleOutput:
@@ -255,11 +673,65 @@ class RequestTable:
 
     def check_slots(self, slots: Tensor) -> None:
         """A ValueError if a row names a free slot; on the CPU only, elsewhere it would wait."""
-        if slots.device.type != "cpu":
+        if not self._sees_values():
             return
-        for row, slot in enumerate(slots.tolist()):
-            if 0 <= slot < self.capacity and self._params[slot] is None:
-                raise ValueError(f"slots must name slots with a request, got {slot} in row {row}")
+        named = slots.numpy()
+        exists = (named >= 0) & (named < self.capacity)
+        is_free = exists & self._is_free[np.where(exists, named, 0)]
+        if is_free.any():
+            row = int(is_free.argmax())
+            raise ValueError(f"slots must name slots with a request, got {named[row]} in row {row}")
+
+    def _sees_values(self) -> bool:
+        """Whether the values of tensors can be looked at without waiting, and nobody watches."""
+        return self.device.type == "cpu" and not is_watched()
+
+
+def _restored(kind: type[RequestTable], state: Mapping[str, Any], backend: str) -> RequestTable:
+    return kind.from_state_dict(state, backend=backend)
+
+
+def _array_of(name: str, ids: Sequence[int] | Tensor | None) -> array[int]:
+    """Ids as an array of int64, padding included; None as no ids."""
+    if type(ids) is list and (not ids or type(ids[0]) is int):
+        try:
+            return array("q", ids)
+        except (TypeError, OverflowError):
+            pass  # numpy says what is wrong with them, or makes padding of what is too large
+    return array("q", valid_ids(name, () if ids is None else ids, 2**63 - 1).tobytes())
+
+
+def slots_tensor(slots: object, rows: int, device: torch.device) -> Tensor:
+    """``slots`` as a contiguous int32 ``(rows,)`` tensor on ``device``."""
+    if not isinstance(slots, (Tensor, Sequence)):
+        raise checks.refusal("slots", "given where params is a RequestTable: integers", slots)
+    return _int32("slots", slots, rows, device)
+
+
+def _int32(name: str, given: object, rows: int, device: torch.device) -> Tensor:
+    """Integers as a contiguous int32 ``(rows,)`` tensor on ``device``.
+
+    A number that no int32 holds becomes one at the end of its range, which names no slot either.
+    """
+    if isinstance(given, Tensor):
+        tensor = readable(name, given)
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device {device}, got {tensor.device}")
+        if tensor.dtype == torch.int64:
+            tensor = tensor.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+    else:
+        if not isinstance(given, Sequence):
+            raise checks.refusal(name, "integers", given)
+        values = [checks.integer(name, value, "integers") for value in given]
+        limited = [min(max(value, -(2**31)), 2**31 - 1) for value in values]
+        tensor = to_device(torch.tensor(limited, dtype=torch.int32, device="cpu"), device)
+    if tensor.shape != (rows,):
+        raise ValueError(
+            f"{name} must have shape ({rows},), one for each row, got {tuple(tensor.shape)}"
+        )
+    return tensor.contiguous()
 
 
 class _Mirrored:
@@ -278,10 +750,8 @@ class _Mirrored:
         sizes = [dtypes[name].itemsize * size for name in names]
         self._host = torch.zeros(sum(sizes), dtype=torch.uint8, device="cpu")
         self._device = self._host
-        self._staging: _Staging | None = None
         if device.type != "cpu":
             self._device = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
-            self._staging = _Staging()
 
         def parts(memory: Tensor) -> dict[str, Tensor]:
             each = zip(names, torch.split(memory, sizes), strict=True)
@@ -296,36 +766,11 @@ class _Mirrored:
         All arrays go in one copy; the elements from ``start`` up to ``stop - 1`` of each in a copy
         of their own.
         """
-        if self._staging is None:
+        if self._device is self._host:
             return
         if stop is None:
-            self._staging.copy(self._host, self._device)
-        elif stop > start:
-            for name, array in self.on_host.items():
-                to = self.on_device[name][start:stop]
-                self._staging.copy(torch.from_numpy(array[start:stop]), to)
-
-
-class _Staging:
-    """Pinned memory from which copies to a device leave.
-
-    Memory is used again only after the copy that it was last used for.
-    """
-
-    def __init__(self) -> None:
-        self._used: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy a tensor of the CPU to one on a device, on its current stream."""
-        size = source.nbytes
-        pinned, event = None, None
-        if self._used and self._used[0][1].query():  # type: ignore[no-untyped-call]
-            pinned, event = self._used.popleft()
-        if pinned is None or event is None or pinned.numel() < size:
-            pinned = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        part = pinned[:size].view(source.dtype)
-        part.copy_(source)
-        target.copy_(part, non_blocking=True)
-        event.record(torch.cuda.current_stream(target.device))
-        self._used.append((pinned, event))
+            self._device.copy_(to_device(self._host, self._device.device))
+            return
+        for name, column in self.on_host.items():
+            written = torch.from_numpy(column[start:stop])
+            self.on_device[name][start:stop] = to_device(written, self._device.device)

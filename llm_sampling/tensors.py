@@ -105,6 +105,16 @@ def readable(name: str, tensor: object) -> Tensor:
     return tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for the device.
+
+    torch uses pinned memory again only after the copies from it.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Whether the storage of a strided tensor reaches as far as its sizes and strides do."""
     if tensor.numel() == 0:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from llm_sampling.history import TokenHistory
+from llm_sampling.history import HistoryUpdate, TokenHistory
 from llm_sampling.params import BatchParams
 
 Logprobs = Literal["processed", "raw"]
@@ -24,7 +24,10 @@ PositionOf = Literal["row", "slot", "text"]
 POSITION_MODES = {"row": 0, "slot": 1, "text": 2}
 
 #: Status bits, a set of which is written for every row.
-STATUS_NAN, STATUS_NO_CANDIDATE, STATUS_POS_INF = 1, 2, 4
+STATUS_NAN, STATUS_NO_CANDIDATE, STATUS_POS_INF, STATUS_TEXT_FULL = 1, 2, 4, 8
+
+#: How many ids of extra history a row may have.
+MAX_EXTRA_OUTPUT = 64
 
 
 #: The process that imported the package; one with another id was forked from it.
@@ -39,7 +42,8 @@ class SampleOutput(NamedTuple):
             without candidates.
         logprobs: float32 natural logarithms of the shape of ``tokens`` (NaN where the token is -1),
             or None if not asked for.
-        status: int32 ``(rows,)``, a set of bits: 1 NaN seen, 2 no candidate, 4 +inf seen.
+        status: int32 ``(rows,)``, a set of bits: 1 NaN seen, 2 no candidate, 4 +inf seen, 8 no room
+            for the row's token in the text of its history.
     """
 
     tokens: Tensor
@@ -71,13 +75,16 @@ class ParamSlots:
     prompt_lengths: Tensor | None = None
     any_bias: bool = True
 
+    def exist(self) -> Tensor:
+        """Whether each row's slot is one that there is; bool ``(rows,)``."""
+        return (self.of_rows >= 0) & (self.of_rows < self.bias_counts.shape[0])
+
     def are_named_once(self, history: TokenHistory | None) -> Tensor:
         """Whether each row is the only one with its slots, and has parameters; bool ``(rows,)``.
 
         Only such rows are advanced.
         """
-        capacity = self.bias_counts.shape[0]
-        alone = (self.of_rows >= 0) & (self.of_rows < capacity)
+        alone = self.exist()
         for slots in (self.of_rows,) if history is None else (self.of_rows, history.slots):
             alone = alone & ((slots[:, None] == slots).sum(-1) == 1)
         return alone
@@ -98,6 +105,11 @@ class SampleCall:
         advance: after the draw add each row's token to the history and 1 to its position, in place,
             unless ``check`` raises. Rows of ``param_slots`` that share a slot are left out.
         param_slots: where ``batch`` has an entry for each slot: the slots of the rows; else None.
+        record: bool ``(rows,)``, False for rows that ``advance`` leaves out; None: it leaves out
+            none.
+        extra_output: int32 ``(rows, n)``, n <= MAX_EXTRA_OUTPUT, contiguous: ids that come next in
+            the output of the rows' histories, for this call alone. Those outside the vocabulary are
+            padding. None: there are none.
     """
 
     logits: Tensor
@@ -109,6 +121,8 @@ class SampleCall:
     check: bool = False
     advance: bool = False
     param_slots: ParamSlots | None = None
+    record: Tensor | None = None
+    extra_output: Tensor | None = None
 
     @property
     def has_bias(self) -> bool:
@@ -137,6 +151,9 @@ class BackendModule(Protocol):
 
     def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
         """``sample`` of new logits of the same shape, dtype and device, and a mask or None."""
+
+    def update_history(self, update: HistoryUpdate) -> None:
+        """Change histories by ids that were not drawn."""
 
 
 def described(error: BaseException) -> str:
@@ -172,21 +189,54 @@ def check_state(call: SampleCall) -> None:
     call.history.check_state()
 
 
+def is_text_full(call: SampleCall) -> Tensor | None:
+    """Whether each row is to be recorded and its text has no room; bool ``(rows,)``.
+
+    None where there is no text. Such a row draws nothing.
+    """
+    history = call.history
+    if not call.advance or history is None or history.text is None:
+        return None
+    text = history.text
+    slot = history.slots.to(torch.int64).clamp(0, len(text.lengths) - 1)
+    is_full = text.lengths[slot] >= text.max_length
+    if call.param_slots is not None:
+        is_full = is_full & call.param_slots.exist()
+    return is_full if call.record is None else is_full & call.record
+
+
+def without_full_rows(call: SampleCall, output: SampleOutput) -> SampleOutput:
+    """The results of a kernel that has not looked whether there is room for what it draws."""
+    is_full = is_text_full(call)
+    if is_full is None:
+        return output
+    tokens, logprobs, status = output
+    of_row = is_full.view(-1, *[1] * (tokens.dim() - 1))
+    return SampleOutput(
+        torch.where(of_row, -1, tokens),
+        None if logprobs is None else torch.where(of_row, torch.nan, logprobs),
+        torch.where(is_full, STATUS_TEXT_FULL, status),
+    )
+
+
 def advance(call: SampleCall, output: SampleOutput) -> None:
     """Record the tokens and advance the positions in torch, for kernels that have not done it."""
     history, position, slots = call.history, call.batch.position, call.param_slots
     assert position is not None
+    tokens = output.tokens if output.tokens.dim() == 1 else output.tokens[:, 0]
+    if call.record is not None:
+        tokens = torch.where(call.record, tokens, -1)
     if slots is not None:
-        _advance_by_slot(call, slots, output)
+        _advance_by_slot(call, slots, tokens)
     elif history is not None:
-        history.record(output.tokens, position)
+        history.record(tokens, position)
     else:
-        position.add_((output.status & STATUS_NO_CANDIDATE) == 0)
+        position.add_(tokens >= 0)
 
 
-def _advance_by_slot(call: SampleCall, slots: ParamSlots, output: SampleOutput) -> None:
+def _advance_by_slot(call: SampleCall, slots: ParamSlots, tokens: Tensor) -> None:
     rows = slots.are_named_once(call.history).nonzero()[:, 0]
-    tokens, position = output.tokens[rows], call.batch.position
+    tokens, position = tokens[rows], call.batch.position
     assert position is not None
     places = slots.of_rows[rows].to(torch.int64) if slots.position_of == "slot" else rows
     if call.history is not None:
@@ -203,6 +253,7 @@ def settle(call: SampleCall, output: SampleOutput) -> SampleOutput:
     this waits for the device.
     """
     if call.check:
+        output = without_full_rows(call, output)
         raise_on_status(output.status)
         if call.advance:
             advance(call, output)
@@ -233,6 +284,7 @@ def raise_on_status(status: Tensor) -> None:
         (STATUS_NAN, "NaN in logits"),
         (STATUS_NO_CANDIDATE, "no candidate left (every logit is -inf or masked)"),
         (STATUS_POS_INF, "+inf in logits"),
+        (STATUS_TEXT_FULL, "no room for another id in the text (max_length)"),
     )
     parts = []
     for bit, reason in reasons:

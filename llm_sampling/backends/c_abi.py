@@ -14,6 +14,7 @@ from llm_sampling.backends.base import (
     SampleCall,
     SampleOutput,
 )
+from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
 from llm_sampling.params import KERNEL_TENSORS
 
 ABI_VERSION = 2
@@ -70,6 +71,48 @@ class SampleArgs(ctypes.Structure):
         ("num_param_slots", ctypes.c_int64),
         ("logit_bias_counts", ctypes.c_void_p),
         ("prompt_lengths", ctypes.c_void_p),
+        ("text", ctypes.c_void_p),
+        ("max_text_length", ctypes.c_int64),
+        ("text_lengths", ctypes.c_void_p),
+        ("text_prompt_lengths", ctypes.c_void_p),
+        ("windows", ctypes.c_void_p),
+        ("record", ctypes.c_void_p),
+        ("repetition_penalty_scope", ctypes.c_void_p),
+        ("extra_output", ctypes.c_void_p),
+        ("num_extra_output", ctypes.c_int64),
+    )
+
+
+class HistoryUpdateArgs(ctypes.Structure):
+    """``LlmSamplingUpdate``, field by field."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("version", ctypes.c_uint32),
+        ("rows", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("id_bytes", ctypes.c_int32),
+        ("slots", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("ids_stride", ctypes.c_int64),
+        ("max_ids", ctypes.c_int64),
+        ("prompt_lengths", ctypes.c_void_p),
+        ("position", ctypes.c_void_p),
+        ("position_of", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("seen", ctypes.c_void_p),
+        ("seen_stride", ctypes.c_int64),
+        ("counts", ctypes.c_void_p),
+        ("counts_stride", ctypes.c_int64),
+        ("lengths", ctypes.c_void_p),
+        ("num_slots", ctypes.c_int64),
+        ("text", ctypes.c_void_p),
+        ("max_text_length", ctypes.c_int64),
+        ("text_lengths", ctypes.c_void_p),
+        ("text_prompt_lengths", ctypes.c_void_p),
+        ("windows", ctypes.c_void_p),
     )
 
 
@@ -91,11 +134,43 @@ def make_args(call: SampleCall) -> SampleArgs:
     args.logit_bias_size = call.batch.logit_bias_ids.numel()
     if not call.has_bias:
         args.logit_bias_offsets = None
+    if not call.batch.any_output_scope:
+        args.repetition_penalty_scope = None
     if call.param_slots is not None:
         _set_param_slots(args, call.param_slots)
     set_logits(args, call.logits, call.allowed_mask)
     if call.history is not None:
-        set_history(args, call)
+        set_history(args, call.history)
+        args.slots = call.history.slots.data_ptr()
+    if call.record is not None:
+        args.record = call.record.data_ptr()
+    if call.extra_output is not None:
+        args.extra_output = call.extra_output.data_ptr()
+        args.num_extra_output = call.extra_output.shape[1]
+    return args
+
+
+def make_update_args(update: HistoryUpdate) -> HistoryUpdateArgs:
+    """The struct of an update. It holds addresses, so the update must outlive it."""
+    args = HistoryUpdateArgs(
+        struct_size=ctypes.sizeof(HistoryUpdateArgs),
+        version=ABI_VERSION,
+        rows=update.slots.shape[0],
+        vocab_size=update.history.vocab_size,
+        kind=UPDATE_KINDS[update.kind],
+        slots=update.slots.data_ptr(),
+        numbers=update.numbers.data_ptr(),
+        position_of=POSITION_MODES[update.position_of],
+    )
+    if update.ids is not None:
+        args.id_bytes = update.ids.itemsize
+        args.ids = update.ids.data_ptr()
+        args.ids_stride, args.max_ids = update.ids.stride(0), update.ids.shape[1]
+    if update.prompt_lengths is not None:
+        args.prompt_lengths = update.prompt_lengths.data_ptr()
+    if update.position is not None:
+        args.position = update.position.data_ptr()
+    set_history(args, update.history)
     return args
 
 
@@ -119,17 +194,21 @@ def set_logits(args: SampleArgs, logits: Tensor, allowed_mask: Tensor | None) ->
         args.allowed_mask = None
 
 
-def set_history(args: SampleArgs, call: SampleCall) -> None:
+def set_history(args: SampleArgs | HistoryUpdateArgs, history: TokenHistory) -> None:
     """Point the struct at the history's tensors, which are new ones when rows come and go."""
-    history = call.history
-    assert history is not None
     args.seen = history.seen.data_ptr()
     args.seen_stride = history.seen.stride(0)
     args.counts = history.counts.data_ptr()
     args.counts_stride = history.counts.stride(0)
     args.lengths = history.lengths.data_ptr()
-    args.slots = history.slots.data_ptr()
     args.num_slots = history.seen.shape[0]
+    text = history.text
+    if text is not None:
+        args.text = text.ids.data_ptr()
+        args.max_text_length = text.max_length
+        args.text_lengths = text.lengths.data_ptr()
+        args.text_prompt_lengths = text.prompt_lengths.data_ptr()
+        args.windows = None if text.windows is None else text.windows.data_ptr()
 
 
 def set_results(args: SampleArgs, output: SampleOutput) -> None:

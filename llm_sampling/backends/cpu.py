@@ -8,6 +8,8 @@ from torch import Tensor
 
 from llm_sampling.backends import native
 from llm_sampling.backends.base import SampleCall, SampleOutput
+from llm_sampling.backends.c_abi import make_update_args
+from llm_sampling.history import HistoryUpdate
 
 DEVICE_TYPES = frozenset({"cpu"})
 
@@ -32,3 +34,9 @@ def filter_logits(call: SampleCall) -> Tensor:
 def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
     """Keep what the kernel is called with between steps."""
     return native.prepare(call, LIBRARY.run)
+
+
+def update_history(update: HistoryUpdate) -> None:
+    """Change histories in one call."""
+    update.history.check_changeable(update.position)
+    LIBRARY.update(make_update_args(update))

@@ -1,4 +1,4 @@
-"""The fused CUDA kernel, csrc/cuda/sample.cu: NVIDIA GPUs from compute capability 8.0 on."""
+"""The CUDA kernels, csrc/cuda/sample.cu and history.cu: NVIDIA GPUs from compute capability 8.0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llm_sampling.backends import native
 from llm_sampling.backends.base import SampleCall, SampleOutput, settle
-from llm_sampling.backends.c_abi import SampleArgs
+from llm_sampling.backends.c_abi import SampleArgs, make_update_args
+from llm_sampling.history import HistoryUpdate
 
 DEVICE_TYPES = frozenset({"cuda"})
 
@@ -67,3 +68,12 @@ def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]
     """Keep what the kernel is called with between steps."""
     step = native.prepare(_unchecked(call), _run_on(call.logits.device))
     return lambda logits, allowed_mask: settle(call, step(logits, allowed_mask))
+
+
+def update_history(update: HistoryUpdate) -> None:
+    """Change histories in one launch, on the current stream of their device."""
+    update.history.check_changeable(update.position)
+    device = update.history.device
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        LIBRARY.update(make_update_args(update), stream)

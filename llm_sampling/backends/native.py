@@ -22,12 +22,14 @@ from llm_sampling.backends.base import (
 )
 from llm_sampling.backends.c_abi import (
     ABI_VERSION,
+    HistoryUpdateArgs,
     SampleArgs,
     make_args,
     set_history,
     set_logits,
     set_results,
 )
+from llm_sampling.history import Text
 
 
 class Library:
@@ -66,12 +68,18 @@ class Library:
         entry = getattr(library, self.entry)
         entry.argtypes = [ctypes.POINTER(SampleArgs), *self._more]
         entry.restype = ctypes.c_int32
+        update = getattr(library, f"{self.entry}_update")
+        update.argtypes = [ctypes.POINTER(HistoryUpdateArgs), *self._more]
+        update.restype = ctypes.c_int32
         library.llm_sampling_error.argtypes = [ctypes.c_int32]
         library.llm_sampling_error.restype = ctypes.c_char_p
         library.llm_sampling_abi_version.restype = ctypes.c_uint32
-        library.llm_sampling_args_size.restype = ctypes.c_uint32
-        built = (library.llm_sampling_abi_version(), library.llm_sampling_args_size())
-        if built != (ABI_VERSION, ctypes.sizeof(SampleArgs)):
+        sizes = [library.llm_sampling_args_size, library.llm_sampling_update_size]
+        for size in sizes:
+            size.restype = ctypes.c_uint32
+        built = (library.llm_sampling_abi_version(), *(size() for size in sizes))
+        structs = SampleArgs, HistoryUpdateArgs
+        if built != (ABI_VERSION, *map(ctypes.sizeof, structs)):
             return None, f"{path} is of another version of this package; install the package again"
         if self._after_fork is not None and os.getpid() != IMPORTED_BY:
             getattr(library, self._after_fork)()
@@ -97,6 +105,11 @@ class Library:
         function: Callable[..., int] = getattr(self.load(), self.entry)
         return function
 
+    @functools.cached_property
+    def _update_function(self) -> Callable[..., int]:
+        function: Callable[..., int] = getattr(self.load(), f"{self.entry}_update")
+        return function
+
     def error(self, code: int) -> str:
         """What a return code means."""
         return str(self.load().llm_sampling_error(code).decode())
@@ -110,6 +123,16 @@ class Library:
         code = self._function(args, *more)
         if code:
             raise RuntimeError(f"{self.entry}: {self.error(code)}")
+
+    def update(self, args: HistoryUpdateArgs, *more: object) -> None:
+        """Call the entry point that changes histories.
+
+        Raises:
+            RuntimeError: it returned a code, which the message has in words.
+        """
+        code = self._update_function(args, *more)
+        if code:
+            raise RuntimeError(f"{self.entry}_update: {self.error(code)}")
 
 
 #: Calls a library's entry point for tensors on one device.
@@ -150,7 +173,8 @@ def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], Sam
         set_logits(args, logits, allowed_mask)
         if held is not None and not held.is_right():
             held = _Held(call)
-            set_history(args, call)
+            set_history(args, held.history)
+            args.slots = held.history.slots.data_ptr()
         if not results:
             results.extend(_make_many_results(call))
         output = results.pop()
@@ -203,6 +227,8 @@ class _Held:
         self.history = history
         self.tensors = history.seen, history.counts, history.lengths, history.slots
         self.addresses = tuple(tensor.data_ptr() for tensor in self.tensors)
+        self.text = history.text
+        self.text_addresses = _addresses(history.text)
 
     def is_right(self) -> bool:
         """Whether the history still has these tensors, at these addresses."""
@@ -215,4 +241,10 @@ class _Held:
             and history.slots is slots
             and self.addresses
             == (seen.data_ptr(), counts.data_ptr(), lengths.data_ptr(), slots.data_ptr())
+            and history.text is self.text
+            and (self.text is None or self.text_addresses == _addresses(self.text))
         )
+
+
+def _addresses(text: Text | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in text or ()]

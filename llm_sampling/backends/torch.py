@@ -14,7 +14,9 @@ from llm_sampling.backends.base import (
     advance,
     check_state,
     raise_on_status,
+    without_full_rows,
 )
+from llm_sampling.history import HistoryUpdate, apply_update
 
 DEVICE_TYPES = None
 
@@ -26,7 +28,7 @@ def why_unavailable() -> str | None:
 
 def sample(call: SampleCall) -> SampleOutput:
     """Draw tokens by the reference."""
-    output = reference.sample(call)
+    output = without_full_rows(call, reference.sample(call))
     if call.check:
         raise_on_status(output.status)
     if call.num_samples == 1:
@@ -43,6 +45,11 @@ def sample(call: SampleCall) -> SampleOutput:
 def filter_logits(call: SampleCall) -> Tensor:
     """Filter by the reference."""
     return reference.filter_logits(call)
+
+
+def update_history(update: HistoryUpdate) -> None:
+    """Change histories in torch."""
+    apply_update(update)
 
 
 def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:

@@ -26,14 +26,14 @@ from llm_sampling.backends.base import (
     make_results,
     settle,
 )
-from llm_sampling.history import TokenHistory
+from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
 
 #: The oldest Triton that the kernel is for.
 OLDEST = (3, 4)
 
 
 class _Loaded(NamedTuple):
-    """The kernel's module, or the reason why there is none.
+    """The modules of the two kernels, or the reason why there are none.
 
     Attributes:
         is_interpreted: whether Triton's interpreter runs kernels on the CPU, as TRITON_INTERPRET=1
@@ -41,6 +41,7 @@ class _Loaded(NamedTuple):
     """
 
     kernel: ModuleType | None
+    history_kernel: ModuleType | None
     is_interpreted: bool
     reason: str | None
 
@@ -54,14 +55,15 @@ def _load() -> _Loaded:
         version = re.match(r"(\d+)\.(\d+)", triton.__version__)
         if version is not None and tuple(map(int, version.groups())) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            return _Loaded(None, False, f"triton {triton.__version__} is older than {oldest}")
-        from llm_sampling.backends import triton_kernel
+            return _Loaded(None, None, False, f"triton {triton.__version__} is older than {oldest}")
+        from llm_sampling.backends import triton_history, triton_kernel
 
-        return _Loaded(triton_kernel, bool(triton.knobs.runtime.interpret), None)
+        is_interpreted = bool(triton.knobs.runtime.interpret)
+        return _Loaded(triton_kernel, triton_history, is_interpreted, None)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a broken one may raise anything, SystemExit too
-        return _Loaded(None, False, f"triton does not import: {described(error)}")
+        return _Loaded(None, None, False, f"triton does not import: {described(error)}")
 
 
 #: Where tensors may be. "cuda" is what torch calls AMD's GPUs too.
@@ -70,7 +72,7 @@ DEVICE_TYPES = frozenset({"cuda", "cpu"}) if _load().is_interpreted else frozens
 
 def why_unavailable() -> str | None:
     """None if Triton imports and there is a device, or its interpreter."""
-    _, is_interpreted, reason = _load()
+    _, _, is_interpreted, reason = _load()
     if reason is not None or is_interpreted or torch.cuda.is_available():
         return reason
     return "there is no CUDA device"
@@ -92,6 +94,7 @@ class _Batch(NamedTuple):
     logit_bias_offsets: Tensor
     logit_bias_ids: Tensor
     logit_bias_values: Tensor
+    repetition_penalty_scope: Tensor
 
 
 class _Config(NamedTuple):
@@ -105,7 +108,12 @@ class _Config(NamedTuple):
         has_bias, any_random, any_filter: whether any row has a bias, draws, or has a filter.
         logprobs: a value of LOGPROBS_MODES.
         position_of: a value of POSITION_MODES.
+        any_output_scope: whether step 3 is for the tokens of the output alone in any row.
+        has_windows: whether slots of the history have windows.
+        overrides: how many tokens of a row may have another bit or count than the history's; a
+            power of two, or 0.
         advance: whether positions and histories are advanced.
+        records_text: whether that writes texts.
     """
 
     tile: int
@@ -120,7 +128,11 @@ class _Config(NamedTuple):
     any_filter: bool
     logprobs: int
     position_of: int
+    any_output_scope: bool
+    has_windows: bool
+    overrides: int
     advance: bool
+    records_text: bool
 
 
 @dataclass(frozen=True)
@@ -197,16 +209,54 @@ def _launch_for(call: SampleCall, *, filter_only: bool = False) -> Launch:
     return choose_launch(vocab_size, rows, call.logits.dtype, extras=extras, processors=processors)
 
 
+def _has_windows(call: SampleCall) -> bool:
+    text = None if call.history is None else call.history.text
+    return text is not None and text.windows is not None
+
+
+def _overrides(call: SampleCall) -> int:
+    """As many as the extra ids, and as many again that these push out of a window."""
+    extra = call.extra_output
+    if call.history is None or extra is None or extra.shape[1] == 0:
+        return 0
+    return max(16, 1 << (2 * extra.shape[1] - 1).bit_length())
+
+
 def _workspace(call: SampleCall, launch: Launch) -> Tensor:
-    """Only filters need any."""
+    """Only filters and extra ids need any."""
     rows, vocab_size = call.logits.shape
     words = launch.workspace(vocab_size) if call.batch.any_filter else 0
+    words += 2 * _overrides(call)
     return torch.empty(rows, words, dtype=torch.int32, device=call.logits.device)
 
 
-def _history_argument(history: TokenHistory) -> tuple[Tensor | int, ...]:
+def _histories(history: TokenHistory, extra: Tensor | None) -> tuple[Any, ...]:
+    kernel = _load().kernel
+    assert kernel is not None
     seen, counts = history.seen, history.counts
-    return seen, seen.stride(0), counts, counts.stride(0), history.lengths, history.slots
+    histories: tuple[Any, ...] = kernel.Histories(
+        seen,
+        seen.stride(0),
+        counts,
+        counts.stride(0),
+        history.lengths,
+        history.slots,
+        _text(history),
+        () if extra is None else (extra, extra.shape[1]),
+    )
+    return histories
+
+
+def _text(history: TokenHistory) -> tuple[Any, ...]:
+    kernel, text = _load().kernel, history.text
+    assert kernel is not None
+    if text is None:
+        return ()
+    windows = () if text.windows is None else (text.windows,)
+    argument: tuple[Any, ...] = kernel.Text(
+        text.ids, text.max_length, text.lengths, text.prompt_lengths, windows
+    )
+    return argument
 
 
 def _by_slot(slots: ParamSlots) -> tuple[Any, ...]:
@@ -229,7 +279,8 @@ def _run(
     kernel = _load().kernel
     assert kernel is not None
     logits, batch, history, mask = call.logits, call.batch, call.history, call.allowed_mask
-    slots = call.param_slots
+    slots, overrides = call.param_slots, _overrides(call)
+    advance = call.advance and not call.check
     rows, vocab_size = logits.shape
     if rows == 0:
         return
@@ -248,7 +299,11 @@ def _run(
         any_filter=batch.any_filter,
         logprobs=0 if output is None else LOGPROBS_MODES[call.logprobs],
         position_of=0 if slots is None else POSITION_MODES[slots.position_of],
-        advance=call.advance and not call.check,
+        any_output_scope=batch.any_output_scope and history is not None,
+        has_windows=_has_windows(call),
+        overrides=overrides,
+        advance=advance,
+        records_text=advance and history is not None and history.text is not None,
     )
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         kernel.sample_kernel[(rows,)](
@@ -260,8 +315,12 @@ def _run(
             batch.logit_bias_ids.numel(),
             () if slots is None else _by_slot(slots),
             () if mask is None else (mask, mask.stride(0)),
-            () if history is None else _history_argument(history),
+            ()
+            if history is None
+            else _histories(history, call.extra_output if overrides else None),
             0 if history is None else history.seen.shape[0],
+            # as bytes: a pointer to bool is not the same thing in every version of Triton
+            () if call.record is None or not advance else (call.record.view(torch.uint8),),
             workspace,
             workspace.stride(0),
             () if output is None else tuple(() if x is None else x for x in output),
@@ -292,6 +351,55 @@ def filter_logits(call: SampleCall) -> Tensor:
     filtered = torch.empty(call.logits.shape, dtype=torch.float32, device=call.logits.device)
     _run(call, launch, _workspace(call, launch), None, filtered)
     return filtered
+
+
+class _UpdateConfig(NamedTuple):
+    """What is known when the kernel of triton_history.py is compiled.
+
+    Attributes:
+        span: how many ids are taken at a time; a power of two.
+        kind: a value of UPDATE_KINDS.
+        has_text: whether the history keeps ids in order.
+        position_of_slot: whether entries of ``position`` belong to slots, and not to rows.
+    """
+
+    span: int
+    kind: int
+    has_text: bool
+    position_of_slot: bool
+
+
+def update_history(update: HistoryUpdate) -> None:
+    """Change histories in one launch."""
+    history = update.history
+    history.check_changeable(update.position)
+    kernel = _load().history_kernel
+    assert kernel is not None
+    rows = update.slots.shape[0]
+    if rows == 0:
+        return
+    ids, prompt_lengths, position = update.ids, update.prompt_lengths, update.position
+    config = _UpdateConfig(
+        span=1024,
+        kind=UPDATE_KINDS[update.kind],
+        has_text=history.text is not None,
+        position_of_slot=update.position_of == "slot",
+    )
+    with torch.cuda.device_of(history.seen):  # type: ignore[no-untyped-call]
+        kernel.update_kernel[(rows,)](
+            history.vocab_size,
+            update.slots,
+            update.numbers,
+            () if ids is None else (ids,),
+            0 if ids is None else ids.stride(0),
+            0 if ids is None else ids.shape[1],
+            () if prompt_lengths is None else (prompt_lengths,),
+            () if position is None else (position,),
+            _histories(history, None),
+            history.seen.shape[0],
+            CONFIG=config,
+            num_warps=8,
+        )
 
 
 def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:

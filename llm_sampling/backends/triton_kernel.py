@@ -25,6 +25,10 @@ Passes over the row. A read is vocab_size logits loaded:
    settles one or more of them, so the search ends.
 5. Mass of the kept set, where the candidates are not all of it: 1 read, then draws as after pass 2.
 
+Ids that count as output for this call alone change the bits and counts of a few tokens, those that
+they push out of a window included. A list of these tokens with their bits and counts is written
+into the workspace before pass 1, and steps 3 to 5 look at it wherever they read the history.
+
 Raw logprobs and the writing of filtered logits take 1 read each. So does a repetition penalty that
 meets a logit far from 1: pass 1 is repeated with a slower division.
 
@@ -68,11 +72,14 @@ _INF = tl.constexpr(float("inf"))
 _NAN_BIT = tl.constexpr(2**20)
 _DIVISION_BIT = tl.constexpr(2**21)
 _FLAG_BITS = tl.constexpr(2**21 + 2**20)
+_SPAN = tl.constexpr(1024)  # places of a text that are read at once
 _MOST_BIASES = tl.constexpr(2**30 - 1)  # of a row; twice as many overflow _biased's int32
 _FAR = tl.constexpr(2.0**40)  # _quotient is exact for operands between 1 / _FAR and _FAR
 _NAN_SEEN = tl.constexpr(1)
 _NO_CANDIDATE = tl.constexpr(2)
 _POS_INF_SEEN = tl.constexpr(4)
+_TEXT_FULL = tl.constexpr(8)
+OUTPUT_SCOPE = tl.constexpr(1)
 PROCESSED = tl.constexpr(1)
 RAW = tl.constexpr(2)
 POSITION_OF_SLOT = tl.constexpr(1)
@@ -88,8 +95,20 @@ Row = namedtuple("Row", "logits tail vocab_size num_tiles bias mask history divi
 #: The slots of a batch that has an entry for each slot; capacity: how many there are.
 #: prompt_lengths: (a pointer,).
 BySlot = namedtuple("BySlot", "slots capacity bias_counts prompt_lengths")
-#: A row's slot of the history, and its penalties.
-History = namedtuple("History", "seen counts length repetition frequency presence")
+#: The histories of a call. text: a Text. extra, the ids that count as output for this call alone:
+#: (a pointer, how many a row has).
+Histories = namedtuple(
+    "Histories", "seen seen_stride counts counts_stride lengths slots text extra"
+)
+#: The texts of a history's slots, or pointers to that of one slot. windows: (a pointer,).
+Text = namedtuple("Text", "ids max_length lengths prompt_lengths windows")
+#: A row's slot of the history, and its penalties. scope, of step 3: (a value,). overrides: an
+#: Overrides.
+History = namedtuple("History", "seen counts length repetition frequency presence scope overrides")
+#: Tokens whose bit and count are others for this call. entries: a pointer to ``size`` ids, -1 where
+#: there is none, and behind them as many counts, -1 where the bit is not set. Of the vocabulary's
+#: parts of ``grain`` tokens, the g-th may have one of them if bit ``g & 31`` of ``grains`` is set.
+Overrides = namedtuple("Overrides", "entries size grains grain")
 #: The parameters of steps 11 to 13; keep is min_tokens_to_keep.
 Filters = namedtuple("Filters", "top_k top_p depth_cut keep")
 #: Pointers: the chosen columns' numbers, the candidates' logits and ids, the stored columns.
@@ -197,6 +216,26 @@ def _biased(x, bias, ids):
 
 
 @triton.jit
+def _overridden(overrides, first, ids, is_seen, count):
+    """The bits and counts of some tokens, but of those that have entries the entries' ones.
+
+    ``first`` is the first of consecutive ids; None if they are not consecutive.
+    """
+    entries, size, grains, grain = overrides
+    number = tl.where(grains == 0, 0, size)
+    if first is not None:
+        # hardly any tile has one of the tokens
+        is_there = (grains >> (first // grain & 31)) & 1
+        number = tl.where((is_there == 0) & (ids.shape[0] == grain), 0, number)
+    # both in one register
+    count = tl.where(is_seen, tl.maximum(count, 0), -1)
+    for entry in range(0, number):
+        is_it = ids == tl.load(entries + entry)
+        count = tl.where(is_it, tl.load(entries + size + entry), count)
+    return count >= 0, count
+
+
+@triton.jit
 def _processed_and_flags(row, first, ids, inside):
     """Steps 1 to 6 of some tokens, -inf where not inside; and _NAN_BIT and _DIVISION_BIT.
 
@@ -213,11 +252,15 @@ def _processed_and_flags(row, first, ids, inside):
 
     flags = tl.zeros_like(ids)
     if len(row.history) > 0:
-        seen, counts, _, r, a, b = row.history
+        seen, counts, _, r, a, b, scope, overrides = row.history
         if (r != 1.0) | (a != 0.0) | (b != 0.0):
             is_seen = _bits(seen, first, ids, inside, row.vocab_size)
             count = tl.load(counts + ids, mask=is_seen, other=0)
-            # 3 repetition penalty: prompt and output
+            if len(overrides) > 0:
+                is_seen, count = _overridden(overrides, first, ids, is_seen, count)
+            # 3 repetition penalty: prompt and output, or output
+            if len(scope) > 0:
+                is_seen = tl.where(scope[0] == OUTPUT_SCOPE, count > 0, is_seen)
             inverse, use_division = row.division
             if use_division != 0:
                 divided = tl.div_rn(x, r)
@@ -864,6 +907,119 @@ def _draw_by_tile(
     return token, smallest
 
 
+# The history of a row
+
+
+@triton.jit
+def _history_slot(history, index, num_slots):
+    """The slot of row ``index``."""
+    slot = tl.load(history.slots + index).to(tl.int64)
+    return tl.minimum(tl.maximum(slot, 0), num_slots - 1)
+
+
+@triton.jit
+def text_of(text, slot):
+    """The text of a slot."""
+    ids, max_length, lengths, prompt_lengths, windows = text
+    window = ()
+    if len(windows) > 0:
+        window = (windows[0] + slot,)
+    return Text(ids + slot * max_length, max_length, lengths + slot, prompt_lengths + slot, window)
+
+
+@triton.jit
+def text_length(text):
+    """How many ids a slot's text has."""
+    return tl.minimum(tl.maximum(tl.load(text.lengths), 0), text.max_length)
+
+
+@triton.jit
+def window_begin(text, length):
+    """The first place that counts in a slot's text of this length."""
+    begin = tl.zeros((), tl.int64)
+    if len(text.windows) > 0:
+        window = tl.load(text.windows[0]).to(tl.int64)
+        begin = tl.where((window < 0) | (window > length), 0, length - window)
+    return begin
+
+
+@triton.jit
+def _text_is_full(history, index, num_slots):
+    """Whether the text of row ``index`` has no room for one more id."""
+    text = text_of(history.text, _history_slot(history, index, num_slots))
+    return text_length(text) >= text.max_length
+
+
+@triton.jit
+def _occur(text, begin, end, ids, SPAN: tl.constexpr):
+    """Whether each of the ids is at one of the places begin .. end - 1 of a text."""
+    found = tl.zeros([ids.shape[0], SPAN], tl.int32)
+    for first in range(begin, end, SPAN):
+        place = first + tl.arange(0, SPAN)
+        there = tl.load(text.ids + place, mask=place < end, other=-1)
+        found |= (ids[:, None] == there[None, :]).to(tl.int32)
+    return tl.max(found, axis=1) != 0
+
+
+@triton.jit
+def _times(ids, others, counted):
+    """How often each of the ids is among the others that are counted."""
+    is_one = (ids[:, None] == others[None, :]) & counted[None, :]
+    return tl.sum(is_one.to(tl.int32), axis=1)
+
+
+@triton.jit
+def _overrides(history, slot, counts, index, vocab_size, entries, CONFIG: tl.constexpr):
+    """The ids that count as output for this call alone, and those that they push out of a window.
+
+    Entries of equal tokens are equal, so that their order does not matter.
+    """
+    MOST: tl.constexpr = CONFIG.overrides // 2  # ids of either sort
+    added_ids, number = history.extra
+    added_ids += index * number
+    i = tl.arange(0, MOST)
+    added = tl.load(added_ids + i, mask=i < number, other=-1)
+    is_added = (added >= 0) & (added < vocab_size)
+    entry = tl.arange(0, CONFIG.overrides)
+    ids = tl.load(added_ids + entry, mask=entry < number, other=-1)
+    is_seen = entry < 0
+    fewer = tl.zeros([CONFIG.overrides], tl.int32)
+    if CONFIG.has_windows:
+        text = text_of(history.text, slot)
+        length = text_length(text)
+        old_begin = window_begin(text, length)
+        # a window of no limit begins at 0 whatever the length is
+        begin = window_begin(text, length + tl.sum(is_added.to(tl.int64), axis=0))
+        is_added = is_added & (length + tl.cumsum(is_added.to(tl.int64), axis=0) > begin)
+        # no more ids leave than are added
+        end = tl.minimum(begin, length)
+        place = old_begin + i
+        leaving = tl.load(text.ids + place, mask=place < end, other=-1)
+        was_output = (place < end) & (place >= tl.load(text.prompt_lengths))
+        place = old_begin + entry - MOST
+        left = tl.load(text.ids + place, mask=(entry >= MOST) & (place < end), other=-1)
+        ids = tl.where(entry < MOST, ids, left)
+        # what is added is seen while nothing is pushed out
+        first = tl.where(begin > old_begin, begin, length)
+        is_seen = _occur(text, first, length, ids, 4096 // CONFIG.overrides)
+        fewer = _times(ids, leaving, was_output)
+    more = _times(ids, added, is_added)
+    is_id = (ids >= 0) & (ids < vocab_size)
+    count = tl.load(counts + ids, mask=is_id, other=0) - fewer + more
+    is_seen |= more > 0
+    tl.store(entries + entry, tl.where(is_id, ids, -1))
+    tl.store(entries + CONFIG.overrides + entry, tl.where(is_seen, tl.maximum(count, 0), -1))
+    tl.debug_barrier()
+
+    GRAIN: tl.constexpr = CONFIG.tile if CONFIG.tile < CONFIG.candidates else CONFIG.candidates
+    bit = tl.arange(0, 32)
+    is_there = ((ids // GRAIN & 31)[:, None] == bit[None, :]) & is_id[:, None]
+    is_there = tl.max(is_there.to(tl.int32), axis=0)
+    grains = tl.sum(is_there << bit, axis=0)
+    size = tl.full((), CONFIG.overrides, tl.int32)
+    return Overrides(entries, size, grains, tl.full((), GRAIN, tl.int32))
+
+
 # The row
 
 
@@ -880,9 +1036,13 @@ def _row(
     mask,
     history,
     num_slots,
+    workspace,
     CONFIG: tl.constexpr,
 ):
-    """What steps 1 to 6 need of row ``index``; ``logits`` points to it, ``params`` is its entry."""
+    """What steps 1 to 6 need of row ``index``; ``logits`` points to it, ``params`` is its entry.
+
+    Overrides are written to the beginning of ``workspace``.
+    """
     tail_ids = vocab_size // CONFIG.align * CONFIG.align + tl.arange(0, CONFIG.align)
     tail = tl.load(logits + tail_ids, mask=tail_ids < vocab_size, other=-_INF)
     bias = ()
@@ -902,15 +1062,28 @@ def _row(
         row_mask = (words + index * stride,)
     row_history = ()
     if len(history) > 0:
-        seen, seen_stride, counts, counts_stride, lengths, slots = history
-        slot = tl.load(slots + index).to(tl.int64)
-        slot = tl.minimum(tl.maximum(slot, 0), num_slots - 1)
-        seen += slot * seen_stride
-        counts += slot * counts_stride
+        slot = _history_slot(history, index, num_slots)
+        seen = history.seen + slot * history.seen_stride
+        counts = history.counts + slot * history.counts_stride
         repetition = tl.load(batch.repetition_penalty + params)
         frequency = tl.load(batch.frequency_penalty + params)
         presence = tl.load(batch.presence_penalty + params)
-        row_history = History(seen, counts, lengths + slot, repetition, frequency, presence)
+        scope = ()
+        if CONFIG.any_output_scope:
+            scope = (tl.load(batch.repetition_penalty_scope + params),)
+        overrides = ()
+        if CONFIG.overrides > 0:
+            overrides = _overrides(history, slot, counts, index, vocab_size, workspace, CONFIG)
+        row_history = History(
+            seen,
+            counts,
+            history.lengths + slot,
+            repetition,
+            frequency,
+            presence,
+            scope,
+            overrides,
+        )
     return Row(logits, tail, vocab_size, num_tiles, bias, row_mask, row_history, ())
 
 
@@ -967,22 +1140,71 @@ def _is_named_once(slots, index):
 
 
 @triton.jit
-def _advance(position, history, token):
+def _advance(position, history, text, token, vocab_size):
     """Add 1 to the row's position and the token to its output, unless it is -1.
 
-    ``position`` is () where positions are not advanced.
+    ``position`` is () where positions are not advanced, ``text`` () or the slot's.
     """
     if len(position) > 0:
         produced = (token >= 0).to(tl.int64)
         tl.store(position[0], tl.load(position[0]) + produced)
     if len(history) > 0:
-        # all reads of the history come before this
-        tl.debug_barrier()
-        if token >= 0:
-            word = tl.load(history.seen + (token >> 5))
-            tl.store(history.seen + (token >> 5), word | (1 << (token & 31)))
-            tl.store(history.counts + token, tl.load(history.counts + token) + 1)
-            tl.store(history.length, tl.load(history.length) + 1)
+        if len(text) > 0:
+            _record_in_text(history, text, token, vocab_size)
+        else:
+            # all reads of the history come before this
+            tl.debug_barrier()
+            if token >= 0:
+                _count(history, token)
+                tl.store(history.length, tl.load(history.length) + 1)
+
+
+@triton.jit
+def _count(history, token):
+    """Set a token's bit and add 1 to its count."""
+    word = tl.load(history.seen + (token >> 5))
+    tl.store(history.seen + (token >> 5), word | (1 << (token & 31)))
+    tl.store(history.counts + token, tl.load(history.counts + token) + 1)
+
+
+@triton.jit
+def _record_in_text(history, text, token, vocab_size):
+    """Add a token, unless it is -1, to the output, the text and the window of a slot."""
+    length = text_length(text)
+    token = tl.where(length < text.max_length, token, -1)  # it was not full when the row began
+    enters = token >= 0
+    left = tl.full((), -1, tl.int32)
+    was_output = 0
+    stays = False
+    if len(text.windows) > 0:
+        enters &= tl.load(text.windows[0]) != 0
+        begin = window_begin(text, length)
+        next_begin = window_begin(text, length + 1)
+        leaves = (token >= 0) & (begin < next_begin) & (begin < length)
+        left = tl.load(text.ids + begin, mask=leaves, other=-1)
+        left = tl.where((left >= 0) & (left < vocab_size), left, -1)
+        was_output = (begin >= tl.load(text.prompt_lengths)).to(tl.int32)
+        # whether its id is at another place, too
+        end = tl.where(left >= 0, length, next_begin)
+        found = tl.zeros([_SPAN], tl.int32)
+        for first in range(next_begin, end, _SPAN):
+            place = first + tl.arange(0, _SPAN)
+            there = tl.load(text.ids + place, mask=place < end, other=-1)
+            found |= (there == left).to(tl.int32)
+        stays = tl.max(found, axis=0) != 0
+    # all reads of the history come before this; then one thread reads and writes
+    tl.debug_barrier()
+    if left >= 0:
+        word = tl.load(history.seen + (left >> 5))
+        word = tl.where(stays, word, word & ~(1 << (left & 31)))
+        tl.store(history.seen + (left >> 5), word)
+        tl.store(history.counts + left, tl.load(history.counts + left) - was_output)
+    if enters:
+        _count(history, token)
+    if token >= 0:
+        tl.store(text.ids + length, token)
+        tl.store(text.lengths, length + 1)
+        tl.store(history.length, tl.load(history.length) + 1)
 
 
 @triton.jit
@@ -1019,6 +1241,7 @@ def sample_kernel(
     mask,
     history,
     num_slots,
+    record,
     workspace,
     workspace_stride,
     results,
@@ -1030,9 +1253,9 @@ def sample_kernel(
     """Row ``program_id(0)`` of a batch: draw its tokens, or write its filtered logits.
 
     ``batch`` has a BatchParams' tensors by their names, and ``bias_size`` is the number of biases
-    of all rows. ``by_slot`` is () or a BySlot. ``mask`` is (mask, stride), ``history`` (seen, its
-    stride, counts, its stride, lengths, slots), ``results`` (tokens, logprobs, status). Without
-    ``results`` the filtered logits are written.
+    of all rows. ``by_slot`` is () or a BySlot. ``mask`` is (mask, stride), ``history`` a Histories,
+    ``record`` (a pointer to bytes,), ``results`` (tokens, logprobs, status). Without ``results``
+    the filtered logits are written.
     """
     index = tl.program_id(0).to(tl.int64)
     params = index
@@ -1044,6 +1267,14 @@ def sample_kernel(
         params = tl.where(exists, params, 0)
         # no logit is read of a row without parameters, so none is found that could be drawn
         own_size, own_tiles = tl.where(exists, vocab_size, 0), tl.where(exists, num_tiles, 0)
+    is_recorded = tl.full((), 1, tl.int1)
+    if len(record) > 0:
+        is_recorded = tl.load(record[0] + index) != 0
+    if CONFIG.records_text:
+        # a row without room for its token has no logits, like one without parameters
+        has_room = (is_recorded & _text_is_full(history, index, num_slots)) == 0
+        status_of_nothing = tl.where(has_room | (own_size == 0), status_of_nothing, _TEXT_FULL)
+        own_size, own_tiles = tl.where(has_room, own_size, 0), tl.where(has_room, own_tiles, 0)
     logits += index * logits_stride
     row = _row(
         logits,
@@ -1057,6 +1288,7 @@ def sample_kernel(
         mask,
         history,
         num_slots,
+        workspace + index * workspace_stride,
         CONFIG,
     )
     temperature = tl.load(batch.temperature + params)
@@ -1096,7 +1328,7 @@ def sample_kernel(
                 _write(output, draw, token, one, one)
     elif CONFIG.any_random:
         scale = tl.div_rn(_LOG2_E, temperature)
-        columns = workspace + index * workspace_stride
+        columns = workspace + index * workspace_stride + 2 * CONFIG.overrides
         listed = columns + CONFIG.tile
         memory = Workspace(
             columns, listed, listed + CONFIG.candidates, listed + 2 * CONFIG.candidates
@@ -1166,6 +1398,11 @@ def sample_kernel(
         if len(by_slot) > 0:
             is_alone = _is_named_once(by_slot.slots, index)
             if len(history) > 0:
-                is_alone &= _is_named_once(history[5], index)
+                is_alone &= _is_named_once(history.slots, index)
             token = tl.where(is_alone, token, -1)
-        _advance(place, row.history, token)
+        if len(record) > 0:
+            token = tl.where(is_recorded, token, -1)
+        text = ()
+        if CONFIG.records_text:
+            text = text_of(history.text, _history_slot(history, index, num_slots))
+        _advance(place, row.history, text, token, vocab_size)

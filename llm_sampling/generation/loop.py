@@ -244,6 +244,7 @@ def generate_stream(
         device=device,
         logprobs=logprobs,
         backend=backend,
+        max_new_tokens=max_new_tokens,
     )
     forward = (
         _callable_forward(model)

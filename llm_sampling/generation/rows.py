@@ -51,6 +51,7 @@ def prompt_history(
     prompts: Callable[[], Ids],
     vocab_size: int,
     device: torch.device,
+    max_new_tokens: int,
 ) -> TokenHistory | None:
     """The history of the prompts, or None if no row has a penalty.
 
@@ -60,10 +61,23 @@ def prompt_history(
             penalty, because it may have to wait for the device.
         vocab_size: the width of the logits.
         device: that of the logits.
+        max_new_tokens: how many tokens of each row there is room for, where a row has
+            ``penalty_last_n``; elsewhere there is room for any number.
     """
-    if not any(row.needs_history for row in params):
+    rows = list(params)
+    if not any(row.needs_history for row in rows):
         return None
-    return TokenHistory.from_ids(prompts(), None, vocab_size, device=device)
+    ids = prompts()
+    if not any(row.needs_history and row.has_window for row in rows):
+        return TokenHistory.from_ids(ids, None, vocab_size, device=device)
+    return TokenHistory.from_ids(
+        ids,
+        None,
+        vocab_size,
+        max_length=max(map(len, ids)) + max_new_tokens,
+        penalty_last_n=[row.penalty_last_n for row in rows],
+        device=device,
+    )
 
 
 def new_sampler(
@@ -74,12 +88,13 @@ def new_sampler(
     device: torch.device,
     logprobs: Logprobs | None,
     backend: str,
+    max_new_tokens: int,
 ) -> Sampler:
     """A Sampler of these rows, with the history of their prompts; see :func:`prompt_history`."""
     return Sampler(
         params,
         vocab_size=vocab_size,
-        history=prompt_history(params, prompts, vocab_size, device),
+        history=prompt_history(params, prompts, vocab_size, device, max_new_tokens),
         logprobs=logprobs,
         backend=backend,
         device=device,

@@ -38,10 +38,14 @@ from llm_sampling.generation.rows import (
     prompt_history,
 )
 from llm_sampling.generation.stop_strings import StopStrings
-from llm_sampling.history import TokenHistory
+from llm_sampling.history import STATE_TENSORS, TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits
 from llm_sampling.sampler import Sampler
+
+#: How many new tokens of a row with ``penalty_last_n`` there is room for at first. A processor is
+#: not told how many will come, so that the room is doubled whenever it is used up.
+_FIRST_ROOM = 256
 
 
 class _Prompts:
@@ -95,6 +99,7 @@ class _Prompts:
             device=logits.device,
             logprobs=logprobs,
             backend=backend,
+            max_new_tokens=_FIRST_ROOM,
         )
 
     def unpadded(self, input_ids: Tensor) -> list[Tensor]:
@@ -114,6 +119,30 @@ class _Prompts:
             # A pad token after the first other token is a token like any other.
             return unpadded(ids, (ids != self._pad).cumsum(-1))
         return list(ids)
+
+
+def _history_with_room(history: TokenHistory, length: int) -> TokenHistory:
+    """``history``, or one that takes its place if its text has no room for ``length`` ids."""
+    text = history.text
+    if text is None or length <= text.max_length:
+        return history
+    parts = {name: getattr(history, name) for name in STATE_TENSORS}
+    text = text._replace(ids=_twice_as_wide(text.ids))
+    return TokenHistory.of_parts(**parts, vocab_size=history.vocab_size, text=text)
+
+
+def _with_room(sampler: Sampler, length: int, backend: str) -> Sampler:
+    """``sampler``, or one that goes on in its place if its text has no room for ``length`` ids."""
+    text = None if sampler.history is None else sampler.history.text
+    if text is None or length <= text.max_length:
+        return sampler
+    state = sampler.state_dict()
+    state["history"]["text"]["ids"] = _twice_as_wide(text.ids)
+    return Sampler.from_state_dict(state, backend=backend)
+
+
+def _twice_as_wide(ids: Tensor) -> Tensor:
+    return torch.nn.functional.pad(ids, (0, ids.shape[1]))
 
 
 class _StepTracker:
@@ -247,6 +276,7 @@ class FusedLogitsProcessor(LogitsProcessor):
         if is_first or self._sampler is None:
             self._sampler = self._prompts.sampler(input_ids, scores, self._logprobs, self._backend)
             self._step_logprobs = []
+        self._sampler = _with_room(self._sampler, input_ids.shape[1] + 1, self._backend)
         drawn = self._sampler(scores)
         if drawn.logprobs is not None:
             self._step_logprobs.append(drawn.logprobs)
@@ -293,8 +323,10 @@ class FusedLogitsWarper(LogitsProcessor):
                 lambda: self._prompts.unpadded(input_ids),
                 scores.shape[1],
                 scores.device,
+                _FIRST_ROOM,
             )
         elif self._history is not None:
+            self._history = _history_with_room(self._history, input_ids.shape[1])
             self._history.append(input_ids[:, -1])
         assert self._params is not None
         return filter_logits(scores, self._params, history=self._history, backend=self._backend)
@@ -533,6 +565,7 @@ def fused_generate(
             scores = _processed(logits, input_ids, processors)
             if sampler is None:
                 sampler = prompts.sampler(input_ids, scores, logprobs, backend)
+            sampler = _with_room(sampler, input_ids.shape[1] + 1, backend)
             drawn = sampler(scores)
             if drawn.logprobs is not None:
                 kept_logprobs.append(drawn.logprobs.masked_fill(~going, torch.nan))

@@ -311,6 +311,8 @@ class _Request:
     recorded: int = 0
 
 
+#: What no request of vLLM can ask for, so that :func:`params_of` leaves it off.
+_NOT_VLLMS = {f.name for f in FIELDS.values() if f.kind == "scope"}
 _NO_PENALTY = {f.name: f.off for f in FIELDS.values() if f.kind == "penalty"}
 _NO_FILTER = {f.name: f.off for f in FIELDS.values() if f.kind in ("rank", "mass", "depth")}
 
@@ -413,6 +415,12 @@ class Requests:
             requests.pop(index, None)
         for index, theirs, prompt, output in update.added:
             requests[index] = _Request(params_of(theirs), prompt or (), output)
+            unread = _NOT_VLLMS & set(getattr(theirs, "extra_args", None) or ())
+            if unread:
+                self._warn_once(
+                    f"extra_args of a request has {', '.join(sorted(unread))}, which this plug-in "
+                    "does not read: penalties are vLLM's, of all of the prompt and the output"
+                )
         for first, second, direction in update.moved:
             moved, other = requests.pop(first, None), requests.pop(second, None)
             if moved is not None:

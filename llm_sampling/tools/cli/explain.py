@@ -109,7 +109,9 @@ def run(request: ExplainRequest) -> int:
         written = tokenizer(request.output, add_special_tokens=False)["input_ids"]
     params = request.params
     check_fit(language_model, len(ids) + len(written), request.max_new_tokens, params)
-    logits, history = explaining.record(language_model, ids, written)
+    logits, history = explaining.record(
+        language_model, ids, written, penalty_last_n=params.penalty_last_n
+    )
     texts = explaining.token_texts(language_model)
     try:
         explanation = explaining.explain(logits, params, history=history)

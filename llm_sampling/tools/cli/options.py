@@ -94,7 +94,9 @@ def sampling_options() -> Parser:
     group = parser.add_argument_group("how a token is drawn")
     for name, field in FIELDS.items():
         kind = INTEGER if field.is_integer else NUMBER
-        if field.kind == "bias":
+        if field.choices:
+            kind = {"choices": field.choices}
+        elif field.kind == "bias":
             kind = {"action": "append", "metavar": "ID=BIAS"}
         off = [] if field.kind == "bias" else field.off
         group.add_argument(f"--{name.replace('_', '-')}", **kind, default=off, help=field.help)

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ def page(
         logits: ``(vocab_size,)``, float32, float16 or bfloat16.
         texts: the text of each token, ``vocab_size`` of them.
         params: the sliders' first positions; its ``logit_bias`` always applies.
-        history: the history of one row, for the penalties; without it they change nothing.
+        history: the history of one row, for the penalties; without it they change nothing. Where it
+            keeps the ids in order (``max_length``) the page can change ``penalty_last_n`` too.
         prompt: shown at the top of the page.
 
     Raises:
@@ -55,7 +57,6 @@ def page(
     check_text("prompt", prompt)
     batch = call.batch
     bias = zip(batch.logit_bias_ids.tolist(), batch.logit_bias_values.tolist(), strict=True)
-    seen, counts = _history_of_one(history)
     data = {
         "prompt": prompt,
         "logits": base64.b64encode(
@@ -67,8 +68,7 @@ def page(
         # JSON has no inf: null is a min-p that is off, and the bias of a banned token.
         "min_p_cut": _finite(batch.min_p_cut.item()),
         "bias": [[token, _finite(value)] for token, value in bias if token < len(texts)],
-        "seen": seen,
-        "counts": counts,
+        **_history_of_one(history),
     }
     # JSON in ASCII without <, > and & cannot end the script element or start a comment.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
@@ -81,13 +81,24 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _history_of_one(history: TokenHistory | None) -> tuple[list[int], list[list[int]]]:
-    """The ids seen in prompt or output, and [id, count] for each id of the output."""
+def _history_of_one(history: TokenHistory | None) -> dict[str, Any]:
+    """What the penalties read: the ids in order if they are kept, else which ids there are.
+
+    "ids" has the prompt, of "prompt_length", and the output. "seen" has the ids of either, and
+    "counts" [id, count] for each id of the output.
+    """
     if history is None:
-        return [], []
-    slot = int(history.slots[0])
+        return {"ids": [], "prompt_length": 0, "seen": [], "counts": []}
+    slot, text = int(history.slots[0]), history.text
+    if text is not None:
+        ids = text.ids[slot, : int(text.lengths[slot])].tolist()
+        return {"ids": ids, "prompt_length": int(text.prompt_lengths[slot])}
     words = history.seen[slot].cpu().numpy().astype("<i4")
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")
     count = history.counts[slot].cpu()
     produced = count.nonzero()[:, 0]
-    return bits.nonzero()[0].tolist(), torch.stack([produced, count[produced]], -1).tolist()
+    return {
+        "ids": None,
+        "seen": bits.nonzero()[0].tolist(),
+        "counts": torch.stack([produced, count[produced]], -1).tolist(),
+    }

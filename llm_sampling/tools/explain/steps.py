@@ -203,7 +203,11 @@ def rows(explanation: Explanation, top: int = 20) -> list[Row]:
 
 
 def record(
-    language_model: LanguageModel, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()
+    language_model: LanguageModel,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int] = (),
+    *,
+    penalty_last_n: int = -1,
 ) -> tuple[Tensor, TokenHistory]:
     """The model's logits for the next token, and the history that the penalties read.
 
@@ -211,12 +215,15 @@ def record(
         language_model: the model; it is called once.
         prompt_ids: the prompt's token ids, at least one.
         output_ids: the ids generated since; frequency and presence penalty count only these.
+        penalty_last_n: that of the parameters.
 
     Returns:
-        float32 ``(vocab_size,)`` on the CPU, and a history of one row.
+        float32 ``(vocab_size,)`` on the CPU, and a history of one row, which keeps the ids in
+        order.
 
     Raises:
-        ValueError: an id is not in the model's vocabulary.
+        ValueError: an id is not in the model's vocabulary, or ``penalty_last_n`` is out of its
+            range.
     """
     check_ids("prompt_ids", prompt_ids, language_model.vocab_size)
     if len(output_ids) > 0:
@@ -230,7 +237,14 @@ def record(
     with torch.no_grad():
         output = model(input_ids=torch.tensor([ids], device=model.device), **options)
     logits = output.logits[0, -1].to("cpu", torch.float32)
-    return logits, TokenHistory.from_ids([list(prompt_ids)], [list(output_ids)], logits.shape[0])
+    history = TokenHistory.from_ids(
+        [list(prompt_ids)],
+        [list(output_ids)],
+        logits.shape[0],
+        max_length=len(ids),
+        penalty_last_n=penalty_last_n,
+    )
+    return logits, history
 
 
 def token_texts(language_model: LanguageModel) -> list[str]:
