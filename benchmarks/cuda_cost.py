@@ -793,7 +793,9 @@ def tables(
 
 def sources() -> list[Path]:
     """The files that the kernel is made of."""
-    return sorted([*(CSRC / "cuda").iterdir(), CSRC / "rows.h", CSRC / "semantics.h"])
+    return sorted(
+        [*(CSRC / "cuda").iterdir(), CSRC / "history.h", CSRC / "rows.h", CSRC / "semantics.h"]
+    )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -71,6 +71,8 @@ KINDS = (
     "filtered + history + advance",
     "greedy + history + advance",
     "unfiltered + history + advance",
+    "filtered + history + text + window + record + advance",
+    "filtered + history + text + window + scope + extra output",
     "filtered + mask",
     "filtered + bias",
     "filtered + history + mask + bias + advance + raw logprobs",
@@ -114,20 +116,35 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
         temperature=0.0 if kind.startswith("greedy") else 0.7,
         top_p=0.9 if kind.startswith("filter") else 1.0,
         repetition_penalty=1.1 if "history" in kind else 1.0,
+        repetition_penalty_scope="output" if "scope" in kind else "all",
+        penalty_last_n=64 if "window" in kind else -1,
         logit_bias={0: 1.0} if "bias" in kind else None,
         seed=0,
     )
     words = -(-size // 32)
     few = min(rows, 2)  # how many rows is in the launch alone, but for a single one
+    history = None
+    if "history" in kind:
+        history = TokenHistory.from_ids(
+            [[0]] * few,
+            vocab_size=size,
+            max_length=4096 if "text" in kind else None,
+            penalty_last_n=64 if "window" in kind else None,
+        )
     call = make_call(
         torch.zeros(few, stride or size, dtype=getattr(torch, dtype))[:, :size],
         params,
-        history=TokenHistory.from_ids([[0]] * few, vocab_size=size) if "history" in kind else None,
+        history=history,
         allowed_mask=torch.zeros(few, words, dtype=torch.int32) if "mask" in kind else None,
         logprobs=next((mode for mode in ("processed", "raw") if f"{mode} logprobs" in kind), None),
         check=False,
     )
-    call = replace(call, advance="advance" in kind)
+    call = replace(
+        call,
+        advance="advance" in kind,
+        record=torch.ones(few, dtype=torch.bool) if "record" in kind else None,
+        extra_output=torch.zeros(few, 8, dtype=torch.int32) if "extra output" in kind else None,
+    )
     extras = wrapper._has_extras(call, filter_only="filter-only" in kind)
     launch = wrapper.choose_launch(size, rows, call.logits.dtype, extras=extras)
     output, filtered = make_results(call), None

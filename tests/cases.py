@@ -284,6 +284,7 @@ def penalty_mixes(v: int) -> dict[str, dict[str, Any]]:
     # These penalties use all 24 bits of a float32, so that a count times a penalty is rounded.
     up = {"repetition_penalty": 1.3, "frequency_penalty": 0.4142136, "presence_penalty": 0.4}
     down = {"repetition_penalty": 0.7, "frequency_penalty": -0.5772157, "presence_penalty": -0.4}
+    of_output = {"repetition_penalty_scope": "output"}
     chain = {"repetition_penalty": 1.1, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
     # The bias applies to penalised tokens too: the longer histories contain 0, V // 2 and V - 1.
     bias = {0: 1.7, v // 2: -2.3, v - 1: -100, v // 3: 0.6, v // 5: -INF}
@@ -292,6 +293,12 @@ def penalty_mixes(v: int) -> dict[str, dict[str, Any]]:
         "repetition down": {"repetition_penalty": 0.8},
         "repetition smallest": {"repetition_penalty": 1e-45},
         "repetition largest": {"repetition_penalty": 3e38},
+        "repetition of output": {**of_output, "repetition_penalty": 1.4},
+        "repetition of output down": {**of_output, "repetition_penalty": 0.6, "top_k": 9},
+        "penalties of output": {**up, **of_output, "top_p": 0.9},
+        "penalties of the last 5": {**up, "penalty_last_n": 5, "top_k": 40},
+        "penalties of the last output": {**down, **of_output, "penalty_last_n": 3},
+        "penalties of no id": {**up, "penalty_last_n": 0},
         "frequency up": {"frequency_penalty": 0.3141593},
         "frequency down": {"frequency_penalty": -1.7320508},
         "presence up": {"presence_penalty": 2.0},
@@ -457,7 +464,14 @@ def build(
         outputs: list[list[int]] = [[vocab_size - 1]] * (max(slots) + 1)
         for slot, (prompt, output) in zip(slots, ids, strict=True):
             prompts[slot], outputs[slot] = prompt, output
-        history = TokenHistory.from_ids(prompts, outputs, vocab_size, device=device)
+        windows = [-1] * len(prompts)
+        for slot, case in zip(slots, cases, strict=True):
+            windows[slot] = case.params(vocab_size).penalty_last_n
+        text: dict[str, Any] = {}
+        if max(windows) >= 0:
+            longest = max(len(x) + len(y) for x, y in zip(prompts, outputs, strict=True))
+            text = {"max_length": longest + 1, "penalty_last_n": windows}
+        history = TokenHistory.from_ids(prompts, outputs, vocab_size, device=device, **text)
         history.select(slots)
     mask = None
     if any(c.mask != "none" for c in cases):

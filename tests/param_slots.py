@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from cases import Batch
+from histories import assert_same_state
 from parity import LOGPROB_TOLERANCE, NUM_SAMPLES, bits, run
 from torch import Tensor
 
+from llm_sampling import TokenHistory
 from llm_sampling.backends.base import (
     STATUS_NO_CANDIDATE,
     BackendModule,
@@ -19,6 +21,7 @@ from llm_sampling.backends.base import (
     SampleCall,
 )
 from llm_sampling.calls import make_call
+from llm_sampling.history import HistoryUpdate, apply_update
 from llm_sampling.params import KERNEL_TENSORS
 
 #: In place of the number of a case: a row of padding, and one whose slot does not exist.
@@ -156,22 +159,27 @@ def _assert_advanced(made: BySlot, backend: BackendModule, tokens: Tensor, statu
     assert call.param_slots is not None
     assert call.batch.position is not None
     slots = call.param_slots.of_rows.tolist()
-    names = [] if call.history is None else ["seen", "counts", "lengths"]
-    state = {name: getattr(call.history, name).cpu().clone() for name in names}
+    history = None if call.history is None else call.history.clone().to("cpu")
     position = call.batch.position.cpu().clone()
+    recorded = []
     for row, (slot, token) in enumerate(zip(slots, tokens.tolist(), strict=True)):
         if token < 0 or slots.count(slot) > 1:
             continue
         if call.param_slots.position_of != "text":
             position[slot if call.param_slots.position_of == "slot" else row] += 1
-        if names:
-            bit = torch.tensor(1 << (token % 32)).to(torch.int64).to(torch.int32)
-            state["seen"][slot, token // 32] |= bit
-            state["counts"][slot, token] += 1
-            state["lengths"][slot] += 1
+        recorded.append((slot, token))
+    if history is not None:
+        append(history, recorded)
     drawn = backend.sample(replace(call, advance=True))
     assert torch.equal(drawn.tokens.cpu(), tokens)
     assert torch.equal(drawn.status.cpu(), status)
     assert torch.equal(call.batch.position.cpu(), position)
-    for name in names:
-        assert torch.equal(getattr(call.history, name).cpu(), state[name]), name
+    if history is not None:
+        assert call.history is not None
+        assert_same_state(call.history, history)
+
+
+def append(history: TokenHistory, recorded: Sequence[tuple[int, int]]) -> None:
+    """Record (slot, token) pairs in torch, in a history on the CPU."""
+    slots, tokens = torch.tensor(recorded, dtype=torch.int32).view(-1, 2).unbind(1)
+    apply_update(HistoryUpdate("append", history, slots, torch.ones_like(slots), tokens[:, None]))

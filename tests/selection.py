@@ -35,16 +35,21 @@ SOME = {
     "test_cuda_emulated.py::test_every_launch": Some(7),
     "test_cuda_emulated.py::test_hostile_values": Some(3),
     "test_cuda_compile.py::test_no_rule_is_broken_in_the_library": Some(3),
+    "test_cuda_emulated.py::test_hostile_histories": Some(3),
+    "test_cuda_emulated.py::test_histories_of_every_kind": Some(5),
     "test_cuda_emulated.py::test_layouts": Some(2),
     "test_cuda_emulation.py::test_right_kernels": Some(7),
     "test_cuda_emulated.py::test_logits_that_change": Some(17),
     "test_cuda_emulated.py::test_orders_of_threads": Some(4),
     "test_cuda_emulated.py::test_what_is_not_waited_for_is_seen": Some(wrong=()),
+    "test_cuda_emulated.py::test_wrong_histories_are_seen": Some(wrong=()),
     "test_interrupt.py::test_a_change_of_rows_that_fails_anywhere": Some(3),
     "test_ops.py::test_other_parameters": Some(name=("top_k", "bias", "seed")),
     "test_tensors.py::test_every_kind_gives_what_a_plain_copy_gives": Some(5),
     "test_tensors.py::test_what_no_kernel_can_read_is_refused_by_name": Some(2),
     "test_triton_compile.py::test_every_kind_of_call_compiles": Some(5),
+    "test_triton_compile.py::test_every_history_compiles": Some(7),
+    "test_triton_compile.py::test_every_update_compiles": Some(7),
     "test_triton_compile.py::test_no_rule_is_broken_on_sm_90": Some(5),
     "test_triton_compile.py::test_no_rule_is_broken_elsewhere": Some(arch=("sm_100",)),
     "test_triton_compile.py::"
@@ -75,6 +80,8 @@ SOME = {
 #: The rules for cases whose backend runs in Triton's interpreter, which takes milliseconds for
 #: what a compiled kernel does in microseconds.
 SOME_INTERPRETED = {
+    "test_histories.py::test_updates": Some(vocab_size=(33,)),
+    "test_histories.py::test_drawings": Some(kind=("windows",), turn=(4, 5)),
     "test_edges.py::test_extremes_are_those_of_the_reference": Some(13),
     "test_edges.py::test_status_bits": Some(7),
     "test_edges.py::test_filters_beyond_the_row_keep_all": Some(4),
@@ -84,6 +91,7 @@ SOME_INTERPRETED = {
     "test_vectors.py::test_case": Some(11),
     "test_vectors.py::test_all_rows_in_one_batch": Some(vocab_size=(7,)),
     "test_triton_interpreted.py::test_hostile_values": Some(12),
+    "test_triton_interpreted.py::test_hostile_updates": Some(3),
     "test_triton_interpreted.py::test_logits_that_change": Some(change=()),
     "test_triton_interpreted.py::test_small_tiles": Some(dtype=()),
     "test_triton_interpreted.py::test_small_tiles_on_hard_rows": Some(11),
@@ -148,6 +156,7 @@ LONG_INTERPRETED = {
 #: The tests with the most rows per backend -> the vocabulary sizes, or pairs of size and dtype,
 #: that Triton's interpreter runs. Their other cases get the marker slow for the interpreter.
 INTERPRETED_SIZES = {
+    "test_drawings": (33,),
     "test_every_case": (),
     "test_every_case_in_a_table": (),
     "test_every_case_by_slot": (),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import torch
 from hypothesis import strategies as st
 
-from llm_sampling import SamplingParams
+from llm_sampling import SamplingParams, TokenHistory
 
 SPECIAL = (
     *(0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan),
@@ -51,7 +52,10 @@ def values(draw: st.DrawFn, vocab_size: int) -> tuple[float, ...]:
 
 @st.composite
 def sampling_params(draw: st.DrawFn, vocab_size: int) -> SamplingParams:
-    """Draw parameters in which each field is off, at a boundary, or anywhere in its range."""
+    """Draw parameters in which each field is off, at a boundary, or anywhere in its range.
+
+    Their history must have their windows, as :func:`history_of` makes it.
+    """
 
     def maybe(*choices: st.SearchStrategy[float]) -> float | None:
         return draw(st.one_of(st.none(), *choices))
@@ -77,4 +81,25 @@ def sampling_params(draw: st.DrawFn, vocab_size: int) -> SamplingParams:
         min_tokens_to_keep=maybe(st.integers(1, 5), st.integers(1, vocab_size + 2)),
         logit_bias=bias,
         seed=draw(st.integers(0, 2**64 - 1)),
+        repetition_penalty_scope=draw(st.sampled_from((None, "all", "output"))),
+        penalty_last_n=maybe(st.integers(0, 8), st.just(2**31)),
+    )
+
+
+def history_of(
+    params: Sequence[SamplingParams],
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[Sequence[int]],
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+) -> TokenHistory:
+    """Return the history of rows with the windows of their parameters."""
+    longest = max(len(x) + len(y) for x, y in zip(prompts, outputs, strict=True))
+    return TokenHistory.from_ids(
+        prompts,
+        outputs,
+        vocab_size,
+        max_length=max(1, longest),
+        penalty_last_n=[row.penalty_last_n for row in params],
+        device=device,
     )

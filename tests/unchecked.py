@@ -13,12 +13,15 @@ from torch import Tensor
 
 from llm_sampling import BatchParams, SamplingParams, TokenHistory
 from llm_sampling.backends.base import (
+    MAX_EXTRA_OUTPUT,
     STATUS_NO_CANDIDATE,
+    STATUS_TEXT_FULL,
     BackendModule,
     ParamSlots,
     SampleCall,
     SampleOutput,
 )
+from llm_sampling.history import HistoryUpdate, Text, UpdateKind
 from llm_sampling.params import KERNEL_TENSORS
 
 NAN, INF = math.nan, math.inf
@@ -32,6 +35,7 @@ HOSTILE = {
     "min_p_cut": (NAN, -1.0, -INF, 0.0, 3.0),
     "min_tokens_to_keep": (LEAST, -1, 0, 9, MOST),
     "repetition_penalty": (NAN, -1.0, 0.0, INF, 1e-45, 1.2),
+    "repetition_penalty_scope": (LEAST, 1, 7),
     "frequency_penalty": (NAN, INF, -INF, 3e38),
     "presence_penalty": (NAN, INF, -INF, 3e38),
     "seed": (-(2**63), -1),
@@ -50,6 +54,9 @@ HOSTILE_OFFSETS = (-(2**63), -1, 0, 3, 5, 8, 2**31, 2**32 + 3, 2**63 - 1)
 HOSTILE_IDS = (LEAST, -1, 0, 7, 33, MOST)
 HOSTILE_BIASES = (NAN, INF, -INF, 3e38, 1.0)
 HOSTILE_COUNTS = (LEAST, -1, 0, 3, MOST)
+MAX_LENGTH = 12
+HOSTILE_LENGTHS = (-(2**63), -1, 0, 5, MAX_LENGTH - 1, MAX_LENGTH, MAX_LENGTH + 1, 2**63 - 1)
+HOSTILE_WINDOWS = (LEAST, -1, 0, 1, 4, MAX_LENGTH, MOST)
 
 
 class Guards:
@@ -81,8 +88,40 @@ class Guards:
 
 def bits(tensor: Tensor) -> Tensor:
     """A tensor's elements as integers, so that NaN equals itself."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(integers[tensor.element_size()])
+
+
+def hostile_history(
+    guards: Guards, vocab_size: int, num_slots: int, chance: random.Random, *, has_text: bool
+) -> SimpleNamespace:
+    """The state of a history whose text has lengths, windows and ids that cannot be."""
+    history = TokenHistory.from_ids([[0, 7]] * num_slots, [[9, 9, 3]] * num_slots, vocab_size)
+    text = None
+    if has_text:
+        possible = (*HOSTILE_IDS, vocab_size - 1, vocab_size)
+        ids = [[chance.choice(possible) for _ in range(MAX_LENGTH)] for _ in range(num_slots)]
+        lengths, prompts = (
+            torch.tensor([chance.choice(HOSTILE_LENGTHS) for _ in range(num_slots)]) for _ in "lp"
+        )
+        windows = [chance.choice(HOSTILE_WINDOWS) for _ in range(num_slots)]
+        # what leaves the window of the first slot with its next id is not an id
+        ids[0], lengths[0], windows[0] = [MOST] * MAX_LENGTH, MAX_LENGTH - 1, 4
+        text = Text(
+            guards.put(torch.tensor(ids, dtype=torch.int32)),
+            guards.put(lengths),
+            guards.put(prompts),
+            guards.put(torch.tensor(windows, dtype=torch.int32)),
+        )
+    return SimpleNamespace(
+        seen=guards.put(history.seen),
+        counts=guards.put(history.counts),
+        lengths=guards.put(history.lengths),
+        slots=guards.put(history.slots),
+        text=text,
+        vocab_size=vocab_size,
+        check_changeable=lambda position: None,
+    )
 
 
 def hostile_call(
@@ -90,7 +129,8 @@ def hostile_call(
 ) -> SampleCall:
     """A call whose parameters, slots, bias offsets, ids and values are mixed from HOSTILE.
 
-    With an odd seed the parameters belong to slots.
+    With an odd seed the parameters belong to slots. A third of the seeds has no text, and half of
+    them have no extra output.
     """
     chance = random.Random(seed)
     batch = BatchParams.from_list(
@@ -119,16 +159,15 @@ def hostile_call(
     tensors["logit_bias_ids"][:8] = torch.tensor([1, 1, 1, 1, 1, 1, 200, LEAST])
     tensors["logit_bias_ids"][12::12] = MOST
     num_slots = 3
-    history = TokenHistory.from_ids([[0, 7]] * num_slots, [[9, 9, 3]] * num_slots, vocab_size)
     slots = torch.zeros(rows, dtype=torch.int32)
-    held = SimpleNamespace(
-        seen=guards.put(history.seen),
-        counts=guards.put(history.counts),
-        lengths=guards.put(history.lengths),
-        slots=guards.put(some((LEAST, -1, 0, 2, num_slots, MOST), slots)),
-    )
+    held = hostile_history(guards, vocab_size, num_slots, chance, has_text=seed % 3 < 2)
+    held.slots = guards.put(some((LEAST, -1, 0, 2, num_slots, MOST), slots))
+    extra = None
+    if seed % 4 in (1, 2):
+        ids = [[chance.choice((*HOSTILE_IDS, vocab_size)) for _ in range(5)] for _ in range(rows)]
+        extra = guards.put(torch.tensor(ids, dtype=torch.int32))
     logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
-    flags = {"all_greedy": False, "any_filter": True}
+    flags = {"all_greedy": False, "any_filter": True, "any_output_scope": True}
     guarded = {name: guards.put(tensor) for name, tensor in tensors.items()}
     param_slots = None
     if seed % 2:
@@ -148,6 +187,8 @@ def hostile_call(
         logprobs="processed",
         advance=True,
         param_slots=param_slots,
+        record=guards.put(some((0, 1, 1), slots).to(torch.uint8)).view(torch.bool),
+        extra_output=extra,
     )
 
 
@@ -164,25 +205,26 @@ def call_at(temperatures: tuple[float, ...]) -> SampleCall:
 
 def to_filter(call: SampleCall) -> SampleCall:
     """The same call for filter_logits."""
-    return replace(call, logprobs=None, advance=False)
+    return replace(call, logprobs=None, advance=False, record=None)
 
 
 def assert_defined(
     output: SampleOutput, vocab_size: int, param_slots: ParamSlots | None = None
 ) -> None:
-    """Every token was written and is -1 or one of the row; the status says where one is -1.
+    """Every token was written and is -1 or one of the row; the status says why one is -1.
 
     Rows of padding are -1, and their status is 0.
     """
     tokens, _, status = output
     assert ((tokens >= -1) & (tokens < vocab_size)).all(), tokens
-    assert ((status >= 0) & (status < 8)).all(), status
+    is_full = status == STATUS_TEXT_FULL
+    assert ((status >= 0) & (status < 8) | is_full).all(), status
     failed = (tokens.view(len(status), -1) < 0).any(-1)
     if param_slots is not None:
         is_padding = param_slots.of_rows == -1
         assert failed[is_padding].all(), tokens
         failed &= ~is_padding
-    assert torch.equal((status & STATUS_NO_CANDIDATE) != 0, failed), (tokens, status)
+    assert torch.equal(is_full | ((status & STATUS_NO_CANDIDATE) != 0), failed), (tokens, status)
 
 
 def assert_hostile_values_do_no_harm(
@@ -206,6 +248,91 @@ def assert_hostile_values_do_no_harm(
         guards.assert_whole()
         seen.append((output.tokens, output.status, bits(filtered)))
     assert all(map(torch.equal, *seen))
+
+
+def assert_hostile_texts_do_no_harm(backend: BackendModule, vocab_size: int, seed: int) -> None:
+    """Whatever texts, windows and ids for one call hold, what lies around does not matter.
+
+    Parameters and slots are valid, so that a backend that checks them accepts the call.
+    """
+    rows = num_slots = 7
+    states = []
+    for fill in (NAN, 0.0):
+        guards, chance = Guards(fill), random.Random(seed)
+        batch = BatchParams.from_list(
+            [
+                SamplingParams(
+                    presence_penalty=chance.choice([0.0, 0.5]),
+                    repetition_penalty=chance.choice([1.0, 1.5]),
+                    repetition_penalty_scope=chance.choice(["all", "output"]),
+                    top_k=chance.choice([0, 4]),
+                    seed=row,
+                )
+                for row in range(rows)
+            ],
+            positions=[0] * rows,
+        )
+        history = hostile_history(guards, vocab_size, num_slots, chance, has_text=seed % 3 < 2)
+        possible = (*HOSTILE_IDS, vocab_size - 1, vocab_size)
+        ids = [[chance.choice(possible) for _ in range(MAX_EXTRA_OUTPUT)] for _ in range(rows)]
+        logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+        record = torch.tensor([chance.random() < 0.8 for _ in range(rows)])
+        call = SampleCall(
+            guards.put(logits),
+            batch,
+            history,  # type: ignore[arg-type]
+            None,
+            logprobs="processed",
+            advance=True,
+            record=guards.put(record.to(torch.uint8)).view(torch.bool),
+            extra_output=guards.put(torch.tensor(ids, dtype=torch.int32)),
+        )
+        filtered = backend.filter_logits(to_filter(call))
+        assert not filtered.isnan().any()
+        for _ in range(3):
+            output = backend.sample(call)
+            assert_defined(output, vocab_size)
+        guards.assert_whole()
+        insides = [held[Guards.AROUND : -Guards.AROUND].clone() for held, _ in guards.held]
+        states.append([output.tokens, output.status, bits(filtered), *map(bits, insides)])
+    assert all(map(torch.equal, *states))
+
+
+def assert_hostile_updates_do_no_harm(backend: BackendModule, vocab_size: int, seed: int) -> None:
+    """Whatever an update points to, nothing around what it changes is read or written."""
+    states = []
+    for fill in (NAN, 0.0):
+        guards, chance = Guards(fill), random.Random(seed)
+        kind: UpdateKind = ("append", "fill", "rollback")[seed % 3]  # type: ignore[assignment]
+        num_slots, width = 5, 9
+        has_text = kind == "rollback" or chance.random() < 0.8
+        history = hostile_history(guards, vocab_size, num_slots, chance, has_text=has_text)
+        # each slot at most once, as in every update
+        slots = [*range(num_slots), LEAST, -1, num_slots, MOST]
+        chance.shuffle(slots)
+        possible = (*HOSTILE_IDS, vocab_size - 1, vocab_size)
+        dtype = chance.choice([torch.int32, torch.int64])
+        ids = [[chance.choice(possible) for _ in range(width)] for _ in slots]
+
+        def column(values: tuple[int, ...], rows: int = len(slots)) -> Tensor:
+            some = [chance.choice(values) for _ in range(rows)]  # noqa: B023
+            return guards.put(torch.tensor(some, dtype=torch.int32))  # noqa: B023
+
+        backend.update_history(
+            HistoryUpdate(
+                kind,
+                history,  # type: ignore[arg-type]
+                guards.put(torch.tensor(slots, dtype=torch.int32)),
+                column((LEAST, -1, 0, 3, width, width + 1, MOST)),
+                None if kind == "rollback" else guards.put(torch.tensor(ids, dtype=dtype)),
+                column((LEAST, -1, 0, 3, MOST)) if kind == "fill" else None,
+                guards.put(torch.zeros(len(slots), dtype=torch.int64)),
+                chance.choice(["row", "slot"]),  # type: ignore[arg-type]
+            )
+        )
+        guards.assert_whole()
+        states.append([held[Guards.AROUND : -Guards.AROUND] for held, _ in guards.held])
+    assert all(map(torch.equal, *states))
 
 
 def paths(vocab_size: int) -> list[SamplingParams]:

@@ -87,6 +87,30 @@ def test_tokens_are_those_of_sample_step_by_step():
         assert done == Completion(None, output, logprobs, "length", None)
 
 
+def test_penalties_of_the_last_ids_are_those_of_a_history_that_ends_there():
+    prompts = [[5, 6, 7, 8], [9, 9, 1, 1]]
+    params = [
+        SamplingParams(repetition_penalty=3.0, presence_penalty=1.0, penalty_last_n=2, seed=4),
+        SamplingParams(repetition_penalty=9.0, repetition_penalty_scope="output", seed=4),
+    ]
+    got = generate(model, prompts, params, vocab_size=V, max_new_tokens=12)
+    for prompt, row, done in zip(prompts, params, got, strict=True):
+        output = []
+        for position in range(12):
+            begin = 0
+            if row.penalty_last_n >= 0:
+                begin = len(prompt) + len(output) - row.penalty_last_n
+            of_output = output[max(0, begin - len(prompt)) :]
+            drawn = sample(
+                words(prompt + output)[None],
+                replace(row, penalty_last_n=-1),
+                history=TokenHistory.from_ids([prompt[begin:]], [of_output], V),
+                positions=[position],
+            )
+            output.append(drawn.tokens.item())
+        assert done.token_ids == output
+
+
 def test_rows_of_a_batch_of_eight_are_what_they_are_alone():
     prompts = [[row, 3, row + 1] for row in range(8)]
     options = {"vocab_size": V, "max_new_tokens": 20, "tokenizer": BYTES, "stop": "a"}

@@ -404,6 +404,31 @@ def test_the_three_ways_give_the_same_tokens(model):
     assert out[:, 6:].tolist() == expected
 
 
+#: The parameters above with penalties that are strong, and for the output or for the last ids.
+WINDOWS = [
+    replace(EACH[0], repetition_penalty=2.0, penalty_last_n=3),
+    SamplingParams(temperature=0, repetition_penalty=2.0, repetition_penalty_scope="output"),
+    replace(EACH[2], presence_penalty=2.0, penalty_last_n=5),
+]
+
+
+def test_scope_and_window_are_honoured_in_every_way(model, monkeypatch):
+    """The room for new tokens, which is for 3 at first, is made larger on the way."""
+    expected = ours(model, RAGGED, WINDOWS)
+    assert expected != ours(model, RAGGED, [replace(row, penalty_last_n=-1) for row in WINDOWS])
+    monkeypatch.setattr(huggingface, "_FIRST_ROOM", 3)
+    out = fused(model, PADDED, WINDOWS, attention_mask=MASK)
+    assert out[:, 6:].tolist() == expected
+    processor = FusedLogitsProcessor(WINDOWS, attention_mask=MASK)
+    options = {"attention_mask": MASK, "do_sample": True, "max_new_tokens": 12} | NEUTRAL
+    out = model.generate(PADDED, logits_processor=[processor], **options)
+    assert out[:, 6:].tolist() == expected
+    greedy = [replace(row, temperature=0) for row in WINDOWS]
+    warper = FusedLogitsWarper(greedy, attention_mask=MASK)
+    out = model.generate(PADDED, logits_processor=[warper], **options)
+    assert out[:, 6:].tolist() == ours(model, RAGGED, greedy)
+
+
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_params_stand_for_the_config_s(model, do_sample):
     config = {"temperature": 3.0, "top_k": 2, "top_p": 0.3, "repetition_penalty": 7.0}

@@ -377,6 +377,17 @@ def test_a_row_without_a_candidate_gets_token_0_and_a_warning(value, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+def test_what_no_request_can_ask_for_is_not_dropped_in_silence(caplog):
+    """vLLM passes extra_args on unread; a request that asks for a window there is told once."""
+    theirs = Theirs(repetition_penalty=1.3, seed=1)
+    theirs.extra_args = {"penalty_last_n": 64, "other": 1}
+    requests = Requests(V, "cpu")
+    for index in range(2):
+        requests.update_state(update(index + 1, added=[(index, theirs, [1], [])]))
+    (message,) = warnings_of(caplog)
+    assert "extra_args of a request has penalty_last_n, which" in message
+
+
 # ---- registration ----
 
 

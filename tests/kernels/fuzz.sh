@@ -11,6 +11,8 @@ mkdir -p build/fuzz/finds
 # Coverage of the kernel's branches only, not of the test's.
 printf 'src:*\nfun:*12llm_sampling*\n' >build/fuzz/allowlist.txt
 flags=(-std=c++17 -O2 -g -ffp-contract=off -fno-trapping-math -fno-math-errno -pthread)
+# AddressSanitizer then also sees what lies between the size of a vector and its capacity.
+flags+=(-D_GLIBCXX_SANITIZE_VECTOR)
 "$compiler" "${flags[@]}" -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
   -fsanitize-coverage-allowlist=build/fuzz/allowlist.txt \
   tests/kernels/cpp/fuzz_cpu.cpp -ldl -o build/fuzz/fuzz_cpu

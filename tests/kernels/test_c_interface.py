@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import unchecked
+from torch import Tensor
 
 from llm_sampling import BatchParams, SamplingParams, TokenHistory, reference
 from llm_sampling.backends import base, c_abi, cpu
 from llm_sampling.backends.base import SampleCall
+from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, UpdateKind, apply_update
 from llm_sampling.params import KERNEL_TENSORS
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +34,16 @@ needs_kernel = pytest.mark.skipif(
 @pytest.fixture
 def call() -> SampleCall:
     batch = BatchParams.from_list(
-        [SamplingParams(top_k=3, repetition_penalty=1.1, logit_bias={1: 0.5}, seed=5)] * 2,
+        [
+            SamplingParams(
+                top_k=3,
+                repetition_penalty=1.1,
+                repetition_penalty_scope="output",
+                logit_bias={1: 0.5},
+                seed=5,
+            )
+        ]
+        * 2,
         positions=[0, 7],
     )
     return SampleCall(
@@ -56,7 +68,17 @@ def memory(call: SampleCall, output: object) -> list[list[int]]:
     """The bytes of every tensor of a call, which compare equal also where a float is NaN."""
     tensors = [getattr(call.batch, name) for name in KERNEL_TENSORS]
     tensors += [call.logits, call.allowed_mask, *output]
-    tensors += [getattr(call.history, name) for name in ("seen", "counts", "lengths", "slots")]
+    tensors += history_tensors(call.history)
+    tensors += [x for x in (call.record, call.extra_output) if x is not None]
+    return bytes_of(tensors)
+
+
+def history_tensors(history: TokenHistory) -> list[Tensor]:
+    text = [] if history.text is None else [x for x in history.text if x is not None]
+    return [*(getattr(history, name) for name in ("seen", "counts", "lengths", "slots")), *text]
+
+
+def bytes_of(tensors: list[Tensor]) -> list[list[int]]:
     return [tensor.view(torch.uint8).flatten().tolist() for tensor in tensors]
 
 
@@ -77,7 +99,11 @@ def shifting(name: str, by: int) -> Callable[[c_abi.SampleArgs], None]:
 
 
 POINTERS = (
-    *(name for name in KERNEL_TENSORS if name != "logit_bias_offsets"),
+    *(
+        name
+        for name in KERNEL_TENSORS
+        if name not in ("logit_bias_offsets", "repetition_penalty_scope")
+    ),
     "logits",
     "counts",
     "lengths",
@@ -229,6 +255,7 @@ BAD_PARAMETERS = {
     "frequency_penalty": (2.5, float("inf"), float("nan")),
     "presence_penalty": (-2.5, float("-inf"), float("nan")),
     "min_tokens_to_keep": (0, -1),
+    "repetition_penalty_scope": (-1, 2, 3, 2**31 - 1, -(2**31)),
 }
 
 
@@ -477,9 +504,489 @@ def test_rows_that_advance_share_no_slot(slots: list[int]) -> None:
     assert batch.position.tolist() == [1, 2, 3]
 
 
+# ---- Texts, windows, records, and ids for one call -----------------------------------------------
+
+
+@pytest.fixture
+def text_call(call: SampleCall) -> SampleCall:
+    """The same call with all that a history can have."""
+    return dataclasses.replace(
+        call,
+        history=TokenHistory.from_ids(
+            [[1], [2]], [[3], []], 40, max_length=5, penalty_last_n=[2, -1]
+        ),
+        record=torch.tensor([True, True]),
+        extra_output=torch.tensor([[4, -1, 40], [5, 6, 5]], dtype=torch.int32),
+    )
+
+
+TEXT_POINTERS = ("text", "text_lengths", "text_prompt_lengths", "windows")
+BAD_TEXTS = {
+    "no history": (setting(seen=None), NULL_POINTER),
+    "no text, but windows": (setting(text=None), NULL_POINTER),
+    "no lengths": (setting(text_lengths=None), NULL_POINTER),
+    "no lengths of prompts": (setting(text_prompt_lengths=None), NULL_POINTER),
+    "no ids for one call": (setting(extra_output=None), NULL_POINTER),
+    "ids for one call without a history": (setting(seen=None, text=None), NULL_POINTER),
+    **{
+        f"{size} ids in a text": (setting(max_text_length=size), BAD_SIZE)
+        for size in (0, -1, -(2**63), 2**60, 2**63 - 1)
+    },
+    **{
+        f"{size} ids for one call": (setting(num_extra_output=size), BAD_SIZE)
+        for size in (-1, 65, -(2**63), 2**63 - 1)
+    },
+    "more ids for one call than there are addresses": (
+        setting(rows=2**56, num_extra_output=64, logits_stride=0, allowed_mask_stride=0),
+        BAD_SIZE,
+    ),
+    **{
+        f"misaligned {name}": (shifting(name, 2), MISALIGNED)
+        for name in (*TEXT_POINTERS, "extra_output", "repetition_penalty_scope")
+    },
+    "lengths of texts that are aligned to 4 bytes": (shifting("text_lengths", 4), MISALIGNED),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(("change", "code"), BAD_TEXTS.values(), ids=BAD_TEXTS.keys())
+def test_a_bad_struct_with_a_text_gives_its_code(
+    text_call: SampleCall, change: Callable[[c_abi.SampleArgs], None], code: int
+) -> None:
+    struct, output = filled(text_call)
+    change(struct)
+    before = memory(text_call, output)
+    assert run(struct) == code
+    assert memory(text_call, output) == before
+    struct, _ = filled(text_call)
+    assert run(struct) == 0
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("written", "other"),
+    [
+        *((name, other) for name in WRITTEN for other in (*TEXT_POINTERS, "record")),
+        *((name, "extra_output") for name in WRITTEN),
+        *((name, other) for name in ("text", "text_lengths") for other in (*WRITTEN, *READ)),
+        *((name, other) for name in ("text", "text_lengths") for other in TEXT_POINTERS[2:]),
+        *((name, other) for name in ("text", "text_lengths") for other in ("record",)),
+        *((name, "extra_output") for name in ("text", "text_lengths")),
+        ("text", "text_lengths"),
+    ],
+)
+def test_texts_overlap_nothing_that_is_written(
+    text_call: SampleCall, written: str, other: str
+) -> None:
+    struct, output = filled(text_call)
+    filtered = torch.full((2, 40), 7.0)
+    struct.filtered, struct.filtered_stride = filtered.data_ptr(), 40
+    setattr(struct, written, getattr(struct, other))
+    before = memory(text_call, output)
+    assert run(struct) == OVERLAP
+    assert memory(text_call, output) == before
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("name", "shift", "code"),
+    [
+        ("text", -8, OVERLAP),  # its last ids are the text lengths
+        ("text", -40, 0),  # ends where they begin
+        ("text", -36, OVERLAP),
+        ("text", 12, OVERLAP),
+        ("text", 16, 0),
+        ("extra_output", -24, 0),
+        ("extra_output", -20, OVERLAP),
+        ("extra_output", 12, OVERLAP),
+        ("extra_output", 16, 0),
+        ("windows", -8, 0),
+        ("windows", -4, OVERLAP),
+        ("windows", 16, 0),
+        ("record", -2, 0),
+        ("record", -1, OVERLAP),
+        ("record", 15, OVERLAP),
+        ("record", 16, 0),
+        ("text_prompt_lengths", -16, 0),
+        ("text_prompt_lengths", -8, OVERLAP),
+        ("text_prompt_lengths", 8, OVERLAP),
+    ],
+)
+def test_the_last_byte_of_a_text_counts(
+    text_call: SampleCall, name: str, shift: int, code: int
+) -> None:
+    """The lengths of two texts take 16 bytes; other memory before or behind them may touch them."""
+    room = torch.zeros(64, dtype=torch.int64)
+    struct, _output = filled(text_call)
+    struct.text_lengths = room[20:].data_ptr()
+    room[20] = room[21] = 1
+    setattr(struct, name, struct.text_lengths + shift)
+    assert run(struct) == code
+    assert room[20:22].tolist() == ([1, 1] if code or name == "record" else [2, 2])
+
+
+@needs_kernel
+def test_a_call_that_does_not_advance_may_share_what_it_reads(text_call: SampleCall) -> None:
+    """The record of rows is not even looked at."""
+    struct, _output = filled(text_call)
+    struct.advance = 0
+    struct.text_lengths = struct.text_prompt_lengths
+    struct.record = 1
+    assert run(struct) == 0
+
+
+@needs_kernel
+@pytest.mark.parametrize("end", [*TEXT_POINTERS, "record", "extra_output", "num_extra_output"])
+def test_a_caller_that_does_not_know_a_field(text_call: SampleCall, end: str) -> None:
+    """What lies behind the struct of a caller that was compiled earlier is not read."""
+    struct, output = filled(text_call)
+    names = [name for name, _ in c_abi.SampleArgs._fields_]
+    struct.struct_size = getattr(c_abi.SampleArgs, end).offset
+    for name in names[names.index(end) :]:
+        setattr(struct, name, 8)
+    known = "text_prompt_lengths" if end in ("text_lengths", "windows") else end
+    wanted = {
+        "text": 0,  # nothing of the history's text
+        "max_text_length": BAD_SIZE,
+        "text_lengths": NULL_POINTER,
+        "text_prompt_lengths": NULL_POINTER,
+        "windows": 0,
+        "record": 0,
+        "extra_output": 0,
+        "num_extra_output": 0,
+    }
+    assert known in wanted
+    assert run(struct) == wanted[end]
+    if wanted[end] == 0:
+        assert output.status.tolist() == [0, 0]
+        assert text_call.history.lengths.tolist() == [2, 1]
+
+
+@needs_kernel
+def test_a_caller_that_knows_no_text_has_none(call: SampleCall) -> None:
+    batch = dataclasses.replace(call.batch, any_output_scope=False)
+    call = dataclasses.replace(call, batch=batch)
+    others = dataclasses.replace(
+        call,
+        history=call.history.clone(),
+        batch=dataclasses.replace(batch, repetition_penalty_scope=batch.top_k * 0),
+    )
+    expected = reference.sample(others)
+    struct, output = filled(call)
+    struct.struct_size = c_abi.SampleArgs.text.offset
+    for name in (*TEXT_POINTERS, "max_text_length", "record", "extra_output", "num_extra_output"):
+        setattr(struct, name, 8)
+    struct.repetition_penalty_scope = 8
+    assert run(struct) == 0
+    assert output.tokens.tolist() == expected.tokens.flatten().tolist()
+
+
+@needs_kernel
+def test_a_size_without_what_it_is_the_size_of(call: SampleCall) -> None:
+    """Without a text its length does not matter; ids for one call may be none."""
+    struct, output = filled(call)
+    struct.max_text_length = 2**63 - 1
+    struct.extra_output = call.history.slots.data_ptr()
+    struct.text_lengths = struct.text_prompt_lengths = output.tokens.data_ptr()
+    assert run(struct) == 0
+    assert output.status.tolist() == [0, 0]
+
+
+@needs_kernel
+def test_a_full_text_draws_nothing_unless_its_row_is_not_recorded(text_call: SampleCall) -> None:
+    text = text_call.history.text
+    text.lengths.copy_(torch.tensor([5, 5]))
+    text_call.record[1] = False
+    struct, output = filled(text_call)
+    filtered = torch.full((2, 40), 7.0)
+    struct.filtered, struct.filtered_stride = filtered.data_ptr(), 40
+    before = bytes_of(history_tensors(text_call.history))
+    assert run(struct) == 0
+    assert output.status.tolist() == [base.STATUS_TEXT_FULL, 0]
+    assert output.tokens[0] == -1
+    assert output.tokens[1] >= 0
+    assert output.logprobs.isnan().tolist() == [True, False]
+    assert filtered[0].isneginf().all()
+    assert bytes_of(history_tensors(text_call.history)) == before
+    assert text_call.batch.position.tolist() == [0, 7]
+
+
+@needs_kernel
+@pytest.mark.parametrize("seed", range(6))
+def test_hostile_histories_of_a_call(seed: int) -> None:
+    unchecked.assert_hostile_texts_do_no_harm(cpu, 450, seed)
+
+
+@needs_kernel
+@pytest.mark.parametrize("seed", range(12))
+def test_hostile_updates(seed: int) -> None:
+    unchecked.assert_hostile_updates_do_no_harm(cpu, 450, seed)
+
+
+# ---- Changes of histories by ids that were not drawn ---------------------------------------------
+
+
+def update_of(kind: UpdateKind, history: TokenHistory) -> HistoryUpdate:
+    """A valid update of two slots, in which every pointer is set."""
+    has_ids = kind != "rollback"
+    return HistoryUpdate(
+        kind,
+        history,
+        torch.tensor([2, 0], dtype=torch.int32),
+        torch.tensor([1, 2], dtype=torch.int32),
+        torch.tensor([[7, 8, 9], [3, -1, 5]]) if has_ids else None,
+        torch.tensor([0, 1], dtype=torch.int32) if kind == "fill" else None,
+        torch.tensor([10, 20]),
+    )
+
+
+def history_of_updates() -> TokenHistory:
+    return TokenHistory.from_ids(
+        [[1], [2], []], [[3], [], [4, 5]], 40, max_length=5, penalty_last_n=[2, -1, 1]
+    )
+
+
+@pytest.fixture(params=UPDATE_KINDS)
+def update(request: pytest.FixtureRequest) -> HistoryUpdate:
+    return update_of(request.param, history_of_updates())
+
+
+@pytest.fixture
+def fill() -> HistoryUpdate:
+    return update_of("fill", history_of_updates())
+
+
+def update_memory(update: HistoryUpdate) -> list[list[int]]:
+    columns = (update.slots, update.numbers, update.ids, update.prompt_lengths, update.position)
+    return bytes_of([*history_tensors(update.history), *(x for x in columns if x is not None)])
+
+
+def run_update(struct: c_abi.HistoryUpdateArgs) -> int:
+    return int(cpu.LIBRARY.load().llm_sampling_cpu_update(struct))
+
+
+def refuses_update(update: HistoryUpdate, code: int, **fields: object) -> None:
+    """A struct with other fields gives a code and changes nothing; without them it is valid."""
+    struct = c_abi.make_update_args(update)
+    for name, value in fields.items():
+        setattr(struct, name, value)
+    before = update_memory(update)
+    assert run_update(struct) == code
+    assert update_memory(update) == before
+    assert run_update(c_abi.make_update_args(update)) == 0
+    assert update_memory(update) != before
+
+
 @needs_kernel
 def test_no_struct() -> None:
     assert cpu.LIBRARY.load().llm_sampling_cpu(None) == BAD_STRUCT
+    assert cpu.LIBRARY.load().llm_sampling_cpu_update(None) == BAD_STRUCT
+
+
+BAD_UPDATES: dict[str, tuple[dict[str, object], int]] = {
+    **{
+        f"{size} bytes": ({"struct_size": size}, BAD_STRUCT)
+        for size in (0, 8, ctypes.sizeof(c_abi.HistoryUpdateArgs) - 8, 4096, 2**32 - 1)
+    },
+    **{f"version {n}": ({"version": n}, BAD_STRUCT) for n in (0, 1, 3)},
+    "negative rows": ({"rows": -1}, BAD_SIZE),
+    "more rows than there are addresses": ({"rows": 2**62}, BAD_SIZE),
+    "the most rows": ({"rows": 2**63 - 1}, BAD_SIZE),
+    "no vocabulary": ({"vocab_size": 0}, BAD_SIZE),
+    "huge vocabulary": ({"vocab_size": 2**20 + 1}, BAD_SIZE),
+    "no slots": ({"num_slots": 0}, BAD_SIZE),
+    "negative slots": ({"num_slots": -(2**63)}, BAD_SIZE),
+    "more slots than there are addresses": ({"num_slots": 2**60}, BAD_STRIDE),
+    **{f"kind {kind}": ({"kind": kind}, BAD_OPTION) for kind in (-1, 3, -(2**31))},
+    **{f"position_of {n}": ({"position_of": n}, BAD_OPTION) for n in (-1, 2, 3)},
+    **{f"reserved {n}": ({"reserved": n}, BAD_OPTION) for n in (-1, 1)},
+    **{
+        f"no {name}": ({name: None}, NULL_POINTER)
+        for name in ("slots", "numbers", "seen", "counts", "lengths")
+    },
+    "no text, but windows": ({"text": None}, NULL_POINTER),
+    "no lengths of texts": ({"text_lengths": None}, NULL_POINTER),
+    "no lengths of prompts": ({"text_prompt_lengths": None}, NULL_POINTER),
+    **{
+        f"{size} ids in a text": ({"max_text_length": size}, BAD_SIZE)
+        for size in (0, -1, 2**60, 2**63 - 1)
+    },
+    "seen stride": ({"seen_stride": 1}, BAD_STRIDE),
+    "counts stride": ({"counts_stride": 39}, BAD_STRIDE),
+    "negative seen stride": ({"seen_stride": -2}, BAD_STRIDE),
+    **{
+        f"past all addresses: {name}": ({name: 2**61}, BAD_STRIDE)
+        for name in ("seen_stride", "counts_stride")
+    },
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(("fields", "code"), BAD_UPDATES.values(), ids=BAD_UPDATES.keys())
+def test_a_bad_update_gives_its_code_and_changes_nothing(
+    update: HistoryUpdate, fields: dict[str, object], code: int
+) -> None:
+    refuses_update(update, code, **fields)
+
+
+BAD_IDS: dict[str, tuple[dict[str, object], int]] = {
+    "no ids": ({"ids": None}, NULL_POINTER),
+    "negative number of ids": ({"max_ids": -1}, BAD_SIZE),
+    "negative stride": ({"ids_stride": -3}, BAD_STRIDE),
+    "more ids than there are addresses": ({"max_ids": 2**62}, BAD_STRIDE),
+    "a stride past all addresses": ({"ids_stride": 2**61}, BAD_STRIDE),
+    **{f"{n} bytes for an id": ({"id_bytes": n}, BAD_OPTION) for n in (0, 1, 2, 16, -4, -8)},
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(("fields", "code"), BAD_IDS.values(), ids=BAD_IDS.keys())
+@pytest.mark.parametrize("kind", ["append", "fill"])
+def test_an_update_with_bad_ids(kind: UpdateKind, fields: dict[str, object], code: int) -> None:
+    refuses_update(update_of(kind, history_of_updates()), code, **fields)
+
+
+@needs_kernel
+def test_a_rollback_reads_no_ids() -> None:
+    update = update_of("rollback", history_of_updates())
+    struct = c_abi.make_update_args(update)
+    struct.ids, struct.max_ids, struct.ids_stride, struct.id_bytes = 1, -5, -(2**63), 3
+    struct.prompt_lengths = update.history.lengths.data_ptr()
+    assert run_update(struct) == 0
+    assert update.history.lengths.tolist() == [0, 0, 1]
+    refuses_update(update_of("rollback", history_of_updates()), NULL_POINTER, text=None)
+
+
+UPDATE_WRITTEN = (
+    *("position", "seen", "counts", "lengths"),
+    *("text", "text_lengths", "text_prompt_lengths"),
+)
+UPDATE_READ = ("windows", "slots", "numbers", "prompt_lengths", "ids")
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", [*UPDATE_WRITTEN, *UPDATE_READ])
+def test_misaligned_memory_of_an_update(fill: HistoryUpdate, name: str) -> None:
+    at = getattr(c_abi.make_update_args(fill), name)
+    refuses_update(fill, MISALIGNED, **{name: at + 2})
+
+
+@needs_kernel
+@pytest.mark.parametrize("id_bytes", [4, 8])
+def test_ids_are_aligned_to_their_own_size(fill: HistoryUpdate, id_bytes: int) -> None:
+    struct = c_abi.make_update_args(fill)
+    struct.id_bytes, struct.max_ids, struct.ids_stride = id_bytes, 2, 2
+    struct.ids += 4
+    assert run_update(struct) == (0 if id_bytes == 4 else MISALIGNED)
+
+
+@needs_kernel
+@pytest.mark.parametrize("other", [*UPDATE_WRITTEN, *UPDATE_READ])
+@pytest.mark.parametrize("written", UPDATE_WRITTEN)
+def test_what_an_update_writes_overlaps_nothing_else(
+    fill: HistoryUpdate, written: str, other: str
+) -> None:
+    if other == written:
+        assert run_update(c_abi.make_update_args(fill)) == 0
+        return
+    at = getattr(c_abi.make_update_args(fill), other)
+    refuses_update(fill, OVERLAP, **{written: at})
+
+
+@needs_kernel
+def test_what_an_update_only_reads_may_overlap(fill: HistoryUpdate) -> None:
+    """So may the rows of its ids, and prompt lengths that only a fill reads."""
+    struct = c_abi.make_update_args(fill)
+    struct.prompt_lengths = struct.numbers
+    struct.ids_stride = 0
+    assert run_update(struct) == 0
+    assert fill.history.text.lengths.tolist() == [2, 1, 1]
+    assert fill.history.text.ids[0, :2].tolist() == [7, 8]
+    struct.kind = UPDATE_KINDS["append"]
+    struct.prompt_lengths = struct.lengths
+    assert run_update(struct) == 0
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("slots", "code"),
+    [
+        ([1, 1], OVERLAP),
+        ([2, 0, 2], OVERLAP),
+        ([0, -1, 1, 0], OVERLAP),
+        ([-1, -1], 0),
+        ([3, 3, 1], 0),  # there is no slot 3
+        ([-(2**31), 2, -(2**31)], 0),
+        ([2**31 - 1, 2**31 - 1, 0, 2], 0),
+    ],
+)
+@pytest.mark.parametrize("kind", UPDATE_KINDS)
+def test_slots_of_an_update_that_are_named_twice(
+    kind: UpdateKind, slots: list[int], code: int
+) -> None:
+    rows = len(slots)
+    history = history_of_updates()
+    changes = {"ids": torch.full((rows, 1), 6)} if kind != "rollback" else {}
+    update = HistoryUpdate(
+        kind,
+        history,
+        torch.tensor(slots, dtype=torch.int32),
+        torch.ones(rows, dtype=torch.int32),
+        **changes,
+        position=torch.zeros(rows, dtype=torch.int64),
+    )
+    before = update_memory(update)
+    assert run_update(c_abi.make_update_args(update)) == code
+    has_changed = code == 0 and any(0 <= slot < 3 for slot in slots)
+    # slot 1 has no output that could be taken away
+    assert (update_memory(update) != before) == (
+        has_changed and not (kind == "rollback" and slots == [3, 3, 1])
+    )
+
+
+@needs_kernel
+def test_an_update_of_no_rows(fill: HistoryUpdate) -> None:
+    """Its pointers do not matter, but its sizes and options do."""
+    before = update_memory(fill)
+    struct = c_abi.make_update_args(fill)
+    struct.rows = 0
+    struct.slots = struct.seen = struct.ids = struct.numbers = 1
+    assert run_update(struct) == 0
+    assert update_memory(fill) == before
+    struct.kind = 3
+    assert run_update(struct) == BAD_OPTION
+
+
+@needs_kernel
+def test_an_update_without_a_text_or_a_position() -> None:
+    """What is NULL is not read, and a length of texts that are not there does not matter."""
+    history = TokenHistory.from_ids([[1], [2], []], None, 40)
+    update = dataclasses.replace(update_of("fill", history), position=None)
+    struct = c_abi.make_update_args(update)
+    struct.max_text_length = 2**63 - 1
+    struct.text_lengths = struct.text_prompt_lengths = 1
+    assert run_update(struct) == MISALIGNED
+    struct.text_lengths = struct.text_prompt_lengths = None
+    assert run_update(struct) == 0
+    assert history.counts.nonzero().tolist() == [[2, 7]]
+    assert history.lengths.tolist() == [0, 0, 1]
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["append", "rollback"])
+def test_positions_and_lengths_wrap_around(kind: UpdateKind) -> None:
+    """As in torch, after the largest integer comes the smallest, and the other way round."""
+    history = history_of_updates()
+    update = update_of(kind, history)
+    start = 2**63 - 1 if kind == "append" else -(2**63)
+    history.lengths.fill_(start)
+    update.position.fill_(start)
+    judged = dataclasses.replace(update, history=history.clone(), position=update.position.clone())
+    assert run_update(c_abi.make_update_args(update)) == 0
+    apply_update(judged)
+    assert torch.equal(history.lengths, judged.history.lengths)
+    assert torch.equal(update.position, judged.position)
+    assert (update.position < 0).all() == (kind == "append")
 
 
 @needs_kernel

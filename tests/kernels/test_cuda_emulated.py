@@ -1,4 +1,4 @@
-"""Does the CUDA kernel equal the reference? Its device code runs in tests/kernels/cuda_emulation/.
+"""Do the CUDA kernels equal the reference? Their device code runs in tests/kernels/cuda_emulation/.
 
 Every kind of launch is tested: one block or a cluster, with and without a copy in shared memory.
 Each call runs the threads in another order.
@@ -9,12 +9,15 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import unchecked
 from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases, every_case
+from histories import KINDS, assert_drawings, assert_updates, with_text
 from param_slots import assert_by_slot
 from parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
 
@@ -27,7 +30,7 @@ from llm_sampling import (
     filter_logits,
     sample,
 )
-from llm_sampling.backends.base import SampleCall
+from llm_sampling.backends.base import PositionOf, SampleCall
 
 sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
 import backend as emulation
@@ -43,6 +46,9 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 launches = pytest.mark.parametrize(
     "launch", LAUNCHES, ids=lambda launch: f"{launch.blocks}{'c' if launch.copied else ''}"
 )
+
+
+not_inside = pytest.mark.skipif(SANITIZED is not None, reason="this process is one that it starts")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +126,17 @@ def test_parameters_of_slots(library, launch, position_of):
     groups = covering_cases(513, seed=turn, rows=12)
     backend = emulation.EmulatedBackend(library, launch)
     assert_by_slot(build_all(groups, 513, DTYPES[turn % 3], "cpu"), backend, position_of)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", SMALL_VOCABS, ids="V{}".format)
+def test_every_case_by_slot(library, vocab_size):
+    """The kinds of positions, the launches and the dtypes take turns over the sizes."""
+    turn = SMALL_VOCABS.index(vocab_size)
+    position_of = get_args(PositionOf)[turn % 3]
+    backend = emulation.EmulatedBackend(library, LAUNCHES[turn % len(LAUNCHES)])
+    batches = build_all(every_case(vocab_size, 2), vocab_size, DTYPES[turn // 3 % 3], "cpu")
+    assert_by_slot(batches, backend, position_of)
 
 
 @launches
@@ -238,6 +255,108 @@ def test_steps_of_many_draws(install, launch):
     assert torch.equal(draw(install(launch)), draw("cpu"))
 
 
+# Texts, windows, ids that count for one call, updates
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@kinds
+@pytest.mark.parametrize("vocab_size", [1, 33, 1000, 5003], ids="V{}".format)
+def test_updates(library, vocab_size, kind):
+    backend = emulation.EmulatedBackend(library, LAUNCHES[0])
+    for seed in range(3):
+        assert_updates(backend, kind, vocab_size, seed, "cpu")
+
+
+@kinds
+@launches
+def test_histories_of_every_kind(library, launch, kind):
+    """Each launch has histories and ids of its own, over a vocabulary of another size."""
+    turn = 3 * LAUNCHES.index(launch) + KINDS.index(kind)
+    backend = emulation.EmulatedBackend(library, launch)
+    sizes = (33, 1000, 1, 5003 if launch.blocks == 1 else 33)
+    assert_drawings(backend, kind, sizes[turn % 4], turn, "cpu")
+
+
+def assert_an_id_is_left_behind(backend):
+    """Two ids move a window of six; one of the two that leave is in it a second time."""
+    vocab_size, ids = 33, [3, 8, 7, 3, 9, 10]
+    history = TokenHistory.empty(1, vocab_size, max_length=9)
+    windows = torch.tensor([6], dtype=torch.int32)
+    history = with_text(history, history.text._replace(windows=windows))
+    history.extend(0, ids)
+    params = SamplingParams(repetition_penalty=1.7, frequency_penalty=0.3, seed=1)
+    call = SampleCall(
+        logits=torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0)),
+        batch=BatchParams.from_list([params], positions=[0]),
+        history=history,
+        allowed_mask=None,
+        extra_output=torch.tensor([[11, -1, 12]], dtype=torch.int32),
+    )
+    wanted = backends.BACKENDS["torch"].load().filter_logits(call)
+    without = backends.BACKENDS["torch"].load().filter_logits(replace(call, extra_output=None))
+    assert (wanted != without).nonzero()[:, 1].tolist() == [3, 8, 11, 12]
+    assert torch.equal(backend.filter_logits(call), wanted)
+
+
+@launches
+def test_an_id_that_leaves_the_window_is_left_behind(library, launch):
+    assert_an_id_is_left_behind(emulation.EmulatedBackend(library, launch))
+
+
+@launches
+def test_ids_for_one_call_among_more_seen_tokens_than_have_scores(install, launch):
+    """The counts of tokens without a score are looked up again, with the ids of the call."""
+    vocab_size, rows = 9000, 3
+    params = [SamplingParams(frequency_penalty=1.5, top_k=40, seed=s) for s in range(rows)]
+    outputs = [list(range(0, 9000, 2))] * rows
+    history = TokenHistory.from_ids([[1]] * rows, outputs, vocab_size)
+    logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))
+    best = logits.topk(64).indices.to(torch.int32)
+    call = SampleCall(
+        logits=logits,
+        batch=BatchParams.from_list(params, positions=[0] * rows),
+        history=history,
+        allowed_mask=None,
+        num_samples=8,
+        extra_output=best.contiguous(),
+    )
+    outputs = [backends.BACKENDS[name].load().sample(call) for name in ("torch", install(launch))]
+    assert torch.equal(outputs[0].tokens, outputs[1].tokens)
+    without = backends.BACKENDS["torch"].load().sample(replace(call, extra_output=None))
+    assert not torch.equal(without.tokens, outputs[0].tokens)
+
+
+@not_inside
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("if (!shared_.leaving_id_stays) {", "if (true) {"),
+        ("any_left = __syncthreads_count(has_left) > 0;", "any_left = true;"),
+        ("    penalties.repetition = -penalties.repetition;\n", ""),
+        ("if (entry >= 0) shared_.listing.stays[entry] = 1;", "(void)entry;"),
+        ("if (place < begin) id = -1;", "(void)place;"),
+        ("history_.counts[i] = 0;\n    __syncthreads();", "history_.counts[i] = 0;"),
+        ("param_index >= 0 && is_text_full(args_, index_)", "false"),
+    ],
+    ids=["leaving bit", "cleared", "scope", "stays", "extra", "filled", "full"],
+)
+def test_wrong_histories_are_seen(tmp_path, text, wrong):
+    """Without one of its rules or barriers, a kernel gives other histories or other tokens."""
+    library = emulation.build(tmp_path, planted=(text, wrong))
+    backend = emulation.EmulatedBackend(library, Launch(2, True))
+
+    def compare():
+        assert_an_id_is_left_behind(backend)
+        for seed in range(4):
+            for kind in KINDS:
+                assert_updates(backend, kind, 1000, seed, "cpu")
+            assert_drawings(backend, "windows", 33, seed, "cpu")
+
+    with pytest.raises(AssertionError):
+        compare()
+
+
 # Bans, filtered logits that are shifted
 
 
@@ -277,6 +396,13 @@ def test_hostile_values(library, launch):
     dtype = DTYPES[LAUNCHES.index(launch) % 3]
     for seed in range(4):
         unchecked.assert_hostile_values_do_no_harm(backend, 700, rows=24, seed=seed, dtype=dtype)
+
+
+@launches
+def test_hostile_histories(library, launch):
+    backend = emulation.EmulatedBackend(library, launch)
+    for seed in range(4):
+        unchecked.assert_hostile_updates_do_no_harm(backend, 450, seed)
 
 
 @launches
@@ -342,9 +468,6 @@ def run_sanitized(folder, expression, planted=(), markers=()):
             "ASAN_OPTIONS": "detect_leaks=0",
         },
     )
-
-
-not_inside = pytest.mark.skipif(SANITIZED is not None, reason="this process is one that it starts")
 
 
 SOME = "(covering and V33 and bfloat16) or (layouts and bfloat16 and offset)"

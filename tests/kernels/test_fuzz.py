@@ -1,7 +1,8 @@
 """Replays the fuzzer's corpus with AddressSanitizer and UBSan; fuzz.sh makes more inputs.
 
-cpp/fuzz_cpu.cpp compares every result of the CPU kernel with the steps done one by one. Here
-it runs the inputs that the fuzzer kept. Three kernels that are broken on purpose must be found.
+cpp/fuzz_cpu.cpp compares every result of the CPU kernel with the steps done one by one, and every
+history with its ids. Here it runs the inputs that the fuzzer kept. Kernels that are broken on
+purpose must be found.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 CORPUS = sorted((ROOT / "tests" / "kernels" / "cpp" / "corpus").iterdir())
 FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# AddressSanitizer then also sees what lies between the size of a vector and its capacity.
+FLAGS += ["-D_GLIBCXX_SANITIZE_VECTOR"]
 
 
 def replay(
@@ -51,9 +54,45 @@ BROKEN = {
     ),
     "a count that overflows": (
         "sample.cpp",
-        "count_up(args.position[row])",
-        "++args.position[row]",
+        "add_to(*position_place(args, row, index), 1);",
+        "++*position_place(args, row, index);",
         "signed integer overflow",
+    ),
+    "a text's length that is not limited": (
+        "../history.h",
+        "limited(read_once(*history.text_length), 0, history.max_text_length)",
+        "read_once(*history.text_length)",
+        "signed integer overflow",
+    ),
+    "an id of a text that is not limited": (
+        "../history.h",
+        "id >= 0 && id < history.vocab_size ? id : -1",
+        "id",
+        "AddressSanitizer",
+    ),
+    "a full text that is not looked for": (
+        "sample.cpp",
+        "if (is_text_full(args, row))",
+        "if (false)",
+        "FAILED: ",
+    ),
+    "an id that leaves the window but not its last place": (
+        "history.h",
+        "if (!is_new && !any_left)",
+        "if (!is_new)",
+        "FAILED: the state after",
+    ),
+    "ids for one call that move no window": (
+        "history.h",
+        "window_of(history, length + valid)",
+        "window_of(history, length)",
+        "FAILED: ",
+    ),
+    "an update of a slot that does not exist": (
+        "history.h",
+        "if (slot >= 0 && slot < update.num_slots)",
+        "if (slot >= 0 && slot <= update.num_slots)",
+        "AddressSanitizer",
     ),
 }
 

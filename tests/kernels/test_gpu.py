@@ -7,7 +7,15 @@ import pytest
 import torch
 from ranks import Ranks
 
-from llm_sampling import BatchParams, Sampler, SamplingParams, TokenHistory, sample, sample_sharded
+from llm_sampling import (
+    BatchParams,
+    RequestTable,
+    Sampler,
+    SamplingParams,
+    TokenHistory,
+    sample,
+    sample_sharded,
+)
 from llm_sampling.backends import BACKENDS, backend_info
 
 pytestmark = [
@@ -72,6 +80,91 @@ def test_no_step_waits_for_the_device(gpu_backend):
     try:
         for _ in range(3):
             sampler(logits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+#: A request that turns on whatever a captured graph must be ready for: its kernel is compiled then.
+EVERYTHING = SamplingParams(
+    top_k=50,
+    top_p=0.9,
+    repetition_penalty=1.2,
+    repetition_penalty_scope="output",
+    logit_bias={5: 1.0},
+    seed=1,
+)
+
+
+def make_tables(backend):
+    """Return the same table on the GPU and on the CPU, each with a request in every slot."""
+    options = {"vocab_size": V, "history": True, "max_length": 64}
+    tables = (
+        RequestTable(4, backend=backend, device="cuda", **options),
+        RequestTable(4, backend="torch", **options),
+    )
+    for table in tables:
+        for slot in range(4):
+            table.set(slot, EVERYTHING, prompt_ids=[1, 2, slot])
+    return tables
+
+
+def serve(table, step):
+    """Let requests come, go, and change, by every method of a table."""
+    device = table.device
+    slot, other = step % 4, (step + 1) % 4
+    table.clear(slot)
+    table.set(slot, EACH[step % len(EACH)], prompt_ids=[step, 7])
+    table.set(other, SamplingParams(temperature=0.9, presence_penalty=0.3, seed=step))
+    ids = torch.arange(5, device=device)[None]
+    table.fill([other], ids, [5], torch.full((1,), 3, device=device))
+    windowed = SamplingParams(frequency_penalty=0.5, penalty_last_n=4, seed=step)
+    table.set_params(other, windowed)
+    table.append(ids[:, :2], torch.full((1,), 2, device=device), slots=[other])
+    table.rollback([other], [1])
+
+
+def test_a_captured_graph_while_requests_change(gpu_backend):
+    """A graph that was captured once draws for requests that came later."""
+    table, judge = make_tables(gpu_backend)
+    logits = torch.randn(4, V, device="cuda")
+    slots = torch.arange(4, dtype=torch.int32, device="cuda")
+    record = torch.ones(4, dtype=torch.bool, device="cuda")
+    sample(logits, table, slots, record=record, backend=gpu_backend, check=False)  # compiles
+    sample(logits.cpu(), judge, [0, 1, 2, 3], record=True, check=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = sample(logits, table, slots, record=record, backend=gpu_backend, check=False)
+    generator = torch.Generator().manual_seed(3)
+    for step in range(12):
+        serve(table, step)
+        serve(judge, step)
+        named = [[0, 1, 2, 3], [3, -1, 3, 0], [2, 1, -1, -1]][step % 3]
+        recorded = [True, step % 2 == 0, True, True]
+        slots.copy_(torch.tensor(named))
+        record.copy_(torch.tensor(recorded))
+        logits.copy_(torch.randn(4, V, generator=generator))
+        graph.replay()
+        wanted = sample(logits.cpu(), judge, named, record=recorded, check=False)
+        assert output.tokens.tolist() == wanted.tokens.tolist()
+        assert output.status.tolist() == wanted.status.tolist()
+        assert torch.equal(table.positions.cpu(), judge.positions)
+        for name in ("seen", "counts", "lengths"):
+            found, expected = getattr(table.history, name), getattr(judge.history, name)
+            assert torch.equal(found.cpu(), expected), name
+
+
+def test_no_method_of_a_table_waits_for_the_device(gpu_backend):
+    table, _ = make_tables(gpu_backend)
+    logits = torch.randn(4, V, device="cuda")
+    slots = torch.arange(4, dtype=torch.int32, device="cuda")
+    options = {"record": True, "backend": gpu_backend, "check": False}
+    serve(table, 0)
+    sample(logits, table, slots, **options)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3):
+            serve(table, step)
+            sample(logits, table, [0, 1, -1, 3], **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -21,6 +21,8 @@ GXX = shutil.which("g++")
 EXACT = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS = ["-std=c++17", "-O1", "-g", *EXACT, "-pthread", "-DLLM_SAMPLING_CLONES="]
 MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# AddressSanitizer then also sees what lies between the size of a vector and its capacity.
+MEMORY += ["-D_GLIBCXX_SANITIZE_VECTOR"]
 #: The race that ThreadSanitizer must not report, by the functions that write and read the logits.
 #: load_tile is the only reader where logits are bfloat16. float32 logits are read in place, in
 #: functions that also use memory of the kernel's own, whose races must not be hidden.
@@ -30,7 +32,7 @@ RACE_FOUND = 66
 SECONDS, MANY_SECONDS = 3, 60
 #: Parameters, sizes, dtypes and threads of the program; of those ThreadSanitizer, which is slow,
 #: runs every 7th, which has no common factor with the numbers of each.
-COMBINATIONS, ONE_IN = 15 * 4 * 2 * 2, 7
+COMBINATIONS, ONE_IN = 20 * 4 * 2 * 2, 7
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++")
 
@@ -95,7 +97,7 @@ def with_thread_sanitizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @pytest.mark.parametrize("mode", ["logits", "all"])
 def test_memory_that_changes_during_a_call(with_address_sanitizer: Path, mode: str) -> None:
-    """The mode all also overwrites mask, history, biases, slots and parameters."""
+    """The mode all also overwrites mask, history, texts, biases, slots and parameters."""
     assert_all_is_well(run(with_address_sanitizer, mode, SECONDS))
 
 
@@ -132,17 +134,20 @@ def test_another_race_is_reported(
     assert "data race" in done.stderr
 
 
-def broken(folder: Path, file: str, right: str, wrong: str) -> Path:
-    """Return a copy of csrc in which one place is wrong."""
+def broken(folder: Path, file: str, *changes: str) -> Path:
+    """Return a copy of csrc with a file in which each right place became the wrong one after it."""
     sources = folder / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
     text = (sources / file).read_text()
-    assert text.count(right) == 1
-    (sources / file).write_text(text.replace(right, wrong))
+    for right, wrong in zip(changes[::2], changes[1::2], strict=True):
+        assert text.count(right) == 1
+        text = text.replace(right, wrong)
+    (sources / file).write_text(text)
     return sources
 
 
-#: Guards that are taken away: the mode that finds it, a file of csrc, the guard, what replaces it.
+#: Guards that are taken away: the mode that finds it, a file of csrc, the guard, what replaces it;
+#: then other places of that file in the same way.
 GUARDS = {
     "a target that the candidates have": (
         "logits",
@@ -204,6 +209,44 @@ GUARDS = {
         "rows.h",
         "limited(read_once(args.logit_bias_offsets[index]), 0, size)",
         "args.logit_bias_offsets[index]",
+    ),
+    "the length of a text in range": (
+        "all",
+        "history.h",
+        "limited(read_once(*history.text_length), 0, history.max_text_length)",
+        "*history.text_length",
+    ),
+    "a text that has become full": (
+        "all",
+        "cpu/history.h",
+        "    if (length == history.max_text_length) return;",
+        "    if (length < 0) return;",
+    ),
+    "an id of a text in range": (
+        "all",
+        "history.h",
+        "id >= 0 && id < history.vocab_size ? id : -1",
+        "id",
+    ),
+    "an id for one call in range": (
+        "all",
+        "cpu/history.h",
+        "if (id >= 0 && id < history.vocab_size) next[valid++] = id;",
+        "next[valid++] = id;",
+    ),
+    "a window that is read once": (
+        "all",
+        "history.h",
+        "  int64_t window;  ",
+        "  const int32_t* place;\n  int64_t window;  ",
+        "history.window = read_once(args.windows[slot]);",
+        "history.window = read_once(*(history.place = args.windows + slot));",
+        "  const bool is_all = history.window < 0 || history.window > length;\n"
+        "  return {is_all ? 0 : length - history.window, length};",
+        "  int64_t window = history.window;\n"
+        "  const bool is_later = history.place != nullptr && length > text_length(history);\n"
+        "  if (is_later) window = read_once(*history.place);\n"
+        "  return {window < 0 || window > length ? 0 : length - window, length};",
     ),
 }
 

@@ -20,6 +20,8 @@ from llm_sampling.backends import BACKENDS, base
 from llm_sampling.backends import triton as triton_backend
 from llm_sampling.backends.triton import Launch, choose_launch
 from llm_sampling.calls import make_call
+from llm_sampling.fields import SCOPES
+from llm_sampling.history import UPDATE_KINDS
 
 TESTS = Path(__file__).parents[1]
 NUCLEUS = SamplingParams(top_p=0.9)
@@ -100,6 +102,14 @@ def test_kernel_numbers_logprobs_and_status_as_the_table_does():
     assert kernel._NAN_SEEN.value == base.STATUS_NAN
     assert kernel._NO_CANDIDATE.value == base.STATUS_NO_CANDIDATE
     assert kernel._POS_INF_SEEN.value == base.STATUS_POS_INF
+    assert kernel._TEXT_FULL.value == base.STATUS_TEXT_FULL
+    assert kernel.OUTPUT_SCOPE.value == SCOPES["output"]
+
+
+def test_kernel_numbers_updates_as_the_table_does():
+    kernel = pytest.importorskip("llm_sampling.backends.triton_history", exc_type=ImportError)
+    numbers = {kind: getattr(kernel, kind.upper()).value for kind in UPDATE_KINDS}
+    assert numbers == UPDATE_KINDS
 
 
 @pytest.mark.skipif(bool(INTERPRETED), reason="the interpreter runs on the CPU")
@@ -242,6 +252,7 @@ def version_of(module):
 #: the default run and in that of -m sweep.
 INTERPRETED_FILES = {
     "sampling/test_edges.py": ("triton", 120, 30),
+    "sampling/test_histories.py": ("triton", 5, 16),
     "sampling/test_parity.py": (
         "triton and (test_covering_cases or raw_logprobs or more_than_there_are)",
         2,
@@ -311,10 +322,26 @@ def test_everything_in_the_interpreter(name, markers):
         ("tl.where(is_drawn, ids, -1)", "tl.where(is_drawn, ids, 0)", "that_change"),
         ("            if smallest < 0:", "            if smallest < -1:", "that_change"),
         ("produced = (token >= 0)", "produced = (token >= -1)", "that_change"),
+        (
+            "tl.minimum(tl.maximum(tl.load(text.lengths), 0), text.max_length)",
+            "tl.load(text.lengths)",
+            "hostile",
+        ),
+        ("left = tl.where((left >= 0) & (left < vocab_size), left, -1)", "left += 0", "hostile"),
+        (
+            "is_id = (ids >= 0) & (ids < vocab_size)\n    count",
+            "is_id = ids > -9\n    count",
+            "hostile",
+        ),
+        ("if (slot >= 0) & (slot < num_slots):", "if slot >= -1:", "hostile_updates"),
+        ("number = tl.minimum(tl.maximum(number, 0), most)", "number += 0", "hostile_updates"),
+        ("is_id & (place < text.max_length)", "is_id & (place < 99)", "hostile_updates"),
     ],
     ids=[
         *("slots", "first bias", "last bias", "slots of parameters", "temperature"),
         *("threshold", "tile", "token", "status", "advance"),
+        *("length of a text", "leaving id", "extra id"),
+        *("slots of an update", "number of an update", "room of a text"),
     ],
 )
 def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
@@ -323,10 +350,13 @@ def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
     for name in ("llm_sampling", "tests"):
         shutil.copytree(TESTS.parent / name, tmp_path / name)
     shutil.copy(TESTS.parent / "pyproject.toml", tmp_path)
-    source = tmp_path / "llm_sampling/backends/triton_kernel.py"
-    kernel = source.read_text()
-    assert kernel.count(text) == 1
-    source.write_text(kernel.replace(text, wrong))
+    found = 0
+    for name in ("triton_kernel.py", "triton_history.py"):
+        source = tmp_path / "llm_sampling/backends" / name
+        kernel = source.read_text()
+        found += kernel.count(text)
+        source.write_text(kernel.replace(text, wrong))
+    assert found == 1
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"),

@@ -7,6 +7,10 @@ import importlib
 from dataclasses import replace
 
 import pytest
+import torch
+
+from llm_sampling.backends import triton as wrapper
+from llm_sampling.history import UPDATE_KINDS, HistoryUpdate
 
 try:
     import triton
@@ -15,6 +19,7 @@ except ImportError as error:
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 triton_cost = importlib.import_module("benchmarks.triton_cost")
+triton_history = importlib.import_module("llm_sampling.backends.triton_history")
 Variant = triton_cost.Variant
 measure = triton_cost.measure
 broken_rules = triton_cost.broken_rules
@@ -43,6 +48,64 @@ def test_every_kind_of_call_compiles(kind, arch):
     assert 16 in {instruction.loaded for instruction in code}
     if "history" not in kind and "logprobs" not in kind:
         assert triton_cost.count_fma(compiled.asm["ptx"]) == 0
+
+
+#: Parts of kinds: every field of a history that a call may have.
+HISTORIES = (
+    "text + record + advance",
+    "text + window + advance",
+    "extra output",
+    "text + window + scope + extra output + record + advance",
+)
+
+
+@pytest.mark.parametrize("arch", triton_cost.TARGETS)
+@pytest.mark.parametrize("history", HISTORIES)
+def test_every_history_compiles(history, arch):
+    compiled, _ = triton_cost.compile_variant(
+        Variant(f"greedy + history + {history}", "bfloat16"), arch
+    )
+    assert compiled.metadata.shared <= triton_cost.SHARED_KIB[arch] * 1024
+
+
+@pytest.mark.parametrize("arch", triton_cost.TARGETS)
+@pytest.mark.parametrize("kind", UPDATE_KINDS)
+def test_every_update_compiles(kind, arch, monkeypatch):
+    """With ids of both sizes, with and without a text, windows, a prompt and positions."""
+    launched = []
+    monkeypatch.setattr(triton_history, "update_kernel", LaunchedKernel(launched))
+    column = torch.zeros(2, dtype=torch.int32)
+    for name in ("", "text", "text + window"):
+        history = triton_cost.history_of(name, 2, 50257)
+        if kind == "rollback":
+            if history.text is None:
+                continue
+            update = HistoryUpdate(kind, history, column, column)
+        elif name == "":
+            ids = torch.zeros(2, 40, dtype=torch.int32)
+            update = HistoryUpdate(kind, history, column, column, ids)
+        else:
+            position = torch.zeros(2, dtype=torch.int64)
+            ids = torch.zeros(2, 40, dtype=torch.int64)
+            of_prompt = column if kind == "fill" else None
+            update = HistoryUpdate(kind, history, column, column, ids, of_prompt, position, "slot")
+        wrapper.update_history(update)
+    monkeypatch.undo()
+    assert len(launched) == (2 if kind == "rollback" else 3)
+    for args, kwargs in launched:
+        compiled = triton_cost.compile_launch(arch, triton_history.update_kernel, *args, **kwargs)
+        assert compiled.metadata.shared <= 8192
+
+
+class LaunchedKernel:
+    """Stands for a kernel, and keeps what it is launched with."""
+
+    def __init__(self, launched):
+        self.launched = launched
+
+    def __getitem__(self, grid):
+        assert grid == (2,)
+        return lambda *args, **kwargs: self.launched.append((args, kwargs))
 
 
 @needs_lines

@@ -264,6 +264,11 @@ def test_hostile_values(small_tiles, most_steps, guard, seed):
     )
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_hostile_updates(seed):
+    unchecked.assert_hostile_updates_do_no_harm(backend, 450, seed)
+
+
 def test_a_bad_temperature_counts_as_1():
     wanted = backend.sample(unchecked.call_at((1.0,) * len(unchecked.BAD_TEMPERATURES)))
     got = backend.sample(unchecked.call_at(unchecked.BAD_TEMPERATURES))

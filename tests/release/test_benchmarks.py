@@ -21,6 +21,7 @@ from benchmarks import (
     environments,
     plots,
     report,
+    serving,
     threads,
     timing,
     vllm_engine,
@@ -650,6 +651,19 @@ def test_the_threads_of_a_row(tmp_path, capsys):
     pairs = [(case, provider) for case, shown in threads.SHOWN.items() for provider in shown]
     assert seen == {(*pair, after) for pair in pairs for after in ("a model", "itself", "a pause")}
     assert threads.table(record["lines"], 2) in capsys.readouterr().out
+
+
+def test_requests_that_come_and_go(tmp_path, capsys, monkeypatch):
+    for name, value in (("VOCAB_SIZE", 50), ("REQUESTS", 6), ("CHANGES", 2), ("PROMPT", 3)):
+        monkeypatch.setattr(serving, name, value)
+    before = torch.get_num_threads()
+    serving.main(["--steps", "2", "--json", str(tmp_path / "serving.json")])
+    torch.set_num_threads(before)
+    record = json.loads((tmp_path / "serving.json").read_text())
+    assert record["command"].startswith("python -m benchmarks.serving --steps 2")
+    assert [line["by"] for line in record["lines"]] == ["RequestTable", "Sampler"]
+    shown = capsys.readouterr().out
+    assert all(f"| {line['by']} | {line['python_us']} |" in shown for line in record["lines"])
 
 
 def test_a_call_is_timed_alone_and_after_what_is_said():

@@ -34,19 +34,23 @@ PIECES = {
     **{f.name: [f.packed.name] for f in FIELDS.values() if f.packed is not None},
 }
 
+#: The same for parameters that kernels find in the history and not in BatchParams.
+OF_THE_HISTORY = {"penalty_last_n": ["windows"]}
+
 #: The fields of BatchParams that are no parameters: flags, positions, and which rows have no seed.
 FLAGS = {"needs_history", "all_greedy", "any_filter"}
-FLAGS |= {"kept_at_most", "any_top_k", "any_top_p", "any_floor"}
+FLAGS |= {"kept_at_most", "any_top_k", "any_top_p", "any_floor", "any_output_scope", "any_window"}
 DERIVED = {"unseeded", "position", *FLAGS}
 
 #: The layers of the package. A module may import only modules of the layers above its own.
 LAYERS = (
     ("version", "checks", "tensors", "backends.triton_kernel"),
-    ("fields", "history"),
+    ("fields", "history", "backends.triton_history"),
     ("params", "masks"),
     ("backends.base",),
-    ("backends", "reference", "backends.c_abi", "table"),
-    ("backends.native", "calls"),
+    ("backends", "reference", "backends.c_abi"),
+    ("backends.native", "table"),
+    ("calls",),
     ("ops",),
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
     ("sampler", "distributed"),
@@ -160,7 +164,9 @@ def test_docs_list_every_parameter(path):
     for name, (range_, off) in table.items():
         assert range_
         value = OFF_VALUES[name]
-        expected = "None" if value is None else f"{value:g}"
+        expected = f'"{value}"' if isinstance(value, str) else "None"
+        if isinstance(value, (int, float)):
+            expected = f"{value:g}"
         assert re.match(rf"{expected}(\D|$)", off), f"{name} is off at {expected}, not {off!r}"
 
 
@@ -177,7 +183,7 @@ def test_tables_are_made_from_the_fields(path):
 # Every place that a new parameter needs
 
 FILTERS = ("rank", "mass", "depth")
-EVERY_KIND = ("bias", "penalty", "scale", *FILTERS, "floor", "seed")
+EVERY_KIND = ("bias", "penalty", "scope", "scale", *FILTERS, "floor", "seed")
 
 #: file or folder -> the kinds of parameters that it must name
 PLACES = {
@@ -192,9 +198,9 @@ PLACES = {
     "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),
     "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
     "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
-    "llm_sampling/tools/data/explain.html": ("penalty", "scale", *FILTERS, "floor"),
+    "llm_sampling/tools/data/explain.html": ("penalty", "scope", "scale", *FILTERS, "floor"),
     "docs/semantics.md": EVERY_KIND,
-    "docs/parameters.md": ("penalty", "scale", *FILTERS, "seed"),
+    "docs/parameters.md": ("penalty", "scope", "scale", *FILTERS, "seed"),
     "README.md": EVERY_KIND,
     "tests/cases.py": EVERY_KIND,
     "tests/strategies.py": EVERY_KIND,
@@ -215,7 +221,7 @@ def read_all(path):
 
 def is_named(parameter, text):
     """Return whether a text names a parameter, or all fields that hold it."""
-    names = [[parameter], pieces(parameter)]
+    names = [[parameter], pieces(parameter), OF_THE_HISTORY.get(parameter, [parameter])]
     return any(all(re.search(rf"\b{n}\b", text) for n in these) for these in names)
 
 
@@ -253,9 +259,9 @@ def header():
     return re.sub(r"//.*", "", read("csrc/llm_sampling.h"))
 
 
-def struct_fields():
-    """Return the C type of each field of the struct, in order, without const."""
-    body = re.search(r"struct LlmSamplingArgs \{(.*?)\} LlmSamplingArgs;", header(), re.DOTALL)[1]
+def struct_fields(struct="LlmSamplingArgs"):
+    """Return the C type of each field of a struct, in order, without const."""
+    body = re.search(rf"struct {struct} \{{(.*?)\}} {struct};", header(), re.DOTALL)[1]
     found = {}
     for declaration in body.split(";"):
         if declaration.strip():
@@ -276,7 +282,7 @@ def constant(name):
 def test_struct_has_every_parameter():
     struct = struct_fields()
     for name in PARAMETERS:
-        for piece in pieces(name):
+        for piece in OF_THE_HISTORY.get(name, pieces(name)):
             assert piece in struct, f"{name} is missing in csrc/llm_sampling.h"
 
 
@@ -288,16 +294,41 @@ def test_struct_reads_the_dtypes_that_a_batch_has():
 
 
 def test_pointers_are_what_a_batch_has():
-    tensors = [f.name for f in fields(BatchParams) if f.name not in ("unseeded", *FLAGS)]
+    tensors = [
+        f.name for f in fields(BatchParams) if f.name not in ("unseeded", *OF_THE_HISTORY, *FLAGS)
+    ]
     assert sorted(KERNEL_TENSORS) == sorted(tensors)
 
 
-def test_ctypes_struct_is_the_header_s():
+@pytest.mark.parametrize(
+    ("struct", "own"),
+    [("LlmSamplingArgs", c_abi.SampleArgs), ("LlmSamplingUpdate", c_abi.HistoryUpdateArgs)],
+)
+def test_ctypes_struct_is_the_header_s(struct, own):
     expected = [
         (name, ctypes.c_void_p if type_.endswith("*") else C_TYPES[type_])
-        for name, type_ in struct_fields().items()
+        for name, type_ in struct_fields(struct).items()
     ]
-    assert [tuple(field) for field in c_abi.SampleArgs._fields_] == expected
+    assert [tuple(field) for field in own._fields_] == expected
+
+
+@pytest.mark.parametrize("own", [c_abi.SampleArgs, c_abi.HistoryUpdateArgs])
+def test_no_field_has_padding_before_it(own):
+    """The struct is then the same for every compiler that has these types."""
+    end = 0
+    for name, type_ in own._fields_:
+        assert getattr(own, name).offset == end, name
+        end += ctypes.sizeof(type_)
+    assert end == ctypes.sizeof(own)
+    assert end % 8 == 0
+
+
+def test_a_history_is_described_alike_in_both_structs():
+    """Both have its fields, which one function of Python fills, and one of C++ reads."""
+    sample, update = struct_fields(), struct_fields("LlmSamplingUpdate")
+    described = [*update][[*update].index("seen") :]
+    assert described == [name for name in sample if name in described]
+    assert [update[name] for name in described] == [sample[name] for name in described]
 
 
 def test_header_and_python_have_the_same_constants():
@@ -306,6 +337,15 @@ def test_header_and_python_have_the_same_constants():
     assert constant("STATUS_NAN") == base.STATUS_NAN
     assert constant("STATUS_NO_CANDIDATE") == base.STATUS_NO_CANDIDATE
     assert constant("STATUS_POS_INF") == base.STATUS_POS_INF
+    assert constant("STATUS_TEXT_FULL") == base.STATUS_TEXT_FULL
+    assert constant("MAX_EXTRA_OUTPUT") == base.MAX_EXTRA_OUTPUT
+
+
+def test_header_and_python_number_updates_and_positions_alike():
+    for kind, number in history.UPDATE_KINDS.items():
+        assert constant(f"UPDATE_{kind}".upper()) == number
+    for of, number in base.POSITION_MODES.items():
+        assert constant(f"POSITION_OF_{of}".upper()) == number
 
 
 def filled(dtype=torch.float32, **changes):
@@ -368,10 +408,10 @@ def test_cuda_has_the_step(number, word):
 def test_cuda_s_kernel_takes_every_parameter():
     """The kernel, or a function of the shared headers that it calls, reads every field."""
     kernel = cuda_kernel()
-    headers = read("csrc/semantics.h") + read("csrc/rows.h")
+    headers = "".join(map(read, ("csrc/semantics.h", "csrc/rows.h", "csrc/history.h")))
     read_by_it = set(re.findall(r"\bargs_?\.(\w+)", kernel))
     functions = re.findall(
-        r"(\w+)\(const LlmSamplingArgs& args.*?\{\n(.*?)\n\}", headers, re.DOTALL
+        r"(\w+)\(const (?:LlmSampling)?Args& args.*?\{\n(.*?)\n\}", headers, re.DOTALL
     )
     for name, body in functions:
         if re.search(rf"\b{name}\((?:args_|plan\.args)", kernel):

@@ -51,6 +51,7 @@ SOMEWHERE = {
     "generation.models": {"gguf", "transformers"},
     "integrations.huggingface": {"transformers"},
     "backends.triton": {"triton"},
+    "backends.triton_history": {"triton"},
     "backends.triton_kernel": {"triton"},
     "tools.cli.chat": {"rich"},
     "tools.cli.console": {"rich", "tqdm"},

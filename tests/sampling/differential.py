@@ -37,6 +37,8 @@ LARGEST_VOCAB = 2**18
 SPECIAL = (0.0, -0.0, 1.0, INF, -INF, NAN, 1e-40, -1e-40, 3e38, -3e38, 65504.0)
 POSITIONS = (0, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
 LOGPROB_TOLERANCE = 1e-5
+#: No row has more ids in prompt and output together.
+MOST_IDS = 90
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,22 @@ def mask_words(allowed: Tensor) -> Tensor:
     return (bits.view(rows, -1, 32) << torch.arange(32)).sum(-1).to(torch.int32)
 
 
+def history_of(rows: Rows) -> TokenHistory:
+    """Return the history of the rows with their windows, which few rows have."""
+    ids = rows.prompts, rows.outputs, rows.vocab_size
+    windows = [row.penalty_last_n for row in rows.params]
+    if max(windows) < 0:
+        return TokenHistory.from_ids(*ids)
+    return TokenHistory.from_ids(*ids, max_length=MOST_IDS, penalty_last_n=windows)
+
+
 def answers(rows: Rows, names: Sequence[str]) -> Iterator[Answer]:
     """Yield the answer of each named backend in turn."""
     before = rows.around[0]
     logits = torch.nn.functional.pad(rows.logits, rows.around, value=NAN)
     logits = logits[:, before : before + rows.vocab_size]
     given: dict[str, Any] = {
-        "history": TokenHistory.from_ids(rows.prompts, rows.outputs, rows.vocab_size),
+        "history": history_of(rows),
         "allowed_mask": None if rows.allowed is None else mask_words(rows.allowed),
     }
     asked: dict[str, Any] = {
@@ -177,6 +188,8 @@ def random_params(rng: random.Random, vocab_size: int) -> SamplingParams:
         min_tokens_to_keep=rng.choice((1, 1, 1, 2, rng.randrange(1, vocab_size + 2))),
         logit_bias=bias,
         seed=rng.randrange(2**64),
+        repetition_penalty_scope=rng.choice(("all", "output")),
+        penalty_last_n=rng.choice((*[-1] * 6, 0, 1, rng.randrange(MOST_IDS), 2**31)),
     )
 
 
@@ -199,7 +212,7 @@ def random_rows(seed: int, batch: int) -> Rows:
     return Rows(
         logits=random_logits(rng, rows, vocab_size),
         params=params,
-        prompts=tuple(ids(60) for _ in params),
+        prompts=tuple(ids(MOST_IDS - 30) for _ in params),
         outputs=tuple(ids(30) for _ in params),
         allowed=allowed,
         positions=tuple(rng.choice((*POSITIONS, rng.randrange(2**64))) for _ in params),
@@ -264,7 +277,9 @@ def fewer(ids: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 def simpler_values(name: str, value: Any) -> Iterator[Any]:
     """Yield simpler values of the parameter ``name``, the simplest first."""
     values = [0 if name == "seed" else OFF_VALUES[name]]
-    if name == "logit_bias":
+    if isinstance(value, str):
+        pass  # there is no simpler word than that which is off
+    elif name == "logit_bias":
         values += [{i: b for i, b in (value or {}).items() if i != token} for token in value or ()]
     elif isinstance(value, int):
         values += [1, 2, value // 2]
@@ -351,6 +366,9 @@ def as_program(row: Rows, backend: str) -> str:
     }
     arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())
     prompts, outputs = [[*ids] for ids in row.prompts], [[*ids] for ids in row.outputs]
+    window = ""
+    if params.penalty_last_n >= 0:
+        window = f", max_length={MOST_IDS}, penalty_last_n={params.penalty_last_n}"
     mask = "None"
     if row.allowed is not None:
         mask = f"torch.tensor({mask_words(row.allowed).tolist()}, dtype=torch.int32)"
@@ -368,7 +386,7 @@ from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
 
 logits = torch.tensor({row.logits.float().tolist()}, dtype={row.logits.dtype})
 {layout}params = SamplingParams({arguments})
-history = TokenHistory.from_ids({prompts}, {outputs}, {row.vocab_size})
+history = TokenHistory.from_ids({prompts}, {outputs}, {row.vocab_size}{window})
 given = {{"history": history, "allowed_mask": {mask}}}
 asked = {{"positions": {[*row.positions]}, "num_samples": {row.num_samples},
          "logprobs": {row.logprobs!r}, "check": False}}

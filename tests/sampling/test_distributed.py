@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from cases import (
     every_case,
     filter_mixes,
 )
+from no_waiting import nothing_waits
 from ranks import Ended, Raised, Ranks
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sharded as benchmark
 from llm_sampling import (
@@ -218,6 +219,66 @@ def test_every_backend(three: Ranks, backend: str) -> None:
     ends = uneven(513, 3, 2)
     for cases in (groups, with_few_candidates(groups, 513)):
         assert_same(three, cases, 513, torch.float32, ends, backend=backend, logprobs="processed")
+
+
+def windowed(vocab_size: int) -> tuple[list[SamplingParams], TokenHistory, list[Tensor]]:
+    """Return parameters with windows and scopes, their history, and the logits of five steps."""
+    strong: dict[str, Any] = {"repetition_penalty": 2.5, "frequency_penalty": 0.5}
+    params = [
+        SamplingParams(**strong, penalty_last_n=3, seed=1),
+        SamplingParams(**strong, penalty_last_n=0, top_k=9, seed=2),
+        SamplingParams(**strong, repetition_penalty_scope="output", top_p=0.8, seed=3),
+        SamplingParams(
+            **strong, penalty_last_n=2, repetition_penalty_scope="output", temperature=0
+        ),
+    ]
+    history = TokenHistory.from_ids(
+        [[1, 5, 7], [2, 2], [vocab_size - 1, 4], []],
+        [[5, 6], [3], [], [0, 9, 9]],
+        vocab_size,
+        max_length=12,
+        penalty_last_n=[row.penalty_last_n for row in params],
+    )
+    steps = [logits_of(step, 4, vocab_size) for step in range(5)]
+    for logits in steps:
+        logits[:, :10] += 6  # most candidates are in the histories
+    return params, history, steps
+
+
+def draw_windowed(rank: int, vocab_size: int, ends: Sequence[int], few: bool) -> list[list[int]]:
+    params, history, steps = windowed(vocab_size)
+    if few:  # all rows keep few tokens, so that the ranks exchange candidates
+        params = [replace(row, top_k=9) for row in params]
+    drawn = []
+    for logits in steps:
+        local = logits[:, ends[rank] : ends[rank + 1]]
+        tokens = sample_sharded(local, params, vocab_start=ends[rank], history=history).tokens
+        history.append(tokens)
+        drawn.append(tokens.tolist())
+    return drawn
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_windows_and_scopes_of_penalties(three: Ranks, few: bool) -> None:
+    vocab_size = 40
+    params, history, steps = windowed(vocab_size)
+    if few:
+        params = [replace(row, top_k=9) for row in params]
+
+    def drawn(params: list[SamplingParams], history: TokenHistory) -> list[list[int]]:
+        tokens = []
+        for logits in steps:
+            tokens.append(sample(logits, params, history=history).tokens)
+            history.append(tokens[-1])
+        return [step.tolist() for step in tokens]
+
+    expected = drawn(params, history)
+    assert three(draw_windowed, vocab_size, [0, 3, 17, vocab_size], few) == [expected] * 3
+    off = [replace(row, penalty_last_n=-1, repetition_penalty_scope="all") for row in params]
+    whole = [[1, 5, 7], [2, 2], [39, 4], []], [[5, 6], [3], [], [0, 9, 9]]
+    without = drawn(off, TokenHistory.from_ids(*whole, vocab_size))
+    for row in range(4):
+        assert [step[row] for step in expected] != [step[row] for step in without]
 
 
 def each_mix_alone(vocab_size: int) -> list[list[Case]]:
@@ -536,23 +597,6 @@ def test_only_collectives_that_nccl_has(three: Ranks) -> None:
             }
 
 
-class NoWaiting(TorchDispatchMode):
-    """Raise for operations that wait for a device: reads of values, and data-dependent shapes."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        waits = name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
-        if name in ("index", "index_put", "index_put_"):
-            waits = any(part is not None and part.dtype == torch.bool for part in args[1])
-        if waits or name == "repeat_interleave":
-            raise AssertionError(f"{name} waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
-def refuse(*_: Any) -> Any:
-    raise AssertionError("a copy to the host waits for the device")
-
-
 def without_waiting(rank: int, options: dict[str, Any], waiting: str | None) -> Any:
     mask = torch.full((4, 10), -1, dtype=torch.int32)
     history = TokenHistory.from_ids([[1], [2], [3], [4]], None, 300)
@@ -560,9 +604,7 @@ def without_waiting(rank: int, options: dict[str, Any], waiting: str | None) -> 
     logits = logits_of(0, 4, 300)[:, 100 * rank : 100 * rank + 100]
     options |= {"history": history, "allowed_mask": mask, "vocab_start": 100 * rank}
     options |= {"num_samples": 2, "check": False, "backend": "cpu"}
-    with NoWaiting(), pytest.MonkeyPatch.context() as patch:
-        for name in ("tolist", "cpu", "numpy"):
-            patch.setattr(Tensor, name, refuse)
+    with nothing_waits():
         output = sample_sharded(logits, params, **options)
         if waiting:
             getattr(output.tokens[0, 0], waiting)()
@@ -778,6 +820,10 @@ def test_ranks_at_other_positions_all_raise(two: Ranks) -> None:
         ({"params": [CHAIN_ALONE]}, "params must have one entry per row of logits (2), got 1"),
         ({"params": PENALTY}, "history must be given where repetition_penalty"),
         ({"params": PENALTY, "history": [[1]]}, "history must be a TokenHistory, got list"),
+        (
+            {"params": replace(PENALTY, penalty_last_n=3), "history": history_of(10)},
+            "history must have windows where penalty_last_n is on",
+        ),
         ({"num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
         ({"logprobs": "all"}, 'logprobs must be None, "processed" or "raw", got \'all\''),
         ({"positions": [1]}, "positions must be of shape (2,), got (1,)"),

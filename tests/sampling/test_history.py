@@ -1,5 +1,7 @@
 """Does a TokenHistory agree with plain lists of ids after every way to build and change it?"""
 
+import copy
+import pickle
 import random
 import re
 
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from llm_sampling import SamplingParams, TokenHistory, sample
+from llm_sampling import RequestTable, SamplingParams, TokenHistory, sample
+from llm_sampling.history import Text
 
 
 def _unpacked(history):
@@ -467,3 +470,193 @@ def test_to():
     assert {t.device.type for t in (moved.seen, moved.counts, moved.lengths, moved.slots)} == {
         "meta"
     }
+
+
+# Memory that belongs to the caller
+
+
+class Memory:
+    """Tensors of somebody else, each a view of a larger one that is otherwise full of 77."""
+
+    def __init__(self):
+        self.held = []
+
+    def zeros(self, *shape, dtype, gap=0):
+        """Return rows of zeros, with ``gap`` elements before and after each."""
+        size = (shape[0] + 2, *(width + 2 * gap for width in shape[1:]))
+        whole = torch.full(size, 77, dtype=torch.int32 if dtype == torch.uint32 else dtype)
+        inside = whole[1:-1]
+        if gap:
+            inside = inside[:, gap:-gap]
+        inside.zero_()
+        self.held.append((whole, inside))
+        return inside.view(dtype)
+
+    def assert_nothing_else_is_written(self):
+        for whole, inside in self.held:
+            around = whole.clone()
+            view = around.as_strided(inside.shape, inside.stride(), inside.storage_offset())
+            view.fill_(77)
+            assert (around == 77).all()
+
+
+def _with_caller_s_memory(memory, vocab_size, *, words, has_lengths, max_length, slots=(2, 0)):
+    capacity = 3
+    text = None
+    if max_length is not None:
+        text = Text(
+            memory.zeros(capacity, max_length, dtype=torch.int32),
+            memory.zeros(capacity, dtype=torch.int64),
+            memory.zeros(capacity, dtype=torch.int64),
+            memory.zeros(capacity, dtype=torch.int32).fill_(-1),
+        )
+    lengths = memory.zeros(capacity, dtype=torch.int64) if has_lengths else None
+    return TokenHistory(
+        memory.zeros(capacity, -(-vocab_size // 32), dtype=words, gap=3),
+        memory.zeros(capacity, vocab_size, dtype=words, gap=5),
+        lengths,
+        torch.tensor(slots, dtype=torch.int32),
+        vocab_size,
+        text,
+    )
+
+
+@pytest.mark.parametrize("max_length", [None, 9])
+@pytest.mark.parametrize("has_lengths", [True, False])
+@pytest.mark.parametrize("words", [torch.int32, torch.uint32], ids=str)
+def test_memory_of_the_caller_is_changed_in_place(words, has_lengths, max_length):
+    memory = Memory()
+    history = _with_caller_s_memory(
+        memory, 70, words=words, has_lengths=has_lengths, max_length=max_length
+    )
+    own = TokenHistory.empty(3, 70, max_length=max_length, penalty_last_n=max_length and [-1] * 3)
+    own.select([2, 0])
+    both = (history, own)
+    addresses = [history.seen.data_ptr(), history.counts.data_ptr(), history.lengths.data_ptr()]
+    for each in both:
+        each.append(torch.tensor([69, 31]))
+        each.extend(1, [5, 5, -1, 32])
+        each.append(torch.tensor([-1, 69]))
+        assert each.add([1, 2], [3]) == 2
+        if max_length is not None:
+            each.rollback(1, 2)
+    _same(history, own)
+    memory.assert_nothing_else_is_written()
+    assert addresses == [x.data_ptr() for x in (history.seen, history.counts, history.lengths)]
+    insides = [inside for _, inside in memory.held]
+    for tensor in (own.seen, own.counts, *(own.text or ())):
+        assert any(x.shape == tensor.shape and torch.equal(x, tensor) for x in insides)
+    for each in both:
+        each.select([2, 1])
+        each.append(torch.tensor([7, 8]))
+    _same(history, own)
+    memory.assert_nothing_else_is_written()
+
+
+@pytest.mark.parametrize("max_length", [None, 4])
+def test_no_row_is_added_to_memory_of_the_caller_that_is_full(max_length):
+    memory = Memory()
+    history = _with_caller_s_memory(
+        memory, 40, words=torch.int32, has_lengths=True, max_length=max_length, slots=(1, 2, 0)
+    )
+    history.append(torch.tensor([1, 2, 3]))
+    before = copy.deepcopy(history)
+    message = (
+        "there must be a free slot for one more row, since these tensors belong to the caller, got "
+        "3 rows in 3 slots"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        history.add([1], [2])
+    _same(history, before)
+    history.select([0, 2])
+    assert history.add([9]) == 2  # the slot that became free
+    assert history.slots.tolist() == [1, 0, 2]
+    assert _unpacked(history)[2] == ({9}, {}, 0)
+    memory.assert_nothing_else_is_written()
+
+
+def test_a_copy_of_memory_of_the_caller_is_its_own():
+    """A clone owns its tensors, so that it can grow."""
+    memory = Memory()
+    history = _with_caller_s_memory(
+        memory, 40, words=torch.uint32, has_lengths=False, max_length=4, slots=(0, 1, 2)
+    )
+    clone = history.clone()
+    assert clone.add([1], [2]) == 3
+    clone.append(torch.tensor([4, 4, 4, 4]))
+    assert _unpacked(history) == [(set(), {}, 0)] * 3
+    memory.assert_nothing_else_is_written()
+
+
+@pytest.mark.parametrize("max_length", [None, 20])
+def test_a_table_on_an_engine_s_tensors(backend, max_length):
+    """It draws what a table with tensors of its own draws, and writes into the engine's."""
+    vocab_size = 70
+    memory = Memory()
+    engines = _with_caller_s_memory(
+        memory, vocab_size, words=torch.int32, has_lengths=False, max_length=max_length
+    )
+    tables = (
+        RequestTable(3, vocab_size=vocab_size, history=engines, backend=backend),
+        RequestTable(
+            3, vocab_size=vocab_size, history=True, max_length=max_length, backend=backend
+        ),
+    )
+    generator = torch.Generator().manual_seed(1)
+    params = SamplingParams(
+        temperature=2, frequency_penalty=0.9, repetition_penalty=1.5, presence_penalty=1, seed=4
+    )
+    drawn = {table: [] for table in tables}
+    for step in range(4):
+        logits = torch.randn(3, vocab_size, generator=generator)
+        for table in tables:
+            if step % 2 == 0:
+                table.set(step % 3, params, prompt_ids=[1, 33, 69], output_ids=[2, 2])
+            table.set(1, params, prompt_ids=[5])
+            drawn[table].append(sample(logits[:2], table, slots=[0, 1], backend=backend).tokens)
+            if max_length is not None:
+                table.rollback([0], [1])
+    first, second = drawn.values()
+    assert all(map(torch.equal, first, second))
+    _same(tables[0].history, tables[1].history)
+    assert engines.counts.data_ptr() == tables[0].history.counts.data_ptr()
+    assert int(engines.counts.sum()) > 0
+    memory.assert_nothing_else_is_written()
+
+
+@pytest.mark.parametrize(
+    "again",
+    [lambda history: pickle.loads(pickle.dumps(history)), copy.deepcopy],
+    ids=["pickle", "deepcopy"],
+)
+@pytest.mark.parametrize("is_caller_s", [True, False])
+def test_a_history_with_a_text_can_be_copied(again, is_caller_s):
+    """The copy is independent, has the ids in order, and can grow if the original can."""
+    if is_caller_s:
+        history = _with_caller_s_memory(
+            Memory(), 40, words=torch.int32, has_lengths=True, max_length=8, slots=(2, 0, 1)
+        )
+        history.append(torch.tensor([1, 2, 3]))
+    else:
+        history = TokenHistory.from_ids(
+            [[1], [2], [3]], [[4], [], [7, 7]], 40, max_length=8, penalty_last_n=[2, -1, 1]
+        )
+    history.select([2, 0, 1])
+    copied = again(history)
+    _same(copied, history)
+    assert all(map(torch.equal, copied.text, history.text))
+    before = history.clone()
+    copied.extend(1, [9, 9])
+    copied.rollback(0, 1)
+    assert not torch.equal(copied.text.lengths, history.text.lengths)
+    _same(history, before)
+    assert all(map(torch.equal, history.text, before.text))
+    history.extend(1, [9, 9])
+    history.rollback(0, 1)
+    _same(copied, history)
+    assert all(map(torch.equal, copied.text, history.text))
+    if is_caller_s:
+        with pytest.raises(ValueError, match="there must be a free slot"):
+            copied.add([1])
+    else:
+        assert copied.add([1], penalty_last_n=3) == 3

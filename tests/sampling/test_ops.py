@@ -21,6 +21,7 @@ from llm_sampling import (
     sample,
 )
 from llm_sampling.calls import make_call
+from llm_sampling.history import STATE_TENSORS, Text
 from llm_sampling.params import KERNEL_TENSORS
 
 V = 70
@@ -173,8 +174,9 @@ def test_the_op_is_the_function(backend, logits, history):
 def test_fake_shapes(dtype, num_samples, logprobs, shapes):
     batch = BatchParams.from_list([SamplingParams(seed=1)] * 5, positions=[0] * 5, device="meta")
     fields = [getattr(batch, name) for name in KERNEL_TENSORS]
-    nothing = [None] * 5
-    inputs = (torch.empty(5, V, dtype=dtype, device="meta"), *fields, *nothing, False, True)
+    nothing = [None] * (len(STATE_TENSORS) + len(Text._fields) + 2)
+    flags = [True] * len(ops._BATCH_FLAGS)
+    inputs = (torch.empty(5, V, dtype=dtype, device="meta"), *fields, *nothing, *flags)
     results = torch.ops.llm_sampling.sample(*inputs, num_samples, logprobs, False, "auto")
     assert [tuple(result.shape) for result in results] == shapes
     assert [result.dtype for result in results] == [torch.int64, torch.float32, torch.int32]
@@ -537,6 +539,32 @@ def test_export_takes_a_batch_and_a_history(logits, history, strict):
                 exported.module()(logits * scale, batch, history),
                 Exported()(logits * scale, batch, history),
             )
+
+
+def _with_windows():
+    """Return the parameters with windows, and a history whose text has them."""
+    windows = [-1, 3, 0, 2]
+    params = [replace(p, penalty_last_n=n) for p, n in zip(PARAMS, windows, strict=True)]
+    params[1] = replace(params[1], repetition_penalty_scope="output")
+    ids = [[1, 2], [3], [], [69]], [[4], [6, 6, 8, 9], [], [64, 1, 2]]
+    history = TokenHistory.from_ids(*ids, V, max_length=9, penalty_last_n=windows)
+    return BatchParams.from_list(params, positions=[0, 5, 2**40, 2**64 - 1]), history
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_takes_a_history_with_a_text(logits, strict):
+    batch, history = _with_windows()
+    exported = torch.export.export(Exported(), (logits, batch, history), strict=strict)
+    history.append(torch.tensor([5, 6, 7, 8]))
+    _assert_equal(exported.module()(logits, batch, history), Exported()(logits, batch, history))
+
+
+def test_compile_takes_a_history_with_a_text(logits):
+    batch, history = _with_windows()
+    compiled = torch.compile(Exported(), fullgraph=True, backend="eager")
+    for token in (5, 6):
+        _assert_equal(compiled(logits, batch, history), Exported()(logits, batch, history))
+        history.append(torch.full((4,), token))
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -202,6 +202,8 @@ def test_the_table_of_off_values_is_the_defaults():
         "min_tokens_to_keep": 1,
         "logit_bias": None,
         "seed": None,
+        "repetition_penalty_scope": "all",
+        "penalty_last_n": -1,
     }
     with pytest.raises(TypeError):
         OFF_VALUES["top_k"] = 50  # type: ignore[index]
@@ -229,7 +231,9 @@ def test_unknown_field():
         SamplingParams(top_q=1)  # type: ignore[call-arg]
 
 
-EVERYTHING = SamplingParams(0.7, 40, 0.9, 0.05, 1.1, 0.2, -0.1, 2, {3: 1.5}, 2**64 - 1)
+EVERYTHING = SamplingParams(
+    0.7, 40, 0.9, 0.05, 1.1, 0.2, -0.1, 2, {3: 1.5}, 2**64 - 1, "output", 64
+)
 
 
 @pytest.mark.parametrize("field", list(OFF_VALUES))

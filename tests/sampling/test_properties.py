@@ -15,9 +15,9 @@ import torch
 from cases import DTYPES, OTHER_BACKENDS, device_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from strategies import logits, sampling_params, values
+from strategies import history_of, logits, sampling_params, values
 
-from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
+from llm_sampling import SamplingParams, filter_logits, sample
 
 few_hundred = settings(
     max_examples=300,
@@ -69,9 +69,8 @@ def assert_same_draw(
     device = device_of(backend)
     x = torch.tensor([row.values for row in rows], dtype=torch.float32).to(device, dtype)
     params = [row.params for row in rows]
-    history = TokenHistory.from_ids(
-        [row.prompt for row in rows], [row.output for row in rows], vocab_size, device=device
-    )
+    prompts, outputs = [row.prompt for row in rows], [row.output for row in rows]
+    history = history_of(params, prompts, outputs, vocab_size, device)
     mask = None
     if any(word != 2**32 - 1 for row in rows for word in row.words):
         words = torch.tensor([row.words for row in rows], dtype=torch.int64, device=device)

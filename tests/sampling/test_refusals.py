@@ -21,6 +21,7 @@ from llm_sampling import BatchParams, Sampler, SamplingParams, TokenHistory, fil
 from llm_sampling.backends import BACKENDS
 from llm_sampling.generation import generate_stream, stream
 from llm_sampling.generation.stop_strings import StopStrings
+from llm_sampling.history import Text
 
 V = 40
 PLAIN = SamplingParams(seed=1)
@@ -74,7 +75,43 @@ HISTORIES = [
     ),
     (
         {"counts": torch.zeros(1, V, dtype=torch.int32).expand(2, V)},
-        "counts must be contiguous, got strides (0, 1)",
+        "counts must be contiguous, or have contiguous rows, got strides (0, 1)",
+    ),
+    (
+        {"counts": torch.zeros(V, 2, dtype=torch.int32).T},
+        "counts must be contiguous, or have contiguous rows, got strides (1, 2)",
+    ),
+    (
+        {"counts": torch.zeros(3 * V, dtype=torch.int32).as_strided((2, V), (V - 1, 1))},
+        f"counts must be contiguous, or have contiguous rows, got strides ({V - 1}, 1)",
+    ),
+    (
+        {"seen": torch.zeros(2, 4, dtype=torch.int32)[:, ::2]},
+        "seen must be contiguous, or have contiguous rows, got strides (4, 2)",
+    ),
+    (
+        {"seen": torch.zeros(2, 4, dtype=torch.uint32)[:, ::2]},
+        "seen must be contiguous, or have contiguous rows, got strides (4, 2)",
+    ),
+    ({"seen": torch.zeros(2, 2, dtype=torch.uint64)}, "seen must be torch.int32, got torch.uint64"),
+    ({"counts": torch.zeros(2, V).short()}, "counts must be torch.int32, got torch.int16"),
+    (
+        {"seen": torch.tensor(0, dtype=torch.int32), "lengths": None},
+        "seen must have shape (capacity, ceil(vocab_size / 32)) = (any, 2), got ()",
+    ),
+    ({"seen": None, "lengths": None}, "seen must be a torch.Tensor, got NoneType"),
+    ({"counts": None}, "counts must be a torch.Tensor, got NoneType"),
+    (
+        {"counts": torch.zeros(2, V, dtype=torch.int32, device="meta"), "lengths": None},
+        "counts must be on cpu, as seen is, got meta",
+    ),
+    (
+        {"lengths": torch.zeros(2, dtype=torch.int32)},
+        "lengths must be torch.int64, got torch.int32",
+    ),
+    (
+        {"lengths": torch.zeros(4, dtype=torch.int64)[::2]},
+        "lengths must be contiguous, or have contiguous rows, got strides (2,)",
     ),
     (
         {"lengths": torch.zeros(1, dtype=torch.int64)},
@@ -93,6 +130,79 @@ HISTORIES = [
     ({"slots": torch.tensor([-1, 0]).int()}, "slots must be in 0 .. 1, got [-1, 0]"),
     ({"slots": torch.tensor([1, 1]).int()}, "slots must name each slot at most once, got [1, 1]"),
 ]
+
+
+def text_of(**changed: Any) -> Text:
+    """Return the text of a history of two rows, with changes."""
+    good = {
+        "ids": torch.zeros(2, 6, dtype=torch.int32),
+        "lengths": torch.zeros(2, dtype=torch.int64),
+        "prompt_lengths": torch.zeros(2, dtype=torch.int64),
+        "windows": torch.full((2,), -1, dtype=torch.int32),
+    }
+    return Text(**good | changed)
+
+
+TEXTS: list[tuple[Any, str]] = [
+    (torch.zeros(2, 6, dtype=torch.int32), "text must be a Text or None, got tensor("),
+    (tuple(text_of()), "text must be a Text or None, got (tensor("),
+    (text_of(ids=[[0]]), "text.ids must be a torch.Tensor, got list"),
+    (
+        text_of(ids=torch.zeros(2, 6, dtype=torch.int64)),
+        "text.ids must be torch.int32, got torch.int64",
+    ),
+    (
+        text_of(ids=torch.zeros(2, 6, dtype=torch.uint32)),
+        "text.ids must be torch.int32, got torch.uint32",
+    ),
+    (
+        text_of(ids=torch.zeros(3, 6, dtype=torch.int32)),
+        "text.ids must have shape (capacity, max_length) = (2, any), got (3, 6)",
+    ),
+    (
+        text_of(ids=torch.zeros(2, dtype=torch.int32)),
+        "text.ids must have shape (capacity, max_length) = (2, any), got (2,)",
+    ),
+    (
+        text_of(ids=torch.zeros(2, 0, dtype=torch.int32)),
+        "text.ids must be contiguous and not empty, got (2, 0)",
+    ),
+    (
+        text_of(ids=torch.zeros(2, 9, dtype=torch.int32)[:, :6]),
+        "text.ids must be contiguous and not empty, got (2, 6)",
+    ),
+    (
+        text_of(lengths=torch.zeros(2, dtype=torch.int32)),
+        "text.lengths must be torch.int64, got torch.int32",
+    ),
+    (
+        text_of(lengths=torch.zeros(1, dtype=torch.int64)),
+        "text.lengths must have shape (capacity,) = (2,), got (1,)",
+    ),
+    (text_of(lengths=None), "text.lengths must be a torch.Tensor, got NoneType"),
+    (
+        text_of(prompt_lengths=torch.zeros(2, dtype=torch.int64, device="meta")),
+        "text.prompt_lengths must be on cpu, as seen is, got meta",
+    ),
+    (
+        text_of(prompt_lengths=torch.zeros(4, dtype=torch.int64)[::2]),
+        "text.prompt_lengths must be contiguous, or have contiguous rows, got strides (2,)",
+    ),
+    (
+        text_of(windows=torch.zeros(2, dtype=torch.int64)),
+        "text.windows must be torch.int32, got torch.int64",
+    ),
+    (
+        text_of(windows=torch.zeros(2, 1, dtype=torch.int32)),
+        "text.windows must have shape (capacity,) = (2,), got (2, 1)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), TEXTS, ids=[m[:60] for _, m in TEXTS])
+def test_a_text_made_by_hand(text: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        TokenHistory(**parts(text=text))
 
 
 @pytest.mark.parametrize(("changed", "message"), HISTORIES, ids=[m[:50] for _, m in HISTORIES])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import ON_THE_CPU
 
-from llm_sampling import Sampler, SamplingParams, TokenHistory, sample
+from llm_sampling import InvalidLogitsError, Sampler, SamplingParams, TokenHistory, sample
 from llm_sampling.history import STATE_TENSORS
 
 V = 37
@@ -126,6 +126,135 @@ def test_a_history_is_extended():
     slots = history.slots.long()
     for name in ("seen", "counts", "lengths"):
         assert torch.equal(getattr(history, name)[slots], getattr(expected, name))
+
+
+# Tokens that are taken away, and penalties for the last tokens
+
+WINDOWED = [replace(p, penalty_last_n=n) for p, n in zip(PARAMS, (-1, 2, 0, 3), strict=True)]
+
+
+def with_text(backend, params=PARAMS, **options):
+    windows = [p.penalty_last_n for p in params]
+    history = TokenHistory.from_ids(PROMPTS, OUTPUTS, V, max_length=20, penalty_last_n=windows)
+    return Sampler(params, vocab_size=V, history=history, backend=backend, **options)
+
+
+@pytest.mark.parametrize("params", [PARAMS, WINDOWED], ids=["all", "windows"])
+def test_a_row_that_goes_back_draws_the_same_tokens_again(backend, params):
+    sampler = with_text(backend, [replace(p, seed=row) for row, p in enumerate(params)])
+    start, steps = state_of(sampler), logits_of(2, 6)
+    first = tokens_of(sampler, steps)
+    assert len({tuple(tokens) for tokens in first}) > 1
+    for row, number in enumerate((6, 6, 6, 6)):
+        sampler.rollback(row, number)
+    assert state_of(sampler) == start
+    assert tokens_of(sampler, steps) == first
+    sampler.rollback(2, 0)
+    sampler.rollback(2, 3)
+    sampler.extend(2, [tokens[2] for tokens in first[3:]])
+    assert sampler.positions.tolist() == [position + 6 for position in POSITIONS]
+
+
+def test_a_row_without_a_history_goes_back(backend):
+    params = SamplingParams(top_k=9, seed=1)
+    sampler = Sampler([params], vocab_size=V, backend=backend)
+    steps = logits_of(3, 4, rows=1)
+    first = tokens_of(sampler, steps)
+    sampler.rollback(0, 3)
+    assert sampler.positions.tolist() == [1]
+    assert tokens_of(sampler, steps[1:]) == first[1:]
+    with pytest.raises(ValueError, match="num_tokens must be at most 4, the position, got 5"):
+        sampler.rollback(0, 5)
+
+
+def test_what_cannot_be_taken_away(backend):
+    sampler = make(backend)
+    with pytest.raises(ValueError, match="rollback needs the ids in order: make the history with"):
+        sampler.rollback(0, 1)
+    sampler = with_text(backend)
+    with pytest.raises(ValueError, match=r"num_tokens must be at most 2, the length of the row's"):
+        sampler.rollback(0, 3)
+    with pytest.raises(ValueError, match="num_tokens must be an integer >= 0, got -1"):
+        sampler.rollback(0, -1)
+    with pytest.raises(ValueError, match=r"row must be an integer in 0 \.\. 3, got 4"):
+        sampler.rollback(4, 1)
+    assert sampler.positions.tolist() == POSITIONS
+
+
+def test_a_window_that_changes(backend):
+    """A row whose window changes draws what a row draws that always had that window."""
+    sampler = with_text(backend, WINDOWED)
+    seeds = sampler.seeds
+    for row, params in enumerate(PARAMS):
+        sampler.set_params(row, replace(params, seed=seeds[row]))
+    other = with_text(backend, [replace(p, seed=s) for p, s in zip(PARAMS, seeds, strict=True)])
+    steps = logits_of(4, 5)
+    assert tokens_of(sampler, steps) == tokens_of(other, steps)
+    for row, params in enumerate(WINDOWED):
+        sampler.set_params(row, params)
+    other = Sampler.from_state_dict(sampler.state_dict(), backend=backend)
+    ids = [sampler.history.text.ids[slot].tolist() for slot in sampler.history.slots]
+    of_prompts = sampler.history.text.prompt_lengths.tolist()
+    lengths = sampler.history.text.lengths.tolist()
+    built = TokenHistory.from_ids(
+        [row[:prompt] for row, prompt in zip(ids, of_prompts, strict=True)],
+        [row[p:n] for row, p, n in zip(ids, of_prompts, lengths, strict=True)],
+        V,
+        max_length=20,
+        penalty_last_n=[p.penalty_last_n for p in WINDOWED],
+    )
+    assert torch.equal(built.seen, sampler.history.seen)
+    assert torch.equal(built.counts, sampler.history.counts)
+    assert tokens_of(sampler, steps) == tokens_of(other, steps)
+
+
+def test_a_row_without_room(backend):
+    """It draws nothing, and with a check the step raises and nothing advances."""
+    params = [SamplingParams(repetition_penalty=1.2, seed=row) for row in range(2)]
+    sampler = Sampler(params, vocab_size=V, max_length=3, backend=backend, check=False)
+    sampler.extend(1, [1, 2])
+    steps = logits_of(5, 2, rows=2)
+    assert sampler(steps[0]).status.tolist() == [0, 0]
+    output = sampler(steps[1])
+    assert output.status.tolist() == [0, 8]
+    assert output.tokens[1] == -1
+    assert sampler.positions.tolist() == [2, 3]
+    checking = Sampler.from_state_dict({**sampler.state_dict(), "check": True}, backend=backend)
+    with pytest.raises(InvalidLogitsError, match="no room for another id in the text") as error:
+        checking(steps[0])
+    assert error.value.rows == [1]
+    assert checking.positions.tolist() == [2, 3]
+    with pytest.raises(ValueError, match="tokens must be at most 0 ids, for which there is room"):
+        sampler.extend(1, [4])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"params": WINDOWED}, "max_length must be given where penalty_last_n is"),
+        ({"max_length": 0}, "max_length must be an integer >= 1, got 0"),
+        (
+            {"history": TokenHistory.from_ids(PROMPTS, None, V), "max_length": 9},
+            "max_length must be None where history is given, got 9",
+        ),
+        (
+            {"history": TokenHistory.from_ids(PROMPTS, None, V), "params": WINDOWED},
+            "history must have windows where penalty_last_n is on",
+        ),
+        (
+            {
+                "history": TokenHistory.from_ids(
+                    PROMPTS, None, V, max_length=9, penalty_last_n=[-1, 2, 0, 4]
+                ),
+                "params": WINDOWED,
+            },
+            "history must have the penalty_last_n of the parameters, 3 in row 3, got one of 4",
+        ),
+    ],
+)
+def test_a_text_that_there_cannot_be(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Sampler(**{"params": PARAMS, "vocab_size": V, **options})
 
 
 # Positions and parameters

@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from intruder import intruding
+from plain_model import (
+    Request,
+    as_int64,
+    assert_history,
+    ids,
+    inside,
+    lengths,
+    params,
+    roll_back,
+    room_of,
+    some_ids,
+    vocab_sizes,
+    windows,
+)
 from torch import Tensor
 
 from llm_sampling import (
@@ -44,7 +57,7 @@ from llm_sampling import (
 )
 from llm_sampling.backends import base
 from llm_sampling.backends.base import Logprobs, SampleCall
-from llm_sampling.history import selection
+from llm_sampling.history import HistoryUpdate, selection
 
 #: These runs are the same every time; the slow tests generate others.
 some_runs = settings(
@@ -58,54 +71,30 @@ some_runs = settings(
 )
 other_runs = settings(some_runs, max_examples=10_000, derandomize=False)
 
-#: Ids at the ends of mask words and of vocabularies; some are padding.
-some_ids = st.sampled_from((-2, -1, 0, 1, 30, 31, 32, 33, 63, 64, 69, 70, 75))
-ids = st.lists(some_ids, max_size=6)
-vocab_sizes = st.sampled_from((70, 33, 32, 31, 1))
-
-
-def as_int64(value: int) -> int:
-    """Return a counter as the int64 that holds its low 64 bits."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-@dataclass
-class Request:
-    """The model of one row: its parameters and its whole past."""
-
-    prompt: list[int] = field(default_factory=list)
-    output: list[int] = field(default_factory=list)
-    #: How many tokens came before ``output``; only their number is known.
-    before: int = 0
-    params: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0
-    position: int = 0
-    #: Whether the Sampler has a history that holds the row's whole past.
-    is_kept: bool = True
-
-
-def inside(tokens: list[int], vocab_size: int) -> list[int]:
-    """Return the tokens that are not padding."""
-    return [i for i in tokens if 0 <= i < vocab_size]
-
-
-def assert_history(history: TokenHistory, requests: list[Request]) -> None:
-    """Assert that every row's bits, counts and length are those of its ids."""
-    v = history.vocab_size
-    assert history.rows == len(requests)
-    slots = history.slots.tolist()
-    assert len(set(slots)) == len(slots)
-    for slot, request in zip(slots, requests, strict=True):
-        output = inside(request.output, v)
-        seen = {*inside(request.prompt, v), *output}
-        words = [sum(1 << (i & 31) for i in seen if i >> 5 == word) for word in range(-(-v // 32))]
-        assert [word & 0xFFFFFFFF for word in history.seen[slot].tolist()] == words
-        counts = Counter(output)
-        assert history.counts[slot].tolist() == [counts[i] for i in range(v)]
-        assert int(history.lengths[slot]) == as_int64(request.before + len(output))
-
-
 # ---- A history -----------------------------------------------------------------------------------
+
+
+def append_by_the_owner(
+    history: TokenHistory,
+    requests: list[Request],
+    tokens: list[int],
+    dtype: torch.dtype = torch.int64,
+) -> None:
+    """Append a token to each row; one for which there is no room makes the call raise."""
+    max_length = None if history.text is None else history.text.max_length
+    given = torch.tensor(tokens, dtype=dtype)
+    if any(
+        inside([token], history.vocab_size)
+        and room_of(request, history.vocab_size, max_length) <= 0
+        for request, token in zip(requests, tokens, strict=True)
+    ):
+        with pytest.raises(ValueError, match="there must be at most max_length"):
+            history.append(given)
+        return
+    history.append(given)
+    for request, token in zip(requests, tokens, strict=True):
+        request.output = [*request.output, token]
+
 
 #: Invalid calls by name, each with a pattern of its error message.
 REFUSED_BY_A_HISTORY: dict[str, tuple[Callable[[TokenHistory], object], str]] = {
@@ -127,18 +116,34 @@ REFUSED_BY_A_HISTORY: dict[str, tuple[Callable[[TokenHistory], object], str]] = 
 class Histories(RuleBasedStateMachine):
     """Calls of a TokenHistory's methods, followed by a model."""
 
-    @initialize(v=vocab_sizes, given=st.lists(st.tuples(ids, ids), max_size=4))
-    def begin(self, v: int, given: list[tuple[list[int], list[int]]]) -> None:
-        self.requests = [Request(prompt, output) for prompt, output in given]
+    @initialize(
+        v=vocab_sizes, given=st.lists(st.tuples(ids, ids, windows), max_size=4), max_length=lengths
+    )
+    def begin(
+        self, v: int, given: list[tuple[list[int], list[int], int]], max_length: int | None
+    ) -> None:
+        self.v, self.max_length = v, max_length
+        self.requests = [
+            Request(prompt, output, window=-1 if max_length is None else window)
+            for prompt, output, window in given
+        ]
         self.history = TokenHistory.from_ids(
-            [prompt for prompt, _ in given], [output for _, output in given], v
+            [prompt for prompt, _, _ in given],
+            [output for _, output, _ in given],
+            v,
+            max_length=max_length,
+            penalty_last_n=None if max_length is None else [r.window for r in self.requests],
         )
 
-    @rule(prompt=ids, output=ids, as_tensor=st.booleans())
-    def add(self, prompt: list[int], output: list[int], as_tensor: bool) -> None:
+    @rule(prompt=ids, output=ids, window=windows, as_tensor=st.booleans())
+    def add(self, prompt: list[int], output: list[int], window: int, as_tensor: bool) -> None:
         given = torch.tensor(prompt, dtype=torch.int64) if as_tensor else prompt
-        assert self.history.add(given, output) == len(self.requests)
-        self.requests.append(Request(prompt, output))
+        if window >= 0 and self.max_length is None:
+            with pytest.raises(ValueError, match="penalty_last_n needs the ids in order"):
+                self.history.add(given, output, penalty_last_n=window)
+            return
+        assert self.history.add(given, output, penalty_last_n=window) == len(self.requests)
+        self.requests.append(Request(prompt, output, window=window))
 
     @rule(data=st.data())
     def select(self, data: st.DataObject) -> None:
@@ -151,16 +156,31 @@ class Histories(RuleBasedStateMachine):
     def append(self, data: st.DataObject, dtype: torch.dtype) -> None:
         rows = len(self.requests)
         tokens = data.draw(st.lists(some_ids, min_size=rows, max_size=rows))
-        self.history.append(torch.tensor(tokens, dtype=dtype))
-        for request, token in zip(self.requests, tokens, strict=True):
-            request.output = [*request.output, token]
+        append_by_the_owner(self.history, self.requests, tokens, dtype)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), tokens=ids)
     def extend(self, data: st.DataObject, tokens: list[int]) -> None:
         row = data.draw(st.integers(0, len(self.requests) - 1))
+        request = self.requests[row]
+        if len(inside(tokens, self.v)) > room_of(request, self.v, self.max_length):
+            with pytest.raises(ValueError, match="tokens must be at most"):
+                self.history.extend(row, tokens)
+            return
         self.history.extend(row, tokens)
-        self.requests[row].output = [*self.requests[row].output, *tokens]
+        request.output = [*request.output, *tokens]
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), number=st.integers(0, 5))
+    def rollback(self, data: st.DataObject, number: int) -> None:
+        row = data.draw(st.integers(0, len(self.requests) - 1))
+        request = self.requests[row]
+        if self.max_length is None or number > len(inside(request.output, self.v)):
+            with pytest.raises(ValueError, match=r"rollback needs|num_tokens must be at most"):
+                self.history.rollback(row, number)
+            return
+        self.history.rollback(row, number)
+        roll_back(request, number, self.v)
 
     @rule(keep=st.booleans())
     def clone(self, keep: bool) -> None:
@@ -168,7 +188,9 @@ class Histories(RuleBasedStateMachine):
         other = self.history.clone()
         if keep:
             self.history, other = other, self.history
-        other.append(torch.zeros(other.rows, dtype=torch.int64))
+        for row in range(other.rows):
+            if room_of(self.requests[row], self.v, self.max_length) > 0:
+                other.extend(row, [0])
         other.select([*range(other.rows)][1:])
         other.add([0], [0])
 
@@ -185,22 +207,13 @@ class Histories(RuleBasedStateMachine):
 
 # ---- A Sampler -----------------------------------------------------------------------------------
 
-params = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from((1.0, 0.7, 2.0, 0.0)),
-    top_k=st.sampled_from((0, 5, 20, 1)),
-    top_p=st.sampled_from((1.0, 0.8)),
-    min_p=st.sampled_from((0.0, 0.2)),
-    repetition_penalty=st.sampled_from((1.0, 1.0, 1.4)),
-    frequency_penalty=st.sampled_from((0.0, 0.0, 0.6, -0.4)),
-    presence_penalty=st.sampled_from((0.0, 0.0, 0.5)),
-    logit_bias=st.none() | st.dictionaries(st.integers(0, 75), st.sampled_from((-3.0, 4.0))),
-    seed=st.none() | st.integers(0, 5) | st.sampled_from((2**63, 2**64 - 1)),
-)
-
 
 def without_penalties(some: SamplingParams) -> SamplingParams:
     return replace(some, repetition_penalty=1, frequency_penalty=0, presence_penalty=0)
+
+
+def without_window(some: SamplingParams) -> SamplingParams:
+    return replace(some, penalty_last_n=-1)
 
 
 #: Memory layouts of the logits.
@@ -240,6 +253,11 @@ REFUSED_BY_A_SAMPLER: dict[str, tuple[Callable[[Sampler], object], str]] = {
         lambda s: s.set_params(-1, SamplingParams()),
         "row must be an integer in 0",
     ),
+    "roll back no such row": (lambda s: s.rollback(s.rows, 0), "row must be an integer in 0"),
+    "roll back a fraction": (
+        lambda s: s.rollback(0, 0.5),  # type: ignore[arg-type]
+        "row must be an integer|num_tokens must be an integer",
+    ),
     "a large position": (lambda s: s.set_position(0, 2**64), "row must be an|position must be in"),
 }
 
@@ -250,13 +268,14 @@ CHANGES: dict[str, Callable[[Sampler, Tensor], object]] = {
     "add": lambda s, logits: s.add(CHANGE_PARAMS),
     "reorder": lambda s, logits: s.reorder(range(s.rows)[::-1]),
     "extend": lambda s, logits: s.extend(0, CHANGE_IDS),
+    "rollback": lambda s, logits: s.rollback(0, 1),
     "set_params": lambda s, logits: s.set_params(0, CHANGE_PARAMS),
     "state_dict": lambda s, logits: s.state_dict(),
 }
 CHANGE_PARAMS = SamplingParams(top_k=3)
 CHANGE_IDS = [0, 31, 0, 99]
 #: The changes that need a row.
-NEED_A_ROW = ("extend", "set_params")
+NEED_A_ROW = ("extend", "rollback", "set_params")
 
 
 def interrupt(at: int, call: Callable[[], object]) -> None:
@@ -274,7 +293,7 @@ def interrupt(at: int, call: Callable[[], object]) -> None:
     try:
         sys.setprofile(look)
         call()
-    except (KeyboardInterrupt, InvalidLogitsError):
+    except (KeyboardInterrupt, ValueError):  # or what the call itself refuses
         pass
     finally:
         sys.setprofile(None)
@@ -294,6 +313,7 @@ class Decoding(RuleBasedStateMachine):
         logprobs=st.sampled_from((None, "processed", "raw")),
         check=st.booleans(),
         torch_seed=st.integers(0, 2**16),
+        max_length=lengths,
         data=st.data(),
     )
     def begin(
@@ -306,15 +326,20 @@ class Decoding(RuleBasedStateMachine):
         logprobs: Logprobs | None,
         check: bool,
         torch_seed: int,
+        max_length: int | None,
         data: st.DataObject,
     ) -> None:
         self.v, self.num_samples, self.logprobs, self.check = v, num_samples, logprobs, check
+        self.max_length = max_length
         if num_samples > 1:
             first = [*map(without_penalties, first)]
+        if max_length is None:
+            first = [*map(without_window, first)]
         seeds = self.seeds(first, torch_seed)
-        is_kept = given or any(p.needs_history for p in first)
+        is_kept = given or max_length is not None or any(p.needs_history for p in first)
         self.requests = [
-            Request(params=p, seed=s, is_kept=is_kept) for p, s in zip(first, seeds, strict=True)
+            Request(params=p, seed=s, is_kept=is_kept, window=p.penalty_last_n)
+            for p, s in zip(first, seeds, strict=True)
         ]
         history = None
         if given:
@@ -323,7 +348,11 @@ class Decoding(RuleBasedStateMachine):
                 request.before = before
                 request.position = before + len(inside(request.output, v))
             history = TokenHistory.from_ids(
-                [r.prompt for r in self.requests], [r.output for r in self.requests], v
+                [r.prompt for r in self.requests],
+                [r.output for r in self.requests],
+                v,
+                max_length=max_length,
+                penalty_last_n=None if max_length is None else [r.window for r in self.requests],
             )
             history.lengths += as_int64(before)
         torch.default_generator.manual_seed(torch_seed)
@@ -331,11 +360,16 @@ class Decoding(RuleBasedStateMachine):
             first,
             vocab_size=v,
             history=history,
+            max_length=None if given else max_length,
             num_samples=num_samples,
             logprobs=logprobs,
             backend=self.backend,
             check=check,
         )
+
+    def can_hold(self, p: SamplingParams) -> bool:
+        """Whether the Sampler can have a row with these parameters."""
+        return not (p.needs_history and p.has_window and self.max_length is None)
 
     def seeds(self, some: list[SamplingParams], torch_seed: int) -> list[int]:
         """Return the seeds that rows get at this generator seed, and set the generator to it."""
@@ -351,13 +385,18 @@ class Decoding(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="num_samples must be 1 where a penalty is on"):
                 self.sampler.add(p, **given)
             return
+        if not self.can_hold(p):
+            with pytest.raises(ValueError, match="penalty_last_n needs the ids in order"):
+                self.sampler.add(p, **given)
+            return
         if self.sampler.history is None and p.needs_history:
             for request in self.requests:  # the Sampler kept no ids, as no row had a penalty
                 request.prompt, request.output, request.is_kept = [], [], False
         (seed,) = self.seeds([p], torch_seed)
         assert self.sampler.add(p, **given) == len(self.requests)
         position, is_kept = len(inside(output, self.v)), self.sampler.history is not None
-        self.requests.append(Request(prompt, output, 0, p, seed, position, is_kept))
+        window = -1 if self.max_length is None else p.penalty_last_n
+        self.requests.append(Request(prompt, output, 0, p, seed, position, is_kept, window))
 
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
@@ -380,8 +419,38 @@ class Decoding(RuleBasedStateMachine):
     @rule(data=st.data(), tokens=ids)
     def extend(self, data: st.DataObject, tokens: list[int]) -> None:
         row, request = self.some_request(data)
+        if len(inside(tokens, self.v)) > self.room(request):
+            with pytest.raises(ValueError, match="tokens must be at most"):
+                self.sampler.extend(row, tokens)
+            return
         self.sampler.extend(row, tokens)
         self.extended(request, tokens)
+
+    def room(self, request: Request) -> int:
+        """Return how many more tokens of a row the Sampler can record."""
+        return room_of(request, self.v, self.max_length if self.num_samples == 1 else None)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), number=st.integers(0, 4))
+    def rollback(self, data: st.DataObject, number: int) -> None:
+        row, request = self.some_request(data)
+        if number > self.most_to_roll_back(request):
+            with pytest.raises(ValueError, match=r"rollback needs|num_tokens must be at most"):
+                self.sampler.rollback(row, number)
+            return
+        self.sampler.rollback(row, number)
+        self.rolled_back(request, number)
+
+    def most_to_roll_back(self, request: Request) -> int:
+        """Return how many tokens of a row can be taken away; -1 if the Sampler does not know."""
+        if self.sampler.history is None or self.num_samples > 1:
+            return request.position % 2**64
+        return -1 if self.max_length is None else len(inside(request.output, self.v))
+
+    def rolled_back(self, request: Request, number: int) -> None:
+        request.position -= number
+        if self.sampler.history is not None and self.num_samples == 1:
+            roll_back(request, number, self.v)
 
     def extended(self, request: Request, tokens: list[int]) -> None:
         request.position += len(inside(tokens, self.v))
@@ -403,8 +472,14 @@ class Decoding(RuleBasedStateMachine):
             with pytest.raises(ValueError, match=r"num_samples must be 1|history was not kept"):
                 self.sampler.set_params(row, p)
             return
+        if not self.can_hold(p):
+            with pytest.raises(ValueError, match="penalty_last_n needs the ids in order"):
+                self.sampler.set_params(row, p)
+            return
         self.sampler.set_params(row, p)
         request.params = p
+        if self.max_length is not None:
+            request.window = p.penalty_last_n
         if p.seed is not None:
             request.seed = as_int64(p.seed)
 
@@ -414,8 +489,10 @@ class Decoding(RuleBasedStateMachine):
         state, rows = self.sampler.state_dict(), len(self.requests)
         other = Sampler.from_state_dict(state, backend=backend)
         logits = torch.randn(rows, self.v, generator=torch.Generator().manual_seed(seed))
-        wanted = [self.alone(row, logits, None).tokens.squeeze(0).tolist() for row in range(rows)]
-        assert other(logits).tokens.tolist() == wanted
+        alone = [self.alone(row, logits, None) for row in range(rows)]
+        wanted = [one.tokens.squeeze(0).tolist() for one in alone]
+        if not (self.check and any(int(one.status) for one in alone)):
+            assert other(logits).tokens.tolist() == wanted
         self.sampler = Sampler.from_state_dict(state, backend=self.backend)
 
     @rule(
@@ -450,6 +527,8 @@ class Decoding(RuleBasedStateMachine):
             self.record([self.alone(row, logits, None) for row in range(rows)])
         elif change == "extend" and self.sampler.positions.tolist() != positions:
             self.extended(self.requests[0], CHANGE_IDS)
+        elif change == "rollback" and self.sampler.positions.tolist() != positions:
+            self.rolled_back(self.requests[0], 1)
         elif self.sampler._batch is not packed:
             if change == "add":
                 is_kept = self.sampler.history is not None
@@ -457,6 +536,7 @@ class Decoding(RuleBasedStateMachine):
                 self.requests.append(added)
             elif change == "set_params":
                 self.requests[0].params = CHANGE_PARAMS
+                self.requests[0].window = -1
             else:
                 self.requests.reverse()
 
@@ -525,10 +605,20 @@ class Decoding(RuleBasedStateMachine):
 
     def alone(self, row: int, logits: Tensor, mask: Tensor | None) -> SampleOutput:
         request = self.requests[row]
+        if self.sampler.history is not None and self.room(request) <= 0:
+            return SampleOutput(
+                torch.full((1,), -1), torch.full((1,), math.nan), torch.tensor([8]).int()
+            )
         return sample(
             logits[row : row + 1],
             replace(request.params, seed=request.seed % 2**64),
-            history=TokenHistory.from_ids([request.prompt], [request.output], self.v),
+            history=TokenHistory.from_ids(
+                [request.prompt],
+                [request.output],
+                self.v,
+                max_length=10**3,
+                penalty_last_n=request.params.penalty_last_n,
+            ),
             allowed_mask=None if mask is None else mask[row : row + 1],
             positions=[request.position % 2**64],
             num_samples=self.num_samples,
@@ -551,9 +641,7 @@ class Decoding(RuleBasedStateMachine):
         assert self.sampler.history is not None
         rows = len(self.requests)
         tokens = data.draw(st.lists(some_ids, min_size=rows, max_size=rows))
-        self.sampler.history.append(torch.tensor(tokens, dtype=torch.int64))
-        for request, token in zip(self.requests, tokens, strict=True):
-            request.output = [*request.output, token]
+        append_by_the_owner(self.sampler.history, self.requests, tokens)
 
     @precondition(lambda self: self.sampler.history is not None)
     @rule(data=st.data())
@@ -642,7 +730,7 @@ def test_a_sampler_under_other_calls(backend: str) -> None:
 # ---- Negative controls: the same runs must detect each of these faults ---------------------------
 
 TORCH = backends.BACKENDS["torch"].load()
-RIGHT_RECORD, RIGHT_RECORD_IDS = TokenHistory.record, TokenHistory.record_ids
+RIGHT_RECORD, RIGHT_UPDATE_OF_ROW = TokenHistory.record, TokenHistory.update_of_row
 RIGHT_SET_PARAMS = Sampler.set_params
 RIGHT_APPEND, RIGHT_FILL, RIGHT_GROW = TokenHistory.append, TokenHistory._fill, TokenHistory._grow
 RIGHT_ADD, RIGHT_REBUILD = Sampler.add, Sampler._rebuild
@@ -670,9 +758,20 @@ def append_padding(self: TokenHistory, tokens: Tensor) -> None:
     RIGHT_APPEND(self, tokens.clamp(min=0))
 
 
-def record_ids_once(self: TokenHistory, row: int, ids: Any, *position: Tensor) -> None:
+def extend_once(self: TokenHistory, kind: Any, row: int, given: Any, *more: Any) -> HistoryUpdate:
     """Broken: of several tokens that are recorded at once, equal ones count once."""
-    RIGHT_RECORD_IDS(self, row, np.unique(ids), *position)
+    if kind == "append":
+        given = np.unique(given)
+    return RIGHT_UPDATE_OF_ROW(self, kind, row, given, *more)
+
+
+def roll_back_another_row(self: TokenHistory, kind: Any, row: int, *more: Any) -> HistoryUpdate:
+    """Broken: what is taken away is taken from the last row."""
+    return RIGHT_UPDATE_OF_ROW(self, kind, self.rows - 1 if kind == "rollback" else row, *more)
+
+
+def move_no_window(self: TokenHistory, row: int, window: int) -> None:
+    """Broken: a row with other parameters keeps the window that it had."""
 
 
 def set_params_in_the_first_row(self: Sampler, row: int, params: SamplingParams) -> None:
@@ -685,11 +784,12 @@ def select_sorted(self: TokenHistory, rows: list[int]) -> None:
     self._set(slots=self.slots[selection(rows, self.rows).sort().values])
 
 
-def fill_over_old_bits(self: TokenHistory, slot: int, prompt: Any, output: Any) -> None:
+def fill_over_old_bits(self: TokenHistory, slots: Any, prompts: Any, outputs: Any) -> None:
     """Broken: a slot that is used again keeps the seen bits of its last request."""
-    old = self.seen[slot].clone()
-    RIGHT_FILL(self, slot, prompt, output)
-    self.seen[slot] |= old
+    slots = [*slots]
+    old = self.seen[slots].clone()
+    RIGHT_FILL(self, slots, prompts, outputs)
+    self.seen[slots] |= old
 
 
 def grow_without_lengths(self: TokenHistory) -> None:
@@ -727,10 +827,10 @@ def rebuild_with_old_step(self: Sampler, *rows: Any) -> None:
 
 def rebuild_without_slots(self: Sampler, *rows: Any) -> None:
     """Broken: the history keeps its old order when the rows are reordered."""
-    *rest, history, slots = rows
+    *rest, history, slots, moved = rows if len(rows) == 7 else (*rows, None)
     if history is not None and len(slots) == history.rows:
         slots = history.slots
-    RIGHT_REBUILD(self, *rest, history, slots)
+    RIGHT_REBUILD(self, *rest, history, slots, moved)
 
 
 def sample_then_check(call: SampleCall) -> SampleOutput:
@@ -761,7 +861,10 @@ def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
         (Histories, TokenHistory, "append", append_by_row),
         (Histories, TokenHistory, "append", append_padding),
         (Histories, TokenHistory, "select", select_sorted),
-        (Histories, TokenHistory, "record_ids", record_ids_once),
+        (Histories, TokenHistory, "update_of_row", extend_once),
+        (Histories, TokenHistory, "update_of_row", roll_back_another_row),
+        (Decoding, TokenHistory, "update_of_row", roll_back_another_row),
+        (Decoding, TokenHistory, "with_window", move_no_window),
         (Histories, TokenHistory, "_fill", fill_over_old_bits),
         (Histories, TokenHistory, "_grow", grow_without_lengths),
         (Histories, TokenHistory, "clone", same_tensors),

@@ -21,7 +21,9 @@ from cases import (
     every_case,
     make_history,
 )
-from param_slots import OUTSIDE, PADDING, assert_by_slot, by_slot, for_rows
+from histories import assert_same_state
+from no_waiting import nothing_waits
+from param_slots import OUTSIDE, PADDING, append, assert_by_slot, by_slot, for_rows
 from parity import bits, build_all
 
 from llm_sampling import (
@@ -50,8 +52,15 @@ def filled(batch: Batch, seed: int) -> tuple[RequestTable, list[int]]:
     """
     rng = random.Random(seed)
     rows = len(batch.cases)
+    pasts = [make_history(case.history, batch.vocab_size, case.seed) for case in batch.cases]
+    has_window = any(params.has_window for params in batch.params)
+    longest = max(len(prompt) + len(output) for prompt, output in pasts)
     table = RequestTable(
-        rows + 3, vocab_size=batch.vocab_size, history=True, device=batch.logits.device
+        rows + 3,
+        vocab_size=batch.vocab_size,
+        history=True,
+        max_length=longest + 1 if has_window else None,
+        device=batch.logits.device,
     )
     slots = rng.sample(range(rows + 3), rows)
     in_slots = dict(zip(slots, range(rows), strict=True))
@@ -59,9 +68,7 @@ def filled(batch: Batch, seed: int) -> tuple[RequestTable, list[int]]:
         for slot in rng.sample(range(rows + 3), rows + 3):
             case = in_slots.get(slot) if turn == 1 else None
             case = rng.randrange(rows) if case is None else case
-            prompt, output = make_history(
-                batch.cases[case].history, batch.vocab_size, batch.cases[case].seed
-            )
+            prompt, output = pasts[case]
             table.set(
                 slot,
                 batch.params[case],
@@ -98,15 +105,16 @@ def assert_like_rows(batch: Batch, backend: str, seed: int) -> None:
 
     history = table.history
     assert history is not None
-    counts, position = history.counts.clone(), table.positions
+    judged, position, recorded = history.clone().to("cpu"), table.positions, []
     got = sample(logits, table, named, allowed_mask=mask, record=True, backend=backend, check=False)
     assert torch.equal(got.tokens, tokens)
     assert torch.equal(got.status, status)
     for slot, token in zip(named, tokens.tolist(), strict=True):
         if token >= 0 and named.count(slot) == 1:
-            counts[slot, token] += 1
+            recorded.append((slot, token))
             position[slot] += 1
-    assert torch.equal(history.counts, counts)
+    append(judged, recorded)
+    assert_same_state(history, judged)
     assert torch.equal(table.positions, position)
 
 
@@ -293,6 +301,39 @@ def test_an_error_records_nothing(backend: str) -> None:
     assert table.positions.tolist() == history.lengths.tolist() == [0, 0]
 
 
+# ---- what waits for the device ------------------------------------------------------------------
+
+
+def serve(table: RequestTable, rng: random.Random, logits: torch.Tensor) -> None:
+    """Make a step of an engine: requests change, and every method of the table is called."""
+    new, other = rng.sample(range(8), 2)
+    table.set(new, replace(PENALISED, penalty_last_n=rng.choice([-1, 3])), prompt_ids=[1, 2])
+    table.set(other, replace(PLAIN, logit_bias={3: 1.0}))
+    table.fill([other], torch.tensor([[4, 5, 6]]), [3], torch.tensor([2]))
+    table.set_params(other, replace(PENALISED, penalty_last_n=2))
+    table.append(torch.tensor([[7, 8], [9, -1]]), torch.tensor([1, 2]), slots=[new, -1])
+    table.rollback([new], [1])
+    table.clear(7)
+    slots = torch.tensor([new, other, other, -1], dtype=torch.int32)
+    sample(logits, table, slots, record=torch.tensor([True] * 4), check=False)
+    sample(logits, table, [new, other, -1, -1], record=True, check=False, logprobs="raw")
+    options: dict[str, Any] = {"extra_output_ids": torch.tensor([[1, 2]] * 4), "check": False}
+    sample(logits, table, slots, text_positions=torch.tensor([1, 2, 3, 4]), **options)
+    filter_logits(logits, table, slots, extra_output_ids=[[1], [], [2, 3], []])
+
+
+@pytest.mark.parametrize("waiting", [None, "item", "tolist", "cpu", "__bool__", "nonzero"])
+def test_nothing_waits_for_a_device(waiting: str | None) -> None:
+    table = RequestTable(8, vocab_size=V, history=True, max_length=50)
+    rng, logits = random.Random(4), torch.randn(4, V)
+    with nothing_waits():
+        for _ in range(100 if waiting is None else 1):
+            serve(table, rng, logits)
+        if waiting is not None:
+            with pytest.raises(AssertionError, match="waits for the device"):
+                getattr(logits[0, 0], waiting)()
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
@@ -368,7 +409,10 @@ def test_a_request_that_is_refused_changes_nothing(
             "positions and text_positions must not both be given",
         ),
         ({"slots": [0], "text_positions": [1, 2]}, "text_positions must be of shape (1,)"),
-        ({"slots": [0], "record": 1}, "record must be True or False, got 1"),
+        (
+            {"slots": [0], "record": 1},
+            "record must be True or False, or bools (1,), one for each row, got 1",
+        ),
         (
             {"slots": [0], "record": True, "num_samples": 2},
             "num_samples must be 1 where record is True, got 2",
@@ -393,7 +437,7 @@ def test_logits_of_another_width_are_refused(table: RequestTable) -> None:
 
 
 def test_a_traced_call_is_refused(table: RequestTable) -> None:
-    with pytest.raises(ValueError, match="outside of tracers, modes and transforms"):
+    with pytest.raises(ValueError, match="outside of tracers and transforms"):
         torch.func.vmap(lambda x: sample(x, table, [0]).tokens)(torch.zeros(2, 1, V))
 
 

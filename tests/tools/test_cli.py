@@ -41,6 +41,8 @@ FIELD_OPTIONS = {
     "min_tokens_to_keep": (["--min-tokens-to-keep", "3"], 3),
     "logit_bias": (["--logit-bias", "5=1.5", "--logit-bias", "9=-100"], {5: 1.5, 9: -100.0}),
     "seed": (["--seed", str(2**64 - 1)], 2**64 - 1),
+    "repetition_penalty_scope": (["--repetition-penalty-scope", "output"], "output"),
+    "penalty_last_n": (["--penalty-last-n", "64"], 64),
 }
 
 
@@ -104,6 +106,18 @@ def test_the_text_is_what_the_loop_generates(run, model_path):
     assert err.splitlines()[-1].endswith("seed 3)")
     assert "Loading" in err
     assert "it/s" not in err  # the progress bars of transformers' loader are off
+
+
+def test_scope_and_window_are_those_of_the_text(run):
+    """The prompt's token is not penalised for its own sake, nor is what left the window."""
+    options = ["--temperature", 0, "--logit-bias", f"{A}=60", "--logit-bias", f"{B}=50"]
+    options += ["--max-new-tokens", 6, "--repetition-penalty", 1000]
+    assert run("a", *options)[1].startswith("b")
+    of_output = ["--repetition-penalty-scope", "output"]
+    assert run("a", *options, *of_output)[1].startswith("ab")
+    assert run("a", *options, "--penalty-last-n", 1)[1] == "bababa\n"
+    assert run("a", *options, *of_output, "--penalty-last-n", 1)[1] == "ababab\n"
+    assert run("a", *options, "--penalty-last-n", 0)[1] == "aaaaaa\n"
 
 
 def test_every_backend_gives_the_same_text(run, backend, monkeypatch):
@@ -304,6 +318,8 @@ def test_chat_refuses_what_generate_refuses(run_chat):
         (["--temperature", "nan"], ["temperature", "got nan"]),
         (["--top-k", "many"], ["--top-k"]),
         (["--top-k", "-2"], ["top_k", "-2"]),
+        (["--repetition-penalty-scope", "prompt"], ["--repetition-penalty-scope", "'prompt'"]),
+        (["--penalty-last-n", "-2"], ["penalty_last_n must be an integer >= -1, got -2"]),
         (["--seed", str(2**64)], ["seed", str(2**64)]),
         (["--logit-bias", "5"], ["logit_bias must be ID=BIAS, got '5'"]),
         (["--logit-bias", "x=1"], ["'x=1'"]),

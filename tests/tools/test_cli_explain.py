@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import llm_sampling
-from llm_sampling import SamplingParams, generation
+from llm_sampling import SamplingParams, TokenHistory, generation
 from llm_sampling.generation import models
 from llm_sampling.tools import cli, explain
 
@@ -107,6 +107,20 @@ def test_penalties_count_what_was_written(run: Run, model_path: Path) -> None:
         assert re.search(rf" {row.token} +{row.logit:.2f} +[\d.]+% +{p}( |$)", out, re.M)
     with pytest.raises(ValueError, match=r"^output_ids must "):
         explain.record(lm, prompt, [10**6])
+
+
+def test_scope_and_window_of_the_penalties(run: Run, model_path: Path) -> None:
+    options = ["--repetition-penalty", "3", "--repetition-penalty-scope", "output"]
+    code, out, _ = run("Once", "--output", "aab", *options, "--penalty-last-n", "2", "--top", "300")
+    assert code == 0
+    lm = models.load(model_path, lambda stage: None)
+    logits, _ = explain.record(lm, lm.encode("Once"), lm.encode("aab"))
+    params = SamplingParams(repetition_penalty=3)
+    ab = TokenHistory.from_ids([lm.encode("ab")], None, len(logits))
+    explained = explain.explain(logits, params, history=ab)
+    for row in explain.rows(explained, 300):
+        p = f"{row.probabilities['penalties']:.2%}"
+        assert re.search(rf" {row.token} +{row.logit:.2f} +[\d.]+% +{p}( |$)", out, re.M)
 
 
 def test_a_picture_and_a_page(run: Run, tmp_path: Path) -> None:

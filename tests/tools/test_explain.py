@@ -17,7 +17,7 @@ import torch
 from cases import EXACT_HALF, INF, NAN, OCTAVE_TEMPERATURE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import sampling_params, values
+from strategies import history_of, sampling_params, values
 
 from llm_sampling import InvalidLogitsError, SamplingParams, TokenHistory, filter_logits, sample
 from llm_sampling.generation.models import LanguageModel
@@ -149,7 +149,7 @@ def test_stages_are_nested_and_end_where_sample_draws(data: st.DataObject) -> No
     logits = torch.tensor(data.draw(values(vocab_size)))
     params = data.draw(sampling_params(vocab_size))
     ids = st.lists(st.integers(-2, vocab_size + 1), max_size=12)
-    history = TokenHistory.from_ids([data.draw(ids)], [data.draw(ids)], vocab_size)
+    history = history_of([params], [data.draw(ids)], [data.draw(ids)], vocab_size)
     try:
         drawn = sample(logits[None], params, history=history, num_samples=8, logprobs="processed")
     except InvalidLogitsError as refusal:
@@ -442,6 +442,15 @@ def test_what_the_page_is_given() -> None:
     plain = json.loads(Elements(page(LOGITS, TEXTS, SamplingParams(min_p=1e-50))).scripts[0])
     assert (plain["bias"], plain["seen"], plain["counts"]) == ([], [], [])
     assert plain["min_p_cut"] is None  # in float32 this min_p is 0, which means off
+
+
+def test_the_page_has_the_ids_in_order_where_they_are_kept() -> None:
+    params = SamplingParams(repetition_penalty=2, penalty_last_n=2)
+    history = TokenHistory.from_ids([[5, 77]], [[1, 1, 3]], 6, max_length=9, penalty_last_n=2)
+    data = json.loads(Elements(page(LOGITS, TEXTS, params, history)).scripts[0])
+    assert (data["ids"], data["prompt_length"]) == ([5, 1, 1, 3], 1)
+    assert data["settings"]["penalty_last_n"] == 2
+    assert json.loads(Elements(page(LOGITS, TEXTS, PARAMS, HISTORY)).scripts[0])["ids"] is None
 
 
 # ---- with a model --------------------------------------------------------------------------------

@@ -93,7 +93,10 @@ MOVE = """
 
 
 def moved(source: str, settings: Sequence[Setting], folder: Path) -> list[dict[str, Any]]:
-    texts = [{name: repr(value) for name, value in setting.items()} for setting in settings]
+    texts = [
+        {name: value if isinstance(value, str) else repr(value) for name, value in setting.items()}
+        for setting in settings
+    ]
     script = MOVE.replace("SETTINGS", json.dumps(texts)).replace("SOME", str(SOME))
     answers = run_in_browser(source, script, folder)
     assert len(answers) == len(settings)
@@ -132,9 +135,15 @@ def real_sized() -> Tensor:
     return row[torch.randperm(49152, generator=generator)]
 
 
-def history_of(row: Tensor) -> TokenHistory:
+def history_of(row: Tensor, penalty_last_n: int = -1) -> TokenHistory:
     best = torch.topk(row, 12).indices.tolist()
-    return TokenHistory.from_ids([best[4:]], [[best[0]] * 3 + best[2:6] + [-1]], len(row))
+    return TokenHistory.from_ids(
+        [best[4:]],
+        [[best[0]] * 3 + best[2:6] + [-1]],
+        len(row),
+        max_length=15,
+        penalty_last_n=penalty_last_n,
+    )
 
 
 OFF: Setting = {
@@ -146,6 +155,8 @@ OFF: Setting = {
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
     "min_tokens_to_keep": 1,
+    "repetition_penalty_scope": "all",
+    "penalty_last_n": -1,
 }
 PENALTIES = {"repetition_penalty": 1.3, "frequency_penalty": 0.7, "presence_penalty": -0.4}
 FEW: tuple[Setting, ...] = (
@@ -156,6 +167,8 @@ FEW: tuple[Setting, ...] = (
     {"temperature": 1e-40, "top_p": 0.3},
     {"top_p": 0.999, **PENALTIES},
     {"temperature": 3.0, "min_p": 0.1},
+    {"top_p": 0.9, "repetition_penalty_scope": "output", **PENALTIES},
+    {"top_p": 0.9, "penalty_last_n": 9, **PENALTIES},
 )
 EDGES: tuple[Setting, ...] = (
     {"temperature": OCTAVE_TEMPERATURE, "top_p": EXACT_HALF},
@@ -168,6 +181,9 @@ EDGES: tuple[Setting, ...] = (
     {"top_k": 3, "min_p": 1.0, "min_tokens_to_keep": 7},
     {"repetition_penalty": 1e-3, "top_k": -1, "top_p": 0.1},
     {"frequency_penalty": -2.0, "presence_penalty": 2.0, "min_p": 1e-9},
+    {"penalty_last_n": 0, "top_k": 12, **PENALTIES},
+    {"penalty_last_n": 6, "repetition_penalty_scope": "output", "top_k": 12, **PENALTIES},
+    {"penalty_last_n": 100, "top_k": 12, **PENALTIES},
 )
 
 
@@ -183,10 +199,15 @@ def random_settings(count: int) -> list[Setting]:
             "frequency_penalty": rng.choice((0.0, rng.uniform(-2, 2))),
             "presence_penalty": rng.choice((0.0, rng.uniform(-2, 2))),
             "min_tokens_to_keep": rng.choice((1, rng.randrange(1, 9))),
+            "repetition_penalty_scope": rng.choice(("all", "output")),
+            "penalty_last_n": rng.choice((-1, rng.randrange(17))),
         }
         for _ in range(count)
     ]
 
+
+#: The window begins with an id of the prompt that the output does not have.
+WINDOW = {"penalty_last_n": 9, **PENALTIES}
 
 ROWS = {"ties": ties, "plateau": plateau, "real-sized": real_sized}
 SETTINGS = {
@@ -204,7 +225,7 @@ def page_of(row: Tensor) -> str:
 def differences(row: Tensor, setting: Setting, answer: dict[str, Any]) -> set[str]:
     """Return the names of what differs between the page and the kernels or ``explain``."""
     params = SamplingParams(**setting, logit_bias=BIAS, seed=3)
-    history = history_of(row)
+    history = history_of(row, params.penalty_last_n)
     found = set()
     ids = answer["order"][: answer["left"]["min_p"]]
     kept = torch.zeros(len(row), dtype=torch.bool)
@@ -254,6 +275,8 @@ def test_the_page_keeps_what_sample_keeps(name: str, tmp_path: Path) -> None:
         ('"-0x1.62e3b2p-1"', '"-0x1.62e8b2p-1"', {"temperature": 1.3}, "probabilities"),
         ("Math.max(settings.top_k, atLeast)", "settings.top_k + 1", {"top_k": 4}, "kept"),
         (" - 2 ** 11)", ")", {"top_p": EXACT_HALF}, "kept"),
+        ("ids.length - lastN", "ids.length - lastN + 1", WINDOW, "probabilities"),
+        ("ofOutput ? ", "!ofOutput ? ", WINDOW, "probabilities"),
     ],
 )
 def test_a_page_that_is_wrong_is_seen(
@@ -280,6 +303,7 @@ BAD = {
     "frequency_penalty": ["-2.1", "3"],
     "presence_penalty": ["-2.1", "3"],
     "min_tokens_to_keep": ["0", "1.5"],
+    "penalty_last_n": ["-2", "1.5"],
 }
 
 USE = """
@@ -288,7 +312,8 @@ USE = """
     byId(name).value = text;
     byId(name).dispatchEvent(new Event("input", { bubbles: true }));
   };
-  const state = () => Object.fromEntries(Object.keys(BAD).map((name) => [name, byId(name).value]));
+  const names = Object.keys(FIELDS);
+  const state = () => Object.fromEntries(names.map((name) => [name, byId(name).value]));
   const told = (name) => byId(`${name}-rule`).textContent;
   const answer = { linked: state(), link: byId("link-error").textContent, told: told("top_p") };
   byId("reset").click();
@@ -402,6 +427,21 @@ def test_what_is_refused_is_told_in_the_words_of_sampling_params(
         assert message == f"{rule}, got {text}"
         assert is_shown
     assert all(is_shown for _, is_shown in refused)
+
+
+def test_a_window_needs_the_ids_in_order(tmp_path: Path) -> None:
+    history = TokenHistory.from_ids([[1]], [[0]], 4)
+    source = page(torch.zeros(4), ["a"] * 4, SamplingParams(repetition_penalty=2), history)
+    script = """
+      const field = document.getElementById("penalty_last_n");
+      return ["3", "-1"].map((text) => {
+        field.value = text;
+        field.dispatchEvent(new Event("input", { bubbles: true }));
+        return document.getElementById("penalty_last_n-rule").textContent;
+      });
+    """
+    told = "penalty_last_n must be -1, since this page does not have the ids in order, got 3"
+    assert run_in_browser(source, script, tmp_path) == [told, ""]
 
 
 def test_cuts_of_min_p_are_the_hosts(used: dict[str, Any]) -> None:

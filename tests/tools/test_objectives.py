@@ -101,6 +101,8 @@ def test_a_seed_is_a_number(tiny: Any) -> None:
     assert first(VALUES) == values == ModelObjective(tiny, OF_TEXTS, seed=1, **options)(VALUES)
     assert ModelObjective(tiny, OF_TEXTS, seed=2, **options)(VALUES) != values
     assert first({**VALUES, "temperature": 1.4}) != values
+    for name, value in (("repetition_penalty_scope", "output"), ("penalty_last_n", 0)):
+        assert first({**VALUES, name: value}) != values
     assert ModelObjective(tiny, list(METRICS)).directions == (
         "minimize",
         "minimize",
@@ -236,7 +238,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "short": ({"max_new_tokens": 3}, "max_new_tokens must be an integer >= 4, got 3"),
     "fixed": (
         {"fixed": {"beams": 3}},
-        "values must be of temperature, .*, seed, max_new_tokens, got 'beams'",
+        "values must be of temperature, .*, seed, .*, penalty_last_n, max_new_tokens, got 'beams'",
     ),
     "fixed value": ({"fixed": {"top_p": 2}}, r"top_p must be in \(0, 1\], got 2"),
     "fixed length": (

@@ -376,10 +376,13 @@ OUT_OF_RANGE = {
     "presence_penalty": (-2.5, 2.0),
     "min_tokens_to_keep": (0, 3),
     "seed": (-1, 3),
+    "penalty_last_n": (-2, 3),
 }
+#: The fields whose values are no numbers.
+WORDS = {name for name, off in OFF_VALUES.items() if isinstance(off, str)}
 
 
-@pytest.mark.parametrize("field", sorted(set(OFF_VALUES) - {"logit_bias"}))
+@pytest.mark.parametrize("field", sorted(set(OFF_VALUES) - {"logit_bias"} - WORDS))
 @pytest.mark.parametrize("form", [lambda ends: Range(*ends), list], ids=["range", "list"])
 def test_fields_are_refused_in_the_words_of_sampling_params(
     field: str, form: Callable[[Any], Any]
@@ -393,6 +396,16 @@ def test_fields_are_refused_in_the_words_of_sampling_params(
     assert len(words) == 1
     with no_trial() as objective, pytest.raises(ValueError, match=says(words[0])):
         search(objective, {field: form(OUT_OF_RANGE[field])})
+
+
+@pytest.mark.parametrize(
+    ("values", "got"), [(Range(0, 1), 0), (["all", "prompt"], "'prompt'"), ([None, 1], 1)]
+)
+def test_a_word_that_is_none_of_the_choices_is_refused(values: Any, got: object) -> None:
+    assert {"repetition_penalty_scope"} == WORDS
+    told = says(f'repetition_penalty_scope must be "all" or "output", got {got}')
+    with no_trial() as objective, pytest.raises(ValueError, match=told):
+        search(objective, {"repetition_penalty_scope": values})
 
 
 @pytest.mark.parametrize(

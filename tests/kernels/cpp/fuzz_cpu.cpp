@@ -1,6 +1,7 @@
 // A fuzz test of the CPU kernel. On valid batches every result must equal that of the steps of
-// docs/semantics.md, done one by one with a sort. Structs that break the contract must give their return
-// code, and nothing may be written. tests/kernels/fuzz.sh builds it with libFuzzer; compiled with -DREPLAY it runs
+// docs/semantics.md, done one by one with a sort, and every change of a history that of the ids, one by one.
+// Structs that break the contract must give their return code, and nothing may be written. Histories that
+// cannot be must do no harm. tests/kernels/fuzz.sh builds it with libFuzzer; compiled with -DREPLAY it runs
 // the inputs in the files that it is given.
 //
 // An input is read from its first byte on and continues with zeros past its end, so every input is a valid
@@ -116,16 +117,84 @@ struct Inputs {
   std::vector<int32_t> mask;
   std::vector<int32_t> param_slots, bias_counts;
   std::vector<int64_t> prompt_lengths;
+  std::vector<int32_t> windows, scope, extra;
+  std::vector<int64_t> text_prompt_lengths;
+  std::vector<uint8_t> record;
 };
 
 struct State {
-  std::vector<int64_t> position, lengths;
-  std::vector<int32_t> seen, counts;
+  std::vector<int64_t> position, lengths, text_lengths;
+  std::vector<int32_t> seen, counts, text;
   bool operator==(const State& other) const {
     return position == other.position && lengths == other.lengths && seen == other.seen &&
-           counts == other.counts;
+           counts == other.counts && text == other.text && text_lengths == other.text_lengths;
   }
 };
+
+// ---- Histories, id by id ---------------------------------------------------------------------------
+
+bool has_bit(const int32_t* words, int64_t id) {
+  return (static_cast<uint32_t>(words[id >> 5]) >> (id & 31) & 1) != 0;
+}
+
+void set_bit_of(int32_t* words, int64_t id) {
+  words[id >> 5] = static_cast<int32_t>(static_cast<uint32_t>(words[id >> 5]) | 1u << (id & 31));
+}
+
+// Adds a number; what overflows wraps around.
+template <typename T>
+void plus(T& value, int64_t number) {
+  value = static_cast<T>(static_cast<uint64_t>(value) + static_cast<uint64_t>(number));
+}
+
+// Writes the bits and counts of the last `window` ids, or of all if it is negative; what lies between two rows
+// stays as it is.
+void count_ids(
+    const std::vector<int32_t>& ids,
+    int64_t of_prompt,
+    int64_t window,
+    int64_t vocab_size,
+    int32_t* seen,
+    int32_t* counts
+) {
+  const int64_t length = static_cast<int64_t>(ids.size());
+  std::fill_n(seen, (vocab_size + 31) / 32, 0);
+  std::fill_n(counts, vocab_size, 0);
+  for (int64_t place = 0; place < length; ++place) {
+    if (window >= 0 && place < length - window) continue;
+    const int32_t id = ids[static_cast<size_t>(place)];
+    set_bit_of(seen, id);
+    counts[id] += place >= of_prompt;
+  }
+}
+
+constexpr int32_t kWindows[] = {-1, 0, 1, 2, 5, 64, 1000, INT32_MIN, INT32_MAX};
+constexpr int64_t kTextLengths[] = {1, 2, 3, 5, 8, 70, 200};
+
+// Values that lengths, numbers and windows cannot have, or that are at the ends of what they can.
+template <typename T>
+void make_hostile(Bytes& bytes, std::vector<T>& values, int64_t size) {
+  constexpr int64_t kLeast = std::numeric_limits<T>::min(), kMost = std::numeric_limits<T>::max();
+  for (T& value : values) {
+    const int64_t some[] = {kLeast, -1, 0, 1, size - 1, size, size + 1, kMost};
+    const int64_t which = bytes.below(16);
+    if (which < static_cast<int64_t>(std::size(some))) value = static_cast<T>(some[which]);
+  }
+}
+
+// Ids of which many are equal and some are outside of the vocabulary.
+template <typename T>
+void make_ids(Noise& noise, std::vector<T>& ids, int64_t vocab_size, bool all_valid) {
+  T few[4];
+  for (T& id : few) id = static_cast<T>(noise.below(vocab_size));
+  const int64_t outside[] =
+      {-1, vocab_size, std::numeric_limits<T>::min(), std::numeric_limits<T>::max()};
+  for (T& id : ids) {
+    const uint64_t which = noise.below(uint64_t{8});
+    id = which < 4 ? few[which] : static_cast<T>(noise.below(vocab_size));
+    if (which == 7 && !all_valid) id = static_cast<T>(outside[noise.below(4)]);
+  }
+}
 
 // Floats are kept as bits, so that a NaN equals itself.
 struct Outputs {
@@ -287,6 +356,74 @@ struct Case {
     draws = (parts & 24) != 24;
     filters = (parts & 8) != 0;
     if (parts & 32) put_into_slots(bytes);
+    if ((parts & 64) == 0) return;
+    if (!inputs.slots.empty()) put_texts(bytes);
+    inputs.scope.resize(inputs.temperature.size());
+    for (int32_t& scope : inputs.scope) scope = static_cast<int32_t>(bytes.below(2));
+    a.repetition_penalty_scope = inputs.scope.data();
+    if (bytes.below(2) != 0) {
+      for (size_t row = 0; row < rows; ++row) {
+        inputs.record.push_back(bytes.one_of<uint8_t>({0, 1, 2, 255}));
+      }
+      a.record = inputs.record.data();
+    }
+  }
+
+  // Gives each slot of the history its ids in order, of which its bits and counts are made, and the rows ids
+  // that count for this call alone.
+  void put_texts(Bytes& bytes) {
+    LlmSamplingArgs& a = args;
+    const size_t slots = static_cast<size_t>(a.num_slots);
+    const uint8_t parts = bytes.take<uint8_t>();
+    Noise noise(bytes.take<uint8_t>());
+    if ((parts & 3) != 0) {
+      a.max_text_length = bytes.one_of(kTextLengths);
+      state.text.resize(slots * static_cast<size_t>(a.max_text_length));
+      make_ids(noise, state.text, a.vocab_size, true);
+      for (size_t slot = 0; slot < slots; ++slot) {
+        const int64_t most = a.max_text_length;
+        const int64_t length = bytes.below(4) == 0 ? most : noise.below(most + 1);
+        state.text_lengths.push_back(length);
+        inputs.text_prompt_lengths.push_back(noise.below(length + 1));
+        if (parts & 4) inputs.windows.push_back(bytes.one_of(kWindows));
+      }
+      a.text_prompt_lengths = inputs.text_prompt_lengths.data();
+      if (parts & 4) a.windows = inputs.windows.data();
+      for (size_t slot = 0; slot < slots; ++slot) count_text(state, slot);
+    }
+    if ((parts & 24) == 0) return;
+    a.num_extra_output = bytes.one_of({1, 2, 5, 17, 64});
+    inputs.extra.resize(static_cast<size_t>(a.rows * a.num_extra_output));
+    make_ids(noise, inputs.extra, a.vocab_size, false);
+    a.extra_output = inputs.extra.data();
+    // An id that comes next makes the count of its token visible.
+    for (int64_t slot = 0; slot < a.num_slots; ++slot) {
+      for (int64_t id = 0; id < a.vocab_size; ++id) {
+        if (has_bit(state.seen.data() + slot * a.seen_stride, id)) continue;
+        state.counts[static_cast<size_t>(slot * a.counts_stride + id)] = 0;
+      }
+    }
+  }
+
+  std::vector<int32_t> text_of(const State& of, size_t slot) const {
+    const int32_t* begin = of.text.data() + slot * static_cast<size_t>(args.max_text_length);
+    return {begin, begin + of.text_lengths[slot]};
+  }
+
+  int64_t window_of_slot(size_t slot) const {
+    return inputs.windows.empty() ? -1 : inputs.windows[slot];
+  }
+
+  // Makes bits and counts those of a slot's text.
+  void count_text(State& of, size_t slot) const {
+    count_ids(
+        text_of(of, slot),
+        inputs.text_prompt_lengths[slot],
+        window_of_slot(slot),
+        args.vocab_size,
+        of.seen.data() + static_cast<int64_t>(slot) * args.seen_stride,
+        of.counts.data() + static_cast<int64_t>(slot) * args.counts_stride
+    );
   }
 
   // Gives the parameters to slots. What was the parameters of row r is now those of slot r, and there may be
@@ -367,6 +504,10 @@ struct Case {
       a.counts = own.counts.data();
       a.lengths = own.lengths.data();
     }
+    if (!own.text.empty()) {
+      a.text = own.text.data();
+      a.text_lengths = own.text_lengths.data();
+    }
     if (draws) {
       a.tokens = out.tokens.data();
       a.status = out.status.data();
@@ -421,12 +562,52 @@ void check_nothing(const LlmSamplingArgs& a, const Outputs& out, int64_t row, in
   }
 }
 
+// Whether a row with parameters is to be recorded.
+bool is_to_be_recorded(const LlmSamplingArgs& a, int64_t row) {
+  return a.advance != LLM_SAMPLING_ADVANCE_NEVER && (a.record == nullptr || a.record[row] != 0);
+}
+
+// Which tokens a row's history has, as words of bits, and how often they are in its output, with the ids that
+// count for one call.
+struct Counted {
+  std::vector<int32_t> seen, counts;
+
+  Counted(const Case& batch, const LlmSamplingArgs& a, int64_t row)
+      : seen(static_cast<size_t>((a.vocab_size + 31) / 32)),
+        counts(static_cast<size_t>(a.vocab_size)) {
+    const int64_t slot = a.slots[row];
+    std::vector<int32_t> next;
+    for (int64_t i = 0; i < a.num_extra_output; ++i) {
+      const int32_t id = a.extra_output[row * a.num_extra_output + i];
+      if (id >= 0 && id < a.vocab_size) next.push_back(id);
+    }
+    if (a.text != nullptr) {
+      std::vector<int32_t> ids = batch.text_of(batch.state, static_cast<size_t>(slot));
+      ids.insert(ids.end(), next.begin(), next.end());
+      const int64_t of_prompt = a.text_prompt_lengths[slot];
+      const int64_t window = batch.window_of_slot(static_cast<size_t>(slot));
+      count_ids(ids, of_prompt, window, a.vocab_size, seen.data(), counts.data());
+      return;
+    }
+    std::copy_n(a.seen + slot * a.seen_stride, seen.size(), seen.begin());
+    std::copy_n(a.counts + slot * a.counts_stride, counts.size(), counts.begin());
+    for (int32_t id : next) {
+      set_bit_of(seen.data(), id);
+      plus(counts[static_cast<size_t>(id)], 1);
+    }
+  }
+};
+
 // Compares the results of one row with the definition.
-void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
+void check_row(const Case& batch, const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   const int64_t v = a.vocab_size;
   const int64_t index = index_of(a, row);
   if (index < 0) {
     return check_nothing(a, out, row, index == -1 ? 0 : LLM_SAMPLING_STATUS_NO_CANDIDATE);
+  }
+  if (a.text != nullptr && is_to_be_recorded(a, row) &&
+      a.text_lengths[a.slots[row]] >= a.max_text_length) {
+    return check_nothing(a, out, row, LLM_SAMPLING_STATUS_TEXT_FULL);
   }
   std::vector<float> x(static_cast<size_t>(v));
   for (int64_t i = 0; i < v; ++i) {  // 1 widen
@@ -451,14 +632,18 @@ void check_row(const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
     const int32_t word = a.allowed_mask[row * a.allowed_mask_stride + (i >> 5)];
     if ((static_cast<uint32_t>(word) >> (i & 31) & 1) == 0) x[i] = -kInfinity;
   }
-  for (int64_t i = 0; a.seen != nullptr && i < v; ++i) {  // 3 to 5 penalties
-    const int32_t word = a.seen[a.slots[row] * a.seen_stride + (i >> 5)];
-    if ((static_cast<uint32_t>(word) >> (i & 31) & 1) == 0) continue;
-    x[i] = repetition(x[i], a.repetition_penalty[index]);
-    const int32_t count = a.counts[a.slots[row] * a.counts_stride + i];
-    if (count == 0) continue;
-    x[i] = frequency(x[i], a.frequency_penalty[index], count);
-    x[i] = x[i] - a.presence_penalty[index];
+  if (a.seen != nullptr) {  // 3 to 5 penalties
+    const Counted counted(batch, a, row);
+    const bool is_of_output =
+        a.repetition_penalty_scope != nullptr && a.repetition_penalty_scope[index] == 1;
+    for (int64_t i = 0; i < v; ++i) {
+      if (!has_bit(counted.seen.data(), i)) continue;
+      const int32_t count = counted.counts[static_cast<size_t>(i)];
+      if (!is_of_output || count > 0) x[i] = repetition(x[i], a.repetition_penalty[index]);
+      if (count <= 0) continue;
+      x[i] = frequency(x[i], a.frequency_penalty[index], count);
+      x[i] = x[i] - a.presence_penalty[index];
+    }
   }
   int32_t status = 0;
   std::vector<int64_t> kept;
@@ -584,17 +769,25 @@ State advanced(const Case& batch, const LlmSamplingArgs& a) {
   if (a.advance == LLM_SAMPLING_ADVANCE_IF_ALL_VALID && !valid) return after;
   for (int64_t row = 0; row < a.rows; ++row) {
     const int64_t token = a.tokens[row * a.num_samples];
-    if (token < 0 || shares_a_slot(a, row)) continue;
+    if (token < 0 || shares_a_slot(a, row) || !is_to_be_recorded(a, row)) continue;
     const int64_t place = a.position_of == LLM_SAMPLING_POSITION_OF_SLOT ? index_of(a, row) : row;
     if (a.position_of != LLM_SAMPLING_POSITION_OF_TEXT) {
       after.position[place] =
           static_cast<int64_t>(static_cast<uint64_t>(after.position[place]) + 1);
     }
     if (a.seen == nullptr) continue;
-    int32_t& word = after.seen[a.slots[row] * a.seen_stride + (token >> 5)];
-    word = static_cast<int32_t>(static_cast<uint32_t>(word) | 1u << (token & 31));
-    ++after.counts[a.slots[row] * a.counts_stride + token];
-    ++after.lengths[a.slots[row]];
+    const size_t slot = static_cast<size_t>(a.slots[row]);
+    ++after.lengths[slot];
+    if (a.text != nullptr) {
+      int64_t& length = after.text_lengths[slot];
+      after.text[slot * static_cast<size_t>(a.max_text_length) + static_cast<size_t>(length)] =
+          static_cast<int32_t>(token);
+      ++length;
+      batch.count_text(after, slot);
+      continue;
+    }
+    set_bit_of(after.seen.data() + a.slots[row] * a.seen_stride, token);
+    plus(after.counts[a.slots[row] * a.counts_stride + token], 1);
   }
   return after;
 }
@@ -606,7 +799,7 @@ void run_good(const Case& batch) {
   require(llm_sampling_cpu(&a) == LLM_SAMPLING_OK, "a valid batch is accepted");
   State before = batch.state;
   LlmSamplingArgs given = batch.with(before, out);
-  for (int64_t row = 0; row < a.rows; ++row) check_row(given, out, row);
+  for (int64_t row = 0; row < a.rows; ++row) check_row(batch, given, out, row);
   require(own == advanced(batch, a), "the state after a step");
 
   // The gaps between rows must not be written.
@@ -636,11 +829,11 @@ struct Field {
   bool is_pointer;
 };
 
-#define FIELD(name)                                                 \
-  Field {                                                           \
-    offsetof(LlmSamplingArgs, name), sizeof(LlmSamplingArgs::name), \
-        std::is_pointer<decltype(LlmSamplingArgs::name)>::value     \
+#define FIELD_OF(Struct, name)                                                                   \
+  Field {                                                                                        \
+    offsetof(Struct, name), sizeof(Struct::name), std::is_pointer<decltype(Struct::name)>::value \
   }
+#define FIELD(name) FIELD_OF(LlmSamplingArgs, name)
 
 // The bytes of an input choose a field by its place here, so a new field takes the place of an old one or is
 // the last: then the corpus keeps its meaning.
@@ -689,6 +882,46 @@ constexpr Field kFields[] = {
     FIELD(num_param_slots),
     FIELD(logit_bias_counts),
     FIELD(prompt_lengths),
+    FIELD(text),
+    FIELD(max_text_length),
+    FIELD(text_lengths),
+    FIELD(text_prompt_lengths),
+    FIELD(windows),
+    FIELD(record),
+    FIELD(repetition_penalty_scope),
+    FIELD(extra_output),
+    FIELD(num_extra_output),
+};
+
+#define UPDATE_FIELD(name) FIELD_OF(LlmSamplingUpdate, name)
+
+constexpr Field kUpdateFields[] = {
+    UPDATE_FIELD(struct_size),
+    UPDATE_FIELD(version),
+    UPDATE_FIELD(rows),
+    UPDATE_FIELD(vocab_size),
+    UPDATE_FIELD(kind),
+    UPDATE_FIELD(id_bytes),
+    UPDATE_FIELD(slots),
+    UPDATE_FIELD(numbers),
+    UPDATE_FIELD(ids),
+    UPDATE_FIELD(ids_stride),
+    UPDATE_FIELD(max_ids),
+    UPDATE_FIELD(prompt_lengths),
+    UPDATE_FIELD(position),
+    UPDATE_FIELD(position_of),
+    UPDATE_FIELD(reserved),
+    UPDATE_FIELD(seen),
+    UPDATE_FIELD(seen_stride),
+    UPDATE_FIELD(counts),
+    UPDATE_FIELD(counts_stride),
+    UPDATE_FIELD(lengths),
+    UPDATE_FIELD(num_slots),
+    UPDATE_FIELD(text),
+    UPDATE_FIELD(max_text_length),
+    UPDATE_FIELD(text_lengths),
+    UPDATE_FIELD(text_prompt_lengths),
+    UPDATE_FIELD(windows),
 };
 
 // Whether all that the struct describes lies within the memory of the batch, which no callee can check.
@@ -713,6 +946,8 @@ bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
   return a.rows <= was.rows && a.num_samples <= was.num_samples &&
          a.logit_bias_size <= was.logit_bias_size && a.num_param_slots <= was.num_param_slots &&
          positions <= batch.state.position.size() &&
+         (a.text == nullptr || a.max_text_length <= was.max_text_length) &&
+         a.num_extra_output <= was.num_extra_output &&
          holds(a.logits, a.logits_stride, a.vocab_size, elements) &&
          holds(a.allowed_mask, a.allowed_mask_stride, words, batch.inputs.mask.size()) &&
          holds(
@@ -727,25 +962,45 @@ bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
 // The most rows of a struct that are compared with each other one by one, which takes the square of their number.
 constexpr int64_t kMostCompared = 64;
 
-// Whether memory that is written shares a byte with other memory of the struct, row by row.
-bool shares_a_byte(const LlmSamplingArgs& a) {
+// The memory of a struct, row by row.
+class Spans {
+ public:
+  template <typename T>
+  void operator()(bool is_written, const T* pointer, int64_t rows, int64_t width, int64_t stride) {
+    ++part_;
+    const int64_t size = sizeof(T);
+    for (int64_t row = 0; pointer != nullptr && width > 0 && row < rows; ++row) {
+      const uintptr_t begin =
+          reinterpret_cast<uintptr_t>(pointer) + static_cast<uintptr_t>(row * stride * size);
+      spans_.push_back({part_, is_written, begin, begin + static_cast<uintptr_t>(width * size)});
+    }
+  }
+
+  // Whether memory that is written shares a byte with other memory.
+  bool share_a_byte() const {
+    for (const Span& one : spans_) {
+      for (const Span& two : spans_) {
+        if (one.is_written && one.part != two.part && one.begin < two.end && two.begin < one.end) {
+          return true;
+        }
+      }
+    }
+    return false;
+  }
+
+ private:
   struct Span {
     int part;
     bool is_written;
     uintptr_t begin, end;
   };
-  std::vector<Span> spans;
-  int part = 0;
-  const auto add =
-      [&](bool is_written, const auto* pointer, int64_t rows, int64_t width, int64_t stride) {
-        ++part;
-        const int64_t size = sizeof(*pointer);
-        for (int64_t row = 0; pointer != nullptr && width > 0 && row < rows; ++row) {
-          const uintptr_t begin =
-              reinterpret_cast<uintptr_t>(pointer) + static_cast<uintptr_t>(row * stride * size);
-          spans.push_back({part, is_written, begin, begin + static_cast<uintptr_t>(width * size)});
-        }
-      };
+  std::vector<Span> spans_;
+  int part_ = 0;
+};
+
+// Whether memory that is written shares a byte with other memory of the struct.
+bool shares_a_byte(const LlmSamplingArgs& a) {
+  Spans add;
   const int64_t v = a.vocab_size, words = (v + 31) / 32,
                 slots = a.seen != nullptr ? a.num_slots : 0;
   const bool draws = a.tokens != nullptr, advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
@@ -785,14 +1040,39 @@ bool shares_a_byte(const LlmSamplingArgs& a) {
   add(false, a.logit_bias_ids, 1, entries, 0);
   add(false, a.logit_bias_values, 1, entries, 0);
   add(false, a.slots, 1, slots != 0 ? a.rows : 0, 0);
-  for (const Span& one : spans) {
-    for (const Span& two : spans) {
-      if (one.is_written && one.part != two.part && one.begin < two.end && two.begin < one.end) {
-        return true;
-      }
-    }
+  const int64_t texts = a.text != nullptr ? slots : 0;
+  add(advances, a.text, texts, a.max_text_length, a.max_text_length);
+  add(advances, a.text_lengths, 1, texts, 0);
+  add(false, a.text_prompt_lengths, 1, texts, 0);
+  add(false, a.windows, 1, texts, 0);
+  add(false, a.record, 1, advances ? a.rows : 0, 0);
+  add(false, a.repetition_penalty_scope, 1, params, 0);
+  add(false, a.extra_output, a.rows, a.num_extra_output, a.num_extra_output);
+  return add.share_a_byte();
+}
+
+bool shares_a_byte(const LlmSamplingUpdate& u) {
+  Spans add;
+  const int64_t v = u.vocab_size, words = (v + 31) / 32, slots = u.num_slots;
+  const int64_t texts = u.text != nullptr ? slots : 0;
+  add(true, u.position, 1, u.position_of == LLM_SAMPLING_POSITION_OF_SLOT ? slots : u.rows, 0);
+  add(true, u.seen, slots, words, u.seen_stride);
+  add(true, u.counts, slots, v, u.counts_stride);
+  add(true, u.lengths, 1, slots, 0);
+  add(true, u.text, texts, u.max_text_length, u.max_text_length);
+  add(true, u.text_lengths, 1, texts, 0);
+  add(true, u.text_prompt_lengths, 1, texts, 0);
+  add(false, u.windows, 1, texts, 0);
+  add(false, u.slots, 1, u.rows, 0);
+  add(false, u.numbers, 1, u.rows, 0);
+  add(false, u.prompt_lengths, 1, u.kind == LLM_SAMPLING_UPDATE_FILL ? u.rows : 0, 0);
+  const int64_t with_ids = u.kind != LLM_SAMPLING_UPDATE_ROLLBACK ? u.rows : 0;
+  if (u.id_bytes == 4) {
+    add(false, static_cast<const int32_t*>(u.ids), with_ids, u.max_ids, u.ids_stride);
+  } else {
+    add(false, static_cast<const int64_t*>(u.ids), with_ids, u.max_ids, u.ids_stride);
   }
-  return false;
+  return add.share_a_byte();
 }
 
 // What the slots of a struct that is otherwise accepted must give.
@@ -809,15 +1089,15 @@ int32_t code_of_slots(const LlmSamplingArgs& a) {
   return code;
 }
 
-int64_t take_number(Bytes& bytes, const LlmSamplingArgs& a) {
+int64_t take_number(Bytes& bytes, int64_t vocab_size) {
   const int64_t numbers[] = {
       0,
       1,
       -1,
       2,
       3,
-      a.vocab_size,
-      a.vocab_size - 1,
+      vocab_size,
+      vocab_size - 1,
       INT32_MAX,
       INT32_MIN,
       INT64_MAX,
@@ -830,15 +1110,46 @@ int64_t take_number(Bytes& bytes, const LlmSamplingArgs& a) {
   return which < 200 ? numbers[which % std::size(numbers)] : bytes.take<int64_t>();
 }
 
+// Changes a few fields of a struct. Returns whether a pointer points to or near other memory now.
+template <typename Struct, size_t n>
+bool change_fields(Struct& own, const Field (&fields)[n], Bytes& bytes, int64_t vocab_size) {
+  bool is_moved = false;
+  for (int64_t changes = bytes.below(4); changes > 0; --changes) {
+    const Field field = bytes.one_of(fields);
+    char* at = reinterpret_cast<char*>(&own) + field.offset;
+    int64_t value = 0;
+    if (field.is_pointer) {
+      std::memcpy(&value, at, field.size);
+      const int64_t how = value == 0 ? 0 : bytes.below(4);
+      if (how == 3) {  // to or near other memory of the batch
+        const Field target = bytes.one_of(fields);
+        int64_t there = 0;
+        if (target.is_pointer) {
+          std::memcpy(&there, reinterpret_cast<char*>(&own) + target.offset, target.size);
+        }
+        is_moved |= there != 0;
+        value = there == 0 ? 0 : there + 4 * (static_cast<int8_t>(bytes.take<uint8_t>()));
+      } else {
+        value = how == 1 ? value + 1 : 0;  // not aligned, or NULL
+        is_moved |= how == 1;              // a pointer to bytes is always aligned
+      }
+    } else {
+      value = take_number(bytes, vocab_size);
+    }
+    std::memcpy(at, &value, field.size);
+  }
+  return is_moved;
+}
+
 void run_bad(Case& batch, Bytes& bytes) {
   const uint8_t what = bytes.take<uint8_t>();
   if ((what & 3) == 1 && !batch.inputs.slots.empty()) {
     batch.inputs.slots[what % batch.inputs.slots.size()] =
-        static_cast<int32_t>(take_number(bytes, batch.args));
+        static_cast<int32_t>(take_number(bytes, batch.args.vocab_size));
   }
   if ((what & 3) == 2 && !batch.inputs.offsets.empty()) {
     int64_t& offset = batch.inputs.offsets[what % batch.inputs.offsets.size()];
-    offset = take_number(bytes, batch.args);
+    offset = take_number(bytes, batch.args.vocab_size);
   }
   if ((what & 3) == 3) {
     Inputs& i = batch.inputs;
@@ -854,44 +1165,32 @@ void run_bad(Case& batch, Bytes& bytes) {
     std::vector<float>& changed = *floats[bytes.below(7)];
     const float value = take_float(bytes);
     if (!changed.empty()) changed.back() = value;
-    i.at_least.back() = static_cast<int32_t>(take_number(bytes, batch.args));
-    i.top_k.back() = static_cast<int32_t>(take_number(bytes, batch.args));
+    i.at_least.back() = static_cast<int32_t>(take_number(bytes, batch.args.vocab_size));
+    i.top_k.back() = static_cast<int32_t>(take_number(bytes, batch.args.vocab_size));
   }
+  if ((what & 4) != 0 && !batch.state.text.empty()) {
+    const int64_t most = batch.args.max_text_length;
+    Noise noise(bytes.take<uint8_t>());
+    make_ids(noise, batch.state.text, batch.args.vocab_size, false);
+    make_hostile(bytes, batch.state.text_lengths, most);
+    make_hostile(bytes, batch.inputs.text_prompt_lengths, most);
+    make_hostile(bytes, batch.inputs.windows, most);
+    make_hostile(bytes, batch.state.lengths, most);
+  }
+  if ((what & 12) == 12) make_hostile(bytes, batch.inputs.scope, 1);
 
   State own = batch.state;
   Outputs out = batch.make_outputs();
   LlmSamplingArgs a = batch.with(own, out);
-  bool is_moved = false;
-  for (int64_t changes = bytes.below(4); changes > 0; --changes) {
-    const Field field = bytes.one_of(kFields);
-    char* at = reinterpret_cast<char*>(&a) + field.offset;
-    int64_t value = 0;
-    if (field.is_pointer) {
-      std::memcpy(&value, at, field.size);
-      const int64_t how = value == 0 ? 0 : bytes.below(4);
-      if (how == 3) {  // to or near other memory of the batch
-        const Field target = bytes.one_of(kFields);
-        int64_t there = 0;
-        if (target.is_pointer) {
-          std::memcpy(&there, reinterpret_cast<char*>(&a) + target.offset, target.size);
-        }
-        is_moved |= there != 0;
-        value = there == 0 ? 0 : there + 4 * (static_cast<int8_t>(bytes.take<uint8_t>()));
-      } else {
-        value = how == 1 ? value + 1 : 0;  // not aligned, or NULL
-      }
-    } else {
-      value = take_number(bytes, batch.args);
-    }
-    std::memcpy(at, &value, field.size);
-  }
+  const bool is_moved = change_fields(a, kFields, bytes, batch.args.vocab_size);
   const State before_state = own;
   const Outputs before = out;
   LlmSamplingArgs read = {};  // as the kernel reads a struct that may be shorter
   int32_t expected = read_struct(&a, read);
   if (expected == LLM_SAMPLING_OK) expected = check_struct(read);
   const int64_t compared = std::max(read.rows, read.seen != nullptr ? read.num_slots : 0);
-  if (expected == LLM_SAMPLING_OK && compared <= kMostCompared) {
+  // A call without rows writes nothing.
+  if (expected == LLM_SAMPLING_OK && read.rows != 0 && compared <= kMostCompared) {
     require(!shares_a_byte(read), "an overlap is found");
   }
   // What no callee can check.
@@ -907,11 +1206,272 @@ void run_bad(Case& batch, Bytes& bytes) {
   }
 }
 
+// ---- Changes of histories by ids that were not drawn ---------------------------------------------
+
+// A valid change, each array in exactly the memory that the contract asks for.
+struct UpdateCase {
+  LlmSamplingUpdate args = {};
+  std::vector<int32_t> slots, numbers, prompt_lengths, ids, windows;
+  std::vector<int64_t> long_ids;
+  State state;
+  std::vector<int64_t> text_prompt_lengths;
+
+  explicit UpdateCase(Bytes& bytes) {
+    LlmSamplingUpdate& u = args;
+    u.struct_size = sizeof(u);
+    u.version = LLM_SAMPLING_ABI_VERSION;
+    u.vocab_size = bytes.one_of({1, 2, 31, 32, 33, 100, 513, 1300});
+    u.kind = static_cast<int32_t>(bytes.below(3));
+    u.id_bytes = bytes.one_of({4, 8});
+    u.num_slots = 1 + bytes.below(5);
+    u.max_ids = bytes.one_of({0, 1, 2, 5, 9, 80});
+    u.position_of = static_cast<int32_t>(bytes.below(2));
+    const uint8_t parts = bytes.take<uint8_t>();
+    Noise noise(bytes.take<uint16_t>());
+    const int64_t words = (u.vocab_size + 31) / 32;
+    u.seen_stride = words + (parts & 1);
+    u.counts_stride = u.vocab_size + (parts >> 1 & 1);
+    u.ids_stride = parts & 4 ? u.max_ids + (parts >> 3 & 1) : (parts & 8 ? 0 : u.max_ids);
+    const bool is_rollback = u.kind == LLM_SAMPLING_UPDATE_ROLLBACK;
+
+    // Every slot that exists, in some order and most of the time; and some that do not.
+    for (int32_t slot = 0; slot < u.num_slots; ++slot) {
+      if (bytes.below(5) != 0) slots.push_back(slot);
+    }
+    for (int64_t more = bytes.below(3); more > 0; --more) {
+      slots.push_back(bytes.one_of({-1, static_cast<int>(u.num_slots), INT32_MIN, INT32_MAX}));
+    }
+    for (size_t row = slots.size(); row > 1; --row)
+      std::swap(slots[row - 1], slots[noise.below(row)]);
+    u.rows = static_cast<int64_t>(slots.size());
+    const size_t rows = slots.size();
+    for (size_t row = 0; row < rows; ++row) {
+      const int some[] = {0, 1, 2, 5, static_cast<int>(u.max_ids), -1, INT32_MIN, INT32_MAX};
+      numbers.push_back(bytes.one_of(some));
+      prompt_lengths.push_back(bytes.one_of(some));
+    }
+    u.slots = slots.data();
+    u.numbers = numbers.data();
+    if ((parts & 16) != 0) u.prompt_lengths = prompt_lengths.data();
+    const size_t extent = rows == 0 || u.max_ids == 0 || is_rollback
+                              ? 0
+                              : static_cast<size_t>((u.rows - 1) * u.ids_stride + u.max_ids);
+    if (u.id_bytes == 4) {
+      ids.resize(extent);
+      make_ids(noise, ids, u.vocab_size, false);
+      u.ids = ids.data();
+    } else {
+      long_ids.resize(extent);
+      make_ids(noise, long_ids, u.vocab_size, false);
+      u.ids = long_ids.data();
+    }
+
+    const size_t all = static_cast<size_t>(u.num_slots);
+    state.seen.resize(all * static_cast<size_t>(u.seen_stride), 7);
+    state.counts.resize(all * static_cast<size_t>(u.counts_stride), 7);
+    for (size_t slot = 0; slot < all; ++slot) {
+      state.lengths.push_back(bytes.one_of<int64_t>({0, 3, INT64_MAX, INT64_MIN}));
+    }
+    if ((parts & 32) != 0 || is_rollback) {
+      u.max_text_length = bytes.one_of(kTextLengths);
+      state.text.resize(all * static_cast<size_t>(u.max_text_length));
+      make_ids(noise, state.text, u.vocab_size, true);
+      for (size_t slot = 0; slot < all; ++slot) {
+        const int64_t length = noise.below(u.max_text_length + 1);
+        state.text_lengths.push_back(length);
+        text_prompt_lengths.push_back(noise.below(length + 1));
+        if ((parts & 64) != 0) windows.push_back(bytes.one_of(kWindows));
+      }
+      if ((parts & 64) != 0) u.windows = windows.data();
+      for (size_t slot = 0; slot < all; ++slot) count_text(state, text_prompt_lengths, slot);
+    }
+    if ((parts & 128) != 0) {
+      const int64_t position = bytes.one_of<int64_t>({0, 77, INT64_MAX, INT64_MIN});
+      state.position.resize(u.position_of == LLM_SAMPLING_POSITION_OF_SLOT ? all : rows, position);
+    }
+  }
+
+  LlmSamplingUpdate with(State& own, std::vector<int64_t>& of_prompts) const {
+    LlmSamplingUpdate u = args;
+    if (!own.position.empty()) u.position = own.position.data();
+    u.seen = own.seen.data();
+    u.counts = own.counts.data();
+    u.lengths = own.lengths.data();
+    if (!own.text.empty()) {
+      u.text = own.text.data();
+      u.text_lengths = own.text_lengths.data();
+      u.text_prompt_lengths = of_prompts.data();
+    }
+    return u;
+  }
+
+  int64_t id_at(int64_t row, int64_t i) const {
+    const size_t place = static_cast<size_t>(row * args.ids_stride + i);
+    return args.id_bytes == 4 ? ids[place] : long_ids[place];
+  }
+
+  int32_t* seen_of(State& of, size_t slot) const {
+    return of.seen.data() + static_cast<int64_t>(slot) * args.seen_stride;
+  }
+
+  int32_t* counts_of(State& of, size_t slot) const {
+    return of.counts.data() + static_cast<int64_t>(slot) * args.counts_stride;
+  }
+
+  // Makes bits and counts those of a slot's text.
+  void count_text(State& of, const std::vector<int64_t>& of_prompts, size_t slot) const {
+    const int32_t* begin = of.text.data() + slot * static_cast<size_t>(args.max_text_length);
+    count_ids(
+        {begin, begin + of.text_lengths[slot]},
+        of_prompts[slot],
+        windows.empty() ? -1 : windows[slot],
+        args.vocab_size,
+        seen_of(of, slot),
+        counts_of(of, slot)
+    );
+  }
+};
+
+// Does to the state what the update of a row must do.
+void update_row(
+    const UpdateCase& batch,
+    State& state,
+    std::vector<int64_t>& of_prompts,
+    int64_t row,
+    size_t slot
+) {
+  const LlmSamplingUpdate& u = batch.args;
+  const bool has_text = !state.text.empty(), fills = u.kind == LLM_SAMPLING_UPDATE_FILL;
+  const int64_t number = batch.numbers[static_cast<size_t>(row)];
+  int64_t grown = 0;
+  if (u.kind == LLM_SAMPLING_UPDATE_ROLLBACK) {
+    const int64_t output = state.text_lengths[slot] - of_prompts[slot];
+    grown = -std::min(std::max<int64_t>(number, 0), output);
+    state.text_lengths[slot] += grown;
+  } else {
+    if (fills) {
+      state.lengths[slot] = 0;
+      if (has_text) state.text_lengths[slot] = of_prompts[slot] = 0;
+      if (!has_text) {
+        std::fill_n(batch.seen_of(state, slot), (u.vocab_size + 31) / 32, 0);
+        std::fill_n(batch.counts_of(state, slot), u.vocab_size, 0);
+      }
+    }
+    for (int64_t i = 0; i < std::min(number, u.max_ids); ++i) {
+      const int64_t id = batch.id_at(row, i);
+      if (id < 0 || id >= u.vocab_size) continue;
+      const bool is_prompt = fills && u.prompt_lengths != nullptr && i < u.prompt_lengths[row];
+      if (has_text) {
+        int64_t& length = state.text_lengths[slot];
+        if (length == u.max_text_length) break;
+        state.text[slot * static_cast<size_t>(u.max_text_length) + static_cast<size_t>(length)] =
+            static_cast<int32_t>(id);
+        ++length;
+        of_prompts[slot] += is_prompt;
+      } else {
+        set_bit_of(batch.seen_of(state, slot), id);
+        if (!is_prompt) plus(batch.counts_of(state, slot)[id], 1);
+      }
+      grown += !is_prompt;
+    }
+  }
+  if (has_text) batch.count_text(state, of_prompts, slot);
+  plus(state.lengths[slot], grown);
+  if (state.position.empty()) return;
+  const bool by_slot = u.position_of == LLM_SAMPLING_POSITION_OF_SLOT;
+  int64_t& position = state.position[by_slot ? slot : static_cast<size_t>(row)];
+  if (fills) position = 0;
+  plus(position, grown);
+}
+
+void run_good_update(const UpdateCase& batch) {
+  State own = batch.state, expected = batch.state;
+  std::vector<int64_t> prompts = batch.text_prompt_lengths, expected_prompts = prompts;
+  const LlmSamplingUpdate u = batch.with(own, prompts);
+  require(llm_sampling_cpu_update(&u) == LLM_SAMPLING_OK, "a valid update is accepted");
+  for (int64_t row = 0; row < u.rows; ++row) {
+    const int32_t slot = u.slots[row];
+    if (slot < 0 || slot >= u.num_slots) continue;
+    update_row(batch, expected, expected_prompts, row, static_cast<size_t>(slot));
+  }
+  require(own == expected && prompts == expected_prompts, "the state after an update");
+}
+
+// Whether all that the struct describes lies within the memory of the case.
+bool is_within_memory(const UpdateCase& batch, const LlmSamplingUpdate& u) {
+  using Wide = __int128;
+  const LlmSamplingUpdate& was = batch.args;
+  const size_t there =
+      was.id_bytes == 4 ? batch.ids.size() / (u.id_bytes == 4 ? 1 : 2) : batch.long_ids.size();
+  const bool by_slot = u.position_of == LLM_SAMPLING_POSITION_OF_SLOT;
+  const size_t positions = static_cast<size_t>(by_slot ? u.num_slots : u.rows);
+  return u.rows <= was.rows && u.num_slots <= was.num_slots && u.vocab_size <= was.vocab_size &&
+         u.seen_stride <= was.seen_stride && u.counts_stride <= was.counts_stride &&
+         (u.position == nullptr || positions <= batch.state.position.size()) &&
+         (u.text == nullptr || u.max_text_length <= was.max_text_length) &&
+         (u.kind == LLM_SAMPLING_UPDATE_ROLLBACK || u.max_ids == 0 ||
+          (static_cast<Wide>(u.rows) - 1) * u.ids_stride + u.max_ids <= static_cast<Wide>(there));
+}
+
+void run_bad_update(UpdateCase& batch, Bytes& bytes) {
+  const uint8_t what = bytes.take<uint8_t>();
+  const int64_t most = batch.args.max_text_length;
+  if (what & 1) make_hostile(bytes, batch.slots, batch.args.num_slots);
+  if (what & 2) make_hostile(bytes, batch.numbers, batch.args.max_ids);
+  if (what & 4) make_hostile(bytes, batch.prompt_lengths, batch.args.max_ids);
+  if (what & 8) make_hostile(bytes, batch.state.text_lengths, most);
+  if (what & 16) make_hostile(bytes, batch.text_prompt_lengths, most);
+  if (what & 32) make_hostile(bytes, batch.windows, most);
+  if (what & 64) {
+    Noise noise(bytes.take<uint8_t>());
+    make_ids(noise, batch.state.text, batch.args.vocab_size, false);
+  }
+  State own = batch.state;
+  std::vector<int64_t> prompts = batch.text_prompt_lengths;
+  LlmSamplingUpdate u = batch.with(own, prompts);
+  const bool is_moved = change_fields(u, kUpdateFields, bytes, batch.args.vocab_size);
+  LlmSamplingUpdate read = {};
+  int32_t expected = read_struct(&u, read);
+  if (expected == LLM_SAMPLING_OK) expected = check_update(read);
+  if (expected == LLM_SAMPLING_OK && std::max(read.rows, read.num_slots) <= kMostCompared) {
+    require(read.rows == 0 || !shares_a_byte(read), "an overlap of an update is found");
+  }
+  // What no callee can check.
+  if (expected == LLM_SAMPLING_OK && read.rows != 0 &&
+      (is_moved || !is_within_memory(batch, read))) {
+    return;
+  }
+  for (int64_t row = 0; expected == LLM_SAMPLING_OK && row < read.rows; ++row) {
+    const int32_t slot = read.slots[row];
+    const int32_t* end = read.slots + read.rows;
+    if (slot < 0 || slot >= read.num_slots) continue;
+    if (std::find(read.slots + row + 1, end, slot) != end) expected = LLM_SAMPLING_OVERLAP;
+  }
+  const int32_t code = llm_sampling_cpu_update(&u);
+  require(code == expected, "an update that breaks the contract gives its code");
+  if (code != LLM_SAMPLING_OK) {
+    require(
+        own == batch.state && prompts == batch.text_prompt_lengths,
+        "nothing is written after an error of an update"
+    );
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
-  const bool good = bytes.take<uint8_t>() % 4 != 0;
+  const uint8_t first = bytes.take<uint8_t>();
+  const bool good = first % 4 != 0;
+  if (first >= 224) {
+    UpdateCase update(bytes);
+    if (good) {
+      run_good_update(update);
+    } else {
+      run_bad_update(update, bytes);
+    }
+    return 0;
+  }
   Case batch(bytes);
   if (good) {
     run_good(batch);

@@ -4,7 +4,7 @@
 //
 //   races_test logits SECONDS SEED ONE_IN     overwrites the logits alone
 //   races_test few SECONDS SEED ONE_IN        overwrites a few bfloat16 logits now and then
-//   races_test all SECONDS SEED ONE_IN        also mask, history, biases, slots and parameters
+//   races_test all SECONDS SEED ONE_IN        also mask, history, texts, biases, slots and parameters
 //
 // Of the combinations of parameters, sizes, dtypes and threads every ONE_IN-th is run, for SECONDS in all.
 // The exit status is 0 if all results are well-formed; "N calls" is then printed.
@@ -29,6 +29,9 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
 constexpr int64_t kRows = 3;
+constexpr int64_t kMaxTextLength = 200;  // more than twice as many ids as may count for one call
+
+const std::vector<int64_t> kTextLengths = {kMaxTextLength / 2, kMaxTextLength - 1, 0};
 
 // What a call asks for.
 struct Kind {
@@ -37,6 +40,8 @@ struct Kind {
   bool biased, masked, filtered;
   int32_t logprobs, samples;
   bool by_slot = false;  // whether the parameters belong to slots
+  bool has_text =
+      false;  // whether ids are kept in order, with windows, and some count for one call
 };
 
 constexpr int32_t kNone = LLM_SAMPLING_LOGPROBS_NONE;
@@ -60,6 +65,17 @@ constexpr Kind kKinds[] = {
     {"all but top-k", {0.7f, 0, 0.9f, 0.01f, 3, 1.2f, 0.5f}, true, true, true, kProcessed, 2},
     {"top-k, by slot", {0.8f, 40, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, true, kNone, 1, true},
     {"all, by slot", {1.3f, 400, 0.9f, 0.01f, 3, 0.8f, -0.5f}, true, true, true, kRaw, 2, true},
+    {"text", {0.8f, 0, 0.9f, 0.0f, 1, 1.2f, 0.1f}, false, false, true, kNone, 1, false, true},
+    {"text, top-k",
+     {0.8f, 40, 1.0f, 0.0f, 1, 1.2f, 0.1f},
+     false,
+     true,
+     false,
+     kNone,
+     1,
+     false,
+     true},
+    {"text, by slot", {1.3f, 0, 0.9f, 0.0f, 1, 0.8f, -0.5f}, true, true, true, kRaw, 2, true, true},
 };
 
 // One row of logits for the writer to choose from.
@@ -115,7 +131,9 @@ struct Batch {
   std::vector<float> logits, values;
   std::vector<uint16_t> narrow_logits;
   std::vector<int32_t> slots, mask, seen, counts, ids, status, param_slots, bias_counts;
-  std::vector<int64_t> lengths, offsets, tokens;
+  std::vector<int32_t> text, windows, extra, scope;
+  std::vector<uint8_t> record;
+  std::vector<int64_t> lengths, offsets, tokens, text_lengths, text_prompt_lengths;
   std::vector<float> logprobs, filtered;
   LlmSamplingArgs args = {};
 
@@ -194,6 +212,28 @@ struct Batch {
       args.slots = slots.data();
       args.num_slots = kRows;
     }
+    if (kind.has_text) {
+      for (int64_t i = 0; i < kRows * kMaxTextLength; ++i) {
+        text.push_back(static_cast<int32_t>(noise.below(vocab_size)));
+      }
+      for (int64_t i = 0; i < kRows * LLM_SAMPLING_MAX_EXTRA_OUTPUT; ++i) {
+        extra.push_back(static_cast<int32_t>(noise.below(vocab_size)));
+      }
+      text_lengths = kTextLengths;
+      text_prompt_lengths = {3, kMaxTextLength - 1, 0};
+      windows = {-1, kMaxTextLength, 70};
+      record = {1, 1, 0};
+      scope = {0, 1, 0};
+      args.text = text.data();
+      args.max_text_length = kMaxTextLength;
+      args.text_lengths = text_lengths.data();
+      args.text_prompt_lengths = text_prompt_lengths.data();
+      args.windows = windows.data();
+      args.record = record.data();
+      args.repetition_penalty_scope = scope.data();
+      args.extra_output = extra.data();
+      args.num_extra_output = LLM_SAMPLING_MAX_EXTRA_OUTPUT;
+    }
     args.tokens = tokens.data();
     args.status = status.data();
     args.logprobs = kind.logprobs == kNone ? nullptr : logprobs.data();
@@ -256,7 +296,13 @@ void overwrite_others(Batch& b, Noise& noise) {
   const int32_t ids[] = {0, v / 2, v - 1, v, v + 600, -1, -600, INT32_MAX, INT32_MIN};
   const int64_t offsets[] = {0, 5, entries, entries + 1, 1 << 20, -1, INT64_MAX, INT64_MIN};
   const float floats[] = {0.0f, 1.0f, -1.0f, 1e-30f, 1e30f, 1e-40f, kNan, kInfinity, -kInfinity};
-  switch (noise.below(17)) {
+  constexpr int64_t kMost = kMaxTextLength;
+  const int64_t lengths[] =
+      {0, 5, 100, kMost - 1, kMost, kMost + 1, 1 << 20, -1, INT64_MAX, INT64_MIN};
+  const int32_t windows[] = {0, 1, 63, 64, 65, 128, kMost, 1 << 20, -1, INT32_MAX, INT32_MIN};
+  const uint8_t records[] = {0, 1, 255};
+  const int32_t scopes[] = {0, 1};  // others are refused
+  switch (noise.below(b.text.empty() ? 17 : 24)) {
     case 0:
       return disturb(b.mask, words, noise);
     case 1:
@@ -289,6 +335,20 @@ void overwrite_others(Batch& b, Noise& noise) {
       return disturb(b.param_slots, slots, noise);
     case 15:
       return disturb(b.bias_counts, numbers, noise);
+    case 17:
+      return disturb(b.text, ids, noise);
+    case 18:
+      return disturb(b.text_lengths, lengths, noise);
+    case 19:
+      return disturb(b.text_prompt_lengths, lengths, noise);
+    case 20:
+      return disturb(b.windows, windows, noise);
+    case 21:
+      return disturb(b.extra, ids, noise);
+    case 22:
+      return disturb(b.record, records, noise);
+    case 23:
+      return disturb(b.scope, scopes, noise);
     default:
       return disturb(b.parameters.min_tokens_to_keep, numbers, noise);
   }
@@ -306,6 +366,7 @@ void call(const Kind& kind, Batch& batch, bool is_valid) {
   constexpr int64_t kUntouched = -7;
   std::fill(batch.tokens.begin(), batch.tokens.end(), kUntouched);
   std::fill(batch.status.begin(), batch.status.end(), -7);
+  if (kind.has_text) batch.text_lengths = kTextLengths;  // so that not all of them are full soon
   for (int64_t row = 1; kind.filtered && row < kRows; ++row) {
     batch.filtered[row * (batch.vocab_size + 1) - 1] = 7.0f;  // between two rows
   }
@@ -323,11 +384,14 @@ void call(const Kind& kind, Batch& batch, bool is_valid) {
   }
   for (int64_t row = 0; row < kRows; ++row) {
     const int32_t status = batch.status[row];
-    if (status < 0 || status > 7) fail(kind, batch, "an unknown status");
+    const bool is_full = status == LLM_SAMPLING_STATUS_TEXT_FULL;
+    if (status < 0 || (status > 7 && !(is_full && kind.has_text))) {
+      fail(kind, batch, "an unknown status");
+    }
     for (int32_t sample = 0; sample < kind.samples; ++sample) {
       const int64_t token = batch.tokens[row * kind.samples + sample];
       if (token < -1 || token >= batch.vocab_size) fail(kind, batch, "no token of the row");
-      bool has_none = (status & LLM_SAMPLING_STATUS_NO_CANDIDATE) != 0;
+      bool has_none = is_full || (status & LLM_SAMPLING_STATUS_NO_CANDIDATE) != 0;
       if (kind.by_slot && status == 0) has_none = token == -1;  // the row has become padding
       if (has_none != (token == -1)) fail(kind, batch, "token and status do not agree");
     }

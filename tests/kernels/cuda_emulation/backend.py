@@ -1,4 +1,4 @@
-"""The emulated CUDA kernel as a backend for the parity tests."""
+"""The emulated CUDA kernels as a backend for the parity tests."""
 
 import ctypes
 import itertools
@@ -14,6 +14,7 @@ from torch import Tensor
 from llm_sampling import backends
 from llm_sampling.backends import c_abi, native
 from llm_sampling.backends.base import SampleCall, SampleOutput
+from llm_sampling.history import HistoryUpdate
 
 FOLDER = Path(__file__).parent
 #: -ffp-contract=off corresponds to nvcc's -fmad=false.
@@ -60,6 +61,9 @@ class EmulatedBackend:
             ctypes.POINTER(Overwriting),
         ]
         self.run_batch.restype = ctypes.c_char_p
+        self.run_update = ctypes.CDLL(str(library)).llm_sampling_cuda_update_emulated
+        self.run_update.argtypes = [ctypes.POINTER(c_abi.HistoryUpdateArgs), ctypes.c_uint64]
+        self.run_update.restype = ctypes.c_char_p
 
     def why_unavailable(self) -> str | None:
         return None
@@ -82,6 +86,13 @@ class EmulatedBackend:
     def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
         return native.prepare(call, self._run)
 
+    def update_history(self, update: HistoryUpdate) -> None:
+        if update.slots.shape[0] == 0:
+            return
+        seed = next(self.seeds)
+        failure = self.run_update(c_abi.make_update_args(update), seed).decode()
+        assert failure == "", f"seed {seed}: {failure}"
+
 
 def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str] = ()) -> Path:
     """Compile the kernel with the emulation; `planted` replaces a text of the kernel by another."""
@@ -91,7 +102,7 @@ def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str
         for name in ("csrc", "tests/kernels/cuda_emulation"):
             shutil.copytree(root / name, folder / name)
         root = folder
-        files = [*(root / "csrc/cuda").iterdir(), root / "csrc/rows.h"]
+        files = [*(root / "csrc/cuda").iterdir(), root / "csrc/history.h", root / "csrc/rows.h"]
         sources = {path: path.read_text() for path in files}
         found = [path for path, right in sources.items() for _ in range(right.count(text))]
         assert len(found) == 1, f"the kernel has {len(found)} of {text!r}"

@@ -30,6 +30,7 @@
 #include <deque>
 #include <functional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -716,7 +717,10 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
 
 template <typename T>
 T atomicAdd(T* place, T value) {
-  return cuda_emulation::atomically(place, [=](T before) { return before + value; });
+  using Unsigned = std::make_unsigned_t<T>;  // what overflows wraps around, as on a device
+  return cuda_emulation::atomically(place, [=](T before) {
+    return static_cast<T>(static_cast<Unsigned>(before) + static_cast<Unsigned>(value));
+  });
 }
 template <typename T>
 T atomicMax(T* place, T value) {
@@ -733,6 +737,10 @@ T atomicMin(T* place, T value) {
 template <typename T>
 T atomicOr(T* place, T value) {
   return cuda_emulation::atomically(place, [=](T before) { return before | value; });
+}
+template <typename T>
+T atomicAnd(T* place, T value) {
+  return cuda_emulation::atomically(place, [=](T before) { return before & value; });
 }
 template <typename T>
 T atomicExch(T* place, T value) {

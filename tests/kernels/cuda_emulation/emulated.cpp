@@ -1,6 +1,8 @@
-// The CUDA kernel in the emulation, behind C functions: samples a batch on the CPU, by any kind of launch.
+// The CUDA kernels in the emulation, behind C functions: samples a batch on the CPU, by any kind of launch, and
+// changes histories.
 #include "cuda_emulation.h"
 //
+#include "../../../csrc/cuda/history.cu"
 #include "../../../csrc/cuda/sample.cu"
 #include "../../../csrc/validate.h"
 
@@ -51,6 +53,22 @@ const char* llm_sampling_cuda_emulated(
     };
   }
   failure = cuda_emulation::run(emulated, find_kernel(args->dtype, launch.copied), plan);
+  return failure.c_str();
+}
+
+// The same for a change of histories.
+const char* llm_sampling_cuda_update_emulated(const LlmSamplingUpdate* update, uint64_t seed) {
+  using namespace llm_sampling;
+  static std::string failure;
+  const int32_t code = check_update(*update);
+  if (code != LLM_SAMPLING_OK) return error_text(code);
+  cuda_emulation::Launch emulated;
+  emulated.grid = dim3(static_cast<unsigned>(update->rows));
+  emulated.block = dim3(kThreads);
+  emulated.seed = seed;
+  emulated.shared_bytes = kUpdateBytes;
+  cuda_emulation::machine.at_barrier = nullptr;
+  failure = cuda_emulation::run(emulated, find_update_kernel(), *update);
   return failure.c_str();
 }
 

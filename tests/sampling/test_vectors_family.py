@@ -1,0 +1,97 @@
+"""Does every backend give the answers of an independent program where penalties have a window?
+
+tests/sampling/vectors_family.json holds them: rows whose history keeps its ids in order, with four
+draws each. The logprob is that of the first draw.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vectors import logits_of
+
+from llm_sampling import (
+    RequestTable,
+    Sampler,
+    SamplingParams,
+    TokenHistory,
+    filter_logits,
+    sample,
+)
+
+ROWS = json.loads(Path(__file__).with_name("vectors_family.json").read_text(encoding="utf-8"))
+NAMES = [f"{i}-{row['shape']}-V{row['vocab_size']}" for i, row in enumerate(ROWS)]
+
+
+def logits_and_history(
+    row: dict[str, Any], *, room: int = 0
+) -> tuple[torch.Tensor, SamplingParams, TokenHistory]:
+    params = SamplingParams(**row["params"])
+    history = TokenHistory.from_ids(
+        [row["prompt"]],
+        [row["output"]],
+        row["vocab_size"],
+        max_length=len(row["prompt"]) + len(row["output"]) + room,
+        penalty_last_n=params.penalty_last_n,
+    )
+    return logits_of(row["shape"], row["key"], row["vocab_size"]), params, history
+
+
+def test_the_file_is_whole() -> None:
+    assert len(ROWS) == 20
+    assert {row["params"]["penalty_last_n"] for row in ROWS} == {0, 1, 5, 12}
+    assert {row["status"] for row in ROWS} == {0, 2}
+    assert any(len(row["prompt"]) > 12 and row["output"] for row in ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+def test_case(backend: str, row: dict[str, Any]) -> None:
+    logits, params, history = logits_and_history(row)
+    output = sample(
+        logits,
+        params,
+        history=history,
+        positions=[row["position"]],
+        num_samples=4,
+        logprobs="processed",
+        backend=backend,
+        check=False,
+    )
+    assert output.tokens[0].tolist() == row["tokens"]
+    assert output.status.tolist() == [row["status"]]
+    assert output.logprobs is not None
+    first = output.logprobs[0, 0].item()
+    assert first == pytest.approx(
+        float("nan") if row["logprob"] is None else row["logprob"], abs=1e-5, nan_ok=True
+    )
+    filtered = filter_logits(logits, params, history=history, backend=backend)[0]
+    order = torch.sort(filtered, descending=True, stable=True).indices[: row["kept"]].tolist()
+    assert int((filtered > -torch.inf).sum()) == row["kept"]
+    assert (order[:8], order[-1:]) == (row["first_kept"], row["last_kept"])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+def test_the_same_after_other_ids_were_taken_away(backend: str, row: dict[str, Any]) -> None:
+    """A Sampler that took back three tokens, and a table whose slot was filled, go on alike."""
+    logits, params, history = logits_and_history(row, room=4)
+    sampler = Sampler(params, vocab_size=row["vocab_size"], history=history, backend=backend)
+    sampler.check = False
+    sampler.extend(0, [0, 1, 0])
+    sampler.rollback(0, 3)
+    sampler.set_position(0, row["position"])
+    assert sampler(logits).tokens.tolist() == row["tokens"][:1]
+
+    ids = [*row["prompt"], *row["output"]]
+    table = RequestTable(
+        2, vocab_size=row["vocab_size"], history=True, max_length=len(ids), backend=backend
+    )
+    table.set(1, params)
+    given = torch.tensor([ids], dtype=torch.int64)
+    table.fill([1], given, [len(ids)], [len(row["prompt"])])
+    drawn = sample(logits, table, [1], positions=[row["position"]], backend=backend, check=False)
+    assert drawn.tokens.tolist() == row["tokens"][:1]
+    assert drawn.status.tolist() == [row["status"]]
