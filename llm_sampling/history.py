@@ -209,6 +209,7 @@ class TokenHistory:
         slots: int32 ``(rows,)``, in ``0 .. capacity - 1``; no two rows share a slot, but for rows
             without a penalty in what :meth:`among` returns.
         text: the ids in order, which :meth:`rollback` needs; None if they are not kept.
+        can_grow: whether the memory is this history's own.
 
     The constructor makes a history over tensors that belong to the caller, such as those of an
     engine. They stay where they are: the history reads them, changes them in place, and raises a
@@ -232,7 +233,7 @@ class TokenHistory:
     #: Slot -> how many requests :meth:`add` has put into it. A slot that is not named has had none.
     fills: dict[int, int]
     _turn: Turn | None  # None for a view, which is read-only
-    _can_grow: bool
+    can_grow: bool
 
     def __init__(
         self,
@@ -251,7 +252,7 @@ class TokenHistory:
             with not_of_inference_mode():
                 lengths = torch.zeros(seen.shape[:1], dtype=torch.int64, device=seen.device)
         parts = self.of_parts(seen, counts, lengths, slots, vocab_size=vocab_size, text=text)
-        vars(self).update(vars(parts), _can_grow=False)
+        vars(self).update(vars(parts), can_grow=False)
         self.check_state()
         self.check_slots(named_once=True)
 
@@ -528,7 +529,7 @@ class TokenHistory:
             text=text,
             fills={},
             _turn=Turn(),
-            _can_grow=True,
+            can_grow=True,
         )
         return history
 
@@ -821,7 +822,7 @@ class TokenHistory:
 
     def _grow(self) -> None:
         """Make room for as many slots again, or for one."""
-        if not self._can_grow:
+        if not self.can_grow:
             raise ValueError(
                 "there must be a free slot for one more row, since these tensors belong to the "
                 f"caller, got {self.rows} rows in {self.seen.shape[0]} slots"

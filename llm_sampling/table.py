@@ -81,6 +81,8 @@ class RequestTable:
         history: whether to keep histories, which requests with penalties need. Their counts take
             ``capacity * vocab_size * 4`` bytes: 131 MB for 256 slots of 128,256 tokens. Or a
             :class:`TokenHistory` over tensors of an engine, whose slot s is that of this table.
+            Then the engine sees to what a slot holds when a request comes: :meth:`set` without ids
+            leaves it as it is.
         max_length: keep the ids of prompt and output in order too, so many of both together in each
             slot, 4 bytes each; :meth:`rollback` and ``penalty_last_n`` need them.
         max_logit_bias: how many biases a request may have; each takes 8 bytes of every slot.
@@ -127,6 +129,7 @@ class RequestTable:
         with not_of_inference_mode():
             self._make_tensors()
             self._history = self._make_history(history, max_length)
+        self._is_callers = isinstance(history, TokenHistory) and not history.can_grow
 
     def _make_tensors(self) -> None:
         like = BatchParams.from_list([_EMPTY])
@@ -277,13 +280,14 @@ class RequestTable:
             position = checked_position("position", position)
         seed = int(fresh_seeds(1)) if params.seed is None else as_int64(params.seed)
 
-        self._is_kept[slot] = prompt_ids is not None or params.needs_history
+        has_ids = prompt_ids is not None or output_ids is not None
+        is_left = self._history is None or (self._is_callers and not has_ids)
+        self._is_kept[slot] = self._is_callers or prompt_ids is not None or params.needs_history
         self._write(slot, params, bias, seed, prompt_length)
-        if self._history is None:
-            output = sum(0 <= token < self.vocab_size for token in ids[len(prompt) :])
-            self._position[slot] = output if position is None else position
-            return
-        self._fill(slot, ids, len(prompt))
+        if not is_left:
+            self._fill(slot, ids, len(prompt))
+        elif position is None:
+            position = sum(0 <= token < self.vocab_size for token in ids[len(prompt) :])
         if position is not None:
             self._position[slot] = position
 

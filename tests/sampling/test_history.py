@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -622,6 +623,32 @@ def test_a_table_on_an_engine_s_tensors(backend, max_length):
     assert engines.counts.data_ptr() == tables[0].history.counts.data_ptr()
     assert int(engines.counts.sum()) > 0
     memory.assert_nothing_else_is_written()
+
+
+def test_a_request_without_ids_leaves_an_engine_s_history_as_it_is(backend):
+    """The engine has written the request's ids; a table's own slot is emptied instead."""
+    vocab_size = 40
+    params = SamplingParams(temperature=0, presence_penalty=2, seed=1)
+    logits = torch.zeros(1, vocab_size)
+    found = {}
+    for is_engine_s in (True, False):
+        filled = TokenHistory.from_ids([[], []], [[0, 1], [2]], vocab_size)
+        engines = TokenHistory(filled.seen, filled.counts, None, filled.slots, vocab_size)
+        history = engines if is_engine_s else filled
+        table = RequestTable(2, vocab_size=vocab_size, history=history, backend=backend)
+        table.set(0, params, position=2)
+        table.set(1, params, prompt_ids=[])
+        found[is_engine_s] = [
+            int(sample(logits, table, [slot], backend=backend).tokens) for slot in (0, 1)
+        ]
+        table.set(0, replace(params, presence_penalty=0))
+        if is_engine_s:
+            table.set_params(0, params)
+        else:
+            with pytest.raises(ValueError, match="the history was not kept"):
+                table.set_params(0, params)
+        assert table.positions.tolist() == [0, 0]
+    assert found == {True: [2, 0], False: [0, 0]}
 
 
 @pytest.mark.parametrize(
