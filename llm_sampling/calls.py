@@ -97,6 +97,7 @@ def make_call(
                 raise ValueError(f"{name} can be given where params is a RequestTable, got {value}")
         batch = pack(params, rows, device)
         check_history(history, batch, rows, vocab_size, device)
+        check_windows(history, batch)
         batch = batch.seeded() if seeded else batch
         batch = replace(batch, position=position_of(positions, batch, history))
         history = history if batch.needs_history else None
@@ -247,14 +248,15 @@ def check_history(
         raise ValueError(f"history must be on the logits' device {device}, got {history.device}")
     history.check_state()
     history.check_slots(named_once=False)  # rows that record nothing may share a slot
-    _check_windows(history, batch)
 
 
-def _check_windows(history: TokenHistory, batch: BatchParams) -> None:
+def check_windows(history: TokenHistory | None, batch: BatchParams) -> None:
     """A ValueError if rows with a penalty have another window in ``batch`` than in ``history``.
 
     What the tensors hold is looked at on the CPU only, since elsewhere it would wait.
     """
+    if history is None:
+        return
     windows = None if history.text is None else history.text.windows
     if not batch.needs_history or (windows is None and not batch.any_window):
         return

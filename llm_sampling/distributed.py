@@ -51,6 +51,7 @@ from llm_sampling.calls import (
     check_draws,
     check_history,
     check_logits,
+    check_windows,
     pack,
     position_of,
 )
@@ -244,6 +245,7 @@ def _checked(
     batch = pack(params, rows, device)
     vocab_size = history.vocab_size if isinstance(history, TokenHistory) else 0
     check_history(history, batch, rows, vocab_size, device)
+    check_windows(history, batch)
     num_samples = check_draws(num_samples, logprobs, check)
     if allowed_mask is not None:
         if not isinstance(allowed_mask, Tensor):

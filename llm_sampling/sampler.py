@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_sampling import backends, checks
 from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
-from llm_sampling.calls import check_draws, check_history, check_logits
+from llm_sampling.calls import check_draws, check_history, check_logits, check_windows
 from llm_sampling.history import (
     Moved,
     TokenHistory,
@@ -144,6 +144,7 @@ class Sampler:
         elif max_length is not None:
             raise ValueError(f"max_length must be None where history is given, got {max_length}")
         check_history(history, batch, len(rows), vocab_size, self.device)
+        check_windows(history, batch)
         if history is not None and history.is_view:
             raise ValueError("history must be one that can be changed, got a read-only view")
         self._refuse_draws(batch.needs_history)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llm_sampling.backends import triton as wrapper
-from llm_sampling.history import UPDATE_KINDS, HistoryUpdate
+from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
 
 try:
     import triton
@@ -76,7 +76,12 @@ def test_every_update_compiles(kind, arch, monkeypatch):
     monkeypatch.setattr(triton_history, "update_kernel", LaunchedKernel(launched))
     column = torch.zeros(2, dtype=torch.int32)
     for name in ("", "text", "text + window"):
-        history = triton_cost.history_of(name, 2, 50257)
+        history = TokenHistory.from_ids(
+            [[0], [0]],
+            vocab_size=50257,
+            max_length=4096 if name else None,
+            penalty_last_n=64 if "window" in name else None,
+        )
         if kind == "rollback":
             if history.text is None:
                 continue

@@ -43,7 +43,7 @@ ANYWHERE = {
         "dataclasses",
     ),
     *("fcntl", "functools", "html", "importlib", "inspect", "io", "itertools", "json", "logging"),
-    *("math", "numbers", "os", "pathlib", "platform", "re", "secrets", "signal", "string"),
+    *("array", "math", "numbers", "os", "pathlib", "platform", "re", "secrets", "signal", "string"),
     *("struct", "sys", "threading", "time", "types", "typing", "warnings", "zlib"),
     *("llm_sampling", "numpy", "torch"),
 }

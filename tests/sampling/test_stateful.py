@@ -784,11 +784,11 @@ def select_sorted(self: TokenHistory, rows: list[int]) -> None:
     self._set(slots=self.slots[selection(rows, self.rows).sort().values])
 
 
-def fill_over_old_bits(self: TokenHistory, slots: Any, prompts: Any, outputs: Any) -> None:
+def fill_over_old_bits(self: TokenHistory, slots: Any, *given: Any) -> None:
     """Broken: a slot that is used again keeps the seen bits of its last request."""
     slots = [*slots]
     old = self.seen[slots].clone()
-    RIGHT_FILL(self, slots, prompts, outputs)
+    RIGHT_FILL(self, slots, *given)
     self.seen[slots] |= old
 
 
