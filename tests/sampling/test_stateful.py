@@ -770,6 +770,11 @@ def roll_back_another_row(self: TokenHistory, kind: Any, row: int, *more: Any) -
     return RIGHT_UPDATE_OF_ROW(self, kind, self.rows - 1 if kind == "rollback" else row, *more)
 
 
+def roll_back_one_less(self: TokenHistory, kind: Any, row: int, given: Any) -> HistoryUpdate:
+    """Broken: one token less is taken away than was asked for."""
+    return RIGHT_UPDATE_OF_ROW(self, kind, row, max(given - 1, 0) if kind == "rollback" else given)
+
+
 def move_no_window(self: TokenHistory, row: int, window: int) -> None:
     """Broken: a row with other parameters keeps the window that it had."""
 
@@ -862,7 +867,7 @@ def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
         (Histories, TokenHistory, "append", append_padding),
         (Histories, TokenHistory, "select", select_sorted),
         (Histories, TokenHistory, "update_of_row", extend_once),
-        (Histories, TokenHistory, "update_of_row", roll_back_another_row),
+        (Histories, TokenHistory, "update_of_row", roll_back_one_less),
         (Decoding, TokenHistory, "update_of_row", roll_back_another_row),
         (Decoding, TokenHistory, "with_window", move_no_window),
         (Histories, TokenHistory, "_fill", fill_over_old_bits),
