@@ -75,8 +75,12 @@ class Text(NamedTuple):
         """The first place that counts in texts of these lengths; ``slot`` and ``length`` int64."""
         if self.windows is None:
             return torch.zeros_like(length)
-        window = self.windows[slot].to(torch.int64)
-        return torch.where(window < 0, 0, (length - window).clamp(min=0))
+        return _window_begin(self.windows[slot].to(torch.int64), length)
+
+
+def _window_begin(window: Tensor, length: Tensor) -> Tensor:
+    """The first place that counts in a text of this length; a negative window is all of it."""
+    return torch.where(window < 0, 0, (length - window).clamp(min=0))
 
 
 class Moved(NamedTuple):
@@ -612,9 +616,9 @@ class TokenHistory:
             ids = text.ids[slot].index_put(
                 (torch.arange(len(slot), device=slot.device), place), kept
             )
-            words, times = self._of_text(
-                ids, text.lengths[slot] + length, slot, text.prompt_lengths[slot]
-            )
+            after = text.lengths[slot] + length
+            begin = text.window_begin(slot, after)
+            words, times = self._of_text(ids, begin, after, text.prompt_lengths[slot])
         # Python handles Ctrl-C after a call, so no function is called between the updates
         if text is not None:
             text.ids[slot, place] = kept
@@ -632,20 +636,18 @@ class TokenHistory:
             position[places] += length
 
     def _of_text(
-        self, ids: Tensor, length: Tensor, slot: Tensor, of_prompt: Tensor
+        self, ids: Tensor, begin: Tensor, end: Tensor, of_prompt: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Bits and counts of slots whose texts are the first ``length`` of ``ids``.
+        """Bits and counts of rows in whose texts the ids at the places ``begin`` to ``end`` count.
 
         Args:
-            ids: int32 ``(rows, max_length)``.
-            length: int64 ``(rows,)``.
-            slot: int64 ``(rows,)``; the windows are theirs.
+            ids: int32 ``(rows, max_length)``, the texts.
+            begin: int64 ``(rows,)``.
+            end: int64 ``(rows,)``, the first place that does not count.
             of_prompt: int64 ``(rows,)``, how many of the first ids are the prompt.
         """
-        assert self.text is not None
         place = torch.arange(ids.shape[1], device=ids.device)
-        begin = self.text.window_begin(slot, length)
-        is_counted = (place >= begin[:, None]) & (place < length[:, None])
+        is_counted = (place >= begin[:, None]) & (place < end[:, None])
         is_output = is_counted & (place >= of_prompt[:, None])
         return bits_and_counts(ids, is_counted, is_output, self.vocab_size)
 
@@ -665,7 +667,7 @@ class TokenHistory:
         Raises:
             ValueError: there is no such row, an id is not an integer, or this is a view.
         """
-        apply_update(self.update_of_row("append", row, tokens))
+        apply_update(self.extension(row, tokens))
 
     @alone
     def rollback(self, row: int, num_tokens: int) -> None:
@@ -679,59 +681,69 @@ class TokenHistory:
             ValueError: there is no such row, its output is shorter, the ids are not kept in order,
                 or this is a view.
         """
-        apply_update(self.update_of_row("rollback", row, num_tokens))
+        apply_update(self.reduction(row, num_tokens))
 
-    def update_of_row(
-        self,
-        kind: Literal["append", "rollback"],
-        row: int,
-        given: Sequence[int] | Tensor | int,
-        position: Tensor | None = None,
+    def extension(
+        self, row: int, tokens: Sequence[int] | Tensor, position: Tensor | None = None
     ) -> HistoryUpdate:
-        """The update of one row, checked, by ids that come next or by a number to be taken away.
+        """The checked update of :meth:`extend`.
 
         Args:
-            kind: which of the two.
             row: the row.
-            given: the ids, or the number.
-            position: int64 ``(rows,)``, to be changed in place.
+            tokens: ids in order.
+            position: int64 ``(rows,)``, to grow by the number of ids.
 
         Raises:
-            ValueError: as :meth:`extend` and :meth:`rollback`.
+            ValueError: as :meth:`extend`.
         """
         row = checked_row(row, self.rows)
-        slots = self.slots[row : row + 1]
-        if isinstance(given, int):
-            number = self._checked_rollback(slots, given)
-            ids = None
-        else:
-            array = valid_ids("tokens", given, self.vocab_size)
-            ids = torch.from_numpy(array)[None].to(self.device)
-            number = len(array)
-            if self.text is not None:
-                room = self.text.max_length - int(self.text.lengths[slots.to(torch.int64)])
-                if number > room:
-                    raise checks.refusal(
-                        "tokens", f"at most {room} ids, for which there is room", number
-                    )
-        self.check_slots(named_once=True)
-        numbers = torch.tensor([number], dtype=torch.int32, device=self.device)
-        of_row = None if position is None else position[row : row + 1]
-        return HistoryUpdate(kind, self, slots, numbers, ids, position=of_row)
+        ids = valid_ids("tokens", tokens, self.vocab_size)
+        if self.text is not None:
+            room = self.text.max_length - int(self.text.lengths[int(self.slots[row])])
+            if len(ids) > room:
+                rule = f"at most {room} ids, for which there is room"
+                raise checks.refusal("tokens", rule, len(ids))
+        given = torch.from_numpy(ids)[None].to(self.device)
+        return self._update_of_row("append", row, len(ids), given, position)
 
-    def _checked_rollback(self, slots: Tensor, num_tokens: int) -> int:
+    def reduction(self, row: int, num_tokens: int, position: Tensor | None = None) -> HistoryUpdate:
+        """The checked update of :meth:`rollback`.
+
+        Args:
+            row: the row.
+            num_tokens: how many tokens are taken away.
+            position: int64 ``(rows,)``, to fall by that number.
+
+        Raises:
+            ValueError: as :meth:`rollback`.
+        """
+        row = checked_row(row, self.rows)
         number = checks.integer_at_least("num_tokens", num_tokens, 0)
         if self.text is None:
             raise ValueError(
                 "rollback needs the ids in order: make the history with max_length, which keeps "
                 "them"
             )
-        slot = slots.to(torch.int64)
+        slot = int(self.slots[row])
         output = int(self.text.lengths[slot] - self.text.prompt_lengths[slot])
         if number > output:
             rule = f"at most {output}, the length of the row's output"
             raise checks.refusal("num_tokens", rule, num_tokens)
-        return number
+        return self._update_of_row("rollback", row, number, None, position)
+
+    def _update_of_row(
+        self,
+        kind: UpdateKind,
+        row: int,
+        number: int,
+        ids: Tensor | None,
+        position: Tensor | None,
+    ) -> HistoryUpdate:
+        self.check_slots(named_once=True)
+        one = slice(row, row + 1)
+        numbers = torch.tensor([number], dtype=torch.int32, device=self.device)
+        of_row = None if position is None else position[one]
+        return HistoryUpdate(kind, self, self.slots[one], numbers, ids, position=of_row)
 
     @alone
     def add(
@@ -802,11 +814,8 @@ class TokenHistory:
         if max(int(text.windows[slot]), -1) == window:
             return None
         length = text.lengths[slot]
-        begin = (length - window).clamp(min=0) if window >= 0 else torch.zeros_like(length)
-        place = torch.arange(text.max_length, device=self.device)
-        is_counted = ((place >= begin) & (place < length))[None]
-        is_output = is_counted & (place >= text.prompt_lengths[slot])
-        words, times = bits_and_counts(text.ids[slot], is_counted, is_output, self.vocab_size)
+        begin = _window_begin(torch.full_like(length, window), length)
+        words, times = self._of_text(text.ids[slot], begin, length, text.prompt_lengths[slot])
         return Moved(slot, window, words, times)
 
     def make_windows(self) -> None:
@@ -925,7 +934,7 @@ def apply_update(update: HistoryUpdate) -> None:
                 of_prompt = (is_id & ~is_output).sum(1)
         grown = is_output.sum(1)
     if text is not None:
-        words, times = history._of_text(ids, after, slot, of_prompt)
+        words, times = history._of_text(ids, text.window_begin(slot, after), after, of_prompt)
     else:
         words, times = bits_and_counts(added, is_id, is_output, vocab_size)
         if kind == "append":

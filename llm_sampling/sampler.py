@@ -520,8 +520,7 @@ class Sampler:
             row = checked_row(row, self.rows)
             self._position[row] += len(valid_ids("tokens", tokens, self.vocab_size))
         else:
-            update = self._history.update_of_row("append", row, tokens, self._position)
-            self._backend.update_history(update)
+            self._backend.update_history(self._history.extension(row, tokens, self._position))
 
     @alone
     def rollback(self, row: int, num_tokens: int) -> None:
@@ -547,9 +546,7 @@ class Sampler:
                 raise checks.refusal("num_tokens", f"at most {position}, the position", num_tokens)
             self._position[row] -= number
         else:
-            number = checks.integer_at_least("num_tokens", num_tokens, 0)
-            update = self._history.update_of_row("rollback", row, number, self._position)
-            self._backend.update_history(update)
+            self._backend.update_history(self._history.reduction(row, num_tokens, self._position))
 
     @alone
     def state_dict(self) -> dict[str, Any]:

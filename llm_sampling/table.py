@@ -271,8 +271,9 @@ class RequestTable:
         bias = self._check_params(params)
         prompt = _array_of("prompt_ids", prompt_ids)
         ids = prompt + _array_of("output_ids", output_ids)
-        if self._history is not None and self._history.text is not None:
-            self._history.check_room(sum(0 <= token < self.vocab_size for token in ids))
+        text = None if self._history is None else self._history.text
+        if self._history is not None and text is not None and len(ids) > text.max_length:
+            self._history.check_room(self._number_of_ids(ids))  # padding needs no room
         if prompt_length is None:
             prompt_length = 0 if prompt_ids is None else len(prompt_ids)
         prompt_length = checks.integer_at_least("prompt_length", prompt_length, 0)
@@ -287,9 +288,13 @@ class RequestTable:
         if not is_left:
             self._fill(slot, ids, len(prompt))
         elif position is None:
-            position = sum(0 <= token < self.vocab_size for token in ids[len(prompt) :])
+            position = self._number_of_ids(ids[len(prompt) :])
         if position is not None:
             self._position[slot] = position
+
+    def _number_of_ids(self, ids: array[int]) -> int:
+        """How many of them are not padding."""
+        return sum(0 <= token < self.vocab_size for token in ids)
 
     def _fill(self, slot: int, ids: array[int], prompt_length: int) -> None:
         """Make ids the history of a slot, and the length of their output its position."""
@@ -697,12 +702,14 @@ def _restored(kind: type[RequestTable], state: Mapping[str, Any], backend: str) 
 
 def _array_of(name: str, ids: Sequence[int] | Tensor | None) -> array[int]:
     """Ids as an array of int64, padding included; None as no ids."""
+    if ids is None:
+        return array("q")
     if type(ids) is list and (not ids or type(ids[0]) is int):
         try:
             return array("q", ids)
         except (TypeError, OverflowError):
             pass  # numpy says what is wrong with them, or makes padding of what is too large
-    return array("q", valid_ids(name, () if ids is None else ids, 2**63 - 1).tobytes())
+    return array("q", valid_ids(name, ids, 2**63 - 1).tobytes())
 
 
 def slots_tensor(slots: object, rows: int, device: torch.device) -> Tensor:

@@ -730,7 +730,8 @@ def test_a_sampler_under_other_calls(backend: str) -> None:
 # ---- Negative controls: the same runs must detect each of these faults ---------------------------
 
 TORCH = backends.BACKENDS["torch"].load()
-RIGHT_RECORD, RIGHT_UPDATE_OF_ROW = TokenHistory.record, TokenHistory.update_of_row
+RIGHT_RECORD = TokenHistory.record
+RIGHT_EXTENSION, RIGHT_REDUCTION = TokenHistory.extension, TokenHistory.reduction
 RIGHT_SET_PARAMS = Sampler.set_params
 RIGHT_APPEND, RIGHT_FILL, RIGHT_GROW = TokenHistory.append, TokenHistory._fill, TokenHistory._grow
 RIGHT_ADD, RIGHT_REBUILD = Sampler.add, Sampler._rebuild
@@ -758,21 +759,19 @@ def append_padding(self: TokenHistory, tokens: Tensor) -> None:
     RIGHT_APPEND(self, tokens.clamp(min=0))
 
 
-def extend_once(self: TokenHistory, kind: Any, row: int, given: Any, *more: Any) -> HistoryUpdate:
+def extend_once(self: TokenHistory, row: int, tokens: Any, *position: Any) -> HistoryUpdate:
     """Broken: of several tokens that are recorded at once, equal ones count once."""
-    if kind == "append":
-        given = np.unique(given)
-    return RIGHT_UPDATE_OF_ROW(self, kind, row, given, *more)
+    return RIGHT_EXTENSION(self, row, np.unique(tokens), *position)
 
 
-def roll_back_another_row(self: TokenHistory, kind: Any, row: int, *more: Any) -> HistoryUpdate:
+def roll_back_another_row(self: TokenHistory, row: int, *given: Any) -> HistoryUpdate:
     """Broken: what is taken away is taken from the last row."""
-    return RIGHT_UPDATE_OF_ROW(self, kind, self.rows - 1 if kind == "rollback" else row, *more)
+    return RIGHT_REDUCTION(self, self.rows - 1, *given)
 
 
-def roll_back_one_less(self: TokenHistory, kind: Any, row: int, given: Any) -> HistoryUpdate:
+def roll_back_one_less(self: TokenHistory, row: int, number: int) -> HistoryUpdate:
     """Broken: one token less is taken away than was asked for."""
-    return RIGHT_UPDATE_OF_ROW(self, kind, row, max(given - 1, 0) if kind == "rollback" else given)
+    return RIGHT_REDUCTION(self, row, max(number - 1, 0))
 
 
 def move_no_window(self: TokenHistory, row: int, window: int) -> None:
@@ -866,9 +865,9 @@ def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
         (Histories, TokenHistory, "append", append_by_row),
         (Histories, TokenHistory, "append", append_padding),
         (Histories, TokenHistory, "select", select_sorted),
-        (Histories, TokenHistory, "update_of_row", extend_once),
-        (Histories, TokenHistory, "update_of_row", roll_back_one_less),
-        (Decoding, TokenHistory, "update_of_row", roll_back_another_row),
+        (Histories, TokenHistory, "extension", extend_once),
+        (Histories, TokenHistory, "reduction", roll_back_one_less),
+        (Decoding, TokenHistory, "reduction", roll_back_another_row),
         (Decoding, TokenHistory, "with_window", move_no_window),
         (Histories, TokenHistory, "_fill", fill_over_old_bits),
         (Histories, TokenHistory, "_grow", grow_without_lengths),
