@@ -340,7 +340,8 @@ inline int32_t check_update(const LlmSamplingUpdate& u) {
   return has_overlap(u) ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
 }
 
-// Whether two rows name the same slot, of those that are in 0 .. num_slots - 1. Returns OVERLAP then.
+// Checks that no two rows name the same slot, of those that are in 0 .. num_slots - 1. The slots must be in
+// host memory.
 inline int32_t check_named_once(const int32_t* slots, int64_t rows, int64_t num_slots) {
   bool is_rising = true;
   for (int64_t row = 1; row < rows; ++row) is_rising &= slots[row - 1] < slots[row];
@@ -353,11 +354,6 @@ inline int32_t check_named_once(const int32_t* slots, int64_t rows, int64_t num_
   std::sort(sorted.get(), end);
   const bool is_shared = std::adjacent_find(sorted.get(), end) != end;
   return is_shared ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
-}
-
-// Checks that no two rows of a change name the same slot; the slots must be in host memory.
-inline int32_t check_update_slots(const LlmSamplingUpdate& u) {
-  return check_named_once(u.slots, u.rows, u.num_slots);
 }
 
 // Checks that every slot of the history is in range and, where each row has parameters of its own and
@@ -419,12 +415,10 @@ inline const char* error_text(int32_t code) {
     case LLM_SAMPLING_BAD_SIZE:
       return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
              "logit_bias_size, max_text_length, num_extra_output, max_ids, a slot or a bias offset "
-             "is "
-             "out of range";
+             "is out of range";
     case LLM_SAMPLING_BAD_OPTION:
       return "dtype, logprobs_mode, advance, kind, id_bytes, position_of or reserved has an "
-             "unknown "
-             "value, or one that needs param_slots";
+             "unknown value, or one that needs param_slots";
     case LLM_SAMPLING_NULL_POINTER:
       return "a pointer that is needed is NULL";
     case LLM_SAMPLING_BAD_STRIDE:

@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from llm_sampling import SamplingParams, TokenHistory
+
+#: These runs are the same every time; the slow tests generate others.
+some_runs = settings(
+    max_examples=100,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+other_runs = settings(some_runs, max_examples=10_000, derandomize=False)
 
 #: Ids at the ends of mask words and of vocabularies; some are padding.
 some_ids = st.sampled_from((-2, -1, 0, 1, 30, 31, 32, 33, 63, 64, 69, 70, 75))

@@ -62,7 +62,7 @@ inline void record(const SlotHistory& history, int32_t token) {
     add_to(history.counts[token], 1);
   } else {
     const int64_t length = text_length(history);
-    if (length == history.max_text_length) return;  // it has been changed since the row was drawn
+    if (length == history.max_text_length) return;  // another thread has filled it
     history.text[length] = token;
     *history.text_length = length + 1;
     move_window(history, window_of(history, length), window_of(history, length + 1));
@@ -164,7 +164,7 @@ inline void update(const LlmSamplingUpdate& update) {
 // one call alone. They move the window, so that other ids may leave it.
 class Replaced {
  public:
-  // Finds these tokens, and brings their bits in a copy of the history's into order.
+  // Finds these tokens, and sets or clears their bits in `seen`, a copy of the history's bits.
   void find(const SlotHistory& history, const int32_t* ids, int64_t size, uint32_t* seen) {
     const int64_t length = history.text == nullptr ? 0 : text_length(history);
     int32_t next[LLM_SAMPLING_MAX_EXTRA_OUTPUT];

@@ -941,7 +941,9 @@ llm_sampling_cpu_update(const LlmSamplingUpdate* update) {
   LlmSamplingUpdate own = {};
   int32_t code = llm_sampling::read_struct(update, own);
   if (code == LLM_SAMPLING_OK) code = llm_sampling::check_update(own);
-  if (code == LLM_SAMPLING_OK) code = llm_sampling::check_update_slots(own);
+  if (code == LLM_SAMPLING_OK) {
+    code = llm_sampling::check_named_once(own.slots, own.rows, own.num_slots);
+  }
   if (code == LLM_SAMPLING_OK) llm_sampling::update(own);
   return code;
 }

@@ -687,3 +687,10 @@ def test_a_history_with_a_text_can_be_copied(again, is_caller_s):
             copied.add([1])
     else:
         assert copied.add([1], penalty_last_n=3) == 3
+
+
+@pytest.mark.parametrize("number", [2, np.int64(2)], ids=["int", "numpy"])
+def test_a_rollback_by_any_integer(number):
+    history = TokenHistory.from_ids([[1]], [[2, 3, 4]], 40, max_length=8)
+    history.rollback(0, number)
+    assert _unpacked(history) == _unpacked(TokenHistory.from_ids([[1]], [[2]], 40))

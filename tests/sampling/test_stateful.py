@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cases import ON_THE_CPU, threads
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -36,10 +36,12 @@ from plain_model import (
     ids,
     inside,
     lengths,
+    other_runs,
     params,
     roll_back,
     room_of,
     some_ids,
+    some_runs,
     vocab_sizes,
     windows,
 )
@@ -58,18 +60,6 @@ from llm_sampling import (
 from llm_sampling.backends import base
 from llm_sampling.backends.base import Logprobs, SampleCall
 from llm_sampling.history import HistoryUpdate, selection
-
-#: These runs are the same every time; the slow tests generate others.
-some_runs = settings(
-    max_examples=100,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-other_runs = settings(some_runs, max_examples=10_000, derandomize=False)
 
 # ---- A history -----------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ON_THE_CPU, threads
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -35,9 +35,11 @@ from plain_model import (
     ids,
     inside,
     lengths,
+    other_runs,
     params,
     roll_back,
     room_of,
+    some_runs,
     vocab_sizes,
 )
 from torch import Tensor
@@ -56,17 +58,8 @@ from llm_sampling.backends import base
 from llm_sampling.backends.base import ParamSlots, SampleCall
 from llm_sampling.history import HistoryUpdate
 
-#: These runs are the same every time; the slow tests generate others.
-some_runs = settings(
-    max_examples=60,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-other_runs = settings(some_runs, max_examples=10_000, derandomize=False)
+#: A run of a table takes longer than one of a history or a Sampler.
+fewer_runs = settings(some_runs, max_examples=60)
 
 CAPACITY = 4
 #: Every slot, rows of padding, and slots that do not exist.
@@ -466,7 +459,7 @@ def run(backend: str, how: settings) -> None:
     indirect=True,
 )
 def test_a_table_is_its_requests(backend: str) -> None:
-    run(backend, some_runs)
+    run(backend, fewer_runs)
 
 
 @pytest.mark.slow
@@ -544,7 +537,7 @@ def test_a_wrong_one_is_seen(
     monkeypatch: pytest.MonkeyPatch, owner: object, name: str, wrong: Callable[..., object]
 ) -> None:
     monkeypatch.setattr(owner, name, wrong)
-    without_shrinking = settings(some_runs, phases=[Phase.generate])
+    without_shrinking = settings(fewer_runs, phases=[Phase.generate])
     # or an unexpected refusal, or none where one was expected
     with pytest.raises((AssertionError, ValueError, RuntimeError, pytest.fail.Exception)):
         run("torch", without_shrinking)
