@@ -96,7 +96,7 @@ def make_call(
             if value is not None:
                 raise ValueError(f"{name} can be given where params is a RequestTable, got {value}")
         batch = pack(params, rows, device)
-        check_history(history, batch, rows, vocab_size, device)
+        check_history(history, batch.needs_history, rows, vocab_size, device)
         check_windows(history, batch)
         batch = batch.seeded() if seeded else batch
         batch = replace(batch, position=position_of(positions, batch, history))
@@ -221,14 +221,14 @@ def position_of(
 
 def check_history(
     history: TokenHistory | None,
-    batch: BatchParams,
+    is_needed: bool,
     rows: int,
     vocab_size: int,
     device: torch.device,
 ) -> None:
     """A ValueError if ``history`` does not fit, or is missing where a penalty needs it."""
     if history is None:
-        if batch.needs_history:
+        if is_needed:
             raise ValueError(
                 "history must be given where repetition_penalty, frequency_penalty or "
                 "presence_penalty is on; TokenHistory.from_ids builds one"

@@ -27,6 +27,8 @@ def integer(name: str, value: object, rule: str = "an integer") -> int:
     Raises:
         ValueError: it is not an integer, or it is a bool.
     """
+    if type(value) is int:
+        return value
     if not is_integer(value):
         raise refusal(name, rule, value)
     return int(value)  # type: ignore[call-overload,no-any-return]

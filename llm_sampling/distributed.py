@@ -244,7 +244,7 @@ def _checked(
     vocab_start = integer_at_least("vocab_start", vocab_start, 0)
     batch = pack(params, rows, device)
     vocab_size = history.vocab_size if isinstance(history, TokenHistory) else 0
-    check_history(history, batch, rows, vocab_size, device)
+    check_history(history, batch.needs_history, rows, vocab_size, device)
     check_windows(history, batch)
     num_samples = check_draws(num_samples, logprobs, check)
     if allowed_mask is not None:

@@ -413,12 +413,8 @@ class TokenHistory:
         slots: Sequence[int],
         prompts: Sequence[npt.NDArray[np.int64]],
         outputs: Sequence[npt.NDArray[np.int64]],
-        change: Callable[[HistoryUpdate], None] | None = None,
     ) -> None:
-        """Write the ids of requests, all valid, into slots, whatever these held before.
-
-        ``change`` is a backend's function; :func:`apply_update` where it is None.
-        """
+        """Write the ids of requests, all valid, into slots, whatever these held before."""
         lengths = [len(x) + len(y) for x, y in zip(prompts, outputs, strict=True)]
         self.check_room(max(lengths, default=0))
         ids = np.full((len(slots), max(lengths, default=0)), -1)
@@ -431,8 +427,7 @@ class TokenHistory:
 
         numbers, of_prompts = column(lengths), column([len(prompt) for prompt in prompts])
         given = torch.from_numpy(ids).to(self.device)
-        update = HistoryUpdate("fill", self, column(slots), numbers, given, of_prompts)
-        (apply_update if change is None else change)(update)
+        apply_update(HistoryUpdate("fill", self, column(slots), numbers, given, of_prompts))
 
     def check_room(self, length: int) -> None:
         """A ValueError if no slot's text has room for so many ids."""
@@ -691,7 +686,7 @@ class TokenHistory:
         Args:
             row: the row.
             tokens: ids in order.
-            position: int64 ``(rows,)``, to grow by the number of ids.
+            position: int64 ``(capacity,)``, of slots, to grow by the number of ids.
 
         Raises:
             ValueError: as :meth:`extend`.
@@ -712,7 +707,7 @@ class TokenHistory:
         Args:
             row: the row.
             num_tokens: how many tokens are taken away.
-            position: int64 ``(rows,)``, to fall by that number.
+            position: int64 ``(capacity,)``, of slots, to fall by that number.
 
         Raises:
             ValueError: as :meth:`rollback`.
@@ -740,10 +735,9 @@ class TokenHistory:
         position: Tensor | None,
     ) -> HistoryUpdate:
         self.check_slots(named_once=True)
-        one = slice(row, row + 1)
+        slot = self.slots[row : row + 1]
         numbers = torch.tensor([number], dtype=torch.int32, device=self.device)
-        of_row = None if position is None else position[one]
-        return HistoryUpdate(kind, self, self.slots[one], numbers, ids, position=of_row)
+        return HistoryUpdate(kind, self, slot, numbers, ids, None, position, "slot")
 
     @alone
     def add(
@@ -768,17 +762,6 @@ class TokenHistory:
                 kept in order where ``penalty_last_n`` needs it, or no slot is free in memory that
                 belongs to the caller.
         """
-        self._set(slots=self._slots_with(prompt_ids, output_ids, penalty_last_n))
-        return self.rows - 1
-
-    def _slots_with(
-        self,
-        prompt_ids: Sequence[int] | Tensor,
-        output_ids: Sequence[int] | Tensor,
-        penalty_last_n: int,
-        change: Callable[[HistoryUpdate], None] | None = None,
-    ) -> Tensor:
-        """``slots`` with one more: a free slot, into which ``change`` has written the ids."""
         window = min(checks.integer_at_least("penalty_last_n", penalty_last_n, -1), 2**31 - 1)
         prompt = valid_ids("prompt_ids", prompt_ids, self.vocab_size)
         output = valid_ids("output_ids", output_ids, self.vocab_size)
@@ -786,13 +769,14 @@ class TokenHistory:
         with not_of_inference_mode():
             if not free:
                 free = [self.seen.shape[0]]
-                self._grow()
-            self._set_window(free[0], window)
-            self._fill(free[:1], [prompt], [output], change)
+                self.grow()
+            self.set_window(free[0], window)
+            self._fill(free[:1], [prompt], [output])
             self.fills[free[0]] = self.fills.get(free[0], 0) + 1
-            return torch.cat([self.slots, self.slots.new_tensor(free[:1])])
+            self._set(slots=torch.cat([self.slots, self.slots.new_tensor(free[:1])]))
+        return self.rows - 1
 
-    def _set_window(self, slot: int, window: int) -> None:
+    def set_window(self, slot: int, window: int) -> None:
         """Let the last so many ids count in a slot that is filled next."""
         if window >= 0:
             self.make_windows()
@@ -829,7 +813,7 @@ class TokenHistory:
             windows = torch.full_like(self.text.lengths, -1, dtype=torch.int32)
             self._set(text=self.text._replace(windows=windows))
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
         """Make room for as many slots again, or for one."""
         if not self.can_grow:
             raise ValueError(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import numbers
+import operator
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -114,6 +117,30 @@ class SamplingParams:
         """Whether penalties are for the last ids only."""
         return self.penalty_last_n != _WINDOW.off
 
+    @functools.cached_property
+    def packed(self) -> PackedRow:
+        """The numbers that kernels read for these parameters."""
+        values = list(_VALUES_OF(self))
+        for place, parameter, column in _CONVERTED:
+            values[place] = number_of(parameter, column, values[place])
+        row = _ROW.unpack(_ROW.pack(*values))
+        on = set(itertools.compress(_SWITCH_NAMES, map(operator.ne, _SWITCHED(row), _SWITCHED_OFF)))
+        if self.logit_bias:
+            on.add("bias")
+        return PackedRow(row, frozenset(on))
+
+
+class PackedRow(NamedTuple):
+    """What a batch or a table holds for one :class:`SamplingParams`.
+
+    Attributes:
+        numbers: one for each of COLUMNS, in their order, rounded as the column rounds it.
+        on: which of SWITCHES it turns on, and "bias" where it has one.
+    """
+
+    numbers: tuple[float, ...]
+    on: frozenset[str]
+
 
 class LogitBias(dict[int, float]):
     """A mapping of token id to bias that cannot be changed, so that it has a hash."""
@@ -173,12 +200,6 @@ def list_of_params(
     return list(params)
 
 
-def _in_float32(values: Sequence[float]) -> list[float]:
-    """Each of them rounded to float32, which none overflows."""
-    form = f"{len(values)}f"
-    return list(struct.unpack(form, struct.pack(form, *values)))
-
-
 def as_int64(value: int) -> int:
     """The signed 64-bit integer that has the bits of ``value``, which is in [-2^63, 2^64)."""
     return value - 2**64 if value >= 2**63 else value
@@ -203,28 +224,15 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 KERNEL_TENSORS = tuple(name for name in DTYPES if name not in ("unseeded", _WINDOW.name))
 
 
-def _numbers(parameter: Field, column: Column, values: Sequence[Any]) -> list[Any]:
-    """The numbers of a column for values of its parameter."""
+def number_of(parameter: Field, column: Column, value: Any) -> Any:
+    """The number of a column for one value, which the column itself rounds."""
+    if value == parameter.off:
+        return column.off
     if parameter.choices:
-        return [column.pack(value) for value in values]
+        return column.pack(value)
     if parameter.is_integer:
-        return [value if value < _INT32_MAX else _INT32_MAX for value in values]
-    rounded = _in_float32(values)
-    if parameter.packed is None:
-        return rounded
-    return _in_float32([column.pack(value) for value in rounded])
-
-
-def number_of(parameter: Field, column: Column, value: Any) -> float:
-    """The number of a column for one value, which a float32 tensor rounds when it is stored."""
-    number: float = value
-    if parameter.choices:
-        number = column.pack(value)
-    elif parameter.is_integer:
-        number = min(value, _INT32_MAX)
-    elif parameter.packed is not None:
-        number = column.pack(to_float32(value))
-    return number
+        return value if value < _INT32_MAX else _INT32_MAX
+    return value if parameter.packed is None else column.pack(to_float32(value))
 
 
 def _all_are(values: Sequence[float], value: float) -> bool:
@@ -246,6 +254,23 @@ SWITCHES: Mapping[str, tuple[tuple[str, float], ...]] = MappingProxyType(
         "filters": tuple((column.name, column.off) for column in _FILTERS),
     }
 )
+
+
+#: How :attr:`SamplingParams.packed` reads the values, converts those that do not stay as they are,
+#: rounds all as the columns do, and looks for those that turn a switch on.
+_VALUES_OF = operator.attrgetter(*(parameter.name for parameter, _ in COLUMNS))
+_CONVERTED = [
+    (place, parameter, column)
+    for place, (parameter, column) in enumerate(COLUMNS)
+    if parameter.is_integer or parameter.packed is not None
+]
+_ROW = struct.Struct(
+    "=" + "".join("f" if column.dtype == torch.float32 else "i" for _, column in COLUMNS)
+)
+_PLACES = {column.name: place for place, (_, column) in enumerate(COLUMNS)}
+_SWITCHED = operator.itemgetter(*(_PLACES[c] for pairs in SWITCHES.values() for c, _ in pairs))
+_SWITCHED_OFF = [off for pairs in SWITCHES.values() for _, off in pairs]
+_SWITCH_NAMES = [switch for switch, pairs in SWITCHES.items() for _ in pairs]
 
 
 def kernel_flags(is_on: Mapping[str, bool]) -> dict[str, bool]:
@@ -553,6 +578,16 @@ class BatchParams:
             return replace(self, seed=seed, unseeded=None)
 
 
+def seeds_of(params: Sequence[SamplingParams]) -> list[int]:
+    """The seed of each row as a signed integer; those without one get a fresh one."""
+    seeds = [row._signed_seed for row in params]  # type: ignore[attr-defined]
+    if all(row.seed is not None for row in params):
+        return seeds
+    fresh = fresh_seeds(len(seeds)).tolist()
+    zipped = zip(params, seeds, fresh, strict=True)
+    return [new if row.seed is None else seed for row, seed, new in zipped]
+
+
 def fresh_seeds(rows: int) -> Tensor:
     """Seeds from torch's default generator, int64 ``(rows,)`` on the CPU."""
     return torch.randint(-(2**63), 2**63 - 1, (rows,), dtype=torch.int64, device="cpu")
@@ -582,15 +617,21 @@ def _pack(
     with not_of_inference_mode():
         columns: dict[str, Sequence[Any]] = {}
         tensors: dict[str, Any] = {}
-        for parameter, column in COLUMNS:
-            values = [getattr(row, parameter.name) for row in params]
-            is_symbol = not (parameter.is_integer or parameter.choices)
-            if not (is_symbol and torch.compiler.is_dynamo_compiling()):
-                values = _numbers(parameter, column, values)
-            elif parameter.packed is not None:  # the values may be symbols, which have no logarithm
-                raw = tensor(values, torch.float32, torch.device("cpu"))
-                tensors[column.name] = torch.ops.llm_sampling.pack(raw, parameter.name).to(device)
-                values = [column.off if value == parameter.off else value for value in values]
+        rows = None if torch.compiler.is_dynamo_compiling() else [row.packed for row in params]
+        for place, (parameter, column) in enumerate(COLUMNS):
+            if rows is not None:
+                values = [row.numbers[place] for row in rows]
+            else:
+                values = [getattr(row, parameter.name) for row in params]
+                is_exact = parameter.is_integer or bool(parameter.choices)
+                if is_exact:
+                    values = [number_of(parameter, column, value) for value in values]
+                elif parameter.packed is not None:
+                    # the values may be symbols, which have no logarithm
+                    raw = tensor(values, torch.float32, torch.device("cpu"))
+                    op = torch.ops.llm_sampling.pack
+                    tensors[column.name] = op(raw, parameter.name).to(device)
+                    values = [column.off if value == parameter.off else value for value in values]
             columns[column.name] = values
             if column.name not in tensors:
                 tensors[column.name] = tensor(values, column.dtype)

@@ -11,7 +11,7 @@ from llm_sampling.backends.base import Logprobs, SampleOutput
 from llm_sampling.calls import ExtraIds, Params, make_call
 from llm_sampling.history import TokenHistory
 from llm_sampling.masks import Mask
-from llm_sampling.table import RequestTable
+from llm_sampling.table import RequestTable, StepKind
 
 
 def sample(
@@ -94,6 +94,15 @@ def sample(
         >>> params = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, seed=1)
         >>> tokens = sample(torch.randn(2, 32000), params).tokens
     """
+    kind = None
+    if isinstance(params, RequestTable):
+        given = history, positions, text_positions, extra_output_ids
+        if all(value is None for value in given):
+            kind = StepKind.of(logits, record, num_samples, logprobs, check, backend)
+        if kind is not None:
+            output = params.run_prepared(kind, logits, slots, allowed_mask)
+            if output is not None:
+                return output
     call = make_call(
         logits,
         params,
@@ -110,10 +119,10 @@ def sample(
     )
     if call.param_slots is None and ops.is_needed(call):
         return ops.sample(call, backend)
-    run = backends.resolve(backend, call.logits.device).sample
-    if isinstance(params, RequestTable) and call.advance:
-        return params.record(run, call)
-    return run(call)
+    module = backends.resolve(backend, call.logits.device)
+    if not isinstance(params, RequestTable):
+        return module.sample(call)
+    return params.run(module, call, kind)
 
 
 def filter_logits(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_sampling import backends, checks
-from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
+from llm_sampling import checks
+from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput, Step
 from llm_sampling.calls import check_draws, check_history, check_logits, check_windows
+from llm_sampling.growing_table import GrowingTable
 from llm_sampling.history import (
-    Moved,
     TokenHistory,
     Turn,
     alone,
@@ -29,22 +29,21 @@ from llm_sampling.masks import Mask, check_mask
 from llm_sampling.params import (
     BatchParams,
     SamplingParams,
-    as_int64,
     checked_position,
     int64_column,
     list_of_params,
     plain,
+    seeds_of,
 )
+from llm_sampling.table import array_of
 from llm_sampling.tensors import (
-    has_memory,
+    is_readable_as_it_is,
     is_traced,
-    is_watched,
     is_wrapper,
     not_of_inference_mode,
+    to_device,
     version_of,
 )
-
-Step = Callable[[Tensor, Tensor | None], SampleOutput]
 
 #: The entries of a ``state_dict``.
 _STATE = frozenset(
@@ -54,13 +53,21 @@ _STATE = frozenset(
 
 
 class _KnownSlots:
-    """The slots of a history as a Sampler left them, to see whether somebody else changed them."""
+    """The rows' slots as a Sampler left them, to see whether somebody else changed them.
 
-    def __init__(self, history: TokenHistory, slots: Tensor) -> None:
-        self.slots = slots
+    Attributes:
+        history: the history that has them too, if there is one.
+        slots: int32 ``(rows,)``; the history's own tensor.
+        version: how often torch had changed that tensor in place.
+        values: a copy that nobody else has.
+        fills: those of the history.
+    """
+
+    def __init__(self, history: TokenHistory | None, slots: Tensor) -> None:
+        self.history, self.slots = history, slots
         self.version = version_of(slots)
         self.values = slots.clone()
-        self.fills = dict(history.fills)
+        self.fills = {} if history is None else {**history.fills}
 
 
 class Sampler:
@@ -130,8 +137,6 @@ class Sampler:
         self.check = self.device.type == "cpu" if check is None else check
         self._backend_name = backend
         rows = list_of_params(params, 1)
-        self._params = rows
-        self._backend = backends.resolve(backend, self.device)
         batch = BatchParams.from_list(rows, device=self.device)
         if history is None and (batch.needs_history or max_length is not None):
             history = TokenHistory.empty(
@@ -143,25 +148,28 @@ class Sampler:
             )
         elif max_length is not None:
             raise ValueError(f"max_length must be None where history is given, got {max_length}")
-        check_history(history, batch, len(rows), vocab_size, self.device)
+        check_history(history, batch.needs_history, len(rows), vocab_size, self.device)
         check_windows(history, batch)
         if history is not None and history.is_view:
             raise ValueError("history must be one that can be changed, got a read-only view")
         self._refuse_draws(batch.needs_history)
-        with not_of_inference_mode():
-            if history is None:
-                position = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
-            else:
-                position = history.lengths[history.slots.to(torch.int64)]
-            self._batch = replace(batch.seeded(), position=position)
+        slots = list(range(len(rows))) if history is None else history.slots.tolist()
+        table = GrowingTable(
+            vocab_size=vocab_size, history=history, backend=backend, device=self.device
+        )
+        position = None if history is None else history.lengths[slots]
+        is_kept = [history is not None] * len(rows)
+        table.put_rows(slots, rows, seeds_of(rows), is_kept, position)
+        self._table = table
+        #: The slot of each row.
+        self._places = slots
         self._turn = Turn()
-        self._history = history
-        self._is_kept = [history is not None] * len(rows)
         self._turns = (self._turn, self._turn if history is None else history.turns[0])
-        self._slots = None if history is None else _KnownSlots(history, history.slots)
+        with not_of_inference_mode():
+            of_rows = self._slots_of(slots) if history is None else history.slots
+            self._slots = _KnownSlots(history, of_rows)
         self._step: Step | None = None
-        self._prepared_for: tuple[object, ...] = ()
-        self._least_bytes = 0
+        self._prepared_for: tuple[tuple[int, int], torch.dtype] = (0, 0), torch.float32
 
     def _refuse_draws(self, needs_history: bool) -> None:
         if needs_history and self.num_samples > 1:
@@ -178,35 +186,27 @@ class Sampler:
     @property
     def rows(self) -> int:
         """The number of rows that the next call expects."""
-        return len(self._params)
+        return len(self._places)
 
     @property
     def params(self) -> tuple[SamplingParams, ...]:
         """The parameters of the rows, in order."""
-        return tuple(self._params)
+        return tuple(map(self._table.request, self._places))
 
     @property
     def history(self) -> TokenHistory | None:
         """The tokens so far; None while no row has had a penalty and none was given."""
-        return self._history
+        return self._slots.history
 
     @property
     def positions(self) -> Tensor:
         """int64 ``(rows,)``, a copy: how many tokens each row has produced."""
-        return self._position.clone()
+        return self._table.positions_of_slots[self._slots.values.to(torch.int64)]
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seeds of the rows, in [0, 2^64), with those that rows without a seed have got.
-
-        Reading them waits for the device.
-        """
-        return tuple(seed % 2**64 for seed in self._batch.seed.tolist())
-
-    @property
-    def _position(self) -> Tensor:
-        assert self._batch.position is not None
-        return self._batch.position
+        """The seeds of the rows, in [0, 2^64), with those that rows without a seed have got."""
+        return tuple(self._table.seed(slot) % 2**64 for slot in self._places)
 
     def __call__(self, logits: Tensor, *, allowed_mask: Mask | None = None) -> SampleOutput:
         """Draw one token (or ``num_samples``) per row and advance.
@@ -229,16 +229,19 @@ class Sampler:
             refuse_turn("Sampler")
         own.is_taken = shared.is_taken = True
         try:
-            if not self._is_prepared_for(logits):
-                logits = self._check(logits)
-                if self._step is None:
-                    self._prepare(logits)
-            if self._slots is not None:
-                slots, known = self._history.slots, self._slots  # type: ignore[union-attr]
+            known = self._slots
+            if known.history is not None:
+                slots = known.history.slots
                 if slots is not known.slots or (
                     known.version is not None and slots._version != known.version
                 ):
                     self._check_history()
+            if self._step is None or not is_readable_as_it_is(
+                logits, *self._prepared_for, self.device
+            ):
+                logits = self._check(logits)
+                if self._step is None:
+                    self._prepare(logits)
             mask = None
             if allowed_mask is not None:
                 mask = check_mask(allowed_mask, self.rows, self.vocab_size, self.device)
@@ -246,32 +249,6 @@ class Sampler:
         finally:
             own.is_taken = shared.is_taken = False
         return output
-
-    def _is_prepared_for(self, logits: Tensor) -> bool:
-        """Whether the last step's logits were like these, which the kernel can read as they are.
-
-        These are the questions of :meth:`_check`, in the order that costs the least.
-        """
-        try:
-            return (
-                self._step is not None
-                and type(logits) is Tensor
-                and self._prepared_for == (logits.shape, logits.dtype, logits.device)
-                and (
-                    (
-                        logits.is_contiguous()
-                        and not logits.storage_offset()
-                        and logits.untyped_storage().nbytes() >= self._least_bytes
-                    )
-                    or (logits.stride(1) == 1 and has_memory(logits))
-                )
-                and not logits.requires_grad
-                and not logits.is_neg()
-                and not logits._is_zerotensor()
-                and not is_watched()
-            )
-        except RuntimeError:  # a layout that has no sizes, strides or storage
-            return False
 
     # torch.compiler.disable would import the compiler, which few need
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -293,16 +270,17 @@ class Sampler:
             raise ValueError(
                 f"logits must have shape (rows, vocab_size) = {shape}, got {tuple(logits.shape)}"
             )
-        if self._prepared_for != (logits.shape, logits.dtype, logits.device):
+        if self._prepared_for != (shape, logits.dtype):
             self._step = None
         return logits
 
     def _check_history(self) -> None:
         """A ValueError if the history has other rows than the Sampler, or in another order."""
-        history, known = self._history, self._slots
-        if history is None or known is None:
+        known = self._slots
+        history = known.history
+        if history is None:
             return
-        check_history(history, self._batch, self.rows, self.vocab_size, self.device)
+        check_history(history, False, self.rows, self.vocab_size, self.device)
         if not torch.equal(history.slots, known.values):
             raise ValueError(
                 "history must have the Sampler's rows in their order, but its slots were changed "
@@ -320,19 +298,22 @@ class Sampler:
         self._slots = _KnownSlots(history, history.slots)
 
     def _prepare(self, logits: Tensor) -> None:
+        history = self._slots.history
+        batch, param_slots = self._table.batch_of(self._slots.values, None, "slot")
+        shape = (self.rows, self.vocab_size)
         call = SampleCall(
-            logits=logits,
-            batch=self._batch,
-            history=self._history if self.num_samples == 1 else None,
+            logits=logits.new_empty(1, 1).expand(shape),  # the logits' own memory can be freed
+            batch=batch,
+            history=history if self.num_samples == 1 else None,
             allowed_mask=None,
             num_samples=self.num_samples,
             logprobs=self.logprobs,
             check=self.check,
             advance=True,
+            param_slots=param_slots,
         )
-        self._step = self._backend.prepare(call)
-        self._prepared_for = (logits.shape, logits.dtype, logits.device)
-        self._least_bytes = logits.numel() * logits.itemsize
+        self._step = self._table.module.prepare(call)
+        self._prepared_for = shape, logits.dtype
 
     @alone
     def add(
@@ -356,28 +337,23 @@ class Sampler:
             raise ValueError(f"params must be a SamplingParams, got {params!r}")
         with not_of_inference_mode():
             self._refuse_draws(params.needs_history)
-            valid_ids("prompt_ids", prompt_ids, self.vocab_size)
-            position = len(valid_ids("output_ids", output_ids, self.vocab_size))
+            prompt = array_of("prompt_ids", prompt_ids)
+            output = array_of("output_ids", output_ids)
             self._check_history()
-            history = self._history
+            history = self._slots.history
             if history is None and params.needs_history:
                 # the rows so far have no penalty, so what they have produced does not matter
-                history = TokenHistory.empty(self.rows, self.vocab_size, device=self.device)
-            slots = None
+                history = TokenHistory.empty(
+                    self._table.capacity, self.vocab_size, device=self.device
+                )
+            window = -1
             if history is not None:
+                self._table.check_room(history, prompt + output)
                 window = _window_of(params, history.text is not None)
-                change = self._backend.update_history
-                slots = history._slots_with(prompt_ids, output_ids, window, change)
-            new = BatchParams.from_list([params], positions=[position], device=self.device).seeded()
-            assert new.position is not None
-            self._rebuild(
-                [*self._params, params],
-                [*self._is_kept, history is not None],
-                torch.cat([self._batch.seed, new.seed]),
-                torch.cat([self._position, new.position]),
-                history,
-                slots,
-            )
+            self._step = None  # the table may get other tensors
+            slot = self._table.free_slot(history, self._places)
+            self._table.put(slot, params, prompt, output, history, window)
+            self._arrange([*self._places, slot], history)
         return self.rows - 1
 
     @alone
@@ -401,46 +377,31 @@ class Sampler:
 
     def _reorder(self, rows: list[int]) -> None:
         with not_of_inference_mode():
-            index = selection(rows, self.rows).to(self.device)
+            selection(rows, self.rows)
             self._check_history()
-            self._rebuild(
-                [self._params[row] for row in rows],
-                [self._is_kept[row] for row in rows],
-                self._batch.seed[index],
-                self._position[index],
-                self._history,
-                None if self._history is None else self._history.slots[index],
-            )
+            places = [self._places[row] for row in rows]
+            gone = set(self._places).difference(places)
+            self._arrange(places, self._slots.history)
+            self._table.leave(gone)
 
-    def _rebuild(
-        self,
-        params: list[SamplingParams],
-        is_kept: list[bool],
-        seed: Tensor,
-        position: Tensor,
-        history: TokenHistory | None,
-        slots: Tensor | None,
-        moved: Moved | None = None,
-    ) -> None:
-        """Pack the rows anew; seeds and positions are carried over, not drawn or counted again.
+    def _slots_of(self, places: list[int]) -> Tensor:
+        slots = torch.tensor(places, dtype=torch.int32, device="cpu")
+        return to_device(slots, self.device)
+
+    def _arrange(self, places: list[int], history: TokenHistory | None) -> None:
+        """Let the rows have these slots, and this history.
 
         Everything that can fail comes first. Python handles Ctrl-C after a call, so nothing is
         called between the assignments: rows and history change together or not at all.
         """
-        batch = BatchParams.from_list(params, device=self.device)
-        batch = replace(batch, seed=seed, position=position, unseeded=None)
-        known = None if history is None or slots is None else _KnownSlots(history, slots)
+        slots = self._slots_of(places)
+        known = _KnownSlots(history, slots)
         turns = (self._turn, self._turn if history is None else history.turns[0])
         attributes = {} if history is None else vars(history)  # history.slots cannot be assigned
-        windows = None if history is None or history.text is None else history.text.windows
-        if moved is not None and history is not None and windows is not None:
-            slot, seen, counts = moved.slot, history.seen, history.counts
-            windows[slot] = moved.window
-            seen[slot] = moved.seen
-            counts[slot] = moved.counts
+        of_table = vars(self._table)
         attributes["slots"] = slots
-        self._history, self._turns, self._slots = history, turns, known
-        self._params, self._is_kept, self._batch, self._step = params, is_kept, batch, None
+        of_table["_history"] = history
+        self._places, self._slots, self._turns, self._step = places, known, turns, None
 
     @alone
     def set_params(self, row: int, params: SamplingParams) -> None:
@@ -461,7 +422,8 @@ class Sampler:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {params!r}")
         self._refuse_draws(params.needs_history)
-        if params.needs_history and not self._is_kept[row]:
+        slot = self._places[row]
+        if params.needs_history and not self._table.is_kept(slot):
             raise ValueError(
                 f"params must have no penalty where the row's history was not kept (row {row}): "
                 "give the Sampler a history at its start, or remove the row and add it again with "
@@ -469,23 +431,11 @@ class Sampler:
             )
         with not_of_inference_mode():
             self._check_history()
-            seed = self._batch.seed.clone()
-            if params.seed is not None:
-                seed[row] = as_int64(params.seed)
-            rows = [*self._params]
-            rows[row] = params
-            history, moved = self._history, None
+            history, moved = self._slots.history, None
             if history is not None:
                 moved = history.with_window(row, _window_of(params, history.text is not None))
-            self._rebuild(
-                rows,
-                self._is_kept,
-                seed,
-                self._position,
-                history,
-                None if history is None else history.slots,
-                moved,
-            )
+            self._step = None
+            self._table.replace_params(slot, params, moved)
 
     @alone
     def set_position(self, row: int, position: int) -> None:
@@ -498,7 +448,8 @@ class Sampler:
         Raises:
             ValueError: there is no such row, or the position is out of its range.
         """
-        self._position[checked_row(row, self.rows)] = checked_position("position", position)
+        slot = self._places[checked_row(row, self.rows)]
+        self._table.positions_of_slots[slot] = checked_position("position", position)
 
     @alone
     def extend(self, row: int, tokens: Sequence[int] | Tensor) -> None:
@@ -516,11 +467,12 @@ class Sampler:
             ValueError: there is no such row, or an id is not an integer.
         """
         self._check_history()
-        if self._history is None or self.num_samples > 1:
-            row = checked_row(row, self.rows)
-            self._position[row] += len(valid_ids("tokens", tokens, self.vocab_size))
+        position, history = self._table.positions_of_slots, self._slots.history
+        if history is None or self.num_samples > 1:
+            slot = self._places[checked_row(row, self.rows)]
+            position[slot] += len(valid_ids("tokens", tokens, self.vocab_size))
         else:
-            self._backend.update_history(self._history.extension(row, tokens, self._position))
+            self._table.module.update_history(history.extension(row, tokens, position))
 
     @alone
     def rollback(self, row: int, num_tokens: int) -> None:
@@ -538,15 +490,16 @@ class Sampler:
                 history that does not keep ids in order (``max_length``).
         """
         self._check_history()
-        if self._history is None or self.num_samples > 1:
-            row = checked_row(row, self.rows)
+        position, history = self._table.positions_of_slots, self._slots.history
+        if history is None or self.num_samples > 1:
+            slot = self._places[checked_row(row, self.rows)]
             number = checks.integer_at_least("num_tokens", num_tokens, 0)
-            position = int(self._position[row]) % 2**64
-            if number > position:
-                raise checks.refusal("num_tokens", f"at most {position}, the position", num_tokens)
-            self._position[row] -= number
+            produced = int(position[slot]) % 2**64
+            if number > produced:
+                raise checks.refusal("num_tokens", f"at most {produced}, the position", num_tokens)
+            position[slot] -= number
         else:
-            self._backend.update_history(self._history.reduction(row, num_tokens, self._position))
+            self._table.module.update_history(history.reduction(row, num_tokens, position))
 
     @alone
     def state_dict(self) -> dict[str, Any]:
@@ -557,16 +510,16 @@ class Sampler:
         them. A history has ``4 * vocab_size`` bytes for each of its slots.
         """
         self._check_history()
-        history = self._history
+        history, table, places = self._slots.history, self._table, self._places
         return {
             "vocab_size": self.vocab_size,
             "num_samples": self.num_samples,
             "logprobs": self.logprobs,
             "check": self.check,
-            "params": [plain(params) for params in self._params],
-            "is_kept": [*self._is_kept],
-            "seed": self._batch.seed.clone(),
-            "position": self._position.clone(),
+            "params": [*map(plain, self.params)],
+            "is_kept": [*map(table.is_kept, places)],
+            "seed": torch.tensor([*map(table.seed, places)], dtype=torch.int64, device=self.device),
+            "position": self.positions,
             "history": None if history is None else state_of(history),
         }
 
@@ -612,8 +565,7 @@ class Sampler:
                 device=seed.device,
                 check=state["check"],
             )
-        sampler._params, sampler._is_kept = params, is_kept
-        sampler._batch = replace(sampler._batch, seed=seed, position=position)
+        sampler._table.put_rows(sampler._places, params, seed.tolist(), is_kept, position)
         return sampler
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -7,18 +7,30 @@ logits, RequestTable, the rows' slots -> sample()
 
 from __future__ import annotations
 
-import functools
+import collections
+import itertools
+import operator
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType, NoneType
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from llm_sampling import backends, checks
-from llm_sampling.backends.base import ParamSlots, PositionOf, SampleCall, SampleOutput
+from llm_sampling.backends.base import (
+    BackendModule,
+    Logprobs,
+    ParamSlots,
+    PositionOf,
+    SampleCall,
+    SampleOutput,
+    Step,
+)
 from llm_sampling.history import (
     HistoryUpdate,
     Text,
@@ -29,9 +41,11 @@ from llm_sampling.history import (
     check_vocab_size,
     checked_row,
     history_from_state,
+    refuse_turn,
     state_of,
     valid_ids,
 )
+from llm_sampling.masks import Mask, check_mask
 from llm_sampling.params import (
     COLUMNS,
     CONSERVATIVE_FLAGS,
@@ -43,10 +57,15 @@ from llm_sampling.params import (
     fresh_seeds,
     int64_column,
     kernel_flags,
-    number_of,
     plain,
 )
-from llm_sampling.tensors import is_watched, not_of_inference_mode, readable, to_device
+from llm_sampling.tensors import (
+    is_readable_as_it_is,
+    is_watched,
+    not_of_inference_mode,
+    readable,
+    to_device,
+)
 
 #: The entries of a ``state_dict``.
 _STATE = frozenset(
@@ -57,8 +76,13 @@ _STATE = frozenset(
 #: What is filled in where a request has no ids; memory must not be empty.
 _NO_IDS = array("q", [-1])
 
+_NO_BIAS: Mapping[int, float] = MappingProxyType({})
+
+#: A container, a key, and the value that it is to have there.
+Assignment = tuple[Any, Any, Any]
+
 #: What a slot without a request has: no kernel does more than it must for such a slot.
-_EMPTY = SamplingParams(temperature=0)
+EMPTY = SamplingParams(temperature=0, seed=0)
 
 
 class RequestTable:
@@ -99,6 +123,23 @@ class RequestTable:
         >>> tokens = sample(torch.randn(1, 32000), table, slots=[7]).tokens
     """
 
+    capacity: int
+    _numbers: _Mirrored
+    _position: Tensor
+    _batch: BatchParams
+    _params: list[SamplingParams | None]
+    _is_free: npt.NDArray[np.bool_]
+    _is_kept: list[bool]
+    #: Which switches each slot turns on, how many slots have each such set, and what is on in any.
+    _on: list[frozenset[str]]
+    _times_on: dict[frozenset[str], int]
+    _switches: frozenset[str]
+    #: What has a place for each slot: the arrays of the host's numbers, and the four before.
+    _of_slots: tuple[Any, ...]
+    #: The prepared steps, which hold the batch.
+    _steps: dict[StepKind, Step]
+    _fill_on_cpu: _FillOnCPU | None
+
     def __init__(
         self,
         capacity: int,
@@ -123,54 +164,58 @@ class RequestTable:
         self._backend_name = backend
         self._backend = backends.resolve(backend, self.device)
         self._turn = Turn()
-        self._params: list[SamplingParams | None] = [None] * self.capacity
-        self._is_free = np.ones(self.capacity, dtype=np.bool_)
-        self._is_kept = [False] * self.capacity
         with not_of_inference_mode():
-            self._make_tensors()
+            vars(self).update(self._state_of(self.capacity))
             self._history = self._make_history(history, max_length)
         self._is_callers = isinstance(history, TokenHistory) and not history.can_grow
 
-    def _make_tensors(self) -> None:
-        like = BatchParams.from_list([_EMPTY])
+    def _state_of(self, capacity: int) -> dict[str, Any]:
+        """The attributes of a table whose slots are all free, but for the histories."""
         dtypes = {column.name: column.dtype for _, column in COLUMNS}
         dtypes |= {"seed": torch.int64, "prompt_length": torch.int64, "bias_count": torch.int32}
-        self._numbers = _Mirrored(dtypes, self.capacity, self.device)
-        entries = self.capacity * self.max_logit_bias
-        self._biases = _Mirrored({"id": torch.int32, "value": torch.float32}, entries, self.device)
-        self._position = torch.zeros(self.capacity, dtype=torch.int64, device=self.device)
-        slots = torch.arange(self.capacity + 1, dtype=torch.int64, device=self.device)
-        of_columns: dict[str, Any] = {
-            column.name: self._numbers.on_device[column.name] for _, column in COLUMNS
-        }
-        self._batch = replace(
-            like,
+        numbers = _Mirrored(dtypes, capacity, self.device)
+        columns = [numbers.on_host[name] for name in dtypes]
+        for column, number in zip(columns, EMPTY.packed.numbers, strict=False):
+            column[:] = number
+        numbers.send()
+        position = torch.zeros(capacity, dtype=torch.int64, device=self.device)
+        of_columns: dict[str, Any] = {c.name: numbers.on_device[c.name] for _, c in COLUMNS}
+        batch = replace(
+            BatchParams.from_list([EMPTY]),
             **of_columns,
-            seed=self._numbers.on_device["seed"],
-            position=self._position,
-            logit_bias_offsets=slots * self.max_logit_bias,
-            logit_bias_ids=self._biases.on_device["id"],
-            logit_bias_values=self._biases.on_device["value"],
+            **self._biases_of(capacity),
+            seed=numbers.on_device["seed"],
+            position=position,
         )
-        on_host = self._numbers.on_host
-        #: Of each parameter its name, how its value becomes a number, and where that goes.
-        self._columns: list[tuple[str, Callable[[Any], float] | None, Any]] = []
-        for parameter, column in COLUMNS:
-            pack = None
-            if parameter.is_integer or parameter.packed is not None:
-                pack = functools.partial(number_of, parameter, column)
-            self._columns.append((parameter.name, pack, on_host[column.name]))
-            on_host[column.name][:] = number_of(parameter, column, getattr(_EMPTY, parameter.name))
-        self._numbers.send()
-        self._switches = [
-            [(on_host[name], off) for name, off in pairs] for pairs in SWITCHES.values()
-        ]
-        #: Which of SWITCHES each slot turns on, and whether it has a bias; how many slots do.
-        self._on = [[False] * (len(SWITCHES) + 1)] * self.capacity
-        self._times_on = [0] * (len(SWITCHES) + 1)
-        #: A slot, the number of its ids, and how many of them are the prompt.
-        self._row = np.zeros(3, dtype=np.int32)
-        self._row_tensor = torch.from_numpy(self._row)
+        of_slots = {
+            "_params": [None] * capacity,
+            "_is_free": np.ones(capacity, dtype=np.bool_),
+            "_is_kept": [False] * capacity,
+            "_on": [EMPTY.packed.on] * capacity,
+        }
+        return {
+            "capacity": capacity,
+            "_numbers": numbers,
+            "_position": position,
+            **of_slots,
+            "_of_slots": (*columns, *of_slots.values()),
+            "_times_on": {EMPTY.packed.on: capacity},
+            "_switches": EMPTY.packed.on,
+            "_batch": replace(batch, **{**CONSERVATIVE_FLAGS, **flags_of(EMPTY.packed.on)}),
+            "_steps": {},
+            "_fill_on_cpu": None,
+        }
+
+    def _biases_of(self, capacity: int) -> dict[str, Any]:
+        """Empty biases, with the same number of places for each slot."""
+        entries = capacity * self.max_logit_bias
+        self._biases = _Mirrored({"id": torch.int32, "value": torch.float32}, entries, self.device)
+        slots = torch.arange(capacity + 1, dtype=torch.int64, device=self.device)
+        return {
+            "logit_bias_offsets": slots * self.max_logit_bias,
+            "logit_bias_ids": self._biases.on_device["id"],
+            "logit_bias_values": self._biases.on_device["value"],
+        }
 
     def _make_history(
         self, history: bool | TokenHistory, max_length: int | None
@@ -268,65 +313,70 @@ class RequestTable:
                 what a penalty needs.
         """
         slot = checked_row(slot, self.capacity, "slot")
-        bias = self._check_params(params)
-        prompt = _array_of("prompt_ids", prompt_ids)
-        ids = prompt + _array_of("output_ids", output_ids)
-        text = None if self._history is None else self._history.text
-        if self._history is not None and text is not None and len(ids) > text.max_length:
-            self._history.check_room(self._number_of_ids(ids))  # padding needs no room
+        self._check_params(params)
+        prompt = array_of("prompt_ids", prompt_ids)
+        ids = prompt + array_of("output_ids", output_ids)
+        if self._history is not None:
+            self.check_room(self._history, ids)
         if prompt_length is None:
             prompt_length = 0 if prompt_ids is None else len(prompt_ids)
         prompt_length = checks.integer_at_least("prompt_length", prompt_length, 0)
         if position is not None:
             position = checked_position("position", position)
-        seed = int(fresh_seeds(1)) if params.seed is None else as_int64(params.seed)
 
         has_ids = prompt_ids is not None or output_ids is not None
         is_left = self._history is None or (self._is_callers and not has_ids)
-        self._is_kept[slot] = self._is_callers or prompt_ids is not None or params.needs_history
-        self._write(slot, params, bias, seed, prompt_length)
+        is_kept = self._is_callers or prompt_ids is not None or params.needs_history
+        self._write(slot, params, None, prompt_length, is_kept)
+        self._numbers.send()
         if not is_left:
-            self._fill(slot, ids, len(prompt))
+            self._fill(self._history, slot, ids, len(prompt))
         elif position is None:
             position = self._number_of_ids(ids[len(prompt) :])
         if position is not None:
             self._position[slot] = position
 
+    def check_room(self, history: TokenHistory, ids: array[int]) -> None:
+        """A ValueError if no slot has room for these ids; padding needs none."""
+        if history.text is not None and len(ids) > history.text.max_length:
+            history.check_room(self._number_of_ids(ids))
+
     def _number_of_ids(self, ids: array[int]) -> int:
         """How many of them are not padding."""
         return sum(0 <= token < self.vocab_size for token in ids)
 
-    def _fill(self, slot: int, ids: array[int], prompt_length: int) -> None:
+    def _fill(
+        self, history: TokenHistory | None, slot: int, ids: array[int], prompt_length: int
+    ) -> None:
         """Make ids the history of a slot, and the length of their output its position."""
-        assert self._history is not None
-        self._row[:] = slot, len(ids), prompt_length
+        assert history is not None
+        if self.device.type == "cpu":
+            fill = self._fill_on_cpu
+            if fill is None or fill.update.history is not history or fill.room < len(ids):
+                fill = _FillOnCPU(self._backend, history, self._position, len(ids))
+                self._fill_on_cpu = fill
+            fill(slot, ids, prompt_length)
+            return
+        row = torch.tensor([slot, len(ids), prompt_length], dtype=torch.int32, device="cpu")
         given = torch.frombuffer(ids or _NO_IDS, dtype=torch.int64)[None]
-        row = to_device(self._row_tensor, self.device)
         self._backend.update_history(
-            HistoryUpdate(
-                "fill",
-                self._history,
-                row[:1],
-                row[1:2],
+            _fill_of(
+                history,
+                to_device(row, self.device),
                 to_device(given, self.device),
-                row[2:],
                 self._position,
-                "slot",
             )
         )
 
-    def _check_params(self, params: SamplingParams) -> Mapping[int, float]:
-        """A ValueError if no slot can hold these parameters; else their biases."""
+    def _check_params(self, params: SamplingParams) -> None:
+        """A ValueError if no slot can hold these parameters."""
         if not isinstance(params, SamplingParams):
             raise checks.refusal("params", "a SamplingParams", params)
-        bias = params.logit_bias or {}
-        if len(bias) > self.max_logit_bias:
-            raise ValueError(
-                f"logit_bias must have at most max_logit_bias = {self.max_logit_bias} tokens, "
-                f"got {len(bias)}"
-            )
-        if not params.needs_history:
-            return bias
+        on = params.packed.on
+        if "bias" in on:
+            self._check_bias(params.logit_bias or {})
+        if "penalties" not in on:
+            return
         if self._history is None:
             raise ValueError(
                 "params must have no penalty where no histories are kept: make the RequestTable "
@@ -337,7 +387,13 @@ class RequestTable:
                 "params must have no penalty_last_n where the ids are not kept in order: make the "
                 f"RequestTable with max_length, got {params}"
             )
-        return bias
+
+    def _check_bias(self, bias: Mapping[int, float]) -> None:
+        if len(bias) > self.max_logit_bias:
+            raise ValueError(
+                f"logit_bias must have at most max_logit_bias = {self.max_logit_bias} tokens, "
+                f"got {len(bias)}"
+            )
 
     @alone
     def set_params(self, slot: int, params: SamplingParams) -> None:
@@ -355,17 +411,13 @@ class RequestTable:
         old = self.params(slot)
         if old is None:
             raise checks.refusal("slot", "one with a request", slot)
-        bias = self._check_params(params)
-        if params.needs_history and not self._is_kept[slot]:
+        self._check_params(params)
+        if "penalties" in params.packed.on and not self._is_kept[slot]:
             raise ValueError(
                 f"params must have no penalty where the history was not kept (slot {slot}): set "
                 "the request with its prompt_ids, or fill its slot"
             )
-        if params.seed is None:
-            params = replace(params, seed=old.seed)
-        assert params.seed is not None
-        length = int(self._numbers.on_host["prompt_length"][slot])
-        self._write(slot, params, bias, as_int64(params.seed), length)
+        self._replace_params(slot, params)
         text = None if self._history is None else self._history.text
         if (
             self._history is not None
@@ -384,6 +436,16 @@ class RequestTable:
                 )
             )
 
+    def _replace_params(
+        self, slot: int, params: SamplingParams, more: Iterable[Assignment] = ()
+    ) -> None:
+        """Give the request in a slot other parameters; without a seed it keeps its own."""
+        of_slot = self._numbers.on_host
+        seed = int(of_slot["seed"][slot]) if params.seed is None else None
+        length = int(of_slot["prompt_length"][slot])
+        self._write(slot, params, seed, length, self._is_kept[slot], more)
+        self._numbers.send()
+
     @alone
     def clear(self, slot: int) -> None:
         """Make a slot free.
@@ -391,48 +453,73 @@ class RequestTable:
         Raises:
             ValueError: there is no such slot.
         """
-        slot = checked_row(slot, self.capacity, "slot")
-        self._is_kept[slot] = False
-        self._write(slot, None, {}, 0, 0)
+        self._write(checked_row(slot, self.capacity, "slot"), None, 0, 0, False)
+        self._numbers.send()
 
     def _write(
         self,
         slot: int,
         params: SamplingParams | None,
-        bias: Mapping[int, float],
-        seed: int,
+        seed: int | None,
         prompt_length: int,
+        is_kept: bool,
+        more: Iterable[Assignment] = (),
     ) -> None:
-        if bias:
-            start, stop = slot * self.max_logit_bias, slot * self.max_logit_bias + len(bias)
-            self._biases.on_host["id"][start:stop] = [*bias]
-            self._biases.on_host["value"][start:stop] = [*bias.values()]
-            self._biases.send(start, stop)
-        on_host = self._numbers.on_host
-        of_slot = _EMPTY if params is None else params
-        for name, pack, column in self._columns:
-            value = getattr(of_slot, name)
-            column[slot] = value if pack is None else pack(value)
-        on_host["seed"][slot] = seed
-        on_host["prompt_length"][slot] = prompt_length
-        on_host["bias_count"][slot] = len(bias)
-        self._params[slot] = params
-        self._is_free[slot] = params is None
-        self._turn_on(slot, bool(bias))
-        self._numbers.send()
+        """Write what a slot holds, and make ``more`` assignments: all of them or none.
 
-    def _turn_on(self, slot: int, has_bias: bool) -> None:
-        """Work out the flags anew, after a slot's numbers have changed."""
-        is_on = [any(column[slot] != off for column, off in pairs) for pairs in self._switches]
-        is_on.append(has_bias)
-        if is_on == self._on[slot]:
-            return
-        old, self._on[slot] = self._on[slot], is_on
-        times = [n + now - was for n, now, was in zip(self._times_on, is_on, old, strict=True)]
-        self._times_on = times
-        flags: dict[str, Any] = kernel_flags(dict(zip(SWITCHES, map(bool, times), strict=False)))
-        if any(getattr(self._batch, name) != value for name, value in flags.items()):
-            self._batch = replace(self._batch, **flags)
+        Args:
+            slot: the slot.
+            params: of its request; None if there is none.
+            seed: the request's seed, as a signed integer. None: that of ``params``, which without
+                one draws one.
+            prompt_length: the length of its prompt.
+            is_kept: whether its history has all of its ids.
+            more: other assignments.
+        """
+        numbers, on = (EMPTY if params is None else params).packed
+        bias = _NO_BIAS if params is None or params.logit_bias is None else params.logit_bias
+        if seed is None:
+            assert params is not None
+            seed = int(fresh_seeds(1)) if params.seed is None else as_int64(params.seed)
+        of_slot = (*numbers, seed, prompt_length, len(bias), params, params is None, is_kept, on)
+        others = [*more]
+        old = self._on[slot]
+        if on != old:
+            others += self._changes_of_flags(old, on)
+        if bias or "bias" in old:
+            others += self._write_bias(slot, bias)
+        if not self._numbers.is_one:
+            others.append((vars(self._numbers), "is_sent", False))
+        targets, values = self._of_slots, of_slot
+        keys: Iterable[Any] = itertools.repeat(slot, len(of_slot))
+        if others:
+            more_targets, more_keys, more_values = zip(*others, strict=True)
+            targets, keys = (*targets, *more_targets), (*keys, *more_keys)
+            values = (*values, *more_values)
+        # one call, since Python handles Ctrl-C between calls
+        collections.deque(map(operator.setitem, targets, keys, values), maxlen=0)
+
+    def _write_bias(self, slot: int, bias: Mapping[int, float]) -> list[Assignment]:
+        """Write a slot's biases. Returns what else is to be assigned."""
+        start, stop = slot * self.max_logit_bias, slot * self.max_logit_bias + len(bias)
+        self._biases.on_host["id"][start:stop] = [*bias]
+        self._biases.on_host["value"][start:stop] = [*bias.values()]
+        self._biases.send(start, stop)
+        return []
+
+    def _changes_of_flags(self, old: frozenset[str], new: frozenset[str]) -> list[Assignment]:
+        """What is to be assigned as a slot turns on other switches."""
+        times = self._times_on
+        fewer, more = times[old] - 1, times.get(new, 0) + 1
+        changes: list[Assignment] = [(times, old, fewer), (times, new, more)]
+        if (old and fewer == 0) or (new and more == 1):
+            after = {**times, old: fewer, new: more}
+            switches = frozenset().union(*(on for on, number in after.items() if number))
+            if switches != self._switches:
+                batch = replace(self._batch, **flags_of(switches))
+                changed = {"_switches": switches, "_batch": batch, "_steps": {}}
+                changes += ((vars(self), name, value) for name, value in changed.items())
+        return changes
 
     @alone
     def append(
@@ -588,11 +675,13 @@ class RequestTable:
             position: int64 ``(rows,)``; None where ``position_of`` is "slot".
             position_of: see :class:`ParamSlots`.
         """
-        batch, any_bias = self._batch, self._times_on[-1] > 0
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if not self._numbers.is_sent:  # Ctrl-C came before it was
+            self._numbers.send()
+        batch, any_bias = self._batch, "bias" in self._switches
+        if self._is_captured():
             flags = {**CONSERVATIVE_FLAGS, "needs_history": self._history is not None}
             batch = replace(batch, **flags)
-            any_bias = self.max_logit_bias > 0
+            any_bias |= self.max_logit_bias > 0
         if position is not None:
             batch = replace(batch, position=position)
         numbers = self._numbers.on_device
@@ -663,44 +752,129 @@ class RequestTable:
                 device=position.device,
             )
         for slot, fields in enumerate(state["params"]):
+            is_kept = checks.true_or_false("is_kept", state["is_kept"][slot])
             if fields is not None:
                 params = SamplingParams(**fields)
-                bias = table._check_params(params)
+                table._check_params(params)
                 length = checks.integer_at_least("prompt_lengths", state["prompt_lengths"][slot], 0)
-                table._write(slot, params, bias, as_int64(params.seed or 0), length)
-            table._is_kept[slot] = checks.true_or_false("is_kept", state["is_kept"][slot])
+                table._write(slot, params, as_int64(params.seed or 0), length, is_kept)
+        table._numbers.send()
         table._position.copy_(position)
         return table
 
     def __reduce__(self) -> tuple[object, ...]:
         return _restored, (type(self), self.state_dict(), self._backend_name)
 
+    def run(self, backend: BackendModule, call: SampleCall, kind: StepKind | None) -> SampleOutput:
+        """The result of a checked call of rows of this table; one of a kind is kept prepared."""
+        if kind is None or call.batch is not self._batch:  # whose flags are for a captured graph
+            return self._record(call, lambda: backend.sample(call))
+        like = call.logits.new_empty(1, 1).expand(call.logits.shape)  # whose memory can be freed
+        step = backend.prepare(replace(call, logits=like, allowed_mask=None))
+        self._steps[kind] = step
+        return self._record(call, lambda: step(call.logits, call.allowed_mask))
+
+    def _record(self, call: SampleCall, run: Callable[[], SampleOutput]) -> SampleOutput:
+        return self._run_alone(run) if call.advance else run()
+
     @alone
-    def record(self, run: Callable[[SampleCall], SampleOutput], call: SampleCall) -> SampleOutput:
-        """The result of a call that records its tokens in this table."""
-        return run(call)
+    def _run_alone(self, run: Callable[[], SampleOutput]) -> SampleOutput:
+        return run()
+
+    def run_prepared(
+        self, kind: StepKind, logits: Tensor, slots: object, allowed_mask: Mask | None
+    ) -> SampleOutput | None:
+        """The result of a call whose kind is prepared; None if it must be checked in full."""
+        step = self._steps.get(kind)
+        if step is None or type(slots) is not Tensor or slots.dim() != 1:
+            return None
+        rows = len(slots)
+        shape = rows, self.vocab_size
+        if (
+            not is_readable_as_it_is(logits, shape, kind.dtype, self.device)
+            or not is_readable_as_it_is(slots, (rows,), torch.int32, self.device)
+            or self._is_captured()
+        ):
+            return None
+        self.check_slots(slots)
+        if allowed_mask is not None:
+            allowed_mask = check_mask(allowed_mask, rows, self.vocab_size, self.device)
+        if not kind.record:
+            return step(logits, allowed_mask, slots)
+        turn = self._turn
+        if turn.is_taken:
+            refuse_turn("RequestTable")
+        turn.is_taken = True
+        try:
+            output = step(logits, allowed_mask, slots)
+        finally:
+            turn.is_taken = False
+        return output
 
     def check_slots(self, slots: Tensor) -> None:
         """A ValueError if a row names a free slot; on the CPU only, elsewhere it would wait."""
         if not self._sees_values():
             return
         named = slots.numpy()
+        try:
+            if not self._is_free[named].any():
+                return
+        except IndexError:
+            pass
         exists = (named >= 0) & (named < self.capacity)
         is_free = exists & self._is_free[np.where(exists, named, 0)]
         if is_free.any():
             row = int(is_free.argmax())
             raise ValueError(f"slots must name slots with a request, got {named[row]} in row {row}")
 
+    def _is_captured(self) -> bool:
+        """Whether a CUDA graph is captured, which other requests will use too."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def _sees_values(self) -> bool:
         """Whether the values of tensors can be looked at without waiting, and nobody watches."""
         return self.device.type == "cpu" and not is_watched()
+
+
+def flags_of(switches: Collection[str]) -> dict[str, Any]:
+    """The flags that choose a kernel where these switches are on in any slot."""
+    return kernel_flags({switch: switch in switches for switch in SWITCHES})
+
+
+def _fill_of(history: TokenHistory, row: Tensor, ids: Tensor, position: Tensor) -> HistoryUpdate:
+    """The update that fills one slot; ``row`` has it, the number of ids and that of the prompt."""
+    return HistoryUpdate("fill", history, row[:1], row[1:2], ids, row[2:], position, "slot")
+
+
+class _FillOnCPU:
+    """Fills slots with ids; its tensors are kept between calls.
+
+    Attributes:
+        update: what is called again and again.
+        room: how many ids there may be.
+    """
+
+    def __init__(
+        self, backend: BackendModule, history: TokenHistory, position: Tensor, room: int
+    ) -> None:
+        self._row = np.zeros(3, dtype=np.int32)
+        self._ids = np.zeros(max(1, room), dtype=np.int64)
+        self.room = len(self._ids)
+        row, ids = torch.from_numpy(self._row), torch.from_numpy(self._ids)[None]
+        self.update = _fill_of(history, row, ids, position)
+        self._run = backend.prepare_update(self.update)
+
+    def __call__(self, slot: int, ids: array[int], prompt_length: int) -> None:
+        self._row[:] = slot, len(ids), prompt_length
+        self._ids[: len(ids)] = ids
+        self._run()
 
 
 def _restored(kind: type[RequestTable], state: Mapping[str, Any], backend: str) -> RequestTable:
     return kind.from_state_dict(state, backend=backend)
 
 
-def _array_of(name: str, ids: Sequence[int] | Tensor | None) -> array[int]:
+def array_of(name: str, ids: Sequence[int] | Tensor | None) -> array[int]:
     """Ids as an array of int64, padding included; None as no ids."""
     if ids is None:
         return array("q")
@@ -745,6 +919,44 @@ def _int32(name: str, given: object, rows: int, device: torch.device) -> Tensor:
     return tensor.contiguous()
 
 
+class StepKind(NamedTuple):
+    """What calls have in common that one prepared step can do.
+
+    Attributes:
+        dtype: of the logits.
+        record, num_samples, logprobs, check, backend: as for :func:`llm_sampling.sample`.
+    """
+
+    dtype: torch.dtype
+    record: bool
+    num_samples: int
+    logprobs: Logprobs | None
+    check: bool | None
+    backend: str
+
+    @classmethod
+    def of(
+        cls,
+        logits: object,
+        record: object,
+        num_samples: object,
+        logprobs: object,
+        check: object,
+        backend: object,
+    ) -> StepKind | None:
+        """The kind of a call; None if an argument is none that a prepared step can have."""
+        if (
+            type(logits) is Tensor
+            and type(record) is bool
+            and type(num_samples) is int
+            and type(check) in (bool, NoneType)
+            and type(logprobs) in (str, NoneType)
+            and type(backend) is str
+        ):
+            return tuple.__new__(cls, (logits.dtype, record, num_samples, logprobs, check, backend))
+        return None
+
+
 class _Mirrored:
     """Arrays that the host writes, and their copy at a fixed address on a device.
 
@@ -753,6 +965,7 @@ class _Mirrored:
     Attributes:
         on_host: name -> the array.
         on_device: name -> the tensor.
+        is_sent: whether the device has what the host wrote.
     """
 
     def __init__(self, dtypes: Mapping[str, torch.dtype], size: int, device: torch.device) -> None:
@@ -768,8 +981,14 @@ class _Mirrored:
             each = zip(names, torch.split(memory, sizes), strict=True)
             return {name: part.view(dtypes[name]) for name, part in each}
 
+        self.is_sent = True
         self.on_host = {name: part.numpy() for name, part in parts(self._host).items()}
         self.on_device = parts(self._device)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether both are the same memory."""
+        return self._device is self._host
 
     def send(self, start: int = 0, stop: int | None = None) -> None:
         """Copy what the host has written to the device, without waiting.
@@ -777,10 +996,11 @@ class _Mirrored:
         All arrays go in one copy; the elements from ``start`` up to ``stop - 1`` of each in a copy
         of their own.
         """
-        if self._device is self._host:
+        if self.is_one:
             return
         if stop is None:
             self._device.copy_(to_device(self._host, self._device.device))
+            self.is_sent = True
             return
         for name, column in self.on_host.items():
             written = torch.from_numpy(column[start:stop])

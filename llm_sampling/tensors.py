@@ -6,6 +6,7 @@ wrappers around it, or of a tracer that watches. Every tensor of a call comes th
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -123,6 +124,37 @@ def has_memory(tensor: Tensor) -> bool:
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
     return (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def is_readable_as_it_is(
+    tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether ``tensor`` is a plain one like this, so that :func:`readable` would return it.
+
+    Its last stride is 1, and nobody watches. These are the questions of :func:`readable`, in the
+    order that costs the least.
+    """
+    try:
+        return (
+            type(tensor) is Tensor
+            and tensor.shape == shape
+            and tensor.dtype is dtype
+            and tensor.device == device
+            and (
+                (
+                    tensor.is_contiguous()
+                    and not tensor.storage_offset()
+                    and tensor.untyped_storage().nbytes() >= math.prod(shape) * tensor.itemsize
+                )
+                or (tensor.stride(-1) == 1 and has_memory(tensor))
+            )
+            and not tensor.requires_grad
+            and not tensor.is_neg()
+            and not tensor._is_zerotensor()
+            and not is_watched()
+        )
+    except RuntimeError:  # a layout that has no sizes, strides or storage
+        return False
 
 
 def writable(name: str, tensor: object) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -131,6 +131,20 @@ class SampleCall:
         return self.batch.logit_bias_ids.numel() > 0 and (slots is None or slots.any_bias)
 
 
+class Step(Protocol):
+    """A call again and again, as ``prepare`` makes it.
+
+    Each time it has new logits of the same width, dtype and device, and a mask or None. A call with
+    ``param_slots`` may have the slots of other rows too, any number of them, int32 ``(rows,)``;
+    without them the number of rows is the same.
+    """
+
+    def __call__(
+        self, logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
+    ) -> SampleOutput:
+        """Draw tokens."""
+
+
 class BackendModule(Protocol):
     """The functions that a backend's module defines.
 
@@ -149,11 +163,14 @@ class BackendModule(Protocol):
     def filter_logits(self, call: SampleCall) -> Tensor:
         """Processed logits over temperature, -inf outside the kept set; float32."""
 
-    def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
-        """``sample`` of new logits of the same shape, dtype and device, and a mask or None."""
+    def prepare(self, call: SampleCall) -> Step:
+        """``sample`` of such a call again and again. The call's own logits are not read."""
 
     def update_history(self, update: HistoryUpdate) -> None:
         """Change histories by ids that were not drawn."""
+
+    def prepare_update(self, update: HistoryUpdate) -> Callable[[], None]:
+        """``update_history`` of this update again and again; what its tensors hold may change."""
 
 
 def described(error: BaseException) -> str:
@@ -164,9 +181,26 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def make_results(call: SampleCall) -> SampleOutput:
-    """Memory for a call's results."""
-    rows, device = call.logits.shape[0], call.logits.device
+def of_step(
+    call: SampleCall, logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None
+) -> SampleCall:
+    """The call of one step of a prepared call."""
+    if slots is None:
+        return replace(call, logits=logits, allowed_mask=allowed_mask)
+    assert call.param_slots is not None
+    return replace(
+        call,
+        logits=logits,
+        allowed_mask=allowed_mask,
+        param_slots=replace(call.param_slots, of_rows=slots),
+        history=None if call.history is None else call.history.with_slots(slots),
+    )
+
+
+def make_results(call: SampleCall, rows: int | None = None) -> SampleOutput:
+    """Memory for the results of a call, or of one with another number of rows."""
+    rows = call.logits.shape[0] if rows is None else rows
+    device = call.logits.device
     shape = (rows,) if call.num_samples == 1 else (rows, call.num_samples)
     return SampleOutput(
         tokens=torch.empty(shape, dtype=torch.int64, device=device),

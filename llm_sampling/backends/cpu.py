@@ -7,8 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import SampleCall, SampleOutput
-from llm_sampling.backends.c_abi import make_update_args
+from llm_sampling.backends.base import SampleCall, SampleOutput, Step
 from llm_sampling.history import HistoryUpdate
 
 DEVICE_TYPES = frozenset({"cpu"})
@@ -31,12 +30,16 @@ def filter_logits(call: SampleCall) -> Tensor:
     return native.filter_logits(call, LIBRARY.run)
 
 
-def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+def prepare(call: SampleCall) -> Step:
     """Keep what the kernel is called with between steps."""
     return native.prepare(call, LIBRARY.run)
 
 
 def update_history(update: HistoryUpdate) -> None:
     """Change histories in one call."""
-    update.history.check_changeable(update.position)
-    LIBRARY.update(make_update_args(update))
+    prepare_update(update)()
+
+
+def prepare_update(update: HistoryUpdate) -> Callable[[], None]:
+    """Keep what the kernel is called with."""
+    return native.prepare_update(update, LIBRARY.update)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import SampleCall, SampleOutput, settle
-from llm_sampling.backends.c_abi import SampleArgs, make_update_args
+from llm_sampling.backends.base import SampleCall, SampleOutput, Step, of_step, settle
+from llm_sampling.backends.c_abi import HistoryUpdateArgs, SampleArgs
 from llm_sampling.history import HistoryUpdate
 
 DEVICE_TYPES = frozenset({"cuda"})
@@ -64,16 +64,30 @@ def filter_logits(call: SampleCall) -> Tensor:
     return native.filter_logits(call, _run_on(call.logits.device))
 
 
-def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+def prepare(call: SampleCall) -> Step:
     """Keep what the kernel is called with between steps."""
-    step = native.prepare(_unchecked(call), _run_on(call.logits.device))
-    return lambda logits, allowed_mask: settle(call, step(logits, allowed_mask))
+    launch = native.prepare(_unchecked(call), _run_on(call.logits.device))
+
+    def step(
+        logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
+    ) -> SampleOutput:
+        output = launch(logits, allowed_mask, slots)
+        return settle(call if slots is None else of_step(call, logits, None, slots), output)
+
+    return step
 
 
 def update_history(update: HistoryUpdate) -> None:
     """Change histories in one launch, on the current stream of their device."""
-    update.history.check_changeable(update.position)
+    prepare_update(update)()
+
+
+def prepare_update(update: HistoryUpdate) -> Callable[[], None]:
+    """Keep what the kernel is called with."""
     device = update.history.device
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        LIBRARY.update(make_update_args(update), stream)
+
+    def run(args: HistoryUpdateArgs) -> None:
+        with torch.cuda.device(device):
+            LIBRARY.update(args, torch.cuda.current_stream(device).cuda_stream)
+
+    return native.prepare_update(update, run)

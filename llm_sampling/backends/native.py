@@ -16,6 +16,7 @@ from llm_sampling.backends.base import (
     IMPORTED_BY,
     SampleCall,
     SampleOutput,
+    Step,
     check_state,
     make_results,
     raise_on_status,
@@ -25,11 +26,12 @@ from llm_sampling.backends.c_abi import (
     HistoryUpdateArgs,
     SampleArgs,
     make_args,
+    make_update_args,
     set_history,
     set_logits,
     set_results,
 )
-from llm_sampling.history import Text
+from llm_sampling.history import HistoryUpdate, Text, TokenHistory
 
 
 class Library:
@@ -160,23 +162,34 @@ def filter_logits(call: SampleCall, run: Run) -> Tensor:
     return filtered
 
 
-def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+def prepare(call: SampleCall, run: Run) -> Step:
     """Keep the args struct between steps, so that a step costs a few microseconds of Python."""
     args = make_args(call)
-    held = None if call.history is None else _Held(call)
-    check = call.check
+    check_state(call)
+    held = None if call.history is None else _Held(call.history)
+    check, rows = call.check, call.logits.shape[0]
     results: list[SampleOutput] = []
 
-    def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
-        nonlocal held
+    def step(
+        logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
+    ) -> SampleOutput:
+        nonlocal held, rows
         args.num_threads = get_num_threads()
         set_logits(args, logits, allowed_mask)
         if held is not None and not held.is_right():
-            held = _Held(call)
+            check_state(call)
+            held = _Held(held.history)
             set_history(args, held.history)
             args.slots = held.history.slots.data_ptr()
+        if slots is not None:
+            args.param_slots = slots.data_ptr()
+            if held is not None:
+                args.slots = args.param_slots
+            if rows != len(slots):
+                rows = args.rows = len(slots)
+                results.clear()
         if not results:
-            results.extend(_make_many_results(call))
+            results.extend(_make_many_results(call, rows))
         output = results.pop()
         set_results(args, output)
         run(args)
@@ -187,13 +200,30 @@ def prepare(call: SampleCall, run: Run) -> Callable[[Tensor, Tensor | None], Sam
     return step
 
 
-def _make_many_results(call: SampleCall) -> list[SampleOutput]:
+def prepare_update(
+    update: HistoryUpdate, run: Callable[[HistoryUpdateArgs], None]
+) -> Callable[[], None]:
+    """Keep the args struct between updates."""
+    args, held = make_update_args(update), _Held(update.history)
+
+    def again() -> None:
+        nonlocal held
+        update.history.check_changeable(update.position)
+        if not held.is_right():
+            held = _Held(update.history)
+            set_history(args, update.history)
+        run(args)
+
+    return again
+
+
+def _make_many_results(call: SampleCall, rows: int) -> list[SampleOutput]:
     """Make result tensors for one step or more.
 
     On the CPU those of many steps are allocated together, which takes a third of the time.
     Elsewhere each step has an allocation of its own, because a captured graph must own its memory.
     """
-    like = make_results(call)
+    like = make_results(call, rows)
     if like.tokens.device.type != "cpu":
         return [like]
     steps = max(1, min(64, 2**16 // max(1, like.tokens.numel())))
@@ -220,10 +250,7 @@ class _Held:
     as by ``share_memory_``.
     """
 
-    def __init__(self, call: SampleCall) -> None:
-        history = call.history
-        assert history is not None
-        check_state(call)
+    def __init__(self, history: TokenHistory) -> None:
         self.history = history
         self.tensors = history.seen, history.counts, history.lengths, history.slots
         self.addresses = tuple(tensor.data_ptr() for tensor in self.tensors)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,8 +11,10 @@ from llm_sampling import reference
 from llm_sampling.backends.base import (
     SampleCall,
     SampleOutput,
+    Step,
     advance,
     check_state,
+    of_step,
     raise_on_status,
     without_full_rows,
 )
@@ -52,11 +54,18 @@ def update_history(update: HistoryUpdate) -> None:
     apply_update(update)
 
 
-def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+def prepare_update(update: HistoryUpdate) -> Callable[[], None]:
+    """The reference has nothing to prepare."""
+    return functools.partial(update_history, update)
+
+
+def prepare(call: SampleCall) -> Step:
     """The reference has nothing to prepare."""
 
-    def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
+    def step(
+        logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
+    ) -> SampleOutput:
         check_state(call)
-        return sample(replace(call, logits=logits, allowed_mask=allowed_mask))
+        return sample(of_step(call, logits, allowed_mask, slots))
 
     return step

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,9 +21,11 @@ from llm_sampling.backends.base import (
     ParamSlots,
     SampleCall,
     SampleOutput,
+    Step,
     check_state,
     described,
     make_results,
+    of_step,
     settle,
 )
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
@@ -402,13 +404,25 @@ def update_history(update: HistoryUpdate) -> None:
         )
 
 
-def prepare(call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+def prepare_update(update: HistoryUpdate) -> Callable[[], None]:
+    """Each update is a launch of its own."""
+    return functools.partial(update_history, update)
+
+
+def prepare(call: SampleCall) -> Step:
     """Keep the workspace between steps; a step's results are new tensors."""
+    rows = call.logits.shape[0]
     launches: dict[bool, tuple[Launch, Tensor]] = {}
 
-    def step(logits: Tensor, allowed_mask: Tensor | None) -> SampleOutput:
+    def step(
+        logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
+    ) -> SampleOutput:
+        nonlocal rows
         check_state(call)
-        this = replace(call, logits=logits, allowed_mask=allowed_mask)
+        this = of_step(call, logits, allowed_mask, slots)
+        if rows != logits.shape[0]:
+            rows = logits.shape[0]
+            launches.clear()
         has_mask = allowed_mask is not None
         if has_mask not in launches:
             launch = _launch_for(this)

@@ -59,6 +59,7 @@ from llm_sampling import (
 )
 from llm_sampling.backends import base
 from llm_sampling.backends.base import Logprobs, SampleCall
+from llm_sampling.growing_table import GrowingTable
 from llm_sampling.history import HistoryUpdate, selection
 
 # ---- A history -----------------------------------------------------------------------------------
@@ -510,7 +511,12 @@ class Decoding(RuleBasedStateMachine):
             return
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(rows, self.v, generator=generator)
-        positions, packed = self.sampler.positions.tolist(), self.sampler._batch
+        positions = self.sampler.positions.tolist()
+
+        def rows_of_now() -> tuple[list[int], list[int]]:
+            return self.sampler._places, [*map(id, self.sampler.params)]
+
+        before = rows_of_now()
         seeds = self.seeds([CHANGE_PARAMS], seed)
         interrupt(at, lambda: CHANGES[change](self.sampler, logits))
         if change == "step" and self.sampler.positions.tolist() != positions:
@@ -519,7 +525,7 @@ class Decoding(RuleBasedStateMachine):
             self.extended(self.requests[0], CHANGE_IDS)
         elif change == "rollback" and self.sampler.positions.tolist() != positions:
             self.rolled_back(self.requests[0], 1)
-        elif self.sampler._batch is not packed:
+        elif rows_of_now() != before:
             if change == "add":
                 is_kept = self.sampler.history is not None
                 added = Request(params=CHANGE_PARAMS, seed=seeds[0], is_kept=is_kept)
@@ -723,8 +729,9 @@ TORCH = backends.BACKENDS["torch"].load()
 RIGHT_RECORD = TokenHistory.record
 RIGHT_EXTENSION, RIGHT_REDUCTION = TokenHistory.extension, TokenHistory.reduction
 RIGHT_SET_PARAMS = Sampler.set_params
-RIGHT_APPEND, RIGHT_FILL, RIGHT_GROW = TokenHistory.append, TokenHistory._fill, TokenHistory._grow
-RIGHT_ADD, RIGHT_REBUILD = Sampler.add, Sampler._rebuild
+RIGHT_APPEND, RIGHT_FILL, RIGHT_GROW = TokenHistory.append, TokenHistory._fill, TokenHistory.grow
+RIGHT_ADD, RIGHT_ARRANGE = Sampler.add, Sampler._arrange
+RIGHT_FILL_SLOT, RIGHT_GROW_TO = GrowingTable._fill, GrowingTable._grow_to
 RIGHT_SAMPLE, RIGHT_PREPARE = TORCH.sample, TORCH.prepare
 
 
@@ -736,11 +743,11 @@ def append_by_row(self: TokenHistory, tokens: Tensor) -> None:
     self._set(slots=slots)
 
 
-def record_by_row(self: TokenHistory, tokens: Tensor, position: Tensor | None = None) -> None:
+def record_by_row(self: TokenHistory, tokens: Tensor, *positions: Any) -> None:
     """Broken: a Sampler's step takes row i's slot to be i."""
     slots = self.slots
     self._set(slots=torch.arange(self.rows, dtype=torch.int32))
-    RIGHT_RECORD(self, tokens, position)
+    RIGHT_RECORD(self, tokens, *positions)
     self._set(slots=slots)
 
 
@@ -800,31 +807,48 @@ def same_tensors(self: TokenHistory) -> TokenHistory:
 def add_without_a_position(self: Sampler, params: SamplingParams, **given: Any) -> int:
     """Broken: an added row starts at position 0, whatever its output."""
     row = RIGHT_ADD(self, params, **given)
-    assert self._batch.position is not None
-    self._batch.position[-1] = 0
+    self._table.positions_of_slots[self._places[-1]] = 0
     return row
 
 
-def rebuild_with_sorted_seeds(
-    self: Sampler, params: Any, is_kept: Any, seed: Tensor, *rest: Any
-) -> None:
+def arrange_with_sorted_seeds(self: Sampler, places: list[int], *history: Any) -> None:
     """Broken: a change of rows sorts the seeds, so that rows get each other's."""
-    RIGHT_REBUILD(self, params, is_kept, seed.sort().values, *rest)
+    RIGHT_ARRANGE(self, places, *history)
+    seeds = self._table._numbers.on_host["seed"]
+    seeds[places] = np.sort(seeds[places])
 
 
-def rebuild_with_old_step(self: Sampler, *rows: Any) -> None:
+def arrange_with_old_step(self: Sampler, *given: Any) -> None:
     """Broken: after a change of rows the step that was prepared for the old rows is used on."""
     step = self._step
-    RIGHT_REBUILD(self, *rows)
+    RIGHT_ARRANGE(self, *given)
     self._step = step
 
 
-def rebuild_without_slots(self: Sampler, *rows: Any) -> None:
-    """Broken: the history keeps its old order when the rows are reordered."""
-    *rest, history, slots, moved = rows if len(rows) == 7 else (*rows, None)
-    if history is not None and len(slots) == history.rows:
-        slots = history.slots
-    RIGHT_REBUILD(self, *rest, history, slots, moved)
+def arrange_in_old_order(self: Sampler, places: list[int], *history: Any) -> None:
+    """Broken: rows that are reordered keep the slots that they had."""
+    is_same = sorted(places) == sorted(self._places)
+    RIGHT_ARRANGE(self, self._places if is_same else places, *history)
+
+
+def fill_slot_over_old_bits(self: GrowingTable, history: Any, slot: int, *given: Any) -> None:
+    """Broken: a slot that is used again keeps the seen bits of its last request."""
+    old = history.seen[slot].clone()
+    RIGHT_FILL_SLOT(self, history, slot, *given)
+    history.seen[slot] |= old
+
+
+def grow_without_positions(self: GrowingTable, capacity: int) -> None:
+    """Broken: growing a table resets all positions to 0."""
+    old = self.capacity
+    RIGHT_GROW_TO(self, capacity)
+    if self.capacity > old:
+        self.positions_of_slots.zero_()
+
+
+def forget_biases(self: GrowingTable, *given: Any) -> list[Any]:
+    """Broken: the biases stay those of the first step."""
+    return []
 
 
 def sample_then_check(call: SampleCall) -> SampleOutput:
@@ -860,17 +884,19 @@ def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
         (Decoding, TokenHistory, "reduction", roll_back_another_row),
         (Decoding, TokenHistory, "with_window", move_no_window),
         (Histories, TokenHistory, "_fill", fill_over_old_bits),
-        (Histories, TokenHistory, "_grow", grow_without_lengths),
+        (Histories, TokenHistory, "grow", grow_without_lengths),
         (Histories, TokenHistory, "clone", same_tensors),
         (Decoding, TokenHistory, "record", record_by_row),
         (Decoding, TokenHistory, "select", select_sorted),
-        (Decoding, TokenHistory, "_fill", fill_over_old_bits),
-        (Decoding, TokenHistory, "_grow", grow_without_lengths),
+        (Decoding, GrowingTable, "_fill", fill_slot_over_old_bits),
+        (Decoding, TokenHistory, "grow", grow_without_lengths),
         (Decoding, Sampler, "add", add_without_a_position),
         (Decoding, Sampler, "set_params", set_params_in_the_first_row),
-        (Decoding, Sampler, "_rebuild", rebuild_with_sorted_seeds),
-        (Decoding, Sampler, "_rebuild", rebuild_with_old_step),
-        (Decoding, Sampler, "_rebuild", rebuild_without_slots),
+        (Decoding, Sampler, "_arrange", arrange_with_sorted_seeds),
+        (Decoding, Sampler, "_arrange", arrange_with_old_step),
+        (Decoding, Sampler, "_arrange", arrange_in_old_order),
+        (Decoding, GrowingTable, "_grow_to", grow_without_positions),
+        (Decoding, GrowingTable, "_write_bias", forget_biases),
         (Decoding, TORCH, "sample", sample_then_check),
         pytest.param(Decoding, TORCH, "prepare", prepare_for_good, marks=pytest.mark.slow),
         (Decoding, TORCH, "advance", advance_every_row),

@@ -1,6 +1,7 @@
 """The emulated CUDA kernels as a backend for the parity tests."""
 
 import ctypes
+import functools
 import itertools
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from llm_sampling import backends
 from llm_sampling.backends import c_abi, native
-from llm_sampling.backends.base import SampleCall, SampleOutput
+from llm_sampling.backends.base import SampleCall, SampleOutput, Step
 from llm_sampling.history import HistoryUpdate
 
 FOLDER = Path(__file__).parent
@@ -83,7 +84,7 @@ class EmulatedBackend:
     def filter_logits(self, call: SampleCall) -> Tensor:
         return native.filter_logits(call, self._run)
 
-    def prepare(self, call: SampleCall) -> Callable[[Tensor, Tensor | None], SampleOutput]:
+    def prepare(self, call: SampleCall) -> Step:
         return native.prepare(call, self._run)
 
     def update_history(self, update: HistoryUpdate) -> None:
@@ -92,6 +93,9 @@ class EmulatedBackend:
         seed = next(self.seeds)
         failure = self.run_update(c_abi.make_update_args(update), seed).decode()
         assert failure == "", f"seed {seed}: {failure}"
+
+    def prepare_update(self, update: HistoryUpdate) -> Callable[[], None]:
+        return functools.partial(self.update_history, update)
 
 
 def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str] = ()) -> Path:
