@@ -18,7 +18,9 @@ def refusal(name: str, rule: str, value: object) -> ValueError:
 
 def is_integer(value: object) -> bool:
     """Whether ``value`` is an integer of any type, numpy's included, and not a bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return type(value) is int or (
+        isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    )
 
 
 def integer(name: str, value: object, rule: str = "an integer") -> int:

@@ -133,10 +133,9 @@ class GrowingTable(RequestTable):
         if history is not None:
             self._grow_to(history.seen.shape[0])
         capacity = self.capacity if history is None else history.seen.shape[0]
-        free_slots = self._is_free[:capacity].nonzero()[0]
-        if len(free_slots):
-            return int(free_slots[0])
-        free = set(range(capacity)) - set(used)  # a call that Ctrl-C ended has left them
+        free = self._free
+        if not free or min(free) >= capacity:
+            free = set(range(capacity)).difference(used)  # a call that Ctrl-C ended has left them
         if free:
             return min(free)
         if history is not None:
@@ -154,26 +153,30 @@ class GrowingTable(RequestTable):
             state["_numbers"].on_host[name][:old] = column
         state["_numbers"].send()
         state["_position"][:old] = self._position
-        for name in ("_params", "_is_free", "_is_kept", "_on"):
+        for name in ("_params", "_is_kept", "_on"):
             state[name][:old] = getattr(self, name)
+        state["_free"] = self._free.union(range(old, capacity))
         free, times = EMPTY.packed.on, self._times_on
         state["_times_on"] = {**times, free: times.get(free, 0) + capacity - old}
         state["_switches"] = self._switches
-        state["_batch"] = replace(state["_batch"], **flags_of(self._switches))
+        state["batch"] = replace(state["batch"], **flags_of(self._switches))
         vars(self).update(state, _is_bias_packed=False)
 
     def _check_bias(self, bias: Mapping[int, float]) -> None:
         """There may be any number of them."""
 
     def _write_bias(self, slot: int, bias: Mapping[int, float]) -> list[Assignment]:
-        return [(vars(self), "_is_bias_packed", False)]
+        return [
+            (vars(self), "_is_bias_packed", False),
+            (vars(self), "batch", replace(self.batch)),
+        ]
 
     def batch_of(
         self, slots: Tensor, position: Tensor | None, position_of: PositionOf
     ) -> tuple[BatchParams, ParamSlots]:
         """What a kernel reads for rows with these slots."""
         if not self._is_bias_packed:
-            self._batch = replace(self._batch, **self._packed_biases())
+            self.batch = replace(self.batch, **self._packed_biases())
             self._is_bias_packed = True
         return super().batch_of(slots, position, position_of)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from llm_sampling import checks
 from llm_sampling.tensors import (
     check_changeable,
+    is_readable_as_it_is,
     is_traced,
     is_wrapper,
     not_of_inference_mode,
@@ -1003,6 +1004,14 @@ def _check_state(
     dtype: torch.dtype = torch.int32,
 ) -> None:
     """A ValueError if a tensor of the state is not as it must be; None in ``shape`` is any size."""
+    if (
+        type(tensor) is Tensor
+        and tensor.dim() == len(shape)
+        and all(width in (None, size) for size, width in zip(tensor.shape, shape, strict=True))
+        and is_readable_as_it_is(tensor, tensor.shape, dtype, like.device)
+        and tensor.is_contiguous()
+    ):
+        return
     tensor = writable(name, tensor)
     if tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")

@@ -106,11 +106,15 @@ class SamplingParams:
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         # made here, where torch.compile has not yet turned the seed into a symbol of 64 bits
         object.__setattr__(self, "_signed_seed", as_int64(self.seed or 0))
+        if not torch.compiler.is_compiling():
+            self.packed  # noqa: B018  # worked out where the request comes, and not in a step
 
     @property
     def needs_history(self) -> bool:
         """Whether a penalty is on, so that the tokens so far matter."""
-        return any(to_float32(getattr(self, c.name)) != c.off for c in _PENALTIES)
+        if torch.compiler.is_compiling():
+            return any(to_float32(getattr(self, c.name)) != c.off for c in _PENALTIES)
+        return "penalties" in self.packed.on
 
     @property
     def has_window(self) -> bool:

@@ -11,7 +11,7 @@ from llm_sampling.backends.base import Logprobs, SampleOutput
 from llm_sampling.calls import ExtraIds, Params, make_call
 from llm_sampling.history import TokenHistory
 from llm_sampling.masks import Mask
-from llm_sampling.table import RequestTable, StepKind
+from llm_sampling.table import RequestTable
 
 
 def sample(
@@ -94,15 +94,20 @@ def sample(
         >>> params = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, seed=1)
         >>> tokens = sample(torch.randn(2, 32000), params).tokens
     """
-    kind = None
-    if isinstance(params, RequestTable):
-        given = history, positions, text_positions, extra_output_ids
-        if all(value is None for value in given):
-            kind = StepKind.of(logits, record, num_samples, logprobs, check, backend)
-        if kind is not None:
-            output = params.run_prepared(kind, logits, slots, allowed_mask)
-            if output is not None:
-                return output
+    asked = None
+    if (
+        isinstance(params, RequestTable)
+        and history is None
+        and positions is None
+        and text_positions is None
+        and extra_output_ids is None
+        and (record is True or record is False)
+        and isinstance(logits, Tensor)
+    ):
+        asked = logits.dtype, record, num_samples, logprobs, check, backend
+        output = params.run_prepared(asked, logits, slots, allowed_mask)
+        if output is not None:
+            return output
     call = make_call(
         logits,
         params,
@@ -122,7 +127,7 @@ def sample(
     module = backends.resolve(backend, call.logits.device)
     if not isinstance(params, RequestTable):
         return module.sample(call)
-    return params.run(module, call, kind)
+    return params.run(module, call, asked)
 
 
 def filter_logits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,7 @@ from llm_sampling.table import array_of
 from llm_sampling.tensors import (
     is_readable_as_it_is,
     is_traced,
+    is_watched,
     is_wrapper,
     not_of_inference_mode,
     to_device,
@@ -169,7 +171,11 @@ class Sampler:
             of_rows = self._slots_of(slots) if history is None else history.slots
             self._slots = _KnownSlots(history, of_rows)
         self._step: Step | None = None
-        self._prepared_for: tuple[tuple[int, int], torch.dtype] = (0, 0), torch.float32
+        self._step_batch: BatchParams | None = None
+        #: The slots of the rows, if they have changed since the last step.
+        self._new_slots: Tensor | None = None
+        self._shape = len(rows), vocab_size
+        self._dtype = torch.float32
 
     def _refuse_draws(self, needs_history: bool) -> None:
         if needs_history and self.num_samples > 1:
@@ -230,22 +236,26 @@ class Sampler:
         own.is_taken = shared.is_taken = True
         try:
             known = self._slots
-            if known.history is not None:
-                slots = known.history.slots
+            history = known.history
+            if history is not None:
+                slots = history.slots
                 if slots is not known.slots or (
                     known.version is not None and slots._version != known.version
                 ):
                     self._check_history()
-            if self._step is None or not is_readable_as_it_is(
-                logits, *self._prepared_for, self.device
+            if (
+                self._step is None
+                or self._step_batch is not self._table.batch
+                or not is_readable_as_it_is(logits, self._shape, self._dtype, self.device)
+                or is_watched()
             ):
                 logits = self._check(logits)
-                if self._step is None:
-                    self._prepare(logits)
+                self._prepare(logits)
             mask = None
             if allowed_mask is not None:
                 mask = check_mask(allowed_mask, self.rows, self.vocab_size, self.device)
-            output = self._step(logits, mask)  # type: ignore[misc]
+            output = self._step(logits, mask, self._new_slots)  # type: ignore[misc]
+            self._new_slots = None
         finally:
             own.is_taken = shared.is_taken = False
         return output
@@ -265,13 +275,11 @@ class Sampler:
                 f"Sampler keeps state outside of a graph, got {type(logits).__name__}; sample() "
                 "with positions can be a part of a graph"
             )
-        shape = (self.rows, self.vocab_size)
-        if logits.shape != shape:
+        if logits.shape != self._shape:
             raise ValueError(
-                f"logits must have shape (rows, vocab_size) = {shape}, got {tuple(logits.shape)}"
+                f"logits must have shape (rows, vocab_size) = {self._shape}, "
+                f"got {tuple(logits.shape)}"
             )
-        if self._prepared_for != (shape, logits.dtype):
-            self._step = None
         return logits
 
     def _check_history(self) -> None:
@@ -298,11 +306,15 @@ class Sampler:
         self._slots = _KnownSlots(history, history.slots)
 
     def _prepare(self, logits: Tensor) -> None:
+        """Prepare the next steps, unless they are as those before."""
+        is_prepared = self._step is not None and self._step_batch is self._table.batch
+        if is_prepared and logits.dtype == self._dtype:
+            return
         history = self._slots.history
         batch, param_slots = self._table.batch_of(self._slots.values, None, "slot")
-        shape = (self.rows, self.vocab_size)
         call = SampleCall(
-            logits=logits.new_empty(1, 1).expand(shape),  # the logits' own memory can be freed
+            # the logits' own memory can be freed
+            logits=logits.new_empty(1, 1).expand(self._shape),
             batch=batch,
             history=history if self.num_samples == 1 else None,
             allowed_mask=None,
@@ -313,7 +325,8 @@ class Sampler:
             param_slots=param_slots,
         )
         self._step = self._table.module.prepare(call)
-        self._prepared_for = shape, logits.dtype
+        self._step_batch, self._dtype = batch, logits.dtype
+        self._new_slots = None
 
     @alone
     def add(
@@ -350,7 +363,6 @@ class Sampler:
             if history is not None:
                 self._table.check_room(history, prompt + output)
                 window = _window_of(params, history.text is not None)
-            self._step = None  # the table may get other tensors
             slot = self._table.free_slot(history, self._places)
             self._table.put(slot, params, prompt, output, history, window)
             self._arrange([*self._places, slot], history)
@@ -373,11 +385,12 @@ class Sampler:
         Raises:
             ValueError: a row does not exist or is named twice.
         """
-        self._reorder(list(rows))
+        rows = list(rows)
+        selection(rows, self.rows)
+        self._reorder(rows)
 
     def _reorder(self, rows: list[int]) -> None:
         with not_of_inference_mode():
-            selection(rows, self.rows)
             self._check_history()
             places = [self._places[row] for row in rows]
             gone = set(self._places).difference(places)
@@ -385,8 +398,9 @@ class Sampler:
             self._table.leave(gone)
 
     def _slots_of(self, places: list[int]) -> Tensor:
-        slots = torch.tensor(places, dtype=torch.int32, device="cpu")
-        return to_device(slots, self.device)
+        if not places:
+            return torch.empty(0, dtype=torch.int32, device=self.device)
+        return to_device(torch.frombuffer(array("i", places), dtype=torch.int32), self.device)
 
     def _arrange(self, places: list[int], history: TokenHistory | None) -> None:
         """Let the rows have these slots, and this history.
@@ -397,11 +411,14 @@ class Sampler:
         slots = self._slots_of(places)
         known = _KnownSlots(history, slots)
         turns = (self._turn, self._turn if history is None else history.turns[0])
+        shape = len(places), self.vocab_size
+        step = self._step if history is self._slots.history else None
         attributes = {} if history is None else vars(history)  # history.slots cannot be assigned
         of_table = vars(self._table)
         attributes["slots"] = slots
         of_table["_history"] = history
-        self._places, self._slots, self._turns, self._step = places, known, turns, None
+        self._places, self._slots, self._turns = places, known, turns
+        self._new_slots, self._shape, self._step = known.values, shape, step
 
     @alone
     def set_params(self, row: int, params: SamplingParams) -> None:
@@ -434,7 +451,6 @@ class Sampler:
             history, moved = self._slots.history, None
             if history is not None:
                 moved = history.with_window(row, _window_of(params, history.text is not None))
-            self._step = None
             self._table.replace_params(slot, params, moved)
 
     @alone

@@ -13,18 +13,16 @@ import operator
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType, NoneType
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from llm_sampling import backends, checks
 from llm_sampling.backends.base import (
     BackendModule,
-    Logprobs,
     ParamSlots,
     PositionOf,
     SampleCall,
@@ -78,6 +76,9 @@ _NO_IDS = array("q", [-1])
 
 _NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
+#: How many prepared steps a table keeps.
+_MOST_STEPS = 8
+
 #: A container, a key, and the value that it is to have there.
 Assignment = tuple[Any, Any, Any]
 
@@ -126,18 +127,19 @@ class RequestTable:
     capacity: int
     _numbers: _Mirrored
     _position: Tensor
-    _batch: BatchParams
+    #: What kernels read; another object where a prepared step must be prepared anew.
+    batch: BatchParams
     _params: list[SamplingParams | None]
-    _is_free: npt.NDArray[np.bool_]
+    _free: set[int]
     _is_kept: list[bool]
     #: Which switches each slot turns on, how many slots have each such set, and what is on in any.
     _on: list[frozenset[str]]
     _times_on: dict[frozenset[str], int]
     _switches: frozenset[str]
-    #: What has a place for each slot: the arrays of the host's numbers, and the four before.
+    #: What has a place for each slot: the arrays of the host's numbers, and those lists.
     _of_slots: tuple[Any, ...]
     #: The prepared steps, which hold the batch.
-    _steps: dict[StepKind, Step]
+    _steps: list[_PreparedStep]
     _fill_on_cpu: _FillOnCPU | None
 
     def __init__(
@@ -155,6 +157,7 @@ class RequestTable:
         self.vocab_size = check_vocab_size(vocab_size)
         self.max_logit_bias = checks.integer_at_least("max_logit_bias", max_logit_bias, 0)
         self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
+        self._device_type = self.device.type
         if not isinstance(history, TokenHistory):
             checks.true_or_false("history", history)
             if max_length is not None and not history:
@@ -189,7 +192,6 @@ class RequestTable:
         )
         of_slots = {
             "_params": [None] * capacity,
-            "_is_free": np.ones(capacity, dtype=np.bool_),
             "_is_kept": [False] * capacity,
             "_on": [EMPTY.packed.on] * capacity,
         }
@@ -197,12 +199,13 @@ class RequestTable:
             "capacity": capacity,
             "_numbers": numbers,
             "_position": position,
+            "_free": set(range(capacity)),
             **of_slots,
             "_of_slots": (*columns, *of_slots.values()),
             "_times_on": {EMPTY.packed.on: capacity},
             "_switches": EMPTY.packed.on,
-            "_batch": replace(batch, **{**CONSERVATIVE_FLAGS, **flags_of(EMPTY.packed.on)}),
-            "_steps": {},
+            "batch": replace(batch, **{**CONSERVATIVE_FLAGS, **flags_of(EMPTY.packed.on)}),
+            "_steps": [],
             "_fill_on_cpu": None,
         }
 
@@ -350,7 +353,7 @@ class RequestTable:
     ) -> None:
         """Make ids the history of a slot, and the length of their output its position."""
         assert history is not None
-        if self.device.type == "cpu":
+        if self._device_type == "cpu":
             fill = self._fill_on_cpu
             if fill is None or fill.update.history is not history or fill.room < len(ids):
                 fill = _FillOnCPU(self._backend, history, self._position, len(ids))
@@ -481,7 +484,7 @@ class RequestTable:
         if seed is None:
             assert params is not None
             seed = int(fresh_seeds(1)) if params.seed is None else as_int64(params.seed)
-        of_slot = (*numbers, seed, prompt_length, len(bias), params, params is None, is_kept, on)
+        of_slot = (*numbers, seed, prompt_length, len(bias), params, is_kept, on)
         others = [*more]
         old = self._on[slot]
         if on != old:
@@ -498,6 +501,10 @@ class RequestTable:
             values = (*values, *more_values)
         # one call, since Python handles Ctrl-C between calls
         collections.deque(map(operator.setitem, targets, keys, values), maxlen=0)
+        if params is None:
+            self._free.add(slot)
+        else:
+            self._free.discard(slot)
 
     def _write_bias(self, slot: int, bias: Mapping[int, float]) -> list[Assignment]:
         """Write a slot's biases. Returns what else is to be assigned."""
@@ -516,8 +523,8 @@ class RequestTable:
             after = {**times, old: fewer, new: more}
             switches = frozenset().union(*(on for on, number in after.items() if number))
             if switches != self._switches:
-                batch = replace(self._batch, **flags_of(switches))
-                changed = {"_switches": switches, "_batch": batch, "_steps": {}}
+                batch = replace(self.batch, **flags_of(switches))
+                changed = {"_switches": switches, "batch": batch, "_steps": []}
                 changes += ((vars(self), name, value) for name, value in changed.items())
         return changes
 
@@ -677,7 +684,7 @@ class RequestTable:
         """
         if not self._numbers.is_sent:  # Ctrl-C came before it was
             self._numbers.send()
-        batch, any_bias = self._batch, "bias" in self._switches
+        batch, any_bias = self.batch, "bias" in self._switches
         if self._is_captured():
             flags = {**CONSERVATIVE_FLAGS, "needs_history": self._history is not None}
             batch = replace(batch, **flags)
@@ -765,75 +772,84 @@ class RequestTable:
     def __reduce__(self) -> tuple[object, ...]:
         return _restored, (type(self), self.state_dict(), self._backend_name)
 
-    def run(self, backend: BackendModule, call: SampleCall, kind: StepKind | None) -> SampleOutput:
-        """The result of a checked call of rows of this table; one of a kind is kept prepared."""
-        if kind is None or call.batch is not self._batch:  # whose flags are for a captured graph
-            return self._record(call, lambda: backend.sample(call))
+    def run(
+        self, backend: BackendModule, call: SampleCall, asked: tuple[object, ...] | None
+    ) -> SampleOutput:
+        """The result of a checked call of rows of this table.
+
+        Args:
+            backend: which one draws.
+            call: the call.
+            asked: what the user asked for, if other calls that ask for it may have the same step.
+        """
+        if asked is None or call.batch is not self.batch:  # whose flags are for a captured graph
+            return self._record(lambda: backend.sample(call), call.advance)
         like = call.logits.new_empty(1, 1).expand(call.logits.shape)  # whose memory can be freed
         step = backend.prepare(replace(call, logits=like, allowed_mask=None))
-        self._steps[kind] = step
-        return self._record(call, lambda: step(call.logits, call.allowed_mask))
+        self._steps[_MOST_STEPS - 1 :] = []
+        self._steps.insert(0, _PreparedStep(asked, call.advance, step))
+        return self._record(lambda: step(call.logits, call.allowed_mask), call.advance)
 
-    def _record(self, call: SampleCall, run: Callable[[], SampleOutput]) -> SampleOutput:
-        return self._run_alone(run) if call.advance else run()
+    def _record(self, run: Callable[[], SampleOutput], records: bool) -> SampleOutput:
+        return self._run_alone(run) if records else run()
 
     @alone
     def _run_alone(self, run: Callable[[], SampleOutput]) -> SampleOutput:
         return run()
 
     def run_prepared(
-        self, kind: StepKind, logits: Tensor, slots: object, allowed_mask: Mask | None
+        self, asked: tuple[object, ...], logits: Tensor, slots: object, allowed_mask: Mask | None
     ) -> SampleOutput | None:
-        """The result of a call whose kind is prepared; None if it must be checked in full."""
-        step = self._steps.get(kind)
-        if step is None or type(slots) is not Tensor or slots.dim() != 1:
+        """The result of a call that is prepared; None if its arguments must be checked in full.
+
+        ``asked`` holds the very objects that another call was given before.
+        """
+        for step in self._steps:
+            if all(map(operator.is_, step.asked, asked)):
+                break
+        else:
             return None
-        rows = len(slots)
-        shape = rows, self.vocab_size
+        if type(slots) is not Tensor or slots.dim() != 1:
+            return None
+        rows = slots.shape[0]
         if (
-            not is_readable_as_it_is(logits, shape, kind.dtype, self.device)
+            not is_readable_as_it_is(logits, (rows, self.vocab_size), logits.dtype, self.device)
             or not is_readable_as_it_is(slots, (rows,), torch.int32, self.device)
+            or is_watched()
             or self._is_captured()
         ):
             return None
         self.check_slots(slots)
         if allowed_mask is not None:
             allowed_mask = check_mask(allowed_mask, rows, self.vocab_size, self.device)
-        if not kind.record:
-            return step(logits, allowed_mask, slots)
+        if not step.records:
+            return step.run(logits, allowed_mask, slots)
         turn = self._turn
         if turn.is_taken:
             refuse_turn("RequestTable")
         turn.is_taken = True
         try:
-            output = step(logits, allowed_mask, slots)
+            output = step.run(logits, allowed_mask, slots)
         finally:
             turn.is_taken = False
         return output
 
     def check_slots(self, slots: Tensor) -> None:
         """A ValueError if a row names a free slot; on the CPU only, elsewhere it would wait."""
-        if not self._sees_values():
+        if not self._free or not self._sees_values():
             return
-        named = slots.numpy()
-        try:
-            if not self._is_free[named].any():
-                return
-        except IndexError:
-            pass
-        exists = (named >= 0) & (named < self.capacity)
-        is_free = exists & self._is_free[np.where(exists, named, 0)]
-        if is_free.any():
-            row = int(is_free.argmax())
+        named = slots.tolist()
+        if not self._free.isdisjoint(named):
+            row = next(row for row, slot in enumerate(named) if slot in self._free)
             raise ValueError(f"slots must name slots with a request, got {named[row]} in row {row}")
 
     def _is_captured(self) -> bool:
         """Whether a CUDA graph is captured, which other requests will use too."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._device_type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _sees_values(self) -> bool:
         """Whether the values of tensors can be looked at without waiting, and nobody watches."""
-        return self.device.type == "cpu" and not is_watched()
+        return self._device_type == "cpu" and not is_watched()
 
 
 def flags_of(switches: Collection[str]) -> dict[str, Any]:
@@ -919,42 +935,18 @@ def _int32(name: str, given: object, rows: int, device: torch.device) -> Tensor:
     return tensor.contiguous()
 
 
-class StepKind(NamedTuple):
-    """What calls have in common that one prepared step can do.
+class _PreparedStep(NamedTuple):
+    """A step that a backend has prepared.
 
     Attributes:
-        dtype: of the logits.
-        record, num_samples, logprobs, check, backend: as for :func:`llm_sampling.sample`.
+        asked: the logits' dtype, and what :func:`llm_sampling.sample` was called with.
+        records: whether the step records its tokens.
+        run: the step.
     """
 
-    dtype: torch.dtype
-    record: bool
-    num_samples: int
-    logprobs: Logprobs | None
-    check: bool | None
-    backend: str
-
-    @classmethod
-    def of(
-        cls,
-        logits: object,
-        record: object,
-        num_samples: object,
-        logprobs: object,
-        check: object,
-        backend: object,
-    ) -> StepKind | None:
-        """The kind of a call; None if an argument is none that a prepared step can have."""
-        if (
-            type(logits) is Tensor
-            and type(record) is bool
-            and type(num_samples) is int
-            and type(check) in (bool, NoneType)
-            and type(logprobs) in (str, NoneType)
-            and type(backend) is str
-        ):
-            return tuple.__new__(cls, (logits.dtype, record, num_samples, logprobs, check, backend))
-        return None
+    asked: tuple[object, ...]
+    records: bool
+    run: Step
 
 
 class _Mirrored:

@@ -6,7 +6,6 @@ wrappers around it, or of a tracer that watches. Every tensor of a call comes th
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -131,8 +130,8 @@ def is_readable_as_it_is(
 ) -> bool:
     """Whether ``tensor`` is a plain one like this, so that :func:`readable` would return it.
 
-    Its last stride is 1, and nobody watches. These are the questions of :func:`readable`, in the
-    order that costs the least.
+    Its last stride is 1. These are the questions of :func:`readable`, in the order that costs the
+    least.
     """
     try:
         return (
@@ -144,14 +143,13 @@ def is_readable_as_it_is(
                 (
                     tensor.is_contiguous()
                     and not tensor.storage_offset()
-                    and tensor.untyped_storage().nbytes() >= math.prod(shape) * tensor.itemsize
+                    and tensor.untyped_storage().nbytes() >= tensor.nbytes
                 )
                 or (tensor.stride(-1) == 1 and has_memory(tensor))
             )
             and not tensor.requires_grad
             and not tensor.is_neg()
             and not tensor._is_zerotensor()
-            and not is_watched()
         )
     except RuntimeError:  # a layout that has no sizes, strides or storage
         return False

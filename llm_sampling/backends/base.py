@@ -135,8 +135,8 @@ class Step(Protocol):
     """A call again and again, as ``prepare`` makes it.
 
     Each time it has new logits of the same width, dtype and device, and a mask or None. A call with
-    ``param_slots`` may have the slots of other rows too, any number of them, int32 ``(rows,)``;
-    without them the number of rows is the same.
+    ``param_slots`` may get the slots of other rows too, any number of them, int32 ``(rows,)``; they
+    hold from this step on.
     """
 
     def __call__(
@@ -181,20 +181,15 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def of_step(
-    call: SampleCall, logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None
-) -> SampleCall:
-    """The call of one step of a prepared call."""
+def with_slots(call: SampleCall, slots: Tensor | None) -> SampleCall:
+    """A prepared call as it is from a step with these slots on; itself where there are none."""
     if slots is None:
-        return replace(call, logits=logits, allowed_mask=allowed_mask)
+        return call
     assert call.param_slots is not None
-    return replace(
-        call,
-        logits=logits,
-        allowed_mask=allowed_mask,
-        param_slots=replace(call.param_slots, of_rows=slots),
-        history=None if call.history is None else call.history.with_slots(slots),
-    )
+    history = call.history
+    if history is not None and history.is_view:  # otherwise its owner has given it these slots
+        history = history.with_slots(slots)
+    return replace(call, param_slots=replace(call.param_slots, of_rows=slots), history=history)
 
 
 def make_results(call: SampleCall, rows: int | None = None) -> SampleOutput:
@@ -215,7 +210,7 @@ def check_state(call: SampleCall) -> None:
     """A ValueError if the history of a prepared call no longer fits it."""
     if call.history is None:
         return
-    rows = call.logits.shape[0]
+    rows = (call.logits if call.param_slots is None else call.param_slots.of_rows).shape[0]
     if call.history.rows != rows:
         raise ValueError(
             f"history must have one row per row of logits ({rows}), got {call.history.rows}"

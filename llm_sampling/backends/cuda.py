@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import SampleCall, SampleOutput, Step, of_step, settle
+from llm_sampling.backends.base import SampleCall, SampleOutput, Step, settle, with_slots
 from llm_sampling.backends.c_abi import HistoryUpdateArgs, SampleArgs
 from llm_sampling.history import HistoryUpdate
 
@@ -71,8 +71,9 @@ def prepare(call: SampleCall) -> Step:
     def step(
         logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
     ) -> SampleOutput:
-        output = launch(logits, allowed_mask, slots)
-        return settle(call if slots is None else of_step(call, logits, None, slots), output)
+        nonlocal call
+        call = with_slots(call, slots)
+        return settle(call, launch(logits, allowed_mask, slots))
 
     return step
 

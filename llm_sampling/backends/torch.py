@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -14,8 +15,8 @@ from llm_sampling.backends.base import (
     Step,
     advance,
     check_state,
-    of_step,
     raise_on_status,
+    with_slots,
     without_full_rows,
 )
 from llm_sampling.history import HistoryUpdate, apply_update
@@ -65,7 +66,9 @@ def prepare(call: SampleCall) -> Step:
     def step(
         logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
     ) -> SampleOutput:
+        nonlocal call
+        call = with_slots(call, slots)
         check_state(call)
-        return sample(of_step(call, logits, allowed_mask, slots))
+        return sample(replace(call, logits=logits, allowed_mask=allowed_mask))
 
     return step

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,8 +25,8 @@ from llm_sampling.backends.base import (
     check_state,
     described,
     make_results,
-    of_step,
     settle,
+    with_slots,
 )
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
 
@@ -417,9 +417,10 @@ def prepare(call: SampleCall) -> Step:
     def step(
         logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
     ) -> SampleOutput:
-        nonlocal rows
+        nonlocal call, rows
+        call = with_slots(call, slots)
         check_state(call)
-        this = of_step(call, logits, allowed_mask, slots)
+        this = replace(call, logits=logits, allowed_mask=allowed_mask)
         if rows != logits.shape[0]:
             rows = logits.shape[0]
             launches.clear()

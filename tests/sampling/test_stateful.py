@@ -818,11 +818,10 @@ def arrange_with_sorted_seeds(self: Sampler, places: list[int], *history: Any) -
     seeds[places] = np.sort(seeds[places])
 
 
-def arrange_with_old_step(self: Sampler, *given: Any) -> None:
-    """Broken: after a change of rows the step that was prepared for the old rows is used on."""
-    step = self._step
+def arrange_without_the_step(self: Sampler, *given: Any) -> None:
+    """Broken: after a change of rows the prepared step reads the parameters of the old ones."""
     RIGHT_ARRANGE(self, *given)
-    self._step = step
+    self._new_slots = None
 
 
 def arrange_in_old_order(self: Sampler, places: list[int], *history: Any) -> None:
@@ -893,7 +892,7 @@ def advance_every_row(call: SampleCall, output: SampleOutput) -> None:
         (Decoding, Sampler, "add", add_without_a_position),
         (Decoding, Sampler, "set_params", set_params_in_the_first_row),
         (Decoding, Sampler, "_arrange", arrange_with_sorted_seeds),
-        (Decoding, Sampler, "_arrange", arrange_with_old_step),
+        (Decoding, Sampler, "_arrange", arrange_without_the_step),
         (Decoding, Sampler, "_arrange", arrange_in_old_order),
         (Decoding, GrowingTable, "_grow_to", grow_without_positions),
         (Decoding, GrowingTable, "_write_bias", forget_biases),
