@@ -156,8 +156,9 @@ class GrowingTable(RequestTable):
         for name in ("_params", "_is_kept", "_on"):
             state[name][:old] = getattr(self, name)
         state["_free"] = self._free.union(range(old, capacity))
-        free, times = EMPTY.packed.on, self._times_on
-        state["_times_on"] = {**times, free: times.get(free, 0) + capacity - old}
+        state["_times_on"][EMPTY.packed.on] -= old
+        for on, times in self._times_on.items():
+            state["_times_on"][on] = state["_times_on"].get(on, 0) + times
         state["_switches"] = self._switches
         state["batch"] = replace(state["batch"], **flags_of(self._switches))
         vars(self).update(state, _is_bias_packed=False)

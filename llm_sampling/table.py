@@ -136,8 +136,9 @@ class RequestTable:
     _on: list[frozenset[str]]
     _times_on: dict[frozenset[str], int]
     _switches: frozenset[str]
-    #: What has a place for each slot: the arrays of the host's numbers, and those lists.
-    _of_slots: tuple[Any, ...]
+    #: What is written for a slot: the arrays of the host's numbers, the three lists, and the dict,
+    #: in which a number falls and another grows.
+    _written: tuple[Any, ...]
     #: The prepared steps, which hold the batch.
     _steps: list[_PreparedStep]
     _fill_on_cpu: _FillOnCPU | None
@@ -190,21 +191,23 @@ class RequestTable:
             seed=numbers.on_device["seed"],
             position=position,
         )
-        of_slots = {
+        empty = EMPTY.packed.on
+        of_slots: dict[str, Any] = {
             "_params": [None] * capacity,
             "_is_kept": [False] * capacity,
-            "_on": [EMPTY.packed.on] * capacity,
+            "_on": [empty] * capacity,
         }
+        times_on = {empty: capacity}
         return {
             "capacity": capacity,
             "_numbers": numbers,
             "_position": position,
             "_free": set(range(capacity)),
             **of_slots,
-            "_of_slots": (*columns, *of_slots.values()),
-            "_times_on": {EMPTY.packed.on: capacity},
-            "_switches": EMPTY.packed.on,
-            "batch": replace(batch, **{**CONSERVATIVE_FLAGS, **flags_of(EMPTY.packed.on)}),
+            "_times_on": times_on,
+            "_written": (*columns, *of_slots.values(), times_on, times_on),
+            "_switches": empty,
+            "batch": replace(batch, **{**CONSERVATIVE_FLAGS, **flags_of(empty)}),
             "_steps": [],
             "_fill_on_cpu": None,
         }
@@ -318,12 +321,13 @@ class RequestTable:
         slot = checked_row(slot, self.capacity, "slot")
         self._check_params(params)
         prompt = array_of("prompt_ids", prompt_ids)
-        ids = prompt + array_of("output_ids", output_ids)
+        ids = prompt if output_ids is None else prompt + array_of("output_ids", output_ids)
         if self._history is not None:
             self.check_room(self._history, ids)
         if prompt_length is None:
             prompt_length = 0 if prompt_ids is None else len(prompt_ids)
-        prompt_length = checks.integer_at_least("prompt_length", prompt_length, 0)
+        else:
+            prompt_length = checks.integer_at_least("prompt_length", prompt_length, 0)
         if position is not None:
             position = checked_position("position", position)
 
@@ -484,17 +488,20 @@ class RequestTable:
         if seed is None:
             assert params is not None
             seed = int(fresh_seeds(1)) if params.seed is None else as_int64(params.seed)
-        of_slot = (*numbers, seed, prompt_length, len(bias), params, is_kept, on)
-        others = [*more]
-        old = self._on[slot]
+        old, times = self._on[slot], self._times_on
+        of_old, of_new = times[old], times.get(on, 0)
         if on != old:
-            others += self._changes_of_flags(old, on)
+            of_old, of_new = of_old - 1, of_new + 1
+        targets = self._written
+        keys = (*itertools.repeat(slot, len(targets) - 2), old, on)
+        values = (*numbers, seed, prompt_length, len(bias), params, is_kept, on, of_old, of_new)
+        others = [*more]
+        if on != old and ((old and of_old == 0) or (on and of_new == 1)):
+            others += self._changes_of_flags({**times, old: of_old, on: of_new})
         if bias or "bias" in old:
             others += self._write_bias(slot, bias)
         if not self._numbers.is_one:
             others.append((vars(self._numbers), "is_sent", False))
-        targets, values = self._of_slots, of_slot
-        keys: Iterable[Any] = itertools.repeat(slot, len(of_slot))
         if others:
             more_targets, more_keys, more_values = zip(*others, strict=True)
             targets, keys = (*targets, *more_targets), (*keys, *more_keys)
@@ -514,19 +521,14 @@ class RequestTable:
         self._biases.send(start, stop)
         return []
 
-    def _changes_of_flags(self, old: frozenset[str], new: frozenset[str]) -> list[Assignment]:
-        """What is to be assigned as a slot turns on other switches."""
-        times = self._times_on
-        fewer, more = times[old] - 1, times.get(new, 0) + 1
-        changes: list[Assignment] = [(times, old, fewer), (times, new, more)]
-        if (old and fewer == 0) or (new and more == 1):
-            after = {**times, old: fewer, new: more}
-            switches = frozenset().union(*(on for on, number in after.items() if number))
-            if switches != self._switches:
-                batch = replace(self.batch, **flags_of(switches))
-                changed = {"_switches": switches, "batch": batch, "_steps": []}
-                changes += ((vars(self), name, value) for name, value in changed.items())
-        return changes
+    def _changes_of_flags(self, times_on: Mapping[frozenset[str], int]) -> list[Assignment]:
+        """What is to be assigned where so many slots turn on each set of switches."""
+        switches = frozenset().union(*(on for on, times in times_on.items() if times))
+        if switches == self._switches:
+            return []
+        batch = replace(self.batch, **flags_of(switches))
+        changed = {"_switches": switches, "batch": batch, "_steps": []}
+        return [(vars(self), name, value) for name, value in changed.items()]
 
     @alone
     def append(
@@ -896,9 +898,9 @@ def array_of(name: str, ids: Sequence[int] | Tensor | None) -> array[int]:
         return array("q")
     if type(ids) is list and (not ids or type(ids[0]) is int):
         try:
-            return array("q", ids)
+            return array("q", array("Q", ids).tobytes())  # takes half the time of array("q", ids)
         except (TypeError, OverflowError):
-            pass  # numpy says what is wrong with them, or makes padding of what is too large
+            pass  # numpy says what is wrong with them, or makes padding of what is negative
     return array("q", valid_ids(name, ids, 2**63 - 1).tobytes())
 
 

@@ -53,7 +53,8 @@ LAYERS = (
     ("calls",),
     ("ops",),
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
-    ("sampler", "distributed"),
+    ("growing_table", "distributed"),
+    ("sampler",),
     ("__init__",),  # what ``import llm_sampling`` loads ends here
     ("generation.stop_strings", "generation.text", "generation.prompts"),
     ("generation.rows",),
