@@ -109,6 +109,13 @@ class SamplingParams:
         if not torch.compiler.is_compiling():
             self.packed  # noqa: B018  # worked out where the request comes, and not in a step
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIELDS}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        # what is derived from the fields may differ in another version of this package
+        SamplingParams.__init__(self, **state)
+
     @property
     def needs_history(self) -> bool:
         """Whether a penalty is on, so that the tokens so far matter."""

@@ -784,13 +784,26 @@ class RequestTable:
             call: the call.
             asked: what the user asked for, if other calls that ask for it may have the same step.
         """
+        slots = call.param_slots
+        assert slots is not None
         if asked is None or call.batch is not self.batch:  # whose flags are for a captured graph
             return self._record(lambda: backend.sample(call), call.advance)
-        like = call.logits.new_empty(1, 1).expand(call.logits.shape)  # whose memory can be freed
-        step = backend.prepare(replace(call, logits=like, allowed_mask=None))
-        self._steps[_MOST_STEPS - 1 :] = []
-        self._steps.insert(0, _PreparedStep(asked, call.advance, step))
-        return self._record(lambda: step(call.logits, call.allowed_mask), call.advance)
+        step = self._step_of(asked)
+        if step is None:
+            like = call.logits.new_empty(1, 1).expand(call.logits.shape)  # the logits may be freed
+            run = backend.prepare(replace(call, logits=like, allowed_mask=None))
+            step = _PreparedStep(asked, call.advance, run)
+            self._steps[_MOST_STEPS - 1 :] = []
+            self._steps.insert(0, step)
+        run, of_rows = step.run, slots.of_rows
+        return self._record(lambda: run(call.logits, call.allowed_mask, of_rows), call.advance)
+
+    def _step_of(self, asked: tuple[object, ...]) -> _PreparedStep | None:
+        """The step that was prepared for a call that was given these very objects."""
+        for step in self._steps:
+            if all(map(operator.is_, step.asked, asked)):
+                return step
+        return None
 
     def _record(self, run: Callable[[], SampleOutput], records: bool) -> SampleOutput:
         return self._run_alone(run) if records else run()
@@ -802,16 +815,9 @@ class RequestTable:
     def run_prepared(
         self, asked: tuple[object, ...], logits: Tensor, slots: object, allowed_mask: Mask | None
     ) -> SampleOutput | None:
-        """The result of a call that is prepared; None if its arguments must be checked in full.
-
-        ``asked`` holds the very objects that another call was given before.
-        """
-        for step in self._steps:
-            if all(map(operator.is_, step.asked, asked)):
-                break
-        else:
-            return None
-        if type(slots) is not Tensor or slots.dim() != 1:
+        """The result of a call that is prepared; None if its arguments must be checked in full."""
+        step = self._step_of(asked)
+        if step is None or type(slots) is not Tensor or slots.dim() != 1:
             return None
         rows = slots.shape[0]
         if (

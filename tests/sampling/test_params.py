@@ -256,6 +256,13 @@ def test_copies_are_equal():
     assert len({EVERYTHING, SamplingParams(), SamplingParams(top_k=-1)}) == 2
 
 
+def test_a_pickle_holds_nothing_that_is_derived():
+    """Another version of the package, which reads it, may derive something else."""
+    state = EVERYTHING.__reduce_ex__(4)[2]
+    assert list(state) == list(OFF_VALUES)
+    assert pickle.loads(pickle.dumps(EVERYTHING)).packed == EVERYTHING.packed
+
+
 @pytest.mark.parametrize("field", list(OFF_VALUES))
 def test_equality_sees_every_field(field):
     assert dataclasses.replace(EVERYTHING, **{field: OFF_VALUES[field]}) != EVERYTHING

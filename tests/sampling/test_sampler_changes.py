@@ -11,6 +11,7 @@ import torch
 from cases import ON_THE_CPU
 
 from llm_sampling import InvalidLogitsError, Sampler, SamplingParams, TokenHistory, sample
+from llm_sampling.growing_table import GrowingTable
 from llm_sampling.history import STATE_TENSORS
 
 V = 37
@@ -393,6 +394,28 @@ def test_rows_that_somebody_else_has_moved_are_refused(backend, change):
     sampler.history.select([1, 0, 2, 3])
     with pytest.raises(ValueError, match="history must have the Sampler's rows in their order"):
         change(sampler)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), PARAMS[1]], ids=["no history", "a history"])
+def test_slots_of_calls_that_were_interrupted_are_used_again(monkeypatch, params):
+    sampler = Sampler([params], vocab_size=V)
+    sampler.add(params)
+    capacity = sampler._table.capacity
+
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
+    for _ in range(3 * capacity):
+        with monkeypatch.context() as patch:
+            patch.setattr(GrowingTable, "leave", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                sampler.remove([0])
+            patch.setattr(Sampler, "_arrange", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                sampler.add(params)
+        assert sampler.rows == 1
+        sampler.add(params)
+    assert sampler._table.capacity == capacity
 
 
 # Copies

@@ -23,6 +23,7 @@ from torch import Tensor
 from llm_sampling import (
     BatchParams,
     InvalidLogitsError,
+    RequestTable,
     Sampler,
     SamplingParams,
     TokenHistory,
@@ -331,6 +332,23 @@ def test_a_history_of_inference_tensors_is_refused_whole(backend: str) -> None:
         sampler(torch.zeros(2, V))
     assert not counts.any()
     assert sampler.positions.tolist() == [0, 0]
+
+
+def test_a_request_in_a_history_of_inference_tensors_is_refused(backend: str) -> None:
+    """Also where a request was put into a slot before, in that mode."""
+    with torch.inference_mode():
+        seen = torch.zeros(2, 32, dtype=torch.int32)
+        counts = torch.zeros(2, V, dtype=torch.int32)
+    history = TokenHistory(seen, counts, None, torch.arange(2, dtype=torch.int32), V)
+    table = RequestTable(2, vocab_size=V, history=history, backend=backend)
+    with torch.inference_mode():
+        table.set(0, PARAMS[0], prompt_ids=[1], output_ids=[2])
+    before = counts.clone()
+    assert before.sum() == 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"made in torch\.inference_mode must be changed in"):
+            table.set(1, PARAMS[0], prompt_ids=[1], output_ids=[3])
+    assert torch.equal(counts, before)
 
 
 # ---- Packed parameters that change ---------------------------------------------------------------

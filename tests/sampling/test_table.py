@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
+import weakref
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -30,12 +32,14 @@ from llm_sampling import (
     BatchParams,
     InvalidLogitsError,
     RequestTable,
+    Sampler,
     SamplingParams,
     TokenHistory,
     backends,
     filter_logits,
     sample,
 )
+from llm_sampling.backends import cpu
 from llm_sampling.backends.base import STATUS_NO_CANDIDATE, BackendModule, PositionOf
 
 every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
@@ -43,6 +47,9 @@ every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
 V = 37
 PENALISED = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, top_k=9, seed=1)
 PLAIN = SamplingParams(top_p=0.8, seed=2)
+
+#: A slot with a request and a free one of the fixture ``table``.
+SLOTS = torch.tensor([0, 1], dtype=torch.int32)
 
 
 def filled(batch: Batch, seed: int) -> tuple[RequestTable, list[int]]:
@@ -202,7 +209,8 @@ def test_requests_that_come_and_go(backend: str) -> None:
                 running[slot] = params, TokenHistory.from_ids([prompt], None, V), 0
         rows = rng.sample([*running], len(running))
         logits = torch.randn(len(rows), V, generator=generator) * 2
-        got = sample(logits, table, rows, record=True, backend=backend).tokens
+        slots = rows if step % 3 == 0 else torch.tensor(rows, dtype=torch.int32)
+        got = sample(logits, table, slots, record=True, backend=backend).tokens
         for row, slot in enumerate(rows):
             params, history, position = running[slot]
             alone = sample(
@@ -217,6 +225,116 @@ def test_requests_that_come_and_go(backend: str) -> None:
             running[slot] = params, history, position + 1
             drawn += 1
     assert drawn > 60
+
+
+def test_a_prepared_call_is_like_the_first_one(backend: str) -> None:
+    """Calls of several kinds take turns, with masks, and with other numbers of rows."""
+    table, plain = (RequestTable(5, vocab_size=V, history=True) for _ in range(2))
+    rng, generator = random.Random(9), torch.Generator().manual_seed(9)
+    for step in range(40):
+        if step % 4 == 0:
+            slot, params = rng.randrange(5), replace(rng.choice([PENALISED, PLAIN]), seed=step)
+            for each in (table, plain):
+                each.set(slot, params, prompt_ids=[step % V, 1])
+        named = [slot for slot in range(5) if table.params(slot) is not None] + [-1]
+        slots = torch.tensor(rng.choices(named, k=rng.randrange(4)), dtype=torch.int32)
+        logits = torch.randn(len(slots), V, generator=generator)
+        options: dict[str, Any] = {"logprobs": rng.choice([None, "raw"]), "backend": backend}
+        if step % 3 == 0:
+            options["allowed_mask"] = torch.rand(len(slots), V, generator=generator) < 0.7
+        else:
+            options["record"] = True
+        plain._steps.clear()
+        got = [sample(logits, each, slots, **options) for each in (table, plain)]
+        assert [x.tolist() for x in got[0][::2]] == [x.tolist() for x in got[1][::2]]
+        assert torch.equal(table.positions, plain.positions)
+    assert len(table._steps) > 1
+
+
+#: Of each kind of parameters that chooses another kernel.
+NEW_KINDS = {
+    "a penalty": SamplingParams(temperature=0, presence_penalty=2.0),
+    "a bias": SamplingParams(temperature=0, logit_bias={0: -9.0}),
+    "a temperature": SamplingParams(temperature=9.0, seed=1),
+    "a filter": SamplingParams(temperature=9.0, top_k=2, seed=3),
+    "a scope": replace(PENALISED, temperature=0, repetition_penalty_scope="output"),
+}
+
+
+@pytest.mark.parametrize("kind", NEW_KINDS)
+def test_a_prepared_call_follows_the_requests(backend: str, kind: str) -> None:
+    """A request comes whose parameters the calls before did not need."""
+    table = RequestTable(2, vocab_size=V, history=True)
+    table.set(0, SamplingParams(temperature=0))
+    slots = torch.zeros(1, dtype=torch.int32)
+    logits = torch.linspace(0, 1, V).flip(0)[None] * 3
+    sample(logits, table, slots, backend=backend)
+    wanted = RequestTable(2, vocab_size=V, history=True)
+    for each in (table, wanted):
+        each.set(0, NEW_KINDS[kind], prompt_ids=[0], output_ids=[1, 0, 2])
+    for number in range(3):
+        place = torch.tensor([number])
+        got = [sample(logits, each, slots, backend=backend).tokens for each in (table, wanted)]
+        assert torch.equal(*got)
+        assert len(table._steps) == 1
+        for each in (table, wanted):
+            each.append(place, slots=[0])
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason="the CPU kernel is not built")
+@pytest.mark.parametrize("kind", ["a penalty", "a bias", "a scope"])
+def test_a_step_that_is_kept_too_long_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    right = RequestTable._changes_of_flags
+    monkeypatch.setattr(
+        RequestTable,
+        "_changes_of_flags",
+        lambda *given: [change for change in right(*given) if change[1] != "_steps"],
+    )
+    with pytest.raises(AssertionError):
+        test_a_prepared_call_follows_the_requests("cpu", kind)
+
+
+@pytest.mark.parametrize("way", ["table", "sampler"])
+def test_the_logits_of_a_step_can_be_freed(backend: str, way: str) -> None:
+    if way == "table":
+        table = RequestTable(1, vocab_size=V)
+        table.set(0, PLAIN)
+        draw = functools.partial(sample, params=table, slots=[0], backend=backend)
+    else:
+        draw = Sampler(PLAIN, vocab_size=V, backend=backend)  # type: ignore[assignment]
+    for _ in range(2):
+        logits = torch.zeros(1, V)
+        draw(logits)
+        memory = weakref.ref(logits)
+        del logits
+        assert memory() is None
+
+
+def test_a_table_keeps_few_prepared_steps() -> None:
+    table = RequestTable(1, vocab_size=V)
+    table.set(0, PLAIN)
+    for num_samples in range(1, 40):
+        sample(torch.zeros(1, V), table, [0], num_samples=num_samples)
+    assert len(table._steps) == 8
+
+
+def test_memory_that_moves_between_requests() -> None:
+    """The histories may be put into shared memory after a step and a fill were prepared."""
+    tables = [RequestTable(2, vocab_size=V, history=True) for _ in range(2)]
+    for turn in range(3):
+        for table, moves in zip(tables, (True, False), strict=True):
+            table.set(turn % 2, PENALISED, prompt_ids=[1, turn])
+            slots = torch.tensor([turn % 2], dtype=torch.int32)
+            sample(torch.zeros(1, V), table, slots, record=True)
+            history = table.history
+            assert history is not None
+            if moves:
+                for tensor in (history.seen, history.counts, history.lengths):
+                    tensor.share_memory_()
+    first, second = (table.history for table in tables)
+    assert first is not None
+    assert second is not None
+    assert_same_state(first, second)
 
 
 def test_positions_of_each_kind(backend: str) -> None:
@@ -421,11 +539,23 @@ def test_a_request_that_is_refused_changes_nothing(
             {"slots": [0], "history": TokenHistory.from_ids([[]], None, V)},
             "history must be None, since a RequestTable keeps the histories",
         ),
+        ({"slots": SLOTS[:1].to("meta")}, "slots must be on the device cpu, got meta"),
+        ({"slots": SLOTS[:1, None]}, "slots must have shape (1,), one for each row, got (1, 1)"),
+        ({"slots": SLOTS}, "slots must have shape (1,), one for each row, got (2,)"),
+        ({"slots": SLOTS[1:]}, "slots must name slots with a request, got 1 in row 0"),
+        ({"slots": SLOTS[:1], "num_samples": True}, "num_samples must be an integer >= 1"),
+        ({"slots": SLOTS[:1], "num_samples": 1.0}, "num_samples must be an integer >= 1"),
+        ({"slots": SLOTS[:1], "check": 1}, "check must be True, False or None, got 1"),
+        ({"slots": SLOTS[:1], "logprobs": ["raw"]}, "logprobs must be None"),
+        ({"slots": SLOTS[:1], "backend": "best"}, "backend must be one of"),
     ],
 )
 def test_a_call_that_is_refused(table: RequestTable, given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        sample(torch.zeros(1, V), table, **given)
+    for is_prepared in (False, True):
+        if is_prepared:
+            sample(torch.zeros(1, V), table, slots=torch.zeros(1, dtype=torch.int32))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            sample(torch.zeros(1, V), table, **given)
 
 
 def test_logits_of_another_width_are_refused(table: RequestTable) -> None:
