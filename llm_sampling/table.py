@@ -11,7 +11,7 @@ import collections
 import itertools
 import operator
 from array import array
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -786,17 +786,19 @@ class RequestTable:
         """
         slots = call.param_slots
         assert slots is not None
-        if asked is None or call.batch is not self.batch:  # whose flags are for a captured graph
-            return self._record(lambda: backend.sample(call), call.advance)
-        step = self._step_of(asked)
-        if step is None:
-            like = call.logits.new_empty(1, 1).expand(call.logits.shape)  # the logits may be freed
-            run = backend.prepare(replace(call, logits=like, allowed_mask=None))
-            step = _PreparedStep(asked, call.advance, run)
-            self._steps[_MOST_STEPS - 1 :] = []
-            self._steps.insert(0, step)
-        run, of_rows = step.run, slots.of_rows
-        return self._record(lambda: run(call.logits, call.allowed_mask, of_rows), call.advance)
+        if asked is not None and call.batch is self.batch:  # it is not while a graph is captured
+            step = self._step_of(asked)
+            if step is None:
+                # the logits' own memory can be freed
+                like = call.logits.new_empty(1, 1).expand(call.logits.shape)
+                run = backend.prepare(replace(call, logits=like, allowed_mask=None))
+                step = _PreparedStep(asked, call.advance, run, Turn())
+                self._steps[_MOST_STEPS - 1 :] = []
+                self._steps.insert(0, step)
+            output = self._run_step(step, call.logits, call.allowed_mask, slots.of_rows)
+            if output is not None:
+                return output
+        return self._run_alone(backend, call) if call.advance else backend.sample(call)
 
     def _step_of(self, asked: tuple[object, ...]) -> _PreparedStep | None:
         """The step that was prepared for a call that was given these very objects."""
@@ -805,12 +807,23 @@ class RequestTable:
                 return step
         return None
 
-    def _record(self, run: Callable[[], SampleOutput], records: bool) -> SampleOutput:
-        return self._run_alone(run) if records else run()
-
     @alone
-    def _run_alone(self, run: Callable[[], SampleOutput]) -> SampleOutput:
-        return run()
+    def _run_alone(self, backend: BackendModule, call: SampleCall) -> SampleOutput:
+        return backend.sample(call)
+
+    def _run_step(
+        self, step: _PreparedStep, logits: Tensor, allowed_mask: Tensor | None, slots: Tensor
+    ) -> SampleOutput | None:
+        """The result of a step; None if it records nothing and another call is running it."""
+        turn = self._turn if step.records else step.turn
+        if turn.is_taken:
+            return refuse_turn("RequestTable") if step.records else None
+        turn.is_taken = True
+        try:
+            output = step.run(logits, allowed_mask, slots)
+        finally:
+            turn.is_taken = False
+        return output
 
     def run_prepared(
         self, asked: tuple[object, ...], logits: Tensor, slots: object, allowed_mask: Mask | None
@@ -828,19 +841,10 @@ class RequestTable:
         ):
             return None
         self.check_slots(slots)
+        mask = None
         if allowed_mask is not None:
-            allowed_mask = check_mask(allowed_mask, rows, self.vocab_size, self.device)
-        if not step.records:
-            return step.run(logits, allowed_mask, slots)
-        turn = self._turn
-        if turn.is_taken:
-            refuse_turn("RequestTable")
-        turn.is_taken = True
-        try:
-            output = step.run(logits, allowed_mask, slots)
-        finally:
-            turn.is_taken = False
-        return output
+            mask = check_mask(allowed_mask, rows, self.vocab_size, self.device)
+        return self._run_step(step, logits, mask, slots)
 
     def check_slots(self, slots: Tensor) -> None:
         """A ValueError if a row names a free slot; on the CPU only, elsewhere it would wait."""
@@ -948,13 +952,15 @@ class _PreparedStep(NamedTuple):
 
     Attributes:
         asked: the logits' dtype, and what :func:`llm_sampling.sample` was called with.
-        records: whether the step records its tokens.
-        run: the step.
+        records: whether the step records its tokens, in the table's turn.
+        run: the step, which one call at a time may run.
+        turn: that of a call that records nothing.
     """
 
     asked: tuple[object, ...]
     records: bool
     run: Step
+    turn: Turn
 
 
 class _Mirrored:

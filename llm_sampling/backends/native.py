@@ -172,11 +172,12 @@ def prepare(call: SampleCall, run: Run) -> Step:
     of_rows: Tensor | None = None
     is_on_host = call.logits.device.type == "cpu"
     results: list[SampleOutput] = []
+    steps = 0  # with this number of rows
 
     def step(
         logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
     ) -> SampleOutput:
-        nonlocal held, of_rows, rows
+        nonlocal held, of_rows, rows, steps
         args.num_threads = get_num_threads()
         set_logits(args, logits, allowed_mask)
         if held is not None and not held.is_right():
@@ -192,8 +193,10 @@ def prepare(call: SampleCall, run: Run) -> Step:
             if rows != slots.shape[0]:
                 rows = args.rows = slots.shape[0]
                 results.clear()
+                steps = 0
         if not results:
-            results.extend(_make_many_results(call, rows))
+            is_first, steps = steps == 0, steps + 1  # another number may follow
+            results.extend([make_results(call, rows)] if is_first else _make_many(call, rows))
         output = results.pop()
         set_results(args, output)
         run(args)
@@ -231,7 +234,7 @@ def _is_zero(address: int | None, size: int) -> bool:
     return ctypes.string_at(address or 0, size) == bytes(size)
 
 
-def _make_many_results(call: SampleCall, rows: int) -> list[SampleOutput]:
+def _make_many(call: SampleCall, rows: int) -> list[SampleOutput]:
     """Make result tensors for one step or more.
 
     On the CPU those of many steps are allocated together, which takes a third of the time.

@@ -41,6 +41,7 @@ from llm_sampling import (
 )
 from llm_sampling.backends import cpu
 from llm_sampling.backends.base import STATUS_NO_CANDIDATE, BackendModule, PositionOf
+from llm_sampling.backends.c_abi import SampleArgs
 
 every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
 
@@ -308,6 +309,34 @@ def test_the_logits_of_a_step_can_be_freed(backend: str, way: str) -> None:
         memory = weakref.ref(logits)
         del logits
         assert memory() is None
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason="the CPU kernel is not built")
+def test_a_call_within_a_call_that_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such calls may run at the same time, in threads; each gets its own tokens."""
+    table = RequestTable(3, vocab_size=V)
+    for slot in range(3):
+        table.set(slot, replace(PLAIN, seed=slot))
+    inputs = [
+        (torch.randn(len(slots), V), torch.tensor(slots, dtype=torch.int32))
+        for slots in ([0, 1, 2], [1])
+    ]
+    wanted = [sample(x, table, slots, backend="torch").tokens for x, slots in inputs]
+    run = cpu.LIBRARY.run
+    inner: list[Any] = []
+
+    def run_after_another(args: SampleArgs) -> None:
+        if len(inner) == 1:
+            inner.append(None)
+            inner[1] = sample(inputs[1][0], table, inputs[1][1], backend="cpu").tokens
+        run(args)
+
+    monkeypatch.setattr(cpu.LIBRARY, "run", run_after_another)
+    sample(inputs[0][0], table, inputs[0][1], backend="cpu")
+    inner.append(None)
+    outer = sample(inputs[0][0], table, inputs[0][1], backend="cpu").tokens
+    assert torch.equal(outer, wanted[0])
+    assert torch.equal(inner[1], wanted[1])
 
 
 def test_a_table_keeps_few_prepared_steps() -> None:
