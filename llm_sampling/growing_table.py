@@ -167,10 +167,9 @@ class GrowingTable(RequestTable):
         """There may be any number of them."""
 
     def _write_bias(self, slot: int, bias: Mapping[int, float]) -> list[Assignment]:
-        return [
-            (vars(self), "_is_bias_packed", False),
-            (vars(self), "batch", replace(self.batch)),
-        ]
+        # flags that change too are in another batch, which is assigned after this one
+        changed = {"_is_bias_packed": False, "batch": replace(self.batch)}
+        return [(vars(self), name, value) for name, value in changed.items()]
 
     def batch_of(
         self, slots: Tensor, position: Tensor | None, position_of: PositionOf

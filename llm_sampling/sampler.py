@@ -288,7 +288,7 @@ class Sampler:
         history = known.history
         if history is None:
             return
-        check_history(history, False, self.rows, self.vocab_size, self.device)
+        check_history(history, False, *self._shape, self.device)
         if not torch.equal(history.slots, known.values):
             raise ValueError(
                 "history must have the Sampler's rows in their order, but its slots were changed "

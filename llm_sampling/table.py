@@ -496,10 +496,10 @@ class RequestTable:
         keys = (*itertools.repeat(slot, len(targets) - 2), old, on)
         values = (*numbers, seed, prompt_length, len(bias), params, is_kept, on, of_old, of_new)
         others = [*more]
-        if on != old and ((old and of_old == 0) or (on and of_new == 1)):
-            others += self._changes_of_flags({**times, old: of_old, on: of_new})
         if bias or "bias" in old:
             others += self._write_bias(slot, bias)
+        if on != old and ((old and of_old == 0) or (on and of_new == 1)):
+            others += self._changes_of_flags({**times, old: of_old, on: of_new})
         if not self._numbers.is_one:
             others.append((vars(self._numbers), "is_sent", False))
         if others:

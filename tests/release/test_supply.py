@@ -43,8 +43,19 @@ ANYWHERE = {
         "dataclasses",
     ),
     *("fcntl", "functools", "html", "importlib", "inspect", "io", "itertools", "json", "logging"),
-    *("array", "math", "numbers", "os", "pathlib", "platform", "re", "secrets", "signal", "string"),
-    *("struct", "sys", "threading", "time", "types", "typing", "warnings", "zlib"),
+    *("array", "math", "numbers", "operator", "os", "pathlib", "platform", "re", "secrets"),
+    *(
+        "signal",
+        "string",
+        "struct",
+        "sys",
+        "threading",
+        "time",
+        "types",
+        "typing",
+        "warnings",
+        "zlib",
+    ),
     *("llm_sampling", "numpy", "torch"),
 }
 SOMEWHERE = {

@@ -396,6 +396,28 @@ def test_rows_that_somebody_else_has_moved_are_refused(backend, change):
         change(sampler)
 
 
+@pytest.mark.parametrize("way", ["made with", "added", "changed"])
+def test_a_row_that_needs_several_new_things(backend, way):
+    """Of its bias, its penalty and its scope none was needed before."""
+    params = SamplingParams(
+        temperature=0,
+        repetition_penalty=1000.0,
+        repetition_penalty_scope="output",
+        logit_bias={1: 60.0, 2: 50.0},
+    )
+    plain = SamplingParams(temperature=0)
+    history = TokenHistory.from_ids([[1]], None, V)
+    first = params if way == "made with" else plain
+    sampler = Sampler(first, vocab_size=V, history=history, backend=backend)
+    if way == "added":
+        sampler.add(params, prompt_ids=[1])
+    elif way == "changed":
+        sampler(torch.zeros(1, V))
+        sampler.set_params(0, params)
+    logits = torch.zeros(sampler.rows, V)
+    assert [int(sampler(logits).tokens[-1]) for _ in range(3)] == [1, 2, 1]
+
+
 @pytest.mark.parametrize("params", [SamplingParams(), PARAMS[1]], ids=["no history", "a history"])
 def test_slots_of_calls_that_were_interrupted_are_used_again(monkeypatch, params):
     sampler = Sampler([params], vocab_size=V)
