@@ -243,7 +243,7 @@ def _make_many(call: SampleCall, rows: int) -> list[SampleOutput]:
     like = make_results(call, rows)
     if like.tokens.device.type != "cpu":
         return [like]
-    steps = max(1, min(64, 2**16 // max(1, like.tokens.numel())))
+    steps = max(1, min(256, 2**16 // max(1, like.tokens.numel())))
     with torch.inference_mode(False):  # a later step may run outside of inference mode
         # "Unsafe" parts are independent for autograd: one that a graph has saved stays valid when
         # another is changed in place.
