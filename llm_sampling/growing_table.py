@@ -129,13 +129,18 @@ class GrowingTable(RequestTable):
         self._numbers.send()
 
     def free_slot(self, history: TokenHistory | None, used: Sequence[int]) -> int:
-        """A slot that is not used; a ValueError if a history cannot get one more."""
+        """A slot that no row uses, of the table and the history; both grow if there is none.
+
+        Raises:
+            ValueError: there is none, and the history's memory is its caller's.
+        """
         if history is not None:
             self._grow_to(history.seen.shape[0])
         capacity = self.capacity if history is None else history.seen.shape[0]
         free = self._free
         if not free or min(free) >= capacity:
-            free = set(range(capacity)).difference(used)  # a call that Ctrl-C ended has left them
+            # slots that no row has, because Ctrl-C ended a call before it made them free
+            free = set(range(capacity)).difference(used)
         if free:
             return min(free)
         if history is not None:

@@ -313,8 +313,7 @@ class Sampler:
         history = self._slots.history
         batch, param_slots = self._table.batch_of(self._slots.values, None, "slot")
         call = SampleCall(
-            # the logits' own memory can be freed
-            logits=logits.new_empty(1, 1).expand(self._shape),
+            logits=logits,
             batch=batch,
             history=history if self.num_samples == 1 else None,
             allowed_mask=None,
@@ -324,7 +323,7 @@ class Sampler:
             advance=True,
             param_slots=param_slots,
         )
-        self._step = self._table.module.prepare(call)
+        self._step = self._table.module.prepare(call.without_logits())
         self._step_batch, self._dtype = batch, logits.dtype
         self._new_slots = None
 

@@ -789,9 +789,7 @@ class RequestTable:
         if asked is not None and call.batch is self.batch:  # it is not while a graph is captured
             step = self._step_of(asked)
             if step is None:
-                # the logits' own memory can be freed
-                like = call.logits.new_empty(1, 1).expand(call.logits.shape)
-                run = backend.prepare(replace(call, logits=like, allowed_mask=None))
+                run = backend.prepare(call.without_logits())
                 step = _PreparedStep(asked, call.advance, run, Turn())
                 self._steps[_MOST_STEPS - 1 :] = []
                 self._steps.insert(0, step)

@@ -124,6 +124,11 @@ class SampleCall:
     record: Tensor | None = None
     extra_output: Tensor | None = None
 
+    def without_logits(self) -> SampleCall:
+        """The same call for ``prepare``, which keeps no memory of these logits and their mask."""
+        like = self.logits.new_empty(1, 1).expand(self.logits.shape)
+        return replace(self, logits=like, allowed_mask=None)
+
     @property
     def has_bias(self) -> bool:
         """Whether a row may have a bias."""
