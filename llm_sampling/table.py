@@ -575,7 +575,9 @@ class RequestTable:
         first, and its slot is filled then.
 
         Args:
-            slots: the slots, each at most once.
+            slots: the slots, each at most once. The host does not read a tensor: :meth:`set_params`
+                still refuses to turn a penalty on in its slots unless :meth:`set` got the
+                ``prompt_ids`` or a penalty.
             ids: int32 or int64 ``(rows, length)`` on the table's device: prompt, then output.
             lengths: how many ids each row has, of prompt and output; integers ``(rows,)``.
             prompt_lengths: how many of them are the prompt; integers ``(rows,)``.

@@ -309,19 +309,27 @@ class InvalidLogitsError(ValueError):
         return type(self), (str(self), self.rows)  # by default only the message is pickled
 
 
+#: What each bit of a row's status says about it.
+_REASONS = (
+    (STATUS_NAN, "NaN in logits"),
+    (STATUS_NO_CANDIDATE, "no candidate left (every logit is -inf or masked)"),
+    (STATUS_POS_INF, "+inf in logits"),
+    (STATUS_TEXT_FULL, "no room for another id in the text (max_length)"),
+)
+
+
+def status_reasons(status: int) -> str:
+    """What is wrong with a row of this status, in words; empty for 0."""
+    return "; ".join(reason for bit, reason in _REASONS if status & bit)
+
+
 def raise_on_status(status: Tensor) -> None:
     """Raise :class:`InvalidLogitsError` naming the rows whose status is not 0."""
     values = status.tolist()
     if not any(values):
         return
-    reasons = (
-        (STATUS_NAN, "NaN in logits"),
-        (STATUS_NO_CANDIDATE, "no candidate left (every logit is -inf or masked)"),
-        (STATUS_POS_INF, "+inf in logits"),
-        (STATUS_TEXT_FULL, "no room for another id in the text (max_length)"),
-    )
     parts = []
-    for bit, reason in reasons:
+    for bit, reason in _REASONS:
         rows = [row for row, value in enumerate(values) if value & bit]
         if rows:
             parts.append(f"{reason} in {'row' if len(rows) == 1 else 'rows'} {_enumerate(rows)}")

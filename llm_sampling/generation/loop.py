@@ -10,24 +10,41 @@ tokenizer.
 from __future__ import annotations
 
 import inspect
+import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from llm_sampling.backends.base import Logprobs, raise_on_status
+from llm_sampling.backends.base import (
+    InvalidLogitsError,
+    Logprobs,
+    SampleOutput,
+    raise_on_status,
+    status_reasons,
+)
 from llm_sampling.checks import integer_at_least, token_ids, true_or_false
+from llm_sampling.generation.config import AS_PROCESSORS, NOT_SUPPORTED, refuse_fields
 from llm_sampling.generation.prompts import Prompts, check_holds_integers, padded, prompt_ids
 from llm_sampling.generation.rows import (
+    FinishReason,
+    Row,
+    RowLogprobs,
     RowText,
+    Stop,
+    counts_of_prompts,
     declared_ids,
+    logprobs_of_prompts,
+    masks_without_ends,
     new_sampler,
     params_of_prompts,
     params_of_sequences,
+    starts_of_prompts,
+    stop_ids_of_prompts,
+    stops_of_prompts,
 )
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.history import check_vocab_size
@@ -39,7 +56,6 @@ NO_TOKEN = -1
 
 #: Token ids and a cache in, logits ``(rows, vocab_size)`` and the new cache out.
 Forward = Callable[[Tensor, Any], tuple[Tensor, Any]]
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +64,14 @@ class Chunk:
 
     Attributes:
         index: the row.
-        token: the token that it drew, an end token included.
+        token: the token that it drew, an end token included; -1 where the row ends in an error.
         text: the text that became certain; None without a tokenizer.
         logprob: natural logarithm of the token's probability; None if not asked for.
         finish_reason: None while the row goes on; "stop" after an end token or a stop string;
-            "length" after ``max_new_tokens``.
+            "length" after ``max_new_tokens``; "error" where the model's logits for the row hold NaN
+            or +inf, or leave it without a token.
         stop_reason: the stop string or the id of ``stop_token_ids`` that ended the row; None after
-            the model's own end token.
+            the model's own end token; what was wrong with the logits after an error.
         step: 1 for the first tokens.
         model_seconds: time that this step of all rows spent in the model.
         sampler_seconds: time that it spent drawing the tokens, the wait for them on the host
@@ -79,7 +96,8 @@ class Completion:
     Attributes:
         text: the generated text without special tokens, and without the stop string that ended it
             unless ``include_stop_str_in_output``; None without a tokenizer.
-        token_ids: all tokens that were drawn, including the end token or those of the stop string.
+        token_ids: all tokens that were drawn here, including the end token or those of the stop
+            string.
         logprobs: of each token; None if not asked for.
         finish_reason: as that of :class:`Chunk`, and so is ``stop_reason``.
     """
@@ -97,8 +115,9 @@ class Step:
 
     Attributes:
         tokens: the token of each row, an end token included; -1 in a row that ended in an earlier
-            step.
-        ended: for each row, whether it has drawn an end token, in this step or before.
+            step, or that could not draw one.
+        ended: for each row, whether it has drawn an end token, in this step or before, or could not
+            draw any.
         model_seconds: time spent in the model.
         sampler_seconds: time spent drawing the tokens, the wait for them on the host included.
     """
@@ -149,15 +168,18 @@ def generate_stream(
     tokenizer: Any = None,
     vocab_size: int | None = None,
     n: int = 1,
-    max_new_tokens: int = 128,
-    min_new_tokens: int = 0,
-    stop: str | Sequence[str] = (),
+    max_new_tokens: int | Sequence[int] = 128,
+    min_new_tokens: int | Sequence[int] = 0,
+    stop: Stop | Sequence[Stop] = None,
     stop_limit: int = 1,
     include_stop_str_in_output: bool = False,
-    stop_token_ids: Collection[int] = (),
+    stop_token_ids: Collection[int] | Sequence[Collection[int] | None] = (),
     eos_token_ids: Collection[int] | None = None,
     ignore_eos: bool = False,
-    logprobs: Logprobs | None = None,
+    logprobs: Logprobs | Sequence[Logprobs | None] | None = None,
+    position: int | Sequence[int] | None = None,
+    output_ids: Sequence[Sequence[int]] | None = None,
+    check: bool = False,
     backend: str = "auto",
 ) -> Iterator[Chunk]:
     """Generate a text for each prompt, and give its pieces as they come.
@@ -165,6 +187,13 @@ def generate_stream(
     Each step is one call of the model and one of the kernel, for all rows. A row's tokens depend on
     nothing but its logits, parameters, history, seed and position; but the model's own arithmetic
     may give a row other logits beside other rows, by its batch or its padding.
+
+    ``max_new_tokens``, ``min_new_tokens``, ``stop``, ``stop_token_ids``, ``logprobs`` and
+    ``position`` may be given for each prompt: a list of as many as there are prompts.
+
+    A generation config of the model contributes its end tokens alone. Its fields for temperature,
+    ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty`` and lengths are not used, since
+    ``params`` and the arguments say them; one that changes the tokens in another way is refused.
 
     Args:
         model: a Hugging Face causal LM, or any callable ``model(input_ids, cache)`` that returns
@@ -174,21 +203,32 @@ def generate_stream(
         prompts: texts, for which ``tokenizer`` is needed; or lists of ids; or int64 ``(rows,
             length)``; or what a tokenizer returns, ``input_ids`` with an ``attention_mask``, padded
             on the left. Those of unequal length are padded here; a callable gets equal ones only.
-        params: one for all prompts, or one a prompt.
+        params: one for all prompts, or one a prompt. A row's tokens do not depend on its place:
+            prompts with the same seed draw with the same random numbers.
         tokenizer: a Hugging Face tokenizer; without one there is no text.
         vocab_size: the width of the logits. Default: that of the model's config.
-        n: rows for each prompt; row i of a prompt has the prompt's seed + i.
+        n: rows for each prompt; row i of a prompt has the parameters ``seeded(params, i)``.
         max_new_tokens: at least 1.
         min_new_tokens: until a row has this many tokens, no end token is drawn and no stop string
             counts.
-        stop: strings that end a text. Only the generated text is searched for them.
+        stop: a string that ends a text, or several. Only the text that is generated here is
+            searched for them. For each prompt: a list with None or a collection of strings for
+            each.
         stop_limit: the text ends at this occurrence, counted over all of ``stop``.
         include_stop_str_in_output: whether the text includes the stop string that ended it.
-        stop_token_ids: tokens that end a row.
+        stop_token_ids: tokens that end a row. For each prompt: a list of collections.
         eos_token_ids: tokens that end a row without a ``stop_reason``. Default: those of the
             model's generation config.
         ignore_eos: whether ``eos_token_ids`` are tokens like any other.
         logprobs: as for :class:`~llm_sampling.Sampler`.
+        position: how many tokens each prompt's text has already, which chooses its random numbers:
+            a text of 10 tokens is one of 5, and 5 more from position 5. Default: the number of
+            ``output_ids``.
+        output_ids: the tokens that each prompt's text has already, a list of ids for each prompt.
+            They come after the prompt, and for the penalties they are output. They are needed where
+            ``position`` is not 0 and a penalty is for the output alone.
+        check: whether a row whose logits hold NaN or +inf, or leave it without a token, raises an
+            error. By default it ends, with the ``finish_reason`` "error", and the others go on.
         backend: as for :class:`~llm_sampling.Sampler`.
 
     Yields:
@@ -196,67 +236,86 @@ def generate_stream(
         ``finish_reason``.
 
     Raises:
-        ValueError: an argument is out of its range, or is missing for another.
-        InvalidLogitsError: the model's logits leave a row without a token, or hold NaN or +inf.
+        ValueError: an argument is out of its range, or is missing for another; or the model's
+            generation config has a field that cannot be honoured.
+        InvalidLogitsError: with ``check``, at such a row.
     """
     # This function checks, and _chunks is the generator: a generator's own code does not run
     # before its first value is asked for.
     if not callable(model):
         raise ValueError(f"model must be a callable, got {type(model).__name__}")
     n = integer_at_least("n", n, 1)
-    max_new_tokens = integer_at_least("max_new_tokens", max_new_tokens, 1)
-    min_new_tokens = integer_at_least("min_new_tokens", min_new_tokens, 0)
-    if min_new_tokens > max_new_tokens:
-        raise ValueError(
-            f"min_new_tokens must be at most {max_new_tokens}, which is max_new_tokens, "
-            f"got {min_new_tokens}"
-        )
     true_or_false("include_stop_str_in_output", include_stop_str_in_output)
     true_or_false("ignore_eos", ignore_eos)
+    true_or_false("check", check)
     requests = prompt_ids(prompts, tokenizer)
     params = params_of_prompts(params, len(requests))
     if len(params) != len(requests):
         raise ValueError(
             f"params must have one for each of {len(requests)} prompts, got {len(params)}"
         )
+    most = counts_of_prompts("max_new_tokens", max_new_tokens, len(requests), 1)
+    least = counts_of_prompts("min_new_tokens", min_new_tokens, len(requests), 0)
+    for low, high in zip(least, most, strict=True):
+        if low > high:
+            raise ValueError(
+                f"min_new_tokens must be at most {high}, which is max_new_tokens, got {low}"
+            )
+    kinds = logprobs_of_prompts(logprobs, len(requests))
+    positions, outputs = starts_of_prompts(params, position, output_ids)
     language_model = _language_model(model)
     vocab_size = _vocab_size(language_model, vocab_size)
-    _check_prompts(requests, vocab_size)
+    _check_prompts("prompts", requests, vocab_size)
+    _check_prompts("output_ids", outputs, vocab_size)
+    stops = stops_of_prompts(stop, len(requests))
+    _refuse_config(language_model, has_stop=stop is not None)
     if eos_token_ids is None:
         eos_token_ids = _declared_eos(language_model)
-    ends = _end_tokens(eos_token_ids, ignore_eos, stop_token_ids, vocab_size)
+    stop_ids = stop_ids_of_prompts(stop_token_ids, len(requests))
+    ends = [_end_tokens(eos_token_ids, ignore_eos, ids, vocab_size) for ids in stop_ids]
 
-    rows = [row for row in requests for _ in range(n)]
-    stops = [
-        StopStrings(stop, stop_limit=stop_limit, include=include_stop_str_in_output) for _ in rows
+    places = [place for place in range(len(requests)) for _ in range(n)]
+    row_stops = [
+        StopStrings(stops[place], stop_limit=stop_limit, include=include_stop_str_in_output)
+        for place in places
     ]
-    if stops[0].is_on and tokenizer is None:
+    if tokenizer is None and any(one.is_on for one in row_stops):
         raise ValueError("tokenizer must be given for stop")
+    texts = [requests[place] + outputs[place] for place in places]
+    rows = [
+        Row(
+            ends[place],
+            most[place],
+            least[place],
+            None if tokenizer is None else RowText(tokenizer, text, row_stop),
+        )
+        for place, text, row_stop in zip(places, texts, row_stops, strict=True)
+    ]
     device = getattr(model, "device", torch.device("cpu"))
-    input_ids, attention_mask = padded(rows, device)
+    input_ids, attention_mask = padded(texts, device)
     if attention_mask is not None and language_model is None:
-        lengths = sorted({len(row) for row in rows})
+        lengths = sorted({len(text) for text in texts})
         raise ValueError(f"prompts must be of one length for a callable, got {lengths}")
+    row_logprobs = RowLogprobs([kinds[place] for place in places], device, is_model=True)
     sampler = new_sampler(
         params_of_sequences(params, n),
-        lambda: rows,
+        lambda: ([requests[place] for place in places], [outputs[place] for place in places]),
+        [positions[place] for place in places],
         vocab_size=vocab_size,
         device=device,
-        logprobs=logprobs,
+        logprobs=row_logprobs.of_sampler,
         backend=backend,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(most),
     )
     forward = (
         _callable_forward(model)
         if language_model is None
         else _module_forward(language_model, attention_mask)
     )
-    draws = _draws(forward, input_ids, sampler, max_new_tokens, min_new_tokens, ends)
-    texts = [
-        None if tokenizer is None else RowText(tokenizer, row, row_stop)
-        for row, row_stop in zip(rows, stops, strict=True)
-    ]
-    return _chunks(draws, texts, ends, max_new_tokens, min_new_tokens)
+    masks = masks_without_ends(rows, sampler)
+    draws = _draws(forward, input_ids, sampler, max(most), masks, row_logprobs)
+    has_logprobs = [kinds[place] is not None for place in places]
+    return _chunks(draws, rows, has_logprobs, check)
 
 
 def stream(
@@ -283,7 +342,8 @@ def stream(
 
     Raises:
         ValueError: an argument is out of its range, or the model keeps no KV cache.
-        InvalidLogitsError: the model's logits leave a row without a token, or hold NaN or +inf.
+        InvalidLogitsError: the Sampler checks, and the logits of a row that goes on leave it
+            without a token, or hold NaN or +inf.
 
     On a device that works ahead of the host, the wait for the model counts as ``sampler_seconds``.
 
@@ -312,7 +372,7 @@ def stream(
             f"got {sampler.rows}"
         )
     ends = frozenset(token_ids("eos_token_ids", eos_token_ids))
-    draws = _draws(_module_forward(model, None), input_ids, sampler, max_new_tokens, 0, ())
+    draws = _draws(_module_forward(model, None), input_ids, sampler, max_new_tokens)
     return _steps(draws, input_ids.shape[0], ends)
 
 
@@ -332,35 +392,38 @@ def _vocab_size(language_model: Any, vocab_size: int | None) -> int:
     return check_vocab_size(vocab_size)
 
 
-def _check_prompts(rows: list[list[int]], vocab_size: int) -> None:
-    for row in rows:
+def _check_prompts(name: str, rows: list[list[int]], vocab_size: int) -> None:
+    for row in filter(None, rows):
         for token in (min(row), max(row)):
             if not 0 <= token < vocab_size:
-                raise ValueError(f"prompts must hold ids in 0 .. {vocab_size - 1}, got {token}")
+                raise ValueError(f"{name} must hold ids in 0 .. {vocab_size - 1}, got {token}")
+
+
+def _refuse_config(language_model: Any, *, has_stop: bool) -> None:
+    """A ValueError if the model's generation config asks for what this loop does not do."""
+    config = getattr(language_model, "generation_config", None)
+    if not has_stop:
+        refuse_fields(config, {"stop_strings": ([],)}, "pass them as stop, or stop=()")
+    refuse_fields(config, {**AS_PROCESSORS, **NOT_SUPPORTED}, "set it to None in generation_config")
 
 
 def _declared_eos(language_model: Any) -> list[int]:
-    """The end tokens of the model's generation config, or else of its config."""
+    """The end tokens of the model's generation config; of its config if it has none."""
     if language_model is None:
         return []
-    for config in (getattr(language_model, "generation_config", None), language_model.config):
-        declared = getattr(config, "eos_token_id", None)
-        if declared is not None:
-            return declared_ids(declared)
-    return []
+    config = getattr(language_model, "generation_config", None) or language_model.config
+    return declared_ids(getattr(config, "eos_token_id", None))
 
 
 def _end_tokens(
     eos_token_ids: Collection[int],
     ignore_eos: bool,
-    stop_token_ids: Collection[int],
+    stop_token_ids: list[int],
     vocab_size: int,
 ) -> dict[int, int | None]:
     """Each token that ends a row, and the ``stop_reason`` that it gives: None for an eos token."""
     eos = token_ids("eos_token_ids", eos_token_ids)
-    ends: dict[int, int | None] = {
-        token: token for token in token_ids("stop_token_ids", stop_token_ids)
-    }
+    ends: dict[int, int | None] = {token: token for token in stop_token_ids}
     if not ignore_eos:
         ends |= dict.fromkeys(eos)
     for token in ends:
@@ -419,9 +482,10 @@ def _callable_forward(model: Callable[..., Any]) -> Forward:
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """One token of each row, its logprob if asked for, and where the time went."""
+    """One token of each row, what is wrong with it, its logprob, and where the time went."""
 
     tokens: list[int]
+    status: list[int]
     logprobs: list[float] | None
     model_seconds: float
     sampler_seconds: float
@@ -432,87 +496,106 @@ def _draws(
     input_ids: Tensor,
     sampler: Sampler,
     max_new_tokens: int,
-    min_new_tokens: int,
-    end_token_ids: Collection[int],
-) -> Iterator[_Draw]:
-    """A token of each row, step after step; no end token in the first ``min_new_tokens`` steps."""
-    no_end = None
-    if min_new_tokens > 0 and end_token_ids:
-        no_end = _mask_without(end_token_ids, sampler).expand(input_ids.shape[0], -1)
+    masks: Sequence[Tensor] = (),
+    row_logprobs: RowLogprobs | None = None,
+) -> Generator[_Draw, Sequence[bool] | None, None]:
+    """A token of each row, step after step; the caller sends which rows have ended.
+
+    Args:
+        forward: the call of the model.
+        input_ids: the prompts.
+        sampler: what draws.
+        max_new_tokens: how many steps there are.
+        masks: the ``allowed_mask`` of the first steps.
+        row_logprobs: makes the logprobs.
+    """
     cache: Any = None
+    ended: Sequence[bool] | None = None
     for step in range(max_new_tokens):
         start = time.perf_counter()
         # Entered for each call: around the yield it would also hold for the caller's code.
         with torch.inference_mode():
             logits, cache = forward(input_ids, cache)
         model_done = time.perf_counter()
-        if no_end is not None and step < min_new_tokens:
-            drawn = sampler(logits, allowed_mask=no_end)
-        else:
-            drawn = sampler(logits)
-        tokens = drawn.tokens.tolist()
-        # Outside the CPU a Sampler does not check by default, to avoid a wait; the tokens are on
-        # the host already.
-        if min(tokens) < 0:
-            raise_on_status(drawn.status)
-        logprobs = None if drawn.logprobs is None else drawn.logprobs.tolist()
+        drawn = _drawn(sampler, logits, masks[step] if step < len(masks) else None, ended)
+        tokens, status = torch.stack([drawn.tokens, drawn.status]).tolist()
+        logprobs = None
+        if row_logprobs is not None and (found := row_logprobs(drawn, logits)) is not None:
+            logprobs = found.tolist()
         sampler_done = time.perf_counter()
-        yield _Draw(tokens, logprobs, model_done - start, sampler_done - model_done)
-        input_ids = drawn.tokens.unsqueeze(-1)
+        ended = yield _Draw(tokens, status, logprobs, model_done - start, sampler_done - model_done)
+        # The model gets some token for a row that has none, whose logits are not looked at again.
+        input_ids = drawn.tokens.clamp(min=0).unsqueeze(-1)
 
 
-def _mask_without(token_ids: Collection[int], sampler: Sampler) -> Tensor:
-    """An ``allowed_mask`` of one row, int32 ``(1, words)``: all bits set but those of these ids."""
-    bits = np.ones(-(-sampler.vocab_size // 32) * 32, dtype=np.uint8)
-    bits[list(token_ids)] = 0
-    words = np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
-    return torch.from_numpy(words)[None].to(sampler.device)
+def _drawn(
+    sampler: Sampler, logits: Tensor, mask: Tensor | None, ended: Sequence[bool] | None
+) -> SampleOutput:
+    """A step of the sampler, to which the logits of rows that have ended do not matter."""
+    options = {} if mask is None else {"allowed_mask": mask}
+    try:
+        return sampler(logits, **options)
+    except InvalidLogitsError as error:  # from a sampler that checks; no row has advanced
+        if ended is None or not all(ended[row] for row in error.rows):
+            raise
+        logits = logits.clone()
+        logits[error.rows] = 0
+        return sampler(logits, **options)
 
 
-def _steps(draws: Iterator[_Draw], rows: int, ends: Collection[int]) -> Iterator[Step]:
+def _steps(
+    draws: Generator[_Draw, Sequence[bool] | None, None], rows: int, ends: Collection[int]
+) -> Iterator[Step]:
     """The steps of :func:`stream`, until all rows have ended."""
     ended = [False] * rows
-    for draw in draws:
+    draw = next(draws)
+    while True:
         drawn = list(zip(ended, draw.tokens, strict=True))
         reported = [NO_TOKEN if done else token for done, token in drawn]
-        ended = [done or token in ends for done, token in drawn]
+        ended = [done or token in ends or token < 0 for done, token in drawn]
         yield Step(reported, list(ended), draw.model_seconds, draw.sampler_seconds)
         if all(ended):
+            return
+        try:
+            draw = draws.send(ended)
+        except StopIteration:
             return
 
 
 def _chunks(
-    draws: Iterator[_Draw],
-    texts: Sequence[RowText | None],
-    ends: Mapping[int, int | None],
-    max_new_tokens: int,
-    min_new_tokens: int,
+    draws: Iterator[_Draw], rows: Sequence[Row], has_logprobs: Sequence[bool], check: bool
 ) -> Iterator[Chunk]:
     """The chunks of :func:`generate_stream`, until all rows have ended."""
-    going = list(range(len(texts)))
+    going = list(range(len(rows)))
     for step, draw in enumerate(draws, 1):
+        if check and any(draw.status[index] for index in going):
+            ended = set(range(len(rows))).difference(going)
+            raise_on_status(
+                torch.tensor([0 if i in ended else bits for i, bits in enumerate(draw.status)])
+            )
         for index in list(going):
-            token, row_text = draw.tokens[index], texts[index]
-            reason: FinishReason | None = None
-            stop_reason: str | int | None = None
-            if token in ends:
-                reason, stop_reason = "stop", ends[token]
-            elif step == max_new_tokens:
-                reason = "length"
-            text = None
-            if row_text is not None:
-                may_stop = step > min_new_tokens
-                # An end token has no text of its own.
-                text = "" if token in ends else row_text.feed(token, may_stop=may_stop)
-                if reason is not None:
-                    text += row_text.finish(may_stop=may_stop)
-                if row_text.stop_string is not None:
-                    reason, stop_reason = "stop", row_text.stop_string
-            if reason is not None:
+            row, token, status = rows[index], draw.tokens[index], draw.status[index]
+            logprob = None
+            if draw.logprobs is not None and has_logprobs[index]:
+                logprob = draw.logprobs[index]
+            if status == 0:
+                text = row.add(token)
+            else:
+                token, text = NO_TOKEN, row.fail(status_reasons(status))
+                logprob = None if logprob is None else math.nan
+            if row.finish_reason is not None:
                 going.remove(index)
-            logprob = None if draw.logprobs is None else draw.logprobs[index]
-            seconds = draw.model_seconds, draw.sampler_seconds
-            yield Chunk(index, token, text, logprob, reason, stop_reason, step, *seconds)
+            yield Chunk(
+                index=index,
+                token=token,
+                text=text,
+                logprob=logprob,
+                finish_reason=row.finish_reason,
+                stop_reason=row.stop_reason,
+                step=step,
+                model_seconds=draw.model_seconds,
+                sampler_seconds=draw.sampler_seconds,
+            )
         if not going:
             return
 
@@ -522,10 +605,11 @@ def _completion(chunks: list[Chunk]) -> Completion:
     last = chunks[-1]
     assert last.finish_reason is not None
     texts = [chunk.text for chunk in chunks if chunk.text is not None]
-    logprobs = [chunk.logprob for chunk in chunks if chunk.logprob is not None]
+    drawn = [chunk for chunk in chunks if chunk.token != NO_TOKEN]
+    logprobs = [chunk.logprob for chunk in drawn if chunk.logprob is not None]
     return Completion(
         text=None if last.text is None else "".join(texts),
-        token_ids=[chunk.token for chunk in chunks],
+        token_ids=[chunk.token for chunk in drawn],
         logprobs=None if last.logprob is None else logprobs,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,

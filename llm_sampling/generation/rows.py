@@ -1,23 +1,35 @@
-"""What a generation loop has for each of its rows: parameters, history, end tokens and text.
+"""What a generation loop has for each of its rows: parameters, history, when it ends, and text.
 
 Shared by :mod:`llm_sampling.generation.loop` and :mod:`llm_sampling.integrations.huggingface`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from llm_sampling.backends.base import Logprobs
-from llm_sampling.checks import refusal
+from llm_sampling.backends.base import Logprobs, SampleOutput
+from llm_sampling.checks import integer_at_least, refusal, token_ids
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.generation.text import TextDecoder
 from llm_sampling.history import Ids, TokenHistory
-from llm_sampling.params import SamplingParams, list_of_params
+from llm_sampling.params import SamplingParams, as_int64, checked_position, list_of_params
+from llm_sampling.reference import philox, raw_logprobs
 from llm_sampling.sampler import Sampler
+
+FinishReason = Literal["stop", "length", "error"]
+#: The stop strings of a text.
+Stop = str | Collection[str] | None
+Option = TypeVar("Option")
+
+#: The stream of Philox that makes the seeds of a request's sequences.
+_SEQUENCE_STREAM = 5
 
 
 def params_of_prompts(params: object, prompts: int) -> list[SamplingParams]:
@@ -35,10 +47,16 @@ def params_of_prompts(params: object, prompts: int) -> list[SamplingParams]:
 
 
 def seeded(params: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of sequence ``index`` of a request: its seed + ``index``, modulo 2^64."""
+    """The parameters of sequence ``index`` of a request for several texts.
+
+    Sequence 0 has the request's seed, and every other one a seed that Philox makes of it, by
+    docs/semantics.md, "Random bits". Without a seed the parameters are the request's.
+    """
     if params.seed is None or index == 0:
         return params
-    return replace(params, seed=(params.seed + index) % 2**64)
+    key = torch.tensor([as_int64(params.seed)])
+    low, high, *_ = philox(key, torch.zeros_like(key), index, _SEQUENCE_STREAM)
+    return replace(params, seed=int(low) + (int(high) << 32))
 
 
 def params_of_sequences(params: Iterable[SamplingParams], n: int) -> list[SamplingParams]:
@@ -46,9 +64,116 @@ def params_of_sequences(params: Iterable[SamplingParams], n: int) -> list[Sampli
     return [seeded(request, index) for request in params for index in range(n)]
 
 
+# ---- options that may be given for each prompt ----
+
+
+def for_each_prompt(
+    name: str, given: object, prompts: int, check: Callable[[str, Any], Option]
+) -> list[Option]:
+    """A checked option for each prompt.
+
+    Args:
+        name: the argument's name, for messages.
+        given: one value for all prompts; or a list, tuple, array or tensor of one a prompt.
+        prompts: how many there are.
+        check: returns the value to use, or raises a ValueError.
+    """
+    values = given.tolist() if isinstance(given, (np.ndarray, Tensor)) else given
+    if not isinstance(values, (list, tuple)):
+        return [check(name, values)] * prompts
+    if len(values) != prompts:
+        raise ValueError(f"{name} must have one for each of {prompts} prompts, got {len(values)}")
+    return [check(name, value) for value in values]
+
+
+def counts_of_prompts(name: str, given: object, prompts: int, least: int) -> list[int]:
+    """An integer of at least ``least`` for each prompt; see :func:`for_each_prompt`."""
+    return for_each_prompt(name, given, prompts, lambda name, n: integer_at_least(name, n, least))
+
+
+def logprobs_of_prompts(given: object, prompts: int) -> list[Logprobs | None]:
+    """``logprobs`` for each prompt; see :func:`for_each_prompt`."""
+    return for_each_prompt("logprobs", given, prompts, _checked_logprobs)
+
+
+def _checked_logprobs(name: str, kind: object) -> Logprobs | None:
+    if kind not in (None, "processed", "raw"):
+        raise refusal(name, 'None, "processed" or "raw"', kind)
+    return kind
+
+
+def stops_of_prompts(given: object, prompts: int) -> list[Any]:
+    """``stop`` for each prompt, which StopStrings checks.
+
+    A list with something else than strings has an entry for each prompt.
+    """
+    if isinstance(given, (list, tuple)) and not all(isinstance(one, str) for one in given):
+        return for_each_prompt("stop", given, prompts, lambda _, stop: () if stop is None else stop)
+    return [() if given is None else given] * prompts
+
+
+def stop_ids_of_prompts(given: object, prompts: int) -> list[list[int]]:
+    """``stop_token_ids`` for each prompt.
+
+    A list with a collection or None among its entries has one for each prompt.
+    """
+    if isinstance(given, (list, tuple)) and any(
+        one is None or isinstance(one, Collection) for one in given
+    ):
+        return for_each_prompt("stop_token_ids", given, prompts, _checked_ids)
+    return [_checked_ids("stop_token_ids", given)] * prompts
+
+
+def _checked_ids(name: str, ids: object) -> list[int]:
+    return [] if ids is None else token_ids(name, ids)
+
+
+# ---- what the rows of a prompt start from ----
+
+
+def starts_of_prompts(
+    params: Sequence[SamplingParams], position: object, output_ids: object
+) -> tuple[list[int], list[list[int]]]:
+    """Where the text of each prompt goes on: its position, and the output that it has already.
+
+    Args:
+        params: one for each prompt.
+        position: None, or as for :func:`for_each_prompt`.
+        output_ids: None, or a sequence of token ids for each prompt.
+
+    Raises:
+        ValueError: an argument is not as above; or a position is given without ``output_ids``
+            where a penalty is for the output.
+    """
+    prompts = len(params)
+    outputs: list[list[int]] = [[] for _ in params]
+    if output_ids is not None:
+        if not isinstance(output_ids, (list, tuple, np.ndarray, Tensor)):
+            raise refusal("output_ids", "a list of token ids for each prompt", output_ids)
+        outputs = for_each_prompt("output_ids", output_ids, prompts, token_ids)
+    if position is None:
+        return [len(ids) for ids in outputs], outputs
+    positions = for_each_prompt("position", position, prompts, checked_position)
+    for index, (row, start) in enumerate(zip(params, positions, strict=True)):
+        if output_ids is None and start != 0 and _needs_output(row):
+            raise ValueError(
+                "output_ids must be given beside position where frequency_penalty, "
+                'presence_penalty or repetition_penalty_scope="output" is on: they are for the '
+                f"output alone, got position {start} for prompt {index}"
+            )
+    return positions, outputs
+
+
+def _needs_output(params: SamplingParams) -> bool:
+    """Whether a penalty distinguishes the output from the prompt."""
+    is_for_output = params.repetition_penalty_scope == "output"
+    repetition = params.repetition_penalty != 1 and is_for_output
+    return bool(params.frequency_penalty or params.presence_penalty or repetition)
+
+
 def prompt_history(
     params: Iterable[SamplingParams],
-    prompts: Callable[[], Ids],
+    ids: Callable[[], tuple[Ids, Ids | None]],
     vocab_size: int,
     device: torch.device,
     max_new_tokens: int,
@@ -57,8 +182,8 @@ def prompt_history(
 
     Args:
         params: one a row.
-        prompts: gives the ids of each row without padding. It is called only if a row has a
-            penalty, because it may have to wait for the device.
+        ids: gives the ids of each row's prompt without padding, and those of its output so far. It
+            is called only if a row has a penalty, because it may have to wait for the device.
         vocab_size: the width of the logits.
         device: that of the logits.
         max_new_tokens: how many tokens of each row there is room for, where a row has
@@ -67,14 +192,17 @@ def prompt_history(
     rows = list(params)
     if not any(row.needs_history for row in rows):
         return None
-    ids = prompts()
+    prompts, outputs = ids()
     if not any(row.needs_history and row.has_window for row in rows):
-        return TokenHistory.from_ids(ids, None, vocab_size, device=device)
+        return TokenHistory.from_ids(prompts, outputs, vocab_size, device=device)
+    lengths = list(map(len, prompts))
+    if outputs is not None:
+        lengths = [length + len(output) for length, output in zip(lengths, outputs, strict=True)]
     return TokenHistory.from_ids(
-        ids,
-        None,
+        prompts,
+        outputs,
         vocab_size,
-        max_length=max(map(len, ids)) + max_new_tokens,
+        max_length=max(lengths) + max_new_tokens,
         penalty_last_n=[row.penalty_last_n for row in rows],
         device=device,
     )
@@ -82,7 +210,8 @@ def prompt_history(
 
 def new_sampler(
     params: Sequence[SamplingParams],
-    prompts: Callable[[], Ids],
+    ids: Callable[[], tuple[Ids, Ids | None]],
+    positions: Sequence[int],
     *,
     vocab_size: int,
     device: torch.device,
@@ -90,15 +219,23 @@ def new_sampler(
     backend: str,
     max_new_tokens: int,
 ) -> Sampler:
-    """A Sampler of these rows, with the history of their prompts; see :func:`prompt_history`."""
-    return Sampler(
+    """A Sampler of these rows at these positions, with the history of :func:`prompt_history`.
+
+    It does not check the logits: the loops do, which know the rows that have ended.
+    """
+    sampler = Sampler(
         params,
         vocab_size=vocab_size,
-        history=prompt_history(params, prompts, vocab_size, device, max_new_tokens),
+        history=prompt_history(params, ids, vocab_size, device, max_new_tokens),
         logprobs=logprobs,
         backend=backend,
         device=device,
+        check=False,
     )
+    if any(positions) or sampler.history is not None:
+        for row, position in enumerate(positions):
+            sampler.set_position(row, position)
+    return sampler
 
 
 def declared_ids(declared: int | Iterable[int] | None) -> list[int]:
@@ -106,6 +243,124 @@ def declared_ids(declared: int | Iterable[int] | None) -> list[int]:
     if declared is None:
         return []
     return [declared] if isinstance(declared, int) else list(declared)
+
+
+# ---- how a row ends, and what it gives ----
+
+
+class RowLogprobs:
+    """The logprobs of the rows' drawn tokens, each of the kind that its row asks for.
+
+    Args:
+        kinds: None, "processed" or "raw" for each row.
+        device: the logits' device.
+        is_model: whether the logits that the Sampler gets are the model's own, which "raw" is of.
+
+    Attributes:
+        of_sampler: the kind that the Sampler gives.
+    """
+
+    def __init__(
+        self, kinds: Sequence[Logprobs | None], device: torch.device, *, is_model: bool
+    ) -> None:
+        wanted = {*kinds} - {None}
+        self.of_sampler: Logprobs | None = None
+        if wanted == {"raw"} and is_model:
+            self.of_sampler = "raw"
+        elif "processed" in wanted:
+            self.of_sampler = "processed"
+        self._adds_raw = "raw" in wanted and self.of_sampler != "raw"
+        self._is_raw = torch.tensor([kind == "raw" for kind in kinds], device=device)
+        self._is_none = None
+        if wanted and None in kinds:
+            self._is_none = torch.tensor([kind is None for kind in kinds], device=device)
+
+    def __call__(self, drawn: SampleOutput, logits: Tensor) -> Tensor | None:
+        """Float32 ``(rows,)``, NaN in a row that asks for none; None if no row asks.
+
+        Args:
+            drawn: the Sampler's result.
+            logits: the model's logits ``(rows, vocab_size)``.
+        """
+        result = drawn.logprobs
+        if self._adds_raw:
+            tokens = drawn.tokens
+            raw = raw_logprobs(logits).gather(-1, tokens.clamp(min=0)[:, None])[:, 0].float()
+            raw = raw.masked_fill(tokens < 0, torch.nan)
+            result = raw if result is None else torch.where(self._is_raw, raw, result)
+        if result is None or self._is_none is None:
+            return result
+        return result.masked_fill(self._is_none, torch.nan)
+
+
+@dataclass
+class Row:
+    """One row of a loop: when it ends and why, and its text.
+
+    Attributes:
+        ends: each token that ends the row, and the ``stop_reason`` that it gives.
+        max_new_tokens: after how many tokens the row ends; None if something else counts them.
+        min_new_tokens: so many tokens come before a stop string counts.
+        text: None without a tokenizer.
+        length: how many tokens it has.
+        finish_reason: None while the row goes on.
+        stop_reason: the stop string or the token that ended the row, or what was wrong with its
+            logits.
+    """
+
+    ends: Mapping[int, int | None]
+    max_new_tokens: int | None
+    min_new_tokens: int
+    text: RowText | None
+    length: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, token: int) -> str | None:
+        """Count the next token; returns the text that is certain now, None without a tokenizer."""
+        self.length += 1
+        may_stop = self.length > self.min_new_tokens
+        if token in self.ends:
+            self.finish_reason, self.stop_reason = "stop", self.ends[token]
+        elif self.length == self.max_new_tokens:
+            self.finish_reason = "length"
+        if self.text is None:
+            return None
+        # An end token has no text of its own.
+        piece = "" if token in self.ends else self.text.feed(token, may_stop=may_stop)
+        if self.finish_reason is not None:
+            piece += self.text.finish(may_stop=may_stop)
+        if self.text.stop_string is not None:
+            self.finish_reason, self.stop_reason = "stop", self.text.stop_string
+        return piece
+
+    def fail(self, reason: str) -> str | None:
+        """End the row because of its logits; returns the text that was held back."""
+        self.finish_reason, self.stop_reason = "error", reason
+        return None if self.text is None else self.text.finish(may_stop=False)
+
+
+def masks_without_ends(rows: Sequence[Row], sampler: Sampler) -> list[Tensor]:
+    """The ``allowed_mask`` of each step in which a row must not end, int32 ``(rows, words)``.
+
+    All bits are set but those of the end tokens of rows that have fewer than ``min_new_tokens``.
+    """
+    steps = max((row.min_new_tokens for row in rows if row.ends), default=0)
+    if steps == 0:
+        return []
+    words = -(-sampler.vocab_size // 32)
+    bits = np.ones((len(rows), words * 32), dtype=np.uint8)
+    for row, row_bits in zip(rows, bits, strict=True):
+        row_bits[list(row.ends)] = 0
+    packed = np.packbits(bits, axis=1, bitorder="little").view("<i4").astype(np.int32)
+    without = torch.from_numpy(packed).to(sampler.device)
+    least = torch.tensor([row.min_new_tokens for row in rows], device=sampler.device)
+    changes = sorted({0, *(row.min_new_tokens for row in rows)})
+    masks: list[Tensor] = []
+    for start, stop in itertools.pairwise(changes):
+        mask = torch.where((least > start)[:, None], without, -1)
+        masks += [mask] * (stop - start)
+    return masks
 
 
 class RowText:

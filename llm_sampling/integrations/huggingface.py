@@ -2,22 +2,26 @@
 
     model.generate(**inputs, custom_generate=fused_generate, params=params)
     model.generate(**inputs, logits_processor=[FusedLogitsProcessor(params)])
-    model.generate(**inputs, logits_processor=[FusedLogitsWarper(params)], do_sample=True)
+    model.generate(**inputs, logits_processor=[FusedLogitsWarper(params)], do_sample=True, top_k=0)
 
 :func:`fused_generate` is the whole loop, :class:`FusedLogitsProcessor` draws the tokens and
 :class:`FusedLogitsWarper` only filters. They keep track of padding, of where the prompt ends and of
 which rows belong to which prompt, which ``generate`` does not tell a processor. The first two give
 the tokens of :func:`llm_sampling.generation.generate`.
+
+``params`` replace the temperature, ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty`` of
+the generation config in all three. Where a processor cannot keep ``generate`` from applying them
+too, it raises an error that names the field. Other processors run before the kernel, on the logits
+of the model, as ``generate`` orders them.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,19 +30,37 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils.generic import ModelOutput
 
 from llm_sampling.backends import check_name
-from llm_sampling.backends.base import Logprobs, raise_on_status
-from llm_sampling.calls import check_draws
-from llm_sampling.checks import integer
+from llm_sampling.backends.base import Logprobs, raise_on_status, status_reasons
+from llm_sampling.checks import integer, refusal, true_or_false
+from llm_sampling.generation.config import AS_PROCESSORS, NOT_SUPPORTED, refuse_fields
 from llm_sampling.generation.prompts import unpadded
 from llm_sampling.generation.rows import (
+    FinishReason,
+    Row,
+    RowLogprobs,
     RowText,
+    Stop,
+    counts_of_prompts,
+    logprobs_of_prompts,
+    masks_without_ends,
     new_sampler,
     params_of_prompts,
     params_of_sequences,
     prompt_history,
+    starts_of_prompts,
+    stop_ids_of_prompts,
+    stops_of_prompts,
 )
 from llm_sampling.generation.stop_strings import StopStrings
-from llm_sampling.history import STATE_TENSORS, TokenHistory
+from llm_sampling.history import STATE_TENSORS, Ids, TokenHistory
+from llm_sampling.integrations.generate_call import (
+    GenerateCall,
+    calling_list,
+    generate_call,
+    prompt_mask,
+    refuse_other_loops,
+    unfinished_rows,
+)
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits
 from llm_sampling.sampler import Sampler
@@ -48,6 +70,28 @@ from llm_sampling.sampler import Sampler
 _FIRST_ROOM = 256
 
 
+class _Rows(NamedTuple):
+    """The rows of a call of ``generate``: of each prompt its sequences, one after the other.
+
+    Attributes:
+        params: one a row.
+        positions: how many tokens each row has produced before.
+        outputs: those tokens.
+        prompts: how many prompts there are.
+        sequences: how many rows each of them has.
+    """
+
+    params: list[SamplingParams]
+    positions: list[int]
+    outputs: list[list[int]]
+    prompts: int
+    sequences: int
+
+    def of_each(self, of_prompts: Sequence[Any]) -> list[Any]:
+        """What each row has, of what each prompt has."""
+        return [one for one in of_prompts for _ in range(self.sequences)]
+
+
 class _Prompts:
     """The prompts of a call of ``generate``: their parameters, and which ids are padding.
 
@@ -55,6 +99,8 @@ class _Prompts:
         params: one for all prompts, or one a prompt.
         attention_mask: that of the prompts, 0 where they are padded.
         pad_token_id: the id of padding on the left, where there is no mask.
+        position: as for :func:`llm_sampling.generation.generate_stream`.
+        output_ids: the last ids of each prompt, which are output.
         backend: checked here so that an unknown name is refused before ``generate`` starts.
     """
 
@@ -63,11 +109,14 @@ class _Prompts:
         params: SamplingParams | Sequence[SamplingParams],
         attention_mask: Tensor | None,
         pad_token_id: int | None,
+        position: int | Sequence[int] | None,
+        output_ids: Sequence[Sequence[int]] | None,
         backend: str,
     ) -> None:
         check_name(backend)
-        self.params = params_of_prompts(params, 1)
-        if not self.params:
+        self._is_one = isinstance(params, SamplingParams)
+        self._params = params_of_prompts(params, 1)
+        if not self._params:
             raise ValueError("params must have at least one, got none")
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2
@@ -79,22 +128,51 @@ class _Prompts:
             raise ValueError("pad_token_id must not be given beside an attention_mask")
         self._mask = attention_mask
         self._pad = None if pad_token_id is None else integer("pad_token_id", pad_token_id)
+        self._position = position
+        self._output_ids = output_ids
 
-    def params_of_rows(self, rows: int) -> list[SamplingParams]:
-        """One a row: ``num_return_sequences`` rows of a prompt have its seed, + 1, + 2, ..."""
-        if rows % len(self.params) != 0:
+    def rows(self, rows: int, call: GenerateCall | None) -> _Rows:
+        """What each of ``rows`` rows has.
+
+        A call of ``generate`` says how many sequences a prompt has. Without one a list of
+        parameters says how many prompts there are, or else the mask.
+        """
+        if call is not None:
+            prompts = rows // (call.config.num_return_sequences or 1)
+        elif not self._is_one:
+            prompts = len(self._params)
+        else:
+            prompts = rows if self._mask is None else self._mask.shape[0]
+        if len(self._params) == rows:
+            prompts = rows
+        if rows % prompts != 0 or (not self._is_one and len(self._params) != prompts):
             raise ValueError(
-                f"params must have one for each prompt, got {len(self.params)} for {rows} rows"
+                f"params must have one for each prompt, got {len(self._params)} for {rows} rows"
+                + ("" if call is None else f" of {prompts} prompts")
             )
-        return params_of_sequences(self.params, rows // len(self.params))
+        params = self._params * prompts if self._is_one else self._params
+        positions, outputs = starts_of_prompts(params, self._position, self._output_ids)
+        of_prompts = _Rows([], [], [], prompts, rows // prompts)
+        return of_prompts._replace(
+            params=params_of_sequences(params, of_prompts.sequences),
+            positions=of_prompts.of_each(positions),
+            outputs=of_prompts.of_each(outputs),
+        )
 
     def sampler(
-        self, input_ids: Tensor, logits: Tensor, logprobs: Logprobs | None, backend: str
+        self,
+        input_ids: Tensor,
+        logits: Tensor,
+        rows: _Rows,
+        call: GenerateCall | None,
+        logprobs: Logprobs | None,
+        backend: str,
     ) -> Sampler:
         """A new Sampler for the prompts ``input_ids``."""
         return new_sampler(
-            self.params_of_rows(input_ids.shape[0]),
-            lambda: self.unpadded(input_ids),
+            rows.params,
+            lambda: self.ids(input_ids, rows, call),
+            rows.positions,
             vocab_size=logits.shape[1],
             device=logits.device,
             logprobs=logprobs,
@@ -102,23 +180,45 @@ class _Prompts:
             max_new_tokens=_FIRST_ROOM,
         )
 
-    def unpadded(self, input_ids: Tensor) -> list[Tensor]:
-        """The ids of each row without padding, on the host."""
+    def ids(
+        self, input_ids: Tensor, rows: _Rows, call: GenerateCall | None
+    ) -> tuple[Ids, Ids | None]:
+        """The ids of each row without padding: the prompt's, and those that are output."""
+        ids = self.unpadded(input_ids, None if call is None else call.mask)
+        if not any(rows.outputs):
+            return ids, None
+        for index, (row, output) in enumerate(zip(ids, rows.outputs, strict=True)):
+            last = row[max(0, len(row) - len(output)) :].tolist()
+            if last != output:
+                raise ValueError(
+                    f"output_ids must be the last ids of each prompt, got {output} where row "
+                    f"{index} ends in {last}"
+                )
+        prompts = [row[: len(row) - len(out)] for row, out in zip(ids, rows.outputs, strict=True)]
+        return prompts, rows.outputs
+
+    def unpadded(self, input_ids: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """The ids of each row without padding, on the host.
+
+        Args:
+            input_ids: the prompts.
+            mask: that of ``generate``, which counts if the user has not said where padding is.
+        """
         ids = input_ids.cpu()
         if self._mask is not None:
-            mask = self._mask.cpu().bool()
-            if ids.shape[0] % mask.shape[0] != 0 or ids.shape[1] not in (mask.shape[1], 0):
-                raise ValueError(
-                    f"attention_mask must have the shape of the prompts, got {tuple(mask.shape)} "
-                    f"where they are {tuple(ids.shape)}"
-                )
-            if ids.shape[1] > 0:
-                mask = mask.repeat_interleave(ids.shape[0] // mask.shape[0], dim=0)
-                return unpadded(ids, mask)
-        if self._pad is not None:
+            mask = self._mask
+        elif self._pad is not None:
             # A pad token after the first other token is a token like any other.
-            return unpadded(ids, (ids != self._pad).cumsum(-1))
-        return list(ids)
+            mask = (ids != self._pad).cumsum(-1)
+        if mask is None or ids.shape[1] == 0:
+            return list(ids)
+        if ids.shape[0] % mask.shape[0] != 0 or ids.shape[1] != mask.shape[1]:
+            raise ValueError(
+                f"attention_mask must have the shape of the prompts, got {tuple(mask.shape)} "
+                f"where they are {tuple(ids.shape)}"
+            )
+        mask = mask.cpu().bool().repeat_interleave(ids.shape[0] // mask.shape[0], dim=0)
+        return unpadded(ids, mask)
 
 
 def _history_with_room(history: TokenHistory, length: int) -> TokenHistory:
@@ -145,101 +245,152 @@ def _twice_as_wide(ids: Tensor) -> Tensor:
     return torch.nn.functional.pad(ids, (0, ids.shape[1]))
 
 
-class _StepTracker:
-    """Tells the first call of a ``generate`` from the next ones, by the ids of the call before."""
+class _Steps:
+    """Tells the first call of a ``generate`` from the next ones."""
 
     def __init__(self) -> None:
         self._last: Tensor | None = None
+        self._list: LogitsProcessorList | None = None
 
     def reset(self) -> None:
         """Take the next call for the first one of a ``generate``."""
         self._last = None
 
-    def is_first(self, input_ids: Tensor) -> bool:
+    def is_first(self, input_ids: Tensor, processors: LogitsProcessorList | None) -> bool:
         """Whether a ``generate`` begins with this call.
 
-        It does unless the ids are those of the last call and one more for each row.
+        Each ``generate`` has a list of processors of its own. Outside of it a call goes on if its
+        ids are those of the last call and one more for each row.
 
         Raises:
             ValueError: ``generate`` searches beams or has an assistant, so that a row of the batch
                 is not one text.
         """
         last, self._last = self._last, input_ids
+        is_same_list, self._list = processors is self._list, processors
         goes_on = (
             last is not None
+            and is_same_list
             and input_ids.shape == (last.shape[0], last.shape[1] + 1)
             and input_ids.device == last.device
             and torch.equal(input_ids[:, :-1], last)
         )
         if not goes_on:
-            _refuse_other_loops()
+            refuse_other_loops()
         return not goes_on
 
 
-def _callers() -> Iterator[FrameType]:
-    """The stack frames of transformers' generation code, the innermost first.
-
-    There is no plainer way: a logits processor is not told which loop calls it, and ``generate``
-    does not pass ``streamer``, ``synced_gpus`` and ``assistant_model`` to a custom loop (see its
-    ``_extract_generation_mode_kwargs``).
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("transformers.generation."):
-            yield frame
-        frame = frame.f_back
+#: The logits processors of transformers that ``params`` replace, by their class, and the field of
+#: the generation config that ``generate`` makes each from, with the value at which it is off.
+_REPLACED: dict[str, tuple[str, float]] = {
+    "TemperatureLogitsWarper": ("temperature", 1.0),
+    "TopKLogitsWarper": ("top_k", 0),
+    "TopPLogitsWarper": ("top_p", 1.0),
+    "MinPLogitsWarper": ("min_p", 0.0),
+    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", 1.0),
+}
 
 
-def _refuse_other_loops() -> None:
-    """A ValueError inside of beam search or assisted decoding."""
-    for name in (frame.f_code.co_name for frame in _callers()):
-        if name.startswith("_") and name.endswith(("_search", "_decoding")):
+def _refuse_replaced(processors: Sequence[Any]) -> None:
+    """A ValueError if the user gave a processor that ``params`` replace."""
+    for processor in processors:
+        name = type(processor).__name__
+        if name in _REPLACED:
             raise ValueError(
-                "a fused processor must draw one text a row (num_beams=1, no assistant_model, no "
-                f"prompt lookup), and transformers called it in {name}"
+                f"logits_processor must not have a {name} beside params: set "
+                f"{_REPLACED[name][0]} there"
             )
 
 
-def _argument_of_generate(name: str) -> Any:
-    """The argument that ``generate`` was called with; None if it is not among the callers."""
-    calls = (frame.f_locals for frame in _callers() if frame.f_code.co_name == "generate")
-    return next(calls, {}).get(name)
+def _check_neighbours(
+    own: LogitsProcessor,
+    processors: LogitsProcessorList,
+    call: GenerateCall | None,
+    logprobs: Collection[Logprobs | None],
+) -> None:
+    """A ValueError if another processor of the list would lose its meaning, or ours would.
+
+    Args:
+        own: ours.
+        processors: the list that calls it.
+        call: the call of ``generate`` that has made the list.
+        logprobs: the kinds that are asked for.
+    """
+    name = type(own).__name__
+    place = next(place for place, one in enumerate(processors) if one is own)
+    _refuse_replaced(processors if call is None else call.processors)
+    draws = isinstance(own, FusedLogitsProcessor)
+    if call is not None and draws:
+        refuse_fields(call.config, NOT_SUPPORTED)
+    for other_place, other in enumerate(processors):
+        other_name = type(other).__name__
+        if other_name in _REPLACED:
+            if not draws or other_place < place:
+                field, off = _REPLACED[other_name]
+                raise ValueError(
+                    f"{field} of the generation config would be applied beside the params of "
+                    f"{name}: set it in params, and give generate {field}={off}"
+                )
+        elif draws and other_place > place:
+            raise ValueError(
+                f"logits_processor must have no {other_name} after {name}, which has drawn the "
+                "token then: put it before"
+            )
+    if "raw" in logprobs and place > 0:
+        raise ValueError(
+            'logprobs must not be "raw" where another processor runs before, which changes the '
+            f"model's logits ({type(processors[0]).__name__})"
+        )
 
 
 class FusedLogitsProcessor(LogitsProcessor):
     """Draws each row's token in one call of the kernel, inside ``model.generate``.
 
     It returns 0.0 at the token that was drawn and -inf elsewhere, so that ``generate`` takes this
-    token with ``do_sample`` on or off and whatever warpers follow. Every row has its own parameters
-    and its own seed, and no row depends on another one. Frequency and presence penalties count the
-    output only, temperature 0 is greedy, and padding is not penalised.
+    token with ``do_sample`` on or off. Every row has its own parameters and its own seed, and no
+    row depends on another one. Frequency and presence penalties count the output only, temperature
+    0 is greedy, and padding is not penalised.
 
-    Set ``top_k=0`` and ``top_p=1.0`` in ``generate``: its own warpers run after this processor,
-    which takes time and changes nothing.
+    ``params`` replace the temperature, ``top_k``, ``top_p`` and ``min_p`` of the generation config,
+    whose warpers run after this processor and change nothing: ``top_k=0`` and ``top_p=1.0`` save
+    the time that they take. Other processors run before it, and one that would run after it, such
+    as a watermark, is refused by name. So is a ``repetition_penalty`` of the generation config,
+    which runs before.
 
-    One object serves one call of ``generate`` after the other. Call :meth:`reset` before a call
-    whose prompts are exactly what the last call returned: it looks like a next step of that one.
+    One object serves one call of ``generate`` after the other. In a loop of your own, call
+    :meth:`reset` before prompts that are exactly what the last call returned: they look like a next
+    step of that one.
 
     Args:
-        params: one for all prompts, or one a prompt, in the order of ``input_ids``. With
-            ``num_return_sequences`` row i of a prompt has the prompt's seed + i.
-        attention_mask: ``(prompts, length)``, the mask that ``generate`` gets. It is needed where
-            prompts are padded and a repetition penalty is on, unless ``pad_token_id`` is given.
+        params: one for all prompts, or one a prompt, in the order of ``input_ids``. Row i of a
+            prompt with several sequences has the parameters ``seeded(params, i)`` of
+            :mod:`llm_sampling.generation`.
+        attention_mask: ``(prompts, length)``, 0 where prompts are padded. Default: the mask that
+            ``generate`` has; outside of it, no padding.
         pad_token_id: the token that prompts are padded with on the left, instead of the mask.
-        logprobs: None, "processed" or "raw", as for :func:`llm_sampling.sample`: :attr:`logprobs`
-            then has those of the drawn tokens.
+        logprobs: None, "processed" or "raw", as for :func:`llm_sampling.sample`, for all prompts or
+            for each: :attr:`logprobs` then has those of the drawn tokens.
+        position: how many tokens each prompt's text has already, for all prompts or for each.
+            Default: the number of ``output_ids``.
+        output_ids: the tokens that each prompt's text has already, which are the last ids of the
+            prompt: a list of ids for each. They are needed where ``position`` is not 0 and a
+            penalty is for the output alone.
         backend: as for :func:`llm_sampling.sample`.
 
     Raises:
         ValueError: an argument is out of its range; ``generate`` searches beams or has an
-            assistant; the number of rows is no multiple of that of ``params``.
-        InvalidLogitsError: on the CPU, the scores leave a row without a token, or hold NaN or +inf.
+            assistant; another processor would lose its meaning; the number of rows does not fit
+            that of ``params``.
+        InvalidLogitsError: the scores leave a row that goes on without a token, or hold NaN or
+            +inf.
 
     Example:
         >>> params = [SamplingParams(top_p=0.9, seed=1), SamplingParams(temperature=0)]
-        >>> processor = FusedLogitsProcessor(params, attention_mask=inputs["attention_mask"])
+        >>> processor = FusedLogitsProcessor(params)
         >>> model.generate(**inputs, logits_processor=[processor], top_k=0, top_p=1.0)
     """
+
+    supports_continuous_batching = False
 
     def __init__(
         self,
@@ -247,15 +398,20 @@ class FusedLogitsProcessor(LogitsProcessor):
         *,
         attention_mask: Tensor | None = None,
         pad_token_id: int | None = None,
-        logprobs: Logprobs | None = None,
+        logprobs: Logprobs | Sequence[Logprobs | None] | None = None,
+        position: int | Sequence[int] | None = None,
+        output_ids: Sequence[Sequence[int]] | None = None,
         backend: str = "auto",
     ) -> None:
-        self._prompts = _Prompts(params, attention_mask, pad_token_id, backend)
-        self._steps = _StepTracker()
-        check_draws(1, logprobs, None)
-        self._logprobs: Logprobs | None = logprobs
+        self._prompts = _Prompts(
+            params, attention_mask, pad_token_id, position, output_ids, backend
+        )
+        self._steps = _Steps()
+        logprobs_of_prompts(logprobs, len(logprobs) if isinstance(logprobs, (list, tuple)) else 1)
+        self._logprobs = logprobs
         self._backend = backend
         self._sampler: Sampler | None = None
+        self._row_logprobs: RowLogprobs | None = None
         self._step_logprobs: list[Tensor] = []
 
     def reset(self) -> None:
@@ -272,18 +428,48 @@ class FusedLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """float32 ``(rows, vocab_size)``, a new tensor: 0.0 at the drawn tokens, -inf elsewhere."""
-        is_first = self._steps.is_first(input_ids)
-        if is_first or self._sampler is None:
-            self._sampler = self._prompts.sampler(input_ids, scores, self._logprobs, self._backend)
-            self._step_logprobs = []
+        _check_step(input_ids, scores)
+        processors = calling_list(self)
+        if self._steps.is_first(input_ids, processors) or self._sampler is None:
+            self._begin(input_ids, scores, processors)
+        assert self._sampler is not None
+        assert self._row_logprobs is not None
         self._sampler = _with_room(self._sampler, input_ids.shape[1] + 1, self._backend)
         drawn = self._sampler(scores)
-        if drawn.logprobs is not None:
-            self._step_logprobs.append(drawn.logprobs)
-        tokens = drawn.tokens[:, None]
+        if bool((drawn.status != 0).any()):
+            going = unfinished_rows()
+            raise_on_status(drawn.status if going is None else drawn.status * going)
+        logprobs = self._row_logprobs(drawn, scores)
+        if logprobs is not None:
+            self._step_logprobs.append(logprobs)
         chosen = torch.full_like(scores, -torch.inf, dtype=torch.float32)
-        # A row without a candidate has token -1, and remains all -inf.
-        return chosen.scatter_(1, tokens.clamp(min=0), torch.where(tokens < 0, -torch.inf, 0.0))
+        # A row that has ended may have no token; generate needs one, and does not use it.
+        return chosen.scatter_(1, drawn.tokens.clamp(min=0)[:, None], 0.0)
+
+    def _begin(
+        self, input_ids: Tensor, scores: Tensor, processors: LogitsProcessorList | None
+    ) -> None:
+        call = generate_call()
+        rows = self._prompts.rows(scores.shape[0], call)
+        kinds = logprobs_of_prompts(self._logprobs, rows.prompts)
+        if processors is not None:
+            _check_neighbours(self, processors, call, kinds)
+        self._row_logprobs = RowLogprobs(rows.of_each(kinds), scores.device, is_model=True)
+        self._sampler = self._prompts.sampler(
+            input_ids, scores, rows, call, self._row_logprobs.of_sampler, self._backend
+        )
+        self._step_logprobs = []
+
+
+def _check_step(input_ids: object, scores: Tensor) -> None:
+    """A ValueError if these are not the ids and scores of the same rows."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        raise refusal("input_ids", "a tensor (rows, length)", input_ids)
+    if scores.dim() != 2 or scores.shape[0] != input_ids.shape[0]:
+        raise ValueError(
+            f"scores must have shape (rows, vocab_size) with {input_ids.shape[0]} rows, got "
+            f"{tuple(scores.shape)}"
+        )
 
 
 class FusedLogitsWarper(LogitsProcessor):
@@ -292,8 +478,19 @@ class FusedLogitsWarper(LogitsProcessor):
     It returns :func:`llm_sampling.filter_logits` of the scores. ``generate`` draws, with
     ``do_sample`` on from torch's generator, so seeds have no effect.
 
-    Its arguments, and what it raises, are those of :class:`FusedLogitsProcessor`.
+    Give ``generate`` ``top_k=0``, and whatever else turns the generation config's temperature,
+    ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty`` off: they would be applied too, and
+    are refused by name.
+
+    Its arguments, and what it raises, are those of :class:`FusedLogitsProcessor`. Outside of
+    ``generate``, ``input_ids`` may be None where no penalty is on.
+
+    Example:
+        >>> warper = FusedLogitsWarper(SamplingParams(temperature=0.7, top_p=0.9))
+        >>> model.generate(**inputs, logits_processor=[warper], do_sample=True, top_k=0)
     """
+
+    supports_continuous_batching = False
 
     def __init__(
         self,
@@ -301,10 +498,11 @@ class FusedLogitsWarper(LogitsProcessor):
         *,
         attention_mask: Tensor | None = None,
         pad_token_id: int | None = None,
+        output_ids: Sequence[Sequence[int]] | None = None,
         backend: str = "auto",
     ) -> None:
-        self._prompts = _Prompts(params, attention_mask, pad_token_id, backend)
-        self._steps = _StepTracker()
+        self._prompts = _Prompts(params, attention_mask, pad_token_id, None, output_ids, backend)
+        self._steps = _Steps()
         self._backend = backend
         self._history: TokenHistory | None = None
         self._params: BatchParams | None = None
@@ -313,62 +511,42 @@ class FusedLogitsWarper(LogitsProcessor):
         """Take the next call for the first one of a ``generate``."""
         self._steps.reset()
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """float32 ``(rows, vocab_size)``, a new tensor; see the class."""
-        if self._steps.is_first(input_ids):
-            params = self._prompts.params_of_rows(input_ids.shape[0])
-            self._params = BatchParams.from_list(params, device=scores.device)
-            self._history = prompt_history(
-                params,
-                lambda: self._prompts.unpadded(input_ids),
-                scores.shape[1],
-                scores.device,
-                _FIRST_ROOM,
-            )
+        if input_ids is None:
+            params = self._prompts.rows(scores.shape[0], None).params
+            if any(row.needs_history for row in params):
+                raise ValueError("input_ids must be given where a penalty is on, got None")
+            batch = BatchParams.from_list(params, device=scores.device)
+            return filter_logits(scores, batch, backend=self._backend)
+        _check_step(input_ids, scores)
+        processors = calling_list(self)
+        if self._steps.is_first(input_ids, processors) or self._params is None:
+            self._begin(input_ids, scores, processors)
         elif self._history is not None:
             self._history = _history_with_room(self._history, input_ids.shape[1])
             self._history.append(input_ids[:, -1])
         assert self._params is not None
         return filter_logits(scores, self._params, history=self._history, backend=self._backend)
 
+    def _begin(
+        self, input_ids: Tensor, scores: Tensor, processors: LogitsProcessorList | None
+    ) -> None:
+        call = generate_call()
+        rows = self._prompts.rows(scores.shape[0], call)
+        if processors is not None:
+            _check_neighbours(self, processors, call, ())
+        self._params = BatchParams.from_list(rows.params, device=scores.device)
+        self._history = prompt_history(
+            rows.params,
+            lambda: self._prompts.ids(input_ids, rows, call),
+            scores.shape[1],
+            scores.device,
+            _FIRST_ROOM,
+        )
+
 
 # ---- parameters from a config ----
-
-#: Fields of a GenerationConfig that change which tokens are drawn, and the values besides None at
-#: which each is off. ``generate`` makes logits processors of the first, and :func:`fused_generate`
-#: calls those. What the second ask for is not supported.
-_AS_PROCESSORS: dict[str, tuple[object, ...]] = {
-    "no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
-    "sequence_bias": (),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "remove_invalid_values": (False,),
-    "exponential_decay_length_penalty": (),
-    "encoder_repetition_penalty": (1.0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "guidance_scale": (1.0, 1),
-}
-_NOT_DONE: dict[str, tuple[object, ...]] = {
-    "num_beams": (1,),
-    "penalty_alpha": (0.0,),
-    "dola_layers": (),
-    "prompt_lookup_num_tokens": (),
-    "use_mtp": (False,),
-    "speculation_type": (),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "top_h": (),
-    "renormalize_logits": (False,),
-    "watermarking_config": (),
-    "constraints": (),
-    "force_words_ids": (),
-}
 
 
 def params_from_generation_config(
@@ -390,18 +568,13 @@ def params_from_generation_config(
     """
     if not isinstance(config, GenerationConfig):
         raise ValueError(f"config must be a GenerationConfig, got {type(config).__name__}")
-    _refuse_fields(config, _AS_PROCESSORS | _NOT_DONE)
-    return _params_of(config, seed)
+    refuse_fields(config, {**AS_PROCESSORS, **NOT_SUPPORTED})
+    return _params_of(config, seed, top_k=50)
 
 
-def _refuse_fields(config: GenerationConfig, fields: dict[str, tuple[object, ...]]) -> None:
-    for name, off in fields.items():
-        value = getattr(config, name, None)
-        if value is not None and value not in off:
-            raise ValueError(f"{name} of the generation config cannot be honoured, got {value!r}")
+def _params_of(config: GenerationConfig, seed: int | None, top_k: int) -> SamplingParams:
+    """The parameters of a config; ``top_k`` is that of a config whose field is None."""
 
-
-def _params_of(config: GenerationConfig, seed: int | None) -> SamplingParams:
     def value(name: str, default: Any) -> Any:
         found = getattr(config, name, None)
         return default if found is None else found
@@ -411,7 +584,7 @@ def _params_of(config: GenerationConfig, seed: int | None) -> SamplingParams:
         return SamplingParams(temperature=0.0, repetition_penalty=penalty, seed=seed)
     return SamplingParams(
         temperature=value("temperature", 1.0),
-        top_k=value("top_k", 50),
+        top_k=value("top_k", top_k),
         top_p=value("top_p", 1.0),
         min_p=value("min_p", 0.0),
         repetition_penalty=penalty,
@@ -428,55 +601,29 @@ class FusedGenerateOutput(ModelOutput):
 
     Attributes:
         sequences: int64 ``(rows, length)``, prompts included, as ``generate`` returns them.
-        logprobs: float32 ``(rows, steps)`` of the drawn tokens, NaN where a row has ended; None if
-            not asked for.
+        logprobs: float32 ``(rows, steps)`` of the drawn tokens, NaN where a row has ended or asks
+            for none; None if not asked for.
         logits: of each step ``(rows, vocab_size)``, with ``output_logits``.
+        finish_reasons: of each row "stop" after an end token, a stop string or a stopping
+            criterion; "length" after the largest number of tokens; "error" where the logits of the
+            row hold NaN or +inf, or leave it without a token.
+        stop_reasons: of each row the stop string or the id of ``stop_token_ids`` that ended it, or
+            what was wrong with its logits; None otherwise.
     """
 
     sequences: Tensor | None = None
     logprobs: Tensor | None = None
     logits: tuple[Tensor, ...] | None = None
-
-
-#: The logits processors that ``params`` replace, by their class. Each has the field of the
-#: generation config that ``generate`` makes it from, and the values besides None for which it makes
-#: none.
-_REPLACED = {
-    "TemperatureLogitsWarper": ("temperature", (1.0,)),
-    "TopKLogitsWarper": ("top_k", (0,)),
-    "TopPLogitsWarper": ("top_p", (1.0,)),
-    "MinPLogitsWarper": ("min_p", ()),
-    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", (1.0,)),
-}
+    finish_reasons: tuple[FinishReason, ...] | None = None
+    stop_reasons: tuple[str | int | None, ...] | None = None
 
 
 def _other_processors(
-    processors: LogitsProcessorList, config: GenerationConfig
-) -> list[LogitsProcessor]:
-    """The processors that ``params`` do not replace.
-
-    Raises:
-        ValueError: the user gave one of a replaced class, beside what ``generate`` made itself.
-    """
-    kept = []
-    from_config = {
-        name
-        for name, (field, off) in _REPLACED.items()
-        if getattr(config, field, None) not in (None, *off)
-        and (config.do_sample or name == "RepetitionPenaltyLogitsProcessor")
-    }
-    for processor in processors:
-        name = type(processor).__name__
-        if name not in _REPLACED:
-            kept.append(processor)
-        elif name in from_config:
-            from_config.remove(name)  # a second one of this class is the user's
-        else:
-            raise ValueError(
-                f"logits_processor must not have a {name} beside params: set "
-                f"{_REPLACED[name][0]} there"
-            )
-    return kept
+    processors: LogitsProcessorList, call: GenerateCall | None
+) -> LogitsProcessorList:
+    """The processors that ``params`` do not replace; a ValueError if the user gave one of those."""
+    _refuse_replaced(processors if call is None else call.processors)
+    return LogitsProcessorList([one for one in processors if type(one).__name__ not in _REPLACED])
 
 
 def fused_generate(
@@ -487,10 +634,16 @@ def fused_generate(
     generation_config: GenerationConfig | None = None,
     synced_gpus: bool = False,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
-    logprobs: Logprobs | None = None,
-    stop: str | Sequence[str] = (),
+    logprobs: Logprobs | Sequence[Logprobs | None] | None = None,
+    stop: Stop | Sequence[Stop] = None,
     stop_limit: int = 1,
     stop_tokenizer: Any = None,
+    stop_token_ids: Collection[int] | Sequence[Collection[int] | None] = (),
+    max_tokens: int | Sequence[int] | None = None,
+    min_tokens: int | Sequence[int] = 0,
+    position: int | Sequence[int] | None = None,
+    output_ids: Sequence[Sequence[int]] | None = None,
+    check: bool = False,
     backend: str = "auto",
     **model_kwargs: Any,
 ) -> Tensor | FusedGenerateOutput:
@@ -498,7 +651,10 @@ def fused_generate(
 
     ``generate`` calls it after preparing everything as for its own loop: prompts, cache, padding,
     ``num_return_sequences``, a streamer, stopping criteria and logits processors. Processors that
-    ``params`` do not replace are called on a float32 copy of the logits.
+    ``params`` do not replace are called on a float32 copy of the logits, before the penalties.
+
+    ``logprobs``, ``stop``, ``stop_token_ids``, ``max_tokens``, ``min_tokens`` and ``position`` are
+    for all prompts, or a list with one for each.
 
     Args:
         model: given by ``generate``, as are the next five.
@@ -507,16 +663,31 @@ def fused_generate(
         stopping_criteria: the criteria that ``generate`` has made, and the user's.
         generation_config: the config of this call.
         synced_gpus: not supported.
-        params: one for all prompts, or one a prompt; with ``num_return_sequences`` row i of a
-            prompt has the prompt's seed + i. They replace the temperature, top_k, top_p, min_p,
-            repetition_penalty and do_sample of the generation config. Default: those of the config.
+        params: one for all prompts, or one a prompt. They replace the temperature, top_k, top_p,
+            min_p, repetition_penalty and do_sample of the generation config. Row i of a prompt with
+            ``num_return_sequences`` has the parameters ``seeded(params, i)`` of
+            :mod:`llm_sampling.generation`; ``generate`` itself asks for ``do_sample=True`` beside
+            it. Default: those of the config.
         logprobs: "processed" or "raw": the output then has those of the drawn tokens; needs
-            ``return_dict_in_generate``.
+            ``return_dict_in_generate``. "raw" are of the model's logits, before any processor.
         stop: strings that end a row, searched in the generated text; its tokens stay in the
             sequence. ``generate``'s own ``stop_strings`` does not work with a custom loop.
         stop_limit: a row ends at this occurrence, counted over all of ``stop``.
         stop_tokenizer: the tokenizer that ``stop`` needs. It has a name of its own because
             ``generate`` does not pass on an argument called ``tokenizer``.
+        stop_token_ids: tokens that end a row, beside the config's end tokens.
+        max_tokens: after how many new tokens a row ends; at most ``max_new_tokens`` of
+            ``generate``, which is one number for all rows.
+        min_tokens: until a row has this many tokens, no end token is drawn and no stop string
+            counts.
+        position: how many tokens each prompt's text has already, which chooses its random numbers.
+            Default: the number of ``output_ids``.
+        output_ids: the tokens that each prompt's text has already, which are the last ids of the
+            prompt: a list of ids for each. They are needed where ``position`` is not 0 and a
+            penalty is for the output alone.
+        check: whether a row whose logits hold NaN or +inf, or leave it without a token, raises an
+            error. By default it ends, the others go on, and its finish reason is "error"; without
+            ``return_dict_in_generate`` a RuntimeWarning names it.
         backend: as for :func:`llm_sampling.sample`.
         **model_kwargs: given by ``generate``, for the model.
 
@@ -526,7 +697,7 @@ def fused_generate(
 
     Raises:
         ValueError: an argument is out of its range, or asks for what is not supported.
-        InvalidLogitsError: the logits leave a row without a token, or hold NaN or +inf.
+        InvalidLogitsError: with ``check``, at such a row.
 
     Example:
         >>> params = [SamplingParams(top_p=0.9, seed=1), SamplingParams(temperature=0)]
@@ -535,92 +706,223 @@ def fused_generate(
     if generation_config is None:
         raise ValueError("fused_generate must be called by generate, as its custom_generate")
     config: Any = generation_config
-    _refuse_unsupported(config, synced_gpus, logprobs)
-    has_stop = StopStrings(stop, stop_limit=stop_limit).is_on
-    if has_stop and stop_tokenizer is None:
-        raise ValueError("stop_tokenizer must be given for stop")
-    processors = _other_processors(logits_processor or LogitsProcessorList(), config)
-    mask = None if model.config.is_encoder_decoder else model_kwargs.get("attention_mask")
-    prompts = _Prompts(_params_of(config, None) if params is None else params, mask, None, backend)
-    texts = [
-        RowText(stop_tokenizer, prompt.tolist(), StopStrings(stop, stop_limit=stop_limit))
-        for prompt in (prompts.unpadded(input_ids) if has_stop else ())
-    ]
+    call = generate_call()
+    if call is not None:
+        call = call._replace(config=config, mask=prompt_mask(model, model_kwargs))
+    _refuse_unsupported(config, synced_gpus, call)
+    true_or_false("check", check)
+    processors = _other_processors(logits_processor or LogitsProcessorList(), call)
+    prompts = _Prompts(
+        # generate has filled in its defaults, so that None is off here
+        _params_of(config, None, top_k=0) if params is None else params,
+        call.mask if call else prompt_mask(model, model_kwargs),
+        None,
+        position,
+        output_ids,
+        backend,
+    )
+    rows = prompts.rows(input_ids.shape[0], call)
+    kinds = logprobs_of_prompts(logprobs, rows.prompts)
+    if any(kinds) and not config.return_dict_in_generate:
+        raise ValueError("logprobs needs return_dict_in_generate=True")
+    row_logprobs = RowLogprobs(rows.of_each(kinds), input_ids.device, is_model=not processors)
+    ends = _Ends(
+        config,
+        rows,
+        stop,
+        stop_limit,
+        stop_tokenizer,
+        stop_token_ids,
+        max_tokens,
+        min_tokens,
+        lambda: prompts.unpadded(input_ids, None),
+        input_ids.shape[1],
+    )
     criteria = stopping_criteria or StoppingCriteriaList()
-    rows_may_end = has_stop or any(hasattr(one, "eos_token_id") for one in criteria)
+    rows_may_end = ends.rows or any(hasattr(one, "eos_token_id") for one in criteria)
     pad = config._pad_token_tensor if rows_may_end else None
-    streamer = _argument_of_generate("streamer")
+    streamer = None if call is None else call.streamer
 
     going = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     is_going = True
     sampler: Sampler | None = None
+    masks: list[Tensor] = []
+    failed: dict[int, str] = {}
     kept_logits: list[Tensor] = []
     kept_logprobs: list[Tensor] = []
     steps = _ModelSteps(model, input_ids, config, model_kwargs)
+    prompt_length = input_ids.shape[1]
     with steps.optimised():
         while is_going:
             logits = steps(input_ids)
             if config.return_dict_in_generate and config.output_logits:
                 kept_logits.append(logits.float().clone())
-            scores = _processed(logits, input_ids, processors)
+            scores = logits
+            if processors:
+                scores = processors(input_ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
             if sampler is None:
-                sampler = prompts.sampler(input_ids, scores, logprobs, backend)
+                of_sampler = row_logprobs.of_sampler
+                sampler = prompts.sampler(input_ids, scores, rows, None, of_sampler, backend)
+                masks = masks_without_ends(ends.rows, sampler)
             sampler = _with_room(sampler, input_ids.shape[1] + 1, backend)
-            drawn = sampler(scores)
-            if drawn.logprobs is not None:
-                kept_logprobs.append(drawn.logprobs.masked_fill(~going, torch.nan))
+            step = input_ids.shape[1] - prompt_length
+            drawn = sampler(scores, allowed_mask=masks[step] if step < len(masks) else None)
+            step_logprobs = row_logprobs(drawn, logits)
+            if step_logprobs is not None:
+                kept_logprobs.append(step_logprobs.masked_fill(~going, torch.nan))
             tokens = drawn.tokens
             if pad is not None:
                 tokens = torch.where(going, tokens, pad.to(tokens.device))
+            is_bad = (drawn.status != 0) & going
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             going = going & ~criteria(input_ids, None)
             # The only wait for the device in a step.
-            is_invalid, is_going = torch.stack([(drawn.tokens < 0).any(), going.any()]).tolist()
-            if is_invalid:
-                raise_on_status(drawn.status)
+            has_bad, is_going = torch.stack([is_bad.any(), going.any()]).tolist()
+            if has_bad:
+                status = drawn.status * is_bad
+                if check:
+                    raise_on_status(status)
+                failed |= {
+                    row: status_reasons(bits) for row, bits in enumerate(status.tolist()) if bits
+                }
+                pad = _pad_of(config, pad, tokens)
+                input_ids[is_bad, -1] = pad
+                tokens = input_ids[:, -1]
+                if kept_logprobs:
+                    kept_logprobs[-1] = kept_logprobs[-1].masked_fill(is_bad, torch.nan)
+                going = going & ~is_bad
+                is_going = bool(going.any())
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            if texts:
-                going = going & ~_stopped(texts, tokens.tolist()).to(going.device)
+            if ends.rows:
+                going = going & ~ends.reached(tokens.tolist(), failed).to(going.device)
                 is_going = bool(going.any())
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
+        if failed:
+            found = "; ".join(f"row {row}: {reason}" for row, reason in sorted(failed.items()))
+            warnings.warn(f"rows have ended in an error: {found}", RuntimeWarning, stacklevel=2)
         return input_ids
+    reasons = ends.reasons(input_ids[:, prompt_length:], failed)
     return FusedGenerateOutput(
         sequences=input_ids,
         logprobs=torch.stack(kept_logprobs, dim=1) if kept_logprobs else None,
         logits=tuple(kept_logits) if kept_logits else None,
+        finish_reasons=tuple(reason for reason, _ in reasons),
+        stop_reasons=tuple(stop_reason for _, stop_reason in reasons),
     )
 
 
-def _refuse_unsupported(config: Any, synced_gpus: bool, logprobs: Logprobs | None) -> None:
+def _pad_of(config: Any, pad: Tensor | None, tokens: Tensor) -> Tensor:
+    """The id that stands for a token in a row that has ended."""
+    for found in (pad, config._pad_token_tensor):
+        if found is not None:
+            return found.to(tokens.device)
+    return tokens.new_zeros(())
+
+
+class _Ends:
+    """Where the rows end, besides at the stopping criteria of ``generate``.
+
+    Attributes:
+        rows: of each row; empty if nothing besides can end one.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        rows: _Rows,
+        stop: Stop | Sequence[Stop],
+        stop_limit: int,
+        tokenizer: Any,
+        stop_token_ids: Collection[int] | Sequence[Collection[int] | None],
+        max_tokens: int | Sequence[int] | None,
+        min_tokens: int | Sequence[int],
+        prompts: Callable[[], Sequence[Tensor]],
+        prompt_length: int,
+    ) -> None:
+        eos = config._eos_token_tensor
+        self._eos: list[int] = [] if eos is None else eos.reshape(-1).tolist()
+        self._longest = config.max_length - prompt_length
+        stops = [
+            StopStrings(one, stop_limit=stop_limit)
+            for one in rows.of_each(stops_of_prompts(stop, rows.prompts))
+        ]
+        has_stop = any(one.is_on for one in stops)
+        if has_stop and tokenizer is None:
+            raise ValueError("stop_tokenizer must be given for stop")
+        ids = stop_ids_of_prompts(stop_token_ids, rows.prompts)
+        most: list[int | None] = [None] * rows.prompts
+        if max_tokens is not None:
+            counts = counts_of_prompts("max_tokens", max_tokens, rows.prompts, 1)
+            if max(counts) > self._longest:
+                raise ValueError(
+                    f"max_tokens must be at most {self._longest}, the max_new_tokens of generate, "
+                    f"got {max(counts)}"
+                )
+            most = [*counts]
+        least = counts_of_prompts("min_tokens", min_tokens, rows.prompts, 0)
+        for low, high in zip(least, most, strict=True):
+            if low > (self._longest if high is None else high):
+                raise ValueError(
+                    "min_tokens must be at most max_tokens and the max_new_tokens of generate, "
+                    f"got {low}"
+                )
+        self.rows: list[Row] = []
+        if not has_stop and not any(ids) and max_tokens is None and not any(least):
+            return
+        texts: list[RowText | None] = [None] * len(stops)
+        if has_stop:
+            texts = [
+                RowText(tokenizer, prompt.tolist(), one)
+                for prompt, one in zip(prompts(), stops, strict=True)
+            ]
+        self.rows = [
+            Row({**dict(zip(own, own, strict=True)), **dict.fromkeys(self._eos)}, high, low, text)
+            for own, high, low, text in zip(
+                rows.of_each(ids), rows.of_each(most), rows.of_each(least), texts, strict=True
+            )
+        ]
+
+    def reached(self, tokens: Sequence[int], failed: Collection[int]) -> Tensor:
+        """Whether each row has ended with its new token or before: bool ``(rows,)``."""
+        for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if row.finish_reason is None and index not in failed:
+                row.add(token)
+        return torch.tensor([row.finish_reason is not None for row in self.rows])
+
+    def reasons(
+        self, generated: Tensor, failed: Mapping[int, str]
+    ) -> list[tuple[FinishReason, str | int | None]]:
+        """The finish reason and the stop reason of each row.
+
+        Args:
+            generated: the new tokens ``(rows, steps)``.
+            failed: what was wrong with the logits of rows that have ended for it.
+        """
+        found: list[tuple[FinishReason, str | int | None]] = []
+        for index, tokens in enumerate(generated.tolist()):
+            row = self.rows[index] if self.rows else None
+            if index in failed:
+                found.append(("error", failed[index]))
+            elif row is not None and row.finish_reason is not None:
+                found.append((row.finish_reason, row.stop_reason))
+            elif len(tokens) < self._longest or not set(self._eos).isdisjoint(tokens):
+                found.append(("stop", None))
+            else:
+                found.append(("length", None))
+        return found
+
+
+def _refuse_unsupported(config: Any, synced_gpus: bool, call: GenerateCall | None) -> None:
     """A ValueError for what ``generate`` was asked for and :func:`fused_generate` cannot do."""
     outputs = ("output_scores", "output_attentions", "output_hidden_states")
-    _refuse_fields(config, _NOT_DONE | dict.fromkeys(outputs, (False,)))
-    if synced_gpus or _argument_of_generate("synced_gpus"):
+    refuse_fields(config, {**NOT_SUPPORTED, **dict.fromkeys(outputs, (False,))})
+    if synced_gpus or (call is not None and call.synced_gpus):
         raise ValueError("synced_gpus cannot be honoured")
-    if _argument_of_generate("assistant_model") is not None:
+    if call is not None and call.assistant_model is not None:
         raise ValueError("assistant_model cannot be honoured")
-    if logprobs is not None and not config.return_dict_in_generate:
-        raise ValueError("logprobs needs return_dict_in_generate=True")
-
-
-def _processed(logits: Tensor, input_ids: Tensor, processors: Sequence[LogitsProcessor]) -> Tensor:
-    """What the processors make of a float32 copy; the logits themselves if there are none."""
-    if not processors:
-        return logits
-    scores = logits.to(torch.float32, copy=True)
-    for processor in processors:
-        scores = processor(input_ids, scores)
-    return scores
-
-
-def _stopped(texts: Sequence[RowText], tokens: Sequence[int]) -> Tensor:
-    """Whether each row has reached its stop string with its new token: bool ``(rows,)``."""
-    for text, token in zip(texts, tokens, strict=True):
-        text.feed(token)
-    return torch.tensor([text.stop_string is not None for text in texts])
 
 
 class _ModelSteps:

@@ -14,7 +14,7 @@ from test_stop_strings import whole
 from toy_tokenizers import byte_tokenizer, transformers
 
 from llm_sampling import InvalidLogitsError, SamplingParams, TokenHistory, sample
-from llm_sampling.generation import Completion, generate, generate_stream
+from llm_sampling.generation import Completion, generate, generate_stream, seeded
 
 BYTES = byte_tokenizer()
 V = 256
@@ -123,16 +123,32 @@ def test_rows_of_a_batch_of_eight_are_what_they_are_alone():
     assert len({len(done.token_ids) for done in alone}) > 1  # they end at different steps
 
 
-def test_n_rows_have_seeds_one_after_the_other():
-    params = SamplingParams(seed=2**64 - 1)
+def test_the_sequences_of_a_request_have_seeds_of_their_own():
+    """The first has the request's; the others have those that the semantics give for them."""
+    params = SamplingParams(seed=7)
+    assert [seeded(params, i).seed for i in range(3)] == [
+        7,
+        4597645836194191308,
+        16856219258217205299,
+    ]
+    assert seeded(SamplingParams(seed=2**64 - 1), 3).seed == 229335022661938251
     got = generate(model, [[1, 2], [3, 4]], params, n=3, vocab_size=V, max_new_tokens=8)
     for row, prompt in enumerate(([1, 2], [3, 4])):
         for i in range(3):
-            own = replace(params, seed=(2**64 - 1 + i) % 2**64)
-            assert (
-                got[3 * row + i]
-                == generate(model, [prompt], own, vocab_size=V, max_new_tokens=8)[0]
-            )
+            own = seeded(params, i)
+            (alone,) = generate(model, [prompt], own, vocab_size=V, max_new_tokens=8)
+            assert got[3 * row + i] == alone
+
+
+def test_no_sequence_has_the_seed_of_the_next_request():
+    params = [SamplingParams(seed=seed) for seed in (1, 2)]
+    got = generate(model, [[1, 2], [1, 2]], params, n=2, vocab_size=V, max_new_tokens=8)
+    assert len({tuple(row.token_ids) for row in got}) == 4
+
+
+def test_unseeded_sequences_have_seeds_of_their_own():
+    params = SamplingParams()
+    assert seeded(params, 1) is params
 
 
 def test_a_row_ends_alone():
@@ -251,12 +267,166 @@ def test_no_step_runs_before_it_is_asked_for():
     assert calls == [(2, 2), (2, 1), (2, 1)]
 
 
-def test_a_row_without_a_token_is_an_error():
-    def empty(input_ids, cache):
-        return torch.full((1, V), -torch.inf)
+def test_each_prompt_has_its_own_options():
+    """Each row is what it is alone with its options."""
+    prompts = [[1, 2], [3, 4], [5, 6]]
+    each = {
+        "max_new_tokens": [4, 9, 20],
+        "min_new_tokens": [0, 3, 10],
+        "stop": [None, ["a", "b"], "c"],
+        "stop_token_ids": [None, [20, 30], {40}],
+        "logprobs": ["raw", None, "processed"],
+    }
+    params = [replace(row, top_k=30) for row in MIXED[:3]]
+    shared = {"vocab_size": V, "tokenizer": BYTES, "eos_token_ids": range(60, 90)}
+    together = generate(model, prompts, params, n=2, **each, **shared)
+    for row in range(3):
+        own = {name: values[row] for name, values in each.items()}
+        if name_of_ids := own.pop("stop_token_ids"):
+            own["stop_token_ids"] = name_of_ids
+        alone = generate(model, [prompts[row]], params[row], n=2, **own, **shared)
+        assert together[2 * row : 2 * row + 2] == alone
+    assert {len(row.token_ids) for row in together} > {4}
+    assert together[2].logprobs is None
+    for row, kind in ((0, "raw"), (4, "processed")):
+        want = generate(model, prompts, params, n=2, **(each | {"logprobs": kind}), **shared)
+        assert together[row].logprobs == pytest.approx(want[row].logprobs, abs=1e-5)
+    assert together[0].logprobs != pytest.approx(together[4].logprobs[:4], abs=1e-2)
 
-    with pytest.raises(InvalidLogitsError, match="no candidate left"):
-        generate(empty, [[1]], SamplingParams(), vocab_size=V)
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": [3]}, "max_new_tokens must have one for each of 2 prompts, got 1"),
+        ({"max_new_tokens": [3, 0]}, "max_new_tokens must be an integer >= 1, got 0"),
+        ({"max_new_tokens": [3, None]}, "max_new_tokens must be an integer >= 1, got None"),
+        ({"max_new_tokens": torch.tensor([3.0, 4.0])}, "must be an integer >= 1, got 3.0"),
+        (
+            {"max_new_tokens": [9, 3], "min_new_tokens": 4},
+            "min_new_tokens must be at most 3, which is max_new_tokens, got 4",
+        ),
+        ({"stop": [["a"], ["b"], ["c"]]}, "stop must have one for each of 2 prompts, got 3"),
+        ({"stop": [["a"], [1]]}, "stop must be .*strings, got .*1"),
+        ({"stop_token_ids": [[1]]}, "stop_token_ids must have one for each of 2 prompts, got 1"),
+        ({"stop_token_ids": [[1], ["a"]]}, "stop_token_ids must be integers, got 'a'"),
+        ({"stop_token_ids": [[1], [V]]}, f"end tokens must be in 0 .. {V - 1}, got {V}"),
+        ({"logprobs": ["raw"]}, "logprobs must have one for each of 2 prompts, got 1"),
+        ({"logprobs": ["raw", "x"]}, 'logprobs must be None, "processed" or "raw", got \'x\''),
+        ({"position": [1]}, "position must have one for each of 2 prompts, got 1"),
+        ({"position": "1"}, "position must be integers, got '1'"),
+        ({"position": 2**64}, "position must be in"),
+        ({"output_ids": [[1]]}, "output_ids must have one for each of 2 prompts, got 1"),
+        ({"output_ids": [1, 2]}, "output_ids must be a collection of token ids, got 1"),
+        ({"output_ids": "ab"}, "output_ids must be a list of token ids for each prompt, got 'ab'"),
+        ({"output_ids": [[], [V]]}, f"output_ids must hold ids in 0 .. {V - 1}, got {V}"),
+        ({"check": 1}, "check must be True or False, got 1"),
+    ],
+)
+def test_an_option_of_each_prompt_that_cannot_be_honoured(options, message):
+    shared = {"vocab_size": V, "tokenizer": BYTES}
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1], [2]], SamplingParams(seed=1), **shared, **options)
+
+
+@pytest.mark.parametrize("row", MIXED, ids=range(len(MIXED)))
+def test_five_tokens_and_five_more_are_ten(row):
+    """Of every kind of parameters, with penalties for the output or the last ids too."""
+    kinds = [row, replace(row, repetition_penalty=2.0, repetition_penalty_scope="output")]
+    kinds.append(replace(row, presence_penalty=1.0, repetition_penalty=1.5, penalty_last_n=6))
+    for params in kinds:
+        prompts = [[1, 2, 2], [9]]
+        options = {"vocab_size": V, "tokenizer": BYTES}
+        for prompt in prompts:
+            (ten,) = generate(model, [prompt], params, max_new_tokens=10, **options)
+            (five,) = generate(model, [prompt], params, max_new_tokens=5, **options)
+            (more,) = generate(
+                model, [prompt], params, max_new_tokens=5, output_ids=[five.token_ids], **options
+            )
+            assert five.token_ids + more.token_ids == ten.token_ids
+
+
+def test_a_position_is_enough_where_no_penalty_is_for_the_output():
+    """The prompt then has the tokens so far."""
+    options = {"vocab_size": V}
+    for params in (MIXED[0], MIXED[2], MIXED[3]):
+        (ten,) = generate(model, [[1, 2]], params, max_new_tokens=10, **options)
+        so_far = [[1, 2, *ten.token_ids[:5]]]
+        (more,) = generate(model, so_far, params, max_new_tokens=5, position=5, **options)
+        assert more.token_ids == ten.token_ids[5:]
+        (other,) = generate(model, so_far, params, max_new_tokens=5, **options)
+        assert other.token_ids != more.token_ids
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(frequency_penalty=0.5),
+        SamplingParams(presence_penalty=0.5),
+        SamplingParams(repetition_penalty=1.5, repetition_penalty_scope="output"),
+    ],
+)
+def test_a_position_asks_for_the_output_where_a_penalty_is_for_it(params):
+    both = [SamplingParams(repetition_penalty=1.5), params]
+    with pytest.raises(ValueError, match=r"output_ids must be given beside position .* prompt 1"):
+        generate(model, [[1], [2]], both, vocab_size=V, position=[3, 3])
+    generate(model, [[1], [2]], both, vocab_size=V, position=[3, 0], max_new_tokens=1)
+
+
+def with_nan_in(row, step):
+    """The model of this file, but with NaN in the logits of one row from some step on."""
+    calls = []
+
+    def spoilt(input_ids, cache):
+        logits, cache = model(input_ids, cache)
+        calls.append(len(calls) + 1)
+        if len(calls) >= step:
+            logits = logits.clone()
+            logits[row, 5] = torch.nan
+        return logits, cache
+
+    return spoilt
+
+
+def test_the_fault_of_a_row_ends_that_row_alone():
+    options = {"vocab_size": V, "max_new_tokens": 8, "tokenizer": BYTES, "logprobs": "raw"}
+    prompts = [[1, 2], [3, 4], [5, 6]]
+    good = generate(model, prompts, MIXED[:3], **options)
+    done = generate(with_nan_in(1, 4), prompts, MIXED[:3], **options)
+    assert [done[0], done[2]] == [good[0], good[2]]
+    assert done[1].token_ids == good[1].token_ids[:3]
+    assert done[1].logprobs == good[1].logprobs[:3]
+    assert good[1].text.startswith(done[1].text)
+    assert (done[1].finish_reason, done[1].stop_reason) == ("error", "NaN in logits")
+    with pytest.raises(InvalidLogitsError, match="NaN in logits in row 1"):
+        generate(with_nan_in(1, 4), prompts, MIXED[:3], check=True, **options)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_row_that_has_ended_is_not_looked_at(check):
+    options = {"vocab_size": V, "max_new_tokens": [3, 8, 8], "check": check}
+    prompts = [[1, 2], [3, 4], [5, 6]]
+    good = generate(model, prompts, MIXED[:3], **options)
+    assert generate(with_nan_in(0, 4), prompts, MIXED[:3], **options) == good
+    assert [len(row.token_ids) for row in good] == [3, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (torch.nan, "NaN in logits; no candidate left (every logit is -inf or masked)"),
+        (-torch.inf, "no candidate left (every logit is -inf or masked)"),
+        (torch.inf, "+inf in logits"),
+    ],
+)
+def test_a_row_that_fails_at_once(value, reason):
+    def empty(input_ids, cache):
+        return torch.full((1, V), value)
+
+    (done,) = generate(empty, [[1]], SamplingParams(), vocab_size=V, logprobs="raw")
+    assert (done.token_ids, done.logprobs, done.text) == ([], [], None)
+    assert (done.finish_reason, done.stop_reason) == ("error", reason)
+    (chunk,) = generate_stream(empty, [[1]], SamplingParams(), vocab_size=V)
+    assert (chunk.token, chunk.logprob) == (-1, None)
 
 
 STOPS = ["<|im_end|>", "stop", "e nd"]

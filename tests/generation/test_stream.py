@@ -138,11 +138,42 @@ def test_time_is_charged_to_where_it_was_spent(model):
         assert 0.02 <= step.sampler_seconds < 0.06
 
 
-def test_a_row_without_a_token_is_an_error_even_where_the_sampler_does_not_check(model):
-    steps = stream(model, PROMPTS, Script([[4, 5], [4, -1]]), max_new_tokens=3)
-    assert next(steps).tokens == [4, 5]
-    with pytest.raises(InvalidLogitsError, match=r"no candidate left .* in row 1"):
-        next(steps)
+def test_a_row_without_a_token_ends_where_the_sampler_does_not_check(model):
+    script = Script([[4, 5], [4, -1], [6, 7]])
+    steps = list(stream(model, PROMPTS, script, max_new_tokens=3))
+    assert [step.tokens for step in steps] == [[4, 5], [4, -1], [6, -1]]
+    assert [step.ended for step in steps] == [[False, False], [False, True], [False, True]]
+
+
+class Spoilt(torch.nn.Module):
+    """Logits of which those of one row are NaN from some step on."""
+
+    def __init__(self, row, step):
+        super().__init__()
+        self.row, self.step, self.calls = row, step, 0
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None):
+        self.calls += 1
+        logits = torch.zeros(2, 1, VOCAB_SIZE)
+        logits[0, 0, 7] = logits[1, 0, 7 if self.calls < 2 else 8] = 9
+        if self.calls >= self.step:
+            logits[self.row] = torch.nan
+        return SimpleNamespace(logits=logits, past_key_values=())
+
+
+def test_rows_that_have_ended_are_not_looked_at():
+    """Row 1 has drawn its end token before its logits become NaN; row 0 goes on."""
+
+    def steps(spoilt, check):
+        greedy = [SamplingParams(temperature=0)] * 2
+        sampler = Sampler(greedy, vocab_size=VOCAB_SIZE, check=check)
+        return list(stream(spoilt, PROMPTS, sampler, max_new_tokens=5, eos_token_ids={8}))
+
+    for check in (True, False):
+        got = [step.tokens for step in steps(Spoilt(1, 3), check)]
+        assert got == [[7, 7], [7, 8], [7, -1], [7, -1], [7, -1]]
+    with pytest.raises(InvalidLogitsError, match="NaN in logits in row 0"):
+        steps(Spoilt(0, 3), True)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from toy_tokenizers import byte_tokenizer, transformers
 
 from llm_sampling import InvalidLogitsError, Sampler, SamplingParams
 from llm_sampling.generation import generate, seeded
+from llm_sampling.generation.config import AS_PROCESSORS, NOT_SUPPORTED
 from llm_sampling.integrations import huggingface
 
 BYTES = byte_tokenizer()
@@ -444,6 +445,11 @@ def test_without_params_the_config_is_followed(model):
     torch.manual_seed(5)
     sampled = fused(model, PROMPTS, None, do_sample=True, top_k=1)
     assert torch.equal(sampled, model.generate(PROMPTS, do_sample=False, **options))
+    for top_k, params in ((None, SamplingParams()), (3, SamplingParams(top_k=3))):
+        torch.manual_seed(5)
+        sampled = fused(model, PROMPTS, None, do_sample=True, top_k=top_k)
+        torch.manual_seed(5)
+        assert torch.equal(sampled, fused(model, PROMPTS, [params] * 2))
 
 
 def test_a_row_does_not_depend_on_its_batch(model):
@@ -540,15 +546,65 @@ def test_a_loop_around_ours_keeps_the_streamer(model):
     assert streamer.has_ended
 
 
-def test_a_row_without_a_token_ends_the_loop(model):
-    class Nothing(transformers.LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            return torch.full_like(scores, -torch.inf)
+class Spoil(transformers.LogitsProcessor):
+    """Gives a row NaN, or another value everywhere, from some length on."""
 
+    def __init__(self, row, length, value=torch.nan):
+        self.row, self.length, self.value = row, length, value
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] >= self.length:
+            scores = scores.clone()
+            scores[self.row] = self.value
+        return scores
+
+
+@pytest.mark.parametrize("eos", [None, 95])
+def test_the_fault_of_a_row_ends_that_row_alone(model, eos):
+    options = {"eos_token_id": eos, "return_dict_in_generate": True, "logprobs": "processed"}
+    good = fused(model, PROMPTS, EACH[:2], **options)
+    spoilt = {"logits_processor": [Spoil(0, 8)], **options}
+    out = fused(model, PROMPTS, EACH[:2], **spoilt)
+    assert torch.equal(out.sequences[1], good.sequences[1])
+    assert torch.equal(out.sequences[0, :8], good.sequences[0, :8])
+    assert out.sequences[0, 8:].tolist() == [0] * 9
+    assert torch.equal(out.logprobs[0, :3], good.logprobs[0, :3])
+    assert out.logprobs[0, 3:].isnan().all()
+    assert good.finish_reasons == ("length", "length")
+    assert out.finish_reasons == ("error", "length")
+    reason = "NaN in logits; no candidate left (every logit is -inf or masked)"
+    assert out.stop_reasons == (reason, None)
+    with pytest.raises(InvalidLogitsError, match="NaN in logits in row 0"):
+        fused(model, PROMPTS, EACH[:2], check=True, **spoilt)
+    with pytest.warns(RuntimeWarning, match="rows have ended in an error: row 0: NaN in logits"):
+        ids = fused(model, PROMPTS, EACH[:2], logits_processor=[Spoil(0, 8)], eos_token_id=eos)
+    assert torch.equal(ids, out.sequences)
+
+
+def test_a_row_without_a_token_ends_the_loop(model):
     streamer = Recorder()
-    with pytest.raises(InvalidLogitsError, match="no candidate left"):
-        fused(model, PROMPTS[:1], EACH[0], logits_processor=[Nothing()], streamer=streamer)
-    assert len(streamer.put_ids) == 1
+    nothing = {"logits_processor": [Spoil(0, 0, -torch.inf)], "streamer": streamer}
+    with pytest.warns(RuntimeWarning, match="row 0: no candidate left"):
+        out = fused(model, PROMPTS[:1], EACH[0], **nothing)
+    assert out.tolist() == [[*PROMPTS[0].tolist(), 0]]
+    assert len(streamer.put_ids) == 2
+    assert streamer.has_ended
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_rows_that_have_ended_are_not_looked_at(model, check):
+    end = ours(model, PROMPTS, EACH[:2])[0][2]
+    options = {"eos_token_id": end, "return_dict_in_generate": True, "check": check}
+    good = fused(model, PROMPTS, EACH[:2], **options)
+    out = fused(model, PROMPTS, EACH[:2], logits_processor=[Spoil(0, 8)], **options)
+    assert torch.equal(out.sequences, good.sequences)
+    assert out.finish_reasons == ("stop", good.finish_reasons[1])
+    processor = FusedLogitsProcessor(EACH[:2])
+    theirs = NEUTRAL | {"eos_token_id": end, "max_new_tokens": 12}
+    ids = model.generate(PROMPTS, logits_processor=[Spoil(0, 8), processor], **theirs)
+    assert torch.equal(ids, good.sequences)
+    with pytest.raises(InvalidLogitsError, match="NaN in logits in row 1"):
+        model.generate(PROMPTS, logits_processor=[Spoil(1, 7), processor], **theirs)
 
 
 def test_a_text_streamer_writes_the_text(model, capsys):
@@ -703,6 +759,347 @@ def test_an_assistant_is_refused(model):
         fused(model, PROMPTS[:1], SamplingParams(), assistant_model=model)
 
 
+# The three ways
+
+
+def test_each_prompt_has_the_seed_as_given(model):
+    """Prompts with one SamplingParams do not depend on their places."""
+    params = SamplingParams(temperature=1.5, seed=7)
+    alone = [ours(model, [row], params)[0] for row in RAGGED]
+    assert ours(model, RAGGED, params) == alone
+    options = {"attention_mask": MASK}
+    assert fused(model, PADDED, params, **options)[:, 6:].tolist() == alone
+    for given in (params, [params] * 3):
+        processor = FusedLogitsProcessor(given)
+        out = model.generate(
+            PADDED, logits_processor=[processor], max_new_tokens=12, **NEUTRAL, **options
+        )
+        assert out[:, 6:].tolist() == alone
+    turned = fused(model, PADDED.flip(0), params, attention_mask=MASK.flip(0))
+    assert turned[:, 6:].tolist() == alone[::-1]
+
+
+def test_sequences_of_one_params_for_all_prompts(model):
+    params = SamplingParams(temperature=1.5, seed=7)
+    options = NEUTRAL | {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": 8}
+    want = [ours(model, [row], seeded(params, i), 8)[0] for row in RAGGED for i in range(2)]
+    options["attention_mask"] = MASK
+    out = model.generate(PADDED, custom_generate=fused_generate, params=params, **options)
+    assert out[:, 6:].tolist() == want
+    processor = FusedLogitsProcessor(params)
+    out = model.generate(PADDED, logits_processor=[processor], **options)
+    assert out[:, 6:].tolist() == want
+
+
+def test_parameters_for_each_row(model):
+    rows = [SamplingParams(seed=seed) for seed in (5, 6, 5, 9)]
+    options = NEUTRAL | {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": 8}
+    want = ours(model, PROMPTS.repeat_interleave(2, dim=0), rows, 8)
+    out = model.generate(PROMPTS, custom_generate=fused_generate, params=rows, **options)
+    assert out[:, 5:].tolist() == want
+    out = model.generate(PROMPTS, logits_processor=[FusedLogitsProcessor(rows)], **options)
+    assert out[:, 5:].tolist() == want
+    with pytest.raises(ValueError, match="got 3 for 4 rows of 2 prompts"):
+        model.generate(PROMPTS, custom_generate=fused_generate, params=rows[:3], **options)
+
+
+def test_padding_is_known_inside_of_generate(model):
+    """Without an argument about it, by the mask or by the pad token that ``generate`` has."""
+    for options in ({"attention_mask": MASK}, {}):
+        penalised = [replace(row, repetition_penalty=5.0) for row in EACH]
+        want = ours(model, RAGGED, penalised)
+        processor = FusedLogitsProcessor(penalised)
+        out = model.generate(
+            PADDED, logits_processor=[processor], max_new_tokens=12, **NEUTRAL, **options
+        )
+        assert out[:, 6:].tolist() == want
+        assert fused(model, PADDED, penalised, **options)[:, 6:].tolist() == want
+
+
+def test_a_next_generate_is_not_taken_for_a_next_step(model):
+    """Its prompts are what the last call returned, as where texts go on."""
+    processor = FusedLogitsProcessor(EACH[:2])
+    options = {"logits_processor": [processor], "max_new_tokens": 4} | NEUTRAL
+    out = model.generate(PROMPTS, **options)
+    again = model.generate(out, **options)
+    assert again[:, out.shape[1] :].tolist() == ours(model, out, EACH[:2], 4)
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_five_tokens_and_five_more_are_ten(model, row):
+    params = [
+        EACH[row],
+        replace(EACH[row], repetition_penalty=2.0, repetition_penalty_scope="output"),
+    ]
+    ten = ours(model, PROMPTS, params, 10)
+    so_far = torch.cat([PROMPTS, torch.tensor(ten)[:, :5]], dim=1)
+    outputs = [tokens[:5] for tokens in ten]
+    options = NEUTRAL | {"max_new_tokens": 5}
+    more = model.generate(
+        so_far, custom_generate=fused_generate, params=params, output_ids=outputs, **options
+    )
+    assert more[:, 5:].tolist() == ten
+    processor = FusedLogitsProcessor(params, output_ids=outputs)
+    more = model.generate(so_far, logits_processor=[processor], **options)
+    assert more[:, 5:].tolist() == ten
+    with pytest.raises(ValueError, match="output_ids must be given beside position"):
+        fused(model, so_far, params, position=5)
+    with pytest.raises(ValueError, match=r"output_ids must be the last ids .* row 1 ends in"):
+        fused(model, so_far, params, output_ids=[outputs[0], [1, 2]])
+
+
+def test_a_position_is_enough_without_penalties_for_the_output(model):
+    params = SamplingParams(temperature=2.0, seed=3, repetition_penalty=1.4)
+    ten = ours(model, PROMPTS, params, 10)
+    so_far = torch.cat([PROMPTS, torch.tensor(ten)[:, :5]], dim=1)
+    assert fused(model, so_far, params, position=5, max_new_tokens=5)[:, 5:].tolist() == ten
+    processor = FusedLogitsProcessor(params, position=[5, 5])
+    more = model.generate(so_far, logits_processor=[processor], max_new_tokens=5, **NEUTRAL)
+    assert more[:, 5:].tolist() == ten
+
+
+def test_each_prompt_has_its_own_options(model):
+    each = {
+        "max_tokens": [4, 12, 9],
+        "min_tokens": [0, 5, 9],
+        "stop": [None, "a", ["b", "c"]],
+        "stop_token_ids": [[20, 30], None, [40]],
+        "logprobs": ["raw", None, "processed"],
+    }
+    eos = list(range(60, 97))
+    params = [replace(row, top_k=20) for row in EACH]
+    out = fused(
+        model,
+        PADDED,
+        params,
+        attention_mask=MASK,
+        eos_token_id=eos,
+        stop_tokenizer=BYTES,
+        return_dict_in_generate=True,
+        **each,
+    )
+    names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+    want = generate(
+        model,
+        RAGGED,
+        params,
+        eos_token_ids=eos,
+        tokenizer=BYTES,
+        **{names.get(name, name): values for name, values in each.items()},
+    )
+    for row, done in enumerate(want):
+        length = len(done.token_ids)
+        steps = out.sequences.shape[1] - 6
+        assert out.sequences[row, 6:].tolist() == done.token_ids + [0] * (steps - length)
+        assert (out.finish_reasons[row], out.stop_reasons[row]) == (
+            done.finish_reason,
+            done.stop_reason,
+        )
+        if done.logprobs is None:
+            assert out.logprobs[row].isnan().all()
+        else:
+            assert out.logprobs[row, :length].tolist() == pytest.approx(done.logprobs, abs=1e-5)
+            assert out.logprobs[row, length:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": [3]}, "max_tokens must have one for each of 2 prompts, got 1"),
+        ({"max_tokens": [3, 13]}, "max_tokens must be at most 12, the max_new_tokens of generate"),
+        ({"min_tokens": 13}, "min_tokens must be at most max_tokens and the max_new_tokens of"),
+        ({"min_tokens": [2, 4], "max_tokens": 3}, "min_tokens must be at most .*, got 4"),
+        ({"stop": ["a", None]}, "stop_tokenizer must be given for stop"),
+        ({"stop_token_ids": "a"}, "stop_token_ids must be a collection of token ids, got 'a'"),
+        ({"check": None}, "check must be True or False, got None"),
+    ],
+)
+def test_options_of_each_prompt_that_cannot_be_honoured(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        fused(model, PROMPTS, EACH[:2], **options)
+
+
+@pytest.mark.parametrize("kind", ["raw", "processed"])
+def test_raw_logprobs_are_of_the_model(model, kind):
+    """Whatever other processors do; they change those of the distribution that is drawn from."""
+    options = {"suppress_tokens": list(range(60)), "return_dict_in_generate": True}
+    out = fused(model, PROMPTS, EACH[:2], logprobs=kind, output_logits=True, **options)
+    for step, logits in enumerate(out.logits):
+        tokens = out.sequences[:, 5 + step]
+        raw = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        is_raw = torch.isclose(out.logprobs[:, step], raw, atol=1e-5)
+        assert is_raw.tolist() == ([True] * 2 if kind == "raw" else [False] * 2)
+
+
+class Bias(transformers.LogitsProcessor):
+    """Adds to the logit of a token."""
+
+    def __init__(self, token, bias):
+        self.token, self.bias = token, bias
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.token] += self.bias
+        return scores
+
+
+WATERMARK = transformers.WatermarkingConfig(greenlist_ratio=0.25, bias=2.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (FusedLogitsProcessor, {"repetition_penalty": 1.05}, "repetition_penalty of the .*=1.0"),
+        (FusedLogitsProcessor, {"watermarking_config": WATERMARK}, "watermarking_config of the"),
+        (FusedLogitsProcessor, {"do_sample": True, "typical_p": 0.5}, "typical_p of the"),
+        (FusedLogitsProcessor, {"do_sample": True, "eta_cutoff": 0.1}, "eta_cutoff of the"),
+        (FusedLogitsProcessor, {"renormalize_logits": True}, "renormalize_logits of the"),
+        (FusedLogitsWarper, {"repetition_penalty": 1.05}, "repetition_penalty of the .*=1.0"),
+        (FusedLogitsWarper, {"do_sample": True, "temperature": 0.05}, "temperature of the .*=1.0"),
+        (FusedLogitsWarper, {"do_sample": True, "top_k": 50}, "top_k of the .*=0"),
+        (FusedLogitsWarper, {"do_sample": True, "top_p": 0.9}, "top_p of the .*=1.0"),
+        (FusedLogitsWarper, {"do_sample": True, "min_p": 0.1}, "min_p of the .*=0.0"),
+    ],
+)
+def test_what_the_config_would_apply_too_is_named(model, make, options, message):
+    given = NEUTRAL | {"max_new_tokens": 3} | options
+    with pytest.raises(ValueError, match=message):
+        model.generate(PROMPTS, logits_processor=[make(SamplingParams(seed=1))], **given)
+
+
+def test_what_the_config_has_of_the_filters_changes_nothing(model, monkeypatch):
+    """The parameters stand for it, in the three ways, also as the model's own default."""
+    config = transformers.GenerationConfig(
+        do_sample=True, temperature=0.05, top_k=3, top_p=0.3, min_p=0.2, pad_token_id=0
+    )
+    monkeypatch.setattr(model, "generation_config", config)
+    options = {"attention_mask": MASK, "max_new_tokens": 12}
+    want = ours(model, RAGGED, EACH)
+    out = model.generate(PADDED, custom_generate=fused_generate, params=EACH, **options)
+    assert out[:, 6:].tolist() == want
+    processor = FusedLogitsProcessor(EACH)
+    out = model.generate(PADDED, logits_processor=[processor], **options)
+    assert out[:, 6:].tolist() == want
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_processors_of_the_user_run_before_ours(model, after):
+    """One that bans every token but one is honoured; after ours it could not be."""
+    only = Spoil(slice(None), 0, -torch.inf)
+    processor = FusedLogitsProcessor(SamplingParams(seed=1))
+    order = [only, Bias(7, torch.inf), processor]
+    options = {"max_new_tokens": 3} | NEUTRAL
+    if not after:
+        order = [Bias(7, 1000.0), processor]
+        out = model.generate(PROMPTS, logits_processor=order, **options)
+        assert (out[:, 5:] == 7).all()
+        return
+    order = [processor, Bias(7, 1000.0)]
+    with pytest.raises(ValueError, match="must have no Bias after FusedLogitsProcessor"):
+        model.generate(PROMPTS, logits_processor=order, **options)
+
+
+def test_processors_around_the_warper_keep_their_meaning(model):
+    params = SamplingParams(top_k=5)
+    options = NEUTRAL | {"max_new_tokens": 6, "do_sample": True}
+    for order in (
+        [Bias(7, 1000.0), FusedLogitsWarper(params)],
+        [FusedLogitsWarper(replace(params, top_k=0)), Bias(7, 1000.0)],
+    ):
+        assert (model.generate(PROMPTS, logits_processor=order, **options)[:, 5:] == 7).all()
+
+
+def test_raw_logprobs_of_a_processor_need_the_logits_of_the_model(model):
+    processor = FusedLogitsProcessor(EACH[:2], logprobs=["processed", "raw"])
+    options = NEUTRAL | {"max_new_tokens": 3}
+    with pytest.raises(ValueError, match=r"logprobs must not be \"raw\" where another .* \(Bias\)"):
+        model.generate(PROMPTS, logits_processor=[Bias(7, 1.0), processor], **options)
+    model.generate(PROMPTS, logits_processor=[processor], **options)
+    raw, processed = (
+        ours_logprobs(model, kind)[row] for row, kind in ((1, "raw"), (0, "processed"))
+    )
+    assert processor.logprobs[1].tolist() == pytest.approx(raw, abs=1e-5)
+    assert processor.logprobs[0].tolist() == pytest.approx(processed, abs=1e-5)
+
+
+def ours_logprobs(model, kind):
+    done = generate(model, PROMPTS, EACH[:2], max_new_tokens=3, ignore_eos=True, logprobs=kind)
+    return [row.logprobs for row in done]
+
+
+@pytest.mark.parametrize("make", [FusedLogitsProcessor, FusedLogitsWarper, None])
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        transformers.TemperatureLogitsWarper(2.0),
+        transformers.TopKLogitsWarper(2),
+        transformers.TopPLogitsWarper(0.5),
+        transformers.MinPLogitsWarper(0.5),
+        transformers.RepetitionPenaltyLogitsProcessor(1.5),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_processor_that_the_params_replace_is_refused(model, make, theirs):
+    """Also where the config has the same one, for which ``generate`` takes the user's."""
+    field, off = huggingface._REPLACED[type(theirs).__name__]
+    params = SamplingParams(seed=1)
+    given = {"logits_processor": [theirs], "custom_generate": fused_generate, "params": params}
+    if make is not None:
+        given = {"logits_processor": [theirs, make(params)]}
+    match = f"must not have a {type(theirs).__name__} beside params: set {field} there"
+    for value in (off, 0.7 if field != "top_k" else 3):
+        options = NEUTRAL | {"max_new_tokens": 3, "do_sample": True, field: value}
+        with pytest.raises(ValueError, match=match):
+            model.generate(PROMPTS, **given, **options)
+
+
+def test_the_warper_takes_no_ids_where_it_needs_none():
+    scores = torch.randn(2, V)
+    params = [SamplingParams(top_k=3), SamplingParams(temperature=0.5, logit_bias={4: 3.0})]
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    got = FusedLogitsWarper(params)(None, scores)
+    assert torch.equal(got, FusedLogitsWarper(params)(ids, scores))
+    with pytest.raises(ValueError, match="input_ids must be given where a penalty is on, got None"):
+        FusedLogitsWarper(EACH[:2])(None, scores)
+    with pytest.raises(ValueError, match=r"input_ids must be a tensor \(rows, length\), got None"):
+        FusedLogitsProcessor(params)(None, scores)
+
+
+@pytest.mark.parametrize("make", [FusedLogitsProcessor, FusedLogitsWarper])
+def test_ids_and_scores_of_other_rows(make):
+    with pytest.raises(ValueError, match=r"scores must have shape .* with 3 rows, got \(2, 97\)"):
+        make(SamplingParams())(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(2, V))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bad_words_ids", [[1]]),
+        ("suppress_tokens", [1, 2]),
+        ("min_new_tokens", 3),
+        ("no_repeat_ngram_size", 2),
+        ("typical_p", 0.5),
+        ("stop_strings", ["a"]),
+    ],
+)
+def test_our_loop_names_what_it_does_not_take_from_the_config(model, monkeypatch, field, value):
+    config = transformers.GenerationConfig(do_sample=True, **{field: value})
+    monkeypatch.setattr(model, "generation_config", config)
+    with pytest.raises(ValueError, match=f"{field} of the generation config cannot be honoured"):
+        ours(model, PROMPTS, EACH[:2])
+    if field == "stop_strings":
+        generate(model, PROMPTS, EACH[:2], tokenizer=BYTES, stop=(), max_new_tokens=1)
+
+
+def test_the_end_tokens_are_those_of_the_generation_config(model, monkeypatch):
+    """Where it says that there is none, the model's own config does not say it again."""
+    monkeypatch.setattr(model.config, "eos_token_id", ours(model, PROMPTS, EACH[:2])[0][2])
+    config = transformers.GenerationConfig(eos_token_id=None)
+    monkeypatch.setattr(model, "generation_config", config)
+    done = generate(model, PROMPTS, EACH[:2], max_new_tokens=6)
+    assert [len(row.token_ids) for row in done] == [6, 6]
+
+
 # Parameters from a config
 
 
@@ -773,11 +1170,7 @@ transformers_version generation_kwargs continuous_batching_config mtp_layer_indi
 def test_every_field_of_a_config_is_known():
     """Fails where a newer transformers adds fields, which may change the draw."""
     fields = {name for name in vars(config()) if not name.startswith("_")}
-    known = (
-        set(NOT_ABOUT_SAMPLING.split())
-        | set(huggingface._AS_PROCESSORS)
-        | set(huggingface._NOT_DONE)
-    )
+    known = set(NOT_ABOUT_SAMPLING.split()) | set(AS_PROCESSORS) | set(NOT_SUPPORTED)
     known |= {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
     assert fields - known == set()
 

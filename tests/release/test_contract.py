@@ -56,11 +56,12 @@ LAYERS = (
     ("growing_table", "distributed"),
     ("sampler",),
     ("__init__",),  # what ``import llm_sampling`` loads ends here
-    ("generation.stop_strings", "generation.text", "generation.prompts"),
+    ("generation.stop_strings", "generation.text", "generation.prompts", "generation.config"),
     ("generation.rows",),
     ("generation.loop", "generation.models"),
     ("generation",),
     ("integrations", "tools"),
+    ("integrations.generate_call",),
     ("integrations.huggingface", "integrations.vllm"),
     ("tools.explain.steps", "tools.tuning.space"),
     ("tools.explain.compare", "tools.explain.page", "tools.explain.picture"),
@@ -503,13 +504,19 @@ def test_back_edges_are_seen():
     assert imports_of("from llm_sampling import Sampler, history") == {"__init__", "history"}
 
 
-def test_reference_is_for_one_backend_to_explain_and_between_ranks():
+def test_who_uses_the_reference():
+    """A backend, what explains it, what works between ranks, and the seeds of sequences."""
     users = [
         name
         for name, path in MODULES.items()
         if "reference" in imports_of(path.read_text(encoding="utf-8"))
     ]
-    assert sorted(users) == ["backends.torch", "distributed", "tools.explain.steps"]
+    assert sorted(users) == [
+        "backends.torch",
+        "distributed",
+        "generation.rows",
+        "tools.explain.steps",
+    ]
 
 
 @pytest.mark.parametrize(

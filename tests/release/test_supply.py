@@ -60,6 +60,7 @@ ANYWHERE = {
 }
 SOMEWHERE = {
     "generation.models": {"gguf", "transformers"},
+    "integrations.generate_call": {"transformers"},
     "integrations.huggingface": {"transformers"},
     "backends.triton": {"triton"},
     "backends.triton_history": {"triton"},

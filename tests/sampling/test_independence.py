@@ -10,6 +10,7 @@ every pair and every series there is a broken sampler that the same test must re
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from cases import make_row
 from scipy import stats
 
 from llm_sampling import BatchParams, SamplingParams, reference, sample
+from llm_sampling.generation import seeded
 
 ROOT = Path(__file__).parents[2]
 LOW32 = np.uint64(0xFFFFFFFF)
@@ -186,6 +188,22 @@ def test_the_reference_can_be_undone() -> None:
 def test_c_makes_the_same_words(tmp_path: Path) -> None:
     at = random_tuples(200_000)
     assert np.array_equal(of_c(at, tmp_path), philox(at)[:2])
+
+
+def test_the_seeds_of_sequences() -> None:
+    """Those of docs/semantics.md, and others, are Philox's words for stream 5."""
+    text = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
+    known = re.findall(r"^\| `(\d+)` \| (\d+) \| (\d+) \|$", text, re.M)
+    assert len(known) == 2
+    for seed, *sequences in known:
+        for i, want in enumerate(sequences, 1):
+            assert seeded(SamplingParams(seed=int(seed)), i).seed == int(want)
+    for seed in (0, 7, 8, 2**32, 2**63, 2**64 - 1):
+        for i in (1, 2, 255):
+            at = tuple(np.array([value], dtype=np.uint64) for value in (seed, 0, i, 5))
+            low, high = (int(words[0]) for words in philox(at)[:2])
+            assert seeded(SamplingParams(seed=seed), i).seed == low + (high << 32)
+        assert seeded(SamplingParams(seed=seed), 0).seed == seed
 
 
 MIXED_UP: Mapping[str, Callable[[Words, Words, Words, Words], Tuples]] = {

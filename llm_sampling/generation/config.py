@@ -1,0 +1,64 @@
+"""What a generation config of transformers asks for, beside the parameters of sampling.
+
+Nothing here imports transformers: a config is any object with these attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Fields that change which tokens are drawn, and the values besides None at which each is off.
+#: transformers makes logits processors of the first, which run before the kernel in its own
+#: ``generate``. What the second ask for is not supported.
+AS_PROCESSORS: Mapping[str, tuple[object, ...]] = {
+    "no_repeat_ngram_size": (0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "remove_invalid_values": (False,),
+    "exponential_decay_length_penalty": (),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "guidance_scale": (1.0, 1),
+}
+NOT_SUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "num_beams": (1,),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "prompt_lookup_num_tokens": (),
+    "use_mtp": (False,),
+    "speculation_type": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "top_h": (),
+    "renormalize_logits": (False,),
+    "watermarking_config": (),
+    "constraints": (),
+    "force_words_ids": (),
+}
+
+
+def refuse_fields(
+    config: Any, fields: Mapping[str, tuple[object, ...]], remedy: str | None = None
+) -> None:
+    """A ValueError that names the first field that is on.
+
+    Args:
+        config: the generation config.
+        fields: the fields, and the values besides None at which each is off.
+        remedy: what the message tells to do instead.
+    """
+    for name, off in fields.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in off:
+            more = "" if remedy is None else f": {remedy}"
+            raise ValueError(
+                f"{name} of the generation config cannot be honoured, got {value!r}{more}"
+            )
