@@ -47,6 +47,8 @@ SOME = {
     "test_ops.py::test_other_parameters": Some(name=("top_k", "bias", "seed")),
     "test_tensors.py::test_every_kind_gives_what_a_plain_copy_gives": Some(5),
     "test_tensors.py::test_what_no_kernel_can_read_is_refused_by_name": Some(2),
+    "test_three_ways.py::test_the_three_ways_agree": Some(examples=(20,)),
+    "test_three_ways.py::test_a_wrong_way_is_seen": Some(wrong=()),
     "test_triton_compile.py::test_every_kind_of_call_compiles": Some(7),
     "test_triton_compile.py::test_every_history_compiles": Some(7),
     "test_triton_compile.py::test_every_update_compiles": Some(7),

@@ -64,8 +64,8 @@ def compare(
         language_model: the model.
         prompt_ids: the prompt's token ids, at least one.
         params: the parameters that are compared; with a seed the texts are the same each time.
-        n: how many texts of each type except greedy. They use seed, seed + 1, ..., so the i-th
-            texts of all types are drawn with the same random bits.
+        n: how many texts of each type except greedy. They have the seeds of n sequences of one
+            request, so the i-th texts of all types are drawn with the same random bits.
         max_new_tokens: the largest length of a text, in tokens.
         backend: the backend, as for :class:`~llm_sampling.Sampler`.
 

@@ -97,7 +97,7 @@ class ModelObjective:
         texts: how many passages are continued, all in one batch.
         max_new_tokens: the length of each continuation. End tokens do not end it, because measures
             of diversity depend on the length.
-        seed: the seed of the first row; row i uses seed + i.
+        seed: the seed of the first row; row i has that of sequence i of one request.
         backend: the backend, as for :class:`~llm_sampling.Sampler`.
 
     Raises:
