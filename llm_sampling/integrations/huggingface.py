@@ -291,14 +291,20 @@ _REPLACED: dict[str, tuple[str, float]] = {
 }
 
 
-def _refuse_replaced(processors: Sequence[Any]) -> None:
-    """A ValueError if the user gave a processor that ``params`` replace."""
+def _refuse_replaced(processors: Sequence[Any], own: object) -> None:
+    """A ValueError if the user gave a processor that ``params`` replace, or another one of ours."""
     for processor in processors:
         name = type(processor).__name__
         if name in _REPLACED:
             raise ValueError(
                 f"logits_processor must not have a {name} beside params: set "
                 f"{_REPLACED[name][0]} there"
+            )
+        if isinstance(processor, (FusedLogitsProcessor, FusedLogitsWarper)) and (
+            processor is not own
+        ):
+            raise ValueError(
+                f"logits_processor must not have a {name} beside params that are applied already"
             )
 
 
@@ -318,7 +324,7 @@ def _check_neighbours(
     """
     name = type(own).__name__
     place = next(place for place, one in enumerate(processors) if one is own)
-    _refuse_replaced(processors if call is None else call.processors)
+    _refuse_replaced(processors if call is None else call.processors, own)
     draws = isinstance(own, FusedLogitsProcessor)
     if call is not None and draws:
         refuse_fields(call.config, NOT_SUPPORTED)
@@ -364,7 +370,7 @@ class FusedLogitsProcessor(LogitsProcessor):
     Args:
         params: one for all prompts, or one a prompt, in the order of ``input_ids``. Row i of a
             prompt with several sequences has the parameters ``seeded(params, i)`` of
-            :mod:`llm_sampling.generation`.
+            :mod:`llm_sampling.generation`. Or one a row.
         attention_mask: ``(prompts, length)``, 0 where prompts are padded. Default: the mask that
             ``generate`` has; outside of it, no padding.
         pad_token_id: the token that prompts are padded with on the left, instead of the mask.
@@ -622,7 +628,7 @@ def _other_processors(
     processors: LogitsProcessorList, call: GenerateCall | None
 ) -> LogitsProcessorList:
     """The processors that ``params`` do not replace; a ValueError if the user gave one of those."""
-    _refuse_replaced(processors if call is None else call.processors)
+    _refuse_replaced(processors if call is None else call.processors, None)
     return LogitsProcessorList([one for one in processors if type(one).__name__ not in _REPLACED])
 
 
@@ -667,7 +673,7 @@ def fused_generate(
             min_p, repetition_penalty and do_sample of the generation config. Row i of a prompt with
             ``num_return_sequences`` has the parameters ``seeded(params, i)`` of
             :mod:`llm_sampling.generation`; ``generate`` itself asks for ``do_sample=True`` beside
-            it. Default: those of the config.
+            it. Or one a row. Default: those of the config.
         logprobs: "processed" or "raw": the output then has those of the drawn tokens; needs
             ``return_dict_in_generate``. "raw" are of the model's logits, before any processor.
         stop: strings that end a row, searched in the generated text; its tokens stay in the
@@ -707,15 +713,13 @@ def fused_generate(
         raise ValueError("fused_generate must be called by generate, as its custom_generate")
     config: Any = generation_config
     call = generate_call()
-    if call is not None:
-        call = call._replace(config=config, mask=prompt_mask(model, model_kwargs))
     _refuse_unsupported(config, synced_gpus, call)
     true_or_false("check", check)
     processors = _other_processors(logits_processor or LogitsProcessorList(), call)
     prompts = _Prompts(
         # generate has filled in its defaults, so that None is off here
         _params_of(config, None, top_k=0) if params is None else params,
-        call.mask if call else prompt_mask(model, model_kwargs),
+        prompt_mask(model, model_kwargs),
         None,
         position,
         output_ids,
@@ -770,7 +774,7 @@ def fused_generate(
             step_logprobs = row_logprobs(drawn, logits)
             if step_logprobs is not None:
                 kept_logprobs.append(step_logprobs.masked_fill(~going, torch.nan))
-            tokens = drawn.tokens
+            tokens = drawn.tokens.clamp(min=0)  # stopping criteria look at it, also after an error
             if pad is not None:
                 tokens = torch.where(going, tokens, pad.to(tokens.device))
             is_bad = (drawn.status != 0) & going

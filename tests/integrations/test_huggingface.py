@@ -1053,6 +1053,20 @@ def test_a_processor_that_the_params_replace_is_refused(model, make, theirs):
             model.generate(PROMPTS, **given, **options)
 
 
+@pytest.mark.parametrize("first", [FusedLogitsProcessor, FusedLogitsWarper])
+@pytest.mark.parametrize("second", [FusedLogitsProcessor, FusedLogitsWarper, None])
+def test_two_of_ours_are_refused(model, first, second):
+    params = SamplingParams(seed=1)
+    given = {"custom_generate": fused_generate, "params": params}
+    order = [first(params)]
+    if second is not None:
+        given = {}
+        order.append(second(params))
+    options = NEUTRAL | {"max_new_tokens": 3, "logits_processor": order}
+    with pytest.raises(ValueError, match="beside params that are applied already"):
+        model.generate(PROMPTS, **given, **options)
+
+
 def test_the_warper_takes_no_ids_where_it_needs_none():
     scores = torch.randn(2, V)
     params = [SamplingParams(top_k=3), SamplingParams(temperature=0.5, logit_bias={4: 3.0})]
