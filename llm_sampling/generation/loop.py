@@ -502,8 +502,7 @@ def _chunks(
             text = None
             if row_text is not None:
                 may_stop = step > min_new_tokens
-                # An end token has no text of its own.
-                text = "" if token in ends else row_text.feed(token, may_stop=may_stop)
+                text = row_text.feed(token, may_stop=may_stop, is_end=token in ends)
                 if reason is not None:
                     text += row_text.finish(may_stop=may_stop)
                 if row_text.stop_string is not None:

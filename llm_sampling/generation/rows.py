@@ -111,6 +111,10 @@ def declared_ids(declared: int | Iterable[int] | None) -> list[int]:
 class RowText:
     """The text of one row, which its tokens continue until a stop string ends it.
 
+    Stop strings are searched in the text of the tokens with special tokens spelt out, so a special
+    token between two pieces of text separates them. The text that is returned has no special
+    tokens, except those in a stop string that is included.
+
     Args:
         tokenizer: a Hugging Face tokenizer.
         prompt_ids: the ids that the text continues; their own text is not searched or returned.
@@ -126,14 +130,23 @@ class RowText:
         """The stop string that ended the text, or None."""
         return self._stop.found
 
-    def feed(self, token: int, *, may_stop: bool = True) -> str:
+    def feed(self, token: int, *, may_stop: bool = True, is_end: bool = False) -> str:
         """The text that became certain with ``token``.
 
         Args:
             token: the row's next token.
             may_stop: whether a stop string that this token completes counts.
+            is_end: whether the token ends the row. Like that of a special token, its text is
+                searched and not returned.
         """
-        return self._stop.feed(self._decoder.decode(token), may_stop=may_stop)
+        if not self._stop.is_on:
+            return "" if is_end else self._decoder.decode(token)
+        special = self._decoder.special_text(token)
+        if not special and not is_end:
+            return self._stop.feed(self._decoder.decode(token), may_stop=may_stop)
+        text = self._stop.feed(self._decoder.finish(), may_stop=may_stop) if is_end else ""
+        unshown = special or self._decoder.decode(token)
+        return text + self._stop.feed(unshown, may_stop=may_stop, is_shown=False)
 
     def finish(self, *, may_stop: bool = True) -> str:
         """The text that was held back, for a row whose tokens have ended; empty after a stop."""
