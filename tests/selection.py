@@ -83,6 +83,7 @@ SOME = {
     "test_table.py::test_covering_cases_by_slot": Some(7),
     "test_cuda_emulated.py::test_parameters_of_slots": Some(11),
     "test_contract.py::test_code_in_docs_runs": Some(path=("README.md",)),
+    "test_stop_strings.py::test_the_cost_is_linear": Some(size=(2**10, 2**13)),
 }
 #: The rules for cases whose backend runs in Triton's interpreter, which takes milliseconds for
 #: what a compiled kernel does in microseconds.

@@ -108,8 +108,8 @@ def stops_of_prompts(given: object, prompts: int) -> list[Any]:
     A list with something else than strings has an entry for each prompt.
     """
     if isinstance(given, (list, tuple)) and not all(isinstance(one, str) for one in given):
-        return for_each_prompt("stop", given, prompts, lambda _, stop: () if stop is None else stop)
-    return [() if given is None else given] * prompts
+        return for_each_prompt("stop", given, prompts, lambda _, stop: stop)
+    return [given] * prompts
 
 
 def stop_ids_of_prompts(given: object, prompts: int) -> list[list[int]]:
@@ -326,8 +326,7 @@ class Row:
             self.finish_reason = "length"
         if self.text is None:
             return None
-        # An end token has no text of its own.
-        piece = "" if token in self.ends else self.text.feed(token, may_stop=may_stop)
+        piece = self.text.feed(token, may_stop=may_stop, is_end=token in self.ends)
         if self.finish_reason is not None:
             piece += self.text.finish(may_stop=may_stop)
         if self.text.stop_string is not None:
@@ -366,6 +365,10 @@ def masks_without_ends(rows: Sequence[Row], sampler: Sampler) -> list[Tensor]:
 class RowText:
     """The text of one row, which its tokens continue until a stop string ends it.
 
+    Stop strings are searched in the text of the tokens with special tokens spelt out, so a special
+    token between two pieces of text separates them. The text that is returned has no special
+    tokens, except those in a stop string that is included.
+
     Args:
         tokenizer: a Hugging Face tokenizer.
         prompt_ids: the ids that the text continues; their own text is not searched or returned.
@@ -381,14 +384,23 @@ class RowText:
         """The stop string that ended the text, or None."""
         return self._stop.found
 
-    def feed(self, token: int, *, may_stop: bool = True) -> str:
+    def feed(self, token: int, *, may_stop: bool = True, is_end: bool = False) -> str:
         """The text that became certain with ``token``.
 
         Args:
             token: the row's next token.
             may_stop: whether a stop string that this token completes counts.
+            is_end: whether the token ends the row. Like that of a special token, its text is
+                searched and not returned.
         """
-        return self._stop.feed(self._decoder.decode(token), may_stop=may_stop)
+        if not self._stop.is_on:
+            return "" if is_end else self._decoder.decode(token)
+        special = self._decoder.special_text(token)
+        if not special and not is_end:
+            return self._stop.feed(self._decoder.decode(token), may_stop=may_stop)
+        text = self._stop.feed(self._decoder.finish(), may_stop=may_stop) if is_end else ""
+        unshown = special or self._decoder.decode(token)
+        return text + self._stop.feed(unshown, may_stop=may_stop, is_shown=False)
 
     def finish(self, *, may_stop: bool = True) -> str:
         """The text that was held back, for a row whose tokens have ended; empty after a stop."""

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stop_strings import whole
-from toy_tokenizers import byte_tokenizer, transformers
+from toy_tokenizers import byte_tokenizer, merged_byte_tokenizer, transformers
 
 from llm_sampling import InvalidLogitsError, SamplingParams, TokenHistory, sample
 from llm_sampling.generation import Completion, generate, generate_stream, seeded
@@ -217,6 +217,85 @@ def test_the_stream_joins_to_the_text_that_the_rule_gives(text, stop, limit, inc
     assert {chunk.finish_reason for chunk in chunks[:-1]} <= {None}
 
 
+CHAT = merged_byte_tokenizer(["one two", "끝 stop"])
+IM_END = CHAT.convert_tokens_to_ids("<|im_end|>")
+
+
+def spoken(text, prompt="x", **options):
+    """Generate the tokens of ``text``, special tokens included."""
+    ids = CHAT(text)["input_ids"]
+
+    def says(input_ids, cache):
+        step = 0 if cache is None else cache
+        logits = torch.full((1, len(CHAT)), -torch.inf)
+        logits[0, ids[step]] = 0.0
+        return logits, step + 1
+
+    options = {"tokenizer": CHAT, "vocab_size": len(CHAT), "max_new_tokens": len(ids)} | options
+    (done,) = generate(says, [CHAT(prompt)["input_ids"]], SamplingParams(), **options)
+    return done
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        {"eos_token_ids": [IM_END]},
+        {"stop_token_ids": [IM_END]},
+        {"eos_token_ids": [IM_END], "ignore_eos": True},
+        {},
+    ],
+    ids=["eos", "stop token", "ignored eos", "no end"],
+)
+def test_a_stop_string_that_is_a_special_token(ends):
+    text = "one two<|im_end|>"
+    for stop, shown in (("<|im_end|>", "one two"), ("two<|im_end|>", "one ")):
+        done = spoken(text, stop=stop, **ends)
+        assert (done.text, done.finish_reason, done.stop_reason) == (shown, "stop", stop)
+        done = spoken(text, stop={stop}, include_stop_str_in_output=True, **ends)
+        assert (done.text, done.finish_reason, done.stop_reason) == (text, "stop", stop)
+    done = spoken(text, stop="<|im_start|>", include_stop_str_in_output=True, **ends)
+    assert done.text == "one two"
+    assert done.stop_reason == (IM_END if "stop_token_ids" in ends else None)
+    done = spoken("a" + text, stop="<|im_end|>", min_new_tokens=1, **ends)
+    assert (done.text, done.stop_reason) == ("aone two", "<|im_end|>")
+
+
+def test_what_is_held_back_comes_before_an_end_token():
+    """Half a character and half a stop string are text when the row ends."""
+    options = {"eos_token_ids": [IM_END], "stop": ["two<|im_start|>", "b"]}
+    assert spoken("one two<|im_end|>", **options).text == "one two"
+    ids = [CHAT("é")["input_ids"][0], IM_END]
+    says = iter(ids)
+
+    def half(input_ids, cache):
+        logits = torch.full((1, len(CHAT)), -torch.inf)
+        logits[0, next(says)] = 0.0
+        return logits, 1
+
+    (done,) = generate(
+        half, [[1]], SamplingParams(), tokenizer=CHAT, vocab_size=len(CHAT), **options
+    )
+    assert done.text == CHAT.decode(done.token_ids, skip_special_tokens=True) == "\ufffd"
+
+
+def test_a_prompt_that_ends_inside_a_character():
+    ids = BYTES("🙂!")["input_ids"]
+    says = iter(ids[2:])
+
+    def rest(input_ids, cache):
+        logits = torch.full((1, V), -torch.inf)
+        logits[0, next(says)] = 0.0
+        return logits, 1
+
+    options = {"tokenizer": BYTES, "vocab_size": V, "max_new_tokens": 3}
+    (done,) = generate(rest, [ids[:2]], SamplingParams(), **options)
+    assert done.text == "🙂!"
+
+
+def test_none_is_no_stop_string():
+    assert said("ab", stop=None, eos_token_ids=[END]).text == "ab"
+
+
 def test_the_prompt_s_text_is_not_searched():
     """A stop string that begins in the prompt and ends in the output does not count."""
     prompt = BYTES("x EN")["input_ids"]
@@ -282,10 +361,11 @@ def test_each_prompt_has_its_own_options():
     together = generate(model, prompts, params, n=2, **each, **shared)
     for row in range(3):
         own = {name: values[row] for name, values in each.items()}
-        if name_of_ids := own.pop("stop_token_ids"):
-            own["stop_token_ids"] = name_of_ids
+        own["stop_token_ids"] = own["stop_token_ids"] or ()
         alone = generate(model, [prompts[row]], params[row], n=2, **own, **shared)
-        assert together[2 * row : 2 * row + 2] == alone
+        for got, want in zip(together[2 * row : 2 * row + 2], alone, strict=True):
+            assert replace(got, logprobs=None) == replace(want, logprobs=None)
+            assert got.logprobs == (want.logprobs and pytest.approx(want.logprobs, abs=1e-5))
     assert {len(row.token_ids) for row in together} > {4}
     assert together[2].logprobs is None
     for row, kind in ((0, "raw"), (4, "processed")):

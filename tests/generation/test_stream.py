@@ -1,16 +1,13 @@
-"""Tests of ``stream``, the loop over model and sampler, and of TextDecoder."""
+"""Tests of ``stream``, the loop over model and sampler."""
 
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from toy_tokenizers import WORDS, byte_tokenizer, word_tokenizer
 
 from llm_sampling import InvalidLogitsError, SampleOutput, Sampler, SamplingParams, TokenHistory
-from llm_sampling.generation import TextDecoder, stream
+from llm_sampling.generation import stream
 from llm_sampling.sample import sample
 
 VOCAB_SIZE = 97
@@ -206,89 +203,3 @@ def test_a_model_without_a_cache_is_refused():
 
     with pytest.raises(ValueError, match="model must return a KV cache, NoCache returned none"):
         next(stream(NoCache(), PROMPTS, Script([[4, 5]]), max_new_tokens=1))
-
-
-BYTES, WORD = byte_tokenizer(), word_tokenizer()
-
-TEXTS = [
-    "plain text",
-    "  two  spaces, and .  A space before , and ' s",
-    "é ß ñ",
-    "끝 안녕 日本語",
-    "🙂👩‍👩‍👧 flags 🇩🇪",
-    "tab\tand\nlines\n\n",
-    "a real \N{REPLACEMENT CHARACTER} in the middle",
-]
-
-
-def decoded(tokenizer, tokens, prompt=()):
-    decoder = TextDecoder(tokenizer, prompt)
-    pieces = [decoder.decode(token) for token in tokens]
-    return [*pieces, decoder.finish()]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_pieces_join_to_the_text(text):
-    pieces = decoded(BYTES, BYTES(text)["input_ids"])
-    assert "".join(pieces) == text
-    assert len([piece for piece in pieces if piece]) > 3  # the text comes in several pieces
-
-
-@given(text=st.text(), prompt=st.text(max_size=8))
-@settings(max_examples=200, deadline=None)
-def test_pieces_of_any_text_are_whole_characters(text, prompt):
-    # At the end of a text this character counts as an incomplete one and is not emitted.
-    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    pieces = decoded(BYTES, BYTES(text)["input_ids"], BYTES(prompt)["input_ids"])
-    assert "".join(pieces) == text
-    held = text.count("\N{REPLACEMENT CHARACTER}")
-    assert sum(piece.count("\N{REPLACEMENT CHARACTER}") for piece in pieces) == held
-
-
-def test_half_a_character_is_held_back_and_never_emitted():
-    smile = BYTES("🙂")["input_ids"]
-    assert len(smile) == 4
-    assert decoded(BYTES, smile) == ["", "", "", "🙂", ""]
-    assert decoded(BYTES, BYTES("ok")["input_ids"] + smile[:3]) == ["o", "k", "", "", "", ""]
-
-
-def test_bytes_that_are_no_character_become_one_replacement_once_the_text_goes_on():
-    lone, letter = BYTES("é")["input_ids"][0], BYTES("a")["input_ids"][0]
-    assert decoded(BYTES, [lone, letter]) == ["", "\N{REPLACEMENT CHARACTER}a", ""]
-
-
-def test_special_tokens_give_no_text():
-    a, b = BYTES("ab")["input_ids"]
-    assert decoded(BYTES, [a, BYTES.eos_token_id, b]) == ["a", "", "b", ""]
-
-
-def word_ids(*words):
-    return WORD.convert_tokens_to_ids(list(words))
-
-
-def test_a_leading_space_is_kept_after_a_prompt():
-    assert WORD.decode(word_ids("▁then")) == "then"  # without a prompt the space is dropped
-    assert decoded(WORD, word_ids("▁then", "▁and"), word_ids("▁and")) == [" then", " and", ""]
-
-
-def test_spaces_are_kept_at_every_token():
-    tokens = word_ids("▁and", "▁", "▁then", "s", "▁", "▁", "▁,", "▁don", "'t")
-    joined = "".join(decoded(WORD, tokens, word_ids("▁and")))
-    assert joined == " and  thens   , don't"
-
-
-def test_bytes_that_stand_for_a_character_are_held_back():
-    tokens = [*word_ids("▁and"), *"끝".encode(), *word_ids("s")]
-    assert decoded(WORD, tokens, word_ids("▁then")) == [" and", "", "", "끝", "s", ""]
-
-
-@given(chunks=st.lists(st.sampled_from(WORDS) | st.characters(codec="utf-8"), max_size=20))
-@settings(max_examples=200, deadline=None)
-def test_pieces_of_words_and_bytes_join_to_their_decoding(chunks):
-    prompt = word_ids("▁and")
-    tokens = []
-    for chunk in chunks:
-        tokens += word_ids(chunk) if chunk in WORDS else chunk.encode()
-    tokens += word_ids("s")  # so that no replacement character, which is dropped, is at the end
-    whole = WORD.decode(prompt + tokens)
-    assert "".join(decoded(WORD, tokens, prompt)) == whole[len("and") :]

@@ -54,6 +54,7 @@ ANYWHERE = {
         "types",
         "typing",
         "warnings",
+        "weakref",
         "zlib",
     ),
     *("llm_sampling", "numpy", "torch"),

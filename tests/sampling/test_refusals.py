@@ -407,8 +407,8 @@ GENERATED = [
         generating(min_new_tokens=9, max_new_tokens=8),
         "min_new_tokens must be at most 8, which is max_new_tokens, got 9",
     ),
-    (generating(stop=5), "stop must be a string or a sequence of strings, got 5"),
-    (generating(stop=[1]), "stop must be a string or a sequence of strings, got [1]"),
+    (generating(stop=5), "stop must be a string or a collection of strings, got 5"),
+    (generating(stop=[1]), "stop must be a string or a collection of strings, got [1]"),
     (generating(stop=[""]), "stop must have no empty string, got ['']"),
     (generating(stop="."), "tokenizer must be given for stop"),
     (generating(stop_limit=0), "stop_limit must be an integer >= 1, got 0"),
@@ -491,10 +491,10 @@ def test_stream(call: Any, message: str) -> None:
 
 @named(
     [
-        (lambda: StopStrings(None), "stop must be a string or a sequence of strings, got None"),
+        (lambda: StopStrings(b"a"), "stop must be a string or a collection of strings, got b'a'"),
         (
             lambda: StopStrings(["a", None]),
-            "stop must be a string or a sequence of strings, got ['a', None]",
+            "stop must be a string or a collection of strings, got ['a', None]",
         ),
         (lambda: StopStrings(""), "stop must have no empty string, got ''"),
         (lambda: StopStrings("a", stop_limit=0), "stop_limit must be an integer >= 1, got 0"),

@@ -99,7 +99,7 @@ def test_the_text_is_what_the_loop_generates(run, model_path):
     )
     steps = stream(model.eval(), torch.tensor([prompt]), sampler, max_new_tokens=40)
     text = tokenizer.decode([step.tokens[0] for step in steps])
-    assert (code, out) == (0, text.rstrip("\N{REPLACEMENT CHARACTER}") + "\n")
+    assert (code, out) == (0, text + "\n")
     assert len(text) > 10
     pattern = r"40 tokens in [\d.]+ s: [\d.]+ tokens/s, [\d.]+% of the time spent sampling \(.*\)"
     assert re.fullmatch(pattern, err.splitlines()[-1])
