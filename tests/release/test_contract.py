@@ -62,7 +62,7 @@ LAYERS = (
     ("generation",),
     ("integrations", "tools"),
     ("integrations.huggingface", "integrations.vllm"),
-    ("tools.explain.steps", "tools.tuning.space"),
+    ("tools.files", "tools.explain.steps", "tools.tuning.space"),
     ("tools.explain.compare", "tools.explain.page", "tools.explain.picture"),
     ("tools.tuning.resume",),
     ("tools.tuning.search",),
