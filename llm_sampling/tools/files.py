@@ -64,7 +64,8 @@ def replacing(path: Path, *, links: bool = False) -> Iterator[Path]:
     """
     with _named(path):
         is_link = path.is_symlink()
-        if is_link and not links or not is_link and path.exists() and not path.is_file():
+        is_special = path.exists() and not path.is_file()
+        if not links if is_link else is_special:
             yield path
             return
         new = _beside(path)

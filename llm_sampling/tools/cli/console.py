@@ -220,8 +220,9 @@ def read(whole: bool) -> str:
     check_stdin()
     stream, encoding = sys.stdin, "utf-8"
     if isinstance(stream, io.TextIOWrapper):
-        # A byte that is no text is refused below, where the line that has it is read.
-        stream.reconfigure(errors="surrogateescape")
+        # A byte that is no text is refused below, when the line that has it is read.
+        if stream.errors != "surrogateescape":  # which cannot be set again after the first line
+            stream.reconfigure(errors="surrogateescape")
         encoding = stream.encoding
     most = MOST_INPUT + 1
     try:
