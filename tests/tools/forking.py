@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -21,6 +22,9 @@ from typing import Any, NoReturn
 
 #: A standard stream that is closed, one whose reader has gone, and one that cannot be written.
 CLOSED, GONE, READ_ONLY = "closed", "gone", "read only"
+
+#: The seconds after which a child is ended. None takes more than two.
+LONGEST = 100
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,7 @@ def _serve() -> None:
         if child == 0:
             requests.close()
             answers.close()
+            signal.alarm(LONGEST)  # a command that waits for something is ended by a signal
             os.chdir(request["folder"])
             os.environ.update(request["environment"])
             _open_streams(request["streams"])
@@ -184,7 +189,10 @@ def _serve() -> None:
                 for number, like in enumerate(likes)
             )
             sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-            sys.argv = ["llm-sampling", *(os.fsdecode(w.encode("latin-1")) for w in request["argv"])]
+            sys.argv = [
+                "llm-sampling",
+                *(os.fsdecode(w.encode("latin-1")) for w in request["argv"]),
+            ]
             _end(cli.main)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         answers.write(b"%d\n" % status)

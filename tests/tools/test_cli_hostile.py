@@ -141,7 +141,9 @@ ROWS: dict[str, Row] = {
         "threads must be an integer in 1 .. 1024, got 3000000000",
     ),
     "threads beyond 64 bits": Row(
-        ["chat", "--threads", "9" * 30], 2, f"threads must be an integer in 1 .. 1024, got {'9' * 30}"
+        ["chat", "--threads", "9" * 30],
+        2,
+        f"threads must be an integer in 1 .. 1024, got {'9' * 30}",
     ),
     "a negative number of threads": Row(
         ["explain", "x", "--threads", "-1"], 2, "threads must be an integer in 1 .. 1024, got -1"
@@ -199,13 +201,17 @@ ROWS: dict[str, Row] = {
         "/dev/null", "model '/dev/null' is neither a GGUF file nor a directory"
     ),
     "endless zeros": model("/dev/zero", "model '/dev/zero' is neither a GGUF file nor a directory"),
-    "a link to itself": model("loop", "model 'loop' cannot be read: Too many levels of symbolic links"),
+    "a link to itself": model(
+        "loop", "model 'loop' cannot be read: Too many levels of symbolic links"
+    ),
     "a name that is too long": model(
         "x" * 300, f"model '{'x' * 300}' cannot be read: File name too long"
     ),
     "a file as a folder": model("empty/x", "model 'empty/x' cannot be read: Not a directory"),
     "no name": model("", "model '.' is a directory without a config.json"),
-    "a folder without a config": model("folder", "model 'folder' is a directory without a config.json"),
+    "a folder without a config": model(
+        "folder", "model 'folder' is a directory without a config.json"
+    ),
     "a config that is a FIFO": model(
         "fifo_config", "model 'fifo_config' is a directory without a config.json"
     ),
@@ -312,7 +318,10 @@ ROWS: dict[str, Row] = {
         [*TUNE, "--out", "empty/x"], 2, "empty/x cannot be written: Not a directory", UNLOADED
     ),
     "a report of a long name": Row(
-        [*TUNE, "--out", "x" * 300], 2, f"{'x' * 300} cannot be written: File name too long", UNLOADED
+        [*TUNE, "--out", "x" * 300],
+        2,
+        f"{'x' * 300} cannot be written: File name too long",
+        UNLOADED,
     ),
     "a report whose page is a folder": Row(
         [*TUNE, "--out", "occupied"],
@@ -356,7 +365,9 @@ ROWS: dict[str, Row] = {
         "Can't load plugin: sqlalchemy.dialects:firebird.nothing",
     ),
     "a server without its driver": storage(
-        "oracle://x", "storage 'oracle://x' cannot be used: its database's driver is not installed", 1
+        "oracle://x",
+        "storage 'oracle://x' cannot be used: its database's driver is not installed",
+        1,
     ),
     "no URL": storage(
         "://", "storage '://' cannot be used: Could not parse SQLAlchemy URL from given URL string"
@@ -403,9 +414,7 @@ ROWS: dict[str, Row] = {
     "the first line of a chat is no text": Row(
         ["chat", *MODEL], 2, "stdin must be valid UTF-8, got '\\udcff'", LATE, stdin=b"\xff\nb\n"
     ),
-    "the reader has gone": Row(
-        ["generate", "x", *MODEL], 141, None, WRITTEN, {"stdout": GONE}
-    ),
+    "the reader has gone": Row(["generate", "x", *MODEL], 141, None, WRITTEN, {"stdout": GONE}),
     "the reader of the tables has gone": Row(["info"], 141, None, WRITTEN, {"stdout": GONE}),
     "the reader of the help has gone": Row(["--help"], 141, None, WRITTEN, {"stdout": GONE}),
     "a stdout that is only read": Row(
@@ -759,7 +768,10 @@ def test_ctrl_c_leaves_the_texts_so_far(interrupted: Any) -> None:
 
 
 def test_ctrl_c_leaves_the_texts_of_n_so_far(interrupted: Any) -> None:
-    assert interrupted(7, "x", "--n", "3", "--max-new-tokens", "9")[:2] == (130, "aaa\n\naa\n\naa\n")
+    assert interrupted(7, "x", "--n", "3", "--max-new-tokens", "9")[:2] == (
+        130,
+        "aaa\n\naa\n\naa\n",
+    )
 
 
 def test_ctrl_c_before_the_first_token_leaves_empty_texts(interrupted: Any) -> None:
@@ -795,9 +807,7 @@ def test_an_error_without_a_message_is_one_line(end: Any, line: str, interrupted
     assert "Traceback" not in err
 
 
-def test_the_traceback_can_be_asked_for(
-    interrupted: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_traceback_can_be_asked_for(interrupted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_SAMPLING_TRACEBACK", "1")
     with pytest.raises(RecursionError):
         interrupted(3, "x", end=RecursionError)
