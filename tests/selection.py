@@ -151,6 +151,7 @@ LONG = {
     "test_supply.py::test_the_wheel_has_the_package_alone",
     "test_supply.py::test_the_wheel_installs_without_an_index_and_draws",
     "test_cli.py::test_a_chat_that_no_longer_fits_ends",
+    "test_cli_hostile.py::test_a_closed_descriptor_is_not_left_to_the_next_file",
     "test_cli_hostile.py::test_bytes_of_utf8_are_read_where_the_locale_has_ascii_alone",
     "test_objectives.py::test_a_real_model_answers_and_repeats_itself",
     "test_benchmarks.py::test_a_wrong_answer_of_ours_fails_the_command",

@@ -1,8 +1,9 @@
 """A process that has imported what the command ``llm-sampling`` needs, and forks to run it.
 
 Importing takes seconds, a fork milliseconds. The child gets the file descriptors that were asked
-for, makes Python's standard streams of them as a new interpreter does, runs the command, and flushes them
-as Python does at its end. As a program, this file is that process: it answers lines of JSON on stdin.
+for, makes Python's standard streams of them as a new interpreter does, runs the command, and
+flushes them as Python does at its end. As a program, this file is that process: it answers lines of
+JSON on stdin.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def _end(main: Callable[[], int]) -> NoReturn:
         except Exception as error:
             code = 120
             with contextlib.suppress(Exception):
-                print(f"Exception ignored in: {stream} {error!r}", file=sys.stderr, flush=True)
+                sys.stderr.write(f"Exception ignored in: {stream} {error!r}\n")
+                sys.stderr.flush()
     os._exit(code)
 
 
@@ -163,13 +165,13 @@ def _serve() -> None:
     import rich.live
     import rich.table  # noqa: F401
     import transformers
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama
 
     from llm_sampling.tools import cli
 
     with contextlib.suppress(ModuleNotFoundError):
         import optuna.storages
-        import optuna.visualization.matplotlib
+        import optuna.visualization.matplotlib  # noqa: F401
         import sqlalchemy.dialects.sqlite  # noqa: F401
     transformers.AutoTokenizer  # noqa: B018 - it is imported when it is named
     transformers.AutoModelForCausalLM  # noqa: B018

@@ -1,8 +1,8 @@
 """What the command ``llm-sampling`` makes of hostile words, files, streams and locales.
 
 Every failure is one line on stderr and an exit code. Each row of the table is a command line with
-what it must end in. All rows run with an ordinary, a closed and a full stdout, in a UTF-8 locale and
-in one that has ASCII alone.
+what it must end in. All rows run with an ordinary, a closed and a full stdout, in a UTF-8 locale
+and in one that has ASCII alone.
 """
 
 from __future__ import annotations
@@ -401,6 +401,13 @@ ROWS: dict[str, Row] = {
         UNLOADED,
         stdin=b"abc\xff def",
     ),
+    "a stdin that fails": Row(
+        ["generate", "-", *MODEL],
+        1,
+        "stdin cannot be read: Input/output error",
+        UNLOADED,
+        {"stdin": "/proc/self/mem"},
+    ),
     "an empty prompt on stdin": Row(
         ["generate", "-", *MODEL], 2, "PROMPT must have at least one token, got ''", LATE
     ),
@@ -606,8 +613,7 @@ def test_streams_of_a_shell(name: str, place: Path) -> None:
         pytest.skip("needs bash")
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m llm_sampling.tools.cli {words}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         cwd=place,
         env=environment(),
         check=False,
@@ -616,6 +622,80 @@ def test_streams_of_a_shell(name: str, place: Path) -> None:
     expected = line.pattern if isinstance(line, re.Pattern) else re.escape(line)
     pattern = rf"llm-sampling: {expected}\n" if line else ""
     assert re.fullmatch(pattern, done.stderr.decode()), done.stderr
+
+
+def test_a_closed_descriptor_is_not_left_to_the_next_file(tmp_path: Path) -> None:
+    program = """if True:
+        import os
+        from llm_sampling.tools.cli import console
+        os.close(0), os.close(2)
+        console.hold_closed_descriptors()
+        print(os.open("file", os.O_CREAT), *(os.readlink(f"/proc/self/fd/{n}") for n in (0, 2)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+        check=True,
+    )
+    number, *held = done.stdout.split()
+    assert int(number) > 2
+    assert held == [os.devnull, os.devnull]
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "err"), [("/dev/full", 1, f"llm-sampling: {FULL}\n"), (None, 141, "")]
+)
+def test_what_others_write_to_stdout_is_flushed_too(
+    path: str | None, code: int, err: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A stdout that fails only in the flush at the end ends the command as any other does."""
+    if path is None:
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    else:
+        descriptor = os.open(path, os.O_WRONLY)
+    monkeypatch.setattr(cli.info, "run", lambda: sys.stdout.write("x") and 0)
+    with open(descriptor, "w") as stdout, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stdout)
+        assert cli.main(["info"]) == code
+    assert capsys.readouterr().err == err
+
+
+def test_an_endless_stdin_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.console, "MOST_INPUT", 3)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    assert cli.console.read(whole=True) == "abc"
+    for whole, what in ((True, "stdin"), (False, "a line of stdin")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("abcd"))
+        message = f"^{what} must have at most 3 characters, got more$"
+        with pytest.raises(cli.console.CommandError, match=message):
+            cli.console.read(whole)
+
+
+def test_half_a_character_of_two_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a"), encoding="utf-16-le"))
+    with pytest.raises(
+        cli.console.CommandError, match=r"^stdin must be valid UTF-16-LE: "
+    ) as error:
+        cli.console.read(whole=True)
+    assert error.value.exit_code == 2
+
+
+def test_ctrl_c_says_nothing_while_python_shuts_down() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler, expected in (
+            (signal.default_int_handler, signal.SIG_DFL),
+            (signal.SIG_IGN, signal.SIG_IGN),
+        ):
+            signal.signal(signal.SIGINT, handler)
+            cli.console.end_without_a_word()
+            assert signal.getsignal(signal.SIGINT) == expected
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- encodings -----------------------------------------------------------------------------------

@@ -230,6 +230,9 @@ def read(whole: bool) -> str:
     except OSError as error:
         message = f"stdin cannot be read: {error.strerror or error}"
         raise CommandError(message, EXIT_FAILED) from error
+    except UnicodeError as error:  # of an encoding that has no surrogates for such bytes
+        message = f"stdin must be valid {encoding.upper()}: {error}"
+        raise CommandError(message, EXIT_BAD_VALUE) from error
     if len(raw) == most:
         what = "stdin" if whole else "a line of stdin"
         raise CommandError(
