@@ -193,6 +193,25 @@ ROWS: dict[str, Row] = {
         f"got {'9' * 30}",
         LATE,
     ),
+    "texts beyond any memory": Row(
+        ["generate", "x", "--n", "9" * 12], 2, f"n must be at most 65536, got {'9' * 12}"
+    ),
+    "texts beyond any memory, explained": Row(
+        ["explain", "x", "--n", "65537"], 2, "n must be at most 65536, got 65537"
+    ),
+    "texts beyond any memory in a search": Row(
+        [*TUNE, "--texts", "9" * 20], 2, f"texts must be at most 65536, got {'9' * 20}"
+    ),
+    "a seed of 130 bits": Row(
+        [*TUNE, "--seed", "9" * 40],
+        2,
+        re.compile(r"seed must be an integer in \[0, 2\^64\), .*got 9{40}"),
+    ),
+    "one file for a picture and a page": Row(
+        ["explain", "x", "--picture", "a.svg", "--html", "a.svg"],
+        2,
+        "html must be another file than picture, got 'a.svg'",
+    ),
     # ---- models
     "a FIFO": model("fifo", "model 'fifo' is neither a GGUF file nor a directory"),
     "a socket": model("socket", "model 'socket' is neither a GGUF file nor a directory"),

@@ -20,6 +20,7 @@ from llm_sampling.tools.cli import console
 from llm_sampling.tools.cli.options import (
     FLAG,
     INTEGER,
+    check_texts,
     request_of,
     running,
     running_options,
@@ -57,8 +58,11 @@ class ExplainRequest:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("top", "n", "max_new_tokens"):
+        check_texts("n", self.n)
+        for name in ("top", "max_new_tokens"):
             checks.integer_at_least(name, getattr(self, name), 1)
+        if self.html is not None and self.html == self.picture:
+            raise ValueError(f"html must be another file than picture, got {str(self.html)!r}")
         if self.picture is not None:
             check_suffix("picture", self.picture)
 

@@ -19,6 +19,7 @@ from llm_sampling.tools.cli import console
 from llm_sampling.tools.cli.options import (
     FLAG,
     INTEGER,
+    check_texts,
     length_options,
     request_of,
     running,
@@ -64,7 +65,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        checks.integer_at_least("n", self.n, 1)
+        check_texts("n", self.n)
         checks.integer_at_least("max_new_tokens", self.max_new_tokens, 1)
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
-from llm_sampling import SamplingParams, backends
+from llm_sampling import SamplingParams, backends, checks
 from llm_sampling.fields import FIELDS
 from llm_sampling.generation import models
 from llm_sampling.tools.cli import console
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 Request = TypeVar("Request")
+
+#: The most texts of one prompt: they are rows of one batch, and more would exhaust the memory.
+MOST_TEXTS = 65536
 
 
 def text(word: str) -> str:
@@ -104,6 +107,13 @@ def request_of(kind: Callable[..., Request], options: argparse.Namespace, **more
     """
     names = {field.name for field in fields(kind)} - more.keys()  # type: ignore[arg-type]
     return kind(**{name: getattr(options, name) for name in names}, **more)
+
+
+def check_texts(name: str, count: int) -> None:
+    """A ValueError if the number of texts is not in 1 .. MOST_TEXTS."""
+    checks.integer_at_least(name, count, 1)
+    if count > MOST_TEXTS:
+        raise checks.refusal(name, f"at most {MOST_TEXTS}", count)
 
 
 def sampling_options() -> Parser:

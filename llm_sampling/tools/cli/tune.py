@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_sampling import SamplingParams
 from llm_sampling.tools import files, tuning
 from llm_sampling.tools.cli import console
 from llm_sampling.tools.cli.options import (
     INTEGER,
     NUMBER,
+    check_texts,
     request_of,
     running,
     running_options,
@@ -72,6 +74,8 @@ class TuneRequest:
             study_name=self.study_name,
             timeout=self.timeout,
         )
+        SamplingParams(seed=self.seed)
+        check_texts("texts", self.texts)
         tuning.check_objective(self.metrics, self.space, self.texts, self.max_new_tokens)
         if os.path.exists(self.out) and not os.path.isdir(self.out):
             raise ValueError(f"out must be a directory, got {str(self.out)!r}")
