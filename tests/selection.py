@@ -31,6 +31,9 @@ class Some:
 #: "file::function" -> the rule for its cases. A test is listed here if all of its cases together
 #: take more than a second.
 SOME = {
+    "test_cli_hostile.py::test_every_row": Some(5, locale=("utf8",), stdout=(None,)),
+    "test_cli_hostile.py::test_streams_of_a_shell": Some(name=("a full stdout",)),
+    "test_cli_hostile.py::test_json_is_the_same_in_every_encoding": Some(encoding=("cp1252",)),
     "test_cuda_emulated.py::test_covering_cases": Some(5),
     "test_cuda_emulated.py::test_every_launch": Some(7),
     "test_cuda_emulated.py::test_hostile_values": Some(4),
@@ -151,6 +154,8 @@ LONG = {
     "test_supply.py::test_the_wheel_has_the_package_alone",
     "test_supply.py::test_the_wheel_installs_without_an_index_and_draws",
     "test_cli.py::test_a_chat_that_no_longer_fits_ends",
+    "test_cli_hostile.py::test_a_closed_descriptor_is_not_left_to_the_next_file",
+    "test_cli_hostile.py::test_bytes_of_utf8_are_read_where_the_locale_has_ascii_alone",
     "test_objectives.py::test_a_real_model_answers_and_repeats_itself",
     "test_benchmarks.py::test_a_wrong_answer_of_ours_fails_the_command",
     "test_benchmarks.py::test_the_compiled_one_too",

@@ -53,8 +53,8 @@ class LanguageModel:
         """The prompt's token ids, at least one; with ``chat`` as a user's message to the model.
 
         Raises:
-            ModelError: the prompt has no tokens or is not valid Unicode, or the tokenizer has no
-                chat template.
+            ModelError: the prompt has no tokens or is not valid Unicode, the tokenizer has no chat
+                template, or it gives tokens that the model does not have.
         """
         try:
             prompt.encode()
@@ -65,7 +65,7 @@ class LanguageModel:
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
         if not ids:
             raise ModelError(f"PROMPT must have at least one token, got {prompt!r}")
-        return ids
+        return self._checked(ids)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """A conversation's token ids, up to where the model's answer begins.
@@ -74,15 +74,32 @@ class LanguageModel:
             messages: each with its ``role`` ("user", "assistant" or "system") and ``content``.
 
         Raises:
-            ModelError: the tokenizer has no chat template.
+            ModelError: the tokenizer has no chat template, or one that refuses the messages, as
+                some do with a system message; or it gives tokens that the model does not have.
         """
         if not self.tokenizer.chat_template:
             raise ModelError(f"a chat needs a chat template, and {self.name} has none")
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program, which may refuse a role, or be wrong
+            raise ModelError(
+                f"the chat template of {self.name} does not take the messages: {error}"
+            ) from error
         # The text has its special tokens already: a chat template writes them.
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """The ids, if the model has them all: a tokenizer may be of another model."""
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise ModelError(
+                    f"the tokenizer of {self.name} gives token {token}, and its model has tokens "
+                    f"in 0 .. {self.vocab_size - 1}"
+                )
         return ids
 
 
@@ -111,13 +128,16 @@ def check_path(path: str | Path) -> None:
         ModelError: ``path`` is neither a GGUF file nor a directory with a ``config.json``.
     """
     path = Path(path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model {str(path)!r} is a directory without a config.json")
-        return
     try:
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
+        path.stat()  # Path.is_dir and Path.is_file are silent about some errors
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise ModelError(f"model {str(path)!r} is a directory without a config.json")
+            return
+        is_gguf = False
+        if path.is_file():  # to open a FIFO would wait for its writer
+            with path.open("rb") as file:
+                is_gguf = file.read(4) == b"GGUF"
     except OSError as error:
         raise ModelError(f"model {str(path)!r} cannot be read: {error.strerror}") from error
     if not is_gguf:
@@ -159,18 +179,20 @@ def load(path: str | Path, report: Callable[[str], None]) -> LanguageModel:
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, **options, **model_options
             )
+        config = model.config.get_text_config()
+        return LanguageModel(
+            name=path.name,
+            model=model.eval(),
+            tokenizer=tokenizer,
+            eos_token_ids=_eos_token_ids(model, tokenizer, config.vocab_size),
+            vocab_size=config.vocab_size,
+            context_length=getattr(config, "max_position_embeddings", None),
+        )
+    except MemoryError:
+        raise
     except Exception as error:  # what transformers raises depends on what is wrong in the file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"model {str(path)!r} cannot be loaded: {reason}") from error
-    config = model.config.get_text_config()
-    return LanguageModel(
-        name=path.name,
-        model=model.eval(),
-        tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
-        vocab_size=config.vocab_size,
-        context_length=getattr(config, "max_position_embeddings", None),
-    )
 
 
 @contextmanager
@@ -193,7 +215,11 @@ def _gguf_parsed_once() -> Iterator[None]:
             setattr(gguf, name, original)
 
 
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def _eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]:
     """The end tokens of the generation config and of the tokenizer, which may differ."""
     declared = (model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    return frozenset(token for ids in declared for token in declared_ids(ids))
+    found = frozenset(token for ids in declared for token in declared_ids(ids))
+    for token in found:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"its end token {token} is not in 0 .. {vocab_size - 1}")
+    return found

@@ -63,7 +63,7 @@ LAYERS = (
     ("integrations", "tools"),
     ("integrations.generate_call",),
     ("integrations.huggingface", "integrations.vllm"),
-    ("tools.explain.steps", "tools.tuning.space"),
+    ("tools.files", "tools.explain.steps", "tools.tuning.space"),
     ("tools.explain.compare", "tools.explain.page", "tools.explain.picture"),
     ("tools.tuning.resume",),
     ("tools.tuning.search",),

@@ -75,7 +75,7 @@ SOMEWHERE = {
     "tools.cli.tune": {"optuna", "rich"},
     "tools.explain.picture": {"matplotlib"},
     "tools.tuning.report": {"matplotlib", "optuna"},
-    "tools.tuning.resume": {"optuna"},
+    "tools.tuning.resume": {"optuna", "sqlalchemy"},
     "tools.tuning.search": {"optuna"},
     "tools.tuning.space": {"optuna"},
 }
@@ -100,18 +100,23 @@ KNOWN = {
     ("backends.Backend._module", "importlib.import_module"),  # only of names in BACKENDS
     ("backends.native.Library._loaded", "failure.read_text"),  # why the library was not built
     ("backends.native.Library._loaded", "ctypes.CDLL"),
-    ("tools.cli.console.closed_pipe", "os.open"),  # the null device, when nobody reads the output
-    ("tools.cli.explain.run", "request.html.write_text"),
-    ("tools.cli.tune.run", "request.out.mkdir"),
+    ("tools.cli.console.hold_closed_descriptors", "os.open"),  # the null device
+    ("tools.cli.console._discard", "os.open"),  # the null device
+    ("tools.cli.explain._explain", "new.write_text"),
+    ("tools.files.check_writable", "os.open"),  # without changing the file
+    ("tools.files.check_folder", "folder.mkdir"),
+    ("tools.files._try_new_file", "path.open"),
+    ("tools.files._try_new_file", "path.unlink"),
+    ("tools.files.replacing", "new.open"),
+    ("tools.files.replacing", "new.unlink"),  # of a file that it has made itself
     ("tools.explain.page.page", "_TEMPLATE.read_text"),
     ("integrations.vllm._find", "importlib.import_module"),  # only of vLLM's modules
     ("generation.models.check_path", "path.open"),
     ("generation.models.load", "transformers.AutoTokenizer.from_pretrained"),
     ("generation.models.load", "transformers.AutoModelForCausalLM.from_pretrained"),
     ("tools.tuning.objectives._data", "?.read_text"),  # a data file of the package
-    ("tools.tuning.report.write_report", "folder.mkdir"),
-    ("tools.tuning.report.write_report", "page.write_text"),
-    ("tools.tuning.report.write_report", "path.write_bytes"),
+    ("tools.tuning.report.write_report", "new.write_text"),
+    ("tools.tuning.report.write_report", "new.write_bytes"),
     ("tools.tuning.resume.locked", "?.open"),  # a lock file
 }
 

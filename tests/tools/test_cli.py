@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llm_sampling import Sampler, SamplingParams, TokenHistory, backends
-from llm_sampling.generation import models, rows, stream
+from llm_sampling.generation import models, rows, seeded, stream
 from llm_sampling.tools import cli
 
 pytest.importorskip("rich", reason="needs the extra 'cli'")
@@ -220,7 +220,8 @@ def test_ignore_eos(run):
 def test_several_prompts_and_texts(run):
     """Each text of a batch equals the text generated alone; empty lines separate the texts."""
     options = ["--max-new-tokens", 12, "--temperature", 0.7, "--top-k", 5]
-    alone = [run(text, *options, "--seed", seed)[1] for text in "ab" for seed in (7, 8)]
+    seeds = [seeded(SamplingParams(seed=7), i).seed for i in range(2)]
+    alone = [run(text, *options, "--seed", seed)[1] for text in "ab" for seed in seeds]
     code, out, err = run("a", "b", *options, "--seed", 7, "--n", 2)
     assert (code, out) == (0, "\n".join(alone))
     assert "48 tokens in " in err
@@ -230,11 +231,12 @@ def test_json(run):
     options = ["--max-new-tokens", 8, "--seed", 2**64 - 1, "--temperature", 0.9]
     out = run("a", "b", *options, "--n", 2, "--json")[1]
     lines = [json.loads(line) for line in out.splitlines()]
+    second = seeded(SamplingParams(seed=2**64 - 1), 1).seed
     assert [(line["prompt"], line["index"], line["seed"]) for line in lines] == [
         ("a", 0, 2**64 - 1),
-        ("a", 1, 0),
+        ("a", 1, second),
         ("b", 0, 2**64 - 1),
-        ("b", 1, 0),
+        ("b", 1, second),
     ]
     for line in lines:
         text = run(line["prompt"], *options, "--seed", line["seed"])[1]
@@ -270,7 +272,7 @@ def test_chat_answers_each_line_and_knows_those_before(run_chat, run):
     options = ["--max-new-tokens", 10, "--seed", 2**64 - 1, "--stop", "]"]
     code, out, err = run_chat("hi\n\n  bye \n", *options)
     first = run("[hi]", *options)[1]
-    options[3] = 0  # the second answer uses the next seed, which wraps round to 0
+    options[3] = seeded(SamplingParams(seed=2**64 - 1), 1).seed
     second = run("[hi][" + first.removesuffix("\n") + "][bye]", *options)[1]
     assert (code, out) == (0, first + second)
     assert first != second
@@ -321,6 +323,7 @@ def test_chat_refuses_what_generate_refuses(run_chat):
         (["--repetition-penalty-scope", "prompt"], ["--repetition-penalty-scope", "'prompt'"]),
         (["--penalty-last-n", "-2"], ["penalty_last_n must be an integer >= -1, got -2"]),
         (["--seed", str(2**64)], ["seed", str(2**64)]),
+        (["--seed", "-1"], ["seed must be an integer in [0, 2^64), or left out", "got -1"]),
         (["--logit-bias", "5"], ["logit_bias must be ID=BIAS, got '5'"]),
         (["--logit-bias", "x=1"], ["'x=1'"]),
         (["--logit-bias", "1=y"], ["'1=y'"]),
@@ -332,7 +335,7 @@ def test_chat_refuses_what_generate_refuses(run_chat):
         (["--min-new-tokens", "9", "--max-new-tokens", "8"], ["min_new_tokens", "(8), got 9"]),
         (["--stop", ""], ["stop must have no empty string"]),
         (["--stop-limit", "0"], ["stop_limit must be an integer >= 1, got 0"]),
-        (["--threads", "0"], ["threads must be an integer >= 1, got 0"]),
+        (["--threads", "0"], ["threads must be an integer in 1 .. 1024, got 0"]),
         (["--backend", "nothing"], ["backend", "'nothing'"]),
         (["--model", "no/such\nmodel"], ["no/such", "No such file"]),
         (["--no-such-option"], ["--no-such-option"]),
@@ -398,7 +401,7 @@ def test_a_model_that_does_not_load_is_named(run, tmp_path):
     ("prompt", "options", "message"),
     [
         ("", [], "PROMPT must have at least one token, got ''"),
-        ("a\udcff", [], "PROMPT must be valid UTF-8"),
+        ("a\udcff", [], "argument PROMPT: must be valid UTF-8"),
         ("abc", ["--max-new-tokens", 100_000], "3 tokens room in the model's context of 100000"),
         ("abc", ["--logit-bias", "257=1"], "logit_bias must name tokens in 0 .. 256, got 257"),
     ],
@@ -416,8 +419,15 @@ def test_logits_without_a_token_end_in_one_line(run, model_path, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     code, _, err = run("x", model=tmp_path)
     assert code == 1
-    assert f"llm-sampling: {tmp_path.name} cannot go on: NaN in logits in row 0" in err
-    assert "Traceback" not in err
+    reason = "NaN in logits; no candidate left (every logit is -inf or masked)"
+    failed = f"llm-sampling: {tmp_path.name} cannot go on: {reason} in text 0"
+    assert failed in err.splitlines()
+    code, out, err = run("x", "y", "--json", model=tmp_path)
+    assert code == 1
+    assert f"{failed}; {reason} in text 1" in err.splitlines()
+    for line in map(json.loads, out.splitlines()):
+        ended = {"text": "", "finish_reason": "error", "stop_reason": reason, "token_ids": []}
+        assert line | ended == line
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ REFUSED = {
     "timeout": ([*SPACE, "--timeout", "-1"], "timeout must be a number of seconds > 0, got -1.0"),
     "seed": ([*SPACE, "--seed", "-1"], "seed must be an integer >= 0, got -1"),
     "backend": ([*SPACE, "--backend", "best"], "backend"),
-    "threads": ([*SPACE, "--threads", "0"], "threads must be an integer >= 1, got 0"),
+    "threads": ([*SPACE, "--threads", "0"], "threads must be an integer in 1 .. 1024, got 0"),
     "out": ([*SPACE, "--out", "file"], "out must be a directory, got 'file'"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -547,6 +548,14 @@ def test_compare_is_what_generate_gives(tiny: LanguageModel) -> None:
     )
     assert got[5] == Continuation("all", params, alone.text)
     assert len({one.text for one in got}) > 3
+
+
+def test_texts_of_a_model_without_tokens_are_not_compared(tiny: LanguageModel) -> None:
+    broken = copy.deepcopy(tiny.model)
+    broken.lm_head.weight.data.fill_(NAN)
+    broken = dataclasses.replace(tiny, model=broken)
+    with pytest.raises(InvalidLogitsError, match="NaN in logits"):
+        compare(broken, [5, 17], SamplingParams(seed=4), n=2, max_new_tokens=6)
 
 
 @pytest.mark.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_sampling import SamplingParams, generation
+from llm_sampling import InvalidLogitsError, SamplingParams, generation
 from llm_sampling.generation import models
 from llm_sampling.tools.tuning import objectives
 from llm_sampling.tools.tuning.objectives import (
@@ -263,6 +264,14 @@ def test_what_is_wrong_is_refused(name: str, tiny: Any) -> None:
     options, message = REFUSED[name]
     with pytest.raises(ValueError, match=f"^{message}$"):
         ModelObjective(tiny, **options)
+
+
+def test_a_model_without_tokens_is_not_measured(tiny: Any) -> None:
+    broken = copy.deepcopy(tiny)
+    broken.model.lm_head.weight.data.fill_(math.nan)
+    for metric in ("distance", "exact_match"):
+        with pytest.raises(InvalidLogitsError, match="NaN in logits"):
+            ModelObjective(broken, [metric], texts=2, max_new_tokens=4)(VALUES)
 
 
 def test_a_value_of_another_name_is_refused(tiny: Any) -> None:

@@ -339,6 +339,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "text": ({"space": {"x": "ab"}}, "x must be a Range or a list of values, got 'ab'"),
     "empty": ({"space": {"x": []}}, "x must be a Range or a list of values, got []"),
     "twice": ({"space": {"x": [1, 2, 1.0]}}, "x must name each value once, got [1, 2, 1.0]"),
+    "two numbers": (
+        {"space": {"temperature": (0.1, 2.0)}},
+        "temperature must be Range(0.1, 2.0) for all values between two numbers, or [0.1, 2.0] for "
+        "these two alone, got the tuple (0.1, 2.0)",
+    ),
+    "two numbers of any name": (
+        {"space": {"x": (1, 5)}},
+        "x must be Range(1, 5) for all values between two numbers, or [1, 5] for these two alone, "
+        "got the tuple (1, 5)",
+    ),
     "mapping": (
         {"space": {"x": [{}]}},
         "x must have values that are None, a bool, a number or a string, got {}",
@@ -467,6 +477,9 @@ def test_a_space_in_words() -> None:
         ("x", "space must have entries NAME=LOW:HIGH or NAME=VALUE,..."),
         ("=1", "space must have entries NAME=LOW:HIGH or NAME=VALUE,..."),
         ("x=", "space must have entries NAME=LOW:HIGH or NAME=VALUE,..."),
+        ("x=(0.1,2.0)", "space must have entries NAME=LOW:HIGH or NAME=VALUE,..."),
+        ("x=[0.1,2.0]", "space must have entries NAME=LOW:HIGH or NAME=VALUE,..."),
+        ("x=0.1..2.0", "space must have entries NAME=LOW:HIGH or NAME=VALUE,..."),
         ("x=a:2", "space must have ranges LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP"),
         ("x=1:", "space must have ranges LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP"),
         ("x=1:2:lin", "space must have ranges LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP"),

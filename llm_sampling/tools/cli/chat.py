@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_sampling import SamplingParams, generation
@@ -17,6 +18,7 @@ from llm_sampling.tools.cli.options import (
     running_options,
     sampling_options,
     sampling_params,
+    text,
 )
 from llm_sampling.tools.cli.running import check_fit
 
@@ -35,20 +37,49 @@ def add_parser(commands: Commands) -> None:
         "those before.",
         parents=[sampling_options(), length_options(), running_options()],
     )
+    parser.add_argument(
+        "--system",
+        type=text,
+        metavar="TEXT",
+        help="What the model is told before the first line, as the template's system message.",
+    )
     parser.set_defaults(make_request=make_request, run=run)
 
 
-def make_request(options: argparse.Namespace) -> Request:
+@dataclass(frozen=True)
+class ChatRequest(Request):
+    """The options of ``chat``, checked without loading the model.
+
+    Attributes:
+        system: the system message, or None for what the template has without one.
+    """
+
+    system: str | None
+
+
+def make_request(options: argparse.Namespace) -> ChatRequest:
     """The command's options, checked."""
-    shared = {"params": sampling_params(options), "on": running(options)}
-    return request_of(Request, options, prompts=(), chat=True, n=1, as_json=False, **shared)
+    return request_of(
+        ChatRequest,
+        options,
+        prompts=(),
+        from_stdin=None,
+        chat=True,
+        n=1,
+        as_json=False,
+        params=sampling_params(options),
+        on=running(options),
+    )
 
 
-def run(request: Request) -> int:
+def run(request: ChatRequest) -> int:
     """Answer each line of stdin; the exit code."""
     messages = console.messages()
+    console.check_stdin()
     language_model = request.on.load(messages)
     said: list[dict[str, str]] = []
+    if request.system is not None:
+        said.append({"role": "system", "content": request.system})
 
     def write(tally: Tally) -> None:
         for turn, line in enumerate(_lines(messages)):
@@ -66,21 +97,25 @@ def run(request: Request) -> int:
                     yield answer[-1]
 
             print_text(pieces())
+            if tally.errors:
+                return
             said.append({"role": "assistant", "content": "".join(answer)})
 
-    # A model without a chat template is refused before the first line is read.
-    language_model.encode_chat([{"role": "user", "content": "?"}])
+    # What does not suit the model is refused before the first line is read.
+    ids = language_model.encode_chat([*said, {"role": "user", "content": "?"}])
+    params, stop_ids = request.params, request.stop_id
+    check_fit(language_model, len(ids), request.max_new_tokens, params, stop_ids=stop_ids)
     return write_texts(write, request, language_model, messages)
 
 
 def _lines(messages: Console) -> Iterator[str]:
     """The lines of stdin that are not blank; on a terminal, with a prompt for each."""
     while True:
-        line, asks = "", sys.stdin.isatty()
+        line, asks = "", console.is_terminal(sys.stdin)
         try:
             if asks:
                 messages.print("> ", end="", style="bold")
-            line = sys.stdin.readline()
+            line = console.read(whole=False)
         finally:
             if asks and not line:  # Ctrl-C or Ctrl-D leaves the cursor behind the prompt
                 messages.print()

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_sampling import InvalidLogitsError, SamplingParams, checks
+from llm_sampling.generation import models
 from llm_sampling.tools import explain as explaining
+from llm_sampling.tools import files
 from llm_sampling.tools.cli import console
 from llm_sampling.tools.cli.options import (
     FLAG,
     INTEGER,
+    check_texts,
     request_of,
     running,
     running_options,
     sampling_options,
     sampling_params,
+    text,
 )
 from llm_sampling.tools.cli.running import Running, check_fit
 from llm_sampling.tools.explain.picture import check_suffix
@@ -55,8 +58,11 @@ class ExplainRequest:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("top", "n", "max_new_tokens"):
+        check_texts("n", self.n)
+        for name in ("top", "max_new_tokens"):
             checks.integer_at_least(name, getattr(self, name), 1)
+        if self.html is not None and self.html == self.picture:
+            raise ValueError(f"html must be another file than picture, got {str(self.html)!r}")
         if self.picture is not None:
             check_suffix("picture", self.picture)
 
@@ -70,10 +76,11 @@ def add_parser(commands: Commands) -> None:
         parents=[sampling_options(), running_options()],
     )
     add = parser.add_argument
-    add("prompt", metavar="PROMPT", help="The text before the token.")
+    add("prompt", type=text, metavar="PROMPT", help="The text before the token.")
     add("--chat", **FLAG, help="Put PROMPT into the model's chat template.")
     add(
         "--output",
+        type=text,
         default="",
         metavar="TEXT",
         help="What the model has written since PROMPT, which the penalties count.",
@@ -101,7 +108,17 @@ def run(request: ExplainRequest) -> int:
     """Print the table and the texts, write the picture and the page; the exit code."""
     if request.picture is not None:
         console.require("tune", ["matplotlib"])
+    console.check_writable(request.picture, request.html)
     language_model = request.on.load(console.messages())
+    try:
+        _explain(request, language_model)
+    except InvalidLogitsError as error:
+        message = f"{language_model.name} cannot go on: {error}"
+        raise console.CommandError(message, console.EXIT_FAILED) from error
+    return 0
+
+
+def _explain(request: ExplainRequest, language_model: models.LanguageModel) -> None:
     ids = language_model.encode(request.prompt, chat=request.chat)
     written: list[int] = []
     if request.output:
@@ -113,21 +130,19 @@ def run(request: ExplainRequest) -> int:
         language_model, ids, written, penalty_last_n=params.penalty_last_n
     )
     texts = explaining.token_texts(language_model)
-    try:
-        explanation = explaining.explain(logits, params, history=history)
-    except InvalidLogitsError as error:
-        message = f"{language_model.name} cannot go on: {error}"
-        raise console.CommandError(message, console.EXIT_FAILED) from error
-    text = request.prompt + request.output
+    explanation = explaining.explain(logits, params, history=history)
+    title = request.prompt + request.output
     output = console.output()
     output.print(_steps_table(explanation, texts, request.top))
     output.print(f"{int(explanation.kept.sum())} of {explanation.vocab_size} tokens are kept")
-    with console.writing_files():
+    with console.writing_files(console.EXIT_FAILED):
         if request.picture is not None:
-            explaining.picture(explanation, texts, request.picture, request.top, title=text)
+            with files.replacing(request.picture) as new:
+                explaining.picture(explanation, texts, new, request.top, title=title)
         if request.html is not None:
-            page = explaining.page(logits, texts, params, history, text)
-            request.html.write_text(page, encoding="utf-8")
+            page = explaining.page(logits, texts, params, history, title)
+            with files.replacing(request.html) as new:
+                new.write_text(page, encoding="utf-8")
     continuations = explaining.compare(
         language_model,
         [*ids, *written],
@@ -139,9 +154,8 @@ def run(request: ExplainRequest) -> int:
     for decoding, group in itertools.groupby(continuations, key=lambda one: one.decoding):
         output.print(f"\n{decoding}:", style="bold", markup=False)
         for one in group:
-            quoted = json.dumps(one.text, ensure_ascii=False)
-            output.print(f"  {quoted}", markup=False, soft_wrap=True)
-    return 0
+            console.write("  ")
+            console.write_json(one.text)
 
 
 def _steps_table(explanation: explaining.Explanation, texts: Sequence[str], top: int) -> Table:

@@ -6,26 +6,27 @@ options -> Request (checked) -> Running.load -> generation.generate_stream -> st
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from llm_sampling import InvalidLogitsError, SamplingParams, checks, generation
+from llm_sampling import SamplingParams, checks, generation
 from llm_sampling.generation import models
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.tools.cli import console
 from llm_sampling.tools.cli.options import (
     FLAG,
     INTEGER,
+    check_texts,
     length_options,
     request_of,
     running,
     running_options,
     sampling_options,
     sampling_params,
+    text,
 )
 from llm_sampling.tools.cli.running import Running, check_fit
 
@@ -39,17 +40,23 @@ if TYPE_CHECKING:
 class Request:
     """The options of ``generate`` and of ``chat``, checked without loading the model.
 
+    Attributes:
+        prompts: the prompts of ``generate``.
+        from_stdin: the index of the prompt whose text is on stdin, or None.
+
     Raises:
         ValueError: a value is out of its range; the message names it.
     """
 
     prompts: Sequence[str]
+    from_stdin: int | None
     params: SamplingParams
     chat: bool
     n: int
     max_new_tokens: int
     min_new_tokens: int
     stop: Sequence[str]
+    stop_id: Sequence[int]
     stop_limit: int
     include_stop: bool
     ignore_eos: bool
@@ -58,7 +65,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        checks.integer_at_least("n", self.n, 1)
+        check_texts("n", self.n)
         checks.integer_at_least("max_new_tokens", self.max_new_tokens, 1)
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(
@@ -66,6 +73,8 @@ class Request:
                 f"got {self.min_new_tokens}"
             )
         StopStrings(self.stop, stop_limit=self.stop_limit)
+        for token in self.stop_id:
+            checks.integer_at_least("stop_id", token, 0)
 
 
 def add_parser(commands: Commands) -> None:
@@ -77,13 +86,19 @@ def add_parser(commands: Commands) -> None:
         parents=[sampling_options(), length_options(), running_options()],
     )
     add = parser.add_argument
-    add("prompts", nargs="+", metavar="PROMPT", help="The text to continue, or several.")
+    add(
+        "prompts",
+        nargs="+",
+        type=text,
+        metavar="PROMPT",
+        help="The text to continue, or several; - reads one from stdin.",
+    )
     add("--chat", **FLAG, help="Put PROMPT into the model's chat template.")
     add(
         "--n",
         **INTEGER,
         default=1,
-        help="How many texts for each PROMPT; they use seed, seed + 1, ...",
+        help="How many texts for each PROMPT; the first has the seed, the others have their own.",
     )
     add("--json", dest="as_json", **FLAG, help="Write a line of JSON for each text.")
     parser.set_defaults(make_request=make_request, run=run)
@@ -91,7 +106,20 @@ def add_parser(commands: Commands) -> None:
 
 def make_request(options: argparse.Namespace) -> Request:
     """The command's options, checked."""
-    return request_of(Request, options, params=sampling_params(options), on=running(options))
+    read = [
+        index
+        for index, prompt in enumerate(options.prompts[: len(options.prompts) - options.literal])
+        if prompt == "-"
+    ]
+    if len(read) > 1:
+        raise ValueError("PROMPT may be - once, since there is one stdin; after -- it is a text")
+    return request_of(
+        Request,
+        options,
+        from_stdin=read[0] if read else None,
+        params=sampling_params(options),
+        on=running(options),
+    )
 
 
 def run(request: Request) -> int:
@@ -99,20 +127,28 @@ def run(request: Request) -> int:
     from rich.text import Text
 
     messages = console.messages()
+    if request.from_stdin is not None:
+        given = list(request.prompts)
+        given[request.from_stdin] = console.read(whole=True).removesuffix("\n")
+        request = replace(request, prompts=given, from_stdin=None)
     language_model = request.on.load(messages)
-    prompts = [language_model.encode(text, chat=request.chat) for text in request.prompts]
-    check_fit(language_model, max(map(len, prompts)), request.max_new_tokens, request.params)
+    prompts = [language_model.encode(prompt, chat=request.chat) for prompt in request.prompts]
+    longest = max(map(len, prompts))
+    check_fit(
+        language_model, longest, request.max_new_tokens, request.params, stop_ids=request.stop_id
+    )
     is_one = len(prompts) * request.n == 1 and not request.as_json
     # On a terminal the text continues its prompt, which goes to stderr: it is not output.
-    if is_one and messages.is_terminal and sys.stdout.isatty() and not request.chat:
-        messages.print(Text(request.prompts[0], style="dim"), end="", soft_wrap=True)
+    if is_one and messages.is_terminal and console.is_terminal(sys.stdout) and not request.chat:
+        prompt = console.printable(request.prompts[0])
+        messages.print(Text(prompt, style="dim"), end="", soft_wrap=True)
 
     def write(tally: Tally) -> None:
         counted = tally.count(stream(request, language_model, prompts, request.params))
         if is_one:
             print_text(chunk.text or "" for chunk in counted)
         else:
-            _print_texts(request, generation.completions(counted))
+            _print_texts(request, counted)
 
     return write_texts(write, request, language_model, messages)
 
@@ -136,6 +172,7 @@ def stream(
         stop=request.stop,
         stop_limit=request.stop_limit,
         include_stop_str_in_output=request.include_stop,
+        stop_token_ids=request.stop_id,
         eos_token_ids=language_model.eos_token_ids,
         ignore_eos=request.ignore_eos,
         backend=request.on.backend,
@@ -149,16 +186,21 @@ class Tally:
     Attributes:
         tokens: how many tokens were generated.
         sampler_seconds: the time spent sampling.
+        errors: what was wrong with the model's logits in texts that ended for it.
     """
 
     tokens: int = 0
     sampler_seconds: float = 0.0
+    errors: list[str] = field(default_factory=list)
 
     def count(self, chunks: Iterator[generation.Chunk]) -> Iterator[generation.Chunk]:
         """Pass the chunks on and count them."""
         step = 0
         for chunk in chunks:
-            self.tokens += 1
+            if chunk.finish_reason == "error":
+                self.errors.append(f"{chunk.stop_reason} in text {chunk.index}")
+            else:
+                self.tokens += 1
             if chunk.step != step:  # all chunks of a step tell the time of the whole step
                 step = chunk.step
                 self.sampler_seconds += chunk.sampler_seconds
@@ -178,9 +220,9 @@ def write_texts(
         write(tally)
     except KeyboardInterrupt:
         code = console.EXIT_INTERRUPTED
-    except InvalidLogitsError as error:
-        console.complain(f"{language_model.name} cannot go on: {error}")
-        code = console.EXIT_FAILED
+    if tally.errors:
+        console.complain(f"{language_model.name} cannot go on: {'; '.join(tally.errors)}")
+        code = code or console.EXIT_FAILED
     seconds = time.perf_counter() - start
     messages.print(
         f"{tally.tokens} token{'' if tally.tokens == 1 else 's'} in {seconds:.2f} s: "
@@ -191,25 +233,40 @@ def write_texts(
     return code
 
 
-def _print_texts(request: Request, completions: Sequence[generation.Completion]) -> None:
-    """Write several finished texts: a line of JSON for each, or with an empty line between them."""
-    for number, done in enumerate(completions):
-        prompt, index = divmod(number, request.n)
-        if request.as_json:
-            line = {
-                "prompt": request.prompts[prompt],
-                "index": index,
-                "text": done.text,
-                "finish_reason": done.finish_reason,
-                "stop_reason": done.stop_reason,
-                "token_ids": done.token_ids,
-                "seed": generation.seeded(request.params, index).seed,
-            }
-            print_text([json.dumps(line, ensure_ascii=False)])
-        else:
-            if number > 0:
-                sys.stdout.write("\n")
-            print_text([done.text or ""])
+def _print_texts(request: Request, chunks: Iterator[generation.Chunk]) -> None:
+    """Write several texts when all are done, or as far as they are when something ends them.
+
+    Each is a line of JSON, or there is an empty line between two.
+    """
+    rows: list[list[generation.Chunk]] = [[] for _ in range(len(request.prompts) * request.n)]
+    try:
+        for chunk in chunks:
+            rows[chunk.index].append(chunk)
+    finally:
+        for number, row in enumerate(rows):
+            prompt, index = divmod(number, request.n)
+            written = "".join(chunk.text or "" for chunk in row)
+            if request.as_json:
+                reasons = [(chunk.finish_reason, chunk.stop_reason) for chunk in row[-1:]]
+                # "abort" is vLLM's word for a text that was ended from outside.
+                finish_reason, stop_reason = next(
+                    (of_row for of_row in reasons if of_row[0] is not None), ("abort", None)
+                )
+                console.write_json(
+                    {
+                        "prompt": request.prompts[prompt],
+                        "index": index,
+                        "text": written,
+                        "finish_reason": finish_reason,
+                        "stop_reason": stop_reason,
+                        "token_ids": [chunk.token for chunk in row if chunk.token >= 0],
+                        "seed": generation.seeded(request.params, index).seed,
+                    }
+                )
+            else:
+                if number > 0:
+                    console.write("\n")
+                print_text([written])
 
 
 def print_text(pieces: Iterable[str]) -> None:
@@ -217,10 +274,8 @@ def print_text(pieces: Iterable[str]) -> None:
     last = ""
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            console.write_model_text(piece)
             last = piece or last
     finally:
         if not last.endswith("\n"):
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            console.write("\n")

@@ -9,21 +9,38 @@ from __future__ import annotations
 import argparse
 import itertools
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
-from llm_sampling import SamplingParams, backends
+from llm_sampling import SamplingParams, backends, checks
 from llm_sampling.fields import FIELDS
 from llm_sampling.generation import models
-from llm_sampling.tools.cli.console import EXIT_BAD_VALUE, CommandError
+from llm_sampling.tools.cli import console
 from llm_sampling.tools.cli.running import Running
 
 if TYPE_CHECKING:
     Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 Request = TypeVar("Request")
+
+#: The most texts of one prompt: they are rows of one batch, and more would exhaust the memory.
+MOST_TEXTS = 65536
+
+
+def text(word: str) -> str:
+    """A word of the command line that is text, and not a path.
+
+    Raises:
+        ArgumentTypeError: its bytes are neither text in the locale's encoding nor UTF-8.
+    """
+    try:
+        return console.text_of(word, sys.getfilesystemencoding())
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"must be valid UTF-8, got {word!r}") from None
+
 
 #: Arguments of ``add_argument`` for an integer, for any number, and for a pair ``--x``, ``--no-x``.
 INTEGER: dict[str, Any] = {"type": int, "metavar": "INT"}
@@ -48,7 +65,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the message."""
-        raise CommandError(message, EXIT_BAD_VALUE)
+        raise console.CommandError(message, console.EXIT_BAD_VALUE)
+
+    def print_help(self, file: object = None) -> None:
+        """Write the help to stdout; argparse would take stderr for a stdout that is closed."""
+        console.write(self.format_help())
 
 
 def options_first(parser: Parser, words: Sequence[str]) -> list[str]:
@@ -88,6 +109,13 @@ def request_of(kind: Callable[..., Request], options: argparse.Namespace, **more
     return kind(**{name: getattr(options, name) for name in names}, **more)
 
 
+def check_texts(name: str, count: int) -> None:
+    """A ValueError if the number of texts is not in 1 .. MOST_TEXTS."""
+    checks.integer_at_least(name, count, 1)
+    if count > MOST_TEXTS:
+        raise checks.refusal(name, f"at most {MOST_TEXTS}", count)
+
+
 def sampling_options() -> Parser:
     """The fields of SamplingParams."""
     parser = Parser(add_help=False)
@@ -111,6 +139,12 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
     """
     values = {name: getattr(options, name) for name in FIELDS}
     values["logit_bias"] = _parse_logit_bias(options.logit_bias)
+    # Named here, since for SamplingParams "left out" is None; elsewhere -1 is a new one each time.
+    if options.seed is not None and not 0 <= options.seed < 2**64:
+        raise ValueError(
+            "seed must be an integer in [0, 2^64), or left out for a new one each time, "
+            f"got {options.seed}"
+        )
     if options.seed is None:
         # Not left to torch's default generator, which begins with the same seed in every process.
         values["seed"] = secrets.randbits(32)
@@ -153,9 +187,18 @@ def length_options() -> Parser:
     add(
         "--stop",
         action="append",
+        type=text,
         default=[],
         metavar="TEXT",
         help="End before this text; repeatable.",
+    )
+    add(
+        "--stop-id",
+        action="append",
+        type=int,
+        default=[],
+        metavar="ID",
+        help="End at the token of this id, as at the model's end token; repeatable.",
     )
     add(
         "--stop-limit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 CPU = torch.device("cpu")
+#: The most threads. OpenMP ends the process where the system gives it fewer than it asks for.
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Running:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.threads is not None:
-            checks.integer_at_least("threads", self.threads, 1)
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise checks.refusal("threads", f"an integer in 1 .. {MOST_THREADS}", self.threads)
         if self.model_path is not None:
             models.check_path(self.model_path)
         try:
@@ -55,7 +58,7 @@ class Running:
         path = self.model_path or models.default_model_path()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        with console.progress(messages, f"Loading {path.name}") as report:
+        with console.progress(messages, f"Loading {console.printable(path.name)}") as report:
             return models.load(path, report)
 
 
@@ -64,11 +67,13 @@ def check_fit(
     prompt_tokens: int,
     max_new_tokens: int,
     params: SamplingParams,
+    stop_ids: Sequence[int] = (),
 ) -> None:
     """Check what can only be checked with the model.
 
     Raises:
-        ModelError: the texts do not fit the context, or a biased token is not in the vocabulary.
+        ModelError: the texts do not fit the context, or a biased token or one of ``stop_ids`` is
+            not in the vocabulary.
     """
     context = language_model.context_length
     if context is not None and prompt_tokens + max_new_tokens > context:
@@ -76,8 +81,9 @@ def check_fit(
             f"max_new_tokens must leave the prompt's {prompt_tokens} tokens room in the model's "
             f"context of {context}, got {max_new_tokens}"
         )
-    for token in params.logit_bias or ():
-        if token >= language_model.vocab_size:
-            raise models.ModelError(
-                f"logit_bias must name tokens in 0 .. {language_model.vocab_size - 1}, got {token}"
-            )
+    for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_id", stop_ids)):
+        for token in ids:
+            if not 0 <= token < language_model.vocab_size:
+                raise models.ModelError(
+                    f"{name} must name tokens in 0 .. {language_model.vocab_size - 1}, got {token}"
+                )

@@ -6,18 +6,28 @@ options -> TuneRequest (checked) -> Running.load -> tuning.tune -> report, best 
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_sampling.tools import tuning
+from llm_sampling import SamplingParams
+from llm_sampling.tools import files, tuning
 from llm_sampling.tools.cli import console
-from llm_sampling.tools.cli.options import INTEGER, NUMBER, request_of, running, running_options
+from llm_sampling.tools.cli.options import (
+    INTEGER,
+    NUMBER,
+    check_texts,
+    request_of,
+    running,
+    running_options,
+    text,
+)
 from llm_sampling.tools.cli.running import Running
-from llm_sampling.tools.tuning.report import short
+from llm_sampling.tools.tuning.report import report_names, short
+from llm_sampling.tools.tuning.resume import check_storage
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -64,8 +74,10 @@ class TuneRequest:
             study_name=self.study_name,
             timeout=self.timeout,
         )
+        SamplingParams(seed=self.seed)
+        check_texts("texts", self.texts)
         tuning.check_objective(self.metrics, self.space, self.texts, self.max_new_tokens)
-        if self.out.exists() and not self.out.is_dir():
+        if os.path.exists(self.out) and not os.path.isdir(self.out):
             raise ValueError(f"out must be a directory, got {str(self.out)!r}")
 
 
@@ -78,10 +90,11 @@ def add_parser(commands: Commands) -> None:
         parents=[running_options()],
     )
     add = parser.add_argument
-    add("more_space", nargs="*", metavar="NAME=VALUES", help="More of --space.")
+    add("more_space", nargs="*", type=text, metavar="NAME=VALUES", help="More of --space.")
     add(
         "--space",
         action="append",
+        type=text,
         default=[],
         metavar="NAME=VALUES",
         help="What is searched: LOW:HIGH, LOW:HIGH:log, LOW:HIGH:STEP or VALUE,VALUE,...",
@@ -111,7 +124,11 @@ def add_parser(commands: Commands) -> None:
         help="Keep the search there, as sqlite:///tuning.db, and go on with it.",
     )
     add(
-        "--study-name", default="decoding", metavar="NAME", help="The search's name in the storage."
+        "--study-name",
+        type=text,
+        default="decoding",
+        metavar="NAME",
+        help="The search's name in the storage.",
     )
     add(
         "--out",
@@ -141,8 +158,16 @@ def make_request(options: argparse.Namespace) -> TuneRequest:
 
 def run(request: TuneRequest) -> int:
     """Search, write the report and print the best values as options; the exit code."""
-    with console.writing_files():  # before the search, which takes long
-        request.out.mkdir(parents=True, exist_ok=True)
+    # Before the search, which takes long.
+    with console.writing_files(console.EXIT_BAD_VALUE):
+        files.check_folder(request.out, report_names(request.metrics))
+    if request.storage is not None:
+        try:
+            check_storage(request.storage)
+        except ValueError as error:
+            raise console.CommandError(str(error), console.EXIT_BAD_VALUE) from error
+        except RuntimeError as error:
+            raise console.CommandError(str(error), console.EXIT_FAILED) from error
     messages = console.messages()
     language_model = request.on.load(messages)
     try:
@@ -178,12 +203,12 @@ def run(request: TuneRequest) -> int:
         raise console.CommandError(str(error), console.EXIT_FAILED) from error
     best_line = _as_options(result.best_params)
     usage = f"llm-sampling generate {best_line}"
-    with console.writing_files():
-        files = tuning.write_report(result, request.out, request.metrics, usage)
+    with console.writing_files(console.EXIT_FAILED):
+        written = tuning.write_report(result, request.out, request.metrics, usage)
     found = dict(zip(request.metrics, result.best_values, strict=True))
     messages.print(f"best of {len(result.trials)} trials: {_named(found)}", markup=False)
-    messages.print(f"{len(files)} files in {request.out}", markup=False, soft_wrap=True)
-    sys.stdout.write(f"{best_line}\n")
+    messages.print(f"{len(written)} files in {request.out}", markup=False, soft_wrap=True)
+    console.write(f"{best_line}\n")
     return 0
 
 

@@ -90,6 +90,7 @@ def compare(
         vocab_size=language_model.vocab_size,
         max_new_tokens=max_new_tokens,
         eos_token_ids=language_model.eos_token_ids,
+        check=True,
         backend=backend,
     )
     return [

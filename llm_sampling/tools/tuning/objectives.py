@@ -163,6 +163,7 @@ class ModelObjective:
             prompts,
             [generation.seeded(params, row) for row in range(len(prompts))],
             vocab_size=self._model.vocab_size,
+            check=True,
             backend=self._backend,
             **options,
         )

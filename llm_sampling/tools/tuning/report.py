@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_sampling.tools import files
 from llm_sampling.tools.tuning.search import TuningResult
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def write_report(
     Args:
         result: the result of :func:`llm_sampling.tools.tuning.tune`.
         folder: the folder to write to, created if it does not exist. Existing files of the same
-            names are overwritten.
+            names are replaced; where one is a symbolic link, the link is, and not its target.
         metrics: a name for each of the objective's numbers, in their order.
         best_line: how to use the best values, shown on the page.
 
@@ -59,20 +60,30 @@ def write_report(
             f"metrics must have a name for each of {len(directions)} numbers, got {list(metrics)}"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files, sections = [], []
+    files.check_folder(folder, report_names(metrics))
+    written, sections = [], []
     for name, picture, title in _pictures(result, metrics):
         path = folder / f"{name}.png"
-        path.write_bytes(picture)
-        files.append(path)
+        with files.replacing(path, links=True) as new:
+            new.write_bytes(picture)
+        written.append(path)
         encoded = base64.b64encode(picture).decode("ascii")
         sections.append(
             f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" '
             f'src="data:image/png;base64,{encoded}">'
         )
     page = folder / "report.html"
-    page.write_text(_page(result, metrics, best_line, sections), encoding="utf-8")
-    return [*files, page]
+    with files.replacing(page, links=True) as new:
+        new.write_text(_page(result, metrics, best_line, sections), encoding="utf-8")
+    return [*written, page]
+
+
+def report_names(metrics: Sequence[str]) -> Iterator[str]:
+    """The names of the files that :func:`write_report` may write."""
+    for metric in metrics:
+        for kind in ("history", "importance", "slice"):
+            yield f"{kind}-{metric}.png" if len(metrics) > 1 else f"{kind}.png"
+    yield from ("pareto.png", "report.html")
 
 
 def _pictures(result: TuningResult, metrics: Sequence[str]) -> Iterator[tuple[str, bytes, str]]:

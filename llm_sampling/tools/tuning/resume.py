@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_sampling.tools.files import check_writable
 from llm_sampling.tools.tuning.space import CheckedSpace
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def locked(storage: str | None) -> Iterator[None]:
         return
     import fcntl
 
-    with Path(f"{path}.lock").open("w") as file:
+    # Not "w": where the name is a symbolic link, that would empty its target.
+    with Path(f"{path}.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -51,9 +53,45 @@ def locked(storage: str | None) -> Iterator[None]:
 def sqlite_file(storage: str | None) -> Path | None:
     """The file that the URL of an SQLite storage names; None for any other storage."""
     prefix = "sqlite:///"
-    if storage is None or not storage.startswith(prefix) or storage == prefix:
+    if storage is None or not storage.startswith(prefix):
         return None
-    return Path(storage.removeprefix(prefix))
+    name = storage.removeprefix(prefix).partition("?")[0].removeprefix("file:")
+    return None if name in ("", ":memory:") else Path(name)
+
+
+def check_storage(storage: str) -> None:
+    """Check that a storage can be opened and written. A new SQLite file is made, without a study.
+
+    Raises:
+        ValueError: the URL is of no database that is known, or its file is none that can be used.
+        ModuleNotFoundError: the database's driver is not installed.
+        RuntimeError: another process uses the storage, its server does not answer, or it was
+            written by another version of Optuna.
+    """
+    import optuna
+    from sqlalchemy import exc
+
+    file = sqlite_file(storage)
+    if file is not None and file.exists() and not file.is_file():
+        raise ValueError(f"storage must be a file, got {storage!r}")
+    refused = f"storage {storage!r} cannot be used"
+    try:
+        if file is not None:
+            check_writable(file)
+        with locked(storage):
+            opened = optuna.storages.RDBStorage(storage)
+            with opened.engine.connect() as connection:  # changes no row, but needs the right to
+                connection.exec_driver_sql("UPDATE studies SET study_name = '' WHERE 1 = 0")
+            opened.engine.dispose()
+    except OSError as error:
+        raise ValueError(f"{refused}: {error.strerror}") from error
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{refused}: its database's driver is not installed") from error
+    except (exc.ArgumentError, ValueError, TypeError) as error:
+        raise ValueError(f"{refused}: {error}") from error
+    except exc.SQLAlchemyError as error:
+        reason = getattr(error, "orig", None) or error
+        raise (RuntimeError if file is None else ValueError)(f"{refused}: {reason}") from error
 
 
 def match_search(

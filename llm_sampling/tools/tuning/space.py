@@ -8,6 +8,7 @@ optuna is imported when distributions are made.
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -103,6 +104,12 @@ def _checked_range(name: str, values: Range) -> Range:
 
 
 def _checked_choices(name: str, values: object) -> list[Choice]:
+    if isinstance(values, tuple) and len(values) == 2 and all(map(_is_number, values)):
+        low, high = values
+        raise ValueError(
+            f"{name} must be Range({low}, {high}) for all values between two numbers, or "
+            f"[{low}, {high}] for these two alone, got the tuple {values!r}"
+        )
     is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
     if not is_list or not values:
         raise ValueError(f"{name} must be a Range or a list of values, got {values!r}")
@@ -120,6 +127,10 @@ def _checked_choices(name: str, values: object) -> list[Choice]:
     if any(a == b for i, a in enumerate(choices) for b in choices[:i]):
         raise ValueError(f"{name} must name each value once, got {choices}")
     return choices
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_params(values: Mapping[str, Any]) -> None:
@@ -140,7 +151,7 @@ def space_from_text(entries: Sequence[str]) -> CheckedSpace:
     space: CheckedSpace = {}
     for entry in entries:
         name, equals, text = entry.partition("=")
-        if not (name and equals and text):
+        if not (name and equals and text) or text[0] in "([{" or ".." in text:
             raise ValueError(
                 f"space must have entries NAME=LOW:HIGH or NAME=VALUE,..., got {entry!r}"
             )
