@@ -378,6 +378,15 @@ ROWS: dict[str, Row] = {
         "storage must lie in a folder that is there, got 'sqlite:///nowhere/x.db'",
         ends=EARLY,
     ),
+    "a storage in a folder of a long name": storage(
+        f"sqlite:///{'x' * 300}/x.db",
+        f"storage must lie in a folder that is there, got 'sqlite:///{'x' * 300}/x.db'",
+        ends=EARLY,
+    ),
+    "a storage of a long name": storage(
+        f"sqlite:///{'x' * 300}",
+        f"storage 'sqlite:///{'x' * 300}' cannot be used: File name too long",
+    ),
     "a database without its driver": storage(
         "firebird+nothing://x",
         "storage 'firebird+nothing://x' cannot be used: "
