@@ -247,18 +247,15 @@ def _print_texts(request: Request, chunks: Iterator[generation.Chunk]) -> None:
             prompt, index = divmod(number, request.n)
             written = "".join(chunk.text or "" for chunk in row)
             if request.as_json:
-                reasons = [(chunk.finish_reason, chunk.stop_reason) for chunk in row[-1:]]
-                # "abort" is vLLM's word for a text that was ended from outside.
-                finish_reason, stop_reason = next(
-                    (of_row for of_row in reasons if of_row[0] is not None), ("abort", None)
-                )
+                last = row[-1] if row and row[-1].finish_reason is not None else None
                 console.write_json(
                     {
                         "prompt": request.prompts[prompt],
                         "index": index,
                         "text": written,
-                        "finish_reason": finish_reason,
-                        "stop_reason": stop_reason,
+                        # "abort" is vLLM's word for a text that was ended from outside.
+                        "finish_reason": "abort" if last is None else last.finish_reason,
+                        "stop_reason": None if last is None else last.stop_reason,
                         "token_ids": [chunk.token for chunk in row if chunk.token >= 0],
                         "seed": generation.seeded(request.params, index).seed,
                     }

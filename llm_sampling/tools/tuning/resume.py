@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -72,7 +73,8 @@ def check_storage(storage: str) -> None:
     from sqlalchemy import exc
 
     file = sqlite_file(storage)
-    if file is not None and file.exists() and not file.is_file():
+    # os.path, unlike Path, has no error for a name that is too long; the next check has.
+    if file is not None and os.path.exists(file) and not os.path.isfile(file):
         raise ValueError(f"storage must be a file, got {storage!r}")
     refused = f"storage {storage!r} cannot be used"
     try:

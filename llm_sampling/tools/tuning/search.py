@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import math
 import numbers
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -221,7 +222,7 @@ def check_search(
             f"storage must be a URL such as 'sqlite:///tuning.db' or None, got {storage!r}"
         )
     file = sqlite_file(storage)
-    if file is not None and not file.parent.is_dir():
+    if file is not None and not os.path.isdir(file.parent):
         raise ValueError(f"storage must lie in a folder that is there, got {storage!r}")
     if not isinstance(study_name, str) or not study_name:
         raise ValueError(f"study_name must be a string that is not empty, got {study_name!r}")
