@@ -125,7 +125,8 @@ def check_path(path: str | Path) -> None:
     """Check that ``path`` can be a model, before anything slow happens.
 
     Raises:
-        ModelError: ``path`` is neither a GGUF file nor a directory with a ``config.json``.
+        ModelError: ``path`` is neither a GGUF file nor a directory with a ``config.json``, or the
+            directory has a FIFO, a socket or a device in it.
     """
     path = Path(path)
     try:
@@ -133,6 +134,11 @@ def check_path(path: str | Path) -> None:
         if path.is_dir():
             if not (path / "config.json").is_file():
                 raise ModelError(f"model {str(path)!r} is a directory without a config.json")
+            for entry in sorted(path.iterdir()):  # to read a FIFO would wait for its writer
+                if entry.exists() and not (entry.is_file() or entry.is_dir()):
+                    raise ModelError(
+                        f"model {str(path)!r} is a directory in which {entry.name} is not a file"
+                    )
             return
         is_gguf = False
         if path.is_file():  # to open a FIFO would wait for its writer
@@ -163,7 +169,7 @@ def load(path: str | Path, report: Callable[[str], None]) -> LanguageModel:
 
     # Without this, transformers asks on stdin whether to run code that the folder holds.
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    model_options: dict[str, Any] = {"dtype": "auto"}
+    model_options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     folder = path
     if path.is_file():
         folder = path.parent
@@ -176,9 +182,12 @@ def load(path: str | Path, report: Callable[[str], None]) -> LanguageModel:
             report("reading the tokenizer")
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **options)
             report("reading the weights")
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, **options, **model_options
             )
+        model, found = loaded
+        if found["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"it has no {', '.join(sorted(found['missing_keys']))}")
         config = model.config.get_text_config()
         return LanguageModel(
             name=path.name,

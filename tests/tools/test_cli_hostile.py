@@ -33,6 +33,7 @@ from llm_sampling.tools import cli
 for package in cli.EXTRA_PACKAGES:
     pytest.importorskip(package, reason="needs the extra 'cli'")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
 from toy_tokenizers import byte_tokenizer  # noqa: E402
 
 ROOT = str(Path(llm_sampling.__file__).parent.parent)
@@ -230,6 +231,15 @@ ROWS: dict[str, Row] = {
     "no name": model("", "model '.' is a directory without a config.json"),
     "a folder without a config": model(
         "folder", "model 'folder' is a directory without a config.json"
+    ),
+    "weights that are not all there": model(
+        "fewer_weights",
+        "model 'fewer_weights' cannot be loaded: it has no model.norm.weight",
+        LATE,
+    ),
+    "weights that are a FIFO": model(
+        "fifo_weights",
+        "model 'fifo_weights' is a directory in which pytorch_model.bin is not a file",
     ),
     "a config that is a FIFO": model(
         "fifo_config", "model 'fifo_config' is a directory without a config.json"
@@ -517,6 +527,10 @@ def place(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     config = json.loads((model_path / "config.json").read_text())
     tokenizer = json.loads((model_path / "tokenizer.json").read_text())
     os.mkfifo(changed("fifo_config", config_json=None) / "config.json")
+    os.mkfifo(changed("fifo_weights") / "pytorch_model.bin")
+    fewer = load_file(model_path / "model.safetensors")
+    del fewer["model.norm.weight"]
+    save_file(fewer, changed("fewer_weights") / "model.safetensors", metadata={"format": "pt"})
     changed("broken_config", config_json=b"{")
     changed("list_config", config_json=b"[]")
     changed("deep_config", config_json=b"[" * 100_000)
