@@ -18,7 +18,7 @@ of the model, as ``generate`` orders them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -442,7 +442,7 @@ class FusedLogitsProcessor(LogitsProcessor):
         assert self._row_logprobs is not None
         self._sampler = _with_room(self._sampler, input_ids.shape[1] + 1, self._backend)
         drawn = self._sampler(scores)
-        if bool((drawn.status != 0).any()):
+        if any(drawn.status.tolist()):
             going = unfinished_rows()
             raise_on_status(drawn.status if going is None else drawn.status * going)
         logprobs = self._row_logprobs(drawn, scores)
@@ -747,8 +747,9 @@ def fused_generate(
     pad = config._pad_token_tensor if rows_may_end else None
     streamer = None if call is None else call.streamer
 
+    # Which rows go on, on the device and on the host.
     going = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    is_going = True
+    is_going = [True] * input_ids.shape[0]
     sampler: Sampler | None = None
     masks: list[Tensor] = []
     failed: dict[int, str] = {}
@@ -757,7 +758,7 @@ def fused_generate(
     steps = _ModelSteps(model, input_ids, config, model_kwargs)
     prompt_length = input_ids.shape[1]
     with steps.optimised():
-        while is_going:
+        while any(is_going):
             logits = steps(input_ids)
             if config.return_dict_in_generate and config.output_logits:
                 kept_logits.append(logits.float().clone())
@@ -777,30 +778,26 @@ def fused_generate(
             tokens = drawn.tokens.clamp(min=0)  # stopping criteria look at it, also after an error
             if pad is not None:
                 tokens = torch.where(going, tokens, pad.to(tokens.device))
-            is_bad = (drawn.status != 0) & going
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             going = going & ~criteria(input_ids, None)
             # The only wait for the device in a step.
-            has_bad, is_going = torch.stack([is_bad.any(), going.any()]).tolist()
-            if has_bad:
-                status = drawn.status * is_bad
+            statuses, goes_on, ids = torch.stack([drawn.status, going, tokens]).tolist()
+            bad = [row for row, status in enumerate(statuses) if status and is_going[row]]
+            if bad:
                 if check:
-                    raise_on_status(status)
-                failed |= {
-                    row: status_reasons(bits) for row, bits in enumerate(status.tolist()) if bits
-                }
+                    was_going = torch.tensor(is_going, device=drawn.status.device)
+                    raise_on_status(drawn.status * was_going)
+                failed |= {row: status_reasons(statuses[row]) for row in bad}
                 pad = _pad_of(config, pad, tokens)
-                input_ids[is_bad, -1] = pad
-                tokens = input_ids[:, -1]
+                input_ids[bad, -1] = tokens[bad] = pad
                 if kept_logprobs:
-                    kept_logprobs[-1] = kept_logprobs[-1].masked_fill(is_bad, torch.nan)
-                going = going & ~is_bad
-                is_going = bool(going.any())
+                    kept_logprobs[-1][bad] = torch.nan
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            if ends.rows:
-                going = going & ~ends.reached(tokens.tolist(), failed).to(going.device)
-                is_going = bool(going.any())
+            ended = {*bad, *ends.reached(ids, failed)}
+            is_going = [row not in ended and bool(more) for row, more in enumerate(goes_on)]
+            if ended:
+                going = torch.tensor(is_going, device=going.device)
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
@@ -889,12 +886,13 @@ class _Ends:
             )
         ]
 
-    def reached(self, tokens: Sequence[int], failed: Collection[int]) -> Tensor:
-        """Whether each row has ended with its new token or before: bool ``(rows,)``."""
-        for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+    def reached(self, tokens: Sequence[int], failed: Collection[int]) -> Iterator[int]:
+        """The rows that have ended with their new token or before, of those without an error."""
+        for index, (row, token) in enumerate(zip(self.rows, tokens, strict=False)):
             if row.finish_reason is None and index not in failed:
                 row.add(token)
-        return torch.tensor([row.finish_reason is not None for row in self.rows])
+            if row.finish_reason is not None:
+                yield index
 
     def reasons(
         self, generated: Tensor, failed: Mapping[int, str]
