@@ -62,3 +62,15 @@ def refuse_fields(
             raise ValueError(
                 f"{name} of the generation config cannot be honoured, got {value!r}{more}"
             )
+
+
+def check_config(config: Any, *, takes_stop_strings: bool) -> None:
+    """A ValueError if a model's generation config asks for what our own loop does not do.
+
+    Args:
+        config: the generation config; None if the model has none.
+        takes_stop_strings: whether the caller takes care of its ``stop_strings``.
+    """
+    if not takes_stop_strings:
+        refuse_fields(config, {"stop_strings": ([],)}, "pass them as stop, or stop=()")
+    refuse_fields(config, {**AS_PROCESSORS, **NOT_SUPPORTED}, "set it to None there")

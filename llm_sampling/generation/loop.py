@@ -27,7 +27,7 @@ from llm_sampling.backends.base import (
     status_reasons,
 )
 from llm_sampling.checks import integer_at_least, token_ids, true_or_false
-from llm_sampling.generation.config import AS_PROCESSORS, NOT_SUPPORTED, refuse_fields
+from llm_sampling.generation.config import check_config
 from llm_sampling.generation.prompts import Prompts, check_holds_integers, padded, prompt_ids
 from llm_sampling.generation.rows import (
     FinishReason,
@@ -268,7 +268,8 @@ def generate_stream(
     _check_prompts("prompts", requests, vocab_size)
     _check_prompts("output_ids", outputs, vocab_size)
     stops = stops_of_prompts(stop, len(requests))
-    _refuse_config(language_model, has_stop=stop is not None)
+    config = getattr(language_model, "generation_config", None)
+    check_config(config, takes_stop_strings=stop is not None)
     if eos_token_ids is None:
         eos_token_ids = _declared_eos(language_model)
     stop_ids = stop_ids_of_prompts(stop_token_ids, len(requests))
@@ -397,14 +398,6 @@ def _check_prompts(name: str, rows: list[list[int]], vocab_size: int) -> None:
         for token in (min(row), max(row)):
             if not 0 <= token < vocab_size:
                 raise ValueError(f"{name} must hold ids in 0 .. {vocab_size - 1}, got {token}")
-
-
-def _refuse_config(language_model: Any, *, has_stop: bool) -> None:
-    """A ValueError if the model's generation config asks for what this loop does not do."""
-    config = getattr(language_model, "generation_config", None)
-    if not has_stop:
-        refuse_fields(config, {"stop_strings": ([],)}, "pass them as stop, or stop=()")
-    refuse_fields(config, {**AS_PROCESSORS, **NOT_SUPPORTED}, "set it to None in generation_config")
 
 
 def _declared_eos(language_model: Any) -> list[int]:

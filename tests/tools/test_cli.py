@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,17 @@ def test_ignore_eos(run):
     options = ["--logit-bias", f"{END}=100", "--max-new-tokens", 5]
     assert "5 tokens in " in run("x", *options, "--ignore-eos")[2]
     assert "1 token in " in run("x", *options)[2]
+
+
+def test_stop_strings_of_the_generation_config(run, model_path, tmp_path):
+    """They count where no --stop is given."""
+    shutil.copytree(model_path, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "generation_config.json").read_text())
+    stops = json.dumps(config | {"stop_strings": ["aa"]})
+    (tmp_path / "generation_config.json").write_text(stops)
+    for options, reason in (((), "aa"), (("--stop", "aaa"), "aaa")):
+        out = run("x", *ABC, "--json", *options, model=tmp_path)[1]
+        assert json.loads(out)["stop_reason"] == reason
 
 
 def test_several_prompts_and_texts(run):

@@ -232,6 +232,12 @@ ROWS: dict[str, Row] = {
     "a folder without a config": model(
         "folder", "model 'folder' is a directory without a config.json"
     ),
+    "a model with bad words": model(
+        "bad_words",
+        "model 'bad_words' cannot be used: bad_words_ids of the generation config cannot be "
+        "honoured, got [[5]]: set it to None there",
+        LATE,
+    ),
     "weights that are not all there": model(
         "fewer_weights",
         "model 'fewer_weights' cannot be loaded: it has no model.norm.weight",
@@ -528,6 +534,7 @@ def place(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     tokenizer = json.loads((model_path / "tokenizer.json").read_text())
     os.mkfifo(changed("fifo_config", config_json=None) / "config.json")
     os.mkfifo(changed("fifo_weights") / "pytorch_model.bin")
+    changed("bad_words", generation_config_json=b'{"bad_words_ids": [[5]]}')
     fewer = load_file(model_path / "model.safetensors")
     del fewer["model.norm.weight"]
     save_file(fewer, changed("fewer_weights") / "model.safetensors", metadata={"format": "pt"})

@@ -76,7 +76,7 @@ def run(request: ChatRequest) -> int:
     """Answer each line of stdin; the exit code."""
     messages = console.messages()
     console.check_stdin()
-    language_model = request.on.load(messages)
+    language_model = request.on.load(messages, takes_stop_strings=True)
     said: list[dict[str, str]] = []
     if request.system is not None:
         said.append({"role": "system", "content": request.system})

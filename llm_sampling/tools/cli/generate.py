@@ -131,7 +131,7 @@ def run(request: Request) -> int:
         given = list(request.prompts)
         given[request.from_stdin] = console.read(whole=True).removesuffix("\n")
         request = replace(request, prompts=given, from_stdin=None)
-    language_model = request.on.load(messages)
+    language_model = request.on.load(messages, takes_stop_strings=True)
     prompts = [language_model.encode(prompt, chat=request.chat) for prompt in request.prompts]
     longest = max(map(len, prompts))
     check_fit(
@@ -159,7 +159,11 @@ def stream(
     prompts: list[list[int]],
     params: SamplingParams,
 ) -> Iterator[generation.Chunk]:
-    """``generation.generate_stream`` with the request's options."""
+    """``generation.generate_stream`` with the request's options.
+
+    Without stop texts of its own a request has those of the model's generation config.
+    """
+    declared = getattr(language_model.model.generation_config, "stop_strings", None)
     return generation.generate_stream(
         language_model.model,
         prompts,
@@ -169,7 +173,7 @@ def stream(
         n=request.n,
         max_new_tokens=request.max_new_tokens,
         min_new_tokens=request.min_new_tokens,
-        stop=request.stop,
+        stop=request.stop or declared or (),
         stop_limit=request.stop_limit,
         include_stop_str_in_output=request.include_stop,
         stop_token_ids=request.stop_id,

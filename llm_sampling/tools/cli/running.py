@@ -11,6 +11,7 @@ import torch
 
 from llm_sampling import SamplingParams, backends, checks
 from llm_sampling.generation import models
+from llm_sampling.generation.config import check_config
 from llm_sampling.tools.cli import console
 
 if TYPE_CHECKING:
@@ -49,17 +50,28 @@ class Running:
         """The name of the backend, which is the chosen one if ``backend`` is "auto"."""
         return backends.choose(self.backend, CPU).name
 
-    def load(self, messages: Console) -> models.LanguageModel:
+    def load(self, messages: Console, *, takes_stop_strings: bool = False) -> models.LanguageModel:
         """Set the number of threads and load the model.
 
+        Args:
+            messages: where progress is shown.
+            takes_stop_strings: whether the command ends texts at those of the generation config.
+
         Raises:
-            ModelError: the model cannot be loaded.
+            ModelError: the model cannot be loaded, or its generation config asks for what no
+                command does.
         """
         path = self.model_path or models.default_model_path()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         with console.progress(messages, f"Loading {console.printable(path.name)}") as report:
-            return models.load(path, report)
+            language_model = models.load(path, report)
+        try:
+            config = language_model.model.generation_config
+            check_config(config, takes_stop_strings=takes_stop_strings)
+        except ValueError as error:
+            raise models.ModelError(f"model {str(path)!r} cannot be used: {error}") from error
+        return language_model
 
 
 def check_fit(
