@@ -103,25 +103,24 @@ def _checked_logprobs(name: str, kind: object) -> Logprobs | None:
 
 
 def stops_of_prompts(given: object, prompts: int) -> list[Any]:
-    """``stop`` for each prompt, which StopStrings checks.
-
-    A list with something else than strings has an entry for each prompt.
-    """
-    if isinstance(given, (list, tuple)) and not all(isinstance(one, str) for one in given):
+    """``stop`` for each prompt, which StopStrings checks; see :func:`_is_for_each`."""
+    if _is_for_each(given):
         return for_each_prompt("stop", given, prompts, lambda _, stop: stop)
     return [given] * prompts
 
 
 def stop_ids_of_prompts(given: object, prompts: int) -> list[list[int]]:
-    """``stop_token_ids`` for each prompt.
-
-    A list with a collection or None among its entries has one for each prompt.
-    """
-    if isinstance(given, (list, tuple)) and any(
-        one is None or isinstance(one, Collection) for one in given
-    ):
+    """``stop_token_ids`` for each prompt; see :func:`_is_for_each`."""
+    if _is_for_each(given):
         return for_each_prompt("stop_token_ids", given, prompts, _checked_ids)
     return [_checked_ids("stop_token_ids", given)] * prompts
+
+
+def _is_for_each(given: object) -> bool:
+    """Whether a list has an entry for each prompt: None or a collection is among them."""
+    return isinstance(given, (list, tuple)) and any(
+        one is None or (isinstance(one, Collection) and not isinstance(one, str)) for one in given
+    )
 
 
 def _checked_ids(name: str, ids: object) -> list[int]:
