@@ -351,7 +351,9 @@ class Place:
     def unpack(self, sdist: Path) -> Path:
         """Unpack an sdist, and return the folder of its sources."""
         with tarfile.open(sdist) as archive:
-            archive.extractall(self.folder, filter="data")
+            # Python before 3.11.4 has no argument for it.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(self.folder)
         return self.as_here(self.folder / sdist.name.removesuffix(".tar.gz"))
 
     def as_here(self, source: Path) -> Path:
