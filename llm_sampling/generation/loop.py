@@ -562,10 +562,8 @@ def _chunks(
     going = list(range(len(rows)))
     for step, draw in enumerate(draws, 1):
         if check and any(draw.status[index] for index in going):
-            ended = set(range(len(rows))).difference(going)
-            raise_on_status(
-                torch.tensor([0 if i in ended else bits for i, bits in enumerate(draw.status)])
-            )
+            statuses = [bits if index in going else 0 for index, bits in enumerate(draw.status)]
+            raise_on_status(torch.tensor(statuses))
         for index in list(going):
             row, token, status = rows[index], draw.tokens[index], draw.status[index]
             logprob = None

@@ -347,7 +347,7 @@ def test_no_step_runs_before_it_is_asked_for():
 
 
 def test_each_prompt_has_its_own_options():
-    """Each row is what it is alone with its options."""
+    """A prompt in a batch gives what it gives alone with the same options."""
     prompts = [[1, 2], [3, 4], [5, 6]]
     each = {
         "max_new_tokens": [4, 9, 20],

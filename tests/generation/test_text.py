@@ -185,7 +185,7 @@ def test_a_prompt_that_ends_inside_a_character():
         prompt = BYTES("a")["input_ids"] + smile[:cut]
         assert "".join(decoded(BYTES, smile[cut:], prompt)) == "🙂"
         assert "".join(decoded(WORD, "🙂".encode()[cut:], "a🙂".encode()[: cut + 1])) == "🙂"
-    # Here the bytes become no character; their U+FFFD is in the decoding of the prompt already.
+    # No token completes these bytes, and the prompt's own text has U+FFFD for them already.
     assert "".join(decoded(BYTES, BYTES("b")["input_ids"], smile[:3])) == "b"
     assert "".join(decoded(WORD, word_ids("s"), "🙂".encode()[:3])) == "s"
     assert "".join(decoded(BYTES, [], smile[:3])) == ""

@@ -38,7 +38,7 @@ class Done:
 
 
 class ForkingProcess:
-    """The process, seen from the tests.
+    """A handle by which a test runs commands in the process that forks.
 
     Args:
         environment: its environment variables, which its children inherit.

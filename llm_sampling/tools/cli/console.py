@@ -212,7 +212,7 @@ def tell(text: str, stream: IO[str] | None = None) -> None:
 
 
 def read(whole: bool) -> str:
-    """The whole of stdin, or its next line, which is empty at the end.
+    """Read all of stdin, or its next line; the line is empty at the end of the input.
 
     Raises:
         CommandError: stdin is closed, cannot be read, is no text, or does not end.
@@ -230,7 +230,7 @@ def read(whole: bool) -> str:
     except OSError as error:
         message = f"stdin cannot be read: {error.strerror or error}"
         raise CommandError(message, EXIT_FAILED) from error
-    except UnicodeError as error:  # of an encoding that has no surrogates for such bytes
+    except UnicodeError as error:  # some encodings cannot keep invalid bytes as surrogates
         message = f"stdin must be valid {encoding.upper()}: {error}"
         raise CommandError(message, EXIT_BAD_VALUE) from error
     if len(raw) == most:
