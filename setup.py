@@ -44,8 +44,12 @@ CPU = Extension(
 # No contraction into fused multiply-adds. That subnormals are kept is nvcc's default.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-shared", "-cudart", "static", "--threads", "0"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-#: PTX of the last one serves the architectures that come after it.
-ARCHITECTURES = ["80", "86", "89", "90a", "100a", "120"]
+#: Machine code for these runs on their device and on those of the same major version after it. None
+#: has an "a": code for 90a or 100a would run on that one device alone.
+ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+#: From their PTX a driver compiles for every other device from 8.0 on: from that for 90, which has
+#: clusters, wherever it can.
+PORTABLE = ["80", "90"]
 
 CUDA = Extension(
     "llm_sampling.lib.libllm_sampling_cuda",
@@ -63,14 +67,17 @@ def find_nvcc() -> str | None:
 
 
 def architecture_options(nvcc: str) -> list[str]:
-    """The -gencode options for those of ARCHITECTURES that this nvcc knows; it lists 90a as 90."""
+    """The -gencode options for what this nvcc knows of ARCHITECTURES and PORTABLE."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
-    known = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in listed.stdout.split()]
-    if not known:
-        raise ExecError(f"{nvcc} has none of the architectures {', '.join(ARCHITECTURES)}")
-    options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
-    portable = known[-1].rstrip("a")
-    return [*options, f"-gencode=arch=compute_{portable},code=compute_{portable}"]
+    known = listed.stdout.split()
+    if f"sm_{PORTABLE[0]}" not in known:
+        raise ExecError(f"{nvcc} does not know the architecture {PORTABLE[0]}")
+    return [
+        f"-gencode=arch=compute_{arch},code={kind}_{arch}"
+        for kind, of_kind in (("sm", ARCHITECTURES), ("compute", PORTABLE))
+        for arch in of_kind
+        if f"sm_{arch}" in known
+    ]
 
 
 class BuildLibraries(build_ext):

@@ -152,6 +152,12 @@ typedef struct LlmSamplingArgs {
   // Those outside of the vocabulary are padding.
   const int32_t* extra_output;  // (rows, num_extra_output), contiguous; NULL: there are none
   int64_t num_extra_output;     // 0 .. LLM_SAMPLING_MAX_EXTRA_OUTPUT
+
+  // CUDA only: memory with which a row is divided among more blocks; NULL: there is none. Its first 8 * rows
+  // bytes are 0 before a call, and 0 again after it. Calls that may run at the same time need workspaces of
+  // their own.
+  void* workspace;
+  int64_t workspace_bytes;  // at least what llm_sampling_cuda_workspace says
 } LlmSamplingArgs;
 
 // Values of LlmSamplingUpdate.kind: what happens to the history of a row's slot.
@@ -222,9 +228,18 @@ int32_t llm_sampling_cuda(const LlmSamplingArgs* args, void* stream);
 // The same as llm_sampling_cpu_update on the current CUDA device, as llm_sampling_cuda does it.
 int32_t llm_sampling_cuda_update(const LlmSamplingUpdate* update, void* stream);
 
-// 0 if the library has code for a device of this machine, and its driver is new enough; else CUDA's
-// reason, as above. It makes no context.
-int32_t llm_sampling_cuda_usable(void);
+// The bytes of the workspace with which a call of this size is faster on the current CUDA device, a multiple of
+// 8; 0 where it would make no use of one.
+int32_t llm_sampling_cuda_workspace(
+    int64_t rows,
+    int64_t vocab_size,
+    int32_t dtype,
+    int64_t* bytes
+);
+
+// 0 if the library has code for this device, and its driver is new enough; else CUDA's reason, as above. It
+// makes no context.
+int32_t llm_sampling_cuda_usable(int32_t device);
 
 // LLM_SAMPLING_ABI_VERSION, sizeof(LlmSamplingArgs) and sizeof(LlmSamplingUpdate) of this library.
 uint32_t llm_sampling_abi_version(void);

@@ -131,6 +131,7 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
       region(a.status, a.tokens != nullptr ? a.rows : 0),
       region(a.logprobs, wants_logprobs ? a.rows * a.num_samples : 0),
       region(a.filtered, a.rows, v, a.filtered_stride),
+      region(static_cast<const uint64_t*>(a.workspace), a.workspace_bytes / 8),
 
       region(a.position, a.position_of == LLM_SAMPLING_POSITION_OF_SLOT ? params : a.rows),
       region(a.seen, slots, words, a.seen_stride),
@@ -165,7 +166,7 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
       region(a.logit_bias_values, entries),
       region(a.slots, has_history ? a.rows : 0),
   };
-  return has_overlap(regions, advances ? 10 : 4);
+  return has_overlap(regions, advances ? 11 : 5);
 }
 
 inline bool has_overlap(const LlmSamplingUpdate& u) {
@@ -230,9 +231,10 @@ int32_t check_history(const Args& a) {
 inline int32_t check_struct(const LlmSamplingArgs& a) {
   if (a.rows < 0 || a.vocab_size < 1 || a.vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE ||
       a.num_samples < 1 || a.num_threads < 1 || a.logit_bias_size < 0 || a.num_extra_output < 0 ||
-      a.num_extra_output > LLM_SAMPLING_MAX_EXTRA_OUTPUT ||
+      a.num_extra_output > LLM_SAMPLING_MAX_EXTRA_OUTPUT || a.workspace_bytes < 0 ||
       !is_addressable(a.rows, a.num_samples, a.num_samples) ||
       !is_addressable(a.rows, a.num_extra_output, a.num_extra_output) ||
+      !is_addressable(1, a.workspace_bytes, a.workspace_bytes) ||
       !is_addressable(1, a.logit_bias_size, a.logit_bias_size)) {
     return LLM_SAMPLING_BAD_SIZE;
   }
@@ -279,7 +281,8 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
         is_aligned(a.tokens) && is_aligned(a.logprobs) && is_aligned(a.status) &&
         is_aligned(a.filtered) && is_aligned(a.text) && is_aligned(a.text_lengths) &&
         is_aligned(a.text_prompt_lengths) && is_aligned(a.windows) &&
-        is_aligned(a.repetition_penalty_scope) && is_aligned(a.extra_output))) {
+        is_aligned(a.repetition_penalty_scope) && is_aligned(a.extra_output) &&
+        is_aligned(static_cast<const uint64_t*>(a.workspace)))) {
     return LLM_SAMPLING_MISALIGNED;
   }
   if (a.logit_bias_offsets != nullptr && a.logit_bias_size > 0 &&
@@ -414,8 +417,8 @@ inline const char* error_text(int32_t code) {
       return "the struct is NULL or of another size or version than this library's";
     case LLM_SAMPLING_BAD_SIZE:
       return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
-             "logit_bias_size, max_text_length, num_extra_output, max_ids, a slot or a bias offset "
-             "is out of range";
+             "logit_bias_size, max_text_length, num_extra_output, workspace_bytes, max_ids, a slot "
+             "or a bias offset is out of range";
     case LLM_SAMPLING_BAD_OPTION:
       return "dtype, logprobs_mode, advance, kind, id_bytes, position_of or reserved has an "
              "unknown value, or one that needs param_slots";

@@ -42,6 +42,8 @@ SOME = {
     "test_cuda_emulated.py::test_histories_of_every_kind": Some(17),
     "test_cuda_emulated.py::test_layouts": Some(2),
     "test_cuda_emulation.py::test_right_kernels": Some(7),
+    "test_cuda_split.py::test_no_block_samples_such_a_row_alone": Some(parts=(7,)),
+    "test_cuda_split.py::test_what_is_wrong_is_seen": Some(wrong=()),
     "test_cuda_emulated.py::test_logits_that_change": Some(17),
     "test_cuda_emulated.py::test_orders_of_threads": Some(4),
     "test_cuda_emulated.py::test_what_is_not_waited_for_is_seen": Some(wrong=()),

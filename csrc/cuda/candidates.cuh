@@ -30,8 +30,8 @@ __device__ __forceinline__ uint64_t first_of_bin(int bin) {
 // Estimates, from the threads' maxima, a range that begins at the top of the order and holds about as
 // many tokens as the filters need; `nucleus` is how many top-p is assumed to need. Returns whether the
 // candidates may hold that many; `range` is set only then.
-template <int kDtype, bool kCopied>
-__device__ bool RowSampler<kDtype, kCopied>::guess_range(
+template <int kDtype, Layout kLayout>
+__device__ bool RowSampler<kDtype, kLayout>::guess_range(
     const Filters& filters,
     int nucleus,
     Range& range
@@ -57,22 +57,10 @@ __device__ bool RowSampler<kDtype, kCopied>::guess_range(
     atomicAdd(&shared_.bins[bin_of(top - order_key(largest_[half]))], 1u);
   }
   cluster_.sync();
-  const int own = static_cast<int>(threadIdx.x) * 2;
-  int counts[2] = {0, 0};
-#pragma unroll 4
-  for (int block = 0; block < cluster_.blocks(); ++block) {
-    const uint32_t* bins = in_block(shared_.bins, block);
-    counts[0] += static_cast<int>(bins[own]);
-    counts[1] += static_cast<int>(bins[own + 1]);
-  }
-  // The first `limit` bins hold fewer maxima than wanted, so the range ends with the bin at `limit`.
-  const int64_t reached = cluster_.scan(counts[0] + counts[1]);
-  const int limit =
-      __syncthreads_count(reached - counts[1] < wanted) + __syncthreads_count(reached < wanted);
-  const uint32_t lowest = static_cast<uint32_t>(kLowestCode >> 20);
-  uint32_t key = lowest;
-  if (limit < kBins && first_of_bin(limit + 1) <= top - lowest) {
-    key = top - static_cast<uint32_t>(first_of_bin(limit + 1) - 1);
+  const int last = find_bin(wanted);
+  uint32_t key = static_cast<uint32_t>(kLowestCode >> 20);
+  if (last < kBins && first_of_bin(last + 1) <= top - key) {
+    key = top - static_cast<uint32_t>(first_of_bin(last + 1) - 1);
   }
   if (!filters.has_top_k && !filters.has_top_p) {
     const uint32_t deepest = key_at_depth(filters.depth_cut);
@@ -82,10 +70,35 @@ __device__ bool RowSampler<kDtype, kCopied>::guess_range(
   return true;
 }
 
+// Finds the first bin with which the bins of all blocks hold as many as wanted; kBins if they do not.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ int RowSampler<kDtype, kLayout>::find_bin(int64_t wanted) {
+  const int own = static_cast<int>(threadIdx.x) * 2;
+  int counts[2] = {0, 0};
+#pragma unroll 4
+  for (int block = 0; block < cluster_.blocks(); ++block) {
+    const uint32_t* bins = in_block(shared_.bins, block);
+    counts[0] += static_cast<int>(bins[own]);
+    counts[1] += static_cast<int>(bins[own + 1]);
+  }
+  const int reached = static_cast<int>(cluster_.scan(counts[0] + counts[1]));
+  // All bins before it hold fewer than wanted.
+  const int bin =
+      __syncthreads_count(reached - counts[1] < wanted) + __syncthreads_count(reached < wanted);
+  if constexpr (kIsSplit) {
+    if (own == bin / 2 * 2) {
+      shared_.held_before = reached - counts[1] - (bin % 2 == 0 ? counts[0] : 0);
+      shared_.held_with = reached - (bin % 2 == 0 ? counts[1] : 0);
+    }
+    __syncthreads();
+  }
+  return bin;
+}
+
 // Makes all tokens of a range the candidates, sorted, in every block. If the range has more than
 // kMaxCandidates, there are no candidates afterwards.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::collect(const Range& range) {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::collect(const Range& range) {
   if (threadIdx.x == 0) shared_.appended = 0;
   __syncthreads();
   const float low = logit_of(range.low);
@@ -95,7 +108,7 @@ __device__ void RowSampler<kDtype, kCopied>::collect(const Range& range) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) wanted |= x[i] >= low ? 1u << i : 0;
     // Once there are too many, how many there are does not matter any more.
-    if (wanted == 0 || *const_cast<volatile uint32_t*>(&shared_.appended) > kMaxCandidates) return;
+    if (wanted == 0 || load_relaxed(&shared_.appended) > kMaxCandidates) return;
 #pragma unroll 1
     for (; wanted != 0; wanted &= wanted - 1) {
       const int next = __ffs(static_cast<int>(wanted)) - 1;
@@ -103,11 +116,22 @@ __device__ void RowSampler<kDtype, kCopied>::collect(const Range& range) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) value = i == next ? x[i] : value;
       const uint64_t code = code_of(value, first + next);
-      if (code < range.low || code >= range.high) continue;
-      const unsigned place = atomicAdd(&shared_.appended, 1u);
-      if (place < kMaxCandidates) shared_.sorted[place] = code;
+      if (code >= range.low && code < range.high) append(code);
     }
   });
+  share(range);
+}
+
+// Adds a code to those that this block has found.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::append(uint64_t code) {
+  const unsigned place = atomicAdd(&shared_.appended, 1u);
+  if (place < kMaxCandidates) shared_.sorted[place] = code;
+}
+
+// Makes what all blocks have found, all tokens of a range, the candidates.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::share(const Range& range) {
   __syncthreads();
   const int own = static_cast<int>(shared_.appended);
   const Sums counts = cluster_.sum(own);
@@ -129,7 +153,7 @@ __device__ void RowSampler<kDtype, kCopied>::collect(const Range& range) {
   }
   if (threadIdx.x == 0) {
     const bool is_last = range.low <= kLowestCode;
-    shared_.candidates = {count, range.count_above, range.mass_above, is_last};
+    shared_.candidates = {range.low, count, range.count_above, range.mass_above, is_last};
   }
   cluster_.sync();
   sort(count);
@@ -138,9 +162,9 @@ __device__ void RowSampler<kDtype, kCopied>::collect(const Range& range) {
 // Compares the first `count` codes with each other: calls visit(own, code, held, mass) for each, with the
 // number of codes `other` for which holds(other, code) is true, and their mass. Four lanes share a code.
 // `codes` must be padded to a multiple of kAbreast with codes for which it is false.
-template <int kDtype, bool kCopied>
+template <int kDtype, Layout kLayout>
 template <typename Holds, typename Visit>
-__device__ __forceinline__ void RowSampler<kDtype, kCopied>::compare_all(
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::compare_all(
     int count,
     const Holds& holds,
     const Visit& visit
@@ -172,8 +196,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kCopied>::compare_all(
 }
 
 // Writes `sorted` and `running`.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::sort(int count) {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::sort(int count) {
   compare_all(
       count,
       [](uint64_t other, uint64_t code) { return other >= code; },
@@ -186,8 +210,8 @@ __device__ void RowSampler<kDtype, kCopied>::sort(int count) {
 }
 
 // The number of candidates that are at least a code.
-template <int kDtype, bool kCopied>
-__device__ int RowSampler<kDtype, kCopied>::count_from(uint64_t code) const {
+template <int kDtype, Layout kLayout>
+__device__ int RowSampler<kDtype, kLayout>::count_from(uint64_t code) const {
   return count_leading_by_warp(shared_.candidates.count, [&](int i) {
     return shared_.sorted[i] >= code;
   });
@@ -195,16 +219,16 @@ __device__ int RowSampler<kDtype, kCopied>::count_from(uint64_t code) const {
 
 // The mass of all tokens of the row from a code on. The code must be a candidate's, or no token may lie
 // between it and the last candidate.
-template <int kDtype, bool kCopied>
-__device__ int64_t RowSampler<kDtype, kCopied>::mass_from(uint64_t code) const {
+template <int kDtype, Layout kLayout>
+__device__ int64_t RowSampler<kDtype, kLayout>::mass_from(uint64_t code) const {
   const int count = count_from(code);
   return shared_.candidates.mass_above + (count > 0 ? shared_.running[count - 1] : 0);
 }
 
 // Whether threshold_at() can answer: the target, a count or a mass, is reached at a candidate, or the
 // candidates end where the row does.
-template <int kDtype, bool kCopied>
-__device__ bool RowSampler<kDtype, kCopied>::has_threshold(int64_t target, bool by_mass) const {
+template <int kDtype, Layout kLayout>
+__device__ bool RowSampler<kDtype, kLayout>::has_threshold(int64_t target, bool by_mass) const {
   if (shared_.candidates.count == 0) return false;
   const int64_t above = by_mass ? shared_.candidates.mass_above : shared_.candidates.count_above;
   const int64_t own =
@@ -214,9 +238,9 @@ __device__ bool RowSampler<kDtype, kCopied>::has_threshold(int64_t target, bool 
 
 // The code at which the target, a count or a mass, is reached; `lowest` if the row does not reach it, or if
 // has_threshold() is false.
-template <int kDtype, bool kCopied>
+template <int kDtype, Layout kLayout>
 __device__ uint64_t
-RowSampler<kDtype, kCopied>::threshold_at(int64_t target, bool by_mass, uint64_t lowest) const {
+RowSampler<kDtype, kLayout>::threshold_at(int64_t target, bool by_mass, uint64_t lowest) const {
   const int place =
       by_mass
           ? count_leading_by_warp(

@@ -68,6 +68,47 @@ __device__ __forceinline__ int64_t scan_warp(int64_t value) {
   return value;
 }
 
+// ---- a row's blocks without a cluster ----
+
+// Adds 1 to a counter in global memory and returns what it was. What this thread wrote before, and what other
+// threads wrote before a barrier that this thread has passed, is visible to a thread that finds the new value
+// here, and after a barrier of its block to all threads of that block.
+__device__ __forceinline__ unsigned count_up(unsigned* counter) {
+#ifdef __CUDACC__
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+#else
+  return atomicAdd(counter, 1u);
+#endif
+}
+
+// Reads what a block of another multiprocessor may have written: from the L2 cache, which all of them share.
+__device__ __forceinline__ uint64_t load_shared_by_all(const uint64_t* place) {
+#ifdef __CUDACC__
+  return __ldcg(reinterpret_cast<const unsigned long long*>(place));
+#else
+  return *place;
+#endif
+}
+
+// A read of a number in shared memory that other threads are changing by atomics.
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* place) {
+#ifdef __CUDACC__
+  uint32_t value;
+  asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];"
+               : "=r"(value)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(place)))
+               : "memory");
+  return value;
+#else
+  return *const_cast<const volatile uint32_t*>(place);
+#endif
+}
+
 // ---- the cluster ----
 
 // A launch without clusters behaves as one of clusters of one block.

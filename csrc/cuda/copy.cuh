@@ -32,17 +32,27 @@ __device__ __forceinline__ void wait_for_copies() {
 // ---- where the row is ----
 
 // Returns the number of vecs of this block's part.
-template <int kDtype, bool kCopied>
-__device__ int RowSampler<kDtype, kCopied>::locate_logits() {
+template <int kDtype, Layout kLayout>
+__device__ int RowSampler<kDtype, kLayout>::locate_logits() {
   const unsigned char* logits = static_cast<const unsigned char*>(args_.logits);
   logits += int64_t{index_} * args_.logits_stride * kLogitBytes<kDtype>;
   const unsigned beyond = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits) & 15);
   row_.aligned = logits - beyond;
   row_.shift = static_cast<int>(beyond) / kLogitBytes<kDtype>;
   row_.vocab_size = static_cast<int>(args_.vocab_size);
-  first_vec_ = cluster_.rank() * part_vecs_;
+  first_vec_ = part() * part_vecs_;
   const int left = row_.vecs() - first_vec_;
   return left < 0 ? 0 : left < part_vecs_ ? left : part_vecs_;
+}
+
+// The index of the row's parameters, or what is negative: the row has none, or its text has no room. All
+// blocks agree on it, so that all of them leave or none does.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ int64_t RowSampler<kDtype, kLayout>::find_parameters() {
+  if (args_.param_slots == nullptr && args_.text == nullptr) return index_;
+  const int64_t index = parameter_index(args_, index_);
+  const bool is_full = index >= 0 && is_text_full(args_, index_);
+  return cluster_.common(is_full ? kTextFull : index);
 }
 
 // Nobody has checked the values that a call points to. This makes out of any value one with which the kernel
@@ -53,8 +63,8 @@ __device__ __forceinline__ float valid_temperature(float temperature) {
 
 // Reads everything but the logits; `index` is that of the parameters. Thread 0 alone reads what is not needed
 // before the first barrier.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::read_parameters(int64_t index, int vecs) {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::read_parameters(int64_t index, int vecs) {
   const BiasEntries biases = bias_entries(args_, index);
   row_.bias_count = static_cast<int>(biases.count);
   const int64_t slot = args_.seen != nullptr ? history_slot(args_, index_) : 0;
@@ -91,8 +101,8 @@ __device__ void RowSampler<kDtype, kCopied>::read_parameters(int64_t index, int 
 
 // Finds the row's token bitmask, and its history where a penalty is on. Returns the output counts, or null
 // where no penalty needs them.
-template <int kDtype, bool kCopied>
-__device__ const int32_t* RowSampler<kDtype, kCopied>::locate_bits(
+template <int kDtype, Layout kLayout>
+__device__ const int32_t* RowSampler<kDtype, kLayout>::locate_bits(
     int64_t slot,
     const Penalties& penalties
 ) {
@@ -112,8 +122,8 @@ __device__ const int32_t* RowSampler<kDtype, kCopied>::locate_bits(
 
 // ---- the copy ----
 
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::copy_logits(int vecs) {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::copy_logits(int vecs) {
   if (vecs == 0) return;
   const unsigned char* from = row_.aligned + static_cast<int64_t>(first_vec_) * kVecBytes;
   const int thread = static_cast<int>(threadIdx.x);
@@ -134,8 +144,8 @@ __device__ void RowSampler<kDtype, kCopied>::copy_logits(int vecs) {
 }
 
 // Copies a vec that reaches beyond the row, with -inf for the ids outside of it.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::copy_edge(
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::copy_edge(
     unsigned char* to,
     const unsigned char* from,
     int first
@@ -152,9 +162,9 @@ __device__ void RowSampler<kDtype, kCopied>::copy_edge(
 
 // Copies the bits of mask and history. Each seen token gets a place of its own for its output count,
 // which is copied too, and later for its score. Returns once all copies have arrived.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::copy_bits(int vecs) {
-  const Copy copy = copy_of(cluster_.rank());
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::copy_bits(int vecs) {
+  const Copy copy = copy_of(part());
   const int first = row_.first_id(first_vec_);
   const int words = (vecs + 3) / 4;
   const int thread = static_cast<int>(threadIdx.x);
@@ -204,9 +214,9 @@ __device__ void RowSampler<kDtype, kCopied>::copy_bits(int vecs) {
 
 // Steps 1 to 5 of the seen tokens, divided evenly among the threads: stores their scores, replaces their
 // logits in the copy by -inf, and starts the maxima of tiles and threads. Returns whether one is NaN.
-template <int kDtype, bool kCopied>
-__device__ bool RowSampler<kDtype, kCopied>::score() {
-  const Copy copy = copy_of(cluster_.rank());
+template <int kDtype, Layout kLayout>
+__device__ bool RowSampler<kDtype, kLayout>::score() {
+  const Copy copy = copy_of(part());
   const int first = row_.first_id(first_vec_);
   const int count = static_cast<int>(shared_.seen_count);
   const int tiles = rounds() * kWarps;
@@ -245,23 +255,23 @@ __device__ bool RowSampler<kDtype, kCopied>::score() {
 
 // ---- steps 1 to 6 of a vec ----
 
-template <int kDtype, bool kCopied>
-__device__ Copy RowSampler<kDtype, kCopied>::copy_of(int block) const {
-  unsigned char* base = block == cluster_.rank() ? copy_ : in_block(copy_, block);
+template <int kDtype, Layout kLayout>
+__device__ Copy RowSampler<kDtype, kLayout>::copy_of(int block) const {
+  unsigned char* base = kIsSplit || block == part() ? copy_ : in_block(copy_, block);
   return Copy(base, part_vecs_, kLogitBytes<kDtype>);
 }
 
 // Whether a block has stored the scores of all seen tokens of its part.
-template <int kDtype, bool kCopied>
-__device__ __forceinline__ bool RowSampler<kDtype, kCopied>::has_scores(int block) const {
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::has_scores(int block) const {
   if (!kCopied || row_.seen.words == nullptr) return false;
-  const bool is_own = block == cluster_.rank();
+  const bool is_own = kIsSplit || block == part();
   return *(is_own ? &shared_.seen_count : in_block(&shared_.seen_count, block)) <= kMaxScores;
 }
 
 // Where a vec's logits are read from; `local` is the vec's index within the part that holds it.
-template <int kDtype, bool kCopied>
-__device__ __forceinline__ const unsigned char* RowSampler<kDtype, kCopied>::logits_of(
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ const unsigned char* RowSampler<kDtype, kLayout>::logits_of(
     const Copy& copy,
     int local,
     int vec
@@ -272,8 +282,8 @@ __device__ __forceinline__ const unsigned char* RowSampler<kDtype, kCopied>::log
 
 // Steps 1 to 5 of a vec. `copy` and `is_scored` are those of the block whose part holds the vec, and
 // `local` is its index there.
-template <int kDtype, bool kCopied>
-__device__ __forceinline__ void RowSampler<kDtype, kCopied>::process(
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::process(
     const Copy& copy,
     bool is_scored,
     int local,
@@ -316,8 +326,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kCopied>::process(
 }
 
 // Steps 1 to 6 of any vec of the row, whichever block's part holds it.
-template <int kDtype, bool kCopied>
-__device__ __forceinline__ void RowSampler<kDtype, kCopied>::process_any(
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::process_any(
     int vec,
     float (&x)[kVec]
 ) const {

@@ -13,18 +13,20 @@
 namespace llm_sampling {
 
 // 14 draw. The kept set of a row that somebody overwrites between two passes may be found to be empty.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::draw() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::draw() {
   const int samples = args_.num_samples;
   const bool is_greedy = this->is_greedy();
-  const int64_t total = is_greedy ? 1 : in_candidates_ ? mass_from(threshold_) : total_mass_;
+  const int64_t total = is_greedy                    ? 1
+                        : kIsSplit || in_candidates_ ? mass_from(threshold_)
+                                                     : total_mass_;
   const bool is_empty = m_ == -kInfinity || threshold_ == kNoCode || total == 0;
   if (is_empty || is_greedy) {
     if (cluster_.rank() != 0) return;
     for (int i = static_cast<int>(threadIdx.x); i < samples; i += kThreads) {
       write(i, is_empty ? -1 : id_of(threshold_), 1, 1);
     }
-  } else if (in_candidates_) {
+  } else if (kIsSplit || in_candidates_) {
     if (cluster_.rank() == 0) draw_from_candidates(total);
   } else {
     draw_from_tiles();
@@ -32,8 +34,8 @@ __device__ void RowSampler<kDtype, kCopied>::draw() {
 }
 
 // A uniform integer in [0, total); the total must not be 0.
-template <int kDtype, bool kCopied>
-__device__ int64_t RowSampler<kDtype, kCopied>::random_below(int draw, int64_t total) const {
+template <int kDtype, Layout kLayout>
+__device__ int64_t RowSampler<kDtype, kLayout>::random_below(int draw, int64_t total) const {
   const Parameters& row = shared_.parameters;
   if (draw == 0) return scaled_random(row.random, total);
   return scaled_random(random_bits(row.seed, row.position, static_cast<uint32_t>(draw)), total);
@@ -41,8 +43,8 @@ __device__ int64_t RowSampler<kDtype, kCopied>::random_below(int draw, int64_t t
 
 // First works out, for each candidate, the mass of the kept candidates with smaller ids, in `running`.
 // Then each warp takes a draw, and the lane writes it whose candidate holds the random number.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::draw_from_candidates(int64_t total) {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::draw_from_candidates(int64_t total) {
   const int count = shared_.candidates.count;
   const uint64_t threshold = threshold_;
   __syncthreads();
@@ -72,8 +74,8 @@ __device__ void RowSampler<kDtype, kCopied>::draw_from_candidates(int64_t total)
 // Each warp takes a draw, in the block whose part holds the token: finds its tile by the running masses,
 // then the token within it. The tile is read again for that: where it has lost mass meanwhile, the draw
 // fails.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::draw_from_tiles() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::draw_from_tiles() {
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const Threshold threshold(threshold_);
@@ -120,8 +122,8 @@ __device__ void RowSampler<kDtype, kCopied>::draw_from_tiles() {
 
 // Writes a token of mass `w` out of `total`, and its logprob. The token is -1, and the status says so, where
 // the row has none to draw. The thread that writes draw 0 remembers it for advance().
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::write(int draw, int token, int64_t w, int64_t total) {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::write(int draw, int token, int64_t w, int64_t total) {
   const int64_t row = shared_.parameters.row;
   const int64_t place = row * args_.num_samples + draw;
   args_.tokens[place] = token;
@@ -142,16 +144,16 @@ __device__ void RowSampler<kDtype, kCopied>::write(int draw, int token, int64_t 
 }
 
 // A token's logit after step 1.
-template <int kDtype, bool kCopied>
-__device__ float RowSampler<kDtype, kCopied>::raw_logit(int id) const {
+template <int kDtype, Layout kLayout>
+__device__ float RowSampler<kDtype, kLayout>::raw_logit(int id) const {
   const unsigned char* first = row_.aligned + row_.shift * kLogitBytes<kDtype>;
   return widen<kDtype>(first + static_cast<int64_t>(id) * kLogitBytes<kDtype>);
 }
 
 // Finds the largest raw logit, then the logarithm of the sum of exp(x - raw_m_). It reads global memory,
 // because the copy has -inf in place of the seen tokens' logits.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::find_raw_sum() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::find_raw_sum() {
   uint64_t sum[1] = {0};
   // Two passes: a loop, so that their code is there once.
 #pragma unroll 1
@@ -184,9 +186,9 @@ __device__ void RowSampler<kDtype, kCopied>::find_raw_sum() {
   raw_log_sum_ = logf(static_cast<float>(sum[0]) * 0x1p-40f);
 }
 
-// Writes the results of a row that draws nothing.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::write_nothing(int32_t status) {
+// Writes the results of a row that draws nothing; `index` is what find_parameters() has returned.
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::write_nothing(int64_t index) {
   const int first = cluster_.rank() * kThreads + static_cast<int>(threadIdx.x);
   const int threads = cluster_.blocks() * kThreads;
   if (args_.filtered != nullptr) {
@@ -199,11 +201,13 @@ __device__ void RowSampler<kDtype, kCopied>::write_nothing(int32_t status) {
     args_.tokens[place + draw] = -1;
     if (args_.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE) args_.logprobs[place + draw] = kNan;
   }
-  if (first == 0) args_.status[index_] = status;
+  if (first != 0) return;
+  args_.status[index_] =
+      index == kTextFull ? int32_t{LLM_SAMPLING_STATUS_TEXT_FULL} : status_of_nothing(index);
 }
 
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::write_filtered() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::write_filtered() {
   const float t = is_greedy() ? 1.0f : shared_.parameters.temperature;
   // Where the quotient of m would not be finite, m is subtracted first; fminf makes 0 of inf - inf.
   const bool is_shifted = !(fabsf(m_ / t) < kInfinity);
@@ -223,16 +227,18 @@ __device__ void RowSampler<kDtype, kCopied>::write_filtered() {
   });
 }
 
-// Whether this thread, of all threads of the block, finds another row that names a slot of this one.
-template <int kDtype, bool kCopied>
-__device__ bool RowSampler<kDtype, kCopied>::finds_sharing_row() const {
+// Where parameters belong to slots: whether another row names a slot of this one.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::find_sharing_row() {
+  if (args_.param_slots == nullptr) return;
   bool is_found = false;
   for (int64_t row = threadIdx.x; row < args_.rows; row += kThreads) {
     if (row == index_) continue;
     is_found |= args_.param_slots[row] == args_.param_slots[index_];
     if (args_.seen != nullptr) is_found |= args_.slots[row] == args_.slots[index_];
   }
-  return is_found;
+  const bool is_shared = __syncthreads_count(is_found) > 0;
+  if (threadIdx.x == 0) shared_.is_shared = is_shared;
 }
 
 // Whether there is an id that leaves the window when one more is recorded: the first one of the window.
@@ -240,25 +246,37 @@ __device__ __forceinline__ bool has_leaving_id(const SlotHistory& history, Place
   return window.begin < window.end && window_of(history, window.end + 1).begin > window.begin;
 }
 
-// Whether this thread, of all threads of the block, finds the id that will leave the window at a second place
-// of it. The window may be long, and one thread alone runs advance().
-template <int kDtype, bool kCopied>
-__device__ bool RowSampler<kDtype, kCopied>::finds_leaving_id() const {
+// Where a window will move: whether the id that leaves it is at a second place of it. The window may be long,
+// and one thread alone runs record().
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::find_leaving_id() {
+  if (args_.windows == nullptr || args_.advance == LLM_SAMPLING_ADVANCE_NEVER) return;
+  bool is_found = false;
   const SlotHistory history = slot_history(args_, history_slot(args_, index_));
   const Places window = window_of(history, text_length(history));
-  if (!has_leaving_id(history, window)) return false;
-  const int32_t leaving = text_id(history, window.begin);
-  bool is_found = false;
-  for (int64_t place = window.begin + 1 + threadIdx.x; place < window.end; place += kThreads) {
-    is_found |= text_id(history, place) == leaving;
+  if (has_leaving_id(history, window)) {
+    const int32_t leaving = text_id(history, window.begin);
+    for (int64_t place = window.begin + 1 + threadIdx.x; place < window.end; place += kThreads) {
+      is_found |= text_id(history, place) == leaving;
+    }
   }
-  return is_found;
+  const bool stays = __syncthreads_count(is_found) > 0;
+  if (threadIdx.x == 0) shared_.leaving_id_stays = stays;
+}
+
+// Records the token of draw 0, in the thread that has drawn it.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::advance() {
+  // Other threads may still read the history, for further draws or for the filtered logits.
+  const bool is_history_read = args_.filtered != nullptr || args_.num_samples > 1;
+  if (is_history_read) cluster_.sync();
+  if (drew_) record();
 }
 
 // Adds the token of draw 0 to the row's history and 1 to its position. Atomics whose results are not used: the
 // thread waits for none of them.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::advance() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::record() {
   const Parameters& row = shared_.parameters;
   if (token_ < 0 || !is_recorded(args_, row.row)) return;
   if (args_.param_slots != nullptr && shared_.is_shared) return;

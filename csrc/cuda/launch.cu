@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <atomic>
+
 #include "../llm_sampling.h"
 #include "../validate.h"
 #include "launch.cuh"
@@ -13,63 +15,149 @@ namespace llm_sampling {
 namespace {
 
 constexpr int32_t kFirstCudaError = 1000;  // return codes from here on are CUDA's
-constexpr int kFirstMajor = 8;             // the oldest compute capability that setup.py builds for
+constexpr int kFirstMajor = 8;             // of the oldest device that setup.py builds PTX for
+constexpr int kFirstWithClusters = 90;     // of the oldest architecture with clusters
+constexpr int kRemembered = 64;            // devices for which facts are kept
 
 int32_t code_of_cuda(cudaError_t error) {
   return error == cudaSuccess ? LLM_SAMPLING_OK : kFirstCudaError + static_cast<int32_t>(error);
 }
 
-// Describes the calling thread's current device.
-cudaError_t find_device(Device& device) {
-  int index = 0;
-  cudaError_t error = cudaGetDevice(&index);
+// Success if this library has code for a device. There is PTX for kFirstMajor, from which a driver compiles for
+// any later device.
+cudaError_t find_usable(int index) {
   int major = 0;
-  int minor = 0;
-  const auto attribute = [&](int& value, cudaDeviceAttr which) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, index);
-  };
-  attribute(major, cudaDevAttrComputeCapabilityMajor);
-  attribute(minor, cudaDevAttrComputeCapabilityMinor);
-  attribute(device.processors, cudaDevAttrMultiProcessorCount);
-  attribute(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  device.capability = 10 * major + minor;
-  return error;
-}
-
-// Success if this library has code for one of the devices.
-cudaError_t find_usable() {
-  int devices = 0;
-  const cudaError_t error = cudaGetDeviceCount(&devices);
-  if (error != cudaSuccess) return error;
-  for (int device = 0; device < devices; ++device) {
-    int major = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (major >= kFirstMajor) return cudaSuccess;
-  }
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  if (error != cudaSuccess || major >= kFirstMajor) return error;
   return cudaErrorNoKernelImageForDevice;
 }
 
-cudaError_t start(const Plan& plan, const Launch& launch, cudaStream_t stream) {
-  const SampleKernel kernel = find_kernel(plan.args.dtype, launch.copied);
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel,
-      cudaFuncAttributeMaxDynamicSharedMemorySize,
-      launch.shared_bytes
-  );
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(launch.blocks);
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
+// Describes the calling thread's current device; most_blocks is left to find_launch().
+cudaError_t find_device(int& index, Device& device) {
+  cudaError_t error = cudaGetDevice(&index);
+  const auto attribute = [&](int& value, cudaDeviceAttr which) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, index);
+  };
+  attribute(device.processors, cudaDevAttrMultiProcessorCount);
+  attribute(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return error;
+}
+
+// Lets a kernel have all shared memory of the device, and finds whether its code there knows clusters: a library
+// of an old compiler has only older code for a new device. Both are asked for once on each device. The limit
+// is a state of the kernel, so it is the same for all launches: threads may be between it and their launch.
+cudaError_t make_ready(
+    SampleKernel kernel,
+    int number,
+    int index,
+    const Device& device,
+    bool& clusters
+) {
+  enum { kUnknown, kWithout, kWith };
+  static std::atomic<int> known[kRemembered][kSampleKernels];
+  const bool is_remembered = index < kRemembered;
+  int state = is_remembered ? known[index][number].load(std::memory_order_acquire) : kUnknown;
+  if (state == kUnknown) {
+    cudaFuncAttributes attributes = {};
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(
+        kernel,
+        cudaFuncAttributeMaxDynamicSharedMemorySize,
+        device.shared_bytes - static_cast<int>(attributes.sharedSizeBytes)
+    );
+    if (error != cudaSuccess) return error;
+    state = attributes.ptxVersion >= kFirstWithClusters ? kWith : kWithout;
+    if (is_remembered) known[index][number].store(state, std::memory_order_release);
+  }
+  clusters = state == kWith;
+  return cudaSuccess;
+}
+
+// A launch as CUDA describes it.
+struct Config {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(plan.args.rows * launch.blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = launch.blocks > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, plan);
+  cudaLaunchAttribute cluster = {};
+
+  Config(const Launch& launch, int64_t rows, cudaStream_t stream) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(launch.blocks);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(rows * launch.blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = launch.blocks > 1 && !launch.is_split ? 1 : 0;
+  }
+  Config(const Config&) = delete;
+};
+
+// Whether a cluster of this launch can be placed: a partition of the device may have no room for one. The last
+// answer of each thread is remembered.
+cudaError_t can_place(
+    SampleKernel kernel,
+    const Launch& launch,
+    int index,
+    cudaStream_t stream,
+    bool& can
+) {
+  struct Asked {
+    SampleKernel kernel;
+    int index, blocks, shared_bytes;
+    cudaStream_t stream;
+    bool can;
+  };
+  static thread_local Asked last = {};
+  if (last.kernel != kernel || last.index != index || last.blocks != launch.blocks ||
+      last.shared_bytes != launch.shared_bytes || last.stream != stream) {
+    const Config config(launch, 1, stream);
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.config);
+    if (error == cudaErrorInvalidClusterSize) clusters = 0;
+    if (error != cudaSuccess && error != cudaErrorInvalidClusterSize) return error;
+    last = {kernel, index, launch.blocks, launch.shared_bytes, stream, clusters > 0};
+  }
+  can = last.can;
+  return cudaSuccess;
+}
+
+// Chooses a launch that the current device can start, and its kernel.
+cudaError_t find_launch(
+    int64_t rows,
+    int64_t vocab_size,
+    int32_t dtype,
+    bool has_workspace,
+    cudaStream_t stream,
+    Launch& launch,
+    SampleKernel& kernel
+) {
+  int index = 0;
+  Device device = {};
+  cudaError_t error = find_device(index, device);
+  if (error != cudaSuccess) return error;
+  const int logit_bytes = dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
+  device.most_blocks = kMaxBlocks;
+  while (true) {
+    launch = choose_launch(rows, vocab_size, logit_bytes, has_workspace, device);
+    kernel = find_kernel(dtype, launch.copied, launch.is_split);
+    bool clusters = false;
+    const int number = 3 * dtype + (launch.is_split ? 2 : launch.copied ? 1 : 0);
+    error = make_ready(kernel, number, index, device, clusters);
+    if (error != cudaSuccess) return error;
+    if (device.most_blocks == 1) return cudaSuccess;
+    if (!clusters) {
+      device.most_blocks = 1;
+      continue;
+    }
+    if (launch.blocks == 1) return cudaSuccess;
+    bool can = false;
+    error = can_place(kernel, launch, index, stream, can);
+    if (error != cudaSuccess || can) return error;
+    device.most_blocks = launch.blocks / 2;
+  }
 }
 
 int32_t run(const LlmSamplingArgs& args, cudaStream_t stream) {
@@ -77,13 +165,30 @@ int32_t run(const LlmSamplingArgs& args, cudaStream_t stream) {
   if (args.advance == LLM_SAMPLING_ADVANCE_IF_ALL_VALID) return LLM_SAMPLING_BAD_OPTION;
   const int32_t code = check_struct(args);
   if (code != LLM_SAMPLING_OK || args.rows == 0) return code;
-  Device device = {};
-  const cudaError_t error = find_device(device);
+  Launch launch = {};
+  SampleKernel kernel = nullptr;
+  const cudaError_t error =
+      find_launch(args.rows, args.vocab_size, args.dtype, can_split(args), stream, launch, kernel);
   if (error != cudaSuccess) return code_of_cuda(error);
-  const int logit_bytes = args.dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
-  const Launch launch = choose_launch(args.rows, args.vocab_size, logit_bytes, device);
   if (args.rows > INT32_MAX / launch.blocks) return LLM_SAMPLING_BAD_SIZE;
-  return code_of_cuda(start({args, launch.vecs}, launch, stream));
+  if (launch.is_split && args.workspace_bytes < workspace_bytes(args.rows, launch.blocks)) {
+    return LLM_SAMPLING_BAD_SIZE;
+  }
+  const Config config(launch, args.rows, stream);
+  return code_of_cuda(cudaLaunchKernelEx(&config.config, kernel, plan_of(args, launch)));
+}
+
+int32_t find_workspace(int64_t rows, int64_t vocab_size, int32_t dtype, int64_t& bytes) {
+  bytes = 0;
+  if (rows < 0 || vocab_size < 1 || vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE) {
+    return LLM_SAMPLING_BAD_SIZE;
+  }
+  if (dtype < LLM_SAMPLING_FLOAT32 || dtype > LLM_SAMPLING_BFLOAT16) return LLM_SAMPLING_BAD_OPTION;
+  Launch launch = {};
+  SampleKernel kernel = nullptr;
+  const cudaError_t error = find_launch(rows, vocab_size, dtype, true, nullptr, launch, kernel);
+  if (error == cudaSuccess && launch.is_split) bytes = workspace_bytes(rows, launch.blocks);
+  return code_of_cuda(error);
 }
 
 int32_t update(const LlmSamplingUpdate& update, cudaStream_t stream) {
@@ -119,8 +224,14 @@ llm_sampling_cuda_update(const LlmSamplingUpdate* update, void* stream) {
   return llm_sampling::update(own, static_cast<cudaStream_t>(stream));
 }
 
-__attribute__((visibility("default"))) int32_t llm_sampling_cuda_usable(void) {
-  return llm_sampling::code_of_cuda(llm_sampling::find_usable());
+__attribute__((visibility("default"))) int32_t
+llm_sampling_cuda_workspace(int64_t rows, int64_t vocab_size, int32_t dtype, int64_t* bytes) {
+  if (bytes == nullptr) return LLM_SAMPLING_NULL_POINTER;
+  return llm_sampling::find_workspace(rows, vocab_size, dtype, *bytes);
+}
+
+__attribute__((visibility("default"))) int32_t llm_sampling_cuda_usable(int32_t device) {
+  return llm_sampling::code_of_cuda(llm_sampling::find_usable(device));
 }
 
 __attribute__((visibility("default"))) uint32_t llm_sampling_abi_version(void) {

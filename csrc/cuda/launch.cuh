@@ -15,20 +15,23 @@ namespace llm_sampling {
 constexpr int kThreads = 256;         // threads of a block
 constexpr int kVec = 8;               // tokens of a vec; its logits begin at a multiple of 16 bytes
 constexpr int kMaxBlocks = 8;         // blocks of a cluster: every device with clusters supports 8
+constexpr int kMaxParts = 32;         // blocks of a row that is split without a cluster (split.cuh)
+constexpr int kMaxListed = 192;       // codes that such a block hands on
 constexpr int kMaxScores = 2048;      // most seen tokens per block whose scores are kept (row.cuh)
 constexpr int kFixedBytes = 16384;    // shared memory that a block needs whatever its part's size
 constexpr int kUpdateBytes = 1024;    // shared memory of a block that changes a history
 constexpr int kReservedBytes = 1024;  // shared memory that the device reserves for each block
 
 struct Device {
-  int capability;    // 80 for sm_80
   int processors;    // streaming multiprocessors
   int shared_bytes;  // the most shared memory that a block may have
+  int most_blocks;   // the most blocks that a cluster may have; 1 without clusters
 };
 
 struct Launch {
-  int blocks;        // blocks of a row's cluster
+  int blocks;        // blocks of a row
   bool copied;       // whether each block copies its part of the row into shared memory
+  bool is_split;     // whether the blocks of a row are no cluster (split.cuh)
   int vecs;          // vecs of a block's part, a multiple of 32
   int shared_bytes;  // shared memory of a block
 };
@@ -36,13 +39,16 @@ struct Launch {
 // The kernel's argument.
 struct Plan {
   LlmSamplingArgs args;
-  int vecs;  // vecs of a block's part
+  int vecs;        // vecs of a block's part
+  int parts;       // for split rows: the parts of a row
+  int whole_vecs;  // for split rows: vecs of a part that is the whole row
 };
 
 using SampleKernel = void (*)(const Plan);
+constexpr int kSampleKernels = 9;  // three dtypes; in place, copied, split
 
-// The kernel for a dtype, in sample.cu.
-SampleKernel find_kernel(int32_t dtype, bool copied);
+// The kernel for a dtype, in sample.cu. Split rows are copied.
+SampleKernel find_kernel(int32_t dtype, bool copied, bool is_split);
 
 using UpdateKernel = void (*)(const LlmSamplingUpdate);
 
@@ -68,40 +74,79 @@ LLM_SAMPLING_FN constexpr int copy_bytes(int vecs, int logit_bytes) {
          places_bytes(vecs);
 }
 
-inline Launch split_rows(int64_t vocab_size, int logit_bytes, int blocks, bool copied) {
+// The memory that a call with split rows needs: a counter for each row, then for each part of a row what
+// split.cuh calls PartList.
+constexpr int64_t kCounterBytes = 8;
+constexpr int64_t kListBytes = (2 + kMaxListed) * 8;
+constexpr int64_t workspace_bytes(int64_t rows, int64_t parts) {
+  return rows * (kCounterBytes + parts * kListBytes);
+}
+
+inline Launch divide_rows(int64_t vocab_size, int logit_bytes, int blocks, bool copied) {
   // A row may begin anywhere between two multiples of 16 bytes.
   const int64_t all = (vocab_size + 2 * kVec - 2) / kVec;
   const int vecs = static_cast<int>((all + blocks - 1) / blocks + 31) / 32 * 32;
   int shared = kFixedBytes + tiles_bytes(vecs);
   if (copied) shared += copy_bytes(vecs, logit_bytes);
-  return {blocks, copied, vecs, shared};
+  return {blocks, copied, false, vecs, shared};
+}
+
+// A launch whose blocks are no clusters. Any block may have to sample its row alone, without a copy.
+inline Launch split_rows(int64_t vocab_size, int logit_bytes, int parts) {
+  Launch launch = divide_rows(vocab_size, logit_bytes, parts, true);
+  launch.is_split = true;
+  const int alone = divide_rows(vocab_size, logit_bytes, 1, false).shared_bytes;
+  if (launch.shared_bytes < alone) launch.shared_bytes = alone;
+  return launch;
 }
 
 // Takes the fewest blocks whose copies leave room for a second row on the same multiprocessor, so that
 // the logits of one row are copied while the other row is searched; otherwise the fewest blocks whose
 // copies fit. Then doubles the blocks while multiprocessors would be idle and each block still has two
-// vecs for every thread. Without clusters, or where 8 copies do not fit, later passes read the row from
-// global memory again, through the L2 cache.
+// vecs for every thread. Where the copies do not fit, later passes read the row from global memory again,
+// through the L2 cache.
+//
+// Without clusters, a row of which one block has no copy is split, if there is a workspace: into as many parts
+// as there are multiprocessors for, of which each has at least one vec for every thread.
 inline Launch choose_launch(
     int64_t rows,
     int64_t vocab_size,
     int logit_bytes,
+    bool has_workspace,
     const Device& device
 ) {
-  const int most = device.capability >= 90 ? kMaxBlocks : 1;
+  const int most = device.most_blocks;
   const int half = (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes;
-  Launch launch = split_rows(vocab_size, logit_bytes, 1, false);
+  Launch launch = divide_rows(vocab_size, logit_bytes, 1, false);
   for (const int room : {half, device.shared_bytes}) {
     for (int blocks = 1; blocks <= most && !launch.copied; blocks *= 2) {
-      const Launch next = split_rows(vocab_size, logit_bytes, blocks, true);
+      const Launch next = divide_rows(vocab_size, logit_bytes, blocks, true);
       if (next.shared_bytes <= room) launch = next;
     }
   }
   while (launch.blocks < most && rows * launch.blocks * 2 <= device.processors &&
          launch.vecs >= 4 * kThreads) {
-    launch = split_rows(vocab_size, logit_bytes, launch.blocks * 2, launch.copied);
+    launch = divide_rows(vocab_size, logit_bytes, launch.blocks * 2, launch.copied);
   }
-  return launch;
+  if (most > 1 || launch.copied || !has_workspace || rows == 0) return launch;
+  int64_t parts = device.processors / rows;
+  if (parts > launch.vecs / kThreads) parts = launch.vecs / kThreads;
+  if (parts > kMaxParts) parts = kMaxParts;
+  if (parts < 2) return launch;
+  const Launch split = split_rows(vocab_size, logit_bytes, static_cast<int>(parts));
+  return split.shared_bytes <= device.shared_bytes ? split : launch;
+}
+
+// Whether the rows of a call may be split. Filtered logits and raw logprobs need all tokens of a row once more.
+inline bool can_split(const LlmSamplingArgs& args) {
+  return args.workspace != nullptr && args.filtered == nullptr &&
+         args.logprobs_mode != LLM_SAMPLING_LOGPROBS_RAW;
+}
+
+inline Plan plan_of(const LlmSamplingArgs& args, const Launch& launch) {
+  const int logit_bytes = args.dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
+  const int whole = divide_rows(args.vocab_size, logit_bytes, 1, false).vecs;
+  return {args, launch.vecs, launch.blocks, whole};
 }
 
 }  // namespace llm_sampling

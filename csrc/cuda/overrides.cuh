@@ -16,8 +16,8 @@ namespace llm_sampling {
 static_assert(kMaxOverrides <= kThreads, "a thread has at most one entry to make");
 
 // Makes the list. A thread makes the entry of an extra id or of a place of the text that leaves the window.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::list_overrides() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::list_overrides() {
   constexpr int kExtra = LLM_SAMPLING_MAX_EXTRA_OUTPUT;
   Overrides& list = shared_.overrides;
   const int thread = static_cast<int>(threadIdx.x);
@@ -98,8 +98,8 @@ __device__ __forceinline__ uint32_t Overrides::over(uint32_t bits, int first, in
 }
 
 // Replaces the counts of the seen tokens of this block's copy by those of the list.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::override_counts(const Copy& copy) const {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::override_counts(const Copy& copy) const {
   const Overrides& list = shared_.overrides;
   const int first = row_.first_id(first_vec_);
 #pragma unroll 1
@@ -116,8 +116,8 @@ __device__ void RowSampler<kDtype, kCopied>::override_counts(const Copy& copy) c
 }
 
 // How often the output holds a token.
-template <int kDtype, bool kCopied>
-__device__ __forceinline__ int32_t RowSampler<kDtype, kCopied>::times_of(int id) const {
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ int32_t RowSampler<kDtype, kLayout>::times_of(int id) const {
   const int32_t* counts = shared_.counts;
   if (counts == nullptr) return 0;
   if (args_.extra_output != nullptr) {

@@ -23,18 +23,18 @@ __device__ __forceinline__ void prefetch([[maybe_unused]] const void* place) {
 
 // Calls visit(round, vec, x) in every round, with x after step 6. Where the part has no vec left for this
 // thread, x is -inf and the vec belongs to another block.
-template <int kDtype, bool kCopied>
+template <int kDtype, Layout kLayout>
 template <typename Visit>
-__device__ __forceinline__ void RowSampler<kDtype, kCopied>::over_vecs(const Visit& visit) const {
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::over_vecs(const Visit& visit) const {
   const int count = vecs();
 #pragma unroll 1
   for (int round = 0; round * kThreads < count; ++round) visit_round(round, count, visit);
 }
 
 // The same for the tiles whose largest key is at least `lowest`.
-template <int kDtype, bool kCopied>
+template <int kDtype, Layout kLayout>
 template <typename Visit>
-__device__ __forceinline__ void RowSampler<kDtype, kCopied>::over_tiles(
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::over_tiles(
     uint32_t lowest,
     const Visit& visit
 ) const {
@@ -52,9 +52,9 @@ __device__ __forceinline__ void RowSampler<kDtype, kCopied>::over_tiles(
   }
 }
 
-template <int kDtype, bool kCopied>
+template <int kDtype, Layout kLayout>
 template <typename Visit>
-__device__ __forceinline__ void RowSampler<kDtype, kCopied>::visit_round(
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::visit_round(
     int round,
     int count,
     const Visit& visit
@@ -64,7 +64,7 @@ __device__ __forceinline__ void RowSampler<kDtype, kCopied>::visit_round(
   float x[kVec];
   if (local < count) {
     prefetch_later(local, count);
-    process(copy_of(cluster_.rank()), is_scored_, local, vec, x);
+    process(copy_of(part()), is_scored_, local, vec, x);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) x[i] = canonical(x[i]);
   } else {
@@ -75,8 +75,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kCopied>::visit_round(
 }
 
 // Prefetches this thread's logits of a later round, where the row is not copied.
-template <int kDtype, bool kCopied>
-__device__ __forceinline__ void RowSampler<kDtype, kCopied>::prefetch_later(
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::prefetch_later(
     int local,
     int count
 ) const {
@@ -87,11 +87,11 @@ __device__ __forceinline__ void RowSampler<kDtype, kCopied>::prefetch_later(
 
 // ---- maxima ----
 
-// Finds the largest logit of the row, of each tile, and of each thread (kMaxima of them), and writes the
-// row's status.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::find_maxima() {
-  is_scored_ = has_scores(cluster_.rank());
+// Finds the largest logit of the row, of each tile, and of each thread (kMaxima of them). Returns whether one
+// is NaN.
+template <int kDtype, Layout kLayout>
+__device__ bool RowSampler<kDtype, kLayout>::find_maxima() {
+  is_scored_ = has_scores(part());
   bool any_nan = is_scored_ && score();
   const bool has_unscored = row_.seen.words != nullptr && !is_scored_;
   if (row_.bias_count == 0 && row_.allowed.words == nullptr && !has_unscored) {
@@ -103,19 +103,23 @@ __device__ void RowSampler<kDtype, kCopied>::find_maxima() {
   uint64_t found[1] = {static_cast<uint64_t>(key) << 32 | (any_nan ? 1 : 0)};
   cluster_.combine(found, LargerWithFlags());
   m_ = from_order_key(static_cast<uint32_t>(found[0] >> 32));
-  if (args_.status != nullptr && cluster_.rank() == 0 && threadIdx.x == 0) {
-    int32_t status = (found[0] & 1) != 0 ? LLM_SAMPLING_STATUS_NAN : 0;
-    if (m_ == -kInfinity) status |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
-    if (m_ == kInfinity) status |= LLM_SAMPLING_STATUS_POS_INF;
-    args_.status[shared_.parameters.row] = status;
-  }
+  return (found[0] & 1) != 0;
+}
+
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::write_status(bool any_nan) {
+  if (args_.status == nullptr || cluster_.rank() != 0 || threadIdx.x != 0) return;
+  int32_t status = any_nan ? LLM_SAMPLING_STATUS_NAN : 0;
+  if (m_ == -kInfinity) status |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
+  if (m_ == kInfinity) status |= LLM_SAMPLING_STATUS_POS_INF;
+  args_.status[shared_.parameters.row] = status;
 }
 
 // The maxima of all tokens without a score; the others have been counted by score() and are -inf in the
 // copy. kPlain: steps 2 to 5 change none of these tokens. Returns whether one is NaN.
-template <int kDtype, bool kCopied>
+template <int kDtype, Layout kLayout>
 template <bool kPlain>
-__device__ __forceinline__ bool RowSampler<kDtype, kCopied>::find_tile_maxima() {
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::find_tile_maxima() {
   const int warp = threadIdx.x / kWarpSize;
   const int count = vecs();
   bool any_nan = false;
@@ -129,7 +133,7 @@ __device__ __forceinline__ bool RowSampler<kDtype, kCopied>::find_tile_maxima() 
     if (local < count) {
       float x[kVec];
       prefetch_later(local, count);
-      const Copy copy = copy_of(cluster_.rank());
+      const Copy copy = copy_of(part());
       if (kPlain) {
         load<kDtype, kCopied>(row_, logits_of(copy, local, vec), vec, x);
       } else {
@@ -160,8 +164,8 @@ __device__ __forceinline__ bool RowSampler<kDtype, kCopied>::find_tile_maxima() 
 
 // 8 greedy: the kept set is the first token of the order. The threshold is kNoCode if no token is at the
 // maximum any more.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::find_first() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::find_first() {
   uint64_t first[1] = {kNoCode};
   over_tiles(order_key(m_), [&](int, int vec, const float (&x)[kVec]) {
     // A thread visits its vecs by rising ids, so the first token at the maximum is the one.
@@ -180,24 +184,24 @@ __device__ void RowSampler<kDtype, kCopied>::find_first() {
 // 9 depth, 10 mass. The depth is 0 where x is m: fmaxf makes 0 of NaN, which inf - inf and 0 * inf are. It
 // is also 0 where x is above m, as in a row that somebody overwrites meanwhile, so that any logit has a mass
 // of 0 .. 2^42.
-template <int kDtype, bool kCopied>
-__device__ __forceinline__ float RowSampler<kDtype, kCopied>::depth_of(float x) const {
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ float RowSampler<kDtype, kLayout>::depth_of(float x) const {
   return fmaxf(finite_depth(x, m_, scale_), 0.0f);
 }
-template <int kDtype, bool kCopied>
-__device__ __forceinline__ int64_t RowSampler<kDtype, kCopied>::mass_of(float x) const {
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ int64_t RowSampler<kDtype, kLayout>::mass_of(float x) const {
   return whole_mass(depth_of(x));
 }
 
-template <int kDtype, bool kCopied>
+template <int kDtype, Layout kLayout>
 __device__ __forceinline__ int64_t
-RowSampler<kDtype, kCopied>::kept_mass(const Threshold& threshold, float x, int id) const {
+RowSampler<kDtype, kLayout>::kept_mass(const Threshold& threshold, float x, int id) const {
   return threshold.is_reached(x, id) ? mass_of(x) : 0;
 }
 
 // The mass of what reaches the threshold: running sums over this block's tiles, and sums over the blocks.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::weigh() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::weigh() {
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const Threshold threshold(threshold_);
@@ -222,8 +226,8 @@ __device__ void RowSampler<kDtype, kCopied>::weigh() {
 }
 
 // Makes the tiles' masses into running sums, and sums them over the blocks.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::sum_tiles() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::sum_tiles() {
   const int count = rounds() * kWarps;
   const int each = (count + kThreads - 1) / kThreads;
   const int first = static_cast<int>(threadIdx.x) * each;

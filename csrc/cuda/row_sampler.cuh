@@ -71,6 +71,7 @@ struct Range {
 
 // What is known of the candidates besides their codes.
 struct Candidates {
+  uint64_t low;  // they are all tokens of the row from this code on, but for those above them
   int count;
   int count_above;     // tokens of the row above all candidates
   int64_t mass_above;  // and their mass
@@ -99,6 +100,21 @@ struct Overrides {
   __device__ __forceinline__ uint32_t over(uint32_t bits, int first, int width) const;
 };
 
+// What a block of a split row hands on, in the workspace.
+struct PartList {
+  uint64_t maximum;  // order key of the part's largest logit in the upper half; 1 if one is NaN
+  uint64_t count;    // codes of the list; 0: the row must be sampled by one block
+  uint64_t codes[kMaxListed];  // the part's first codes in the order, then kNoCode
+};
+static_assert(sizeof(PartList) == kListBytes, "launch.cuh asks for the memory");
+
+// The lists of a row.
+struct Lists {
+  const PartList* first;
+  int parts;
+  int wanted;  // codes of each
+};
+
 // The fixed part of a block's shared memory.
 struct Shared {
   Cluster::Memory cluster;
@@ -112,6 +128,9 @@ struct Shared {
   // Whether the id that leaves the window with the row's token is in it a second time; written by thread 0,
   // with windows only.
   bool leaving_id_stays;
+  bool is_last;     // whether all other blocks of a split row are done; written by thread 0
+  int held_before;  // what the bins before the one that find_bin() has found hold; split rows only
+  int held_with;    // what they hold together with it
   uint32_t seen_count;    // seen tokens of this block's part
   uint32_t appended;      // candidates that this block has found
   Candidates candidates;  // written by thread 0
@@ -135,29 +154,46 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= kFixedBytes, "launch.cuh reserves kFixedBytes for it");
 
-// Samples one row. All threads of the row's cluster make one and call run().
-template <int kDtype, bool kCopied>
+// Where a block's part of the row is read, and who owns the other parts.
+enum class Layout {
+  kInPlace,  // in global memory; the blocks of the row's cluster
+  kCopied,   // a copy in shared memory; the blocks of the row's cluster
+  kSplit     // a copy in shared memory; blocks that know nothing of each other, see split.cuh
+};
+
+// Samples one row. All threads of the row's cluster make one and call run(); all threads of a block that has
+// a part of a split row make one and call run_part().
+template <int kDtype, Layout kLayout>
 class RowSampler {
  public:
-  __device__ RowSampler(const Plan& plan, int index)
-      : args_(plan.args),
+  // `vecs` are those of a part; `part` is the block's part of a split row.
+  __device__ RowSampler(const LlmSamplingArgs& args, int vecs, int index, int part = 0)
+      : args_(args),
         index_(index),
         shared_(*reinterpret_cast<Shared*>(dynamic_shared())),
         cluster_(shared_.cluster),
-        part_vecs_(plan.vecs) {
+        split_part_(part),
+        part_vecs_(vecs) {
     unsigned char* after = dynamic_shared() + kFixedBytes;
     tile_masses_ = reinterpret_cast<int64_t*>(after);
-    tile_keys_ = reinterpret_cast<uint32_t*>(tile_masses_ + count_tiles(plan.vecs));
-    copy_ = after + tiles_bytes(plan.vecs);
+    tile_keys_ = reinterpret_cast<uint32_t*>(tile_masses_ + count_tiles(vecs));
+    copy_ = after + tiles_bytes(vecs);
   }
 
   __device__ void run();
+  __device__ bool run_part(int parts);
 
  private:
+  static constexpr bool kCopied = kLayout != Layout::kInPlace;
+  static constexpr bool kIsSplit = kLayout == Layout::kSplit;
   using LogitWord = Unsigned<kLogitBytes<kDtype>>;
   static constexpr int kVecBytes = kVec * kLogitBytes<kDtype>;
 
+  // The part of the row that this block has.
+  __device__ int part() const { return kIsSplit ? split_part_ : cluster_.rank(); }
+
   // copy.cuh: where the row is, its copy in shared memory, steps 1 to 6 of a vec
+  __device__ __forceinline__ int64_t find_parameters();
   __device__ int locate_logits();
   __device__ void read_parameters(int64_t index, int vecs);
   __device__ const int32_t* locate_bits(int64_t slot, const Penalties& penalties);
@@ -192,7 +228,8 @@ class RowSampler {
   template <typename Visit>
   __device__ __forceinline__ void visit_round(int round, int count, const Visit& visit) const;
   __device__ __forceinline__ void prefetch_later(int local, int count) const;
-  __device__ void find_maxima();
+  __device__ bool find_maxima();
+  __device__ void write_status(bool any_nan);
   template <bool kPlain>
   __device__ __forceinline__ bool find_tile_maxima();
   __device__ void find_first();
@@ -204,7 +241,10 @@ class RowSampler {
 
   // candidates.cuh: the short list from which thresholds and tokens are chosen
   __device__ bool guess_range(const Filters& filters, int nucleus, Range& range);
+  __device__ __forceinline__ int find_bin(int64_t wanted);
   __device__ void collect(const Range& range);
+  __device__ __forceinline__ void append(uint64_t code);
+  __device__ __forceinline__ void share(const Range& range);
   template <typename Holds, typename Visit>
   __device__ __forceinline__ void compare_all(
       int count,
@@ -228,6 +268,16 @@ class RowSampler {
   __device__ void probe(int64_t target, bool by_mass, uint64_t lowest, uint64_t (&pivots)[3]);
   __device__ static void split(uint64_t low, uint64_t high, uint64_t (&pivots)[3]);
 
+  // split.cuh: a row without a cluster
+  __device__ __forceinline__ int first_token() const;
+  __device__ __forceinline__ int tokens() const;
+  __device__ __forceinline__ int count_wanted() const;
+  __device__ void make_list(int wanted, PartList& list);
+  __device__ void find_listed(int wanted);
+  __device__ __forceinline__ bool is_last(uint32_t* counter, int parts);
+  __device__ bool finish(const Lists& lists);
+  __device__ void gather(const Lists& lists, uint64_t bound);
+
   // draw.cuh: step 14 and the other results
   __device__ void draw();
   __device__ int64_t random_below(int draw, int64_t total) const;
@@ -236,16 +286,18 @@ class RowSampler {
   __device__ void write(int draw, int token, int64_t w, int64_t total);
   __device__ float raw_logit(int id) const;
   __device__ void find_raw_sum();
-  __device__ void write_nothing(int32_t status);
+  __device__ void write_nothing(int64_t index);
   __device__ void write_filtered();
-  __device__ bool finds_sharing_row() const;
-  __device__ bool finds_leaving_id() const;
-  __device__ void advance();
+  __device__ __forceinline__ void find_sharing_row();
+  __device__ __forceinline__ void find_leaving_id();
+  __device__ __forceinline__ void advance();
+  __device__ void record();
 
   const LlmSamplingArgs& args_;
   const int index_;  // of the row
   Shared& shared_;
   Cluster cluster_;
+  const int split_part_;  // see part()
   const int part_vecs_;   // vecs of a part; the last parts may have fewer
   int64_t* tile_masses_;  // running masses of this block's tiles, in shared memory
   uint32_t* tile_keys_;   // order keys of their largest logits, in shared memory

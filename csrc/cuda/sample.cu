@@ -28,8 +28,8 @@
 // A pass is inlined where it is called. Steps that share a pass are iterations of one loop, because each
 // call would add the whole of its code to the kernel.
 //
-// Before the passes, where a call asks for it: finds_sharing_row, for rows whose parameters belong to slots;
-// finds_leaving_id, for what recording the token takes out of a window; list_overrides (overrides.cuh), for ids
+// Before the passes, where a call asks for it: find_sharing_row, for rows whose parameters belong to slots;
+// find_leaving_id, for what recording the token takes out of a window; list_overrides (overrides.cuh), for ids
 // that count for this call alone. A row whose text has no room for its token draws nothing.
 //
 // Hazards. The comments of Shared (row_sampler.cuh) say which threads write what. A block may not exit
@@ -54,31 +54,19 @@
 #include "passes.cuh"
 #include "row_sampler.cuh"
 #include "select.cuh"
+#include "split.cuh"
 
 namespace llm_sampling {
 
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::run() {
-  int64_t param_index = index_;
-  if (args_.param_slots != nullptr || args_.text != nullptr) {
-    param_index = parameter_index(args_, index_);
-    const bool is_full = param_index >= 0 && is_text_full(args_, index_);
-    // The blocks agree on it, so that all of them leave here or none does.
-    param_index = cluster_.common(is_full ? kTextFull : param_index);
-    if (param_index == kTextFull) return write_nothing(LLM_SAMPLING_STATUS_TEXT_FULL);
-    if (param_index < 0) return write_nothing(status_of_nothing(param_index));
-  }
-  if (args_.param_slots != nullptr) {
-    const bool is_shared = __syncthreads_count(finds_sharing_row()) > 0;
-    if (threadIdx.x == 0) shared_.is_shared = is_shared;
-  }
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::run() {
+  const int64_t param_index = find_parameters();
+  if (param_index < 0) return write_nothing(param_index);
+  find_sharing_row();
   cluster_.arrive();
   const int vecs = locate_logits();
   if (kCopied) copy_logits(vecs);
-  if (args_.windows != nullptr && args_.advance != LLM_SAMPLING_ADVANCE_NEVER) {
-    const bool stays = __syncthreads_count(finds_leaving_id()) > 0;
-    if (threadIdx.x == 0) shared_.leaving_id_stays = stays;
-  }
+  find_leaving_id();
   read_parameters(param_index, vecs);
   if (args_.extra_output != nullptr && row_.seen.words != nullptr) list_overrides();
   if (kCopied) copy_bits(vecs);
@@ -86,7 +74,7 @@ __device__ void RowSampler<kDtype, kCopied>::run() {
   cluster_.wait();  // from here on, all blocks have started and may be looked into
 
   // 1 widen, 2 bias and mask, 3 repetition, 4 frequency, 5 presence, 6 canonical: in every pass
-  find_maxima();
+  write_status(find_maxima());
   if (m_ == -kInfinity) {
     threshold_ = ~uint64_t{0};  // nothing is kept
   } else if (is_greedy()) {
@@ -101,19 +89,40 @@ __device__ void RowSampler<kDtype, kCopied>::run() {
     draw();  // 14 draw
   }
 
-  // Other threads may still read the history, for further draws or for the filtered logits.
-  const bool is_history_read = args_.filtered != nullptr || args_.num_samples > 1;
-  if (is_history_read) cluster_.sync();
-  if (drew_) advance();
+  advance();
 }
 
 template <int kDtype, bool kCopied>
 __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Plan plan) {
-  RowSampler<kDtype, kCopied> sampler(plan, static_cast<int>(blockIdx.x) / cluster_size());
-  sampler.run();
+  const int row = static_cast<int>(blockIdx.x) / cluster_size();
+  constexpr Layout kLayout = kCopied ? Layout::kCopied : Layout::kInPlace;
+  RowSampler<kDtype, kLayout>(plan.args, plan.vecs, row).run();
 }
 
-SampleKernel find_kernel(int32_t dtype, bool copied) {
+// The same for split rows. Devices with clusters have no use for it.
+template <int kDtype>
+__global__ void __launch_bounds__(kThreads, 2) split_kernel(const Plan plan) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
+  const int row = static_cast<int>(blockIdx.x) / plan.parts;
+  const int part = static_cast<int>(blockIdx.x) % plan.parts;
+  RowSampler<kDtype, Layout::kSplit> sampler(plan.args, plan.vecs, row, part);
+  if (sampler.run_part(plan.parts)) return;
+  __syncthreads();
+  RowSampler<kDtype, Layout::kInPlace>(plan.args, plan.whole_vecs, row).run();
+#endif
+}
+
+SampleKernel find_kernel(int32_t dtype, bool copied, bool is_split) {
+  if (is_split) {
+    switch (dtype) {
+      case LLM_SAMPLING_FLOAT32:
+        return split_kernel<LLM_SAMPLING_FLOAT32>;
+      case LLM_SAMPLING_FLOAT16:
+        return split_kernel<LLM_SAMPLING_FLOAT16>;
+      default:
+        return split_kernel<LLM_SAMPLING_BFLOAT16>;
+    }
+  }
   switch (dtype) {
     case LLM_SAMPLING_FLOAT32:
       return copied ? sample_kernel<LLM_SAMPLING_FLOAT32, true>

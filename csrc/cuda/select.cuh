@@ -17,15 +17,15 @@ constexpr int kFewTokens = 64;
 constexpr int kMoreTokens = 192;
 
 // Worked out anew at each use, because there are no registers to keep it in.
-template <int kDtype, bool kCopied>
-__device__ __forceinline__ Filters RowSampler<kDtype, kCopied>::filters() const {
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ Filters RowSampler<kDtype, kLayout>::filters() const {
   return Filters(shared_.parameters, row_.vocab_size);
 }
 
 // Finds the threshold of the kept set, and the masses from which draw() chooses if the candidates do not
 // hold that set.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::find_kept() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::find_kept() {
   scale_ = depth_scale(shared_.parameters.temperature);
   threshold_ = kLowestCode;
   // First the mass of all tokens, then that of the kept ones: a loop, so that weigh() is inlined once.
@@ -44,8 +44,8 @@ __device__ void RowSampler<kDtype, kCopied>::find_kept() {
 // Each filter asks the candidates for the code at which a count or a mass is reached; if they do not hold
 // it, others are collected first. The steps are iterations of one loop, so that search() and collect()
 // are inlined once.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::find_thresholds() {
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::find_thresholds() {
   enum {
     kCollectFew,  // guesses which of the first tokens of the order the filters need
     kTopK,
@@ -81,14 +81,16 @@ __device__ void RowSampler<kDtype, kCopied>::find_thresholds() {
     Range range;
     // Whether the present candidates stay: they hold the answer, or no candidates are likely to.
     bool stay = step != kCollectFew && has_threshold(target, by_mass);
-    if (!stay) {
+    if constexpr (kIsSplit) {
+      if (step != kCollectFew && !stay) return;  // the candidates are all that there is
+    } else if (!stay) {
       if (step == kCollectFew || step == kCollectMore) {
         stay = !guess_range(filters, step == kCollectFew ? kFewTokens : kMoreTokens, range);
       } else {
         range = search(target, by_mass, top_k_threshold);
       }
+      if (!stay) collect(range);
     }
-    if (!stay) collect(range);
     if (step == kCollectFew || step == kCollectMore) continue;
     const uint64_t code = threshold_at(target, by_mass, top_k_threshold);
     if (step == kTopK) top_k_threshold = code;  // 11 top-k
@@ -98,13 +100,13 @@ __device__ void RowSampler<kDtype, kCopied>::find_thresholds() {
   threshold_ = threshold > top_k_threshold ? threshold : top_k_threshold;
   const Candidates& candidates = shared_.candidates;
   in_candidates_ = candidates.count > 0 && candidates.count_above == 0 &&
-                   (candidates.is_last || threshold_ >= shared_.sorted[candidates.count - 1]);
+                   (candidates.is_last || threshold_ >= candidates.low);
 }
 
 // 13 min-p: the code of the last token whose depth is at most the cut, or a code between that token's and
 // the next one's.
-template <int kDtype, bool kCopied>
-__device__ uint64_t RowSampler<kDtype, kCopied>::code_at_depth(float depth_cut) const {
+template <int kDtype, Layout kLayout>
+__device__ uint64_t RowSampler<kDtype, kLayout>::code_at_depth(float depth_cut) const {
   const Candidates& candidates = shared_.candidates;
   if (candidates.count > 0 && candidates.count_above == 0) {
     const int inside = count_leading_by_warp(candidates.count, [&](int i) {
@@ -117,8 +119,8 @@ __device__ uint64_t RowSampler<kDtype, kCopied>::code_at_depth(float depth_cut) 
 
 // The lowest key whose depth is at most the cut. The depth grows as the key falls, so each lane tries
 // another key and the warp narrows the range by a factor of 33 in each iteration.
-template <int kDtype, bool kCopied>
-__device__ uint32_t RowSampler<kDtype, kCopied>::key_at_depth(float depth_cut) const {
+template <int kDtype, Layout kLayout>
+__device__ uint32_t RowSampler<kDtype, kLayout>::key_at_depth(float depth_cut) const {
   // The key sought is among the `size` keys that end at `inside`.
   uint32_t inside = order_key(m_);
   uint32_t size = inside - static_cast<uint32_t>(kLowestCode >> 20) + 1;
@@ -140,11 +142,11 @@ __device__ uint32_t RowSampler<kDtype, kCopied>::key_at_depth(float depth_cut) c
 //
 // Every pass but the first narrows the range, whatever it counts, so the search ends. All blocks search the
 // same range, because the pivots of the first pass are those of block 0.
-template <int kDtype, bool kCopied>
+template <int kDtype, Layout kLayout>
 __device__ Range
-RowSampler<kDtype, kCopied>::search(int64_t target, bool by_mass, uint64_t lowest) {
+RowSampler<kDtype, kLayout>::search(int64_t target, bool by_mass, uint64_t lowest) {
   Range range = {lowest, first_code(order_key(m_) + 1), 0, 0};
-  int count = row_.vocab_size;  // of the tokens that reach range.low, or more
+  int count = tokens();  // of those that reach range.low, or more
   uint64_t pivots[3];
   probe(target, by_mass, lowest, pivots);
   cluster_.broadcast(pivots);
@@ -191,8 +193,8 @@ RowSampler<kDtype, kCopied>::search(int64_t target, bool by_mass, uint64_t lowes
 // A statistical probe: three codes, rising, around the one at which kProbed tokens, evenly spaced in the
 // row, reach their share of the target. They are two standard deviations of a count apart, or three of
 // a mass. It uses the arrays of the candidates.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::probe(
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::probe(
     int64_t target,
     bool by_mass,
     uint64_t lowest,
@@ -201,7 +203,7 @@ __device__ void RowSampler<kDtype, kCopied>::probe(
   __syncthreads();
 #pragma unroll 1
   for (int own = static_cast<int>(threadIdx.x); own < kProbed; own += kThreads) {
-    const int id = static_cast<int>(static_cast<int64_t>(own) * row_.vocab_size / kProbed);
+    const int id = first_token() + static_cast<int>(static_cast<int64_t>(own) * tokens() / kProbed);
     const int vec = (id + row_.shift) / kVec;
     float x[kVec];
     process_any(vec, x);
@@ -217,9 +219,8 @@ __device__ void RowSampler<kDtype, kCopied>::probe(
       count_leading_by_warp(kProbed, [&](int i) { return shared_.sorted[i] >= lowest; });
   const float reached = by_mass ? static_cast<float>(count > 0 ? shared_.running[count - 1] : 0)
                                 : static_cast<float>(count);
-  const float all = by_mass
-                        ? static_cast<float>(total_mass_)
-                        : static_cast<float>(count) * static_cast<float>(row_.vocab_size) / kProbed;
+  const float all = by_mass ? static_cast<float>(total_mass_)
+                            : static_cast<float>(count) * static_cast<float>(tokens()) / kProbed;
   float share = static_cast<float>(target) / (all > 1.0f ? all : 1.0f);
   share = share < 1.0f ? share : 1.0f;
   const float deviation = sqrtf(share * (1.0f - share) / static_cast<float>(count > 0 ? count : 1));
@@ -239,8 +240,8 @@ __device__ void RowSampler<kDtype, kCopied>::probe(
 // Three rising codes that split a range: at both thirds of the logits and at half of the keys, or, where
 // there are few keys, at the quarters of the codes. The thirds need few passes for the bulk of a usual
 // row, and the halves of the keys limit the passes for any row.
-template <int kDtype, bool kCopied>
-__device__ void RowSampler<kDtype, kCopied>::split(
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::split(
     uint64_t low,
     uint64_t high,
     uint64_t (&pivots)[3]

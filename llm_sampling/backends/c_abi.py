@@ -80,6 +80,8 @@ class SampleArgs(ctypes.Structure):
         ("repetition_penalty_scope", ctypes.c_void_p),
         ("extra_output", ctypes.c_void_p),
         ("num_extra_output", ctypes.c_int64),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
     )
 
 

@@ -20,8 +20,11 @@ DEVICE_TYPES = frozenset({"cuda"})
 LIBRARY = native.Library("cuda", ctypes.c_void_p)
 
 
-def why_unavailable() -> str | None:
-    """None if the library loads, and a device and its driver can run it. No context is made."""
+def why_unavailable(device: torch.device | None = None) -> str | None:
+    """None if the library loads, and the driver can run it on the device, or on any device.
+
+    No context is made.
+    """
     reason = LIBRARY.why_unavailable()
     if reason is not None:
         return reason
@@ -29,24 +32,56 @@ def why_unavailable() -> str | None:
         return "it is for NVIDIA's GPUs, and torch was built for AMD's"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    return _why_unusable()
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _why_unusable(index)
+    reasons = [_why_unusable(index) for index in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
 
 
 @functools.cache
-def _why_unusable() -> str | None:
-    """None if the driver can run the library on a device of this machine, else its reason."""
-    code = LIBRARY.load().llm_sampling_cuda_usable()
+def _why_unusable(index: int) -> str | None:
+    """None if the driver can run the library on a device, else its reason."""
+    code = LIBRARY.load().llm_sampling_cuda_usable(index)
     return None if code == 0 else LIBRARY.error(code)
 
 
 def _run_on(device: torch.device) -> native.Run:
-    """One launch, on the current stream of the device."""
+    """One launch, on the current stream of the device.
+
+    A workspace belongs to launches of one size on one stream, and is kept: a captured graph may
+    have its address.
+    """
+    workspaces: dict[tuple[int, int], Tensor | None] = {}
 
     def run(args: SampleArgs) -> None:
         with torch.cuda.device(device):
-            LIBRARY.run(args, torch.cuda.current_stream(device).cuda_stream)
+            stream = torch.cuda.current_stream(device).cuda_stream
+            key = args.rows, stream
+            if key not in workspaces:
+                workspaces[key] = _make_workspace(args, device)
+            workspace = workspaces[key]
+            if workspace is not None:
+                args.workspace = workspace.data_ptr()
+                args.workspace_bytes = workspace.nbytes
+            elif args.workspace:
+                args.workspace = None
+            LIBRARY.run(args, stream)
 
     return run
+
+
+def _make_workspace(args: SampleArgs, device: torch.device) -> Tensor | None:
+    """Memory with which few rows are divided among more blocks, or None where it is of no use."""
+    size = ctypes.c_int64()
+    rows, vocab_size = ctypes.c_int64(args.rows), ctypes.c_int64(args.vocab_size)
+    name = "llm_sampling_cuda_workspace"
+    LIBRARY.ask(name, rows, vocab_size, args.dtype, ctypes.byref(size))
+    if size.value == 0:
+        return None
+    workspace = torch.empty(size.value // 8, dtype=torch.int64, device=device)
+    workspace[: args.rows].zero_()
+    return workspace
 
 
 def _unchecked(call: SampleCall) -> SampleCall:

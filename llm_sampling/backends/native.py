@@ -127,6 +127,16 @@ class Library:
         if code:
             raise RuntimeError(f"{self.entry}: {self.error(code)}")
 
+    def ask(self, name: str, *args: object) -> None:
+        """Call an entry point of another name, which answers through pointers.
+
+        Raises:
+            RuntimeError: it returned a code, which the message has in words.
+        """
+        code = getattr(self.load(), name)(*args)
+        if code:
+            raise RuntimeError(f"{name}: {self.error(code)}")
+
     def update(self, args: HistoryUpdateArgs, *more: object) -> None:
         """Call the entry point that changes histories.
 

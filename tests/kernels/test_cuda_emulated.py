@@ -37,6 +37,9 @@ import backend as emulation
 
 Launch = emulation.Launch
 LAUNCHES = [Launch(blocks, copied) for blocks in (1, 2, 4, 8) for copied in (True, False)]
+SPLIT = [Launch(parts, copied=True, is_split=True) for parts in (3, 8)]
+#: For tests of all vocabularies or layouts.
+FEW = [Launch(1, True), Launch(1, False), Launch(2, True), SPLIT[0]]
 
 #: The library to use in a process that run_sanitized has started.
 SANITIZED = os.environ.get("LLM_SAMPLING_SANITIZED_EMULATION")
@@ -44,7 +47,9 @@ SANITIZED = os.environ.get("LLM_SAMPLING_SANITIZED_EMULATION")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 launches = pytest.mark.parametrize(
-    "launch", LAUNCHES, ids=lambda launch: f"{launch.blocks}{'c' if launch.copied else ''}"
+    "launch",
+    LAUNCHES + SPLIT,
+    ids=lambda launch: f"{launch.blocks}{'s' if launch.is_split else 'c' if launch.copied else ''}",
 )
 
 
@@ -66,7 +71,7 @@ def install(monkeypatch, library):
 
 
 @dtypes
-@pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
+@pytest.mark.parametrize("launch", FEW, ids=str)
 @pytest.mark.parametrize(
     "vocab_size",
     [
@@ -83,7 +88,7 @@ def test_covering_cases(install, vocab_size, launch, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
+@pytest.mark.parametrize("launch", FEW, ids=str)
 @pytest.mark.parametrize("vocab_size", SMALL_VOCABS, ids="V{}".format)
 def test_every_case(install, vocab_size, launch):
     """Every row with every mix of parameters; the dtypes of a size take turns over the launches."""
@@ -97,7 +102,7 @@ def test_every_case(install, vocab_size, launch):
 @pytest.mark.parametrize("vocab_size", [5003, 32000, 128256], ids="V{}".format)
 def test_every_launch(install, vocab_size, launch):
     """Too many candidates, searches, draws by tiles; each launch has rows of other cases."""
-    turn = LAUNCHES.index(launch)
+    turn = (LAUNCHES + SPLIT).index(launch)
     dtype = DTYPES[turn % 3]
     groups = covering_cases(vocab_size, seed=vocab_size)
     step = len(LAUNCHES) * (1 if vocab_size < 100_000 else 2)
@@ -113,7 +118,7 @@ def test_layouts(install, layout, dtype):
         batch = build(group, 513, dtype)
         expected = run(batch, "torch", ())
         batch.logits = LAYOUTS[layout](batch.logits)
-        for launch in (Launch(1, True), Launch(1, False), Launch(2, True)):
+        for launch in FEW:
             name = install(launch)
             assert_same(batch, name, expected, run(batch, name, ()), f"{layout} {launch}")
 
@@ -122,7 +127,7 @@ def test_layouts(install, layout, dtype):
 @launches
 def test_parameters_of_slots(library, launch, position_of):
     """Rows of padding, rows that share a slot, and slots that do not exist are among the rows."""
-    turn = LAUNCHES.index(launch)
+    turn = (LAUNCHES + SPLIT).index(launch)
     groups = covering_cases(513, seed=turn, rows=12)
     backend = emulation.EmulatedBackend(library, launch)
     assert_by_slot(build_all(groups, 513, DTYPES[turn % 3], "cpu"), backend, position_of)
@@ -177,7 +182,7 @@ def test_more_seen_tokens_than_have_scores(install, launch, seen):
 
 
 @dtypes
-@pytest.mark.parametrize("launch", [Launch(1, True), Launch(1, False), Launch(2, True)], ids=str)
+@pytest.mark.parametrize("launch", FEW, ids=str)
 @pytest.mark.parametrize("vocab_size", [33, 501])
 def test_bits_beyond_the_vocabulary(install, vocab_size, launch, dtype):
     """The last words of bitmasks have bits that belong to no token; they must be ignored."""
@@ -272,7 +277,7 @@ def test_updates(library, vocab_size, kind):
 @launches
 def test_histories_of_every_kind(library, launch, kind):
     """Each launch has histories and ids of its own, over a vocabulary of another size."""
-    turn = 3 * LAUNCHES.index(launch) + KINDS.index(kind)
+    turn = 3 * (LAUNCHES + SPLIT).index(launch) + KINDS.index(kind)
     backend = emulation.EmulatedBackend(library, launch)
     sizes = (33, 1000, 1, 5003 if launch.blocks == 1 else 33)
     assert_drawings(backend, kind, sizes[turn % 4], turn, "cpu")
@@ -393,7 +398,7 @@ def test_filtered_logits_without_a_finite_quotient(install, launch, filters):
 @launches
 def test_hostile_values(library, launch):
     backend = emulation.EmulatedBackend(library, launch)
-    dtype = DTYPES[LAUNCHES.index(launch) % 3]
+    dtype = DTYPES[(LAUNCHES + SPLIT).index(launch) % 3]
     for seed in range(4):
         unchecked.assert_hostile_values_do_no_harm(backend, 700, rows=24, seed=seed, dtype=dtype)
 
@@ -424,7 +429,7 @@ BARRIERS = (*range(1, 17), 20, 25, 30, 36, 43, 60)
 def test_logits_that_change(library, launch, change, often):
     """The kernel ends, and a token is one of the row or -1, which the status says."""
     vocab_size = 1500
-    turn = LAUNCHES.index(launch) + list(unchecked.CHANGES).index(change) + often
+    turn = (LAUNCHES + SPLIT).index(launch) + list(unchecked.CHANGES).index(change) + often
     dtype = DTYPES[turn % 3]
     backend = emulation.EmulatedBackend(library, launch)
     call, at = unchecked.changing_call(vocab_size, BARRIERS[turn % 5 :: 5], dtype)
@@ -628,24 +633,24 @@ def test_what_is_not_waited_for_is_seen(monkeypatch, tmp_path, text, wrong):
 
 # The launch
 
-H100 = (90, 132, 227 * 1024)
-A100 = (80, 108, 163 * 1024)
-RTX_4090 = (89, 128, 99 * 1024)
-B200 = (100, 148, 227 * 1024)
+H100 = (132, 227 * 1024, 8)
+A100 = (108, 163 * 1024, 1)
+RTX_4090 = (128, 99 * 1024, 1)
+B200 = (148, 227 * 1024, 8)
 
 
 @pytest.fixture
 def choose(library):
-    """A function that returns blocks, copied, vecs of a part, bytes of shared memory."""
+    """A function that returns the Launch, vecs of a part, bytes of shared memory."""
 
-    def choose(rows, vocab_size, logit_bytes, device):
-        launch = (ctypes.c_int32 * 4)()
+    def choose(rows, vocab_size, logit_bytes, device, has_workspace=False):
+        launch = (ctypes.c_int32 * 5)()
         function = ctypes.CDLL(str(library)).llm_sampling_cuda_launch
-        function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
+        function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
         function.argtypes += [ctypes.c_void_p, ctypes.c_void_p]
         numbers = (ctypes.c_int32 * 3)(*device)
-        function(rows, vocab_size, logit_bytes, numbers, launch)
-        return (launch[0], bool(launch[1]), launch[2], launch[3])
+        function(rows, vocab_size, logit_bytes, has_workspace, numbers, launch)
+        return Launch(launch[0], bool(launch[1]), bool(launch[2])), launch[3], launch[4]
 
     return choose
 
@@ -672,20 +677,32 @@ def choose(library):
         (256, 32000, 4, A100, (1, True)),
         (1, 32000, 4, RTX_4090, (1, False)),
         (1, 32000, 2, RTX_4090, (1, True)),
+        # smaller clusters where there is no room for larger ones
+        (1, 128256, 2, (132, 227 * 1024, 4), (4, True)),
+        (256, 128256, 4, (132, 227 * 1024, 2), (1, False)),
     ],
 )
 def test_branches_of_the_launch(choose, rows, vocab_size, logit_bytes, device, launch):
-    assert choose(rows, vocab_size, logit_bytes, device)[:2] == launch
+    assert choose(rows, vocab_size, logit_bytes, device)[0] == (*launch, False)
 
 
+@pytest.mark.parametrize("has_workspace", [False, True])
 @pytest.mark.parametrize("device", [H100, A100, RTX_4090, B200], ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 4096, 32000, 50257, 128256, 262144, 2**20])
 @pytest.mark.parametrize("rows", [0, 1, 40, 133, 4096])
 @pytest.mark.parametrize("logit_bytes", [2, 4])
-def test_every_launch_can_be_started(choose, rows, vocab_size, logit_bytes, device):
-    blocks, copied, vecs, shared = choose(rows, vocab_size, logit_bytes, device)
-    assert blocks in ((1, 2, 4, 8) if device[0] >= 90 else (1,))
-    assert shared <= device[2]
+def test_every_launch_can_be_started(choose, rows, vocab_size, logit_bytes, device, has_workspace):
+    processors, most_shared, most_blocks = device
+    launch, vecs, shared = choose(rows, vocab_size, logit_bytes, device, has_workspace)
+    if launch.is_split:
+        assert has_workspace
+        assert launch.copied
+        assert most_blocks == 1
+        assert 2 <= launch.blocks <= 32
+        assert rows * launch.blocks <= processors
+    else:
+        assert launch.blocks in ((1, 2, 4, 8) if most_blocks > 1 else (1,))
+    assert shared <= most_shared
     assert vecs % 32 == 0
-    assert blocks * vecs * 8 >= vocab_size + 7, "a row fits wherever it begins"
-    assert shared >= vecs * 8 * logit_bytes * copied
+    assert launch.blocks * vecs * 8 >= vocab_size + 7, "a row fits wherever it begins"
+    assert shared >= vecs * 8 * logit_bytes * launch.copied

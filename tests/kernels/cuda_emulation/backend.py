@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from llm_sampling import backends
@@ -24,10 +25,11 @@ FLAGS += ("-Werror", "-Wno-unknown-pragmas")
 
 
 class Launch(NamedTuple):
-    """Blocks of a row's cluster, and whether each block copies its part into shared memory."""
+    """Blocks of a row, whether each copies its part, and whether they are no cluster."""
 
     blocks: int
     copied: bool
+    is_split: bool = False
 
 
 class Overwriting(ctypes.Structure):
@@ -53,9 +55,14 @@ class EmulatedBackend:
         self.launch = launch
         self.overwriting: Overwriting | None = None
         self.seeds = itertools.count()
+        self.workspaces: dict[int, Tensor] = {}
+        self.workspace_bytes = ctypes.CDLL(str(library)).llm_sampling_cuda_workspace_bytes
+        self.workspace_bytes.argtypes = [ctypes.c_int64, ctypes.c_int32]
+        self.workspace_bytes.restype = ctypes.c_int64
         self.run_batch = ctypes.CDLL(str(library)).llm_sampling_cuda_emulated
         self.run_batch.argtypes = [
             ctypes.POINTER(c_abi.SampleArgs),
+            ctypes.c_int32,
             ctypes.c_int32,
             ctypes.c_int32,
             ctypes.c_uint64,
@@ -72,10 +79,23 @@ class EmulatedBackend:
     def _run(self, struct: c_abi.SampleArgs) -> None:
         if struct.rows == 0:
             return
+        if self.launch.is_split:
+            self._set_workspace(struct)
         seed = next(self.seeds)
-        options = (self.launch.blocks, self.launch.copied, seed, self.overwriting)
-        failure = self.run_batch(struct, *options).decode()
+        failure = self.run_batch(struct, *self.launch, seed, self.overwriting).decode()
         assert failure == "", f"{self.launch}, seed {seed}: {failure}"
+        for rows, workspace in self.workspaces.items():
+            assert not workspace[:rows].any(), "a counter is not 0 after the launch"
+
+    def _set_workspace(self, struct: c_abi.SampleArgs) -> None:
+        """Keep what earlier launches have left in the lists, as a prepared call does."""
+        size = self.workspace_bytes(struct.rows, self.launch.blocks)
+        if struct.rows not in self.workspaces:
+            workspace = torch.full((size // 8,), -1, dtype=torch.int64)
+            workspace[: struct.rows] = 0
+            self.workspaces[struct.rows] = workspace
+        struct.workspace = self.workspaces[struct.rows].data_ptr()
+        struct.workspace_bytes = size
 
     def sample(self, call: SampleCall) -> SampleOutput:
         assert not call.check, "the tests that use this look at the status themselves"

@@ -187,7 +187,8 @@ struct Thread {
 struct Launch {
   dim3 grid;
   dim3 block;
-  unsigned cluster = 1;  // blocks of a cluster, along x
+  unsigned cluster = 1;    // blocks of a cluster, along x
+  bool is_cluster = true;  // false: such blocks run in turns, and the launch has no clusters
   size_t shared_bytes = 0;
   uint64_t seed = 0;  // 0: threads run in their order, and atomics do not yield
 };
@@ -594,12 +595,17 @@ inline void __threadfence_block() {}
 inline void __threadfence() {}
 
 inline unsigned __clusterRelativeBlockRank() {
-  return cuda_emulation::machine.current->block->rank;
+  using namespace cuda_emulation;
+  return machine.launch.is_cluster ? machine.current->block->rank : 0;
 }
-inline unsigned __clusterSizeInBlocks() { return cuda_emulation::machine.launch.cluster; }
+inline unsigned __clusterSizeInBlocks() {
+  using namespace cuda_emulation;
+  return machine.launch.is_cluster ? machine.launch.cluster : 1;
+}
 inline void __cluster_barrier_arrive() {
   using namespace cuda_emulation;
   Thread& thread = *machine.current;
+  if (!machine.launch.is_cluster) fail("__cluster_barrier_arrive in a launch without clusters");
   if (thread.has_arrived) fail("__cluster_barrier_arrive twice without a wait");
   if (machine.running != machine.threads.size()) {
     fail("__cluster_barrier_arrive after threads of the cluster have exited");
@@ -623,8 +629,9 @@ inline void* __cluster_map_shared_rank(const void* pointer, unsigned rank) {
   if (own < shared || own > shared + machine.launch.shared_bytes) {
     fail("__cluster_map_shared_rank of what is not in the block's shared memory");
   }
-  if (rank >= machine.launch.cluster)
+  if (rank >= __clusterSizeInBlocks())
     fail("__cluster_map_shared_rank of a block that is not there");
+  if (!machine.launch.is_cluster) return const_cast<unsigned char*>(own);
   if (rank != machine.current->block->rank && machine.cluster_barrier.generation == 0) {
     fail("__cluster_map_shared_rank of a block that need not have started: no barrier came before");
   }
@@ -801,6 +808,9 @@ inline float __uint_as_float(unsigned bits) {
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
+inline int __clzll(long long bits) {
+  return bits == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(bits));
+}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);

@@ -17,11 +17,13 @@ struct Overwriting {
   int32_t often;
 };
 
-// Returns what went wrong, or an empty string; valid until the next call. `overwriting` may be NULL.
+// Returns what went wrong, or an empty string; valid until the next call. `overwriting` may be NULL. The blocks
+// of a split row run in turns, as those of a cluster do.
 const char* llm_sampling_cuda_emulated(
     const LlmSamplingArgs* args,
     int32_t blocks,
     int32_t copied,
+    int32_t is_split,
     uint64_t seed,
     const Overwriting* overwriting
 ) {
@@ -30,14 +32,19 @@ const char* llm_sampling_cuda_emulated(
   const int32_t code = check_struct(*args);
   if (code != LLM_SAMPLING_OK) return error_text(code);
   const int logit_bytes = args->dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
-  const Launch launch = split_rows(args->vocab_size, logit_bytes, blocks, copied != 0);
+  Launch launch = divide_rows(args->vocab_size, logit_bytes, blocks, copied != 0);
+  if (is_split != 0) {
+    launch = can_split(*args) ? split_rows(args->vocab_size, logit_bytes, blocks)
+                              : divide_rows(args->vocab_size, logit_bytes, 1, false);
+  }
   cuda_emulation::Launch emulated;
   emulated.grid = dim3(static_cast<unsigned>(args->rows * launch.blocks));
   emulated.block = dim3(kThreads);
   emulated.cluster = static_cast<unsigned>(launch.blocks);
+  emulated.is_cluster = !launch.is_split;
   emulated.seed = seed;
   emulated.shared_bytes = static_cast<size_t>(launch.shared_bytes);
-  const Plan plan{*args, launch.vecs};
+  const Plan plan = plan_of(*args, launch);
   auto& machine = cuda_emulation::machine;
   machine.at_barrier = nullptr;
   if (overwriting != nullptr) {
@@ -52,7 +59,8 @@ const char* llm_sampling_cuda_emulated(
       std::swap_ranges(logits, logits + args->vocab_size * logit_bytes, others);
     };
   }
-  failure = cuda_emulation::run(emulated, find_kernel(args->dtype, launch.copied), plan);
+  const SampleKernel kernel = find_kernel(args->dtype, launch.copied, launch.is_split);
+  failure = cuda_emulation::run(emulated, kernel, plan);
   return failure.c_str();
 }
 
@@ -72,20 +80,27 @@ const char* llm_sampling_cuda_update_emulated(const LlmSamplingUpdate* update, u
   return failure.c_str();
 }
 
-// Writes what choose_launch chooses: blocks, copied, vecs, shared bytes.
+// Writes what choose_launch chooses: blocks, copied, is_split, vecs, shared bytes.
 void llm_sampling_cuda_launch(
     int64_t rows,
     int64_t vocab_size,
     int32_t logit_bytes,
+    int32_t has_workspace,
     const int32_t* device,
     int32_t* launch
 ) {
   const llm_sampling::Device on{device[0], device[1], device[2]};
-  const auto chosen = llm_sampling::choose_launch(rows, vocab_size, logit_bytes, on);
+  const auto chosen =
+      llm_sampling::choose_launch(rows, vocab_size, logit_bytes, has_workspace != 0, on);
   launch[0] = chosen.blocks;
   launch[1] = chosen.copied;
-  launch[2] = chosen.vecs;
-  launch[3] = chosen.shared_bytes;
+  launch[2] = chosen.is_split;
+  launch[3] = chosen.vecs;
+  launch[4] = chosen.shared_bytes;
+}
+
+int64_t llm_sampling_cuda_workspace_bytes(int64_t rows, int32_t parts) {
+  return llm_sampling::workspace_bytes(rows, parts);
 }
 
 }  // extern "C"

@@ -1,0 +1,61 @@
+// The host half of the CUDA library over a fake runtime, with functions by which a test describes the devices and
+// reads what was launched.
+#include "../../../csrc/cuda/launch.cu"
+
+namespace llm_sampling {
+namespace {
+
+// Stand for the kernels: each has an address of its own.
+template <int kNumber>
+void kernel(const Plan plan) {
+  static_cast<void>(plan);
+}
+void update_kernel(const LlmSamplingUpdate update) { static_cast<void>(update); }
+
+}  // namespace
+
+SampleKernel find_kernel(int32_t dtype, bool copied, bool is_split) {
+  static const SampleKernel kernels[3][3] = {
+      {kernel<0>, kernel<1>, kernel<2>},
+      {kernel<3>, kernel<4>, kernel<5>},
+      {kernel<6>, kernel<7>, kernel<8>}
+  };
+  return kernels[dtype][is_split ? 2 : copied ? 1 : 0];
+}
+UpdateKernel find_update_kernel() { return update_kernel; }
+
+}  // namespace llm_sampling
+
+extern "C" {
+
+// Describes the machine; forgets what earlier tests have launched.
+void fake_cuda_set(const fake_cuda::Machine* machine) {
+  fake_cuda::machine = *machine;
+  fake_cuda::launches.clear();
+  fake_cuda::occupancy_calls = 0;
+}
+
+void fake_cuda_use_device(int32_t index) { fake_cuda::current_device = index; }
+
+int32_t fake_cuda_launches() { return static_cast<int32_t>(fake_cuda::launches.size()); }
+
+int32_t fake_cuda_occupancy_calls() { return fake_cuda::occupancy_calls; }
+
+// Writes blocks, blocks of a cluster and bytes of shared memory of a launch.
+void fake_cuda_launch(int32_t number, int32_t* values) {
+  const fake_cuda::Launch& launch = fake_cuda::launches[static_cast<size_t>(number)];
+  values[0] = launch.blocks;
+  values[1] = launch.cluster;
+  values[2] = launch.shared_bytes;
+}
+
+// How often limits of shared memory were set, and for how many kernels and devices together.
+void fake_cuda_limits(int32_t* values) {
+  values[0] = values[1] = 0;
+  for (const auto& [key, limits] : fake_cuda::limits) {
+    values[0] += static_cast<int32_t>(limits.size());
+    values[1] += 1;
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,300 @@
+"""The host half of the CUDA library: which launch it starts on which device.
+
+csrc/cuda/launch.cu is compiled with a runtime that does nothing but describe a device and record
+launches, fake_cuda/cuda_runtime.h.
+"""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from llm_sampling import SamplingParams
+from llm_sampling.backends import c_abi
+from llm_sampling.backends.base import make_results
+from llm_sampling.calls import make_call
+
+FAKE = Path(__file__).parent / "fake_cuda"
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+
+class Machine(ctypes.Structure):
+    """``fake_cuda::Machine``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32)
+        for name in ("major", "processors", "shared_bytes", "static_bytes", "ptx_version", "room")
+    )
+
+
+class Launch(NamedTuple):
+    blocks: int
+    cluster: int
+    shared_bytes: int
+
+
+A100 = {"major": 8, "processors": 108, "shared_bytes": 163 * 1024, "ptx_version": 80}
+RTX_4090 = {"major": 8, "processors": 128, "shared_bytes": 99 * 1024, "ptx_version": 80}
+H100 = {"major": 9, "processors": 132, "shared_bytes": 227 * 1024, "ptx_version": 90}
+THOR = {"major": 11, "processors": 20, "shared_bytes": 227 * 1024, "ptx_version": 90}
+
+NO_KERNEL_IMAGE = 1209
+
+#: What the library has found out about a device it keeps, so each test has devices of its own.
+DEVICES = itertools.count()
+
+
+class Host:
+    """The library, and one device after another."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.llm_sampling_error.restype = ctypes.c_char_p
+        self.library.llm_sampling_cuda_workspace.argtypes = [
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_int32,
+            ctypes.c_void_p,
+        ]
+        self._kept: list[object] = []
+
+    def use(self, *, room: int = 0, static_bytes: int = 0, **machine: int) -> None:
+        """Go on with a device that nothing has run on."""
+        described = Machine(room=room, static_bytes=static_bytes, **machine)
+        self.library.fake_cuda_set(ctypes.byref(described))
+        self.index = next(DEVICES)
+        assert self.index < 64, "the library remembers no more devices"
+        self.library.fake_cuda_use_device(self.index)
+
+    def args(
+        self, rows: int, vocab_size: int, dtype: torch.dtype = torch.bfloat16, **options: object
+    ) -> c_abi.SampleArgs:
+        logits = torch.zeros(1, vocab_size, dtype=dtype).expand(rows, vocab_size)
+        call = make_call(logits, SamplingParams(seed=1), history=None, check=False, **options)
+        args, output = c_abi.make_args(call), make_results(call)
+        c_abi.set_results(args, output)
+        self._kept += [call, output]
+        return args
+
+    def workspace_bytes(self, args: c_abi.SampleArgs) -> int:
+        size = ctypes.c_int64(-1)
+        code = self.library.llm_sampling_cuda_workspace(
+            args.rows, args.vocab_size, args.dtype, ctypes.byref(size)
+        )
+        assert code == 0
+        return size.value
+
+    def with_workspace(self, args: c_abi.SampleArgs) -> c_abi.SampleArgs:
+        size = self.workspace_bytes(args)
+        if size > 0:
+            memory = torch.zeros(size // 8, dtype=torch.int64)
+            self._kept.append(memory)
+            args.workspace, args.workspace_bytes = memory.data_ptr(), size
+        return args
+
+    def run(self, args: c_abi.SampleArgs) -> int:
+        return self.library.llm_sampling_cuda(ctypes.byref(args), None)
+
+    def launches(self) -> list[Launch]:
+        values = (ctypes.c_int32 * 3)()
+        found = []
+        for number in range(self.library.fake_cuda_launches()):
+            self.library.fake_cuda_launch(number, values)
+            found.append(Launch(*values))
+        return found
+
+    def limits(self) -> tuple[int, int]:
+        values = (ctypes.c_int32 * 2)()
+        self.library.fake_cuda_limits(values)
+        return values[0], values[1]
+
+
+@pytest.fixture(scope="module")
+def library(build_once) -> Path:
+    def build(folder: Path) -> None:
+        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+        output = folder / "libfake.so"
+        command += ["-pthread", f"-I{FAKE}", "-x", "c++", str(FAKE / "host.cpp"), "-o", str(output)]
+        subprocess.run(command, check=True)
+
+    (built,) = build_once("cuda_host", build).iterdir()
+    return built
+
+
+@pytest.fixture
+def host(library) -> Host:
+    return Host(library)
+
+
+# Which devices
+
+
+@pytest.mark.parametrize(
+    ("major", "code"), [(7, NO_KERNEL_IMAGE), (8, 0), (9, 0), (11, 0), (13, 0)]
+)
+def test_a_device_is_usable_from_8_0_on(host, major, code):
+    host.use(**{**A100, "major": major})
+    assert host.library.llm_sampling_cuda_usable(0) == code
+
+
+def test_older_code_on_a_new_device_is_launched_without_clusters(host):
+    """A library of an old compiler has PTX for 8.0 alone, which knows no clusters."""
+    host.use(**{**H100, "ptx_version": 80})
+    assert host.run(host.args(1, 128256)) == 0
+    assert [launch.cluster for launch in host.launches()] == [1]
+
+
+@pytest.mark.parametrize("device", [H100, THOR], ids=["9.0", "11.0"])
+def test_clusters_are_used_where_the_code_knows_them(host, device):
+    host.use(**device)
+    assert host.run(host.args(1, 128256)) == 0
+    assert host.launches()[0].cluster == 8
+
+
+# Shared memory
+
+
+def test_the_limit_of_shared_memory_is_set_once_for_a_kernel(host):
+    host.use(**H100)
+    before = host.limits()
+    for rows in (1, 64, 256, 1):
+        assert host.run(host.args(rows, 128256)) == 0
+    after = host.limits()
+    assert after[0] - before[0] == after[1] - before[1] == 1
+    host.use(**H100)  # another device
+    assert host.run(host.args(1, 128256)) == 0
+    assert host.limits()[0] == after[0] + 1
+
+
+def test_what_a_kernel_has_by_itself_counts_too(host):
+    host.use(static_bytes=1024, **H100)
+    assert host.run(host.args(1, 32000)) == 0
+
+
+def test_a_device_that_cannot_be_remembered_is_asked_each_time(host):
+    host.use(**H100)
+    host.library.fake_cuda_use_device(64)
+    before = host.limits()[0]
+    for _ in range(2):
+        assert host.run(host.args(1, 32000)) == 0
+    assert host.limits()[0] == before + 2
+
+
+def test_threads_with_other_shapes_do_not_disturb_each_other(host):
+    host.use(**A100)
+    index = host.index
+    sizes = [(1, 32000), (1, 50000), (256, 1000)]
+    args = [host.args(rows, vocab_size) for rows, vocab_size in sizes]
+    codes: list[int] = []
+    start = threading.Barrier(len(args))
+
+    def hammer(own: c_abi.SampleArgs) -> None:
+        host.library.fake_cuda_use_device(index)
+        start.wait()
+        codes.extend(host.run(own) for _ in range(500))
+
+    threads = [threading.Thread(target=hammer, args=(own,)) for own in args]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0] * 1500
+    assert len({launch.shared_bytes for launch in host.launches()}) == 3
+
+
+# Room for clusters
+
+
+@pytest.mark.parametrize(("room", "cluster"), [(8, 8), (4, 4), (2, 2), (1, 1)])
+def test_a_cluster_is_as_large_as_there_is_room_for(host, room, cluster):
+    host.use(room=room, **H100)
+    assert host.run(host.args(1, 128256)) == 0
+    assert host.launches()[0].cluster == cluster
+
+
+def test_the_room_for_a_cluster_is_asked_for_once(host):
+    host.use(**H100)
+    args = host.args(1, 128256)
+    for _ in range(5):
+        assert host.run(args) == 0
+    assert host.library.fake_cuda_occupancy_calls() == 1
+    assert host.library.llm_sampling_cuda(ctypes.byref(args), ctypes.c_void_p(1)) == 0
+    assert host.library.fake_cuda_occupancy_calls() == 2, "another stream may have other room"
+
+
+def test_rows_are_split_where_there_is_no_room_for_a_cluster(host):
+    host.use(room=1, **H100)
+    args = host.with_workspace(host.args(1, 262144))
+    assert host.run(args) == 0
+    (launch,) = host.launches()
+    assert (launch.blocks, launch.cluster) == (32, 1)
+
+
+# Split rows
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "vocab_size", "blocks"),
+    [
+        (A100, 1, 128256, 32),
+        (RTX_4090, 1, 128256, 32),
+        (A100, 8, 128256, 8 * 13),
+        (A100, 54, 128256, 54),  # the half of a row does not fit one block
+        (A100, 64, 128256, 64),
+        (A100, 1, 32000, 1),  # one block has a copy of it
+        (RTX_4090, 2, 262144, 64),
+        (RTX_4090, 1, 2**20, 1),  # the 32nd part of a row does not fit one block
+        (H100, 1, 128256, 8),  # a cluster
+    ],
+)
+def test_few_rows_are_split_over_more_blocks(host, device, rows, vocab_size, blocks):
+    host.use(**device)
+    args = host.with_workspace(host.args(rows, vocab_size))
+    assert host.run(args) == 0
+    assert host.launches()[0].blocks == blocks
+
+
+def test_without_a_workspace_no_row_is_split(host):
+    host.use(**A100)
+    args = host.args(1, 128256)
+    assert host.workspace_bytes(args) > 0
+    assert host.run(args) == 0
+    assert host.launches()[0].blocks == 1
+
+
+def test_a_workspace_that_is_too_small_is_refused(host):
+    host.use(**A100)
+    args = host.with_workspace(host.args(1, 128256))
+    args.workspace_bytes -= 8
+    assert host.run(args) == 2
+    assert host.launches() == []
+
+
+def test_raw_logprobs_and_filtered_logits_are_not_split(host):
+    host.use(**A100)
+    args = host.with_workspace(host.args(1, 128256, logprobs="raw"))
+    assert host.run(args) == 0
+    args = host.with_workspace(host.args(1, 128256))
+    filtered = torch.empty(1, 128256)
+    args.filtered, args.filtered_stride = filtered.data_ptr(), 128256
+    assert host.run(args) == 0
+    assert [launch.blocks for launch in host.launches()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "dtype", "code"),
+    [(-1, 100, 0, 2), (1, 0, 0, 2), (1, 2**20 + 1, 0, 2), (1, 100, 3, 3), (0, 100, 0, 0)],
+)
+def test_a_workspace_is_asked_for_with_valid_numbers(host, rows, vocab_size, dtype, code):
+    host.use(**A100)
+    size = ctypes.c_int64(-1)
+    function = host.library.llm_sampling_cuda_workspace
+    assert function(rows, vocab_size, dtype, ctypes.byref(size)) == code
+    assert size.value == 0
+    assert function(1, 100, 0, None) == 4

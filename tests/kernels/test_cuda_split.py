@@ -1,0 +1,145 @@
+"""Rows that are split over blocks without a cluster, csrc/cuda/split.cuh, in the emulation.
+
+test_cuda_emulated.py compares them with the reference over all kinds of calls. Here are the rows
+that they are for, which the last block must finish from the lists of all blocks.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cuda_cost
+from llm_sampling import SamplingParams, TokenHistory, sample
+
+sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
+import backend as emulation
+
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+#: What a block does that must sample its row alone, and a token that tells of it.
+ALONE = "  RowSampler<kDtype, Layout::kInPlace>(plan.args, plan.whole_vecs, row).run();\n"
+TOLD = "  if (threadIdx.x == 0) plan.args.tokens[int64_t{row} * plan.args.num_samples] = -7;\n"
+#: Of rows that are finished from lists.
+FINISHED = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.0, frequency_penalty=0.7, repetition_penalty=1.3),
+    SamplingParams(top_k=50, seed=1),
+    SamplingParams(top_k=50, top_p=0.9, temperature=0.8, seed=2),
+    SamplingParams(top_k=1, seed=3),
+    SamplingParams(top_k=192, top_p=0.95, seed=4),
+    SamplingParams(top_k=20, min_p=0.05, presence_penalty=0.4, seed=5),
+    SamplingParams(min_p=0.1, seed=6),
+    SamplingParams(min_p=0.2, min_tokens_to_keep=40, temperature=1.3, seed=7),
+    SamplingParams(
+        top_k=50, top_p=0.2, min_tokens_to_keep=9, logit_bias={5: 3.0, 900: 9.0}, seed=8
+    ),
+]
+
+
+def make_rows(vocab_size=6007):
+    """Return logits like a model's, a history and a mask, of a row for each of FINISHED."""
+    generator = torch.Generator().manual_seed(3)
+    rows = len(FINISHED)
+    falling = 4 - 1.6 * torch.arange(1, vocab_size + 1).log()
+    logits = falling + 0.7 * torch.randn(rows, vocab_size, generator=generator)
+    logits = logits[:, torch.randperm(vocab_size, generator=generator)]
+    best = logits.topk(40).indices
+    history = TokenHistory.from_ids(best[:, ::3].tolist(), best[:, ::2].tolist(), vocab_size)
+    mask = torch.rand(rows, vocab_size, generator=generator) < 0.9
+    return logits, history, mask
+
+
+def draw(backend, logits, history, mask):
+    output = sample(
+        logits,
+        FINISHED,
+        history=history,
+        allowed_mask=mask,
+        num_samples=8,
+        logprobs="processed",
+        backend=backend,
+        check=False,
+    )
+    return output.tokens, output.status
+
+
+def differs(name):
+    """Whether the tokens of five launches, with other orders of threads each, are not right."""
+    rows = make_rows()
+    wanted = draw("torch", *rows)
+    found = [draw(name, *rows) for _ in range(5)]
+    return not all(
+        torch.equal(one, other) for got in found for one, other in zip(got, wanted, strict=True)
+    )
+
+
+@needs_gxx
+@pytest.mark.parametrize("parts", [2, 7, 8])
+def test_no_block_samples_such_a_row_alone(monkeypatch, tmp_path, parts):
+    library = emulation.build(tmp_path, planted=(ALONE, TOLD))
+    name = emulation.install(monkeypatch, library, emulation.Launch(parts, True, True))
+    assert not differs(name)
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("  if (thread < lists.parts) {\n", "  if (thread < lists.parts - 1) {\n"),
+        ("const int all = lists.parts * lists.wanted;", "const int all = 7 * lists.wanted;"),
+        (
+            "  __syncthreads();\n  if (threadIdx.x == 0) {\n    shared_.is_last",
+            "  if (threadIdx.x == 0) {\n    shared_.is_last",
+        ),
+        ("    if (shared_.is_last) *counter = 0;\n", ""),
+        ("least = bound > kLowestCode ? bound : kLowestCode;", "least = kLowestCode;"),
+        ("      visit(code);\n    }\n  };", "      if (code > bound) visit(code);\n    }\n  };"),
+        ("  int wanted = filters.max_kept;\n", "  int wanted = filters.max_kept - 1;\n"),
+        (" == static_cast<uint32_t>(parts) - 1;", " == static_cast<uint32_t>(parts) - 2;"),
+    ],
+    ids=["maximum", "list", "barrier", "counter", "bound", "on it", "wanted", "last"],
+)
+def test_what_is_wrong_is_seen(monkeypatch, tmp_path, text, wrong):
+    library = emulation.build(tmp_path, planted=(text, wrong))
+    name = emulation.install(monkeypatch, library, emulation.Launch(8, True, True))
+    with pytest.raises(AssertionError, match=r"a counter is not 0|the tokens are wrong"):
+        assert not differs(name), "the tokens are wrong"
+
+
+# The order of memory, which the emulation does not have: its threads see each write at once.
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory):
+    """The PTX of the kernels for split rows, by their names."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    path = tmp_path_factory.mktemp("ptx") / "sample.ptx"
+    flags = [flag for flag in cuda_cost.FLAGS if flag != "-lineinfo"]
+    command = ["nvcc", *flags, "-arch=compute_80", "-ptx", "-o", str(path)]
+    subprocess.run([*command, str(cuda_cost.SOURCE)], check=True)
+    kernels = re.split(r"^\.visible \.entry ", path.read_text(), flags=re.MULTILINE)[1:]
+    return {text.split("(")[0]: text for text in kernels if "split_kernel" in text.split("(")[0]}
+
+
+COUNT = "atom.add.acq_rel.gpu.global.u32"
+LIST_STORE = r"st\.global\.u64"
+
+
+def test_a_list_is_released_and_acquired(ptx):
+    """The lists are written, then comes a barrier, then the count, and a barrier before reads."""
+    assert len(ptx) == 3
+    for name, text in ptx.items():
+        assert text.count(COUNT) == 1, name
+        before, after = text.split(COUNT)
+        assert re.search(LIST_STORE, before), "a list is written before"
+        after_stores = before[[found.end() for found in re.finditer(LIST_STORE, before)][-1] :]
+        assert "bar.sync" in after_stores or "barrier.sync" in after_stores
+        first_read = after.index("ld.global.cg.u64")
+        assert "bar" in after[:first_read], "threads wait for the one that has counted"
+        assert "ld.global.cg" not in before, "nothing is read before"
