@@ -29,8 +29,7 @@ def make_logits(
     """Logits ``(rows, vocab_size)``, the rows of these inputs in turn.
 
     Args:
-        rows: how many; all differ where ``vocab_size`` has no factor 97 and there are fewer rows
-            than ids.
+        rows: how many.
         vocab_size: at least 256.
         dtype: of the logits.
         device: where they are.

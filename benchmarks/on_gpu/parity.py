@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.cases import EVERYTHING, Case
 from benchmarks.inputs import make_inputs
 from benchmarks.on_gpu.logits import make_logits
-from benchmarks.on_gpu.results import Results
+from benchmarks.on_gpu.results import Results, label, verdict_of
 from benchmarks.on_gpu.setting import Deadline, Setting, Shape
 from llm_sampling import RequestTable, SamplingParams, TokenHistory, sample
 from llm_sampling.backends.base import SampleOutput
@@ -174,18 +174,16 @@ def run(setting: Setting, results: Results, deadline: Deadline, draw: Draw = sam
     absent = setting.absent()
     backends = [name for name in setting.backends if name not in absent]
     keys = list(itertools.product(setting.parity, DTYPES, FORMS))
-    plan = [[backend, *shape, dtype, form] for backend in backends for shape, dtype, form in keys]
+    plan = [label(backend, *shape, *what) for backend in backends for shape, *what in keys]
     results.put(absent=absent, plan=plan, comparisons=[])
     answers: dict[Key, Answer] = {}
-    verdict = "equal" if backends else "nothing ran"
     for place, backend in enumerate(backends):
         until = deadline.part(len(backends) - place)
         for line in _lines(setting, backend, keys, answers, until, draw):
-            if line["differ"] or line["error"]:
-                verdict = "DIFFERS"
-                results.put(verdict=verdict)  # in case that this step is killed
             results.add("comparisons", line)
-    results.put(verdict=verdict)
+            if line["differ"]:
+                results.put(verdict="DIFFERS")  # in case that this step is killed
+    results.put(verdict=verdict_of(results.record["comparisons"], len(plan)))
 
 
 def _lines(
@@ -198,6 +196,7 @@ def _lines(
 ) -> Iterator[dict[str, Any]]:
     """Compare a backend with the reference, whose answers are kept for the next one."""
     made: tuple[Shape, str] | None = None
+    is_shown = False
     for key in keys:
         if deadline.is_near():
             break
@@ -205,25 +204,20 @@ def _lines(
         if made != (shape, dtype):
             batch = Batch.make(shape, DTYPES[dtype], setting.device)
             made = shape, dtype
-        if key not in answers:
-            answers[key] = Answer.of(FORMS[form](batch, "torch", draw))
         line = {"backend": backend, **shape._asdict(), "dtype": dtype, "form": form}
-        line |= _compare(backend, batch, form, answers[key], draw)
+        line |= {"compared": 0, "differ": 0, "error": None}
+        try:
+            if key not in answers:
+                answers[key] = Answer.of(FORMS[form](batch, "torch", draw))
+            wanted, found = answers[key], Answer.of(FORMS[form](batch, backend, draw))
+        except Exception as error:  # any, since the other comparisons are still made
+            line["error"] = f"{type(error).__name__}: {error}"
+        else:
+            line["compared"] = sum(tensor.numel() for tensor in wanted)
+            line["differ"] = sum(int((a != b).sum()) for a, b in zip(wanted, found, strict=True))
+            if line["differ"] and not is_shown:  # one is enough: the CPU takes long for many rows
+                line["example"] = _difference(wanted, found, batch, form)
+                is_shown = True
         yield line
         if line["error"]:
             setting.check_device()
-
-
-def _compare(backend: str, batch: Batch, form: str, wanted: Answer, draw: Draw) -> dict[str, Any]:
-    """How many tokens and status were compared and how many differ, and the first difference."""
-    compared = wanted.tokens.numel() + wanted.status.numel()
-    line: dict[str, Any] = {"compared": compared, "differ": 0, "error": None}
-    try:
-        found = Answer.of(FORMS[form](batch, backend, draw))
-    except Exception as error:  # a kernel may fail in any way, and the others are still compared
-        return line | {"error": f"{type(error).__name__}: {error}"}
-    line["differ"] = int((wanted.tokens != found.tokens).sum())
-    line["differ"] += int((wanted.status != found.status).sum())
-    if line["differ"]:
-        line["example"] = _difference(wanted, found, batch, form)
-    return line

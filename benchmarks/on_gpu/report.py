@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.on_gpu.limited import BY_ITSELF
+from benchmarks.on_gpu.results import label
 
 #: A step's result; any entry may be missing, since the step may have been killed.
 Result = Mapping[str, Any]
@@ -20,7 +21,8 @@ def failed(record: Mapping[str, Any]) -> bool:
 
 def _is_bad(step: Mapping[str, Any]) -> bool:
     verdict = _verdict(step)
-    return step["ended"] != BY_ITSELF or verdict in ("DIFFERS", "ERRORS") or "nothing" in verdict
+    bad = verdict in ("DIFFERS", "ERRORS", "unfinished") or verdict.startswith("nothing")
+    return bad or step["ended"] != BY_ITSELF
 
 
 def _verdict(step: Mapping[str, Any]) -> str:
@@ -57,12 +59,19 @@ def markdown(record: Mapping[str, Any]) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 2) -> str:
     """A markdown table; the first ``texts`` columns are aligned left, the others right."""
     lines = [f"| {' | '.join(header)} |", "|---" * texts + "|--:" * (len(header) - texts) + "|"]
-    cells = ([str(cell).replace("|", "\\|") for cell in row] for row in rows)
+    cells = ([_in_a_line(cell).replace("|", "\\|") for cell in row] for row in rows)
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
 
 
+def _in_a_line(value: object) -> str:
+    """What a message says, without its line breaks and without more than its beginning."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
 def _list(entries: Mapping[str, Any]) -> list[str]:
-    return [f"* {name}: {value}" for name, value in entries.items() if value not in (None, "")]
+    known = {name: value for name, value in entries.items() if value not in (None, "")}
+    return [f"* {name}: {_in_a_line(value)}" for name, value in known.items()]
 
 
 def _machine(device: Result) -> list[str]:
@@ -92,18 +101,14 @@ def _pairs(entries: Mapping[str, Any]) -> str:
 
 
 def _absent(result: Result) -> list[str]:
-    return [f"* absent: {name}: {reason}" for name, reason in result.get("absent", {}).items()]
+    return _list({f"absent: {name}": why for name, why in result.get("absent", {}).items()})
 
 
 def _reached(result: Result, lines: Sequence[Result], names: Sequence[str]) -> list[str]:
     """How much of the plan was reached, and what was not: who, on which shape, and how often."""
-    plan = [tuple(key) for key in result.get("plan", ())]
-    done = {tuple(line[name] for name in names) for line in lines}
-    missing = Counter(
-        f"{who} {rows} x {size:,}"
-        for who, rows, size, *more in plan
-        if (who, rows, size, *more) not in done
-    )
+    plan = result.get("plan", ())
+    done = {label(*(line[name] for name in names)) for line in lines}
+    missing = Counter(line.partition(": ")[0] for line in plan if line not in done)
     text = [f"* {len(lines)} of {len(plan)} were reached"]
     listed = ", ".join(f"{what} ({count})" for what, count in missing.items())
     return [*text, f"* missing: {listed}"] if missing else text
@@ -147,8 +152,8 @@ def _parity(result: Result) -> str:
     lines += ["", _table(header, rows)]
     first = next((line for line in found if line["differ"] or line["error"]), None)
     if first is not None:
-        words = "\n".join(_list({k: v for k, v in first.items() if k != "example"}))
-        lines += ["", "The first difference:", "", words, *_list(first.get("example", {}))]
+        shown = {name: value for name, value in first.items() if name != "example"}
+        lines += ["", "The first difference:", "", *_list(shown | first.get("example", {}))]
     return "\n".join(lines)
 
 
@@ -165,7 +170,8 @@ def _threads(result: Result) -> str:
     ]
     steps = f"* {result.get('steps', '?')} steps; the last that began: {result.get('running', '-')}"
     header = ["backend", "logits", "compared", "differ", "error"]
-    return "\n".join([*_absent(result), steps, "", _table(header, rows)])
+    reached = _reached(result, result.get("lines", ()), ("backend", "rows", "vocab_size"))
+    return "\n".join([*_absent(result), steps, *reached, "", _table(header, rows)])
 
 
 def _sanitizers(result: Result) -> str:
@@ -191,6 +197,7 @@ def _times(result: Result) -> str:
         "* cold: each launch reads another buffer, together twice the L2 cache; hot: all read one",
         "* reads: cold, as a multiple of the time of one read of the logits at a copy's bandwidth",
         "* after a product: a product of two matrices before each launch, less the products alone",
+        "* one element + 1: a kernel that changes one number, which is a launch and nothing else",
         "* all parameters: the penalties' counts stay in the L2 cache",
     ]
     if bytes_per_us:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,27 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
+
+
+def label(who: str, rows: int, vocab_size: int, *what: str) -> str:
+    """A line of a step's plan: who does what on logits ``(rows, vocab_size)``."""
+    return f"{who} {rows} x {vocab_size:,}: {', '.join(what)}"
+
+
+def verdict_of(lines: Sequence[Mapping[str, Any]], planned: int) -> str:
+    """What comparisons say together.
+
+    Args:
+        lines: each with ``differ``, a count, and ``error``, a text or None.
+        planned: how many there should be.
+    """
+    if any(line["differ"] for line in lines):
+        return "DIFFERS"
+    if any(line["error"] for line in lines):
+        return "ERRORS"
+    if not lines:
+        return "nothing ran"
+    return "equal" if len(lines) == planned else "equal as far as it went"
 
 
 class Results:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.on_gpu.limited import BY_ITSELF, GRACE_S, run_limited
+from benchmarks.on_gpu.limited import AT_ITS_LIMIT, BY_ITSELF, GRACE_S, run_limited
 from benchmarks.on_gpu.results import Results
 from benchmarks.on_gpu.setting import Deadline, Setting
 
@@ -56,16 +57,18 @@ def run(setting: Setting, results: Results, deadline: Deadline) -> None:
         limit_s = left_s / (len(planned) - place)
         path = results.path.with_name(f"sanitizers-{backend}-{tool}.out")
         results.add("lines", _line(backend, tool, program, limit_s, path))
-    lines = results.record["lines"]
-    results.put(
-        verdict="nothing ran"
-        if not lines
-        else "ERRORS"
-        if not all(line["clean"] for line in lines)
-        else "no errors"
-        if program
-        else "no sanitizer was asked for"
-    )
+    results.put(verdict=_verdict(results.record["lines"], len(planned), program is not None))
+
+
+def _verdict(lines: Sequence[Mapping[str, Any]], planned: int, is_watched: bool) -> str:
+    unclean = [line for line in lines if not line["clean"]]
+    if any(line["how"] != AT_ITS_LIMIT for line in unclean):
+        return "ERRORS"
+    if planned == 0:
+        return "nothing ran"
+    if unclean or len(lines) < planned:
+        return "unfinished"
+    return "no errors" if is_watched else "no sanitizer was asked for"
 
 
 def _line(

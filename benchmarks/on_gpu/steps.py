@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -124,4 +125,8 @@ def run_steps(
 
 def _write(out: Path, record: dict[str, Any]) -> None:
     write_json(out / "on-gpu.json", record)
-    (out / "on-gpu.md").write_text(markdown(record), encoding="utf-8")
+    try:
+        text = markdown(record)
+    except Exception:  # what is left of a step may be incomplete; the other steps still run
+        text = f"# The report failed; on-gpu.json has its content\n\n{traceback.format_exc()}"
+    (out / "on-gpu.md").write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.on_gpu.logits import make_logits
 from benchmarks.on_gpu.parity import INPUTS, MIXED
-from benchmarks.on_gpu.results import Results
+from benchmarks.on_gpu.results import Results, label, verdict_of
 from benchmarks.on_gpu.setting import Deadline, Setting, Shape
 from llm_sampling import Sampler, TokenHistory
 
@@ -77,21 +77,20 @@ def run(
 
     Args:
         setting: the shapes and the number of steps.
-        results: gets ``lines``, ``running`` and ``verdict``.
+        results: gets ``plan``, ``lines``, ``running`` and ``verdict``.
         deadline: no backend is begun near it.
         make: takes the arguments of :class:`llm_sampling.Sampler`.
     """
     absent = setting.absent()
-    results.put(absent=absent, steps=setting.thread_steps, lines=[])
-    verdict = "equal" if len(absent) < len(setting.backends) else "nothing ran"
-    for backend in setting.backends:
-        if backend in absent or deadline.is_near():
-            continue
+    backends = [name for name in setting.backends if name not in absent]
+    plan = [label(backend, *shape) for backend in backends for shape in setting.threads]
+    results.put(absent=absent, steps=setting.thread_steps, plan=plan, lines=[])
+    for backend in backends:
+        if deadline.is_near():
+            break
         for line in _lines(setting, results, backend, make):
             results.add("lines", line)
-            if line["differ"] or line["error"]:
-                verdict = "DIFFERS"
-    results.put(verdict=verdict)
+    results.put(verdict=verdict_of(results.record["lines"], len(plan)))
 
 
 def _lines(

@@ -21,7 +21,7 @@ from benchmarks.cases import CASES, EVERYTHING, Case
 from benchmarks.inputs import make_inputs
 from benchmarks.on_gpu.device import CLOCKS, nvidia_smi
 from benchmarks.on_gpu.logits import make_logits
-from benchmarks.on_gpu.results import Results
+from benchmarks.on_gpu.results import Results, label
 from benchmarks.on_gpu.setting import Deadline, Setting, Shape
 from benchmarks.providers import PROVIDERS, Task, sampler_of
 from llm_sampling import SamplingParams
@@ -39,7 +39,7 @@ KINDS: Mapping[str, Case] = {
 #: A sampler of torch's operations, and one that may be compiled when it is first called, which
 #: takes long and so comes last.
 PLAIN, LAST = ("plain-torch", "top-k 50"), ("flashinfer", "top-k 50 + top-p 0.9")
-#: A launch takes the place of a buffer.
+#: Launches what is timed, on the buffer with this index.
 Launch = Callable[[int], object]
 
 
@@ -98,7 +98,7 @@ class Buffers:
         logits = make_logits(number * rows, vocab_size, DTYPE, setting.device)
         self.each = list(logits.view(number, rows, vocab_size).unbind())
         self.shape = shape
-        #: A launch's buffer; several times through all of them where these are few.
+        #: How many launches a graph has: all buffers once, or several times where they are few.
         self.launches = number * -(-20 // number)
         left = torch.randn(setting.matrix, setting.matrix, device=setting.device).to(DTYPE)
         self.product = lambda: left @ left
@@ -158,9 +158,12 @@ def run(setting: Setting, results: Results, deadline: Deadline) -> None:
         device=setting.device_name,
         dtype="bfloat16",
         absent=absent,
-        plan=[[timed.who, *timed.shape, timed.kind] for timed in plan],
+        plan=[label(timed.who, *timed.shape, timed.kind) for timed in plan],
         lines=[],
     )
+    if not backends:
+        results.put(verdict="nothing ran")
+        return
     results.put(bytes_per_us=round(_bandwidth(setting)), clocks=[nvidia_smi(CLOCKS)])
     buffers: Buffers | None = None
     for timed in plan:

@@ -18,7 +18,16 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from benchmarks.on_gpu import limited, parity, predicted, sanitizers, self_test, threads, times
+from benchmarks.on_gpu import (
+    device,
+    limited,
+    parity,
+    predicted,
+    sanitizers,
+    self_test,
+    threads,
+    times,
+)
 from benchmarks.on_gpu.limited import AT_ITS_LIMIT, BY_ITSELF, GRACE_S, run_limited
 from benchmarks.on_gpu.report import failed, markdown
 from benchmarks.on_gpu.results import Results
@@ -151,6 +160,13 @@ def test_steps_that_hang_and_crash_do_not_stop_the_others(tmp_path):
     assert failed(record)
 
 
+def test_a_report_that_fails_stops_no_step(tmp_path):
+    code = f"open(r'{tmp_path}/parity.json', 'w').write('{{\"comparisons\": 1}}')"
+    record = run_steps([step_of("parity", code), step_of("next", "")], tmp_path, [])
+    assert [step["ended"] for step in record["steps"]] == [BY_ITSELF] * 2
+    assert "TypeError" in (tmp_path / "on-gpu.md").read_text(encoding="utf-8")
+
+
 def test_a_step_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(limited, "GRACE_S", 0.1)
     files = tmp_path / "out", tmp_path / "err"
@@ -277,6 +293,7 @@ def test_a_wrong_answer_makes_the_verdict_differs(change, differ):
     found = run_here(parity, draw=wrong_draw(change))
     assert found["verdict"] == "DIFFERS"
     assert all(line["differ"] >= differ for line in found["comparisons"])
+    assert ["example" in line for line in found["comparisons"]] == [True] + [False] * 14
     example = found["comparisons"][0]["example"]
     assert example["row"] == 5
     assert example["found"] != example["reference"] == example["kernel of the CPU"]
@@ -287,9 +304,9 @@ def test_a_wrong_answer_makes_the_verdict_differs(change, differ):
     assert "The first difference:\n\n* backend: cpu\n" in text
 
 
-def test_an_error_makes_the_verdict_differs():
+def test_an_error_is_in_the_verdict():
     found = run_here(parity, draw=wrong_draw(raise_an_error))
-    assert found["verdict"] == "DIFFERS"
+    assert found["verdict"] == "ERRORS"
     assert len(found["comparisons"]) == len(found["plan"])  # the others are still compared
     assert "* error: RuntimeError: the kernel failed" in markdown(record_of(parity=found))
 
@@ -302,6 +319,12 @@ def test_a_step_stops_near_its_deadline_and_says_what_is_missing(step):
     found = run_here(step, deadline=deadline)
     text = markdown(record_of(**{step.__name__.rpartition(".")[2]: found}))
     assert f"* 4 of {len(found['plan'])} were reached\n* missing: " in text
+
+
+@pytest.mark.parametrize("step", [parity, threads])
+def test_no_time_at_all_is_no_success(step):
+    found = run_here(step, deadline=Deadline(0.0, lambda: 1.0))
+    assert found["verdict"] == "nothing ran"
 
 
 def test_threads_compare_with_the_loop_alone():
@@ -334,7 +357,7 @@ def test_an_error_in_a_thread_is_shown():
             return super().__call__(logits)
 
     found = run_here(threads, make=Failing)
-    assert found["verdict"] == "DIFFERS"
+    assert found["verdict"] == "ERRORS"
     assert "| cpu | 1 x 513 | 0 | 0 | RuntimeError: invalid argument |" in markdown(
         record_of(threads=found)
     )
@@ -358,6 +381,18 @@ def test_the_self_test(monkeypatch, lines, verdict, is_bad):
     assert found["verdict"] == verdict
     assert failed(record_of(self_test=found)) is is_bad
     assert f"| {answers[0].backend} | " in markdown(record_of(self_test=found))
+
+
+def test_what_nvidia_smi_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert device.nvidia_smi(device.CLOCKS) == "nvidia-smi is not on the path"
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '1980 MHz, 3201 MHz, 95.10 W, 36'\n")
+    program.chmod(0o755)
+    (gpu,) = device.nvidia_smi(device.CLOCKS)
+    assert gpu == dict(zip(device.CLOCKS, ("1980 MHz", "3201 MHz", "95.10 W", "36"), strict=True))
+    program.write_text("#!/bin/sh\necho 'no devices  were found'; exit 6\n")
+    assert device.nvidia_smi(device.CLOCKS) == "no devices were found"
 
 
 def test_the_time_of_a_graph(monkeypatch):
@@ -425,6 +460,17 @@ def test_sanitizers_that_report(tmp_path):
     text = markdown(record_of(sanitizers=found))
     assert "| cpu | memcheck | exit code 86" in text
     assert "| ERROR SUMMARY: 2 errors |" in text
+
+
+def test_a_sanitizer_that_takes_too_long_has_found_nothing(tmp_path):
+    program = tmp_path / "sanitizer"
+    program.write_text("#!/bin/sh\nsleep 600")
+    program.chmod(0o755)
+    deadline = Deadline(time.monotonic() + 2 * GRACE_S + 0.2)
+    setting = replace(DRY, sanitizer=str(program))
+    found = run_here(sanitizers, setting, tmp_path / "sanitizers.json", deadline)
+    assert found["verdict"] == "unfinished"
+    assert failed(record_of(sanitizers=found))
 
 
 def test_no_sanitizer_is_said(tmp_path):
