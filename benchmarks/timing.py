@@ -154,10 +154,11 @@ def measure(runs: Mapping[str, Run], buffers: int, protocol: Protocol) -> dict[s
     finally:
         if collects:
             gc.enable()
-    return {name: _summary(samples[name], repeats[name]) for name in names}
+    return {name: summary(samples[name], repeats[name]) for name in names}
 
 
-def _summary(values: Sequence[float], calls_per_sample: int) -> Timing:
+def summary(values: Sequence[float], calls_per_sample: int) -> Timing:
+    """The median and deciles of at least two samples, in microseconds per call."""
     deciles = statistics.quantiles(values, n=10, method="inclusive")
     return Timing(statistics.median(values), deciles[0], deciles[-1], len(values), calls_per_sample)
 

@@ -146,6 +146,8 @@ LONG = {
     "test_races.py::test_memory_that_changes_during_a_call[all]",
     "test_races.py::test_the_race_on_the_logits_is_the_only_one",
     "test_races.py::test_the_race_on_the_logits_is_there",
+    "test_on_gpu.py::test_the_dry_run",
+    "test_on_gpu.py::test_a_killed_step_leaves_its_rows",
     "test_benchmarks.py::test_real_logits",
     "test_benchmarks.py::test_the_command_writes_what_it_prints",
     "test_benchmarks.py::test_the_pictures",
