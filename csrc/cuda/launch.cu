@@ -178,17 +178,14 @@ int32_t run(const LlmSamplingArgs& args, cudaStream_t stream) {
   return code_of_cuda(cudaLaunchKernelEx(&config.config, kernel, plan_of(args, launch)));
 }
 
-int32_t find_workspace(int64_t rows, int64_t vocab_size, int32_t dtype, int64_t& bytes) {
-  bytes = 0;
+// The launch of a call of this size that has a workspace.
+int32_t find_launch_of(int64_t rows, int64_t vocab_size, int32_t dtype, Launch& launch) {
   if (rows < 0 || vocab_size < 1 || vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE) {
     return LLM_SAMPLING_BAD_SIZE;
   }
   if (dtype < LLM_SAMPLING_FLOAT32 || dtype > LLM_SAMPLING_BFLOAT16) return LLM_SAMPLING_BAD_OPTION;
-  Launch launch = {};
   SampleKernel kernel = nullptr;
-  const cudaError_t error = find_launch(rows, vocab_size, dtype, true, nullptr, launch, kernel);
-  if (error == cudaSuccess && launch.is_split) bytes = workspace_bytes(rows, launch.blocks);
-  return code_of_cuda(error);
+  return code_of_cuda(find_launch(rows, vocab_size, dtype, true, nullptr, launch, kernel));
 }
 
 int32_t update(const LlmSamplingUpdate& update, cudaStream_t stream) {
@@ -227,7 +224,22 @@ llm_sampling_cuda_update(const LlmSamplingUpdate* update, void* stream) {
 __attribute__((visibility("default"))) int32_t
 llm_sampling_cuda_workspace(int64_t rows, int64_t vocab_size, int32_t dtype, int64_t* bytes) {
   if (bytes == nullptr) return LLM_SAMPLING_NULL_POINTER;
-  return llm_sampling::find_workspace(rows, vocab_size, dtype, *bytes);
+  llm_sampling::Launch found = {};
+  const int32_t code = llm_sampling::find_launch_of(rows, vocab_size, dtype, found);
+  const bool is_split = code == LLM_SAMPLING_OK && found.is_split;
+  *bytes = is_split ? llm_sampling::workspace_bytes(rows, found.blocks) : 0;
+  return code;
+}
+
+__attribute__((visibility("default"))) int32_t
+llm_sampling_cuda_shape(int64_t rows, int64_t vocab_size, int32_t dtype, int32_t launch[3]) {
+  if (shape == nullptr) return LLM_SAMPLING_NULL_POINTER;
+  llm_sampling::Launch found = {};
+  const int32_t code = llm_sampling::find_launch_of(rows, vocab_size, dtype, found);
+  shape[0] = found.blocks;
+  shape[1] = found.copied ? 1 : 0;
+  shape[2] = found.is_split ? 1 : 0;
+  return code;
 }
 
 __attribute__((visibility("default"))) int32_t llm_sampling_cuda_usable(int32_t device) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,7 +12,9 @@ from typing import NamedTuple, cast
 
 import torch
 
+from llm_sampling.backends import first_use
 from llm_sampling.backends.base import BackendModule, described
+from llm_sampling.backends.first_use import SelfTest
 
 
 @dataclass(frozen=True, eq=False)  # by identity: what one row has loaded is not another's
@@ -20,6 +23,7 @@ class Backend:
 
     name: str
     module: str
+    is_tested: bool = False  # whether it answers known rows before it is first used on a device
 
     @functools.cached_property
     def _module(self) -> BackendModule | str:
@@ -60,6 +64,15 @@ class Backend:
             return (
                 f"it runs on {' or '.join(sorted(types))} tensors, and the logits are on {device}"
             )
+        if reason is None and device is not None:
+            return first_use.failure(self.name, first_use.with_index(device))
+        return reason
+
+    def why_not(self, device: torch.device) -> str | None:
+        """None if the backend is to be used on ``device``, else the reason; tests it at first."""
+        reason = self.why_unavailable(device)
+        if reason is None and self.is_tested:
+            return first_use.why_not(self.name, self.load(), first_use.with_index(device))
         return reason
 
 
@@ -69,7 +82,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         backend.name: backend
         for backend in (
             Backend("cpu", "llm_sampling.backends.cpu"),
-            Backend("cuda", "llm_sampling.backends.cuda"),
+            Backend("cuda", "llm_sampling.backends.cuda", is_tested=True),
             Backend("triton", "llm_sampling.backends.triton"),
             Backend("torch", "llm_sampling.backends.torch"),
         )
@@ -93,14 +106,22 @@ def choose(name: str, device: torch.device) -> Backend:
     """
     if name == "auto":
         for backend in BACKENDS.values():
-            if backend.why_unavailable(device) is None:
+            reason = backend.why_not(device)
+            if reason is None:
                 return backend
+            if first_use.failure(backend.name, first_use.with_index(device)) is not None:
+                _warn(backend.name, str(device), reason)
         raise RuntimeError(f"no backend runs on {device}")
     check_name(name)
-    reason = BACKENDS[name].why_unavailable(device)
+    reason = BACKENDS[name].why_not(device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is unavailable: {reason}")
     return BACKENDS[name]
+
+
+@functools.cache  # once for each
+def _warn(name: str, device: str, reason: str) -> None:
+    warnings.warn(f"backend {name!r} is not used on {device}: {reason}", RuntimeWarning, 2)
 
 
 def resolve(name: str, device: torch.device) -> BackendModule:
@@ -109,12 +130,21 @@ def resolve(name: str, device: torch.device) -> BackendModule:
 
 
 class BackendInfo(NamedTuple):
-    """A row of :func:`backend_info`."""
+    """A row of :func:`backend_info`.
+
+    Attributes:
+        name: of the backend.
+        available: whether it runs here, on some device.
+        reason: why not; None if it does.
+        device_types: the types of device that it runs on; None for all of torch's.
+        tests: what its self-tests in this process have found, by device; empty: not tested.
+    """
 
     name: str
     available: bool
     reason: str | None
     device_types: tuple[str, ...] | None
+    tests: tuple[SelfTest, ...] = ()
 
 
 def backend_info() -> list[BackendInfo]:
@@ -123,5 +153,31 @@ def backend_info() -> list[BackendInfo]:
     for backend in BACKENDS.values():
         reason = backend.why_unavailable()
         types = None if backend.device_types is None else tuple(sorted(backend.device_types))
-        infos.append(BackendInfo(backend.name, reason is None, reason, types))
+        found = first_use.results(backend.name)
+        infos.append(BackendInfo(backend.name, reason is None, reason, types, found))
     return infos
+
+
+def self_test(device: torch.device | str = "cpu") -> list[SelfTest]:
+    """Let every backend answer rows whose tokens are known, on one device.
+
+    Args:
+        device: where.
+
+    Returns:
+        A :class:`SelfTest` for each backend: how many sizes of calls and rows it has answered, the
+        first difference or None, and why it was skipped or None. A backend with a difference is
+        not used on that device any more in this process.
+
+    Example:
+        >>> assert all(test.difference is None for test in self_test("cpu"))
+    """
+    device = first_use.with_index(device)
+    found = []
+    for backend in BACKENDS.values():
+        reason = backend.why_unavailable(device)
+        if reason is not None and first_use.failure(backend.name, device) is None:
+            found.append(SelfTest(backend.name, str(device), skipped=reason))
+        else:
+            found.append(first_use.run(backend.name, backend.load(), device))
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -150,6 +150,22 @@ class Step(Protocol):
         """Draw tokens."""
 
 
+class Size(NamedTuple):
+    """The size of a call."""
+
+    rows: int
+    vocab_size: int
+    dtype: torch.dtype
+
+
+#: Sizes of calls for backends whose kernels are the same for all sizes.
+SOME_SIZES = tuple(
+    Size(rows, vocab_size, dtype)
+    for rows, vocab_size in ((1, 513), (24, 1000), (24, 5003))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+)
+
+
 class BackendModule(Protocol):
     """The functions that a backend's module defines.
 
@@ -176,6 +192,9 @@ class BackendModule(Protocol):
 
     def prepare_update(self, update: HistoryUpdate) -> Callable[[], None]:
         """``update_history`` of this update again and again; what its tensors hold may change."""
+
+    def known_sizes(self, device: torch.device) -> Sequence[Size]:
+        """Sizes of calls that together use all that depends on the size, for the self-test."""
 
 
 def described(error: BaseException) -> str:

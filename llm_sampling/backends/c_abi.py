@@ -19,7 +19,7 @@ from llm_sampling.params import KERNEL_TENSORS
 
 ABI_VERSION = 2
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NEVER, _ALWAYS, _IF_ALL_VALID = 0, 1, 2
 
 
@@ -125,7 +125,7 @@ def make_args(call: SampleCall) -> SampleArgs:
         version=ABI_VERSION,
         rows=call.logits.shape[0],
         vocab_size=call.logits.shape[1],
-        dtype=_DTYPES[call.logits.dtype],
+        dtype=DTYPES[call.logits.dtype],
         num_samples=call.num_samples,
         logprobs_mode=LOGPROBS_MODES[call.logprobs],
         advance=_NEVER if not call.advance else _IF_ALL_VALID if call.check else _ALWAYS,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import SampleCall, SampleOutput, Step
+from llm_sampling.backends.base import SOME_SIZES, SampleCall, SampleOutput, Size, Step
 from llm_sampling.history import HistoryUpdate
 
 DEVICE_TYPES = frozenset({"cpu"})
@@ -43,3 +44,8 @@ def update_history(update: HistoryUpdate) -> None:
 def prepare_update(update: HistoryUpdate) -> Callable[[], None]:
     """Keep what the kernel is called with."""
     return native.prepare_update(update, LIBRARY.update)
+
+
+def known_sizes(device: torch.device) -> Sequence[Size]:
+    """Some, since nothing but the loops' lengths depends on the size."""
+    return SOME_SIZES

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import SampleCall, SampleOutput, Step, settle, with_slots
-from llm_sampling.backends.c_abi import HistoryUpdateArgs, SampleArgs
+from llm_sampling.backends.base import SampleCall, SampleOutput, Size, Step, settle, with_slots
+from llm_sampling.backends.c_abi import DTYPES, HistoryUpdateArgs, SampleArgs
 from llm_sampling.history import HistoryUpdate
 
 DEVICE_TYPES = frozenset({"cuda"})
@@ -69,6 +69,20 @@ def _run_on(device: torch.device) -> native.Run:
             LIBRARY.run(args, stream)
 
     return run
+
+
+def known_sizes(device: torch.device) -> Sequence[Size]:
+    """One size for each kind of launch that the device can choose, with few rows and with many."""
+    sizes: dict[tuple[object, ...], Size] = {}
+    shape = (ctypes.c_int32 * 3)()
+    with torch.cuda.device(device):
+        for dtype, code in DTYPES.items():
+            for vocab_size in (1000, 8000, 32000, 128256, 262144, 2**20):
+                for rows in (1, 4, 24, 64, 160, 320):
+                    of_size = ctypes.c_int64(rows), ctypes.c_int64(vocab_size)
+                    LIBRARY.ask("llm_sampling_cuda_shape", *of_size, code, shape)
+                    sizes.setdefault((dtype, *shape, rows > 1), Size(rows, vocab_size, dtype))
+    return tuple(sizes.values())
 
 
 def _make_workspace(args: SampleArgs, device: torch.device) -> Tensor | None:

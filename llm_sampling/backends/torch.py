@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from llm_sampling import reference
 from llm_sampling.backends.base import (
+    SOME_SIZES,
     SampleCall,
     SampleOutput,
+    Size,
     Step,
     advance,
     check_state,
@@ -72,3 +75,8 @@ def prepare(call: SampleCall) -> Step:
         return sample(replace(call, logits=logits, allowed_mask=allowed_mask))
 
     return step
+
+
+def known_sizes(device: torch.device) -> Sequence[Size]:
+    """Some, since nothing but the loops' lengths depends on the size."""
+    return SOME_SIZES

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,9 +18,11 @@ from torch import Tensor
 from llm_sampling.backends.base import (
     LOGPROBS_MODES,
     POSITION_MODES,
+    SOME_SIZES,
     ParamSlots,
     SampleCall,
     SampleOutput,
+    Size,
     Step,
     check_state,
     described,
@@ -431,3 +433,8 @@ def prepare(call: SampleCall) -> Step:
         return _sample(this, *launches[has_mask])
 
     return step
+
+
+def known_sizes(device: torch.device) -> Sequence[Size]:
+    """Some, since nothing but the loops' lengths depends on the size."""
+    return SOME_SIZES

@@ -48,6 +48,8 @@ LAYERS = (
     ("fields", "history", "backends.triton_history"),
     ("params", "masks"),
     ("backends.base",),
+    ("backends.known_rows",),
+    ("backends.first_use",),
     ("backends", "reference", "backends.c_abi"),
     ("backends.native", "table"),
     ("calls",),
@@ -520,12 +522,14 @@ def test_who_uses_the_reference():
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in MODULES if n not in ("tools.cli", "integrations.vllm")]
+    "name",
+    [n for n in MODULES if n not in ("backends.first_use", "tools.cli", "integrations.vllm")],
 )
 def test_environment_is_read_by_commands_alone(name):
-    """Only the command and the vLLM plug-in read environment variables.
+    """Only the command, the vLLM plug-in and the self-test read environment variables.
 
-    The plug-in must, because vLLM gives its plug-ins no other switch.
+    The plug-in must, because vLLM gives its plug-ins no other switch. The self-test does, because
+    it comes before any argument: with LLM_SAMPLING_SELF_TEST=0 it is left out.
     """
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

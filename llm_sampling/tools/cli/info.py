@@ -46,6 +46,15 @@ def run() -> int:
     output.print()
     output.print(table)
 
+    found = Table("self-test on", "backend", "sizes", "known rows", "", box=None)
+    for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        for test in backends.self_test(device):
+            if test.skipped is None:
+                verdict = "all are right" if test.difference is None else test.difference
+                found.add_row(device, test.backend, str(test.shapes), str(test.rows), verdict)
+    output.print()
+    output.print(found)
+
     try:
         model = str(models.default_model_path())
     except models.ModelError as error:
