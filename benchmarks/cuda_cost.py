@@ -269,17 +269,16 @@ def pass_of(chain: tuple[tuple[str, int], ...]) -> str | None:
 
 
 @functools.cache
-def functions_of(chain: tuple[tuple[str, int], ...]) -> set[str]:
+def functions_of(chain: tuple[tuple[str, int], ...]) -> frozenset[str]:
     """The functions of RowSampler that an instruction belongs to."""
     found = source().functions.items()
-    return {name for name, places in found if any(place.has(chain) for place in places)}
+    return frozenset(name for name, places in found if any(place.has(chain) for place in places))
 
 
 def left_out(case: Case, *, copied: bool) -> set[str]:
     """The functions of RowSampler, passes and sides that a case does not execute."""
-    names = {"detour", "edge", "bias", "mask", "other maxima"}
-    if case.history and not copied:
-        names = names - {"other maxima"} | {"maxima"}
+    names = {"detour", "edge", "bias", "mask"}
+    names.add("maxima" if case.history and not copied else "other maxima")
     names |= {"write_nothing", "write_filtered", "find_raw_sum", "raw_logit", "copy_edge"}
     names |= {"finds_sharing_row", "finds_leaving_id", "advance"}
     names |= {"list_overrides", "override_counts", "times_of"}
@@ -551,6 +550,19 @@ def tables(
         for line in compared
     ]
     z = "Kernels that others have measured, and top-k 50 of the same logits on a B200, in µs"
+    devices = [
+        [
+            device.name,
+            device.arch,
+            f"{device.processors} in {len(device.gpcs)}",
+            f"{device.megahertz:,}",
+            f"{device.bytes_per_us / 1e6:g}",
+            f"{device.l2_mib:g}",
+            f"{device.l2_cycles} / {device.memory_cycles}",
+        ]
+        for device in DEVICES
+    ]
+    of_device = ["multiprocessors in GPCs", "MHz", "TB/s", "L2, MiB", "cycles of L2 / memory"]
     a = "Registers / spills / instructions"
     b = "Instructions per logit on sm_90a, by pass and side"
     c = "Code that a case executes on sm_90a, in KiB, and in how many runs of addresses"
@@ -561,6 +573,7 @@ def tables(
         cold.append([case.name, "", *(f"{t.lines / 8:.0f} in {t.runs}" for t in found)])
     header = [f"{kernel.dtype}{', copied' * kernel.copied}" for kernel in kernels]
     return [
+        table("Devices", ["device", "for", *of_device], devices, origin=""),
         *times,
         table(z, ["kernel", "of float32", "measured", "predicted"], beside, origin=""),
         table(a, ["dtype", "copied", *costs], needs),

@@ -1,5 +1,7 @@
 """How long a call of the CUDA kernel takes: devices, assumptions, and the chain of a row's steps.
 
+DEVICES in benchmarks/gpu_model.py has the sources of the devices' numbers.
+
 A time is a range. It is that of one row's blocks, from their first read to their end, times the
 number of times that blocks run one after another, ``ceil(rows / rows at a time)``. A call takes at
 least the time of either of these, the larger of which the tables have in parentheses:
@@ -673,7 +675,7 @@ class Chain:
         self.cycles["hand-over"] += self.launch.blocks * of_block / BLOCK_BYTES_PER_CYCLE
 
     def run(self) -> None:
-        """All steps of a row of today's kernel, in order."""
+        """All steps of a row, in order."""
         self.fetch_code()
         self.copy()
         self.find_maxima()

@@ -13,23 +13,24 @@ that are read again.
 
 The lower bound of a call's time is the largest of three times:
 
-* bytes: ``rows * V * size * reads / bandwidth``
+* bytes: ``rows * V * size * reads of memory / bandwidth``
 * issue: ``n * V / 32 * (sum over the loops of reads * instructions per logit) / (4 * clock)``
-* latency: ``n * V * size * reads / in_flight * latency``,
+* latency: ``n * V * size * (sum over the reads of latency) / in_flight``,
   ``in_flight = min(n, programs) * (num_stages - 1) * tile * size``
 
 ``n = ceil(rows / multiprocessors)`` rows are on the busiest multiprocessor, which runs as many
 programs at once as its registers, threads and shared memory hold. The bandwidth is that of the data
-sheet, and the latency of memory was measured where nothing else ran; ``benchmarks/gpu_model.py``
-has these numbers and their sources.
+sheet, and latencies were measured where nothing else ran; ``benchmarks/gpu_model.py`` has these
+numbers and their sources.
 
 Reads of the row: greedy 1; unfiltered 2; top-p 2, with a nucleus that fits the candidates; top-k 1,
 and the columns that are read again, at most k * 1.125 + 16 of those of a tile. For top-p, the
 NUCLEUS * 1.125 + 16 columns are read from copies: they cost instructions, but no read of the row.
 
-The bound is for logits that come from HBM at every read; the second of two reads is cheaper where
-the L2 cache still holds the row. Launch, barriers, reductions, shared memory's latency, the filters
-of the candidates and the draw are not in it.
+The first read of a row comes from memory, and so do later ones unless the L2 cache holds all rows
+that run at a time; otherwise they have the latency of that cache and need no bandwidth of memory.
+Launch, barriers, reductions, shared memory's latency, the filters of the candidates and the draw
+are not in it.
 """
 
 from __future__ import annotations
@@ -378,19 +379,20 @@ def floor(case: str, variant: Variant, device: Device, cost: Cost) -> dict[str, 
         reads["gather"] = (again[case] * 1.125 + 16) / launch.tile
     if case == "top-k 50":
         of_row += reads["gather"]
-    busiest = -(-variant.rows // device.processors)
-    row_bytes = variant.vocab_size * itemsize * of_row
     programs = cost.programs(device)
-    stages = min(busiest, programs) * (launch.num_stages - 1)
+    busiest = -(-variant.rows // device.processors)
+    at_once = min(variant.rows, programs * device.processors)
+    row_bytes = variant.vocab_size * itemsize
+    of_memory = 1.0 if at_once * row_bytes <= device.l2_mib * 2**20 else of_row
+    waits = of_memory * device.memory_cycles + (of_row - of_memory) * device.l2_cycles
+    in_flight = min(busiest, programs) * (launch.num_stages - 1) * launch.tile * itemsize
     instructions = sum(
         n * loops[name].instructions / loops[name].tokens for name, n in reads.items()
     )
     microseconds = {
-        "bytes": variant.rows * row_bytes / device.bytes_per_us,
+        "bytes": variant.rows * row_bytes * of_memory / device.bytes_per_us,
         "issue": busiest * variant.vocab_size / 32 * instructions / (4 * device.megahertz),
-        "latency": busiest
-        * (row_bytes / (stages * launch.tile * itemsize))
-        * (device.memory_cycles / device.megahertz),
+        "latency": busiest * row_bytes * waits / in_flight / device.megahertz,
     }
     limit = max(microseconds, key=lambda name: microseconds[name])
     found = {"device": device.name, "case": case, **variant._asdict()}

@@ -284,5 +284,12 @@ def test_a_floor_is_that_of_its_device():
     found = triton_cost.floor("unfiltered", variant, gpu_model.RTX_4090, cost)
     assert found["device"] == "RTX 4090"
     assert found["programs"] <= 48 // cost.launch.num_warps
-    row_bytes = 128256 * 2 * 2  # of which each is read twice
+    assert found["reads"] == 2
+    # The L2 cache holds all rows that run at a time, so that only the first read needs bandwidth.
+    row_bytes = 128256 * 2
     assert found["microseconds"]["bytes"] == pytest.approx(256 * row_bytes / 1.008e6, abs=0.006)
+    small = gpu_model.RTX_4090._replace(l2_mib=16)
+    without = triton_cost.floor("unfiltered", variant, small, cost)["microseconds"]
+    assert without["bytes"] == pytest.approx(2 * 256 * row_bytes / 1.008e6, abs=0.006)
+    both = found["microseconds"]["latency"] / without["latency"]
+    assert both == pytest.approx((636 + 296) / (2 * 636), abs=0.001)
