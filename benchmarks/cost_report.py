@@ -26,9 +26,15 @@ def join_rows(cells: Iterable[tuple[tuple[str, ...], Sequence[str]]]) -> list[li
     return list(rows.values())
 
 
-def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(
+    caption: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    origin: str = " (predicted, not measured)",
+) -> str:
     """A markdown table; all columns but the first two are aligned right."""
-    lines = [f"## {caption} (predicted, not measured)\n", f"| {' | '.join(header)} |"]
+    lines = [f"## {caption}{origin}\n", f"| {' | '.join(header)} |"]
     lines.append("|---" * 2 + "|--:" * (len(header) - 2) + "|")
     return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
 

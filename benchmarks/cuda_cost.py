@@ -7,37 +7,8 @@ A pass is a loop over a thread's vecs, of eight tokens each. The instructions of
 whose line information leads back to that loop; the table divides them by eight, for one logit.
 What only some rows execute is counted apart, as a side of the pass: vecs that reach beyond the row,
 bias, mask, history. Code that the compiler has duplicated counts twice. A warp issues each
-instruction once for its 32 threads.
-
-A call on an H100 (132 multiprocessors of 4 schedulers, 3.35 TB/s, 1.755 GHz) takes at least the
-time of either of these:
-
-* bytes: all logits once, and the bits of the history, at 3.35 TB/s;
-* issue: the instructions of all passes on the busiest multiprocessor. A scheduler issues one
-  instruction per cycle, but a comparison, selection, integer addition, shift or logic operation
-  only every second cycle, and an integer multiplication likewise.
-
-The predicted time is that of one row's cluster, from its first read to its end, times the number of
-clusters that run one after another, ``ceil(rows / clusters at a time)``. Two rows on the same
-multiprocessors overlap: one is copied while the other is searched. The prediction assumes
-
-* 0.7 us for a read of global memory that depends on the read before it: one such read before the
-  copy, and beside the copy three more until the counts of the history have arrived;
-* 70 GB/s for the copy of a block, or the block's share of 3.35 TB/s;
-* for a round of a pass, as many cycles as its warps need to issue it, but at least 2.5 per
-  instruction and 60 for shared memory; two rounds of the maxima overlap. The passes of another row
-  on the same multiprocessor are met for the share of time that they take, and both then issue in
-  turn;
-* 40 cycles for a barrier of a block, 350 for a barrier of a cluster with what it waits for, and 200
-  for a read of another block's shared memory;
-* 35 cycles for each step of a chain of dependent operations: a shuffle, a vote, a read of shared
-  memory;
-* 60 candidates where top-k is 50, and 80 where top-p is 0.9 and they have its mass; on a flat row,
-  5 passes of the search and then 300 candidates, as counted in the emulation;
-* a history of 4,096 tokens, spread uniformly over the vocabulary.
-
-The launch itself, about 2 us before the first instruction runs, is not included: every kernel has
-it. "All parameters" are the three penalties, temperature, top-k 50, top-p 0.9 and min-p.
+instruction once for its 32 threads. The code that a case executes is all but the functions, passes
+and sides that it does not need, and the detours of diverged warps.
 """
 
 from __future__ import annotations
@@ -45,39 +16,59 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
-import math
-import operator
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from benchmarks import sass
+from benchmarks import gpu_model, sass
 from benchmarks.cost_report import BY_ROWS, DTYPES, ROWS, VOCAB_SIZES, join_rows, publish, table
+from benchmarks.gpu_model import (
+    B200,
+    CASES,
+    DEVICES,
+    H100,
+    LINES_AHEAD,
+    LOWER,
+    PROCESSORS,
+    SHARED_KIB,
+    AloneChain,
+    Call,
+    Case,
+    Chain,
+    Cost,
+    Device,
+    Launch,
+    Mix,
+    SplitChain,
+    Touched,
+)
 from benchmarks.timing import ROOT
 
 CSRC = ROOT / "csrc"
 SOURCE = CSRC / "cuda" / "sample.cu"
-#: The most shared memory that a block may have, in KiB.
-SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120": 99}
-#: The multiprocessors of the largest device of each architecture.
-PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_100a": 148, "sm_120": 188}
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo"]
 
 # Compiling
 
 
 class Kernel(NamedTuple):
-    """An instance of the kernel's template: its dtype, and whether parts are copied."""
+    """An instance of a kernel: its dtype, whether parts are copied, and whether rows are split."""
 
     dtype: str
     copied: bool
+    is_split: bool = False
+
+    def __str__(self) -> str:
+        """For a table."""
+        return f"{self.dtype}{', split' if self.is_split else ', copied' if self.copied else ''}"
 
 
 def compile_cubin(arch: str, flags: Sequence[str] = FLAGS, csrc: Path = CSRC) -> bytes:
@@ -105,10 +96,14 @@ def library_cubins(library: Path) -> dict[str, bytes]:
         return found
 
 
+#: The mangled names of the kernels.
+KERNELS = r"(sample|split)_kernelILi(\d)E(?:Lb(\d)E)?"
+
+
 def kernel_of(name: str) -> Kernel:
     """The kernel that has this mangled name."""
-    dtype, copied = re.search(r"sample_kernelILi(\d)ELb(\d)E", name).groups()  # type: ignore[union-attr]
-    return Kernel(list(DTYPES)[int(dtype)], copied == "1")
+    kind, dtype, copied = re.search(KERNELS, name).groups()  # type: ignore[union-attr]
+    return Kernel(list(DTYPES)[int(dtype)], copied != "0", kind == "split")
 
 
 class Usage(NamedTuple):
@@ -121,18 +116,8 @@ class Usage(NamedTuple):
 def usages(cubin: bytes) -> dict[Kernel, Usage]:
     """What cuobjdump reports for each kernel."""
     text = sass.run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
-    found = re.findall(r"Function (\S*sample_kernel\S*):\s*REG:(\d+) STACK:(\d+)", text)
+    found = re.findall(r"Function (\S*_kernelILi\S*):\s*REG:(\d+) STACK:(\d+)", text)
     return {kernel_of(name): Usage(int(reg), int(stack)) for name, reg, stack in found}
-
-
-class Launch(NamedTuple):
-    """What csrc/cuda/launch.cuh chooses, and the threads of a block."""
-
-    blocks: int
-    copied: bool
-    vecs: int  # of a block's part
-    shared: int  # bytes of a block
-    threads: int
 
 
 @functools.cache
@@ -141,9 +126,10 @@ def _launch_library() -> ctypes.CDLL:
     code = f"""
 #include "{CSRC}/cuda/launch.cuh"
 extern "C" void choose(const int* of, int* to) {{
-  const auto launch = llm_sampling::choose_launch(of[0], of[1], of[2], {{of[3], of[4], of[5]}});
+  const llm_sampling::Device device{{of[3], of[4], of[5]}};
+  const auto launch = llm_sampling::choose_launch(of[0], of[1], of[2], of[6] != 0, device);
   to[0] = launch.blocks, to[1] = launch.copied, to[2] = launch.vecs, to[3] = launch.shared_bytes;
-  to[4] = llm_sampling::kThreads;
+  to[4] = llm_sampling::kThreads, to[5] = launch.is_split;
 }}"""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "launch.so")
@@ -152,14 +138,18 @@ extern "C" void choose(const int* of, int* to) {{
         return ctypes.CDLL(str(library))
 
 
-def choose_launch(rows: int, vocab_size: int, itemsize: int, arch: str) -> Launch:
+def choose_launch(
+    rows: int, vocab_size: int, itemsize: int, arch: str, *, has_workspace: bool = True
+) -> Launch:
     """The launch on the largest device of this architecture."""
-    number = int(re.findall(r"\d+", arch)[0])
-    of = rows, vocab_size, itemsize, number, PROCESSORS[arch], SHARED_KIB[arch] * 1024
-    to = (ctypes.c_int * 5)()
-    _launch_library().choose((ctypes.c_int * 6)(*of), to)
-    blocks, copied, vecs, shared, threads = to
-    return Launch(blocks, bool(copied), vecs, shared, threads)
+    most_blocks = 8 if int(re.findall(r"\d+", arch)[0]) >= 90 else 1
+    device = PROCESSORS[arch], SHARED_KIB[arch] * 1024, most_blocks
+    to = (ctypes.c_int * 6)()
+    of = (ctypes.c_int * 7)(rows, vocab_size, itemsize, *device, has_workspace)
+    _launch_library().choose(of, to)
+    blocks, copied, vecs, shared, threads, is_split = to
+    joined: Literal["cluster", "last block"] = "last block" if is_split else "cluster"
+    return Launch(blocks, bool(copied), vecs, shared, threads, joined)
 
 
 # The passes, in the source and in the machine code
@@ -190,6 +180,8 @@ PASSES = {
     "raw": ("find_raw_sum", "for (int round", ""),
     "filtered": ("write_filtered", "over_vecs(", ""),
 }
+#: The statement by which a block of a split row samples it alone.
+ALONE = "RowSampler<kDtype, Layout::kInPlace>(plan.args, plan.whole_vecs, row).run();"
 #: The passes that load vecs of logits.
 LOGIT_PASSES = ("copy", "maxima", "first", "collect", "search", "weigh", "filtered")
 #: What only some rows execute: a file, and a text in it. The text begins with a line that opens a
@@ -205,6 +197,8 @@ SIDES = {
     ],
     "unscored": [("copy.cuh", "      for (int i = 0; i < kVec; ++i) value = i == next")],
     "hit": [("candidates.cuh", "    // Once there are too many")],
+    "logprob": [("draw.cuh", "  float logprob = kNan;\n")],
+    "one token": [("draw.cuh", "  if (is_empty || is_greedy) {\n")],
     "all": [("passes.cuh", "    if (all) {\n")],
     "kept": [
         (
@@ -213,13 +207,6 @@ SIDES = {
         )
     ],
 }
-#: Instructions that a scheduler issues every second cycle only: those of the integer units, which
-#: have 16 lanes, and those of the multipliers.
-HALF_RATE = (
-    {"FSETP", "FMNMX", "FSEL", "SEL", "ISETP", "IADD3", "VIADD", "VIMNMX"}
-    | {"LOP3", "PLOP3", "SHF", "PRMT", "LEA", "BREV", "I2FP"},
-    {"IMAD"},
-)
 
 
 class Place(NamedTuple):
@@ -234,8 +221,9 @@ class Place(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the loops of the passes and their sides are in the source."""
+    """Where RowSampler's functions, the loops of the passes and their sides are in the source."""
 
+    functions: dict[str, list[Place]]
     passes: dict[str, Place]
     sides: dict[str, list[Place]]
 
@@ -257,24 +245,35 @@ def block_at(text: str, start: int) -> range:
 
 @functools.cache
 def source() -> Source:
-    """The places by which instructions are assigned to passes and sides."""
+    """The places by which instructions are assigned to functions, passes and sides."""
     texts = {path.name: path.read_text() for path in sources()}
+    functions: dict[str, list[Place]] = {}
+    for file, text in texts.items():
+        for definition in re.finditer(r"RowSampler<kDtype, kLayout>::(\w+)\(", text):
+            first = text.count("\n", 0, definition.start()) + 1
+            last = text.count("\n", 0, text.index("\n}", definition.start())) + 2
+            functions.setdefault(definition[1], []).append(Place(file, range(first, last + 1)))
     passes = {}
     for name, (function, statement, _) in PASSES.items():
         ((file, start),) = (
             (file, text.index(statement, definition.start()))
             for file, text in texts.items()
-            for definition in re.finditer(rf"RowSampler<kDtype, kCopied>::{function}\(", text)
+            for definition in re.finditer(rf"RowSampler<kDtype, kLayout>::{function}\(", text)
         )
         passes[name] = Place(file, block_at(texts[file], start))
     sides = {
         kind: [Place(file, block_at(texts[file], texts[file].index(text))) for file, text in places]
         for kind, places in SIDES.items()
     }
-    return Source(passes, sides)
+    # What a block of a split row executes that must sample the row alone.
+    start = texts[SOURCE.name].index(ALONE)
+    line = texts[SOURCE.name].count("\n", 0, start) + 1
+    functions["alone"] = [Place(SOURCE.name, range(line, line + 1))]
+    return Source(functions, passes, sides)
 
 
-def side_of(chain: Sequence[tuple[str, int]]) -> str:
+@functools.cache
+def side_of(chain: tuple[tuple[str, int], ...]) -> str:
     """The innermost of the sides that an instruction belongs to, or "plain"."""
     for link in chain:
         found = {
@@ -288,50 +287,55 @@ def side_of(chain: Sequence[tuple[str, int]]) -> str:
     return "plain"
 
 
-def pass_of(chain: Sequence[tuple[str, int]]) -> str | None:
+@functools.cache
+def pass_of(chain: tuple[tuple[str, int], ...]) -> str | None:
     """The pass that an instruction belongs to."""
     return next((name for name, place in source().passes.items() if place.has(chain)), None)
 
 
+@functools.cache
+def functions_of(chain: tuple[tuple[str, int], ...]) -> frozenset[str]:
+    """The functions of RowSampler that an instruction belongs to."""
+    found = source().functions.items()
+    return frozenset(name for name, places in found if any(place.has(chain) for place in places))
+
+
+def left_out(case: Case, *, copied: bool) -> set[str]:
+    """The functions of RowSampler, passes and sides that a case does not execute."""
+    names = {"detour", "edge", "bias", "mask", "alone", "logprob", "find_parameters"}
+    names.add("maxima" if case.history and not copied else "other maxima")
+    names |= {"write_nothing", "write_filtered", "find_raw_sum", "raw_logit", "copy_edge"}
+    names |= {"find_sharing_row", "find_leaving_id", "advance", "record"}
+    names |= {"list_overrides", "override_counts", "times_of"}
+    draws_candidates = bool(case.candidates) and not case.searches
+    return names.union(
+        {"find_kept", "find_listed", "gather"} if case.is_greedy else {"find_first", "one token"},
+        {"find_thresholds"} if not case.candidates else (),
+        {"weigh"} if not case.weighs and not case.searches else (),
+        {"all"} if not case.weighs else (),
+        {"search", "kept"} if not case.searches else (),
+        {"code_at_depth", "key_at_depth"} if not case.has_depth_cut else (),
+        {"draw_from_candidates"} if not draws_candidates else (),
+        {"draw_from_tiles"} if draws_candidates or case.is_greedy else (),
+        {"copy_bits", "score", "history", "seen", "unscored"} if not case.history else (),
+    )
+
+
+def touch(code: Sequence[set[str]], case: Case, *, copied: bool) -> Touched:
+    """The code that a case executes; ``code`` has the functions, pass and side of instructions.
+
+    A gap that is shorter than what is read ahead counts as executed.
+    """
+    names = left_out(case, copied=copied)
+    lines = sorted({place // 8 for place, parts in enumerate(code) if not parts & names})
+    if not lines:
+        return Touched(0, 0)
+    gaps = [b - a - 1 for a, b in itertools.pairwise(lines)]
+    bridged = sum(gap for gap in gaps if gap <= LINES_AHEAD)
+    return Touched(len(lines) + bridged, 1 + sum(gap > LINES_AHEAD for gap in gaps))
+
+
 # What a kernel costs, and what it must not cost
-
-
-class Mix(NamedTuple):
-    """How many instructions a thread executes, on average."""
-
-    all: float
-    logic: float  # those of the first kind of HALF_RATE
-    multiply: float  # those of the second
-
-    @classmethod
-    def of(cls, names: Counter[str]) -> Mix:
-        """The mix of instructions with these names."""
-        return cls(names.total(), *(sum(names[name] for name in kind) for kind in HALF_RATE))
-
-    def __add__(self, other: tuple[float, ...]) -> Mix:  # type: ignore[override]
-        """The sum of both."""
-        return Mix(*map(operator.add, self, other))
-
-    def times(self, factor: float) -> Mix:
-        """The mix repeated so often."""
-        return Mix(*(value * factor for value in self))
-
-    @property
-    def cycles(self) -> float:
-        """The cycles that a scheduler needs to issue it for a warp."""
-        return max(self.all, 2 * self.logic, 2 * self.multiply)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a compiled kernel needs."""
-
-    registers: int
-    spills: int
-    instructions: int
-    fused: int  # instructions with a constant of the mass that are no addition or multiplication
-    loads: dict[str, dict[int, int]]  # number of loads from global memory, by pass and bytes
-    passes: dict[str, dict[str, Mix]]  # instructions for one vec, by pass and side
 
 
 def mass_constants() -> list[str]:
@@ -358,23 +362,33 @@ def count_fused(code: Iterable[sass.Instruction]) -> int:
     return wrong
 
 
-def measure(cubin: bytes) -> dict[Kernel, Cost]:
-    """The cost of each kernel."""
+def measure(cubin: bytes, arch: str) -> dict[Kernel, Cost]:
+    """The cost of each kernel, for this architecture."""
     found = usages(cubin)
     costs = {}
     files = {path.name for path in sources()}
     for name, (code, _, detours) in sass.disassemble(cubin, lambda p: p.name in files).items():
-        left_out = {place for detour in detours for place in detour}
+        kernel = kernel_of(name)
+        skipped = {place for detour in detours for place in detour}
         passes: dict[str, dict[str, Counter[str]]] = {}
         loads: dict[str, Counter[int]] = {}
+        parts: list[set[str]] = []
         for place, instruction in enumerate(code):
             where = pass_of(instruction.lines)
-            if where is not None and place not in left_out:
-                side = side_of(instruction.lines)
+            side = side_of(instruction.lines)
+            parts.append({where or "", side, *functions_of(instruction.lines)})
+            if {"find_listed", "share"} <= parts[-1]:
+                parts[-1].add("search")  # the part's list is what was guessed
+            # Only the code that samples a row alone weighs; what a mass takes is read there.
+            is_alone = kernel.is_split and "alone" in parts[-1]
+            if place in skipped:
+                parts[-1].add("detour")
+            elif where is not None and (where == "weigh" or not is_alone):
                 passes.setdefault(where, {}).setdefault(side, Counter())[instruction.name] += 1
                 if side == "plain" and instruction.loaded:
                     loads.setdefault(where, Counter())[instruction.loaded] += 1
-        kernel = kernel_of(name)
+        if kernel.is_split and len(code) < 64:
+            continue  # empty, as there are clusters
         costs[kernel] = Cost(
             registers=found[kernel].registers,
             spills=sass.count_spills(code),
@@ -383,11 +397,12 @@ def measure(cubin: bytes) -> dict[Kernel, Cost]:
             loads={name: dict(sizes) for name, sizes in loads.items()},
             passes={
                 name: {
-                    side: Mix.of(names).times(1 / copies_of(kernel, name, sides))
+                    side: Mix.of(names, arch).times(1 / copies_of(kernel, name, sides))
                     for side, names in sides.items()
                 }
                 for name, sides in passes.items()
             },
+            touched={case.name: touch(parts, case, copied=kernel.copied) for case in CASES},
         )
     return costs
 
@@ -426,342 +441,121 @@ def broken_rules(kernel: Kernel, arch: str, cost: Cost) -> list[str]:
             shared = choose_launch(rows, vocab_size, DTYPES[kernel.dtype], arch).shared
             if shared > SHARED_KIB[arch] * 1024:
                 broken.append(f"{shared} bytes of shared memory, more than {SHARED_KIB[arch]} KiB")
-    return [f"{kernel.dtype}{', copied' * kernel.copied}, {arch}: {reason}" for reason in broken]
+    return [f"{kernel}, {arch}: {reason}" for reason in broken]
 
 
 # How long a call takes
 
 
-@dataclass(frozen=True)
-class Case:
-    """What the parameters of all rows make the kernel do."""
-
-    name: str
-    is_greedy: bool = False
-    candidates: tuple[int, ...] = ()  # how many, each time they are collected
-    weighs: bool = False  # whether the mass of the whole row is needed
-    searches: int = 0  # passes of the search
-    history: int = 0  # seen tokens
-    has_depth_cut: bool = False
-
-
-CASES = (
-    Case("greedy", is_greedy=True),
-    Case("no filter", weighs=True),
-    Case("top-k 50", candidates=(60,)),
-    Case("top-p 0.9", candidates=(80,), weighs=True),
-    Case("top-p 0.9, flat", candidates=(300,), weighs=True, searches=5),
-    Case("top-k 50 + top-p 0.9", candidates=(60,)),
-    Case("all parameters", candidates=(60,), history=4096, has_depth_cut=True),
-)
-
-PROCESSORS_H100 = PROCESSORS["sm_90a"]
-CYCLES_PER_US = 1755
-BYTES_PER_US = 3.35e6
-BLOCK_BYTES_PER_US = 70e3
-READ_US = 0.7
-BARRIER, CLUSTER_BARRIER, REMOTE, STEP = 40, 350, 200, 35
-SLOWEST = 2.5  # cycles per instruction of a warp that runs alone
-SHARED_MEMORY = 60  # cycles
-
-
-def most_seen(expected: float) -> float:
-    """The expected maximum over the 32 lanes of a warp of a Poisson number with this mean."""
-    at_most, term, found = 0.0, math.exp(-expected), 0.0
-    for n in range(33):
-        at_most += term
-        found += 1 - min(at_most, 1.0) ** 32
-        term *= expected / (n + 1)
-    return found
-
-
-class Chain:
-    """The cycles of one row's cluster, by what they are for.
-
-    Methods with the name of one of RowSampler or Cluster follow it, step by step.
-    """
-
-    def __init__(self, case: Case, cost: Cost, launch: Launch, vocab_size: int):
-        self.case = case
-        self.cost = cost
-        self.launch = launch
-        self.rounds = math.ceil(launch.vecs / launch.threads)
-        self.warps = launch.threads // 32
-        self.per_scheduler = self.warps / 4
-        self.share_seen = case.history / vocab_size
-        self.cycles: Counter[str] = Counter()
-        self.issued = 0.0  # cycles in which a scheduler issues for the warps of one block
-        self.hindered = 0.0  # further cycles of the passes if another block has its passes then
-
-    def steps(self, count: float) -> None:
-        self.cycles["steps"] += STEP * count
-
-    def barrier(self) -> None:
-        self.cycles["barriers"] += BARRIER
-
-    def sync(self) -> None:
-        self.cycles["barriers"] += CLUSTER_BARRIER if self.launch.blocks > 1 else BARRIER
-
-    def read_remote(self, count: int) -> None:
-        if self.launch.blocks > 1:
-            self.cycles["barriers"] += REMOTE * count
-
-    def code(self, instructions: float) -> None:
-        """Instructions that a warp issues once, with nothing to overlap them."""
-        self.cycles["steps"] += SLOWEST * instructions
-
-    def mix(self, name: str, *sides: str) -> Mix:
-        """The instructions of a round of a pass in this case."""
-        found = self.cost.passes[name]
-        mix = sum((found[side] for side in sides), found["plain"])
-        if self.case.history and "history" in found:
-            mix += found["history"] + found["seen"].times(most_seen(8 * self.share_seen))
-        return mix
-
-    def loop(self, mix: Mix, rounds: float, steps: int = 0, overlapping: int = 1) -> None:
-        """So many rounds of all warps of a block, of which so many overlap."""
-        slowest = (SLOWEST * mix.all + SHARED_MEMORY + STEP * steps) / overlapping
-        alone = max(self.per_scheduler * mix.cycles, slowest)
-        self.cycles["passes"] += rounds * alone
-        self.hindered += rounds * (max(2 * self.per_scheduler * mix.cycles, slowest) - alone)
-        self.issued += rounds * self.per_scheduler * mix.cycles
-
-    def over_vecs(self, name: str, *sides: str, steps: int = 0) -> None:
-        self.loop(self.mix(name, *sides), self.rounds, steps)
-
-    def over_tiles(self, name: str, tokens: int) -> None:
-        """The tiles that have one of so many tokens; the slowest warp has one more than average."""
-        tiles = self.rounds * self.warps * self.launch.blocks
-        share = 1 - (1 - 1 / tiles) ** tokens
-        self.loop(self.mix(name), min(self.rounds, self.rounds * share + 1))
-        self.steps(self.rounds)
-
-    def copy(self, copy_us: float) -> None:
-        """The logits, and beside them the history, whose reads depend on each other."""
-        instructions = self.cost.passes["copy"]["plain"]
-        self.issued += self.rounds * self.per_scheduler * instructions.cycles
-        cycles = (READ_US + copy_us * self.launch.copied) * CYCLES_PER_US
-        if self.case.history:
-            beside = Chain(self.case, self.cost, self.launch, 1)
-            beside.share_seen = self.share_seen
-            beside.copy_bits()
-            self.issued += beside.issued
-            cycles = max(cycles, beside.cycles.total() + 3 * READ_US * CYCLES_PER_US)
-        self.cycles["reads"] += cycles
-        self.barrier()
-
-    def copy_bits(self) -> None:
-        words = math.ceil(self.launch.vecs / 4 / self.launch.threads)
-        passes = self.cost.passes
-        self.loop(passes["bits"]["plain"], words)
-        self.barrier()
-        self.steps(5 + 2)
-        placed = passes["places"]["seen"].times(most_seen(32 * self.share_seen))
-        self.loop(passes["places"]["plain"] + placed, words)
-
-    def score(self) -> None:
-        self.barrier()
-        seen = self.case.history / self.launch.blocks
-        self.loop(self.cost.passes["score"]["plain"], math.ceil(seen / self.launch.threads))
-
-    def combine(self) -> None:
-        self.steps(5 + 1)
-        self.barrier()
-        self.steps(1 + 3 + 1)
-        self.sync()
-        self.steps(1 + 3)
-
-    def scan(self) -> None:
-        self.steps(5 + 1)
-        self.barrier()
-        self.steps(1 + 5 + 1)
-        self.barrier()
-
-    def sum(self) -> None:
-        self.steps(1)
-        self.sync()
-        self.steps(1 + 3)
-
-    def process_any(self) -> None:
-        self.read_remote(1)
-        self.cycles["passes"] += SLOWEST * self.mix("first").all + SHARED_MEMORY
-
-    def mass(self) -> None:
-        self.code(self.cost.passes["weigh"]["all"].all / 8)
-
-    def compare_all(self, count: int) -> None:
-        """Four lanes share a candidate; an iteration compares it with four others in each lane."""
-        four = SHARED_MEMORY + SLOWEST * 4 * self.cost.passes["compare"]["plain"].all
-        rounds = math.ceil(count / (self.launch.threads // 4))
-        self.cycles["candidates"] += rounds * (math.ceil(count / 16) * four + 2 * STEP)
-
-    def search_sorted(self, times: int) -> None:
-        """So many calls of count_leading_by_warp: two iterations of a read and a vote."""
-        self.steps(4 * times)
-
-    def sum_tiles(self) -> None:
-        self.barrier()
-        self.steps(2 * math.ceil(self.rounds * self.warps / self.launch.threads))
-        self.scan()
-        self.barrier()
-        self.sum()
-
-    def collect(self, count: int) -> None:
-        self.barrier()
-        self.steps(3)
-        self.over_tiles("collect", count)
-        of_warp = math.ceil(count / self.launch.blocks / self.warps)
-        self.code(of_warp * self.cost.passes["collect"]["hit"].all)
-        self.steps(of_warp)
-        self.barrier()
-        self.sum()
-        self.mass()
-        self.read_remote(1)
-        self.sync()
-        self.compare_all(count)
-        self.barrier()
-
-    def guess_range(self) -> None:
-        self.barrier()
-        self.steps(2)
-        self.sync()
-        self.read_remote(math.ceil(self.launch.blocks / 4))
-        self.scan()
-        self.barrier()
-        self.barrier()
-
-    def search(self) -> None:
-        self.barrier()
-        self.process_any()
-        self.process_any()
-        self.mass()
-        self.barrier()
-        self.compare_all(256)
-        self.barrier()
-        self.search_sorted(4)
-        self.steps(1)
-        self.sync()
-        for _ in range(self.case.searches):
-            self.over_vecs("search")
-            self.combine()
-            self.steps(6)
-
-    def find_kept(self) -> None:
-        case = self.case
-        if case.weighs:
-            self.barrier()
-            self.over_vecs("weigh", "all", steps=5)
-            self.sum_tiles()
-        for count in case.candidates:
-            if case.searches:
-                self.search()
-            else:
-                self.guess_range()
-            self.collect(count)
-            self.search_sorted(2)
-        if case.has_depth_cut:
-            self.search_sorted(1)
-            self.mass()  # an upper bound of what a depth takes
-        if case.searches:
-            self.barrier()
-            self.over_vecs("weigh", "kept", steps=5)
-            self.sum_tiles()
-
-    def draw(self) -> None:
-        case = self.case
-        if case.is_greedy:
-            return
-        if case.candidates and not case.searches:
-            self.search_sorted(1)
-            self.barrier()
-            self.compare_all(case.candidates[0])
-            self.barrier()
-            self.steps(math.ceil(case.candidates[0] / 32) * 2 + 2)
-        else:
-            self.steps(2 * math.log2(self.rounds * self.warps))
-            self.process_any()
-            self.code(self.cost.passes["weigh"]["all"].all)
-            self.steps(5 + 2)
-
-    def run(self, copy_us: float) -> None:
-        self.copy(copy_us)
-        if self.case.history:
-            self.score()
-        self.loop(self.cost.passes["maxima"]["plain"], self.rounds, overlapping=2)
-        self.combine()
-        if self.case.is_greedy:
-            self.over_tiles("first", 1)
-            self.combine()
-        else:
-            self.find_kept()
-        self.draw()
-
-
 def predict(
-    case: Case, dtype: str, rows: int, vocab_size: int, costs: dict[Kernel, Cost]
+    case: Case,
+    dtype: str,
+    rows: int,
+    vocab_size: int,
+    device: Device,
+    costs: Mapping[Kernel, Cost],
 ) -> dict[str, Any]:
-    """The times of a call on an H100, by the assumptions at the top of this file."""
+    """The range of a call's time, by the assumptions of benchmarks/gpu_model.py.
+
+    Args:
+        case: what its parameters are.
+        dtype: of the logits.
+        rows: how many.
+        vocab_size: tokens of a row.
+        device: where it runs.
+        costs: of the kernels for that device's architecture.
+    """
     itemsize = DTYPES[dtype]
-    launch = choose_launch(rows, vocab_size, itemsize, "sm_90a")
-    cost = costs[Kernel(dtype, launch.copied)]
-    reserved = launch.shared + 1024
-    per_processor = min(2, SHARED_KIB["sm_90a"] * 1024 // reserved if reserved else 2)
-    at_once = max(1, PROCESSORS_H100 * per_processor // launch.blocks)
-    if rows * launch.blocks <= PROCESSORS_H100:
-        per_processor = 1
-    follow = math.ceil(rows / at_once)
-    row_bytes = vocab_size * itemsize + (vocab_size / 8 if case.history else 0)
-    copied_at_once = min(rows, at_once / per_processor)
-    together = copied_at_once * row_bytes / BYTES_PER_US
-    copy = max(row_bytes / launch.blocks / BLOCK_BYTES_PER_US, together)
-    chain = Chain(case, cost, launch, vocab_size)
-    chain.run(copy)
-    if per_processor == 2:
-        # The other row's passes are met for the share of time that passes take: a fixed point.
-        alone = passes = chain.cycles["passes"]
-        rest = chain.cycles.total() - alone
-        for _ in range(20):
-            passes = alone + passes / (rest + passes) * chain.hindered
-        chain.cycles["passes"] = passes
-    parts = {name: follow * cycles / CYCLES_PER_US for name, cycles in chain.cycles.items()}
-    blocks_of_busiest = math.ceil(rows * launch.blocks / PROCESSORS_H100)
-    microseconds = {
-        "bytes": rows * row_bytes / BYTES_PER_US,
-        "issue": blocks_of_busiest * chain.issued / CYCLES_PER_US,
-        "predicted": sum(parts.values()),
-        **parts,
-    }
-    return {
-        "case": case.name,
-        "dtype": dtype,
-        "vocab_size": vocab_size,
-        "rows": rows,
-        "blocks": launch.blocks,
-        "copied": launch.copied,
-        "clusters_at_once": at_once,
-        "microseconds": {name: round(value, 2) for name, value in microseconds.items()},
-    }
+    launch = choose_launch(rows, vocab_size, itemsize, device.arch)
+    is_split = launch.joined == "last block"
+    chain_of: type[Chain] = Chain
+    if is_split and (case.weighs or case.searches):
+        chain_of = type("AfterParts", (AloneChain,), {"parts": launch.blocks})
+        launch = choose_launch(rows, vocab_size, itemsize, device.arch, has_workspace=False)
+        is_split = False
+    elif is_split:
+        chain_of = SplitChain
+    cost = costs[Kernel(dtype, launch.copied, is_split)]
+    call = Call(case, cost, launch, device, LOWER, rows, vocab_size, itemsize)
+    return {"dtype": dtype, **gpu_model.predict(call, chain_of)}
 
 
 # The report
 
 
+class Measured(NamedTuple):
+    """A published time of another project's kernel, for logits of float32."""
+
+    kernel: str
+    url: str
+    device: str
+    rows: int
+    vocab_size: int
+    microseconds: str
+
+
+#: Kernels that select the largest k of each row and, but for the last, draw nothing. SGLang's are
+#: timed in a CUDA graph with the L2 cache flushed; no page says that the code was cold.
+MEASURED = (
+    *(
+        Measured("SGLang, top-k v2", "https://github.com/sgl-project/sglang/pull/33237", *of)
+        for of in (
+            ("B200", 4, 65536, "11.0 to 11.3"),
+            ("B200", 8, 65536, "11.0 to 11.4"),
+            ("B200", 16, 65536, "16.7"),
+        )
+    ),
+    *(
+        Measured("TokenSpeed, top-k", "https://github.com/lightseekorg/tokenspeed/pull/1366", *of)
+        for of in (
+            ("B200", 1, 65536, "8.9"),
+            ("B200", 8, 65536, "9.1"),
+            ("B200", 1, 131072, "9.9"),
+        )
+    ),
+    *(
+        Measured("FlashInfer, gvr_2", "https://github.com/flashinfer-ai/flashinfer/pull/5312", *of)
+        for of in (
+            ("B300", 1, 65536, "6.1"),
+            ("B300", 16, 65536, "7.1"),
+            ("B300", 64, 65536, "7.9"),
+        )
+    ),
+    Measured(
+        "FlashInfer, top-k sampling",
+        "https://github.com/flashinfer-ai/flashinfer/pull/2945",
+        *("B200", 1, 128512, "170.0"),
+    ),
+)
+
+
+def compare(costs: Mapping[Kernel, Cost]) -> list[dict[str, Any]]:
+    """The published times, with what is predicted for top-k 50 of the same logits on a B200."""
+    (case,) = (case for case in CASES if case.name == "top-k 50")
+    return [
+        {**line._asdict(), "predicted": predict(case, "float32", *line[3:5], B200, costs)}
+        for line in MEASURED
+    ]
+
+
 def tables(
-    costs: dict[str, dict[Kernel, Cost]], predictions: Sequence[dict[str, Any]]
+    costs: dict[str, dict[Kernel, Cost]],
+    predictions: Sequence[dict[str, Any]],
+    compared: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """The tables of the report: what kernels need, instructions, launches, times."""
-    kernels = sorted(costs["sm_90a"])
+    """The tables of the report: times, what kernels need, instructions, launches."""
+    kernels = sorted(costs["sm_90"])
     needs = []
-    for kernel in kernels:
-        found = [costs[arch][kernel] for arch in costs]
-        cells = [f"{cost.registers} / {cost.spills} / {cost.instructions:,}" for cost in found]
-        needs.append([kernel.dtype, "yes" if kernel.copied else "no", *cells])
+    for kernel in sorted(costs["sm_80"]):
+        found = [costs[arch].get(kernel) for arch in costs]
+        cells = [f"{c.registers} / {c.spills} / {c.instructions:,}" if c else "" for c in found]
+        needs.append([str(kernel), *cells])
     per_logit = []
     for kernel in kernels:
-        for name, sides in costs["sm_90a"][kernel].passes.items():
+        for name, sides in costs["sm_90"][kernel].passes.items():
             if name not in ("compare", "bits", "places", "score"):
                 cells = [f"{sides[s].all / 8:.1f}" if s in sides else "" for s in ("plain", *SIDES)]
-                per_logit.append([f"{kernel.dtype}{', copied' * kernel.copied}", name, *cells])
+                per_logit.append([str(kernel), name, *cells])
     launches = []
     for vocab_size in VOCAB_SIZES:
         for dtype, itemsize in DTYPES.items():
@@ -772,23 +566,69 @@ def tables(
                 for rows in ROWS:
                     launch = choose_launch(rows, vocab_size, itemsize, arch)
                     reads = "once" if launch.copied else "every pass"
+                    reads += ", split" if launch.joined == "last block" else ""
                     cells.append(f"{launch.blocks} x {launch.shared / 1024:.0f} KiB, {reads}")
                 launches.append([f"{vocab_size:,}", dtype, arch, *cells])
-    times = []
-    for line in predictions:
-        us = line["microseconds"]
-        key = f"{line['vocab_size']:,}", line["case"], line["dtype"]
-        times.append((key, [f"{us['predicted']:.1f} ({max(us['bytes'], us['issue']):.1f})"]))
-    a = "Registers / spills / instructions"
-    b = "Instructions per logit on sm_90a, by pass and side"
-    c = "Blocks of a row, shared memory of each, and how often a logit is read from global memory"
-    d = "µs on an H100, and in parentheses the larger of bytes and issue, which it takes at least"
-    return [
-        table(a, ["dtype", "copied", *costs], needs),
-        table(b, ["kernel", "pass", "plain", *SIDES], per_logit),
-        table(c, ["V", "dtype", "for", *BY_ROWS], launches),
-        table(d, ["V", "case", "dtype", *BY_ROWS], join_rows(times)),
+    times = [
+        table(
+            f"µs on {device.name}, and in parentheses what it takes at least",
+            ["V", "case", "dtype", *BY_ROWS],
+            join_rows(
+                ((f"{line['vocab_size']:,}", line["case"], line["dtype"]), [cell_of(line)])
+                for line in predictions
+                if line["device"] == device.name
+            ),
+        )
+        for device in DEVICES
     ]
+    beside = [
+        [
+            f"[{line['kernel']}]({line['url']})",
+            f"{line['device']}, {line['rows']} x {line['vocab_size']:,}",
+            line["microseconds"],
+            cell_of(line["predicted"]),
+        ]
+        for line in compared
+    ]
+    z = "Kernels that others have measured, and top-k 50 of the same logits on a B200, in µs"
+    devices = [
+        [
+            device.name,
+            device.arch,
+            f"{device.processors} in {len(device.gpcs)}",
+            f"{device.megahertz:,}",
+            f"{device.bytes_per_us / 1e6:g}",
+            f"{device.l2_mib:g}",
+            f"{device.l2_cycles} / {device.memory_cycles}",
+        ]
+        for device in DEVICES
+    ]
+    of_device = ["multiprocessors in GPCs", "MHz", "TB/s", "L2, MiB", "cycles of L2 / memory"]
+    a = "Registers / spills / instructions"
+    b = "Instructions per logit on sm_90, by pass and side"
+    c = "Code that a case executes on sm_90, in KiB, and in how many runs of addresses"
+    d = "Blocks of a row, shared memory of each, and how often a logit is read from global memory"
+    cold = []
+    for case in CASES:
+        found = [costs["sm_90"][kernel].touched[case.name] for kernel in kernels]
+        cold.append([case.name, "", *(f"{t.lines / 8:.0f} in {t.runs}" for t in found)])
+    header = [str(kernel) for kernel in kernels]
+    return [
+        table("Devices", ["device", "for", *of_device], devices, origin=""),
+        *times,
+        table(z, ["kernel", "of float32", "measured", "predicted"], beside, origin=""),
+        table(a, ["kernel", *costs], needs),
+        table(b, ["kernel", "pass", "plain", *SIDES], per_logit),
+        table(c, ["case", "", *header], cold),
+        table(d, ["V", "dtype", "for", *BY_ROWS], launches),
+    ]
+
+
+def cell_of(line: dict[str, Any]) -> str:
+    """A prediction as the tables show it."""
+    us = line["microseconds"]
+    lower, upper = us["predicted"]
+    return f"{lower:.1f} to {upper:.1f} ({max(us['bytes'], us['issue']):.1f})"
 
 
 def sources() -> list[Path]:
@@ -805,7 +645,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     with ThreadPoolExecutor(2) as pool:
         cubins = dict(zip(PROCESSORS, pool.map(compile_cubin, PROCESSORS), strict=True))
-    costs = {arch: measure(cubin) for arch, cubin in cubins.items()}
+    costs = {arch: measure(cubin, arch) for arch, cubin in cubins.items()}
     broken = [
         reason
         for arch, of_arch in costs.items()
@@ -816,10 +656,11 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(broken) or "no rule is broken")
         return int(bool(broken))
     predictions = [
-        predict(case, dtype, rows, vocab_size, costs["sm_90a"])
+        predict(case, dtype, rows, vocab_size, device, costs[device.arch])
+        for device in DEVICES
         for vocab_size in VOCAB_SIZES
         for case in CASES
-        for dtype in ("float32", "bfloat16")
+        for dtype in (("float32", "bfloat16") if device is H100 else ("bfloat16",))
         for rows in ROWS
     ]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
@@ -828,10 +669,14 @@ def main(argv: Sequence[str]) -> int:
         for arch, of_arch in costs.items()
         for kernel, cost in of_arch.items()
     ]
-    results = {"costs": lines, "predictions": predictions}
+    compared = compare(costs["sm_100"])
+    results = {"costs": lines, "predictions": predictions, "compared": compared}
     nvcc = "nvcc", re.findall(r"release ([\d.]+)", version.stdout)[0]
-    report = tables(costs, predictions)
-    publish("CUDA", argv, nvcc, sources(), __doc__ or "", report, results, broken)
+    report = tables(costs, predictions, compared)
+    method = (
+        f"{__doc__}\n## How a time is predicted\n{(gpu_model.__doc__ or '').partition(chr(10))[2]}"
+    )
+    publish("CUDA", argv, nvcc, sources(), method, report, results, broken)
     return 0
 
 

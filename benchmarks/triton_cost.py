@@ -11,22 +11,26 @@ the loops in a lower bound, only "gather" has an ``if``. Instructions per logit 
 thread: a warp issues them for 32 logits at once. Those of "gather" are per token of the columns
 that are read again.
 
-The lower bound of a call's time on an H100 is the largest of three times:
+The lower bound of a call's time is the largest of three times:
 
-* bytes: ``rows * V * size * reads / (3.35 TB/s)``
-* issue: ``n * V / 32 * (sum over the loops of reads * instructions per logit) / (4 * 1.755 GHz)``
-* latency: ``n * V * size * reads / in_flight * 0.7 us``,
+* bytes: ``rows * V * size * reads of memory / bandwidth``
+* issue: ``n * V / 32 * (sum over the loops of reads * instructions per logit) / (4 * clock)``
+* latency: ``n * V * size * (sum over the reads of latency) / in_flight``,
   ``in_flight = min(n, programs) * (num_stages - 1) * tile * size``
 
-``n = ceil(rows / 132)`` rows are on the busiest multiprocessor, which runs as many programs at once
-as its registers, threads and shared memory hold. Reads of the row: greedy 1; unfiltered 2; top-p 2,
-with a nucleus that fits the candidates; top-k 1, and the columns that are read again, at most
-k * 1.125 + 16 of those of a tile. For top-p, the NUCLEUS * 1.125 + 16 columns are read from copies:
-they cost instructions, but no read of the row.
+``n = ceil(rows / multiprocessors)`` rows are on the busiest multiprocessor, which runs as many
+programs at once as its registers, threads and shared memory hold. The bandwidth is that of the data
+sheet, and latencies were measured where nothing else ran; ``benchmarks/gpu_model.py`` has these
+numbers and their sources.
 
-The bound is for logits that come from HBM at every read; the second of two reads is cheaper where
-the L2 cache still holds the row. Launch, barriers, reductions, shared memory's latency, the filters
-of the candidates and the draw are not in it.
+Reads of the row: greedy 1; unfiltered 2; top-p 2, with a nucleus that fits the candidates; top-k 1,
+and the columns that are read again, at most k * 1.125 + 16 of those of a tile. For top-p, the
+NUCLEUS * 1.125 + 16 columns are read from copies: they cost instructions, but no read of the row.
+
+The first read of a row comes from memory, and so do later ones unless the L2 cache holds all rows
+that run at a time; otherwise they have the latency of that cache and need no bandwidth of memory.
+Launch, barriers, reductions, shared memory's latency, the filters of the candidates and the draw
+are not in it.
 """
 
 from __future__ import annotations
@@ -49,8 +53,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import sass
+from benchmarks import gpu_model, sass
 from benchmarks.cost_report import BY_ROWS, DTYPES, ROWS, VOCAB_SIZES, join_rows, publish, table
+from benchmarks.gpu_model import A100, H100, RTX_4090, Device
 from benchmarks.sass import Code, Instruction, count_spills, run_tool
 from benchmarks.timing import progress
 from llm_sampling import SamplingParams, TokenHistory
@@ -60,10 +65,11 @@ from llm_sampling.backends.base import make_results
 from llm_sampling.calls import make_call
 
 SOURCE = Path(triton_kernel.__file__)
-TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)}
+TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 #: What a program may have of a multiprocessor's shared memory.
-SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+SHARED_KIB = {arch.rstrip("a"): shared for arch, shared in gpu_model.SHARED_KIB.items()}
+SHARED_KIB["gfx942"] = 64
 KINDS = (
     "greedy",
     "unfiltered",
@@ -84,6 +90,8 @@ KINDS = (
 #: What the floor is worked out for: cases and their kinds, sizes, and rows.
 CASES = {"greedy": "greedy", "unfiltered": "unfiltered"}
 CASES |= {"top-k 50": "filtered", "top-p 0.9": "filtered"}
+#: Where, and for which dtypes.
+FLOORS = ((A100, ("bfloat16",)), (RTX_4090, ("bfloat16",)), (H100, ("float32", "bfloat16")))
 
 # Compiling
 
@@ -290,11 +298,13 @@ class Cost:
     ptx_ftz: int
     loops: dict[str, Loop]
 
-    def programs(self) -> int:
-        """How many an H100's multiprocessor holds."""
+    def programs(self, device: Device) -> int:
+        """How many a device's multiprocessor holds."""
         warps = self.launch.num_warps
         registers = -(-self.registers * 32 // 256) * 256 * warps  # a warp is given 256 at a time
-        return min(65536 // registers, 64 // warps, 32, 228 * 1024 // (self.shared + 1024))
+        shared = device.shared_per_processor // (self.shared + 1024)
+        # A multiprocessor holds half as many blocks as warps.
+        return min(65536 // registers, device.warps // warps, device.warps // 2, shared)
 
 
 def measure(variant: Variant, arch: str) -> Cost:
@@ -357,7 +367,7 @@ def broken_rules(variant: Variant, arch: str, cost: Cost) -> list[str]:
     return [f"{variant.kind}, {variant.dtype}, {arch}: {reason}" for reason in broken]
 
 
-def floor(case: str, variant: Variant, cost: Cost) -> dict[str, Any]:
+def floor(case: str, variant: Variant, device: Device, cost: Cost) -> dict[str, Any]:
     """The least time of a call, by the formula at the top of this file."""
     launch, loops, itemsize = cost.launch, cost.loops, DTYPES[variant.dtype]
     again = {"top-k 50": 50, "top-p 0.9": launch.nucleus}
@@ -369,19 +379,24 @@ def floor(case: str, variant: Variant, cost: Cost) -> dict[str, Any]:
         reads["gather"] = (again[case] * 1.125 + 16) / launch.tile
     if case == "top-k 50":
         of_row += reads["gather"]
-    busiest = -(-variant.rows // 132)
-    row_bytes = variant.vocab_size * itemsize * of_row
-    stages = min(busiest, cost.programs()) * (launch.num_stages - 1)
+    programs = cost.programs(device)
+    busiest = -(-variant.rows // device.processors)
+    at_once = min(variant.rows, programs * device.processors)
+    row_bytes = variant.vocab_size * itemsize
+    of_memory = 1.0 if at_once * row_bytes <= device.l2_mib * 2**20 else of_row
+    waits = of_memory * device.memory_cycles + (of_row - of_memory) * device.l2_cycles
+    in_flight = min(busiest, programs) * (launch.num_stages - 1) * launch.tile * itemsize
     instructions = sum(
         n * loops[name].instructions / loops[name].tokens for name, n in reads.items()
     )
     microseconds = {
-        "bytes": variant.rows * row_bytes / 3.35e6,
-        "issue": busiest * variant.vocab_size / 32 * instructions / (4 * 1.755e3),
-        "latency": busiest * row_bytes / (stages * launch.tile * itemsize) * 0.7,
+        "bytes": variant.rows * row_bytes * of_memory / device.bytes_per_us,
+        "issue": busiest * variant.vocab_size / 32 * instructions / (4 * device.megahertz),
+        "latency": busiest * row_bytes * waits / in_flight / device.megahertz,
     }
     limit = max(microseconds, key=lambda name: microseconds[name])
-    found = {"case": case, **variant._asdict(), "reads": of_row, "programs": cost.programs()}
+    found = {"device": device.name, "case": case, **variant._asdict()}
+    found |= {"reads": of_row, "programs": programs}
     rounded = {name: round(value, 2) for name, value in microseconds.items()}
     return {**found, "limit": limit, "microseconds": rounded}
 
@@ -393,7 +408,8 @@ def tables(
     costs: Sequence[tuple[Variant, str, Cost]], floors: Sequence[dict[str, Any]]
 ) -> list[str]:
     """What the kernels need, their instructions, and lower bounds of their times."""
-    needs, instructions, bounds = [], [], []
+    needs, instructions = [], []
+    bounds: dict[str, list[Any]] = {}
     names = ["maxima", "mass", "mass 2", *(n for n in LOOPS if n not in ("maxima", "mass"))]
     for variant, arch, cost in costs:
         key = variant.kind, variant.dtype
@@ -406,14 +422,21 @@ def tables(
             instructions.append((key, [*(per_logit.get(n, "") for n in names), " ".join(sizes)]))
     for line in floors:
         key = f"{line['vocab_size']:,}", line["case"], line["dtype"], f"{line['reads']:.3g}"
-        bounds.append((key, [f"{line['microseconds'][line['limit']]:.1f} {line['limit']}"]))
+        cell = f"{line['microseconds'][line['limit']]:.1f} {line['limit']}"
+        bounds.setdefault(line["device"], []).append((key, [cell]))
     a = "Registers / spills (gfx942: vector + scalar) / shared bytes / instructions"
     b = "Instructions per logit on sm_90, and bytes of logits per logit"
-    c = "Lower bounds in µs on an H100, and which of the three times it is"
     return [
         table(a, ["call", "dtype", *TARGETS], join_rows(needs)),
         table(b, ["call", "dtype", *names, "bytes"], join_rows(instructions)),
-        table(c, ["V", "case", "dtype", "reads", *BY_ROWS], join_rows(bounds)),
+        *(
+            table(
+                f"Lower bounds in µs on {name}, and which of the three times it is",
+                ["V", "case", "dtype", "reads", *BY_ROWS],
+                join_rows(cells),
+            )
+            for name, cells in bounds.items()
+        ),
     ]
 
 
@@ -436,13 +459,14 @@ def main(argv: Sequence[str]) -> int:
         return int(bool(broken))
 
     cases = [
-        (case, Variant(kind, dtype, size, rows))
+        (case, Variant(kind, dtype, size, rows), device)
+        for device, of_device in FLOORS
         for size in sizes
         for case, kind in CASES.items()
-        for dtype in ("float32", "bfloat16")
+        for dtype in of_device
         for rows in ROWS
     ]
-    found = measure_all([(variant, "sm_90") for _, variant in cases])
+    found = measure_all([(variant, device.arch.rstrip("a")) for _, variant, device in cases])
     floors = [floor(*case, cost) for case, cost in zip(cases, found, strict=True)]
     lines = [{**variant._asdict(), "arch": arch, **asdict(cost)} for variant, arch, cost in costs]
     publish(

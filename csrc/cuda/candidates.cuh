@@ -98,7 +98,14 @@ __device__ __forceinline__ int RowSampler<kDtype, kLayout>::find_bin(int64_t wan
 // Makes all tokens of a range the candidates, sorted, in every block. If the range has more than
 // kMaxCandidates, there are no candidates afterwards.
 template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::collect(const Range& range) {
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::collect(const Range& range) {
+  append_all(range);
+  share(range);
+}
+
+// Lists the tokens of a range that this block has.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::append_all(const Range& range) {
   if (threadIdx.x == 0) shared_.appended = 0;
   __syncthreads();
   const float low = logit_of(range.low);
@@ -119,7 +126,6 @@ __device__ void RowSampler<kDtype, kLayout>::collect(const Range& range) {
       if (code >= range.low && code < range.high) append(code);
     }
   });
-  share(range);
 }
 
 // Adds a code to those that this block has found.
@@ -134,7 +140,7 @@ template <int kDtype, Layout kLayout>
 __device__ __forceinline__ void RowSampler<kDtype, kLayout>::share(const Range& range) {
   __syncthreads();
   const int own = static_cast<int>(shared_.appended);
-  const Sums counts = cluster_.sum(own);
+  const Sums counts = kIsSplit ? Sums{0, own, own} : cluster_.sum(own);
   const int count = counts.total <= kMaxCandidates ? static_cast<int>(counts.total) : 0;
   for (int i = static_cast<int>(threadIdx.x); count > 0 && i < own; i += kThreads) {
     const uint64_t code = shared_.sorted[i];

@@ -58,11 +58,12 @@ __device__ __forceinline__ int count_leading_by_warp(int count, const Holds& hol
 }
 
 // The inclusive running sum of one value of each lane.
-__device__ __forceinline__ int64_t scan_warp(int64_t value) {
+template <typename Integer>
+__device__ __forceinline__ Integer scan_warp(Integer value) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int delta = 1; delta < kWarpSize; delta *= 2) {
-    const int64_t other = __shfl_up_sync(kWholeWarp, value, static_cast<unsigned>(delta));
+    const Integer other = __shfl_up_sync(kWholeWarp, value, static_cast<unsigned>(delta));
     if (lane >= delta) value += other;
   }
   return value;
@@ -146,13 +147,6 @@ struct Add {
 struct Larger {
   __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
 };
-// The larger of the upper halves; the bitwise or of the lower halves.
-struct LargerWithFlags {
-  __device__ uint64_t operator()(uint64_t a, uint64_t b) const {
-    return (a > b ? a : b) | (a & 0xffffffffu) | (b & 0xffffffffu);
-  }
-};
-
 // The exclusive prefix sum, this block's own value, and the total over the blocks.
 struct Sums {
   int64_t before, own, total;
@@ -238,6 +232,22 @@ class Cluster {
     }
   }
 
+  // The largest key of all threads, and whether a flag of any is set.
+  __device__ void find_largest(uint32_t& key, bool& flag) {
+    const int lane = threadIdx.x % kWarpSize;
+    const auto join = [&](uint64_t one) {
+      key = __reduce_max_sync(kWholeWarp, static_cast<uint32_t>(one >> 32));
+      flag = __any_sync(kWholeWarp, (one & 1) != 0);
+      return static_cast<uint64_t>(key) << 32 | (flag ? 1 : 0);
+    };
+    const uint64_t own = join(static_cast<uint64_t>(key) << 32 | (flag ? 1 : 0));
+    if (lane == 0) memory_.partial[threadIdx.x / kWarpSize][0] = own;
+    __syncthreads();
+    const uint64_t of_block[1] = {join(memory_.partial[lane % kWarps][0])};
+    const uint64_t (*all)[4] = all_gather(of_block);
+    join(lane % kMaxBlocks < blocks_ ? all[lane % kMaxBlocks][0] : 0);
+  }
+
   // Replaces values that are the same in all threads of a block by those of block 0.
   template <int kCount>
   __device__ void broadcast(uint64_t (&values)[kCount]) {
@@ -247,14 +257,15 @@ class Cluster {
   }
 
   // The inclusive running sum of one value of each thread of this block; each thread gets its own.
-  __device__ int64_t scan(int64_t value) {
+  template <typename Integer>
+  __device__ Integer scan(Integer value) {
     const int warp = threadIdx.x / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
     value = scan_warp(value);
     if (lane == kWarpSize - 1) memory_.partial[warp][0] = static_cast<uint64_t>(value);
     __syncthreads();
-    const int64_t warps = lane < kWarps ? static_cast<int64_t>(memory_.partial[lane][0]) : 0;
-    const int64_t before = __shfl_sync(kWholeWarp, scan_warp(warps) - warps, warp);
+    const Integer warps = lane < kWarps ? static_cast<Integer>(memory_.partial[lane][0]) : 0;
+    const Integer before = __shfl_sync(kWholeWarp, scan_warp(warps) - warps, warp);
     __syncthreads();
     return value + before;
   }

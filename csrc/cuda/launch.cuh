@@ -16,7 +16,7 @@ constexpr int kThreads = 256;         // threads of a block
 constexpr int kVec = 8;               // tokens of a vec; its logits begin at a multiple of 16 bytes
 constexpr int kMaxBlocks = 8;         // blocks of a cluster: every device with clusters supports 8
 constexpr int kMaxParts = 32;         // blocks of a row that is split without a cluster (split.cuh)
-constexpr int kMaxListed = 192;       // codes that such a block hands on
+constexpr int kMaxListed = 256;       // codes that such a block hands on
 constexpr int kMaxScores = 2048;      // most seen tokens per block whose scores are kept (row.cuh)
 constexpr int kFixedBytes = 16384;    // shared memory that a block needs whatever its part's size
 constexpr int kUpdateBytes = 1024;    // shared memory of a block that changes a history
@@ -74,12 +74,13 @@ LLM_SAMPLING_FN constexpr int copy_bytes(int vecs, int logit_bytes) {
          places_bytes(vecs);
 }
 
-// The memory that a call with split rows needs: a counter for each row, then for each part of a row what
-// split.cuh calls PartList.
+// The memory that a call with split rows needs: a counter for each row, then for each row what split.cuh calls
+// the headers and the codes of its parts.
 constexpr int64_t kCounterBytes = 8;
-constexpr int64_t kListBytes = (2 + kMaxListed) * 8;
-constexpr int64_t workspace_bytes(int64_t rows, int64_t parts) {
-  return rows * (kCounterBytes + parts * kListBytes);
+constexpr int64_t kHeaderBytes = 24;
+LLM_SAMPLING_FN constexpr int64_t lists_bytes(int64_t parts) { return parts * (kHeaderBytes + kMaxListed * 8); }
+LLM_SAMPLING_FN constexpr int64_t workspace_bytes(int64_t rows, int64_t parts) {
+  return rows * (kCounterBytes + lists_bytes(parts));
 }
 
 inline Launch divide_rows(int64_t vocab_size, int logit_bytes, int blocks, bool copied) {

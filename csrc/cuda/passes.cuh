@@ -99,11 +99,10 @@ __device__ bool RowSampler<kDtype, kLayout>::find_maxima() {
   } else {
     any_nan |= find_tile_maxima<false>();
   }
-  const uint32_t key = order_key(fmaxf(largest_[0], largest_[1]));
-  uint64_t found[1] = {static_cast<uint64_t>(key) << 32 | (any_nan ? 1 : 0)};
-  cluster_.combine(found, LargerWithFlags());
-  m_ = from_order_key(static_cast<uint32_t>(found[0] >> 32));
-  return (found[0] & 1) != 0;
+  uint32_t key = order_key(fmaxf(largest_[0], largest_[1]));
+  cluster_.find_largest(key, any_nan);
+  m_ = from_order_key(key);
+  return any_nan;
 }
 
 template <int kDtype, Layout kLayout>

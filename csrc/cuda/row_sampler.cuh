@@ -100,19 +100,21 @@ struct Overrides {
   __device__ __forceinline__ uint32_t over(uint32_t bits, int first, int width) const;
 };
 
-// What a block of a split row hands on, in the workspace.
-struct PartList {
+// What a block of a split row hands on in the workspace, besides its codes.
+struct PartHeader {
   uint64_t maximum;  // order key of the part's largest logit in the upper half; 1 if one is NaN
-  uint64_t count;    // codes of the list; 0: the row must be sampled by one block
-  uint64_t codes[kMaxListed];  // the part's first codes in the order, then kNoCode
+  uint64_t wanted;   // how many tokens of the part were asked for; 0: one block must sample the row alone
+  uint64_t low;      // the list has all tokens of the part from this code on; of a greedy row, the first code
 };
-static_assert(sizeof(PartList) == kListBytes, "launch.cuh asks for the memory");
+static_assert(sizeof(PartHeader) == kHeaderBytes, "launch.cuh asks for the memory");
 
-// The lists of a row.
+// The lists of a row: the same number of codes for each part, with kNoCode at the end.
 struct Lists {
-  const PartList* first;
+  PartHeader* headers;
+  uint64_t* codes;
   int parts;
-  int wanted;  // codes of each
+  int wanted;  // tokens that each part was asked for
+  int listed;  // codes of each part, or places for them
 };
 
 // The fixed part of a block's shared memory.
@@ -242,7 +244,8 @@ class RowSampler {
   // candidates.cuh: the short list from which thresholds and tokens are chosen
   __device__ bool guess_range(const Filters& filters, int nucleus, Range& range);
   __device__ __forceinline__ int find_bin(int64_t wanted);
-  __device__ void collect(const Range& range);
+  __device__ __forceinline__ void collect(const Range& range);
+  __device__ __forceinline__ void append_all(const Range& range);
   __device__ __forceinline__ void append(uint64_t code);
   __device__ __forceinline__ void share(const Range& range);
   template <typename Holds, typename Visit>
@@ -272,8 +275,8 @@ class RowSampler {
   __device__ __forceinline__ int first_token() const;
   __device__ __forceinline__ int tokens() const;
   __device__ __forceinline__ int count_wanted() const;
-  __device__ void make_list(int wanted, PartList& list);
-  __device__ void find_listed(int wanted);
+  __device__ void make_list(const Lists& lists);
+  __device__ uint64_t find_listed(const Lists& lists);
   __device__ __forceinline__ bool is_last(uint32_t* counter, int parts);
   __device__ bool finish(const Lists& lists);
   __device__ void gather(const Lists& lists, uint64_t bound);

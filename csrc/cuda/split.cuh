@@ -1,8 +1,8 @@
 // A row that is split over blocks without a cluster, for devices that have none and for few rows.
 //
 // No block waits for another one. Each block takes a part of the row, as though that were the row: it applies
-// steps 1 to 6 and lists the first tokens of its part in the order, as many as the row's filters may keep. The
-// list goes to the workspace in global memory. Then the block adds 1 to the row's counter, and the block that
+// steps 1 to 6 and lists the first tokens of its part in the order, at least as many as the row's filters may
+// keep, in any order. The list goes to the workspace in global memory. Then the block adds 1 to the row's counter, and the block that
 // finds there that it is the last one finishes the row: the first tokens of the row are among those of the
 // lists. It also sets the counter back to 0, for the next launch.
 //
@@ -30,7 +30,9 @@
 
 namespace llm_sampling {
 
-constexpr int kListedAtDepth = 64;  // tokens that a part lists for a cut by depth alone
+static_assert(kMaxListed <= kThreads, "a thread writes a code of a list");
+constexpr int kMostWanted = 192;    // tokens that a part may be asked for
+constexpr int kListedAtDepth = 64;  // tokens that it is asked for where there is a cut by depth alone
 constexpr int kBinBits = 9;
 static_assert(kBins == 1 << kBinBits, "a code's distance has a bin");
 
@@ -48,33 +50,7 @@ __device__ __forceinline__ int RowSampler<kDtype, kLayout>::tokens() const {
   return (end < row_.vocab_size ? end : row_.vocab_size) - first_token();
 }
 
-// Samples a row, or the block's part of it. Returns false if this block must sample the row alone.
-template <int kDtype, Layout kLayout>
-__device__ bool RowSampler<kDtype, kLayout>::run_part(int parts) {
-  auto* counters = static_cast<unsigned char*>(args_.workspace);
-  auto* all_lists = reinterpret_cast<PartList*>(counters + args_.rows * kCounterBytes);
-  PartList* lists = all_lists + int64_t{index_} * parts;
-  const int64_t param_index = find_parameters();
-  int wanted = 0;
-  if (param_index >= 0) {
-    const int vecs = locate_logits();
-    copy_logits(vecs);
-    read_parameters(param_index, vecs);
-    if (args_.extra_output != nullptr && row_.seen.words != nullptr) list_overrides();
-    copy_bits(vecs);
-    __syncthreads();
-    wanted = count_wanted();
-  }
-  make_list(wanted, lists[split_part_]);
-  if (!is_last(reinterpret_cast<uint32_t*>(counters + index_ * kCounterBytes), parts)) return true;
-  if (param_index < 0) {
-    write_nothing(param_index);
-    return true;
-  }
-  return wanted > 0 && finish({lists, parts, wanted});
-}
-
-// How many tokens each part lists; 0 if the row cannot be finished from lists.
+// How many of its first tokens each part must list; 0 if the row cannot be finished from lists.
 template <int kDtype, Layout kLayout>
 __device__ __forceinline__ int RowSampler<kDtype, kLayout>::count_wanted() const {
   if (is_greedy()) return 1;
@@ -84,51 +60,99 @@ __device__ __forceinline__ int RowSampler<kDtype, kLayout>::count_wanted() const
     if (filters.need_total()) return 0;
     wanted = filters.min_kept > kListedAtDepth ? filters.min_kept : kListedAtDepth;
   }
-  return wanted <= kMaxListed ? wanted : 0;
+  return wanted <= kMostWanted ? wanted : 0;
 }
 
-// Writes the part's list; with no tokens wanted, an empty one.
+// The places of a list: a guess finds some more tokens than are wanted.
+__device__ __forceinline__ int count_listed(int wanted) {
+  const int listed = (wanted + wanted / 4 + kWarpSize - 1) / kWarpSize * kWarpSize;
+  return listed < kMaxListed ? listed : kMaxListed;
+}
+
+// Samples a row, or the block's part of it. Returns false if this block must sample the row alone.
 template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::make_list(int wanted, PartList& list) {
+__device__ bool RowSampler<kDtype, kLayout>::run_part(int parts) {
+  auto* counters = static_cast<unsigned char*>(args_.workspace);
+  unsigned char* own = counters + args_.rows * kCounterBytes + index_ * lists_bytes(parts);
+  auto* codes = reinterpret_cast<uint64_t*>(own + parts * kHeaderBytes);
+  Lists lists = {reinterpret_cast<PartHeader*>(own), codes, parts, 0, 0};
+  const int64_t param_index = find_parameters();
+  if (param_index >= 0) {
+    const int vecs = locate_logits();
+    copy_logits(vecs);
+    read_parameters(param_index, vecs);
+    if (args_.extra_output != nullptr && row_.seen.words != nullptr) list_overrides();
+    copy_bits(vecs);
+    __syncthreads();
+    lists.wanted = count_wanted();
+    lists.listed = count_listed(lists.wanted);
+  }
+  make_list(lists);
+  if (!is_last(reinterpret_cast<uint32_t*>(counters + index_ * kCounterBytes), parts)) return true;
+  if (param_index < 0) {
+    write_nothing(param_index);
+    return true;
+  }
+  return lists.wanted > 0 && finish(lists);
+}
+
+// Writes the part's list. Of a greedy row it has no codes, because the header has the only one.
+template <int kDtype, Layout kLayout>
+__device__ void RowSampler<kDtype, kLayout>::make_list(const Lists& lists) {
   bool any_nan = false;
-  if (wanted > 0) {
+  uint64_t low = kNoCode;
+  m_ = -kInfinity;
+  if (lists.wanted > 0) {
     any_nan = find_maxima();
-    threshold_ = kNoCode;
     const bool has_any = m_ > -kInfinity;
     if (is_greedy()) {
       if (has_any) find_first();
-      if (threadIdx.x == 0) list.codes[0] = threshold_;
+      if (has_any) low = threshold_;
     } else {
-      if (has_any) find_listed(wanted);
-      const int found = has_any ? count_from(threshold_) : 0;
-      for (int i = static_cast<int>(threadIdx.x); i < wanted; i += kThreads) {
-        list.codes[i] = i < found ? shared_.sorted[i] : kNoCode;
+      if (has_any) low = find_listed(lists);
+      const int found = has_any ? static_cast<int>(shared_.appended) : 0;
+      const int i = static_cast<int>(threadIdx.x);
+      if (i < lists.listed) {
+        lists.codes[split_part_ * lists.listed + i] = i < found ? shared_.sorted[i] : kNoCode;
       }
     }
   }
   if (threadIdx.x != 0) return;
-  list.maximum = static_cast<uint64_t>(order_key(m_)) << 32 | (any_nan ? 1 : 0);
-  list.count = static_cast<uint64_t>(wanted);
+  lists.headers[split_part_] = {
+      static_cast<uint64_t>(order_key(m_)) << 32 | (any_nan ? 1 : 0),
+      static_cast<uint64_t>(lists.wanted),
+      low
+  };
 }
 
-// Finds the threshold of the part's first tokens, and makes them the candidates.
+// Leaves the first tokens of the part in `sorted`, `appended` of them, and returns the code from which on they
+// are all; kNoCode if that is the whole part.
 template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::find_listed(int wanted) {
+__device__ uint64_t RowSampler<kDtype, kLayout>::find_listed(const Lists& lists) {
   Filters filters = this->filters();
-  filters.max_kept = wanted;
+  filters.max_kept = lists.wanted;
   filters.has_top_k = true;
   const uint64_t end = first_code(order_key(m_) + 1);
-  Range range;
+  Range range = {kLowestCode, end, 0, 0};
   guess_range(filters, 0, range);
-  // A range that was guessed, one that was searched for, and where that does not begin at the top, one that
-  // does: a loop, so that collect() is inlined once.
+  // A range that was guessed; where that has too many tokens or too few, one that was searched for; and last,
+  // exactly the wanted ones. A loop, so that append_all() is inlined once.
 #pragma unroll 1
-  for (int attempt = 0; attempt < 3; ++attempt) {
-    if (attempt == 1) range = search(wanted, false, kLowestCode);
+  for (int attempt = 0;; ++attempt) {
+    if (attempt == 1) range = search(lists.wanted, false, kLowestCode);
     if (attempt == 2) range = {threshold_, end, 0, 0};
-    collect(range);
-    threshold_ = threshold_at(wanted, false, kLowestCode);
-    if (range.high == end && has_threshold(wanted, false)) return;
+    append_all(range);
+    if (attempt == 1) {
+      share(range);
+      threshold_ = threshold_at(lists.wanted, false, kLowestCode);
+      continue;
+    }
+    __syncthreads();
+    const int found = static_cast<int>(shared_.appended);
+    const bool is_all = range.low <= kLowestCode && found <= lists.listed;
+    const bool is_enough = found >= lists.wanted && found <= lists.listed;
+    if (is_all) return kNoCode;
+    if (is_enough || attempt == 2) return range.low;
   }
 }
 
@@ -148,30 +172,34 @@ __device__ __forceinline__ bool RowSampler<kDtype, kLayout>::is_last(uint32_t* c
 // row keeps.
 template <int kDtype, Layout kLayout>
 __device__ bool RowSampler<kDtype, kLayout>::finish(const Lists& lists) {
-  const int thread = static_cast<int>(threadIdx.x);
-  uint64_t found[4] =
-      {0, 0, 0, 0};  // largest key, 1 if one is NaN, 1 if a list is of no use, bound
-  if (thread < lists.parts) {
-    const PartList& list = lists.first[thread];
-    const uint64_t maximum = load_shared_by_all(&list.maximum);
-    found[0] = maximum >> 32;
-    found[1] = maximum & 1;
-    found[2] = load_shared_by_all(&list.count) == static_cast<uint64_t>(lists.wanted) ? 0 : 1;
-    found[3] = load_shared_by_all(&list.codes[lists.wanted - 1]);
+  static_assert(kMaxParts <= kWarpSize, "each lane reads a header");
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  uint64_t maximum = 0;
+  uint64_t low = kNoCode;
+  bool is_useless = false;
+  if (lane < lists.parts) {
+    const PartHeader& header = lists.headers[lane];
+    maximum = load_shared_by_all(&header.maximum);
+    low = load_shared_by_all(&header.low);
+    is_useless = load_shared_by_all(&header.wanted) != static_cast<uint64_t>(lists.wanted);
   }
-  cluster_.combine(found, Larger());
-  if (found[2] != 0) return false;
-  m_ = from_order_key(static_cast<uint32_t>(found[0]));
-  write_status(found[1] != 0);
+  if (__any_sync(kWholeWarp, is_useless)) return false;
+  m_ = from_order_key(__reduce_max_sync(kWholeWarp, static_cast<uint32_t>(maximum >> 32)));
+  // From the largest code on from which a list has all tokens, all lists have.
+  const uint32_t upper = __reduce_max_sync(kWholeWarp, static_cast<uint32_t>(low >> 32));
+  const uint32_t lower = static_cast<uint32_t>(low >> 32) == upper ? static_cast<uint32_t>(low) : 0;
+  const uint64_t bound =
+      static_cast<uint64_t>(upper) << 32 | __reduce_max_sync(kWholeWarp, lower);
+  write_status(__any_sync(kWholeWarp, (maximum & 1) != 0));
   find_sharing_row();
   find_leaving_id();
   threshold_ = kNoCode;  // nothing is kept
   if (m_ > -kInfinity) {
     if (is_greedy()) {
-      threshold_ = found[3];
+      threshold_ = bound;
     } else {
       scale_ = depth_scale(shared_.parameters.temperature);
-      gather(lists, found[3]);
+      gather(lists, bound);
       find_thresholds();
       if (!in_candidates_) return false;
     }
@@ -188,11 +216,10 @@ template <int kDtype, Layout kLayout>
 __device__ void RowSampler<kDtype, kLayout>::gather(const Lists& lists, uint64_t bound) {
   const Filters filters = this->filters();
   const auto over_codes = [&](const auto& visit) {
-    const int all = lists.parts * lists.wanted;
+    const int all = lists.parts * lists.listed;
 #pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
-      const uint64_t code =
-          load_shared_by_all(&lists.first[i / lists.wanted].codes[i % lists.wanted]);
+      const uint64_t code = load_shared_by_all(lists.codes + i);
       visit(code);
     }
   };

@@ -173,5 +173,5 @@ def test_a_seed_is_an_order(emulated):
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_the_kernels_are_cuda(tmp_path):
     """The emulated functions have CUDA's names and arguments."""
-    command = [NVCC, "-std=c++17", "-arch=sm_90a", "-cubin", str(FOLDER / "kernels.cu")]
+    command = [NVCC, "-std=c++17", "-arch=sm_90", "-cubin", str(FOLDER / "kernels.cu")]
     subprocess.run([*command, "-o", str(tmp_path / "kernels.cubin")], check=True)

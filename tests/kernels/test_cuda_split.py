@@ -97,8 +97,8 @@ def assert_right(name):
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("  if (thread < lists.parts) {", "  if (thread < lists.parts && thread != 1) {"),
-        ("const int all = lists.parts * lists.wanted;", "const int all = 7 * lists.wanted;"),
+        ("  if (lane < lists.parts) {", "  if (lane < lists.parts && lane != 1) {"),
+        ("const int all = lists.parts * lists.listed;", "const int all = 7 * lists.listed;"),
         ("    if (shared_.is_last) *counter = 0;\n", ""),
         ("? bound : kLowestCode;", "? kLowestCode : kLowestCode;"),
         ("      visit(code);\n    }\n  };", "      if (code > bound) visit(code);\n    }\n  };"),

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import gpu_model
 from llm_sampling.backends import triton as wrapper
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
 
@@ -133,7 +134,7 @@ def test_no_rule_is_broken_on_sm_90(kind, loops, dtype):
 
 
 @needs_lines
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100", "sm_120", "gfx942"])
 def test_no_rule_is_broken_elsewhere(arch):
     variant = Variant("filtered", "bfloat16")
     cost = measure(variant, arch)
@@ -259,17 +260,36 @@ def test_an_argument_that_the_wrapper_does_not_pass_is_an_error():
 def test_the_floor_follows_its_formula():
     variant = Variant("greedy", "float32", rows=256)
     cost = measure(variant, "sm_90")
-    found = triton_cost.floor("greedy", variant, cost)
+    found = triton_cost.floor("greedy", variant, gpu_model.H100, cost)
     loop, launch = cost.loops["maxima"], cost.launch
     issued = 2 * 128256 / 32 * loop.instructions / loop.tokens  # two rows on one of 132
     in_flight = 2 * (launch.num_stages - 1) * launch.tile  # two programs fit
     expected = {
         "bytes": 256 * 128256 * 4 / 3.35e12,
         "issue": issued / 4 / 1.755e9,
-        "latency": 2 * 128256 / in_flight * 0.7e-6,
+        "latency": 2 * 128256 / in_flight * 700 / 1.755e9,
     }
     assert found["programs"] == 2
     assert found["microseconds"] == pytest.approx(
         {name: seconds * 1e6 for name, seconds in expected.items()}, abs=0.006
     )
     assert found["microseconds"][found["limit"]] == max(found["microseconds"].values())
+
+
+@needs_lines
+def test_a_floor_is_that_of_its_device():
+    variant = Variant("unfiltered", "bfloat16", rows=256)
+    cost = measure(variant, "sm_89")
+    assert broken_rules(variant, "sm_89", cost) == []
+    found = triton_cost.floor("unfiltered", variant, gpu_model.RTX_4090, cost)
+    assert found["device"] == "RTX 4090"
+    assert found["programs"] <= 48 // cost.launch.num_warps
+    assert found["reads"] == 2
+    # The L2 cache holds all rows that run at a time, so that only the first read needs bandwidth.
+    row_bytes = 128256 * 2
+    assert found["microseconds"]["bytes"] == pytest.approx(256 * row_bytes / 1.008e6, abs=0.006)
+    small = gpu_model.RTX_4090._replace(l2_mib=16)
+    without = triton_cost.floor("unfiltered", variant, small, cost)["microseconds"]
+    assert without["bytes"] == pytest.approx(2 * 256 * row_bytes / 1.008e6, abs=0.006)
+    both = found["microseconds"]["latency"] / without["latency"]
+    assert both == pytest.approx((636 + 296) / (2 * 636), abs=0.001)

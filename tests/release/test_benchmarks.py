@@ -19,6 +19,7 @@ from benchmarks import __main__ as command
 from benchmarks import (
     cpu_cost,
     environments,
+    gpu_model,
     plots,
     report,
     serving,
@@ -925,3 +926,25 @@ def test_goals_are_judged_on_both_sides():
         ("top-p-0.9: ours ÷ softmax", "flat"): False,
         ("Python around a prepared call, µs", "V = 32"): False,
     }
+
+
+# The devices of the predicted times
+
+
+def test_devices_have_the_multiprocessors_of_their_gpcs():
+    assert len({device.name for device in gpu_model.DEVICES}) == 5
+    for device in gpu_model.DEVICES:
+        assert sum(device.gpcs) == device.processors
+        assert device.l2_cycles < device.memory_cycles
+        assert device.shared_per_processor == (device.shared_kib + 1) * 1024
+
+
+def test_a_cluster_lies_within_a_gpc():
+    """15 clusters of 8 were seen on an H100, where 132 multiprocessors would hold 16."""
+    assert gpu_model.H100.resident(8, 1) == 15
+    assert gpu_model.H100.resident(8, 2) == 31
+    assert gpu_model.H100.resident(4, 2) == 66
+    assert gpu_model.H100.resident(1, 2) == 264
+    # Blocks that are no cluster may be anywhere.
+    assert gpu_model.H100.resident(8, 1, clustered=False) == 16
+    assert gpu_model.A100.resident(32, 2, clustered=False) == 6

@@ -485,7 +485,7 @@ def test_every_launch_of_the_sanitizers_is_another_kind():
     from benchmarks.cuda_cost import choose_launch
 
     launches = [
-        choose_launch(shape.rows, shape.vocab_size, dtype.itemsize, "sm_90a")
+        choose_launch(shape.rows, shape.vocab_size, dtype.itemsize, "sm_90")
         for shape, dtype in GPU.launches
     ]
     kinds = [(launch.blocks, launch.copied) for launch in launches]
