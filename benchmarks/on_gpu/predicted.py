@@ -24,16 +24,21 @@ def predictions(path: Path, device: str) -> dict[Key, tuple[float, float]] | Non
     Returns:
         None where the file has nothing for this device.
     """
-    record = read_json(path)
-    if record is None or "H100" not in re.split(r"\W+", device):  # all that it has
-        return None
-    return {
+    words = re.split(r"\W+", device)
+    found = {
         (line["case"], line["dtype"], line["vocab_size"], line["rows"]): (
-            line["microseconds"]["predicted"],
-            line["microseconds"]["predicted"],
+            line["microseconds"]["predicted"][0],
+            line["microseconds"]["predicted"][1],
         )
-        for line in record["predictions"]
+        for line in (read_json(path) or {"predictions": []})["predictions"]
+        if model_of(line["device"]) in words
     }
+    return found or None
+
+
+def model_of(name: str) -> str:
+    """The word of a device's name that tells it from others: "A100" of "A100 SXM 80 GB"."""
+    return next(word for word in name.split() if any(letter.isdigit() for letter in word))
 
 
 def run(setting: Setting, results: Results, deadline: Deadline, path: Path = PREDICTED) -> None:

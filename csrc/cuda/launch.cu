@@ -232,7 +232,7 @@ llm_sampling_cuda_workspace(int64_t rows, int64_t vocab_size, int32_t dtype, int
 }
 
 __attribute__((visibility("default"))) int32_t
-llm_sampling_cuda_shape(int64_t rows, int64_t vocab_size, int32_t dtype, int32_t launch[3]) {
+llm_sampling_cuda_shape(int64_t rows, int64_t vocab_size, int32_t dtype, int32_t shape[3]) {
   if (shape == nullptr) return LLM_SAMPLING_NULL_POINTER;
   llm_sampling::Launch found = {};
   const int32_t code = llm_sampling::find_launch_of(rows, vocab_size, dtype, found);
