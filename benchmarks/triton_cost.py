@@ -151,7 +151,8 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
     if "filter-only" in kind:
         output, filtered = None, torch.zeros(few, size, dtype=torch.float32)
     with mock.patch.object(triton_kernel, "sample_kernel") as kernel:
-        wrapper._run(call, launch, wrapper._workspace(call, launch), output, filtered)
+        memory = wrapper._workspace(call, launch), wrapper._counters(call, launch)
+        wrapper._run(call, launch, *memory, output, filtered)
     args, kwargs = kernel.__getitem__.return_value.call_args
     return compile_launch(arch, triton_kernel.sample_kernel, *args, **kwargs), launch
 
