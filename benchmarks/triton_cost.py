@@ -5,7 +5,8 @@ gets the very arguments that the wrapper launches with, so types, alignment and 
 a launch. Nothing runs on a device: all numbers are predicted, not measured. Triton 3.9 or newer is
 needed, whose line information says where a function was inlined.
 
-The loops over the row have the names in LOOPS; "mass 2" is the mass of the kept set. An iteration
+The loops over the row have the names in LOOPS; "mass 2" is the mass of the kept set, and where rows
+may be split, "gather" is that of a part and "gather 2" that of a row which is not. An iteration
 is all instructions from a loop's label to its last jump back, both sides of an ``if`` included; of
 the loops in a lower bound, only "gather" has an ``if``. Instructions per logit are those of a
 thread: a warp issues them for 32 logits at once. Those of "gather" are per token of the columns
@@ -19,10 +20,11 @@ The lower bound of a call's time on an H100 is the largest of three times:
   ``in_flight = min(n, programs) * (num_stages - 1) * tile * size``
 
 ``n = ceil(rows / 132)`` rows are on the busiest multiprocessor, which runs as many programs at once
-as its registers, threads and shared memory hold. Reads of the row: greedy 1; unfiltered 2; top-p 2,
-with a nucleus that fits the candidates; top-k 1, and the columns that are read again, at most
-k * 1.125 + 16 of those of a tile. For top-p, the NUCLEUS * 1.125 + 16 columns are read from copies:
-they cost instructions, but no read of the row.
+as its registers, threads and shared memory hold. Where rows are split, n is the number of parts on
+it, and V in the last two formulas is the number of tokens of the largest part. Reads of the row:
+greedy 1; unfiltered 2; top-p 2, with a nucleus that fits the candidates; top-k 1, and the columns
+that are read again, at most k * 1.125 + 16 of those of a tile. For top-p, the NUCLEUS * 1.125 + 16
+columns are read from copies: they cost instructions, but no read of the row.
 
 The bound is for logits that come from HBM at every read; the second of two reads is cheaper where
 the L2 cache still holds the row. Launch, barriers, reductions, shared memory's latency, the filters
@@ -80,10 +82,17 @@ KINDS = (
     "filtered + raw logprobs",
     "filter-only",
     "filter-only + history + mask + bias",
+    "greedy + split",
+    "filtered + split",
+    "filtered + history + advance + split",
+    "filtered + history + text + window + scope + extra output + split",
+    "filtered + mask + split",
 )
 #: What the floor is worked out for: cases and their kinds, sizes, and rows.
 CASES = {"greedy": "greedy", "unfiltered": "unfiltered"}
 CASES |= {"top-k 50": "filtered", "top-p 0.9": "filtered"}
+#: Of these, the cases whose rows are split where rows are few.
+SPLIT_CASES = ("greedy", "top-k 50")
 
 # Compiling
 
@@ -146,7 +155,10 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
         extra_output=torch.zeros(few, 8, dtype=torch.int32) if "extra output" in kind else None,
     )
     extras = wrapper._has_extras(call, filter_only="filter-only" in kind)
-    launch = wrapper.choose_launch(size, rows, call.logits.dtype, extras=extras)
+    splits = "split" in kind
+    launch = wrapper.choose_launch(size, rows, call.logits.dtype, extras=extras, splits=splits)
+    if splits != (launch.parts > 1):
+        raise ValueError(f"{variant}: {launch}")
     output, filtered = make_results(call), None
     if "filter-only" in kind:
         output, filtered = None, torch.zeros(few, size, dtype=torch.float32)
@@ -353,33 +365,45 @@ def broken_rules(variant: Variant, arch: str, cost: Cost) -> list[str]:
         # gather reads single tokens; a loop over few tokens may have fewer bytes for a thread
         by_candidates = LOOPS[name.split()[0]][2] == "candidates"
         wanted = min(16, loop.logit_bytes) if by_candidates else 16
-        if name != "gather" and loop.narrowest_load < wanted:
+        if not name.startswith("gather") and loop.narrowest_load < wanted:
             broken.append(f"{name}: logits are loaded {loop.narrowest_load} bytes at a time")
     return [f"{variant.kind}, {variant.dtype}, {arch}: {reason}" for reason in broken]
+
+
+def variant_of_case(case: str, dtype: str, vocab_size: int, rows: int) -> Variant:
+    """What the wrapper launches for such a case."""
+    kind = CASES[case]
+    torch_dtype = getattr(torch, dtype)
+    launch = wrapper.choose_launch(vocab_size, rows, torch_dtype, splits=kind != "unfiltered")
+    return Variant(kind + " + split" * (launch.parts > 1), dtype, vocab_size, rows)
 
 
 def floor(case: str, variant: Variant, cost: Cost) -> dict[str, Any]:
     """The least time of a call, by the formula at the top of this file."""
     launch, loops, itemsize = cost.launch, cost.loops, DTYPES[variant.dtype]
+    parts = launch.parts if case in SPLIT_CASES else 1
+    tiles = -(-variant.vocab_size // launch.tile)
+    of_program = min(-(-tiles // parts) * launch.tile, variant.vocab_size)
     again = {"top-k 50": 50, "top-p 0.9": launch.nucleus}
     reads = {"maxima": 1.0}
     if case in ("unfiltered", "top-p 0.9"):
         reads["mass"] = 1.0
     of_row = sum(reads.values())
     if case in again:
-        reads["gather"] = (again[case] * 1.125 + 16) / launch.tile
+        # the second loop is that of a row which is not split, in a kernel that can split rows
+        gather = "gather 2" if launch.parts > parts else "gather"
+        reads[gather] = (again[case] * 1.125 + 16) / launch.tile
     if case == "top-k 50":
         of_row += reads["gather"]
-    busiest = -(-variant.rows // 132)
-    row_bytes = variant.vocab_size * itemsize * of_row
+    busiest = -(-variant.rows * parts // 132)
     stages = min(busiest, cost.programs()) * (launch.num_stages - 1)
     instructions = sum(
         n * loops[name].instructions / loops[name].tokens for name, n in reads.items()
     )
     microseconds = {
-        "bytes": variant.rows * row_bytes / 3.35e6,
-        "issue": busiest * variant.vocab_size / 32 * instructions / (4 * 1.755e3),
-        "latency": busiest * row_bytes / (stages * launch.tile * itemsize) * 0.7,
+        "bytes": variant.rows * variant.vocab_size * itemsize * of_row / 3.35e6,
+        "issue": busiest * of_program / 32 * instructions / (4 * 1.755e3),
+        "latency": busiest * of_program * of_row / (stages * launch.tile) * 0.7,
     }
     limit = max(microseconds, key=lambda name: microseconds[name])
     found = {"case": case, **variant._asdict(), "reads": of_row, "programs": cost.programs()}
@@ -395,7 +419,8 @@ def tables(
 ) -> list[str]:
     """What the kernels need, their instructions, and lower bounds of their times."""
     needs, instructions, bounds = [], [], []
-    names = ["maxima", "mass", "mass 2", *(n for n in LOOPS if n not in ("maxima", "mass"))]
+    twice = "maxima", "mass", "mass 2", "gather", "gather 2"
+    names = [*twice, *(name for name in LOOPS if name not in twice)]
     for variant, arch, cost in costs:
         key = variant.kind, variant.dtype
         spills = f"{cost.spills} + {cost.scalar_spills}" if arch == "gfx942" else cost.spills
@@ -437,9 +462,9 @@ def main(argv: Sequence[str]) -> int:
         return int(bool(broken))
 
     cases = [
-        (case, Variant(kind, dtype, size, rows))
+        (case, variant_of_case(case, dtype, size, rows))
         for size in sizes
-        for case, kind in CASES.items()
+        for case in CASES
         for dtype in ("float32", "bfloat16")
         for rows in ROWS
     ]

@@ -198,10 +198,10 @@ def choose_launch(
         dtype: of the logits.
         extras: whether there is a history, a mask or a bias, or raw logprobs or filtered logits are
             asked for: their code needs registers, so that a program has half as many threads.
-        splits: whether rows may be split over several programs. A row is where there are 4
-            processors or more for each row, and 16 tiles or more. A part has 2 tiles at least, and
-            there are 16 parts at most, so that the lists of 99 tokens of each part fit the
-            candidates. With fewer, what the parts save is less than what it costs to merge them.
+        splits: whether rows may be split over several programs. They are where there are at least
+            4 processors for each row and at least 16 tiles: into 4 to 16 parts of 2 tiles or more.
+            With more parts, lists for a common top-k would not fit the candidates; where there is
+            less to divide, the parts are not expected to save what merging them costs.
         processors: how many multiprocessors the device has. While there is one for each row, it has
             more tiles on their way, since nothing else hides the memory's latency.
     """
@@ -237,11 +237,11 @@ def _has_extras(call: SampleCall, *, filter_only: bool) -> bool:
 def _splits(call: SampleCall, *, filter_only: bool) -> bool:
     """Whether a row of the call may be split, as far as the host knows.
 
-    Rows with top-k or min-p and greedy rows are; raw logprobs and filtered logits take a pass over
-    all tokens.
+    A row's filter may be top-k or min-p, for which it is split, or top-p. Raw logprobs and filtered
+    logits take a pass over all tokens, which one program does.
     """
-    has_rows = call.batch.all_greedy or call.batch.any_filter
-    return has_rows and call.logprobs != "raw" and not filter_only
+    may_be = call.batch.all_greedy or call.batch.any_filter
+    return may_be and call.logprobs != "raw" and not filter_only
 
 
 def _launch_for(call: SampleCall, *, filter_only: bool = False) -> Launch:
@@ -292,9 +292,9 @@ def _workspace(call: SampleCall, launch: Launch) -> Tensor:
 
 
 def _counters(call: SampleCall, launch: Launch) -> Tensor | None:
-    """A 0 for each row, where rows are split; a launch leaves zeros, too.
+    """A 0 for each row, where rows are split. Every launch leaves zeros for the next one.
 
-    They belong to one workspace, and as this may be used by one launch at a time.
+    Like a workspace, they are for one launch at a time.
     """
     if launch.parts == 1:
         return None
@@ -490,7 +490,7 @@ def prepare_update(update: HistoryUpdate) -> Callable[[], None]:
 def prepare(call: SampleCall) -> Step:
     """Keep the workspace and the counters between steps; a step's results are new tensors.
 
-    So two steps may not run at the same time, as on two streams.
+    Two steps, or two replays of a graph that has one, may not run at the same time.
     """
     rows = call.logits.shape[0]
     launches: dict[bool, tuple[Launch, Tensor, Tensor | None]] = {}

@@ -60,9 +60,8 @@ split or not, is counted once, and the last one resets it.
 
 Nobody has checked the values that a call's tensors hold, and somebody may overwrite a row while it
 is read. Offsets, slots, parameters and what other parts have written are limited where they are
-loaded. Every loop ends whatever
-the logits are in each read, and a draw that does not meet the mass that an earlier read has found
-gives the token -1 and the status bit _NO_CANDIDATE.
+loaded. Every loop ends whatever the logits are in each read, and a draw that does not meet the mass
+that an earlier read has found gives the token -1 and the status bit _NO_CANDIDATE.
 
 Nothing may be fused into multiply-adds except by tl.fma: launch with enable_fp_fusion=False.
 """
@@ -1476,6 +1475,22 @@ def sample_kernel(
         params = tl.where(exists, params, 0)
         # no logit is read of a row without parameters, so none is found that could be drawn
         own_size, own_tiles = tl.where(exists, vocab_size, 0), tl.where(exists, num_tiles, 0)
+    temperature = tl.load(batch.temperature + params)
+    temperature = tl.where((temperature >= 0.0) & (temperature < _INF), temperature, 1.0)
+    is_greedy = tl.full((), 1, tl.int1)
+    if CONFIG.any_random:
+        is_greedy = temperature == 0.0
+    filters = ()
+    if CONFIG.parts > 1:
+        # All programs of a row decide alike: a launch does not change what this depends on.
+        if CONFIG.any_filter:
+            filters = _filters(batch, params, vocab_size)
+        is_split = _may_be_split(is_greedy, filters, vocab_size, CONFIG)
+        part = tl.program_id(1)
+        if is_split == 0:
+            _arrive(counters + index, CONFIG)
+        if (is_split == 0) & (part > 0):
+            return
     is_recorded = tl.full((), 1, tl.int1)
     if len(record) > 0:
         is_recorded = tl.load(record[0] + index) != 0
@@ -1484,30 +1499,14 @@ def sample_kernel(
         has_room = (is_recorded & _text_is_full(history, index, num_slots)) == 0
         status_of_nothing = tl.where(has_room | (own_size == 0), status_of_nothing, _TEXT_FULL)
         own_size, own_tiles = tl.where(has_room, own_size, 0), tl.where(has_room, own_tiles, 0)
-    temperature = tl.load(batch.temperature + params)
-    temperature = tl.where((temperature >= 0.0) & (temperature < _INF), temperature, 1.0)
-    is_greedy = tl.full((), 1, tl.int1)
-    if CONFIG.any_random:
-        is_greedy = temperature == 0.0
-    filters = ()
-    tiles = (0, own_tiles)
-    if CONFIG.parts > 1:
-        # What this is decided by does not change while a launch runs: all programs decide alike.
-        if CONFIG.any_filter:
-            filters = _filters(batch, params, vocab_size)
-        is_split = _may_be_split(is_greedy, filters, vocab_size, CONFIG)
-        if is_split == 0:
-            _arrive(counters + index, CONFIG)
-        part = tl.program_id(1)
-        if (is_split == 0) & (part > 0):
-            return
-        parts = tl.where(is_split, CONFIG.parts, 1)
-        tiles = (part * own_tiles // parts, (part + 1) * own_tiles // parts)
     logits += index * logits_stride
     workspace += index * workspace_stride
     own = workspace
+    tiles = (0, own_tiles)
     if CONFIG.parts > 1:
         own += part * CONFIG.part_words
+        parts = tl.where(is_split, CONFIG.parts, 1)
+        tiles = (part * own_tiles // parts, (part + 1) * own_tiles // parts)
     row = _row(
         logits,
         own_size,

@@ -391,17 +391,15 @@ def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
     [
         ("inside = part < CONFIG.parts\n", "inside = part < CONFIG.parts - 1\n", "extremes"),
         ("bound = tl.max(tl.load(header + 3), axis=0)", "bound = _LOWEST_KEY", "more_candidates"),
-        ("bound = tl.max(tl.load(header + 3)", "bound = tl.min(tl.load(header + 3)", "parity"),
-        ("tl.load(header) >= bound, ", "tl.load(header) > bound, ", "hard"),
         ("held = tl.where(width > CAPACITY, width, 0)", "held = tl.zeros_like(width)", "more_cand"),
         ("use_division = ((flags & _DIVISION_BIT) != 0).to(tl.int32)\n", "pass\n", "division"),
         ("tl.max(flags & _NAN_BIT, axis=0) | tl", "tl", "extremes"),
         ("tl.where(keys == top, tl.load(header + 1), _LAST_ID)", "tl.load(header + 1)", "extremes"),
         ("        tl.store(counter, 0)", "        pass", "both_kinds"),
         (
-            "            _arrive(counters + index, CONFIG)\n        part",
-            "            pass\n        part",
-            "both_kinds",
+            "            _arrive(counters + index, CONFIG)\n        if",
+            "            pass\n        if",
+            "alike",
         ),
         ("is_last = before == CONFIG.parts - 1", "is_last = before == 0", "both_kinds"),
         ("(has_depth_cut & (has_p == 0))", "has_depth_cut", "both_kinds"),
@@ -409,20 +407,21 @@ def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
         (
             "first_best = tl.minimum(tl.maximum(first_best, 0), vocab_size - 1)\n    flags",
             "flags",
-            "header",
+            "header and token",
         ),
-        ("held = tl.where(width > CAPACITY, width, 0)", "held = width * 0", "header"),
+        ("held = tl.where(width > CAPACITY, width, 0)", "held = width * 0", "header and count"),
     ],
     ids=[
-        *("last list", "no bound", "smallest bound", "parts at the bound", "too many", "division"),
-        *("NaN", "first token", "reset", "count of whole rows", "first instead of last"),
+        *("last list", "no bound", "too many", "division", "NaN", "first token", "reset"),
+        *("count of whole rows", "first instead of last"),
         *("top-p with min-p", "too large a k", "limit of the token", "limit of a count"),
     ],
 )
 def test_a_wrong_split_is_seen(tmp_path, text, wrong, expression):
-    """With any of these changes, split rows are wrong."""
+    """A part is lost, or anything else that one program must know of another one."""
     pytest.importorskip("triton")
-    fail_with_a_wrong_kernel(tmp_path, text, wrong, "test_triton_split", expression)
+    printed = fail_with_a_wrong_kernel(tmp_path, text, wrong, "test_triton_split", expression)
+    assert re.search("AssertionError|Segmentation fault", printed), printed
 
 
 def fail_with_a_wrong_kernel(folder, text, wrong, file, expression):
@@ -449,5 +448,5 @@ def fail_with_a_wrong_kernel(folder, text, wrong, file, expression):
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder)},
         check=False,
     )
-    assert done.returncode == 1, done.stdout
+    assert done.returncode != 0, done.stdout
     return done.stdout

@@ -358,7 +358,7 @@ def test_hostile_values(split, most_steps, guard, seed):
     )
 
 
-@pytest.mark.parametrize("value", [unchecked.LEAST, -1, 0, 9, 257, unchecked.MOST])
+@pytest.mark.parametrize("value", [unchecked.LEAST, -1, 0, 257, 10**6, unchecked.MOST])
 @pytest.mark.parametrize("what", ["key", "first token", "flags", "bound", "count"])
 def test_whatever_is_in_a_header(split, most_steps, guard, monkeypatch, what, value):
     """Nothing outside of the memory is read or written, and every token is one of the row."""
@@ -381,6 +381,31 @@ def test_whatever_is_in_a_header(split, most_steps, guard, monkeypatch, what, va
     guards.assert_whole()
     assert ((output.tokens >= -1) & (output.tokens < 450)).all()
     unchecked.assert_advanced(call, output)
+
+
+def test_programs_that_do_not_decide_alike(split, guard, monkeypatch):
+    """As where parameters are overwritten meanwhile: all are counted, so the next step is right."""
+    split(parts=4)
+    params = [SamplingParams(top_k=5, seed=seed) for seed in range(8)]
+    x = torch.randn(8, 601, generator=torch.Generator().manual_seed(2))
+    guards = unchecked.Guards(torch.nan)
+    guard(guards)
+    sampler = Sampler(params, vocab_size=601, backend="triton", check=False)
+    decide = kernel._may_be_split
+
+    def decide_otherwise(is_greedy, *args):
+        row, part = row_of_program(), int(tl.program_id(1).handle.data.item())
+        return tl.full((), 0, tl.int1) if part in (row % 4, row // 2) else decide(is_greedy, *args)
+
+    monkeypatch.setattr(kernel, "_may_be_split", decide_otherwise)
+    sampler(x)
+    guards.assert_whole()
+    monkeypatch.setattr(kernel, "_may_be_split", decide)
+    split.rows.clear()
+    positions = sampler.positions.clone()
+    wanted = sample(x, params, positions=positions, backend="torch")
+    assert torch.equal(sampler(x).tokens, wanted.tokens)
+    assert split.rows == list(range(8))
 
 
 @pytest.mark.parametrize("change", unchecked.CHANGES)
