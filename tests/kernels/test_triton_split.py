@@ -361,9 +361,24 @@ def test_hostile_values(split, most_steps, guard, seed):
 @pytest.mark.parametrize("value", [unchecked.LEAST, -1, 0, 257, 10**6, unchecked.MOST])
 @pytest.mark.parametrize("what", ["key", "first token", "flags", "bound", "count"])
 def test_whatever_is_in_a_header(split, most_steps, guard, monkeypatch, what, value):
-    """Nothing outside of the memory is read or written, and every token is one of the row."""
+    """Nothing outside of the memory is read or written, and every token is one of the row.
+
+    The places of 4 lists are as many as the candidates 4 times, which are appended at once.
+    """
     split(parts=4)
-    hand_over = kernel._hand_over
+    hand_over, append, merge = kernel._hand_over, kernel._append, kernel._merged_lists
+    appended = []
+
+    def count(*args):
+        appended.append(1)
+        return append(*args)
+
+    def merge_and_count(*args):
+        appended.clear()
+        merged = merge(*args)
+        assert len(appended) <= 4, "places that no list has"
+        return merged
+
     place = ["key", "first token", "flags", "bound", "count"].index(what)
 
     def wrong(*args):
@@ -372,10 +387,14 @@ def test_whatever_is_in_a_header(split, most_steps, guard, monkeypatch, what, va
         tl.store(workspace + (config.header + place), value)
 
     monkeypatch.setattr(kernel, "_hand_over", wrong)
+    monkeypatch.setattr(kernel, "_append", count)
+    monkeypatch.setattr(kernel, "_merged_lists", merge_and_count)
     call, _ = unchecked.changing_call(450, (1,), torch.float32)
     call = replace(call, logprobs=None)
     guards = unchecked.Guards(torch.nan)
     guard(guards)
+    workspace = backend._workspace
+    monkeypatch.setattr(backend, "_workspace", lambda *args: workspace(*args).zero_())
     output = backend.sample(call)
     assert split.rows
     guards.assert_whole()
