@@ -5,7 +5,8 @@ gets the very arguments that the wrapper launches with, so types, alignment and 
 a launch. Nothing runs on a device: all numbers are predicted, not measured. Triton 3.9 or newer is
 needed, whose line information says where a function was inlined.
 
-The loops over the row have the names in LOOPS; "mass 2" is the mass of the kept set. An iteration
+The loops over the row have the names in LOOPS; "mass 2" is the mass of the kept set, and where rows
+may be split, "gather" is that of a part and "gather 2" that of a row which is not. An iteration
 is all instructions from a loop's label to its last jump back, both sides of an ``if`` included; of
 the loops in a lower bound, only "gather" has an ``if``. Instructions per logit are those of a
 thread: a warp issues them for 32 logits at once. Those of "gather" are per token of the columns
@@ -19,9 +20,10 @@ The lower bound of a call's time is the largest of three times:
   ``in_flight = min(n, programs) * (num_stages - 1) * tile * size``
 
 ``n = ceil(rows / multiprocessors)`` rows are on the busiest multiprocessor, which runs as many
-programs at once as its registers, threads and shared memory hold. The bandwidth is that of the data
-sheet, and latencies were measured where nothing else ran; ``benchmarks/gpu_model.py`` has these
-numbers and their sources.
+programs at once as its registers, threads and shared memory hold. Where rows are split, n is the
+number of parts on it, and V in the last two formulas is the number of tokens of the largest part.
+The bandwidth is that of the data sheet, and latencies were measured where nothing else ran;
+``benchmarks/gpu_model.py`` has these numbers and their sources.
 
 Reads of the row: greedy 1; unfiltered 2; top-p 2, with a nucleus that fits the candidates; top-k 1,
 and the columns that are read again, at most k * 1.125 + 16 of those of a tile. For top-p, the
@@ -68,7 +70,7 @@ SOURCE = Path(triton_kernel.__file__)
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 #: What a program may have of a multiprocessor's shared memory.
-SHARED_KIB = {arch.rstrip("a"): shared for arch, shared in gpu_model.SHARED_KIB.items()}
+SHARED_KIB = dict(gpu_model.SHARED_KIB)
 SHARED_KIB["gfx942"] = 64
 KINDS = (
     "greedy",
@@ -86,12 +88,19 @@ KINDS = (
     "filtered + raw logprobs",
     "filter-only",
     "filter-only + history + mask + bias",
+    "greedy + split",
+    "filtered + split",
+    "filtered + history + advance + split",
+    "filtered + history + text + window + scope + extra output + split",
+    "filtered + mask + split",
 )
 #: What the floor is worked out for: cases and their kinds, sizes, and rows.
 CASES = {"greedy": "greedy", "unfiltered": "unfiltered"}
 CASES |= {"top-k 50": "filtered", "top-p 0.9": "filtered"}
 #: Where, and for which dtypes.
 FLOORS = ((A100, ("bfloat16",)), (RTX_4090, ("bfloat16",)), (H100, ("float32", "bfloat16")))
+#: Of these, the cases whose rows are split where rows are few.
+SPLIT_CASES = ("greedy", "top-k 50")
 
 # Compiling
 
@@ -104,6 +113,7 @@ class Variant(NamedTuple):
     vocab_size: int = 128256
     rows: int = 1
     stride: int | None = None  # from row to row, where that is not vocab_size
+    processors: int = 132
 
 
 def compile_launch(arch: str, kernel: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +129,7 @@ def compile_launch(arch: str, kernel: Any, *args: Any, **kwargs: Any) -> Any:
 
 def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
     """The kernel that the wrapper launches for such a call, and how."""
-    kind, dtype, size, rows, stride = variant
+    kind, dtype, size, rows, stride, processors = variant
     params = SamplingParams(
         temperature=0.0 if kind.startswith("greedy") else 0.7,
         top_p=0.9 if kind.startswith("filter") else 1.0,
@@ -154,12 +164,18 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
         extra_output=torch.zeros(few, 8, dtype=torch.int32) if "extra output" in kind else None,
     )
     extras = wrapper._has_extras(call, filter_only="filter-only" in kind)
-    launch = wrapper.choose_launch(size, rows, call.logits.dtype, extras=extras)
+    splits = "split" in kind
+    launch = wrapper.choose_launch(
+        size, rows, call.logits.dtype, extras=extras, splits=splits, processors=processors
+    )
+    if splits != (launch.parts > 1):
+        raise ValueError(f"{variant}: {launch}")
     output, filtered = make_results(call), None
     if "filter-only" in kind:
         output, filtered = None, torch.zeros(few, size, dtype=torch.float32)
     with mock.patch.object(triton_kernel, "sample_kernel") as kernel:
-        wrapper._run(call, launch, wrapper._workspace(call, launch), output, filtered)
+        memory = wrapper._workspace(call, launch), wrapper._counters(call, launch)
+        wrapper._run(call, launch, *memory, output, filtered)
     args, kwargs = kernel.__getitem__.return_value.call_args
     return compile_launch(arch, triton_kernel.sample_kernel, *args, **kwargs), launch
 
@@ -362,26 +378,45 @@ def broken_rules(variant: Variant, arch: str, cost: Cost) -> list[str]:
         # gather reads single tokens; a loop over few tokens may have fewer bytes for a thread
         by_candidates = LOOPS[name.split()[0]][2] == "candidates"
         wanted = min(16, loop.logit_bytes) if by_candidates else 16
-        if name != "gather" and loop.narrowest_load < wanted:
+        if not name.startswith("gather") and loop.narrowest_load < wanted:
             broken.append(f"{name}: logits are loaded {loop.narrowest_load} bytes at a time")
     return [f"{variant.kind}, {variant.dtype}, {arch}: {reason}" for reason in broken]
+
+
+def variant_of_case(case: str, dtype: str, vocab_size: int, rows: int, device: Device) -> Variant:
+    """What the wrapper launches for such a case."""
+    kind, processors = CASES[case], device.processors
+    launch = wrapper.choose_launch(
+        vocab_size,
+        rows,
+        getattr(torch, dtype),
+        splits=kind != "unfiltered",
+        processors=processors,
+    )
+    kind += " + split" * (launch.parts > 1)
+    return Variant(kind, dtype, vocab_size, rows, processors=processors)
 
 
 def floor(case: str, variant: Variant, device: Device, cost: Cost) -> dict[str, Any]:
     """The least time of a call, by the formula at the top of this file."""
     launch, loops, itemsize = cost.launch, cost.loops, DTYPES[variant.dtype]
+    parts = launch.parts if case in SPLIT_CASES else 1
+    tiles = -(-variant.vocab_size // launch.tile)
+    of_program = min(-(-tiles // parts) * launch.tile, variant.vocab_size)
     again = {"top-k 50": 50, "top-p 0.9": launch.nucleus}
     reads = {"maxima": 1.0}
     if case in ("unfiltered", "top-p 0.9"):
         reads["mass"] = 1.0
     of_row = sum(reads.values())
     if case in again:
-        reads["gather"] = (again[case] * 1.125 + 16) / launch.tile
+        # the second loop is that of a row which is not split, in a kernel that can split rows
+        gather = "gather 2" if launch.parts > parts else "gather"
+        reads[gather] = (again[case] * 1.125 + 16) / launch.tile
     if case == "top-k 50":
         of_row += reads["gather"]
     programs = cost.programs(device)
-    busiest = -(-variant.rows // device.processors)
-    at_once = min(variant.rows, programs * device.processors)
+    busiest = -(-variant.rows * parts // device.processors)
+    at_once = min(variant.rows, max(1, programs * device.processors // parts))
     row_bytes = variant.vocab_size * itemsize
     of_memory = 1.0 if at_once * row_bytes <= device.l2_mib * 2**20 else of_row
     waits = of_memory * device.memory_cycles + (of_row - of_memory) * device.l2_cycles
@@ -391,8 +426,8 @@ def floor(case: str, variant: Variant, device: Device, cost: Cost) -> dict[str, 
     )
     microseconds = {
         "bytes": variant.rows * row_bytes * of_memory / device.bytes_per_us,
-        "issue": busiest * variant.vocab_size / 32 * instructions / (4 * device.megahertz),
-        "latency": busiest * row_bytes * waits / in_flight / device.megahertz,
+        "issue": busiest * of_program / 32 * instructions / (4 * device.megahertz),
+        "latency": busiest * of_program * itemsize * waits / in_flight / device.megahertz,
     }
     limit = max(microseconds, key=lambda name: microseconds[name])
     found = {"device": device.name, "case": case, **variant._asdict()}
@@ -410,7 +445,8 @@ def tables(
     """What the kernels need, their instructions, and lower bounds of their times."""
     needs, instructions = [], []
     bounds: dict[str, list[Any]] = {}
-    names = ["maxima", "mass", "mass 2", *(n for n in LOOPS if n not in ("maxima", "mass"))]
+    twice = "maxima", "mass", "mass 2", "gather", "gather 2"
+    names = [*twice, *(name for name in LOOPS if name not in twice)]
     for variant, arch, cost in costs:
         key = variant.kind, variant.dtype
         spills = f"{cost.spills} + {cost.scalar_spills}" if arch == "gfx942" else cost.spills
@@ -459,14 +495,14 @@ def main(argv: Sequence[str]) -> int:
         return int(bool(broken))
 
     cases = [
-        (case, Variant(kind, dtype, size, rows), device)
+        (case, variant_of_case(case, dtype, size, rows, device), device)
         for device, of_device in FLOORS
         for size in sizes
-        for case, kind in CASES.items()
+        for case in CASES
         for dtype in of_device
         for rows in ROWS
     ]
-    found = measure_all([(variant, device.arch.rstrip("a")) for _, variant, device in cases])
+    found = measure_all([(variant, device.arch) for _, variant, device in cases])
     floors = [floor(*case, cost) for case, cost in zip(cases, found, strict=True)]
     lines = [{**variant._asdict(), "arch": arch, **asdict(cost)} for variant, arch, cost in costs]
     publish(

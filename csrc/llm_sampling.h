@@ -239,12 +239,7 @@ int32_t llm_sampling_cuda_workspace(
 
 // What a call of this size with a workspace takes on the current CUDA device: blocks of a row, 1 if each copies
 // its part of the row, 1 if they are no cluster.
-int32_t llm_sampling_cuda_shape(
-    int64_t rows,
-    int64_t vocab_size,
-    int32_t dtype,
-    int32_t shape[3]
-);
+int32_t llm_sampling_cuda_shape(int64_t rows, int64_t vocab_size, int32_t dtype, int32_t shape[3]);
 
 // 0 if the library has code for this device, and its driver is new enough; else CUDA's reason, as above. It
 // makes no context.

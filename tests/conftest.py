@@ -17,9 +17,10 @@ from llm_sampling.generation import models
 
 pytest.register_assert_rewrite("parity")
 
-# This file needs Triton's interpreter, which a process uses for all of its kernels or for none.
+# These files need Triton's interpreter, which a process uses for all of its kernels or for none.
 # test_triton.py starts a pytest process that uses it.
-collect_ignore = [] if INTERPRETED else ["kernels/test_triton_interpreted.py"]
+NEED_INTERPRETER = ["kernels/test_triton_interpreted.py", "kernels/test_triton_split.py"]
+collect_ignore = [] if INTERPRETED else NEED_INTERPRETER
 
 #: The largest number of parallel pytest processes. More would need much more memory and save
 #: little time.

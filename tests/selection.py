@@ -59,6 +59,10 @@ SOME = {
     "test_triton_compile.py::test_every_update_compiles": Some(7),
     "test_triton_compile.py::test_no_rule_is_broken_on_sm_90": Some(7),
     "test_triton_compile.py::test_no_rule_is_broken_elsewhere": Some(arch=("sm_100",)),
+    "test_triton_compile.py::test_no_rule_is_broken_where_rows_are_split": Some(9),
+    "test_triton_compile.py::test_a_part_is_released_before_it_is_counted_and_acquired_after": Some(
+        3
+    ),
     "test_triton_compile.py::"
     "test_an_odd_vocabulary_in_aligned_rows_is_loaded_16_bytes_at_a_time": Some(5),
     "test_cpu_paths.py::test_best_tokens_that_are_penalised": Some(3),
@@ -104,6 +108,14 @@ SOME_INTERPRETED = {
     "test_vectors.py::test_case": Some(11),
     "test_vectors.py::test_all_rows_in_one_batch": Some(vocab_size=(7,)),
     "test_triton_interpreted.py::test_hostile_values": Some(12),
+    "test_triton_split.py::test_parity": Some(parts=()),
+    "test_triton_split.py::test_steps_of_a_sampler": Some(2),
+    "test_triton_split.py::test_parity_of_hard_rows": Some(9),
+    "test_triton_split.py::test_calls_that_record": Some(11),
+    "test_triton_split.py::test_parameters_of_slots": Some(position_of=()),
+    "test_triton_split.py::test_hostile_values": Some(7),
+    "test_triton_split.py::test_whatever_is_in_a_header": Some(13),
+    "test_triton_split.py::test_logits_that_change": Some(20),
     "test_triton_interpreted.py::test_hostile_updates": Some(3),
     "test_triton_interpreted.py::test_logits_that_change": Some(change=()),
     "test_triton_interpreted.py::test_small_tiles": Some(dtype=()),
@@ -129,6 +141,7 @@ LONG = {
     "test_distributed.py::test_the_benchmark_checks_and_times_both",
     "test_fuzz.py::test_a_broken_kernel_is_found[a tie too few]",
     "test_load.py::test_what_is_kept_is_seen",
+    "test_triton_compile.py::test_the_floor_of_split_rows_follows_its_formula",
     "test_cuda_compile.py::test_multiply_adds_are_seen",
     "test_cuda_compile.py::test_no_rule_is_broken_on_sm_90",
     "test_cuda_compile.py::test_the_lower_bounds_follow_their_formula",

@@ -78,7 +78,9 @@ LLM_SAMPLING_FN constexpr int copy_bytes(int vecs, int logit_bytes) {
 // the headers and the codes of its parts.
 constexpr int64_t kCounterBytes = 8;
 constexpr int64_t kHeaderBytes = 24;
-LLM_SAMPLING_FN constexpr int64_t lists_bytes(int64_t parts) { return parts * (kHeaderBytes + kMaxListed * 8); }
+LLM_SAMPLING_FN constexpr int64_t lists_bytes(int64_t parts) {
+  return parts * (kHeaderBytes + kMaxListed * 8);
+}
 LLM_SAMPLING_FN constexpr int64_t workspace_bytes(int64_t rows, int64_t parts) {
   return rows * (kCounterBytes + lists_bytes(parts));
 }

@@ -103,8 +103,10 @@ struct Overrides {
 // What a block of a split row hands on in the workspace, besides its codes.
 struct PartHeader {
   uint64_t maximum;  // order key of the part's largest logit in the upper half; 1 if one is NaN
-  uint64_t wanted;   // how many tokens of the part were asked for; 0: one block must sample the row alone
-  uint64_t low;      // the list has all tokens of the part from this code on; of a greedy row, the first code
+  uint64_t
+      wanted;  // how many tokens of the part were asked for; 0: one block must sample the row alone
+  uint64_t
+      low;  // the list has all tokens of the part from this code on; of a greedy row, the first code
 };
 static_assert(sizeof(PartHeader) == kHeaderBytes, "launch.cuh asks for the memory");
 

@@ -31,8 +31,9 @@
 namespace llm_sampling {
 
 static_assert(kMaxListed <= kThreads, "a thread writes a code of a list");
-constexpr int kMostWanted = 192;    // tokens that a part may be asked for
-constexpr int kListedAtDepth = 64;  // tokens that it is asked for where there is a cut by depth alone
+constexpr int kMostWanted = 192;  // tokens that a part may be asked for
+constexpr int kListedAtDepth =
+    64;  // tokens that it is asked for where there is a cut by depth alone
 constexpr int kBinBits = 9;
 static_assert(kBins == 1 << kBinBits, "a code's distance has a bin");
 
@@ -188,8 +189,7 @@ __device__ bool RowSampler<kDtype, kLayout>::finish(const Lists& lists) {
   // From the largest code on from which a list has all tokens, all lists have.
   const uint32_t upper = __reduce_max_sync(kWholeWarp, static_cast<uint32_t>(low >> 32));
   const uint32_t lower = static_cast<uint32_t>(low >> 32) == upper ? static_cast<uint32_t>(low) : 0;
-  const uint64_t bound =
-      static_cast<uint64_t>(upper) << 32 | __reduce_max_sync(kWholeWarp, lower);
+  const uint64_t bound = static_cast<uint64_t>(upper) << 32 | __reduce_max_sync(kWholeWarp, lower);
   write_status(__any_sync(kWholeWarp, (maximum & 1) != 0));
   find_sharing_row();
   find_leaving_id();

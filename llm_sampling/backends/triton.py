@@ -105,7 +105,10 @@ class _Config(NamedTuple):
     """What is known when the kernel is compiled.
 
     Attributes:
-        tile, candidates, nucleus: those of :class:`Launch`; ``stages`` is its ``num_stages``.
+        tile, candidates, nucleus, parts, most_wanted: those of :class:`Launch`; ``stages`` is its
+            ``num_stages``.
+        part_words: how many int32 words of the workspace each program of a row has for itself.
+        header: the place of a part's header among them.
         max_tiles: the tiles of a row, rounded up to a power of two.
         max_stored: how many columns may be stored while all tokens are weighed.
         align: a load's mask is the same for all logits from one multiple of it to the next.
@@ -124,6 +127,10 @@ class _Config(NamedTuple):
     max_tiles: int
     candidates: int
     nucleus: int
+    parts: int
+    most_wanted: int
+    part_words: int
+    header: int
     max_stored: int
     align: int
     stages: int
@@ -149,6 +156,7 @@ class Launch:
         nucleus: how many of the first tokens of the order become candidates for top-p.
         num_warps: warps of a program.
         num_stages: tiles that are loaded while one is processed, and that one.
+        parts: programs of a row; a power of two.
     """
 
     tile: int
@@ -156,6 +164,14 @@ class Launch:
     nucleus: int
     num_warps: int
     num_stages: int
+    parts: int = 1
+
+    def most_wanted(self) -> int:
+        """So many tokens may be wanted of each part of a split row, for their lists to fit.
+
+        A list may have an eighth and 16 tokens more than are wanted.
+        """
+        return (self.candidates // self.parts - 16) * 8 // 9
 
     def max_stored(self) -> int:
         """How many columns may be stored while all tokens are weighed."""
@@ -168,7 +184,13 @@ class Launch:
 
 
 def choose_launch(
-    vocab_size: int, rows: int, dtype: torch.dtype, *, extras: bool = False, processors: int = 132
+    vocab_size: int,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    extras: bool = False,
+    splits: bool = False,
+    processors: int = 132,
 ) -> Launch:
     """The launch for ``rows`` rows of ``vocab_size`` logits.
 
@@ -178,6 +200,10 @@ def choose_launch(
         dtype: of the logits.
         extras: whether there is a history, a mask or a bias, or raw logprobs or filtered logits are
             asked for: their code needs registers, so that a program has half as many threads.
+        splits: whether rows may be split over several programs. They are where there are at least
+            4 processors for each row and at least 16 tiles: into 4 to 16 parts of 2 tiles or more.
+            With more parts, lists for a common top-k would not fit the candidates; where there is
+            less to divide, the parts are not expected to save what merging them costs.
         processors: how many multiprocessors the device has. While there is one for each row, it has
             more tiles on their way, since nothing else hides the memory's latency.
     """
@@ -187,12 +213,16 @@ def choose_launch(
         num_warps = max(1, num_warps // 2)
     being_loaded = (65536 if rows <= processors else 32768) // (tile * dtype.itemsize)
     tiles = -(-vocab_size // tile)
+    parts = 1
+    if splits and tiles >= 16 and processors >= 4 * rows:
+        parts = 1 << (min(processors // max(rows, 1), tiles // 2, 16).bit_length() - 1)
     return Launch(
         tile=tile,
         candidates=2048,
         nucleus=512,
         num_warps=num_warps,
         num_stages=1 + min(being_loaded, 2, tiles),  # with more, registers are spilled on sm_90
+        parts=parts,
     )
 
 
@@ -206,11 +236,27 @@ def _has_extras(call: SampleCall, *, filter_only: bool) -> bool:
     return has_more or call.logprobs == "raw" or filter_only
 
 
+def _splits(call: SampleCall, *, filter_only: bool) -> bool:
+    """Whether a row of the call may be split, as far as the host knows.
+
+    A row's filter may be top-k or min-p, for which it is split, or top-p. Raw logprobs and filtered
+    logits take a pass over all tokens, which one program does.
+    """
+    may_be = call.batch.all_greedy or call.batch.any_filter
+    return may_be and call.logprobs != "raw" and not filter_only
+
+
 def _launch_for(call: SampleCall, *, filter_only: bool = False) -> Launch:
     rows, vocab_size = call.logits.shape
-    extras = _has_extras(call, filter_only=filter_only)
     processors = _processors(call.logits.device.index) if call.logits.is_cuda else rows
-    return choose_launch(vocab_size, rows, call.logits.dtype, extras=extras, processors=processors)
+    return choose_launch(
+        vocab_size,
+        rows,
+        call.logits.dtype,
+        extras=_has_extras(call, filter_only=filter_only),
+        splits=_splits(call, filter_only=filter_only),
+        processors=processors,
+    )
 
 
 def _has_windows(call: SampleCall) -> bool:
@@ -226,12 +272,35 @@ def _overrides(call: SampleCall) -> int:
     return max(16, 1 << (2 * extra.shape[1] - 1).bit_length())
 
 
+def _part_words(call: SampleCall, launch: Launch) -> tuple[int, int]:
+    """The int32 words that a program has for itself, and where the header of its part begins.
+
+    They are for extra ids and, where rows are split, for the columns and the list of the part.
+    """
+    words = 2 * _overrides(call)
+    if launch.parts == 1:
+        return words, words
+    if call.batch.any_filter:
+        words += launch.tile + 2 * launch.candidates
+    return words + 16, words  # a multiple of 16, as all else is
+
+
 def _workspace(call: SampleCall, launch: Launch) -> Tensor:
-    """Only filters and extra ids need any."""
+    """Only filters, extra ids and parts need any."""
     rows, vocab_size = call.logits.shape
     words = launch.workspace(vocab_size) if call.batch.any_filter else 0
-    words += 2 * _overrides(call)
+    words += launch.parts * _part_words(call, launch)[0]
     return torch.empty(rows, words, dtype=torch.int32, device=call.logits.device)
+
+
+def _counters(call: SampleCall, launch: Launch) -> Tensor | None:
+    """A 0 for each row, where rows are split. Every launch leaves zeros for the next one.
+
+    Like a workspace, they are for one launch at a time.
+    """
+    if launch.parts == 1:
+        return None
+    return torch.zeros(call.logits.shape[0], dtype=torch.int32, device=call.logits.device)
 
 
 def _histories(history: TokenHistory, extra: Tensor | None) -> tuple[Any, ...]:
@@ -276,6 +345,7 @@ def _run(
     call: SampleCall,
     launch: Launch,
     workspace: Tensor,
+    counters: Tensor | None,
     output: SampleOutput | None,
     filtered: Tensor | None,
 ) -> None:
@@ -289,12 +359,17 @@ def _run(
     if rows == 0:
         return
     tiles = -(-vocab_size // launch.tile)
+    part_words, header = _part_words(call, launch)
     logits_stride = logits.stride(0) if rows > 1 else 0  # one row is aligned whatever its stride
     config = _Config(
         tile=launch.tile,
         max_tiles=1 << (tiles - 1).bit_length(),
         candidates=launch.candidates,
         nucleus=launch.nucleus,
+        parts=launch.parts,
+        most_wanted=launch.most_wanted(),
+        part_words=part_words,
+        header=header,
         max_stored=launch.max_stored(),
         align=16 if vocab_size % 16 > 0 and logits_stride % 16 == 0 else 1,
         stages=launch.num_stages,
@@ -310,7 +385,7 @@ def _run(
         records_text=advance and history is not None and history.text is not None,
     )
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        kernel.sample_kernel[(rows,)](
+        kernel.sample_kernel[(rows, launch.parts)](
             logits,
             logits_stride,
             vocab_size,
@@ -327,6 +402,7 @@ def _run(
             () if call.record is None or not advance else (call.record.view(torch.uint8),),
             workspace,
             workspace.stride(0),
+            () if counters is None else counters,
             () if output is None else tuple(() if x is None else x for x in output),
             filtered,
             0 if filtered is None else filtered.stride(0),
@@ -337,23 +413,25 @@ def _run(
         )
 
 
-def _sample(call: SampleCall, launch: Launch, workspace: Tensor) -> SampleOutput:
+def _sample(
+    call: SampleCall, launch: Launch, workspace: Tensor, counters: Tensor | None
+) -> SampleOutput:
     output = make_results(call)
-    _run(call, launch, workspace, output, None)
+    _run(call, launch, workspace, counters, output, None)
     return settle(call, output)
 
 
 def sample(call: SampleCall) -> SampleOutput:
     """Draw tokens in one launch."""
     launch = _launch_for(call)
-    return _sample(call, launch, _workspace(call, launch))
+    return _sample(call, launch, _workspace(call, launch), _counters(call, launch))
 
 
 def filter_logits(call: SampleCall) -> Tensor:
     """Filter in one launch."""
     launch = _launch_for(call, filter_only=True)
     filtered = torch.empty(call.logits.shape, dtype=torch.float32, device=call.logits.device)
-    _run(call, launch, _workspace(call, launch), None, filtered)
+    _run(call, launch, _workspace(call, launch), None, None, filtered)
     return filtered
 
 
@@ -412,9 +490,12 @@ def prepare_update(update: HistoryUpdate) -> Callable[[], None]:
 
 
 def prepare(call: SampleCall) -> Step:
-    """Keep the workspace between steps; a step's results are new tensors."""
+    """Keep the workspace and the counters between steps; a step's results are new tensors.
+
+    Two steps, or two replays of a graph that has one, may not run at the same time.
+    """
     rows = call.logits.shape[0]
-    launches: dict[bool, tuple[Launch, Tensor]] = {}
+    launches: dict[bool, tuple[Launch, Tensor, Tensor | None]] = {}
 
     def step(
         logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
@@ -429,7 +510,7 @@ def prepare(call: SampleCall) -> Step:
         has_mask = allowed_mask is not None
         if has_mask not in launches:
             launch = _launch_for(this)
-            launches[has_mask] = launch, _workspace(this, launch)
+            launches[has_mask] = launch, _workspace(this, launch), _counters(this, launch)
         return _sample(this, *launches[has_mask])
 
     return step

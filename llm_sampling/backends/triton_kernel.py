@@ -1,7 +1,8 @@
 """The sampling kernel in Triton: docs/semantics.md in one launch, with the same step numbers.
 
-One program samples one row. A tile is ``CONFIG.tile`` consecutive tokens, processed at once. Column
-c of a row is the tokens c, c + tile, c + 2 * tile, …: one token of each tile.
+One program samples one row, or ``CONFIG.parts`` programs do where rows are few. A tile is
+``CONFIG.tile`` consecutive tokens, processed at once. Column c of a row is the tokens c, c + tile,
+c + 2 * tile, …: one token of each tile.
 
 The key of a logit is an int32 in the order of the logits. The code of a token is an int64 in the
 order of step 7: the logit's key, then the token's id. A threshold is a code, and keeps the tokens
@@ -25,6 +26,16 @@ Passes over the row. A read is vocab_size logits loaded:
    settles one or more of them, so the search ends.
 5. Mass of the kept set, where the candidates are not all of it: 1 read, then draws as after pass 2.
 
+Parts. Each program of a split row takes some consecutive tiles, its part, through passes 1 and 3,
+for which it needs no other part: the first n tokens of the row are among the first n of each part,
+and a depth below the largest logit of a part is not above that depth below the row's. It writes
+what it finds into a header and a list of its own in the workspace, and counts itself. The program
+that counts last reads the headers and lists of all parts and goes on alone: their largest bound is
+a bound of the row, and what reaches it in the lists becomes the candidates. No program waits for
+another one. Split are greedy rows, rows with top-k where ``CONFIG.most_wanted`` is enough, and rows
+with min-p alone. Every other row needs the mass of all tokens, or more candidates than the lists
+would leave room for: one program samples it, and the others end at once.
+
 Ids that count as output for this call alone change the bits and counts of a few tokens, those that
 they push out of a window included. A list of these tokens with their bits and counts is written
 into the workspace before pass 1, and steps 3 to 5 look at it wherever they read the history.
@@ -37,14 +48,20 @@ not such a multiple, the last few logits of a row are held in registers and inse
 
 Hazards. The workspace is global memory that the threads of a program write and read: a barrier
 stands between, and another before the next writes. A masked position holds -inf, whose code is
-below every threshold and whose mass is 0. No program writes what another one uses: rows have slots
-of their own in a history that a call advances. (Rows without a penalty may share a slot in one of
-``TokenHistory.among``, which is only read.)
+below every threshold and whose mass is 0. No program writes what one of another row uses: rows have
+slots of their own in a history that a call advances. (Rows without a penalty may share a slot in
+one of ``TokenHistory.among``, which is only read.)
+
+Between the programs of a split row stands _arrive: its atomic addition releases the header and the
+list of a part, and acquires those of the parts that were counted before. The other parts have ended
+their reads of the history when the last program writes it. The last program alone writes results,
+state and the row's candidates. A row's counter is 0 between launches: every program of a row,
+split or not, is counted once, and the last one resets it.
 
 Nobody has checked the values that a call's tensors hold, and somebody may overwrite a row while it
-is read. Offsets, slots and parameters are limited where they are loaded. Every loop ends whatever
-the logits are in each read, and a draw that does not meet the mass that an earlier read has found
-gives the token -1 and the status bit _NO_CANDIDATE.
+is read. Offsets, slots, parameters and what other parts have written are limited where they are
+loaded. Every loop ends whatever the logits are in each read, and a draw that does not meet the mass
+that an earlier read has found gives the token -1 and the status bit _NO_CANDIDATE.
 
 Nothing may be fused into multiply-adds except by tl.fma: launch with enable_fp_fusion=False.
 """
@@ -121,6 +138,10 @@ Bracket = namedtuple("Bracket", "low high n_low n_high w_high")
 Goal = namedtuple("Goal", "by_mass target z offset")
 #: The candidates are the tokens in low .. high - 1, held of them; n_high of mass w_high are above.
 Listed = namedtuple("Listed", "held low high n_high w_high")
+#: What the lists of a row's parts come to. bound: at least as many tokens as the filters need reach
+#: this key, and the candidates are all that do; held: how many they are, or more than fit.
+#: is_split: whether the row is split; if it is not, bound and held have no meaning.
+Merged = namedtuple("Merged", "is_split bound held")
 #: Where a row's tokens and logprobs go. logprobs: (a pointer,). raw, for raw logprobs: (a pointer
 #: to the logits, their maximum, their log sum).
 Output = namedtuple("Output", "tokens logprobs raw")
@@ -524,6 +545,13 @@ def _probe_pivots(codes, w, bracket, spacing, w_between, by_mass, amount):
 
 
 @triton.jit
+def _memory(start, CONFIG: tl.constexpr):
+    """A Workspace whose parts follow each other from ``start`` on."""
+    listed = start + CONFIG.tile
+    return Workspace(start, listed, listed + CONFIG.candidates, listed + 2 * CONFIG.candidates)
+
+
+@triton.jit
 def _append(workspace, held, x, ids, wanted, CAPACITY: tl.constexpr):
     """Append the wanted tokens to the candidates, as far as they fit; how many there would be."""
     place = held + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
@@ -545,19 +573,30 @@ def _candidates(workspace, held, m, scale, CAPACITY: tl.constexpr):
 
 
 @triton.jit
-def _gather(row, workspace, num_columns, bound, is_stored, CONFIG: tl.constexpr):
+def _choose_columns(keys, bound, workspace, TILE: tl.constexpr):
+    """List the columns whose maxima reach the bound: which, their places in the list, how many."""
+    is_chosen = keys >= bound
+    place = tl.cumsum(is_chosen.to(tl.int32), axis=0) - 1
+    tl.store(workspace.columns + place, tl.arange(0, TILE), mask=is_chosen)
+    return is_chosen, place, tl.sum(is_chosen.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _gather(row, tiles, workspace, num_columns, bound, is_stored, CONFIG: tl.constexpr):
     """Pass 3: the tokens of the chosen columns that reach the bound become the candidates.
 
-    Returns how many there are; it ends early where they are more than fit.
+    ``tiles`` is the first tile, and the one after the last. Returns how many candidates there are;
+    it ends early where they are more than fit.
     """
     CAPACITY: tl.constexpr = CONFIG.candidates
     held = tl.zeros((), tl.int32)
     tl.debug_barrier()
     start = tl.zeros((), tl.int32)
-    while (start < num_columns * row.num_tiles) & (held <= CAPACITY):
+    first_tile, end_tile = tiles
+    while (start < num_columns * (end_tile - first_tile)) & (held <= CAPACITY):
         index = start + tl.arange(0, CAPACITY)
-        tile = index // num_columns
-        inside = tile < row.num_tiles
+        tile = first_tile + index // num_columns
+        inside = tile < end_tile
         column = tl.load(workspace.columns + index % num_columns, mask=inside, other=0)
         ids = tile * CONFIG.tile + column
         inside = inside & (ids < row.vocab_size)
@@ -625,7 +664,164 @@ def _collect(row, workspace, low, high, CAPACITY: tl.constexpr):
     return held
 
 
+# Parts of a row
+
+
+@triton.jit
+def _may_be_split(is_greedy, filters, vocab_size, CONFIG: tl.constexpr):
+    """Whether the first few tokens of each part are all that the filters of a row may keep.
+
+    ``filters`` is () where no row has any.
+    """
+    is_split = is_greedy
+    if len(filters) > 0:
+        at_most, has_k, has_p, has_depth_cut = _filters_on(filters, vocab_size)
+        wanted = tl.where(has_k, at_most, filters.keep)
+        is_listed = (has_k | (has_depth_cut & (has_p == 0))) & (wanted <= CONFIG.most_wanted)
+        is_split = is_split | is_listed
+    return is_split
+
+
+@triton.jit
+def _list_part(row, tiles, filters, best, m, scale, workspace, CONFIG: tl.constexpr):
+    """Pass 3 of a part: its tokens that reach a bound become its candidates.
+
+    ``best`` and m are maxima of the part. As many tokens of the part as the filters need reach the
+    bound, or it is the lowest key. For min-p, the depth below m is one below a larger maximum, so
+    that the bound is not above what the row keeps. Returns the bound and how many candidates there
+    are, or more than fit.
+    """
+    at_most, has_k, _, has_depth_cut = _filters_on(filters, row.vocab_size)
+    keys = _key(best)
+    bound = _column_bound(keys, _key(m), tl.where(has_k, at_most, filters.keep))
+    if has_depth_cut & (has_k == 0):
+        bound = tl.minimum(bound, _lowest_key_within(filters.depth_cut, m, scale).to(tl.int32))
+    _, _, num_columns = _choose_columns(keys, bound, workspace, CONFIG.tile)
+    return bound, _gather(row, tiles, workspace, num_columns, bound, False, CONFIG)
+
+
+@triton.jit
+def _hand_over(
+    row,
+    tiles,
+    filters,
+    is_greedy,
+    temperature,
+    best,
+    m,
+    first_best,
+    flags,
+    workspace,
+    CONFIG: tl.constexpr,
+):
+    """Write the header and, where a filter needs it, the list of a part.
+
+    ``flags`` are those of pass 1, and ``workspace`` is the part's.
+    """
+    bound = tl.full((), _LOWEST_KEY, tl.int32)
+    held = tl.zeros((), tl.int32)
+    if CONFIG.any_filter:
+        needs_list = (m > -_INF) & (is_greedy == 0)
+        if needs_list:
+            scale = tl.div_rn(_LOG2_E, temperature)
+            memory = _memory(workspace + 2 * CONFIG.overrides, CONFIG)
+            bound, held = _list_part(row, tiles, filters, best, m, scale, memory, CONFIG)
+    header = workspace + CONFIG.header
+    tl.store(header, _key(m))
+    tl.store(header + 1, first_best)
+    tl.store(header + 2, flags | row.division[1] * _DIVISION_BIT)
+    tl.store(header + 3, bound)
+    tl.store(header + 4, held)
+
+
+@triton.jit
+def _arrive(counter, CONFIG: tl.constexpr):
+    """Count this program of the row, and say whether it is the last one.
+
+    The barrier puts the stores of all threads before the atomic operation of one of them, which
+    releases them to the program that counts after this one; the second barrier puts the loads of
+    all threads after it.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    is_last = before == CONFIG.parts - 1
+    if is_last:
+        tl.store(counter, 0)  # for the next launch
+    return is_last
+
+
+@triton.jit
+def _merged_maxima(workspace, vocab_size, CONFIG: tl.constexpr):
+    """The largest logit of all parts, the first token that has it, and the flags of all.
+
+    ``workspace`` is the row's.
+    """
+    header = workspace + CONFIG.header + tl.arange(0, CONFIG.parts) * CONFIG.part_words
+    keys = tl.load(header)
+    top = tl.max(keys, axis=0)
+    first_best = tl.min(tl.where(keys == top, tl.load(header + 1), _LAST_ID), axis=0)
+    first_best = tl.minimum(tl.maximum(first_best, 0), vocab_size - 1)
+    flags = tl.load(header + 2)
+    flags = tl.max(flags & _NAN_BIT, axis=0) | tl.max(flags & _DIVISION_BIT, axis=0)
+    return _value(top), first_best, flags
+
+
+@triton.jit
+def _merged_lists(workspace, vocab_size, CONFIG: tl.constexpr):
+    """The candidates of all parts that reach the largest of their bounds become those of the row.
+
+    The part that has this bound has enough of them. No other part has left one out, since its own
+    bound is not larger, unless it had more than fit. Lists are in id order and parts follow each
+    other, so that the row's candidates are in id order, too. ``workspace`` is the row's. Returns
+    the bound and how many candidates there are, or more than fit.
+    """
+    CAPACITY: tl.constexpr = CONFIG.candidates
+    header = workspace + CONFIG.header + tl.arange(0, CONFIG.parts) * CONFIG.part_words
+    bound = tl.max(tl.load(header + 3), axis=0)
+    counts = tl.where(tl.load(header) >= bound, tl.load(header + 4), 0)
+    width = tl.max(counts, axis=0)
+    lists = _memory(workspace + 2 * CONFIG.overrides, CONFIG)
+    memory = _memory(workspace + CONFIG.parts * CONFIG.part_words, CONFIG)
+    held = tl.where(width > CAPACITY, width, 0)
+    start = tl.zeros((), tl.int32)
+    while (start < CONFIG.parts * width) & (held <= CAPACITY):
+        index = start + tl.arange(0, CAPACITY)
+        part = index // width
+        place = index % width  # below CAPACITY whatever the counts are
+        offset = part * CONFIG.part_words
+        inside = part < CONFIG.parts
+        count = tl.load(workspace + CONFIG.header + offset + 4, mask=inside, other=0)
+        inside = inside & (place < count)
+        x = tl.load(lists.logits + offset + place, mask=inside, other=0)
+        x = x.to(tl.float32, bitcast=True)
+        ids = tl.load(lists.ids + offset + place, mask=inside, other=0)
+        ids = tl.minimum(tl.maximum(ids, 0), vocab_size - 1)
+        held = _append(memory, held, x, ids, inside & (_key(x) >= bound), CAPACITY)
+        start += CAPACITY
+    tl.debug_barrier()
+    return bound, held
+
+
 # The kept set
+
+
+@triton.jit
+def _filters(batch, params, vocab_size):
+    """The parameters of steps 11 to 13, limited to values for which these have a meaning."""
+    return Filters(
+        tl.load(batch.top_k + params),
+        tl.maximum(tl.load(batch.top_p + params), 0.0),  # 0 for NaN
+        depth_cut(batch, params),
+        tl.minimum(tl.maximum(tl.load(batch.min_tokens_to_keep + params), 1), vocab_size),
+    )
+
+
+@triton.jit
+def _filters_on(filters, vocab_size):
+    """How many tokens step 11 keeps at most, and which of steps 11, 12 and 13 are on."""
+    at_most = tl.where(filters.top_k > 0, tl.maximum(filters.top_k, filters.keep), vocab_size)
+    return at_most, at_most < vocab_size, filters.top_p < 1.0, filters.depth_cut < _INF
 
 
 @triton.jit
@@ -703,24 +899,26 @@ def _find(row, workspace, listed, bound, k_threshold, m, scale, goal, CAPACITY: 
 
 
 @triton.jit
-def _kept(row, filters, best, m, scale, workspace, WEIGH_ALL: tl.constexpr, CONFIG: tl.constexpr):
+def _kept(
+    row, filters, best, m, scale, workspace, merged, WEIGH_ALL: tl.constexpr, CONFIG: tl.constexpr
+):
     """Steps 11 to 13: the threshold of the kept set, and what a draw from it needs.
 
-    ``best`` are the columns' maxima. Returns the threshold, the kept set's mass by tile, how many
-    candidates there are, and whether these hold the whole kept set. The masses have no meaning in
-    that case, nor without WEIGH_ALL.
+    ``best`` are the columns' maxima; ``merged`` is () or a Merged. Returns the threshold, the kept
+    set's mass by tile, how many candidates there are, and whether these hold the whole kept set.
+    The masses have no meaning in that case, nor without WEIGH_ALL.
     """
     CAPACITY: tl.constexpr = CONFIG.candidates
     TILE: tl.constexpr = CONFIG.tile
     MAX_TILES: tl.constexpr = CONFIG.max_tiles
     lowest = _first_code(tl.full((), _LOWEST_KEY, tl.int64))
     top = _first_code(_key(m).to(tl.int64) + 1)
-    top_k, top_p, cut, keep = filters
-    at_most = tl.where(top_k > 0, tl.maximum(top_k, keep), row.vocab_size)
-    has_k = at_most < row.vocab_size
-    has_p = top_p < 1.0
-    has_depth_cut = cut < _INF
+    top_p, cut, keep = filters.top_p, filters.depth_cut, filters.keep
+    at_most, has_k, has_p, has_depth_cut = _filters_on(filters, row.vocab_size)
     any_filter = has_k | has_p | has_depth_cut
+    is_split = False
+    if len(merged) > 0:
+        is_split = merged.is_split
 
     # the columns that hold the first tokens of the order
     bound = tl.full((), _LOWEST_KEY, tl.int32)
@@ -734,15 +932,12 @@ def _kept(row, filters, best, m, scale, workspace, WEIGH_ALL: tl.constexpr, CONF
         if has_depth_cut:
             depth_threshold = _first_code(_lowest_key_within(cut, m, scale))
         keys = _key(best)
-        if row.vocab_size > CAPACITY:
+        if (row.vocab_size > CAPACITY) & (is_split == 0):
             bound = _column_bound(keys, _key(m), wanted)
             if not (has_k | has_p):
                 bound = tl.minimum(bound, (depth_threshold >> _ID_BITS).to(tl.int32))
-        if wanted <= CAPACITY:
-            is_chosen = keys >= bound
-            place = tl.cumsum(is_chosen.to(tl.int32), axis=0) - 1
-            tl.store(workspace.columns + place, tl.arange(0, TILE), mask=is_chosen)
-            num_columns = tl.sum(is_chosen.to(tl.int32), axis=0)
+        if (wanted <= CAPACITY) & (is_split == 0):
+            is_chosen, place, num_columns = _choose_columns(keys, bound, workspace, TILE)
             is_stored = weigh_all & (num_columns <= CONFIG.max_stored)
             place = tl.where(is_stored, tl.where(is_chosen, place, -1), -1)
 
@@ -756,7 +951,10 @@ def _kept(row, filters, best, m, scale, workspace, WEIGH_ALL: tl.constexpr, CONF
 
     none = tl.zeros((), tl.int64)
     low = top  # of no candidates
-    held = _gather(row, workspace, num_columns, bound, is_stored, CONFIG)
+    held = _gather(row, (0, row.num_tiles), workspace, num_columns, bound, is_stored, CONFIG)
+    if len(merged) > 0:
+        held = tl.where(is_split, merged.held, held)
+        bound = tl.where(is_split, merged.bound, bound)
     if (held > 0) & (held <= CAPACITY):
         low = _first_code(bound)
     else:
@@ -1095,11 +1293,12 @@ def _with_division(row, division):
 
 
 @triton.jit
-def _maxima(row, CONFIG: tl.constexpr):
+def _maxima(row, tiles, CONFIG: tl.constexpr):
     """Pass 1: each column's largest logit, the first tile that has it, _NAN_BIT if a NaN was seen.
 
-    The pass is repeated with tl.div_rn if it meets a logit for which _quotient is not exact. Also
-    returns the row with the division that the other passes must use.
+    ``tiles`` is the first tile that is read, and the one after the last. The pass is repeated with
+    tl.div_rn if it meets a logit for which _quotient is not exact. Also returns the row with the
+    division that the other passes must use.
     """
     TILE: tl.constexpr = CONFIG.tile
     column = tl.arange(0, TILE)
@@ -1116,7 +1315,7 @@ def _maxima(row, CONFIG: tl.constexpr):
         current = _with_division(row, (inverse, use_division))
         best = tl.full([TILE], -_INF, tl.float32)
         best_tile = tl.zeros([TILE], tl.int32)
-        for tile in tl.range(0, row.num_tiles, num_stages=CONFIG.stages):
+        for tile in tl.range(tiles[0], tiles[1], num_stages=CONFIG.stages):
             ids = tile * TILE + column
             x, new_flags = _processed_and_flags(current, tile * TILE, ids, ids < row.vocab_size)
             is_better = x > best
@@ -1152,7 +1351,7 @@ def _advance(position, history, text, token, vocab_size):
         if len(text) > 0:
             _record_in_text(history, text, token, vocab_size)
         else:
-            # all reads of the history come before this
+            # All threads have read the history before any of it changes.
             tl.debug_barrier()
             if token >= 0:
                 _count(history, token)
@@ -1169,9 +1368,14 @@ def _count(history, token):
 
 @triton.jit
 def _record_in_text(history, text, token, vocab_size):
-    """Add a token, unless it is -1, to the output, the text and the window of a slot."""
+    """Add a token, unless it is -1, to the output, the text and the window of a slot.
+
+    ``enters`` says whether the window takes the token; ``left`` is the id that leaves the window,
+    or -1.
+    """
     length = text_length(text)
-    token = tl.where(length < text.max_length, token, -1)  # it was not full when the row began
+    # A full text was seen before the draw; this length is loaded anew, and limits the store below.
+    token = tl.where(length < text.max_length, token, -1)
     enters = token >= 0
     left = tl.full((), -1, tl.int32)
     was_output = 0
@@ -1184,7 +1388,7 @@ def _record_in_text(history, text, token, vocab_size):
         left = tl.load(text.ids + begin, mask=leaves, other=-1)
         left = tl.where((left >= 0) & (left < vocab_size), left, -1)
         was_output = (begin >= tl.load(text.prompt_lengths)).to(tl.int32)
-        # whether its id is at another place, too
+        # An id that leaves keeps its bit if the next window has it at another place.
         end = tl.where(left >= 0, length, next_begin)
         found = tl.zeros([_SPAN], tl.int32)
         for first in range(next_begin, end, _SPAN):
@@ -1192,7 +1396,8 @@ def _record_in_text(history, text, token, vocab_size):
             there = tl.load(text.ids + place, mask=place < end, other=-1)
             found |= (there == left).to(tl.int32)
         stays = tl.max(found, axis=0) != 0
-    # all reads of the history come before this; then one thread reads and writes
+    # All threads have read the history before any of it changes. From here on every value is that
+    # of a single token or place, and one thread stores it after it has loaded the old one.
     tl.debug_barrier()
     if left >= 0:
         word = tl.load(history.seen + (left >> 5))
@@ -1244,6 +1449,7 @@ def sample_kernel(
     record,
     workspace,
     workspace_stride,
+    counters,
     results,
     filtered,
     filtered_stride,
@@ -1251,6 +1457,8 @@ def sample_kernel(
     CONFIG: tl.constexpr,
 ):
     """Row ``program_id(0)`` of a batch: draw its tokens, or write its filtered logits.
+
+    If there are parts, part ``program_id(1)`` of it; ``counters`` is a pointer to 0 for each row.
 
     ``batch`` has a BatchParams' tensors by their names, and ``bias_size`` is the number of biases
     of all rows. ``by_slot`` is () or a BySlot. ``mask`` is (mask, stride), ``history`` a Histories,
@@ -1267,6 +1475,22 @@ def sample_kernel(
         params = tl.where(exists, params, 0)
         # no logit is read of a row without parameters, so none is found that could be drawn
         own_size, own_tiles = tl.where(exists, vocab_size, 0), tl.where(exists, num_tiles, 0)
+    temperature = tl.load(batch.temperature + params)
+    temperature = tl.where((temperature >= 0.0) & (temperature < _INF), temperature, 1.0)
+    is_greedy = tl.full((), 1, tl.int1)
+    if CONFIG.any_random:
+        is_greedy = temperature == 0.0
+    filters = ()
+    if CONFIG.parts > 1:
+        # All programs of a row decide alike: a launch does not change what this depends on.
+        if CONFIG.any_filter:
+            filters = _filters(batch, params, vocab_size)
+        is_split = _may_be_split(is_greedy, filters, vocab_size, CONFIG)
+        part = tl.program_id(1)
+        if is_split == 0:
+            _arrive(counters + index, CONFIG)
+        if (is_split == 0) & (part > 0):
+            return
     is_recorded = tl.full((), 1, tl.int1)
     if len(record) > 0:
         is_recorded = tl.load(record[0] + index) != 0
@@ -1276,6 +1500,13 @@ def sample_kernel(
         status_of_nothing = tl.where(has_room | (own_size == 0), status_of_nothing, _TEXT_FULL)
         own_size, own_tiles = tl.where(has_room, own_size, 0), tl.where(has_room, own_tiles, 0)
     logits += index * logits_stride
+    workspace += index * workspace_stride
+    own = workspace
+    tiles = (0, own_tiles)
+    if CONFIG.parts > 1:
+        own += part * CONFIG.part_words
+        parts = tl.where(is_split, CONFIG.parts, 1)
+        tiles = (part * own_tiles // parts, (part + 1) * own_tiles // parts)
     row = _row(
         logits,
         own_size,
@@ -1288,19 +1519,44 @@ def sample_kernel(
         mask,
         history,
         num_slots,
-        workspace + index * workspace_stride,
+        own,
         CONFIG,
     )
-    temperature = tl.load(batch.temperature + params)
-    temperature = tl.where((temperature >= 0.0) & (temperature < _INF), temperature, 1.0)
-    is_greedy = tl.full((), 1, tl.int1)
-    if CONFIG.any_random:
-        is_greedy = temperature == 0.0
 
-    best, best_tile, flags, row = _maxima(row, CONFIG)
+    best, best_tile, flags, row = _maxima(row, tiles, CONFIG)
     m = tl.max(best, axis=0)
     first_best = tl.where(best == m, best_tile * CONFIG.tile + tl.arange(0, CONFIG.tile), _LAST_ID)
     first_best = tl.min(first_best, axis=0)
+    merged = ()
+    if CONFIG.parts > 1:
+        inverse, use_division = row.division
+        bound = tl.full((), _LOWEST_KEY, tl.int32)
+        held = tl.zeros((), tl.int32)
+        is_last = is_split == 0
+        if is_split:
+            _hand_over(
+                row,
+                tiles,
+                filters,
+                is_greedy,
+                temperature,
+                best,
+                m,
+                first_best,
+                flags,
+                own,
+                CONFIG,
+            )
+            is_last = _arrive(counters + index, CONFIG)
+        if is_last == 0:
+            return
+        if is_split:
+            m, first_best, flags = _merged_maxima(workspace, vocab_size, CONFIG)
+            use_division = ((flags & _DIVISION_BIT) != 0).to(tl.int32)
+            if CONFIG.any_filter:
+                bound, held = _merged_lists(workspace, vocab_size, CONFIG)
+        row = _with_division(row, (inverse, use_division))
+        merged = Merged(is_split, bound, held)
     is_empty = m == -_INF
     output = ()
     if len(results) > 0:
@@ -1328,22 +1584,20 @@ def sample_kernel(
                 _write(output, draw, token, one, one)
     elif CONFIG.any_random:
         scale = tl.div_rn(_LOG2_E, temperature)
-        columns = workspace + index * workspace_stride + 2 * CONFIG.overrides
-        listed = columns + CONFIG.tile
-        memory = Workspace(
-            columns, listed, listed + CONFIG.candidates, listed + 2 * CONFIG.candidates
-        )
+        memory = _memory(workspace + CONFIG.parts * CONFIG.part_words, CONFIG)
         held = 0
         is_listed = False
         if CONFIG.any_filter:
-            filters = Filters(
-                tl.load(batch.top_k + params),
-                tl.maximum(tl.load(batch.top_p + params), 0.0),  # 0 for NaN
-                depth_cut(batch, params),
-                tl.minimum(tl.maximum(tl.load(batch.min_tokens_to_keep + params), 1), vocab_size),
-            )
             threshold, masses, held, is_listed = _kept(
-                row, filters, best, m, scale, memory, len(output) > 0, CONFIG
+                row,
+                _filters(batch, params, vocab_size),
+                best,
+                m,
+                scale,
+                memory,
+                merged,
+                len(output) > 0,
+                CONFIG,
             )
         else:
             threshold = _first_code(tl.full((), _LOWEST_KEY, tl.int64))

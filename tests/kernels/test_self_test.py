@@ -49,7 +49,11 @@ def test_right_kernels_pass(build_once, launch):
     [
         (CLUSTER, "target = filters.max_kept;", "target = filters.max_kept + 1;"),
         (CLUSTER, "(step == kTopP) threshold = code;", "(step == kTopP) threshold = code + 1;"),
-        (CLUSTER, "int left = row_.vecs() - first_vec_;", "int left = part() == 2 ? 0 : part_vecs_;"),
+        (
+            CLUSTER,
+            "int left = row_.vecs() - first_vec_;",
+            "int left = part() == 2 ? 0 : part_vecs_;",
+        ),
         (SPLIT, "const int all = lists.parts * lists.listed;", "const int all = 3 * lists.listed;"),
         (SPLIT, "  if (lane < lists.parts) {", "  if (lane < lists.parts && lane > 0) {"),
     ],

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,37 @@ def test_branches_of_the_launch():
     assert (tiny.tile, tiny.num_warps, tiny.num_stages) == (128, 1, 2)
     assert choose_launch(2049, 1, F32).tile == 4096
     assert choose_launch(2048, 1, F32).tile == 2048
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "rows", "options", "parts"),
+    [
+        (128256, 1, {}, 16),
+        (128256, 8, {}, 16),
+        (128256, 9, {}, 8),
+        (128256, 33, {}, 4),
+        (128256, 34, {}, 1),
+        (128256, 64, {}, 1),
+        (128256, 64, {"processors": 256}, 4),
+        (128256, 1, {"processors": 3}, 1),
+        (128256, 1, {"splits": False}, 1),
+        (128256, 0, {}, 16),
+        (32000, 1, {}, 1),
+        (32000, 1, {"extras": True}, 8),
+        (61440, 1, {}, 1),
+        (61441, 1, {}, 8),
+        (2**20, 1, {}, 16),
+        (2**20, 1, {"extras": True}, 16),
+    ],
+)
+def test_parts_of_a_launch(vocab_size, rows, options, parts):
+    """4 programs or more for each row, of 2 tiles or more, where there are processors for them."""
+    launch = choose_launch(vocab_size, rows, BF16, **{"splits": True, **options})
+    assert launch.parts == parts
+    assert launch == replace(
+        choose_launch(vocab_size, rows, BF16, **options | {"splits": False}), parts=parts
+    )
+    assert launch.parts * (launch.most_wanted() * 9 // 8 + 16) <= launch.candidates
 
 
 @pytest.mark.parametrize(
@@ -261,6 +293,7 @@ INTERPRETED_FILES = {
     "sampling/test_table.py": ("triton", 4, 5),
     "sampling/test_vectors.py": ("triton", 30, 300),
     "kernels/test_triton_interpreted.py": ("triton", 140, 10),
+    "kernels/test_triton_split.py": ("triton", 15, 70),
 }
 
 
@@ -347,12 +380,58 @@ def test_everything_in_the_interpreter(name, markers):
 def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
     """Without one of its limits, the kernel does not stand hostile values or changing logits."""
     pytest.importorskip("triton")
+    printed = fail_with_a_wrong_kernel(tmp_path, text, wrong, "test_triton_interpreted", expression)
+    assert re.search("AssertionError|Segmentation fault|OverflowError", printed), printed
+
+
+@pytest.mark.skipif(bool(INTERPRETED), reason="this process is one of those that the test starts")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "wrong", "expression"),
+    [
+        ("inside = part < CONFIG.parts\n", "inside = part < CONFIG.parts - 1\n", "extremes"),
+        ("bound = tl.max(tl.load(header + 3), axis=0)", "bound = _LOWEST_KEY", "more_candidates"),
+        ("held = tl.where(width > CAPACITY, width, 0)", "held = tl.zeros_like(width)", "more_cand"),
+        ("use_division = ((flags & _DIVISION_BIT) != 0).to(tl.int32)\n", "pass\n", "division"),
+        ("tl.max(flags & _NAN_BIT, axis=0) | tl", "tl", "extremes"),
+        ("tl.where(keys == top, tl.load(header + 1), _LAST_ID)", "tl.load(header + 1)", "extremes"),
+        ("        tl.store(counter, 0)", "        pass", "both_kinds"),
+        (
+            "            _arrive(counters + index, CONFIG)\n        if",
+            "            pass\n        if",
+            "alike",
+        ),
+        ("is_last = before == CONFIG.parts - 1", "is_last = before == 0", "both_kinds"),
+        ("(has_depth_cut & (has_p == 0))", "has_depth_cut", "both_kinds"),
+        ("(wanted <= CONFIG.most_wanted)", "(wanted > 0)", "both_kinds"),
+        (
+            "first_best = tl.minimum(tl.maximum(first_best, 0), vocab_size - 1)\n    flags",
+            "flags",
+            "header and token",
+        ),
+        ("held = tl.where(width > CAPACITY, width, 0)", "held = width * 0", "header and count"),
+    ],
+    ids=[
+        *("last list", "no bound", "too many", "division", "NaN", "first token", "reset"),
+        *("count of whole rows", "first instead of last"),
+        *("top-p with min-p", "too large a k", "limit of the token", "limit of a count"),
+    ],
+)
+def test_a_wrong_split_is_seen(tmp_path, text, wrong, expression):
+    """A part is lost, or anything else that one program must know of another one."""
+    pytest.importorskip("triton")
+    printed = fail_with_a_wrong_kernel(tmp_path, text, wrong, "test_triton_split", expression)
+    assert re.search("AssertionError|Segmentation fault", printed), printed
+
+
+def fail_with_a_wrong_kernel(folder, text, wrong, file, expression):
+    """Change a text that the kernels' files have once; return what the tests that fail print."""
     for name in ("llm_sampling", "tests"):
-        shutil.copytree(TESTS.parent / name, tmp_path / name)
-    shutil.copy(TESTS.parent / "pyproject.toml", tmp_path)
+        shutil.copytree(TESTS.parent / name, folder / name)
+    shutil.copy(TESTS.parent / "pyproject.toml", folder)
     found = 0
     for name in ("triton_kernel.py", "triton_history.py"):
-        source = tmp_path / "llm_sampling/backends" / name
+        source = folder / "llm_sampling/backends" / name
         kernel = source.read_text()
         found += kernel.count(text)
         source.write_text(kernel.replace(text, wrong))
@@ -360,14 +439,14 @@ def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"),
-            *("tests/kernels/test_triton_interpreted.py", "-k", expression, "-m", "not slow"),
+            *(f"tests/kernels/{file}.py", "-k", expression, "-m", "not slow"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=tmp_path,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)},
+        cwd=folder,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder)},
         check=False,
     )
-    assert done.returncode != 0
-    assert re.search("AssertionError|Segmentation fault|OverflowError", done.stdout), done.stdout
+    assert done.returncode != 0, done.stdout
+    return done.stdout

@@ -4,6 +4,7 @@ The rules are those of benchmarks/triton_cost.py; for each, a kernel that breaks
 """
 
 import importlib
+import re
 from dataclasses import replace
 
 import pytest
@@ -145,6 +146,87 @@ def test_no_rule_is_broken_elsewhere(arch):
 
 
 @needs_lines
+@pytest.mark.parametrize("arch", triton_cost.TARGETS)
+@pytest.mark.parametrize("kind", ["greedy + split", "filtered + split"])
+def test_no_rule_is_broken_where_rows_are_split(kind, arch):
+    variant = Variant(kind, "bfloat16")
+    cost = measure(variant, arch)
+    assert broken_rules(variant, arch, cost) == []
+    loops = {"maxima"} if kind.startswith("greedy") else FILTERED_LOOPS | {"gather 2"}
+    assert set(cost.loops) == (set() if arch == "gfx942" else loops)
+
+
+# What the programs of a split row hand over
+
+
+def instructions_of(ptx):
+    """Return the instructions and labels of a PTX text, one to a line."""
+    lines = (line.split("//")[0].strip() for line in ptx[ptx.index(".entry") :].splitlines())
+    return [line for line in lines if line and not line.startswith(".")]
+
+
+def find(lines, pattern):
+    """Return the places of the lines in which a pattern is found."""
+    return [place for place, line in enumerate(lines) if re.search(pattern, line)]
+
+
+def assert_handed_over(lines, parts):
+    """Check stores, a barrier of all threads, the addition, a barrier, loads: in this order.
+
+    One thread adds, with acquire and release at the scope of the GPU. By the PTX memory model, what
+    barriers order for this thread is ordered for all of the program.
+    """
+    assert find(lines, r"\bred\.|\bld\.global\.nc") == []
+    added = find(lines, r"\batom\.")
+    assert added, "no program is counted"
+    for place in added:
+        assert re.match(r"@%p\d+ atom\.global\.gpu\.acq_rel\.add\.u32 ", lines[place])
+    place = added[-1]  # rows that are not split are counted before
+    memory, jump = r"\b(ld|st)\.global", r"\bbra\b|^\$L__BB"
+    barriers = find(lines[:place], r"^bar\.sync\s+0;")
+    stored = find(lines[:place], r"\bst\.global")
+    # the words of the header are the last that is stored before; the list's loop ends before them
+    header = lines[stored[-5] : barriers[-1]]
+    assert len(find(header, memory)) == 5
+    assert find(header, jump) == []
+    # whatever was stored comes before a barrier that is on every path to the addition
+    assert find(lines[barriers[-1] : place], f"{memory}|{jump}") == []
+    # the thread that adds tells the others what was there before
+    told = find(lines[place:], r"\bst\.shared")[0] + place
+    waited = find(lines[told:], r"^bar\.sync\s+0;")[0] + told
+    decided = find(lines[waited:], rf"\bsetp\.(eq|ne)\.b32\s.*\s{parts - 1};")[0] + waited
+    after = find(lines[place + 1 :], memory)[0] + place + 1
+    assert place < told < waited < decided < after
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kind", ["greedy + split", "filtered + split"])
+def test_a_part_is_released_before_it_is_counted_and_acquired_after(kind, arch):
+    compiled, launch = triton_cost.compile_variant(Variant(kind, "bfloat16"), arch)
+    lines = instructions_of(compiled.asm["ptx"])
+    assert_handed_over(lines, launch.parts)
+    assert len(find(lines, r"\batom\.")) == (1 if kind.startswith("greedy") else 2)
+
+    # what the check is for is refused
+    place = find(lines, r"\batom\.")[-1]
+    store = find(lines[:place], r"\bst\.global")[-1]
+    before, after = lines[:place], lines[place + 1 :]
+    relaxed = lines[place].replace("acq_rel", "relaxed")
+    load = "ld.global.b32 { %r1 }, [ %rd1 + 0 ];"
+    for wrong in (
+        [*before, relaxed, *after],
+        [*before, lines[place].replace("gpu", "cta"), *after],
+        [*before, load, lines[place], *after],
+        [*before, lines[place], load, *after],
+        [*lines[:store], *lines[store + 1 : place], lines[place], lines[store], *after],
+        [line for line in before if "bar.sync" not in line] + lines[place:],
+        lines[: place + 1] + [line for line in after if "bar.sync" not in line],
+    ):
+        with pytest.raises((AssertionError, IndexError)):
+            assert_handed_over(wrong, launch.parts)
+
+
+@needs_lines
 @pytest.mark.parametrize(("rows", "stride"), [(1, None), (2, 50304)])
 @pytest.mark.parametrize("kind", ["unfiltered", "filtered"])
 def test_an_odd_vocabulary_in_aligned_rows_is_loaded_16_bytes_at_a_time(kind, rows, stride):
@@ -254,6 +336,31 @@ def _two_arguments(first, second):
 def test_an_argument_that_the_wrapper_does_not_pass_is_an_error():
     with pytest.raises(TypeError, match="second"):
         triton_cost.compile_launch("sm_90", _two_arguments, 1)
+
+
+@needs_lines
+def test_the_floor_of_split_rows_follows_its_formula():
+    """16 parts of a row: the largest has 2 tiles, and every row is on processors of its own."""
+    variant = triton_cost.variant_of_case("top-k 50", "bfloat16", 128256, 8)
+    assert variant == Variant("filtered + split", "bfloat16", rows=8)
+    cost = measure(variant, "sm_90")
+    reads = 1 + 72.25 / 4096
+    loops = cost.loops
+    issued = (
+        loops["maxima"].instructions / loops["maxima"].tokens
+        + (reads - 1) * loops["gather"].instructions / loops["gather"].tokens
+    )
+    expected = {
+        "bytes": 8 * 128256 * 2 * reads / 3.35e6,
+        "issue": 8192 / 32 * issued / (4 * 1.755e3),
+        "latency": 8192 * reads / (2 * 4096) * 0.7,
+    }
+    found = triton_cost.floor("top-k 50", variant, cost)
+    assert found["microseconds"] == pytest.approx(expected, abs=0.006)
+    whole = triton_cost.floor("top-p 0.9", variant, cost)
+    assert whole["microseconds"]["issue"] > 16 * found["microseconds"]["issue"]
+    for case, rows in (("top-k 50", 64), ("unfiltered", 1)):
+        assert "split" not in triton_cost.variant_of_case(case, "bfloat16", 128256, rows).kind
 
 
 @needs_lines

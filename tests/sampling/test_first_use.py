@@ -133,9 +133,7 @@ def test_the_variable_leaves_the_test_out(add, monkeypatch, value):
 def test_another_value_of_the_variable_is_refused(add, monkeypatch):
     add("right")
     monkeypatch.setenv(first_use.VARIABLE, "off")
-    with pytest.raises(
-        RuntimeError, match=r"^LLM_SAMPLING_SELF_TEST must be 0 or 1, got 'off'$"
-    ):
+    with pytest.raises(RuntimeError, match=r"^LLM_SAMPLING_SELF_TEST must be 0 or 1, got 'off'$"):
         sample(LOGITS, PARAMS, backend="right")
 
 
