@@ -19,7 +19,11 @@ pytest.register_assert_rewrite("parity")
 
 # These files need Triton's interpreter, which a process uses for all of its kernels or for none.
 # test_triton.py starts a pytest process that uses it.
-NEED_INTERPRETER = ["kernels/test_triton_interpreted.py", "kernels/test_triton_split.py"]
+NEED_INTERPRETER = [
+    "kernels/test_triton_interpreted.py",
+    "kernels/test_triton_known_rows.py",
+    "kernels/test_triton_split.py",
+]
 collect_ignore = [] if INTERPRETED else NEED_INTERPRETER
 
 #: The largest number of parallel pytest processes. More would need much more memory and save

@@ -5,16 +5,27 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from llm_sampling.backends import first_use
-from llm_sampling.backends.base import BackendModule, described
+from llm_sampling.backends.base import (
+    BackendModule,
+    SampleCall,
+    SampleOutput,
+    Size,
+    Step,
+    described,
+)
 from llm_sampling.backends.first_use import SelfTest
+from llm_sampling.history import HistoryUpdate
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)  # by identity: what one row has loaded is not another's
@@ -24,6 +35,7 @@ class Backend:
     name: str
     module: str
     is_tested: bool = False  # whether it answers known rows before it is first used on a device
+    is_tested_later: bool = False  # whether each of its kernels does so before its first use
 
     @functools.cached_property
     def _module(self) -> BackendModule | str:
@@ -83,7 +95,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         for backend in (
             Backend("cpu", "llm_sampling.backends.cpu"),
             Backend("cuda", "llm_sampling.backends.cuda", is_tested=True),
-            Backend("triton", "llm_sampling.backends.triton"),
+            Backend("triton", "llm_sampling.backends.triton", is_tested_later=True),
             Backend("torch", "llm_sampling.backends.torch"),
         )
     }
@@ -126,7 +138,67 @@ def _warn(name: str, device: str, reason: str) -> None:
 
 def resolve(name: str, device: torch.device) -> BackendModule:
     """The module of :func:`choose`'s backend, which raises as that does."""
-    return choose(name, device).load()
+    backend = choose(name, device)
+    if name == "auto" and backend.is_tested_later:
+        return _UntilItFails(device)
+    return backend.load()
+
+
+class _UntilItFails:
+    """What "auto" chooses on a device, as long as no kernel fails its test before its first use.
+
+    A kernel is tested before it changes anything, so that the next backend can take over. Its
+    methods are those of :class:`BackendModule`.
+    """
+
+    DEVICE_TYPES: frozenset[str] | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def _module(self) -> BackendModule:
+        return choose("auto", self._device).load()
+
+    def _do(self, act: Callable[[BackendModule], _Result]) -> _Result:
+        while True:  # each turn has a backend less
+            try:
+                return act(self._module())
+            except first_use.SelfTestError:
+                continue
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+    def sample(self, call: SampleCall) -> SampleOutput:
+        return self._do(lambda module: module.sample(call))
+
+    def filter_logits(self, call: SampleCall) -> Tensor:
+        return self._do(lambda module: module.filter_logits(call))
+
+    def update_history(self, update: HistoryUpdate) -> None:
+        self._module().update_history(update)
+
+    def prepare_update(self, update: HistoryUpdate) -> Callable[[], None]:
+        return self._module().prepare_update(update)
+
+    def known_sizes(self, device: torch.device) -> Sequence[Size]:
+        return self._module().known_sizes(device)
+
+    def prepare(self, call: SampleCall) -> Step:
+        step, of_rows = self._module().prepare(call), None
+
+        def again(
+            logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
+        ) -> SampleOutput:
+            nonlocal step, of_rows
+            of_rows = of_rows if slots is None else slots
+            while True:
+                try:
+                    return step(logits, allowed_mask, slots)
+                except first_use.SelfTestError:
+                    step, slots = self._module().prepare(call), of_rows
+
+        return again
 
 
 class BackendInfo(NamedTuple):

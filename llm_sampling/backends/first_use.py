@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from llm_sampling.backends import known_rows
-from llm_sampling.backends.base import BackendModule, Size, described
+from llm_sampling.backends.base import BackendModule, SampleCall, SampleOutput, Size, described
 from llm_sampling.backends.known_rows import KINDS, Kind, KnownRows
 from llm_sampling.tensors import is_pretended
 
@@ -130,6 +132,60 @@ def failure(name: str, device: torch.device) -> str | None:
 def results(name: str) -> tuple[SelfTest, ...]:
     """What the tests of a backend in this process have found."""
     return tuple(result for (of, _), result in sorted(_results.items(), key=str) if of == name)
+
+
+class SelfTestError(RuntimeError):
+    """A backend has given a wrong answer after it was chosen, and before it drew anything."""
+
+
+def check_kernel(
+    name: str,
+    model: SampleCall,
+    run: Callable[[SampleCall], SampleOutput | Tensor],
+    largest: int = 2,
+) -> None:
+    """Let a kernel that was compiled for calls like ``model`` answer known rows before it is used.
+
+    Args:
+        name: of the backend.
+        model: the call for which it was compiled; it is not run.
+        run: runs the same kernel for another call; for filtered logits it returns these.
+        largest: rows of a call at most, since each has logits of its own.
+
+    Raises:
+        SelfTestError: an answer is wrong; the backend is unavailable on the device from now on.
+        torch.OutOfMemoryError: the device has no room for the rows, which tells nothing.
+    """
+    device, batch = model.logits.device, model.batch
+    kind = Kind(model.history is not None, model.allowed_mask is not None, model.has_bias)
+    vocab_size = model.logits.shape[1]
+    # A smaller vocabulary gets the next size of the same remainder, for which the kernel is the
+    # same.
+    least = known_rows.TOKENS
+    vocab_size = vocab_size if vocab_size >= least else least + (vocab_size - least) % 16
+    numbers = known_rows.rows_for(all_greedy=batch.all_greedy, any_filter=batch.any_filter)
+    difference = None
+    with _lock, torch.no_grad():
+        known = KnownRows(kind, vocab_size, model.logits.dtype, device)
+        size = min(len(model.logits), largest)
+        for first in range(0, len(numbers), size):
+            rows = (numbers + numbers)[first : first + size]
+            try:
+                found = run(known.call_like(model, rows))
+                if isinstance(found, Tensor):
+                    difference = known.filtered_difference(found, rows)
+                else:
+                    difference = known.difference(found, rows)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                difference = f"it failed on known rows: {described(error)}"
+            if difference is not None:
+                reason = record(name, device, difference)
+                raise SelfTestError(f"backend {name!r} is unavailable: {reason}")
+        before = _results.get((name, device), SelfTest(name, str(device)))
+        shapes, answered = before.shapes + 1, before.rows + len(numbers)
+        _results[name, device] = before._replace(shapes=shapes, rows=answered)
 
 
 def is_wanted() -> bool:

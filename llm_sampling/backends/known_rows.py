@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,11 +80,25 @@ def count() -> int:
     return len(data()["rows"])
 
 
+def rows_for(*, all_greedy: bool, any_filter: bool) -> list[int]:
+    """The rows for a kernel that draws nothing if all are greedy, and has no filters if none has.
+
+    The last one is not greedy where any row draws.
+    """
+    found = []
+    for number, row in enumerate(data()["rows"]):
+        is_greedy = row["temperature"] == 0
+        has_filter = any(name in row for name in ("top_k", "top_p", "min_p"))
+        if is_greedy or (not all_greedy and (any_filter or not has_filter)):
+            found.append(number)
+    return found
+
+
 def places(vocab_size: int) -> Tensor:
     """The ids of the tokens that matter, rising; int64 ``(96,)``."""
-    stride = vocab_size // TOKENS
+    bounds = torch.arange(TOKENS + 1, device="cpu") * vocab_size // TOKENS
     number = torch.arange(TOKENS, device="cpu")
-    return number * stride + number * 7919 % stride
+    return bounds[:-1] + number * 7919 % bounds.diff()
 
 
 def row_of_logits(vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -135,6 +150,69 @@ class KnownRows:
             ),
             history=None if self.history is None else self.history.with_slots(slots),
             allowed_mask=None if self.mask is None else self.mask.expand(count, -1),
+        )
+
+    def call_like(self, model: SampleCall, rows: Sequence[int]) -> SampleCall:
+        """A call that draws these rows and has all that ``model`` has: text, slots, extra ids.
+
+        So a kernel that is compiled for what a call has is the same for both. Its tensors are its
+        own, and where ``model`` advances, it advances these.
+        """
+        count, device, kind = len(rows), self.device, self.kind
+        plain = self.call(rows)
+        beyond = model.logits.stride(0) - model.logits.shape[1] if len(model.logits) > 1 else 0
+        stride = max(self.vocab_size + beyond, 0)
+        memory = torch.empty(
+            count * stride + self.vocab_size, dtype=self.logits.dtype, device=device
+        )
+        logits = memory.as_strided((count, self.vocab_size), (stride, 1))
+        logits.copy_(plain.logits)
+        batch = replace(
+            plain.batch,
+            all_greedy=model.batch.all_greedy,
+            any_filter=model.batch.any_filter,
+            any_output_scope=model.batch.any_output_scope,
+        )
+        extra = model.extra_output if kind.history else None
+        history, slots = None, torch.arange(count, dtype=torch.int32, device=device)
+        if kind.history:
+            history = self._history_like(model, count, 0 if extra is None else extra.shape[1])
+        if extra is not None:
+            last = [self.ids[i] for i in data()["output"][-extra.shape[1] :]]
+            extra = torch.tensor([last] * count, dtype=torch.int32, device=device)
+        by_slot = model.param_slots
+        if by_slot is not None:
+            lengths = None
+            if by_slot.position_of == "text":
+                lengths = torch.ones(count, dtype=torch.int64, device=device)
+            by_slot = replace(
+                by_slot,
+                of_rows=slots,
+                bias_counts=batch.logit_bias_offsets.diff().to(torch.int32),
+                prompt_lengths=lengths,
+            )
+        return replace(
+            model,
+            logits=logits,
+            batch=batch,
+            history=history,
+            allowed_mask=None if plain.allowed_mask is None else plain.allowed_mask.contiguous(),
+            param_slots=by_slot,
+            record=None if model.record is None else torch.ones_like(slots, dtype=torch.bool),
+            extra_output=extra,
+        )
+
+    def _history_like(self, model: SampleCall, rows: int, extra: int) -> TokenHistory:
+        """A history for each row, without the last ids of the output if they are extra ones."""
+        text = None if model.history is None else model.history.text
+        prompt, output = ([self.ids[i] for i in data()[name]] for name in ("prompt", "output"))
+        return TokenHistory.from_ids(
+            [prompt] * rows,
+            [output[: len(output) - extra]] * rows,
+            self.vocab_size,
+            max_length=None if text is None else len(prompt) + len(output) + 1,
+            penalty_last_n=None if text is None or text.windows is None else -1,
+            device=self.device,
         )
 
     def _params(self, row: int) -> SamplingParams:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llm_sampling.backends import first_use
 from llm_sampling.backends.base import (
     LOGPROBS_MODES,
     POSITION_MODES,
@@ -341,27 +342,21 @@ def _by_slot(slots: ParamSlots) -> tuple[Any, ...]:
     return by_slot
 
 
-def _run(
-    call: SampleCall,
-    launch: Launch,
-    workspace: Tensor,
-    counters: Tensor | None,
-    output: SampleOutput | None,
-    filtered: Tensor | None,
-) -> None:
-    """One launch, on the current stream of the logits' device."""
-    kernel = _load().kernel
-    assert kernel is not None
-    logits, batch, history, mask = call.logits, call.batch, call.history, call.allowed_mask
-    slots, overrides = call.param_slots, _overrides(call)
-    advance = call.advance and not call.check
-    rows, vocab_size = logits.shape
-    if rows == 0:
-        return
+def _advances(call: SampleCall) -> bool:
+    """Whether the kernel itself advances positions and histories."""
+    return call.advance and not call.check
+
+
+def _logits_stride(logits: Tensor) -> int:
+    return logits.stride(0) if len(logits) > 1 else 0  # one row is aligned whatever its stride
+
+
+def _config(call: SampleCall, launch: Launch, *, filter_only: bool) -> _Config:
+    batch, history, slots = call.batch, call.history, call.param_slots
+    vocab_size, advance = call.logits.shape[1], _advances(call)
     tiles = -(-vocab_size // launch.tile)
     part_words, header = _part_words(call, launch)
-    logits_stride = logits.stride(0) if rows > 1 else 0  # one row is aligned whatever its stride
-    config = _Config(
+    return _Config(
         tile=launch.tile,
         max_tiles=1 << (tiles - 1).bit_length(),
         candidates=launch.candidates,
@@ -371,35 +366,102 @@ def _run(
         part_words=part_words,
         header=header,
         max_stored=launch.max_stored(),
-        align=16 if vocab_size % 16 > 0 and logits_stride % 16 == 0 else 1,
+        align=16 if vocab_size % 16 > 0 and _logits_stride(call.logits) % 16 == 0 else 1,
         stages=launch.num_stages,
         has_bias=call.has_bias,
         any_random=not batch.all_greedy,
         any_filter=batch.any_filter,
-        logprobs=0 if output is None else LOGPROBS_MODES[call.logprobs],
+        logprobs=0 if filter_only else LOGPROBS_MODES[call.logprobs],
         position_of=0 if slots is None else POSITION_MODES[slots.position_of],
         any_output_scope=batch.any_output_scope and history is not None,
         has_windows=_has_windows(call),
-        overrides=overrides,
+        overrides=_overrides(call),
         advance=advance,
         records_text=advance and history is not None and history.text is not None,
     )
+
+
+#: The kernels that have answered known rows, by device and by what Triton compiles them for.
+_checked: set[tuple[Any, ...]] = set()
+
+
+def _check(call: SampleCall, launch: Launch, config: _Config, *, filter_only: bool) -> None:
+    """Let the kernel for this call answer known rows when it is first used.
+
+    Raises:
+        SelfTestError: an answer is wrong; the call has not been run.
+    """
+    logits = call.logits
+    has = tuple(x is None for x in (call.history, call.allowed_mask, call.param_slots, call.record))
+    of_numbers = logits.shape[1] % 16, _logits_stride(logits) % 16, call.num_samples == 1
+    key = (logits.device, logits.dtype, config, launch.num_warps, filter_only, *has, *of_numbers)
+    if key in _checked or not first_use.is_wanted() or not first_use.is_possible(logits.device):
+        return
+
+    def run(known: SampleCall) -> SampleOutput | Tensor:
+        memory = _workspace(known, launch), _counters(known, launch)
+        if filter_only:
+            filtered = torch.empty_like(known.logits, dtype=torch.float32)
+            _start(known, launch, config, *memory, None, filtered)
+            return filtered
+        output = make_results(known)
+        _start(known, launch, config, *memory, output, None)
+        return output
+
+    try:
+        first_use.check_kernel("triton", call, run)
+    except torch.OutOfMemoryError:
+        return  # the call itself may need less; it is tried again
+    _checked.add(key)
+
+
+def _run(
+    call: SampleCall,
+    launch: Launch,
+    workspace: Tensor,
+    counters: Tensor | None,
+    output: SampleOutput | None,
+    filtered: Tensor | None,
+) -> None:
+    """One launch, on the current stream of the logits' device."""
+    if len(call.logits) == 0:
+        return
+    filter_only = output is None
+    config = _config(call, launch, filter_only=filter_only)
+    if not _load().is_interpreted:
+        _check(call, launch, config, filter_only=filter_only)
+    _start(call, launch, config, workspace, counters, output, filtered)
+
+
+def _start(
+    call: SampleCall,
+    launch: Launch,
+    config: _Config,
+    workspace: Tensor,
+    counters: Tensor | None,
+    output: SampleOutput | None,
+    filtered: Tensor | None,
+) -> None:
+    kernel = _load().kernel
+    assert kernel is not None
+    logits, batch, history, mask = call.logits, call.batch, call.history, call.allowed_mask
+    slots, (rows, vocab_size) = call.param_slots, logits.shape
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         kernel.sample_kernel[(rows, launch.parts)](
             logits,
-            logits_stride,
+            _logits_stride(logits),
             vocab_size,
-            tiles,
+            -(-vocab_size // launch.tile),
             _Batch(*(getattr(batch, name) for name in _Batch._fields)),
             batch.logit_bias_ids.numel(),
             () if slots is None else _by_slot(slots),
             () if mask is None else (mask, mask.stride(0)),
             ()
             if history is None
-            else _histories(history, call.extra_output if overrides else None),
+            else _histories(history, call.extra_output if config.overrides else None),
             0 if history is None else history.seen.shape[0],
             # as bytes: a pointer to bool is not the same thing in every version of Triton
-            () if call.record is None or not advance else (call.record.view(torch.uint8),),
+            () if call.record is None or not _advances(call) else (call.record.view(torch.uint8),),
             workspace,
             workspace.stride(0),
             () if counters is None else counters,

@@ -35,9 +35,8 @@ def test_what_matters_is_spread_over_the_vocabulary():
         ids = known_rows.places(vocab_size).tolist()
         assert ids == sorted(set(ids))
         assert ids[-1] < vocab_size
-        parts = [ids[-1] * 8 // vocab_size if vocab_size > 900 else 7]
-        parts += [token * 8 // vocab_size for token in ids]
-        assert set(parts) == set(range(8)), "every part of a row has some"
+        parts = {token * 32 // vocab_size for token in ids}
+        assert parts == set(range(32)), "every part of a row has some"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
