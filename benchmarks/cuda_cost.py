@@ -385,7 +385,7 @@ def measure(cubin: bytes, arch: str) -> dict[Kernel, Cost]:
                 parts[-1].add("detour")
             elif where is not None and (where == "weigh" or not is_alone):
                 passes.setdefault(where, {}).setdefault(side, Counter())[instruction.name] += 1
-                if side == "plain" and instruction.loaded:
+                if side == "plain" and instruction.loaded and not is_alone:
                     loads.setdefault(where, Counter())[instruction.loaded] += 1
         if kernel.is_split and len(code) < 64:
             continue  # empty, as there are clusters
