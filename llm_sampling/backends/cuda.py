@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import SampleCall, SampleOutput, Size, Step, settle, with_slots
+from llm_sampling.backends.base import (
+    LOGPROBS_MODES,
+    SampleCall,
+    SampleOutput,
+    Size,
+    Step,
+    settle,
+    with_slots,
+)
 from llm_sampling.backends.c_abi import DTYPES, HistoryUpdateArgs, SampleArgs
 from llm_sampling.history import HistoryUpdate
 
@@ -87,6 +95,8 @@ def known_sizes(device: torch.device) -> Sequence[Size]:
 
 def _make_workspace(args: SampleArgs, device: torch.device) -> Tensor | None:
     """Memory with which few rows are divided among more blocks, or None where it is of no use."""
+    if args.filtered or args.logprobs_mode == LOGPROBS_MODES["raw"]:
+        return None  # for these, all tokens of a row are looked at once more
     size = ctypes.c_int64()
     rows, vocab_size = ctypes.c_int64(args.rows), ctypes.c_int64(args.vocab_size)
     name = "llm_sampling_cuda_workspace"

@@ -4,19 +4,21 @@ csrc/cuda/launch.cu is compiled with a runtime that does nothing but describe a 
 launches, fake_cuda/cuda_runtime.h.
 """
 
+import contextlib
 import ctypes
 import itertools
 import shutil
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from llm_sampling import SamplingParams
-from llm_sampling.backends import c_abi
+from llm_sampling import RequestTable, SamplingParams
+from llm_sampling.backends import c_abi, cuda, native
 from llm_sampling.backends.base import make_results
 from llm_sampling.calls import make_call
 
@@ -45,6 +47,7 @@ H100 = {"major": 9, "processors": 132, "shared_bytes": 227 * 1024, "ptx_version"
 THOR = {"major": 11, "processors": 20, "shared_bytes": 227 * 1024, "ptx_version": 90}
 
 NO_KERNEL_IMAGE = 1209
+CPU = torch.device("cpu")
 
 #: What the library has found out about a device it keeps, so each test has devices of its own.
 DEVICES = itertools.count()
@@ -298,3 +301,91 @@ def test_a_workspace_is_asked_for_with_valid_numbers(host, rows, vocab_size, dty
     assert function(rows, vocab_size, dtype, ctypes.byref(size)) == code
     assert size.value == 0
     assert function(1, 100, 0, None) == 4
+
+
+# Python's half, on tensors of the CPU: the fake runtime reads no memory
+
+
+@pytest.fixture
+def as_backend(host, library, monkeypatch):
+    """The backend's module, with this library, on the device that ``host`` uses."""
+    loaded = native.Library("cuda", ctypes.c_void_p)
+    loaded.path = library
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(cuda, "LIBRARY", loaded)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    made = []
+    make = cuda._make_workspace
+
+    def record(args, device):
+        made.append(make(args, device))
+        return made[-1]
+
+    monkeypatch.setattr(cuda, "_make_workspace", record)
+    return SimpleNamespace(module=cuda, stream=stream, made=made)
+
+
+def call_of(rows, vocab_size=128256, **options):
+    logits = torch.zeros(1, vocab_size, dtype=torch.bfloat16).expand(rows, vocab_size)
+    return make_call(logits, SamplingParams(seed=1), history=None, check=False, **options)
+
+
+def test_a_prepared_call_keeps_its_workspaces(host, as_backend):
+    """A captured graph may have the address of each."""
+    host.use(**A100)
+    table = RequestTable(8, vocab_size=128256, backend="torch")
+    for slot in range(8):
+        table.set(slot, SamplingParams(seed=slot))
+    logits = torch.zeros(8, 128256, dtype=torch.bfloat16)
+    slots = torch.arange(8, dtype=torch.int32)
+    call = make_call(logits, table, history=None, check=False, slots=slots)
+    step = as_backend.module.prepare(call)
+    for rows in (8, 1, 8, 1, 64):
+        step(logits[:1].expand(rows, -1), None, torch.zeros(rows, dtype=torch.int32))
+    assert [launch.blocks for launch in host.launches()] == [8 * 13, 32, 8 * 13, 32, 64]
+    eight, one, many = as_backend.made
+    assert many is None
+    assert not eight[:8].any()
+    assert not one[:1].any()
+    assert eight.data_ptr() != one.data_ptr()
+    as_backend.stream.cuda_stream = 1
+    step(logits[:1], None, torch.zeros(1, dtype=torch.int32))
+    assert len(as_backend.made) == 4, "another stream may run at the same time"
+
+
+def test_a_single_call_has_a_workspace_of_its_own(host, as_backend):
+    host.use(**A100)
+    for _ in range(2):
+        as_backend.module.sample(call_of(1))
+    assert len(as_backend.made) == 2
+    assert [launch.blocks for launch in host.launches()] == [32, 32]
+
+
+def test_what_cannot_be_split_gets_no_workspace(host, as_backend):
+    host.use(**A100)
+    as_backend.module.sample(call_of(1, logprobs="raw"))
+    as_backend.module.filter_logits(call_of(1))
+    assert as_backend.made == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("device", "shapes"),
+    [
+        # blocks, copied, split
+        (A100, {(1, 1, 0), (1, 0, 0), (32, 1, 1), (27, 1, 1), (4, 1, 1)}),
+        (H100, {(1, 1, 0), (1, 0, 0), (2, 1, 0), (4, 1, 0), (8, 1, 0), (8, 0, 0), (2, 0, 0)}),
+    ],
+    ids=["A100", "H100"],
+)
+def test_known_rows_take_every_kind_of_launch(host, as_backend, device, shapes):
+    host.use(**device)
+    found = set()
+    shape = (ctypes.c_int32 * 3)()
+    for size in as_backend.module.known_sizes(CPU):
+        of_size = ctypes.c_int64(size.rows), ctypes.c_int64(size.vocab_size)
+        code = c_abi.DTYPES[size.dtype]
+        assert host.library.llm_sampling_cuda_shape(*of_size, code, shape) == 0
+        found.add(tuple(shape))
+    assert found >= shapes, found
+    assert {kind[1:] for kind in found} == {kind[1:] for kind in shapes}

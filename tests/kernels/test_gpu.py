@@ -1,7 +1,9 @@
-"""What only a GPU shows: a captured graph, no wait for the device, streams, and a time.
+"""What only a GPU shows: a captured graph, no wait for the device, streams.
 
 The parity tests run there too: ``pytest -m gpu``.
 """
+
+import threading
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from llm_sampling import (
     Sampler,
     SamplingParams,
     TokenHistory,
+    backends,
     sample,
     sample_sharded,
 )
@@ -205,31 +208,62 @@ def test_compiled(gpu_backend):
     assert torch.equal(torch.compile(call, fullgraph=True)(logits), call(logits))
 
 
-@pytest.mark.parametrize("rows", [1, 64])
-@pytest.mark.parametrize("name", ["greedy", "plain", "top-k 50, top-p 0.9", "top-p 0.9"])
-def test_time(gpu_backend, benchmark, name, rows):
-    """A step of a Sampler at V = 128,256 in bfloat16; ``--benchmark-json`` keeps the numbers."""
-    params = {
-        "greedy": SamplingParams(temperature=0),
-        "plain": SamplingParams(seed=1),
-        "top-k 50, top-p 0.9": SamplingParams(top_k=50, top_p=0.9, seed=1),
-        "top-p 0.9": SamplingParams(top_p=0.9, seed=1),
-    }[name]
-    vocab_size = 128256
-    sampler = Sampler(
-        [params] * rows, vocab_size=vocab_size, backend=gpu_backend, device="cuda", check=False
-    )
-    # logits like a model's: few dominant tokens
-    rank = torch.arange(1, vocab_size + 1, device="cuda")
-    logits = 4 - 1.6 * rank.log() + 0.7 * torch.randn(rows, vocab_size, device="cuda")
-    logits = logits[:, torch.randperm(vocab_size, device="cuda")].to(torch.bfloat16)
+def test_the_self_test_passes():
+    """In every launch shape that the device can choose."""
+    for test in backends.self_test("cuda"):
+        assert test.difference is None
+        if test.backend == "cuda" and test.skipped is None:
+            assert test.shapes >= 3
 
-    def step():
-        sampler(logits)
-        torch.cuda.synchronize()
 
-    step()
-    benchmark(step)
+@pytest.mark.parametrize("first", ["graph", "call"])
+def test_a_backend_that_is_first_used_in_a_graph_is_tested_later(monkeypatch, first):
+    reason = BACKENDS["cuda"].why_unavailable(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(f"cuda: {reason}")
+    monkeypatch.setattr(backends.first_use, "_results", {})
+    logits = torch.randn(2, V, device="cuda")
+    params = BatchParams.from_list(EACH[:1] * 2, positions=[0, 0], device="cuda")
+    options = {"backend": "cuda", "check": False}
+    if first == "call":
+        sample(logits, params, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = sample(logits, params, **options)
+    assert len(backends.first_use.results("cuda")) == (first == "call")
+    graph.replay()
+    assert torch.equal(output.tokens, sample(logits, params, **options).tokens)
+    assert len(backends.first_use.results("cuda")) == 1
+
+
+def test_threads_with_other_shapes(gpu_backend):
+    """Each has a stream of its own."""
+    shapes = {1: 128256, 64: V, 140: 1000}
+    failures = []
+
+    def hammer(rows, vocab_size):
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                logits = torch.randn(rows, vocab_size, device="cuda")
+                params = [EACH[1]] * rows
+                sampler = Sampler(
+                    params, vocab_size=vocab_size, device="cuda", backend=gpu_backend, check=False
+                )
+                drawn = torch.stack([sampler(logits).tokens for _ in range(200)])
+                reference = Sampler(
+                    params, vocab_size=vocab_size, device="cuda", backend="torch", check=False
+                )
+                assert torch.equal(drawn[0], reference(logits).tokens)
+                torch.cuda.current_stream().synchronize()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=hammer, args=shape) for shape in shapes.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 def draw_sharded(rank, size, rows, backend):
