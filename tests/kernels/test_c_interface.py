@@ -536,6 +536,11 @@ BAD_TEXTS = {
         f"{size} ids for one call": (setting(num_extra_output=size), BAD_SIZE)
         for size in (-1, 65, -(2**63), 2**63 - 1)
     },
+    **{
+        f"{size} bytes of workspace": (setting(workspace_bytes=size), BAD_SIZE)
+        for size in (-1, -(2**63), 2**63 - 1)
+    },
+    "a misaligned workspace": (setting(workspace=12), MISALIGNED),
     "more ids for one call than there are addresses": (
         setting(rows=2**56, num_extra_output=64, logits_stride=0, allowed_mask_stride=0),
         BAD_SIZE,
@@ -660,6 +665,20 @@ def test_a_caller_that_does_not_know_a_field(text_call: SampleCall, end: str) ->
     if wanted[end] == 0:
         assert output.status.tolist() == [0, 0]
         assert text_call.history.lengths.tolist() == [2, 1]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("first", "wanted"), [(-8, 0), (-7, OVERLAP), (0, OVERLAP), (15, 0)])
+def test_a_workspace_is_written(text_call: SampleCall, first: int, wanted: int) -> None:
+    """So it must not overlap anything; ``first`` is where it begins, in int64 from the tokens."""
+    struct, output = filled(text_call)
+    memory = torch.zeros(64, dtype=torch.int64)
+    rows = output.tokens.numel()
+    struct.tokens = memory[16:].data_ptr()
+    struct.workspace = memory[16 + first :].data_ptr()
+    struct.workspace_bytes = 8 * 8
+    assert rows <= 15
+    assert run(struct) == wanted
 
 
 @needs_kernel

@@ -98,6 +98,8 @@ OWNERS = {"", "builtins", "json", "np", "numpy", "os", "torch", "torch.jit", "to
 #: transformers reads everything else, including configurations.
 KNOWN = {
     ("backends.Backend._module", "importlib.import_module"),  # only of names in BACKENDS
+    ("backends.known_rows.data", "?.read_text"),  # a data file of the package
+    ("backends.known_rows.data", "json.loads"),
     ("backends.native.Library._loaded", "failure.read_text"),  # why the library was not built
     ("backends.native.Library._loaded", "ctypes.CDLL"),
     ("tools.cli.console.hold_closed_descriptors", "os.open"),  # the null device

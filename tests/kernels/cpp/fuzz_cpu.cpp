@@ -891,6 +891,8 @@ constexpr Field kFields[] = {
     FIELD(repetition_penalty_scope),
     FIELD(extra_output),
     FIELD(num_extra_output),
+    FIELD(workspace),
+    FIELD(workspace_bytes),
 };
 
 #define UPDATE_FIELD(name) FIELD_OF(LlmSamplingUpdate, name)
@@ -1048,6 +1050,7 @@ bool shares_a_byte(const LlmSamplingArgs& a) {
   add(false, a.record, 1, advances ? a.rows : 0, 0);
   add(false, a.repetition_penalty_scope, 1, params, 0);
   add(false, a.extra_output, a.rows, a.num_extra_output, a.num_extra_output);
+  add(true, static_cast<const uint64_t*>(a.workspace), 1, a.workspace_bytes / 8, 0);
   return add.share_a_byte();
 }
 
