@@ -44,9 +44,10 @@ cudaError_t find_device(int& index, Device& device) {
   return error;
 }
 
-// Lets a kernel have all shared memory of the device, and finds whether its code there knows clusters: a library
-// of an old compiler has only older code for a new device. Both are asked for once on each device. The limit
-// is a state of the kernel, so it is the same for all launches: threads may be between it and their launch.
+// Lets a kernel have all shared memory of the device, and finds whether its code was compiled for an architecture
+// with clusters: a library of an old compiler has only older code for a new device. Both happen once for a kernel
+// and a device. The limit of shared memory belongs to the kernel and not to a launch, so it must not depend on
+// the launch: another thread may set it before this one launches.
 cudaError_t make_ready(
     SampleKernel kernel,
     int number,
@@ -140,8 +141,9 @@ cudaError_t find_launch(
   if (error != cudaSuccess) return error;
   const int logit_bytes = dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
   device.most_blocks = kMaxBlocks;
+  bool splits = false;
   while (true) {
-    launch = choose_launch(rows, vocab_size, logit_bytes, has_workspace, device);
+    launch = choose_launch(rows, vocab_size, logit_bytes, splits, device);
     kernel = find_kernel(dtype, launch.copied, launch.is_split);
     bool clusters = false;
     const int number = 3 * dtype + (launch.is_split ? 2 : launch.copied ? 1 : 0);
@@ -149,6 +151,7 @@ cudaError_t find_launch(
     if (error != cudaSuccess) return error;
     if (device.most_blocks == 1) return cudaSuccess;
     if (!clusters) {
+      splits = has_workspace;  // the kernel for split rows is empty in code that knows clusters
       device.most_blocks = 1;
       continue;
     }

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Plan plan) {
   RowSampler<kDtype, kLayout>(plan.args, plan.vecs, row).run();
 }
 
-// The same for split rows. Devices with clusters have no use for it.
+// The same for split rows, where there are no clusters.
 template <int kDtype>
 __global__ void __launch_bounds__(kThreads, 2) split_kernel(const Plan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
@@ -109,6 +109,8 @@ __global__ void __launch_bounds__(kThreads, 2) split_kernel(const Plan plan) {
   if (sampler.run_part(plan.parts)) return;
   __syncthreads();
   RowSampler<kDtype, Layout::kInPlace>(plan.args, plan.whole_vecs, row).run();
+#else
+  __trap();
 #endif
 }
 

@@ -2,9 +2,9 @@
 //
 // No block waits for another one. Each block takes a part of the row, as though that were the row: it applies
 // steps 1 to 6 and lists the first tokens of its part in the order, at least as many as the row's filters may
-// keep, in any order. The list goes to the workspace in global memory. Then the block adds 1 to the row's counter, and the block that
-// finds there that it is the last one finishes the row: the first tokens of the row are among those of the
-// lists. It also sets the counter back to 0, for the next launch.
+// keep, in any order. The list goes to the workspace in global memory. Then the block adds 1 to the row's
+// counter, and the block that finds there that it is the last one finishes the row: the first tokens of the row
+// are among those of the lists. It also sets the counter back to 0, for the next launch.
 //
 // Masses need the row's largest logit, which is known only when all parts are done. So rows that need the mass
 // of all tokens (top-p without top-k, or no filter), and rows that may keep more tokens than a list holds, are
@@ -31,9 +31,8 @@
 namespace llm_sampling {
 
 static_assert(kMaxListed <= kThreads, "a thread writes a code of a list");
-constexpr int kMostWanted = 192;  // tokens that a part may be asked for
-constexpr int kListedAtDepth =
-    64;  // tokens that it is asked for where there is a cut by depth alone
+constexpr int kMostWanted = 192;    // tokens that a part may be asked for
+constexpr int kListedAtDepth = 64;  // the same, where a cut by depth is the only filter
 constexpr int kBinBits = 9;
 static_assert(kBins == 1 << kBinBits, "a code's distance has a bin");
 
@@ -186,7 +185,7 @@ __device__ bool RowSampler<kDtype, kLayout>::finish(const Lists& lists) {
   }
   if (__any_sync(kWholeWarp, is_useless)) return false;
   m_ = from_order_key(__reduce_max_sync(kWholeWarp, static_cast<uint32_t>(maximum >> 32)));
-  // From the largest code on from which a list has all tokens, all lists have.
+  // The largest `low` of all parts: from there on, the lists hold all tokens of the row.
   const uint32_t upper = __reduce_max_sync(kWholeWarp, static_cast<uint32_t>(low >> 32));
   const uint32_t lower = static_cast<uint32_t>(low >> 32) == upper ? static_cast<uint32_t>(low) : 0;
   const uint64_t bound = static_cast<uint64_t>(upper) << 32 | __reduce_max_sync(kWholeWarp, lower);
@@ -219,17 +218,16 @@ __device__ void RowSampler<kDtype, kLayout>::gather(const Lists& lists, uint64_t
     const int all = lists.parts * lists.listed;
 #pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
-      const uint64_t code = load_shared_by_all(lists.codes + i);
-      visit(code);
+      visit(load_shared_by_all(lists.codes + i));
     }
   };
   const uint64_t end = first_code(order_key(m_) + 1);
   const uint64_t least = bound > kLowestCode ? bound : kLowestCode;
   uint64_t low = least;
   uint64_t high = end;
-  int wanted =
-      filters.has_top_k ? filters.max_kept : filters.min_kept;  // of the tokens below `high`
-  int above = 0;                                                // tokens above that
+  // Tokens wanted below `high`, and tokens from there on.
+  int wanted = filters.has_top_k ? filters.max_kept : filters.min_kept;
+  int above = 0;
   while (true) {
     const int bits = 64 - __clzll(static_cast<long long>(high - low - 1));
     const int shift = bits > kBinBits ? bits - kBinBits : 0;

@@ -241,6 +241,9 @@ def self_test(device: torch.device | str = "cpu") -> list[SelfTest]:
         first difference or None, and why it was skipped or None. A backend with a difference is
         not used on that device any more in this process.
 
+    Raises:
+        torch.OutOfMemoryError: the device has no room for the rows.
+
     Example:
         >>> assert all(test.difference is None for test in self_test("cpu"))
     """

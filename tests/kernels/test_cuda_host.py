@@ -101,6 +101,10 @@ class Host:
             args.workspace, args.workspace_bytes = memory.data_ptr(), size
         return args
 
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._kept.append(tensor)
+        return tensor
+
     def run(self, args: c_abi.SampleArgs) -> int:
         return self.library.llm_sampling_cuda(ctypes.byref(args), None)
 
@@ -231,8 +235,20 @@ def test_the_room_for_a_cluster_is_asked_for_once(host):
     assert host.library.fake_cuda_occupancy_calls() == 2, "another stream may have other room"
 
 
-def test_rows_are_split_where_there_is_no_room_for_a_cluster(host):
+def test_code_with_clusters_splits_no_row(host):
+    """Its kernel for split rows is empty, whatever room there is for clusters."""
     host.use(room=1, **H100)
+    args = host.args(1, 262144)
+    assert host.workspace_bytes(args) == 0
+    args.workspace_bytes = 2**20
+    args.workspace = host.keep(torch.zeros(2**17, dtype=torch.int64)).data_ptr()
+    assert host.run(args) == 0
+    (launch,) = host.launches()
+    assert (launch.blocks, launch.cluster) == (1, 1)
+
+
+def test_older_code_on_a_new_device_splits_rows(host):
+    host.use(**{**H100, "ptx_version": 80})
     args = host.with_workspace(host.args(1, 262144))
     assert host.run(args) == 0
     (launch,) = host.launches()
