@@ -66,9 +66,9 @@ it. "All parameters" are the three penalties, temperature, top-k 50, top-p 0.9 a
 No sampler like this one has been measured in public on these devices. The nearest are kernels that
 select the largest k logits of rows of 256 and 512 KiB, in a table after the times: they select 512
 tokens or more, and draw none. Beside them is what is predicted for top-k 50 of the same logits.
-FlashInfer's takes 1.0 to 1.2 times the lower end, TokenSpeed's 1.5 to 1.6 times, and SGLang's 1.9
-to 2.8 times, which is within the upper end; none of them is said to have cold code. A kernel that
-samples one of the largest k, by another algorithm, takes about ten times the upper end.
+FlashInfer's takes 1.1 to 1.3 times the lower end, TokenSpeed's 1.6 to 1.7 times, and SGLang's 2.1
+to 3.1 times, which is up to 1.1 times the upper end; none of them is said to have cold code. A
+kernel that samples one of the largest k, by another algorithm, takes about ten times the upper end.
 
 [throughput]: https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#arithmetic-instructions
 [4090]: https://github.com/xytpai/nvbench
