@@ -350,7 +350,7 @@ def test_what_auto_prefers(monkeypatch, device, missing, chosen):
     for name, backend in BACKENDS.items():
         reason = "it is missing" if name in missing else None
         monkeypatch.setattr(backend.load(), "why_unavailable", lambda reason=reason: reason)
-    assert table.resolve("auto", torch.device(device)) is BACKENDS[chosen].load()
+    assert table.choose("auto", torch.device(device)) is BACKENDS[chosen]
 
 
 def test_a_row_imports_its_module_once(monkeypatch):

@@ -31,6 +31,7 @@ from llm_sampling import (
     sample,
 )
 from llm_sampling.backends import BACKENDS
+from llm_sampling.backends.first_use import SelfTestError
 from llm_sampling.generation.models import ModelError, NotInstalledError
 from llm_sampling.params import DTYPES
 from llm_sampling.tools.cli.console import CommandError
@@ -456,6 +457,7 @@ ERRORS = [
     NotInstalledError("install it"),
     ModelError("there is no model"),
     CommandError("the model cannot be read", 2),
+    SelfTestError("it gave token 3"),
 ]
 
 

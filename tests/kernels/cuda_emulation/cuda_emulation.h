@@ -187,10 +187,11 @@ struct Thread {
 struct Launch {
   dim3 grid;
   dim3 block;
-  unsigned cluster = 1;    // blocks of a cluster, along x
-  bool is_cluster = true;  // false: such blocks run in turns, and the launch has no clusters
+  unsigned cluster = 1;  // blocks of a cluster, along x
   size_t shared_bytes = 0;
   uint64_t seed = 0;  // 0: threads run in their order, and atomics do not yield
+  bool is_cluster =
+      true;  // false: the blocks of a cluster run in turns, but know nothing of each other
 };
 
 struct Machine {
