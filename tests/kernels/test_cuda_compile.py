@@ -34,6 +34,12 @@ def costs():
     return cuda_cost.measure(cuda_cost.compile_cubin("sm_90"), "sm_90")
 
 
+@pytest.fixture(scope="module")
+def older_costs():
+    """The same on sm_80, which has the kernels for split rows too."""
+    return cuda_cost.measure(cuda_cost.compile_cubin("sm_80"), "sm_80")
+
+
 def all_broken(costs, arch="sm_90"):
     return "\n".join(
         r for kernel in costs for r in cuda_cost.broken_rules(kernel, arch, costs[kernel])
@@ -180,8 +186,9 @@ def test_the_lower_bounds_follow_their_formula(costs):
 
 
 @pytest.mark.parametrize("device", gpu_model.DEVICES, ids=lambda device: device.name)
-def test_ranges_are_ordered(costs, device):
-    """With the machine code of sm_90 everywhere, which the order does not depend on."""
+def test_ranges_are_ordered(costs, older_costs, device):
+    """With the machine code of sm_90 or sm_80, which the order does not depend on."""
+    costs = costs if int(device.arch.removeprefix("sm_")) >= 90 else older_costs
     for case in gpu_model.CASES:
         for rows in cost_report.ROWS:
             us = predict(case.name, "bfloat16", rows, 128256, costs, device)["microseconds"]
@@ -194,7 +201,7 @@ def test_ranges_are_ordered(costs, device):
 
 
 @pytest.mark.parametrize(
-    ("case", "together"), [("greedy", 9.4), ("top-k 50", 12.0), ("top-p 0.9", 25.4)]
+    ("case", "together"), [("greedy", 9.4), ("top-k 50", 12.0), ("top-p 0.9", 24.8)]
 )
 def test_resident_rows_copy_together(costs, monkeypatch, case, together):
     """With twice the bandwidth, as if half of the rows copied first, it would be 2.4 µs less."""
@@ -213,8 +220,8 @@ def test_a_wide_shuffle_takes_two_steps(costs, monkeypatch):
     wide = gpu_model.predict_end(call_of("greedy", 1, costs))
     monkeypatch.setattr(gpu_model, "WIDE", 1)
     narrow = gpu_model.predict_end(call_of("greedy", 1, costs))
-    # two reductions, each of 5 + 3 + 3 shuffles
-    assert wide["steps"] - narrow["steps"] == pytest.approx(2 * 11 * 35 / 1755)
+    # the reduction of the first token, of 5 + 3 + 3 shuffles
+    assert wide["steps"] - narrow["steps"] == pytest.approx(11 * 35 / 1755)
     assert {name for name in wide if wide[name] != narrow[name]} == {"steps", "predicted"}
 
 

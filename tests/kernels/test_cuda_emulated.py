@@ -342,7 +342,7 @@ def test_ids_for_one_call_among_more_seen_tokens_than_have_scores(install, launc
         ("if (entry >= 0) shared_.listing.stays[entry] = 1;", "(void)entry;"),
         ("if (place < begin) id = -1;", "(void)place;"),
         ("history_.counts[i] = 0;\n    __syncthreads();", "history_.counts[i] = 0;"),
-        ("param_index >= 0 && is_text_full(args_, index_)", "false"),
+        ("index >= 0 && is_text_full(args_, index_)", "false"),
     ],
     ids=["leaving bit", "cleared", "scope", "stays", "extra", "filled", "full"],
 )

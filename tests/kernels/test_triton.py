@@ -293,7 +293,7 @@ INTERPRETED_FILES = {
     "sampling/test_table.py": ("triton", 4, 5),
     "sampling/test_vectors.py": ("triton", 30, 300),
     "kernels/test_triton_interpreted.py": ("triton", 140, 10),
-    "kernels/test_triton_known_rows.py": ("triton", 4, 20),
+    "kernels/test_triton_known_rows.py": ("triton", 4, 15),
     "kernels/test_triton_split.py": ("triton", 15, 70),
 }
 
