@@ -122,6 +122,23 @@ class Device(NamedTuple):
 # memory: https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#compute-capabilities
 # Where no source says how multiprocessors are spread over GPCs, they are spread as evenly as pairs
 # can be; it matters only where there are clusters.
+# https://developer.nvidia.com/blog/nvidia-hopper-architecture-in-depth/ has the GPCs and the L2
+# cache, https://www.nvidia.com/en-us/data-center/h100/ the bandwidth, and
+# https://chipsandcheese.com/2023/07/02/nvidias-h100-funny-l2-and-tons-of-bandwidth/ the clock,
+# of a PCIe card; an SXM module may reach 1,980 MHz. For the GPCs see the top of this file.
+_H100 = Device(
+    name="H100 SXM",
+    arch="sm_90",
+    processors=132,
+    gpcs=(18,) * 3 + (16,) * 4 + (14,),
+    warps=64,
+    shared_kib=227,
+    megahertz=1755,
+    bytes_per_us=3.35e6,
+    l2_mib=50,
+    l2_cycles=291,
+    memory_cycles=700,
+)
 DEVICES = (
     # https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf
     # has the GPCs, the clock and the L2 cache; https://www.nvidia.com/en-us/data-center/a100/ the
@@ -153,37 +170,9 @@ DEVICES = (
         l2_cycles=296,
         memory_cycles=636,
     ),
-    # https://developer.nvidia.com/blog/nvidia-hopper-architecture-in-depth/ has the GPCs and the L2
-    # cache, https://www.nvidia.com/en-us/data-center/h100/ the bandwidth, and
-    # https://chipsandcheese.com/2023/07/02/nvidias-h100-funny-l2-and-tons-of-bandwidth/ the clock,
-    # of a PCIe card; an SXM module may reach 1,980 MHz. For the GPCs see the top of this file.
-    Device(
-        name="H100 SXM",
-        arch="sm_90",
-        processors=132,
-        gpcs=(18,) * 3 + (16,) * 4 + (14,),
-        warps=64,
-        shared_kib=227,
-        megahertz=1755,
-        bytes_per_us=3.35e6,
-        l2_mib=50,
-        l2_cycles=291,
-        memory_cycles=700,
-    ),
+    _H100,
     # https://www.nvidia.com/en-us/data-center/h200/ has the bandwidth; the rest is the H100's.
-    Device(
-        name="H200 SXM",
-        arch="sm_90",
-        processors=132,
-        gpcs=(18,) * 3 + (16,) * 4 + (14,),
-        warps=64,
-        shared_kib=227,
-        megahertz=1755,
-        bytes_per_us=4.8e6,
-        l2_mib=50,
-        l2_cycles=291,
-        memory_cycles=700,
-    ),
+    _H100._replace(name="H200 SXM", bytes_per_us=4.8e6),
     # https://chipsandcheese.com/p/nvidias-b200-keeping-the-cuda-juggernaut has the multiprocessors,
     # 74 on each of two dies, and a clock like the H100's, https://www.nvidia.com/en-us/data-center/hgx/
     # the bandwidth, and the page of the latencies the L2 cache.

@@ -25,6 +25,8 @@ VARIABLE = "LLM_SAMPLING_SELF_TEST"
 
 #: How many known rows a call of fewer rows answers, in several launches.
 _FEWEST = 8
+#: How many rows a call for one kernel has at most, since each has logits of its own.
+_MOST = 2
 
 
 class SelfTest(NamedTuple):
@@ -142,7 +144,6 @@ def check_kernel(
     name: str,
     model: SampleCall,
     run: Callable[[SampleCall], SampleOutput | Tensor],
-    largest: int = 2,
 ) -> None:
     """Let a kernel that was compiled for calls like ``model`` answer known rows before it is used.
 
@@ -150,7 +151,6 @@ def check_kernel(
         name: of the backend.
         model: the call for which it was compiled; it is not run.
         run: runs the same kernel for another call; for filtered logits it returns these.
-        largest: rows of a call at most, since each has logits of its own.
 
     Raises:
         SelfTestError: an answer is wrong; the backend is unavailable on the device from now on.
@@ -167,7 +167,7 @@ def check_kernel(
     difference = None
     with _lock, torch.no_grad():
         known = KnownRows(kind, vocab_size, model.logits.dtype, device)
-        size = min(len(model.logits), largest)
+        size = min(len(model.logits), _MOST)
         for first in range(0, len(numbers), size):
             rows = (numbers + numbers)[first : first + size]
             try:
