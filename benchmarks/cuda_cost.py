@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -60,15 +60,21 @@ FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo"]
 
 
 class Kernel(NamedTuple):
-    """An instance of a kernel: its dtype, whether parts are copied, and whether rows are split."""
+    """An instance of a kernel.
+
+    It has a dtype, and parts of rows that are copied or not; is for rows that are split or not, and
+    then for plain calls alone or not.
+    """
 
     dtype: str
     copied: bool
     is_split: bool = False
+    is_plain: bool = False
 
     def __str__(self) -> str:
         """For a table."""
-        return f"{self.dtype}{', split' if self.is_split else ', copied' if self.copied else ''}"
+        kind = ", split" if self.is_split else ", copied" if self.copied else ""
+        return f"{self.dtype}{kind}{', plain' if self.is_plain else ''}"
 
 
 def compile_cubin(arch: str, flags: Sequence[str] = FLAGS, csrc: Path = CSRC) -> bytes:
@@ -97,13 +103,16 @@ def library_cubins(library: Path) -> dict[str, bytes]:
 
 
 #: The mangled names of the kernels.
-KERNELS = r"(sample|split)_kernelILi(\d)E(?:Lb(\d)E)?"
+KERNELS = r"(sample|split)_kernelILi(\d)ELb(\d)E"
 
 
 def kernel_of(name: str) -> Kernel:
     """The kernel that has this mangled name."""
-    kind, dtype, copied = re.search(KERNELS, name).groups()  # type: ignore[union-attr]
-    return Kernel(list(DTYPES)[int(dtype)], copied != "0", kind == "split")
+    kind, number, flag = re.search(KERNELS, name).groups()  # type: ignore[union-attr]
+    dtype = list(DTYPES)[int(number)]
+    if kind == "sample":
+        return Kernel(dtype, copied=flag == "1")
+    return Kernel(dtype, copied=True, is_split=True, is_plain=flag == "1")
 
 
 class Usage(NamedTuple):
@@ -156,7 +165,8 @@ def choose_launch(
 
 #: For each pass: a method of RowSampler, the statement in it that is or calls the loop, and an
 #: instruction that one iteration has once. If the loop is unrolled or duplicated there are more of
-#: them, which tells how many iterations the code has.
+#: them, which tells how many iterations the code has. An instruction belongs to the first of these
+#: passes whose loop it is in.
 PASSES = {
     "copy": ("copy_logits", "for (int local", "LDGSTS"),
     "bits": (
@@ -169,11 +179,12 @@ PASSES = {
         "for (int i = thread; i < words; i += kThreads) {\n      copy.places",
         "",
     ),
-    "maxima": ("find_maxima", "any_nan |= find_tile_maxima<true>", "REDUX"),
     "other maxima": ("find_maxima", "any_nan |= find_tile_maxima<false>", ""),
+    "maxima": ("find_tile_maxima", "for (int round", "REDUX"),
     "score": ("score", "for (int i = static_cast<int>(threadIdx.x); i < count", ""),
     "first": ("find_first", "over_tiles(", ""),
-    "collect": ("collect", "over_tiles(", ""),
+    "collect": ("over_codes", "over_tiles(", ""),
+    "lists": ("gather", "for (int i = 2 *", "LDS"),
     "compare": ("compare_all", "for (int i = part", "LDS"),
     "search": ("search", "over_tiles(", ""),
     "weigh": ("weigh", "over_vecs(", ""),
@@ -181,7 +192,7 @@ PASSES = {
     "filtered": ("write_filtered", "over_vecs(", ""),
 }
 #: The statement by which a block of a split row samples it alone.
-ALONE = "RowSampler<kDtype, Layout::kInPlace>(plan.args, plan.whole_vecs, row).run();"
+ALONE = "RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run();"
 #: The passes that load vecs of logits.
 LOGIT_PASSES = ("copy", "maxima", "first", "collect", "search", "weigh", "filtered")
 #: What only some rows execute: a file, and a text in it. The text begins with a line that opens a
@@ -196,7 +207,10 @@ SIDES = {
         ("copy.cuh", "        if (place >= kMaxScores) continue;"),
     ],
     "unscored": [("copy.cuh", "      for (int i = 0; i < kVec; ++i) value = i == next")],
-    "hit": [("candidates.cuh", "    // Once there are too many")],
+    "hit": [
+        ("candidates.cuh", "    if (wanted == 0 || load_relaxed("),
+        ("candidates.cuh", "  const unsigned place = atomicAdd(&shared_.appended"),
+    ],
     "logprob": [("draw.cuh", "  float logprob = kNan;\n")],
     "one token": [("draw.cuh", "  if (is_empty || is_greedy) {\n")],
     "all": [("passes.cuh", "    if (all) {\n")],
@@ -362,6 +376,19 @@ def count_fused(code: Iterable[sass.Instruction]) -> int:
     return wrong
 
 
+def lines_of(code: Iterable[sass.Instruction]) -> Iterator[tuple[tuple[str, int], ...]]:
+    """The lines of each instruction, up to the kernel.
+
+    Where they do not lead to the kernel, nothing says from which call they are: the instruction is
+    assigned to what the one before it belongs to.
+    """
+    lines: tuple[tuple[str, int], ...] = ()
+    for instruction in code:
+        if instruction.lines and instruction.lines[-1][0] == SOURCE.name:
+            lines = instruction.lines
+        yield lines
+
+
 def measure(cubin: bytes, arch: str) -> dict[Kernel, Cost]:
     """The cost of each kernel, for this architecture."""
     found = usages(cubin)
@@ -373,12 +400,12 @@ def measure(cubin: bytes, arch: str) -> dict[Kernel, Cost]:
         passes: dict[str, dict[str, Counter[str]]] = {}
         loads: dict[str, Counter[int]] = {}
         parts: list[set[str]] = []
-        for place, instruction in enumerate(code):
-            where = pass_of(instruction.lines)
-            side = side_of(instruction.lines)
-            parts.append({where or "", side, *functions_of(instruction.lines)})
-            if {"find_listed", "share"} <= parts[-1]:
+        for place, (instruction, lines) in enumerate(zip(code, lines_of(code), strict=True)):
+            where, side, functions = pass_of(lines), side_of(lines), functions_of(lines)
+            parts.append({where or "", side, *functions})
+            if {"find_listed", "narrow"} <= functions:
                 parts[-1].add("search")  # the part's list is what was guessed
+                where = None
             # Only the code that samples a row alone weighs; what a mass takes is read there.
             is_alone = kernel.is_split and "alone" in parts[-1]
             if place in skipped:
@@ -412,7 +439,7 @@ def copies_of(kernel: Kernel, name: str, sides: dict[str, Counter[str]]) -> floa
     once = PASSES[name][2]
     if not once:
         return 1
-    of_one = {"copy": DTYPES[kernel.dtype] // 2, "compare": 2}.get(name, 1)
+    of_one = {"copy": DTYPES[kernel.dtype] // 2, "compare": 2, "lists": 2}.get(name, 1)
     found = sum(names[name] for names in sides.values() for name in names if name.endswith(once))
     return found / of_one
 
@@ -475,7 +502,8 @@ def predict(
         is_split = False
     elif is_split:
         chain_of = SplitChain
-    cost = costs[Kernel(dtype, launch.copied, is_split)]
+    is_plain = is_split and case.history == 0
+    cost = costs[Kernel(dtype, launch.copied, is_split, is_plain)]
     call = Call(case, cost, launch, device, LOWER, rows, vocab_size, itemsize)
     return {"dtype": dtype, **gpu_model.predict(call, chain_of)}
 

@@ -53,9 +53,9 @@ For both ends:
 * 35 cycles for each step of a chain of dependent operations: a shuffle, a vote, a read of shared
   memory. A shuffle of 64 bits is two.
 * Where there are no clusters and rows are few, a row is split over blocks that do not wait for each
-  other. The last block finishes greedy rows and rows with top-k from the lists of all; other rows
-  it samples alone, and finds them in the L2 cache, to which the copies of all blocks have brought
-  them.
+  other. The last block finishes greedy rows and rows with top-k from the lists of all, which have
+  64 places each where top-k is 50 and are guessed right; other rows it samples alone, and finds
+  them in the L2 cache, to which the copies of all blocks have brought them.
 * 60 candidates where top-k is 50, and 80 where top-p is 0.9 and they have its mass; on a flat row,
   5 passes of the search and then 300 candidates, as counted in the emulation.
 * A history of 4,096 tokens, spread uniformly over the vocabulary.
@@ -66,9 +66,9 @@ it. "All parameters" are the three penalties, temperature, top-k 50, top-p 0.9 a
 No sampler like this one has been measured in public on these devices. The nearest are kernels that
 select the largest k logits of rows of 256 and 512 KiB, in a table after the times: they select 512
 tokens or more, and draw none. Beside them is what is predicted for top-k 50 of the same logits.
-FlashInfer's takes 1.1 to 1.3 times the lower end, TokenSpeed's 1.6 to 1.7 times, and SGLang's 2.1
-to 3.1 times, which is up to 1.1 times the upper end; none of them is said to have cold code. A
-kernel that samples one of the largest k, by another algorithm, takes about ten times the upper end.
+FlashInfer's takes 1.0 to 1.3 times the lower end, TokenSpeed's 1.6 to 1.7 times, and SGLang's 2.0
+to 3.1 times, which is about the upper end; none of them is said to have cold code. A kernel that
+samples one of the largest k, by another algorithm, takes about ten times the upper end.
 
 [throughput]: https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#arithmetic-instructions
 [4090]: https://github.com/xytpai/nvbench
@@ -479,13 +479,25 @@ class Chain:
     def over_vecs(self, name: str, *sides: str, steps: int = 0) -> None:
         self.loop(self.mix(name, *sides), self.rounds, steps, load=self.load())
 
+    @property
+    def owners(self) -> int:
+        """The blocks among which the tokens are that a pass looks for."""
+        return self.launch.blocks
+
     def over_tiles(self, name: str, tokens: int) -> None:
-        """The tiles that have one of so many tokens; the slowest warp has one more than average."""
-        tiles = self.rounds * self.warps * self.launch.blocks
+        """The tiles that have one of so many tokens; the slowest warp has one more than average.
+
+        Each lane lists those of its own vec, so a tile takes as long as its busiest lane.
+        """
+        tiles = self.rounds * self.warps * self.owners
         share = 1 - (1 - 1 / tiles) ** tokens
-        rounds = min(self.rounds, self.rounds * share + 1)
-        self.loop(self.mix(name), rounds, load=(self.load()[0], 0.0))
+        visited = min(self.rounds, self.rounds * share + 1)
+        self.loop(self.mix(name), visited, load=(self.load()[0], 0.0))
         self.steps(2 * math.ceil(self.rounds / 32))  # a read and a vote for 32 rounds
+        if hit := self.passes[name].get("hit"):
+            times = visited * most_seen(tokens / tiles / 32) / share
+            self.code(times * hit.all)
+            self.steps(times)  # the place in the list
 
     def copy(self) -> None:
         """The logits, and beside them the history, whose reads depend on each other."""
@@ -527,14 +539,15 @@ class Chain:
             mix, overlapping = self.mix("other maxima"), 1
         load = self.load(is_first=True)
         self.loop(mix, self.rounds, overlapping=overlapping, load=load)
-        self.find_largest()
+        self.find_limits()
 
-    def find_largest(self) -> None:
-        self.steps(3)
+    def find_limits(self) -> None:
+        self.steps(4)
         self.barrier()
-        self.steps(3)
+        self.steps(4)
         self.sync()
-        self.steps(3)
+        if self.call.is_clustered and self.launch.blocks > 1:
+            self.steps(4)
 
     def combine(self) -> None:
         self.steps(5 * WIDE + 1)
@@ -580,11 +593,7 @@ class Chain:
 
     def collect(self, count: int) -> None:
         self.barrier()
-        self.steps(3)
         self.over_tiles("collect", count)
-        of_warp = math.ceil(count / self.launch.blocks / self.warps)
-        self.code(of_warp * self.passes["collect"]["hit"].all)
-        self.steps(of_warp)
         self.barrier()
         self.sum()
         self.mass()
@@ -595,7 +604,7 @@ class Chain:
 
     def guess_range(self) -> None:
         self.barrier()
-        self.steps(2)
+        self.steps(5)  # a division, the bins of two maxima
         self.sync()
         self.read_remote(math.ceil(self.launch.blocks / 4))
         self.scan()
@@ -691,14 +700,15 @@ class Chain:
 class SplitChain(Chain):
     """The steps of a row that the last of its blocks finishes from the lists of all (split.cuh)."""
 
+    @property
+    def owners(self) -> int:
+        """Each block looks for so many tokens in its own part."""
+        return 1
+
     def append(self, count: int) -> None:
         """The block's tokens that reach a code, in any order."""
         self.barrier()
-        self.steps(3)
         self.over_tiles("collect", count)
-        of_warp = math.ceil(count / self.warps)
-        self.code(of_warp * self.passes["collect"]["hit"].all)
-        self.steps(of_warp)
         self.barrier()
 
     def sync(self) -> None:
@@ -707,28 +717,40 @@ class SplitChain(Chain):
     def read_remote(self, count: int) -> None:
         """Nothing: no block looks into another one."""
 
-    def over_tiles(self, name: str, tokens: int) -> None:
-        """Each block looks for so many tokens in its own part."""
-        share = 1 - (1 - 1 / (self.rounds * self.warps)) ** tokens
-        rounds = min(self.rounds, self.rounds * share + 1)
-        self.loop(self.mix(name), rounds, load=(self.load()[0], 0.0))
-        self.steps(2 * math.ceil(self.rounds / 32))
-
-    def read_lists(self, of_block: int) -> None:
-        """All lists, from the L2 cache, with an atomic operation in shared memory for each code."""
-        self.cycles["hand-over"] += self.call.device.l2_cycles
-        self.cycles["hand-over"] += self.launch.blocks * of_block / BLOCK_BYTES_PER_CYCLE
-        self.steps(2)
-        self.barrier()
-
-    def gather(self, count: int, of_block: int) -> None:
-        self.barrier()
-        self.read_lists(of_block)
+    def find_bin(self) -> None:
+        self.steps(1)
         self.scan()
-        for _ in range(3):
-            self.barrier()
         self.barrier()
-        self.read_lists(of_block)
+        self.barrier()
+        self.steps(1)
+        self.barrier()
+        self.steps(1)
+
+    def guess_range(self) -> None:
+        self.barrier()
+        self.steps(5)  # a division, the bins of two maxima
+        self.barrier()
+        self.find_bin()
+
+    def over_lists(self, listed: int) -> None:
+        """All codes of the lists in shared memory, four for each thread at a time."""
+        codes = self.launch.blocks * listed
+        self.loop(self.passes["lists"]["plain"], math.ceil(codes / 4 / self.launch.threads))
+
+    def gather(self, count: int, listed: int) -> None:
+        self.barrier()
+        self.over_lists(listed)
+        self.barrier()
+        self.find_bin()
+        self.barrier()
+        self.over_lists(listed)
+        # A warp runs the code for a listed token once for 32 codes that have any.
+        of_warp = self.launch.blocks * listed / 32 / self.warps
+        times = of_warp * (1 - math.exp(-count / (of_warp * self.warps)))
+        # What one iteration has of it is for four codes, in the second of the two loops alone.
+        self.code(times * 2 * self.passes["lists"]["hit"].all / 4)
+        self.steps(times)
+        self.barrier()
         self.mass()
         self.sync()
         self.compare_all(count)
@@ -746,10 +768,10 @@ class SplitChain(Chain):
         else:
             self.guess_range()
             self.append(case.candidates[0])
-        self.hand_over(24)
+        self.hand_over(24 + 8 * listed)  # header and list
         self.steps(6)
         if not case.is_greedy:
-            self.gather(case.candidates[0], 8 * listed)
+            self.gather(case.candidates[0], listed)
             self.search_sorted(2)
             if case.has_depth_cut:
                 self.search_sorted(1)

@@ -12,24 +12,10 @@ namespace llm_sampling {
 
 constexpr int64_t kLargestMass = int64_t{1} << 42;  // of a token
 
-// Bins of a logarithmic histogram of how far an order key is below the row's largest one: 16 bins per
-// doubling of that distance.
-static_assert(kBins >= 29 * 16, "there is a bin for every distance");
-__device__ __forceinline__ int bin_of(uint32_t below) {
-  if (below < 16) return static_cast<int>(below);
-  const int log = 31 - __clz(static_cast<int>(below));
-  return (log - 3) * 16 + static_cast<int>(below >> (log - 4) & 15);
-}
-
-// The smallest distance that belongs to a bin.
-__device__ __forceinline__ uint64_t first_of_bin(int bin) {
-  return bin < 16 ? static_cast<uint64_t>(bin)
-                  : static_cast<uint64_t>(16 + bin % 16) << (bin / 16 - 1);
-}
-
 // Estimates, from the threads' maxima, a range that begins at the top of the order and holds about as
 // many tokens as the filters need; `nucleus` is how many top-p is assumed to need. Returns whether the
-// candidates may hold that many; `range` is set only then.
+// candidates may hold that many; `range` is set only then. The histogram has bins of equal width between
+// the row's largest logit and the smallest of the maxima.
 template <int kDtype, Layout kLayout>
 __device__ bool RowSampler<kDtype, kLayout>::guess_range(
     const Filters& filters,
@@ -48,26 +34,38 @@ __device__ bool RowSampler<kDtype, kLayout>::guess_range(
   if (wanted > kMaxCandidates) return false;
   const bool by_mass = filters.has_top_p && !filters.has_top_k;
   if (by_mass && top_p_target(total_mass_, filters.top_p) > wanted * kLargestMass) return false;
-  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) shared_.bins[i] = 0;
-  __syncthreads();
-  const uint32_t top = order_key(m_);
+  clear_bins();
+  constexpr float kLastBin = kBins - 1;
+  const float span = m_ - shared_.least_maximum;
+  const float scale = kLastBin / span;
 #pragma unroll
   for (int half = 0; half < kMaxima; ++half) {
     if (largest_[half] == -kInfinity) continue;
-    atomicAdd(&shared_.bins[bin_of(top - order_key(largest_[half]))], 1u);
+    // The last bin takes what is no number, which a span of 0 or infinity leads to.
+    const float bin = fminf((m_ - largest_[half]) * scale, kLastBin);
+    atomicAdd(&shared_.bins[static_cast<int>(bin)], 1u);
   }
   cluster_.sync();
   const int last = find_bin(wanted);
-  uint32_t key = static_cast<uint32_t>(kLowestCode >> 20);
-  if (last < kBins && first_of_bin(last + 1) <= top - key) {
-    key = top - static_cast<uint32_t>(first_of_bin(last + 1) - 1);
+  float lowest = kLowest;
+  // A little below the bin, because the bins are rounded.
+  if (last < kBins) {
+    lowest = m_ - span * ((static_cast<float>(last) + 1.0625f) * (1.0f / kLastBin));
   }
+  uint32_t key = order_key(fmaxf(lowest, kLowest));
   if (!filters.has_top_k && !filters.has_top_p) {
     const uint32_t deepest = key_at_depth(filters.depth_cut);
     key = key < deepest ? key : deepest;
   }
-  range = {first_code(key), first_code(top + 1), 0, 0};
+  range = {first_code(key), first_code(order_key(m_) + 1), 0, 0};
   return true;
+}
+
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::clear_bins() {
+#pragma unroll
+  for (int i = 0; i < kBins; i += kThreads) shared_.bins[i + static_cast<int>(threadIdx.x)] = 0;
+  __syncthreads();
 }
 
 // Finds the first bin with which the bins of all blocks hold as many as wanted; kBins if they do not.
@@ -103,18 +101,20 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::collect(const Range
   share(range);
 }
 
-// Lists the tokens of a range that this block has.
+// Calls visit(code) for this block's tokens whose logits are at least that of a code, until the block has
+// appended too many: then how many there are does not matter any more.
 template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::append_all(const Range& range) {
-  if (threadIdx.x == 0) shared_.appended = 0;
-  __syncthreads();
-  const float low = logit_of(range.low);
-  over_tiles(static_cast<uint32_t>(range.low >> 20), [&](int, int vec, const float (&x)[kVec]) {
+template <typename Visit>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::over_codes(
+    uint64_t low,
+    const Visit& visit
+) const {
+  const float lowest = logit_of(low);
+  over_tiles(static_cast<uint32_t>(low >> 20), [&](int, int vec, const float (&x)[kVec]) {
     const int first = row_.first_id(vec);
     unsigned wanted = 0;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) wanted |= x[i] >= low ? 1u << i : 0;
-    // Once there are too many, how many there are does not matter any more.
+    for (int i = 0; i < kVec; ++i) wanted |= x[i] >= lowest ? 1u << i : 0;
     if (wanted == 0 || load_relaxed(&shared_.appended) > kMaxCandidates) return;
 #pragma unroll 1
     for (; wanted != 0; wanted &= wanted - 1) {
@@ -122,9 +122,18 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::append_all(const Ra
       float value = 0.0f;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) value = i == next ? x[i] : value;
-      const uint64_t code = code_of(value, first + next);
-      if (code >= range.low && code < range.high) append(code);
+      visit(code_of(value, first + next));
     }
+  });
+}
+
+// Lists the tokens of a range that this block has.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::append_all(const Range& range) {
+  if (threadIdx.x == 0) shared_.appended = 0;
+  __syncthreads();
+  over_codes(range.low, [&](uint64_t code) {
+    if (code >= range.low && code < range.high) append(code);
   });
 }
 
@@ -142,6 +151,7 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::share(const Range& 
   const int own = static_cast<int>(shared_.appended);
   const Sums counts = kIsSplit ? Sums{0, own, own} : cluster_.sum(own);
   const int count = counts.total <= kMaxCandidates ? static_cast<int>(counts.total) : 0;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); count > 0 && i < own; i += kThreads) {
     const uint64_t code = shared_.sorted[i];
     const int64_t w = mass_of(logit_of(code));

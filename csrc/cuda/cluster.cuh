@@ -232,20 +232,36 @@ class Cluster {
     }
   }
 
-  // The largest key of all threads, and whether a flag of any is set.
-  __device__ void find_largest(uint32_t& key, bool& flag) {
+  // The largest of one key and the smallest of another of all threads, and whether a flag of any is set.
+  __device__ void find_limits(uint32_t& largest, uint32_t& smallest, bool& flag) {
     const int lane = threadIdx.x % kWarpSize;
-    const auto join = [&](uint64_t one) {
-      key = __reduce_max_sync(kWholeWarp, static_cast<uint32_t>(one >> 32));
-      flag = __any_sync(kWholeWarp, (one & 1) != 0);
-      return static_cast<uint64_t>(key) << 32 | (flag ? 1 : 0);
+    const int warp = threadIdx.x / kWarpSize;
+    const auto join = [&] {
+      largest = __reduce_max_sync(kWholeWarp, largest);
+      smallest = __reduce_min_sync(kWholeWarp, smallest);
+      flag = __any_sync(kWholeWarp, flag);
     };
-    const uint64_t own = join(static_cast<uint64_t>(key) << 32 | (flag ? 1 : 0));
-    if (lane == 0) memory_.partial[threadIdx.x / kWarpSize][0] = own;
+    const auto set = [&](const uint64_t (&of)[4]) {
+      largest = static_cast<uint32_t>(of[0] >> 32);
+      smallest = static_cast<uint32_t>(of[0]);
+      flag = of[1] != 0;
+    };
+    join();
+    if (lane == 0) {
+      memory_.partial[warp][0] = static_cast<uint64_t>(largest) << 32 | smallest;
+      memory_.partial[warp][1] = flag ? 1 : 0;
+    }
     __syncthreads();
-    const uint64_t of_block[1] = {join(memory_.partial[lane % kWarps][0])};
-    const uint64_t (*all)[4] = all_gather(of_block);
-    join(lane % kMaxBlocks < blocks_ ? all[lane % kMaxBlocks][0] : 0);
+    set(memory_.partial[lane % kWarps]);
+    join();
+    if (blocks_ == 1) {
+      __syncthreads();  // the memory may be written again
+      return;
+    }
+    const uint64_t own[2] = {static_cast<uint64_t>(largest) << 32 | smallest, flag ? 1u : 0u};
+    const uint64_t (*all)[4] = all_gather(own);
+    set(all[lane % kMaxBlocks < blocks_ ? lane % kMaxBlocks : 0]);
+    join();
   }
 
   // Replaces values that are the same in all threads of a block by those of block 0.

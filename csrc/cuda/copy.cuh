@@ -77,8 +77,7 @@ __device__ void RowSampler<kDtype, kLayout>::read_parameters(int64_t index, int 
     penalties.repetition = -penalties.repetition;
   }
   const int32_t* counts = locate_bits(slot, penalties);
-  row_.is_plain =
-      row_.bias_count == 0 && row_.allowed.words == nullptr && row_.seen.words == nullptr;
+  row_.is_plain = !row_.has_bias_or_mask() && row_.seen.words == nullptr;
   if (threadIdx.x != 0) return;
   shared_.vecs = vecs;
   shared_.seen_count = 0;
@@ -129,7 +128,7 @@ __device__ void RowSampler<kDtype, kLayout>::copy_logits(int vecs) {
   const int thread = static_cast<int>(threadIdx.x);
   const int whole = row_.is_whole(first_vec_) ? 0 : 1;
   const int end = row_.is_whole(first_vec_ + vecs - 1) ? vecs : vecs - 1;
-#pragma unroll 4
+#pragma unroll(kIsSplit ? 2 : 4)
   for (int local = whole + thread; local < end; local += kThreads) {
 #pragma unroll
     for (int i = 0; i < kVecBytes; i += 16) {
@@ -244,8 +243,9 @@ __device__ bool RowSampler<kDtype, kLayout>::score() {
     copy.scores[i] = x[0];
     any_nan |= x[0] != x[0];
     const float value = canonical(x[0]);
-    // Each token is in exactly one maximum of one thread; which one does not matter.
-    largest_[0] = fmaxf(largest_[0], value);
+    // Each token is in exactly one maximum of one thread; which one does not matter. With a bias or a mask,
+    // find_tile_maxima() looks at the scores too.
+    if (!row_.has_bias_or_mask()) largest_[0] = fmaxf(largest_[0], value);
     const int tile = local / kThreads * kWarps + local % kThreads / kWarpSize;
     atomicMax(&tile_keys_[tile], order_key(value));
   }

@@ -241,13 +241,13 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::find_sharing_row() 
   if (threadIdx.x == 0) shared_.is_shared = is_shared;
 }
 
-// Whether there is an id that leaves the window when one more is recorded: the first one of the window.
+// Whether recording one more id moves the window, so that its first id leaves it.
 __device__ __forceinline__ bool has_leaving_id(const SlotHistory& history, Places window) {
   return window.begin < window.end && window_of(history, window.end + 1).begin > window.begin;
 }
 
-// Where a window will move: whether the id that leaves it is at a second place of it. The window may be long,
-// and one thread alone runs record().
+// Where recording the token moves a window: whether the id that leaves it occurs in it a second time. All threads
+// look for it, because the window may be long; record() is run by one.
 template <int kDtype, Layout kLayout>
 __device__ __forceinline__ void RowSampler<kDtype, kLayout>::find_leaving_id() {
   if (args_.windows == nullptr || args_.advance == LLM_SAMPLING_ADVANCE_NEVER) return;

@@ -18,6 +18,7 @@ constexpr int32_t kFirstCudaError = 1000;  // return codes from here on are CUDA
 constexpr int kFirstMajor = 8;             // of the oldest device that setup.py builds PTX for
 constexpr int kFirstWithClusters = 90;     // of the oldest architecture with clusters
 constexpr int kRemembered = 64;            // devices for which facts are kept
+constexpr int kDtypes = 3;
 
 int32_t code_of_cuda(cudaError_t error) {
   return error == cudaSuccess ? LLM_SAMPLING_OK : kFirstCudaError + static_cast<int32_t>(error);
@@ -56,7 +57,7 @@ cudaError_t make_ready(
     bool& clusters
 ) {
   enum { kUnknown, kWithout, kWith };
-  static std::atomic<int> known[kRemembered][kSampleKernels];
+  static std::atomic<int> known[kRemembered][kDtypes * kLayouts * 2];
   const bool is_remembered = index < kRemembered;
   int state = is_remembered ? known[index][number].load(std::memory_order_acquire) : kUnknown;
   if (state == kUnknown) {
@@ -86,7 +87,9 @@ struct Config {
     cluster.val.clusterDim.x = static_cast<unsigned>(launch.blocks);
     cluster.val.clusterDim.y = 1;
     cluster.val.clusterDim.z = 1;
-    config.gridDim = dim3(static_cast<unsigned>(rows * launch.blocks));
+    const auto blocks = static_cast<unsigned>(launch.blocks);
+    const auto all = static_cast<unsigned>(rows);
+    config.gridDim = launch.is_split ? dim3(blocks, all) : dim3(all * blocks);
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
     config.stream = stream;
@@ -131,6 +134,7 @@ cudaError_t find_launch(
     int64_t vocab_size,
     int32_t dtype,
     bool has_workspace,
+    bool is_plain,
     cudaStream_t stream,
     Launch& launch,
     SampleKernel& kernel
@@ -144,9 +148,10 @@ cudaError_t find_launch(
   bool splits = false;
   while (true) {
     launch = choose_launch(rows, vocab_size, logit_bytes, splits, device);
-    kernel = find_kernel(dtype, launch.copied, launch.is_split);
+    const Layout layout = layout_of(launch);
+    kernel = find_kernel(dtype, layout, is_plain);
     bool clusters = false;
-    const int number = 3 * dtype + (launch.is_split ? 2 : launch.copied ? 1 : 0);
+    const int number = 2 * (kLayouts * dtype + static_cast<int>(layout)) + (is_plain ? 1 : 0);
     error = make_ready(kernel, number, index, device, clusters);
     if (error != cudaSuccess) return error;
     if (device.most_blocks == 1) return cudaSuccess;
@@ -170,8 +175,16 @@ int32_t run(const LlmSamplingArgs& args, cudaStream_t stream) {
   if (code != LLM_SAMPLING_OK || args.rows == 0) return code;
   Launch launch = {};
   SampleKernel kernel = nullptr;
-  const cudaError_t error =
-      find_launch(args.rows, args.vocab_size, args.dtype, can_split(args), stream, launch, kernel);
+  const cudaError_t error = find_launch(
+      args.rows,
+      args.vocab_size,
+      args.dtype,
+      can_split(args),
+      is_plain(args),
+      stream,
+      launch,
+      kernel
+  );
   if (error != cudaSuccess) return code_of_cuda(error);
   if (args.rows > INT32_MAX / launch.blocks) return LLM_SAMPLING_BAD_SIZE;
   if (launch.is_split && args.workspace_bytes < workspace_bytes(args.rows, launch.blocks)) {
@@ -188,7 +201,7 @@ int32_t find_launch_of(int64_t rows, int64_t vocab_size, int32_t dtype, Launch& 
   }
   if (dtype < LLM_SAMPLING_FLOAT32 || dtype > LLM_SAMPLING_BFLOAT16) return LLM_SAMPLING_BAD_OPTION;
   SampleKernel kernel = nullptr;
-  return code_of_cuda(find_launch(rows, vocab_size, dtype, true, nullptr, launch, kernel));
+  return code_of_cuda(find_launch(rows, vocab_size, dtype, true, false, nullptr, launch, kernel));
 }
 
 int32_t update(const LlmSamplingUpdate& update, cudaStream_t stream) {

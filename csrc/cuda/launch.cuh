@@ -36,19 +36,42 @@ struct Launch {
   int shared_bytes;  // shared memory of a block
 };
 
+// Where a block's part of the row is read, and who owns the other parts.
+enum class Layout {
+  kInPlace,  // in global memory; the blocks of the row's cluster
+  kCopied,   // a copy in shared memory; the blocks of the row's cluster
+  kSplit     // a copy in shared memory; blocks that know nothing of each other, see split.cuh
+};
+constexpr int kLayouts = 3;
+
+// What a block of a split row hands on, besides its codes.
+struct PartHeader {
+  uint64_t maximum;  // order key of the part's largest logit in the upper half; 1 if one is NaN
+  uint64_t
+      wanted;    // tokens of the part that were asked for; 0: one block must sample the row alone
+  uint64_t low;  // the list has all tokens of the part from this code on; greedy: the first code
+};
+
+// The memory of split rows, all of it in global memory.
+struct Workspace {
+  uint64_t* counters;   // of each row: how many of its blocks are done
+  uint64_t* codes;      // of each row: the lists of its parts
+  PartHeader* headers;  // of each part of each row
+};
+
 // The kernel's argument.
 struct Plan {
   LlmSamplingArgs args;
-  int vecs;        // vecs of a block's part
-  int parts;       // for split rows: the parts of a row
-  int whole_vecs;  // for split rows: vecs of a part that is the whole row
+  int vecs;             // vecs of a block's part
+  int parts;            // for split rows: the parts of a row
+  int whole_vecs;       // for split rows: vecs of a part that is the whole row
+  Workspace workspace;  // for split rows
 };
 
 using SampleKernel = void (*)(const Plan);
-constexpr int kSampleKernels = 9;  // three dtypes; in place, copied, split
 
-// The kernel for a dtype, in sample.cu. Split rows are copied.
-SampleKernel find_kernel(int32_t dtype, bool copied, bool is_split);
+// The kernel for a dtype, in sample.cu. For split rows there is another one for plain calls, see is_plain().
+SampleKernel find_kernel(int32_t dtype, Layout layout, bool is_plain);
 
 using UpdateKernel = void (*)(const LlmSamplingUpdate);
 
@@ -74,15 +97,17 @@ LLM_SAMPLING_FN constexpr int copy_bytes(int vecs, int logit_bytes) {
          places_bytes(vecs);
 }
 
-// The memory that a call with split rows needs: a counter for each row, then for each row what split.cuh calls
-// the headers and the codes of its parts.
-constexpr int64_t kCounterBytes = 8;
-constexpr int64_t kHeaderBytes = 24;
-LLM_SAMPLING_FN constexpr int64_t lists_bytes(int64_t parts) {
-  return parts * (kHeaderBytes + kMaxListed * 8);
+// The workspace that a call with split rows needs. Its codes begin at a multiple of 16 bytes.
+inline int64_t workspace_bytes(int64_t rows, int64_t parts) {
+  const auto codes = static_cast<int64_t>(kMaxListed * sizeof(uint64_t));
+  const auto header = static_cast<int64_t>(sizeof(PartHeader));
+  return rows * (static_cast<int64_t>(sizeof(uint64_t)) + parts * (codes + header)) + 8;
 }
-LLM_SAMPLING_FN constexpr int64_t workspace_bytes(int64_t rows, int64_t parts) {
-  return rows * (kCounterBytes + lists_bytes(parts));
+inline Workspace divide_workspace(void* workspace, int64_t rows, int64_t parts) {
+  auto* counters = static_cast<uint64_t*>(workspace);
+  uint64_t* codes = counters + rows;
+  if (reinterpret_cast<uintptr_t>(codes) % 16 != 0) ++codes;
+  return {counters, codes, reinterpret_cast<PartHeader*>(codes + rows * parts * kMaxListed)};
 }
 
 inline Launch divide_rows(int64_t vocab_size, int logit_bytes, int blocks, bool copied) {
@@ -94,12 +119,16 @@ inline Launch divide_rows(int64_t vocab_size, int logit_bytes, int blocks, bool 
   return {blocks, copied, false, vecs, shared};
 }
 
-// A launch whose blocks are no clusters. Any block may have to sample its row alone, without a copy.
+// A launch whose blocks are no clusters. Any block may have to hold the lists of its row in place of its copy, or
+// to sample the row alone, without a copy.
 inline Launch split_rows(int64_t vocab_size, int logit_bytes, int parts) {
   Launch launch = divide_rows(vocab_size, logit_bytes, parts, true);
   launch.is_split = true;
   const int alone = divide_rows(vocab_size, logit_bytes, 1, false).shared_bytes;
-  if (launch.shared_bytes < alone) launch.shared_bytes = alone;
+  const int lists = kFixedBytes + tiles_bytes(launch.vecs) + parts * kMaxListed * 8;
+  for (const int needed : {lists, alone}) {
+    if (launch.shared_bytes < needed) launch.shared_bytes = needed;
+  }
   return launch;
 }
 
@@ -146,10 +175,44 @@ inline bool can_split(const LlmSamplingArgs& args) {
          args.logprobs_mode != LLM_SAMPLING_LOGPROBS_RAW;
 }
 
+// Whether a call has nothing but logits and the parameters of each row, and draws one token without its logprob.
+// Where rows are few, a kernel takes longer to read the code for the rest than to sample.
+inline bool is_plain(const LlmSamplingArgs& args) {
+  return args.param_slots == nullptr && args.logit_bias_offsets == nullptr &&
+         args.allowed_mask == nullptr && args.seen == nullptr && args.text == nullptr &&
+         args.num_samples == 1 && args.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE;
+}
+
+// A plain call as it is, with constants for what it has not, by which the compiler leaves their code out.
+LLM_SAMPLING_FN LlmSamplingArgs plain(LlmSamplingArgs args) {
+  args.param_slots = nullptr;
+  args.logit_bias_offsets = nullptr;
+  args.allowed_mask = nullptr;
+  args.seen = nullptr;
+  args.text = nullptr;
+  args.windows = nullptr;
+  args.extra_output = nullptr;
+  args.num_samples = 1;
+  args.logprobs_mode = LLM_SAMPLING_LOGPROBS_NONE;
+  return args;
+}
+
+inline Layout layout_of(const Launch& launch) {
+  if (launch.is_split) return Layout::kSplit;
+  return launch.copied ? Layout::kCopied : Layout::kInPlace;
+}
+
 inline Plan plan_of(const LlmSamplingArgs& args, const Launch& launch) {
   const int logit_bytes = args.dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
   const int whole = divide_rows(args.vocab_size, logit_bytes, 1, false).vecs;
-  return {args, launch.vecs, launch.blocks, whole};
+  const Workspace none = {nullptr, nullptr, nullptr};
+  return {
+      args,
+      launch.vecs,
+      launch.blocks,
+      whole,
+      launch.is_split ? divide_workspace(args.workspace, args.rows, launch.blocks) : none
+  };
 }
 
 }  // namespace llm_sampling

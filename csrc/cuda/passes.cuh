@@ -87,21 +87,28 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::prefetch_later(
 
 // ---- maxima ----
 
-// Finds the largest logit of the row, of each tile, and of each thread (kMaxima of them). Returns whether one
-// is NaN.
+// Finds the largest logit of the row, of each tile, and of each thread (kMaxima of them), and the smallest of
+// the threads' maxima. Returns whether a logit is NaN.
 template <int kDtype, Layout kLayout>
 __device__ bool RowSampler<kDtype, kLayout>::find_maxima() {
   is_scored_ = has_scores(part());
   bool any_nan = is_scored_ && score();
   const bool has_unscored = row_.seen.words != nullptr && !is_scored_;
-  if (row_.bias_count == 0 && row_.allowed.words == nullptr && !has_unscored) {
+  if (!row_.has_bias_or_mask() && !has_unscored) {
     any_nan |= find_tile_maxima<true>();
   } else {
     any_nan |= find_tile_maxima<false>();
   }
-  uint32_t key = order_key(fmaxf(largest_[0], largest_[1]));
-  cluster_.find_largest(key, any_nan);
-  m_ = from_order_key(key);
+  float least = kInfinity;
+#pragma unroll
+  for (int half = 0; half < kMaxima; ++half) {
+    least = fminf(least, largest_[half] > -kInfinity ? largest_[half] : kInfinity);
+  }
+  uint32_t largest_key = order_key(fmaxf(largest_[0], largest_[1]));
+  uint32_t least_key = order_key(least);
+  cluster_.find_limits(largest_key, least_key, any_nan);
+  m_ = from_order_key(largest_key);
+  if (threadIdx.x == 0) shared_.least_maximum = from_order_key(least_key);
   return any_nan;
 }
 
@@ -114,8 +121,8 @@ __device__ void RowSampler<kDtype, kLayout>::write_status(bool any_nan) {
   args_.status[shared_.parameters.row] = status;
 }
 
-// The maxima of all tokens without a score; the others have been counted by score() and are -inf in the
-// copy. kPlain: steps 2 to 5 change none of these tokens. Returns whether one is NaN.
+// The maxima of all tokens. kPlain: steps 2 to 5 change none of those without a score; score() has counted the
+// others, which are -inf in the copy. Returns whether one is NaN.
 template <int kDtype, Layout kLayout>
 template <bool kPlain>
 __device__ __forceinline__ bool RowSampler<kDtype, kLayout>::find_tile_maxima() {

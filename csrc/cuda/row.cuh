@@ -63,6 +63,10 @@ struct Row {
   Bits allowed;  // the token bitmask; null words: all tokens are allowed
   Bits seen;     // tokens of prompt and output; null words: no penalty is on
 
+  // Whether step 2 changes logits, so that other tokens than the seen ones change too.
+  __device__ __forceinline__ bool has_bias_or_mask() const {
+    return bias_count != 0 || allowed.words != nullptr;
+  }
   __device__ __forceinline__ int first_id(int vec) const { return vec * kVec - shift; }
   __device__ __forceinline__ bool is_whole(int vec) const {
     const int first = first_id(vec);

@@ -100,16 +100,6 @@ struct Overrides {
   __device__ __forceinline__ uint32_t over(uint32_t bits, int first, int width) const;
 };
 
-// What a block of a split row hands on in the workspace, besides its codes.
-struct PartHeader {
-  uint64_t maximum;  // order key of the part's largest logit in the upper half; 1 if one is NaN
-  uint64_t
-      wanted;  // how many tokens of the part were asked for; 0: one block must sample the row alone
-  uint64_t
-      low;  // the list has all tokens of the part from this code on; of a greedy row, the first code
-};
-static_assert(sizeof(PartHeader) == kHeaderBytes, "launch.cuh asks for the memory");
-
 // The lists of a row: the same number of codes for each part, with kNoCode at the end.
 struct Lists {
   PartHeader* headers;
@@ -127,19 +117,21 @@ struct Shared {
   const int32_t* counts;  // output counts; null: no penalty needs them; written by thread 0, once
   int64_t bias_first;     // index of the row's first bias; written by thread 0, once
   int vecs;               // vecs of this block's part; written by thread 0, once
-  bool
-      is_shared;  // whether another row names a slot of this one; written by thread 0, by slot only
+  // Whether another row names a slot of this one; written by thread 0, by slot only.
+  bool is_shared;
   // Whether the id that leaves the window with the row's token is in it a second time; written by thread 0,
   // with windows only.
   bool leaving_id_stays;
-  bool is_last;     // whether all other blocks of a split row are done; written by thread 0
+  bool is_last;  // whether all other blocks of a split row are done; written by thread 0
+  // The smallest of all threads' maxima that are not -inf; written by thread 0.
+  float least_maximum;
   int held_before;  // what the bins before the one that find_bin() has found hold; split rows only
   int held_with;    // what they hold together with it
   uint32_t seen_count;    // seen tokens of this block's part
   uint32_t appended;      // candidates that this block has found
   Candidates candidates;  // written by thread 0
-  int64_t
-      mass_before;  // that part of total_mass_ which belongs to earlier blocks; written by thread 0
+  // That part of total_mass_ which belongs to earlier blocks; written by thread 0.
+  int64_t mass_before;
   Overrides overrides;
   union {
     struct {
@@ -154,16 +146,10 @@ struct Shared {
       int64_t running[kMaxCandidates];  // running masses of `sorted`; for a draw, see draw.cuh
     };
   };
-  uint32_t bins[kBins];  // histogram of the maxima of this block's threads
+  // Histogram of the maxima of this block's threads, or of the codes of a split row.
+  uint32_t bins[kBins];
 };
 static_assert(sizeof(Shared) <= kFixedBytes, "launch.cuh reserves kFixedBytes for it");
-
-// Where a block's part of the row is read, and who owns the other parts.
-enum class Layout {
-  kInPlace,  // in global memory; the blocks of the row's cluster
-  kCopied,   // a copy in shared memory; the blocks of the row's cluster
-  kSplit     // a copy in shared memory; blocks that know nothing of each other, see split.cuh
-};
 
 // Samples one row. All threads of the row's cluster make one and call run(); all threads of a block that has
 // a part of a split row make one and call run_part().
@@ -185,7 +171,7 @@ class RowSampler {
   }
 
   __device__ void run();
-  __device__ bool run_part(int parts);
+  __device__ bool run_part(const Workspace& workspace, int parts);
 
  private:
   static constexpr bool kCopied = kLayout != Layout::kInPlace;
@@ -245,8 +231,11 @@ class RowSampler {
 
   // candidates.cuh: the short list from which thresholds and tokens are chosen
   __device__ bool guess_range(const Filters& filters, int nucleus, Range& range);
+  __device__ __forceinline__ void clear_bins();
   __device__ __forceinline__ int find_bin(int64_t wanted);
   __device__ __forceinline__ void collect(const Range& range);
+  template <typename Visit>
+  __device__ __forceinline__ void over_codes(uint64_t low, const Visit& visit) const;
   __device__ __forceinline__ void append_all(const Range& range);
   __device__ __forceinline__ void append(uint64_t code);
   __device__ __forceinline__ void share(const Range& range);
@@ -274,14 +263,15 @@ class RowSampler {
   __device__ static void split(uint64_t low, uint64_t high, uint64_t (&pivots)[3]);
 
   // split.cuh: a row without a cluster
-  __device__ __forceinline__ int first_token() const;
-  __device__ __forceinline__ int tokens() const;
   __device__ __forceinline__ int count_wanted() const;
   __device__ void make_list(const Lists& lists);
   __device__ uint64_t find_listed(const Lists& lists);
   __device__ __forceinline__ bool is_last(uint32_t* counter, int parts);
   __device__ bool finish(const Lists& lists);
   __device__ void gather(const Lists& lists, uint64_t bound);
+  template <typename OverCodes>
+  __device__ __forceinline__ uint64_t
+  narrow(uint64_t low, int wanted, int most, const OverCodes& over_codes);
 
   // draw.cuh: step 14 and the other results
   __device__ void draw();

@@ -17,7 +17,7 @@
 //                    halves of its vecs and one over the upper halves.
 //   find_first       greedy rows: the first token of the order.
 //   collect          the candidates: all tokens of a range of the order, from the tiles that have any. The
-//                    first range is estimated from a logarithmic histogram of the threads' maxima.
+//                    first range is estimated from a histogram of the threads' maxima.
 //   weigh            no filter, or top-p without top-k: the mass of each tile.
 //   search           rows with a threshold that the candidates do not hold: counts and masses of the tokens
 //                    that reach three codes, at first those that a probe of the row suggests. Each pass
@@ -99,42 +99,38 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Plan plan) {
   RowSampler<kDtype, kLayout>(plan.args, plan.vecs, row).run();
 }
 
-// The same for split rows, where there are no clusters.
-template <int kDtype>
+// The same for split rows, where there are no clusters. kIsPlain: see is_plain().
+template <int kDtype, bool kIsPlain>
 __global__ void __launch_bounds__(kThreads, 2) split_kernel(const Plan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
-  const int row = static_cast<int>(blockIdx.x) / plan.parts;
-  const int part = static_cast<int>(blockIdx.x) % plan.parts;
-  RowSampler<kDtype, Layout::kSplit> sampler(plan.args, plan.vecs, row, part);
-  if (sampler.run_part(plan.parts)) return;
+  const int row = static_cast<int>(blockIdx.y);
+  const int part = static_cast<int>(blockIdx.x);
+  LlmSamplingArgs args = kIsPlain ? plain(plan.args) : plan.args;
+  args.filtered = nullptr;  // it is, see can_split(); here the compiler knows it too
+  RowSampler<kDtype, Layout::kSplit> sampler(args, plan.vecs, row, part);
+  if (sampler.run_part(plan.workspace, plan.parts)) return;
   __syncthreads();
-  RowSampler<kDtype, Layout::kInPlace>(plan.args, plan.whole_vecs, row).run();
+  RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run();
 #else
   __trap();
 #endif
 }
 
-SampleKernel find_kernel(int32_t dtype, bool copied, bool is_split) {
-  if (is_split) {
-    switch (dtype) {
-      case LLM_SAMPLING_FLOAT32:
-        return split_kernel<LLM_SAMPLING_FLOAT32>;
-      case LLM_SAMPLING_FLOAT16:
-        return split_kernel<LLM_SAMPLING_FLOAT16>;
-      default:
-        return split_kernel<LLM_SAMPLING_BFLOAT16>;
-    }
-  }
+template <int kDtype>
+SampleKernel find_kernel_of(Layout layout, bool is_plain) {
+  if (layout == Layout::kInPlace) return sample_kernel<kDtype, false>;
+  if (layout == Layout::kCopied) return sample_kernel<kDtype, true>;
+  return is_plain ? split_kernel<kDtype, true> : split_kernel<kDtype, false>;
+}
+
+SampleKernel find_kernel(int32_t dtype, Layout layout, bool is_plain) {
   switch (dtype) {
     case LLM_SAMPLING_FLOAT32:
-      return copied ? sample_kernel<LLM_SAMPLING_FLOAT32, true>
-                    : sample_kernel<LLM_SAMPLING_FLOAT32, false>;
+      return find_kernel_of<LLM_SAMPLING_FLOAT32>(layout, is_plain);
     case LLM_SAMPLING_FLOAT16:
-      return copied ? sample_kernel<LLM_SAMPLING_FLOAT16, true>
-                    : sample_kernel<LLM_SAMPLING_FLOAT16, false>;
+      return find_kernel_of<LLM_SAMPLING_FLOAT16>(layout, is_plain);
     default:
-      return copied ? sample_kernel<LLM_SAMPLING_BFLOAT16, true>
-                    : sample_kernel<LLM_SAMPLING_BFLOAT16, false>;
+      return find_kernel_of<LLM_SAMPLING_BFLOAT16>(layout, is_plain);
   }
 }
 

@@ -82,7 +82,8 @@ __device__ void RowSampler<kDtype, kLayout>::find_thresholds() {
     // Whether the present candidates stay: they hold the answer, or no candidates are likely to.
     bool stay = step != kCollectFew && has_threshold(target, by_mass);
     if constexpr (kIsSplit) {
-      if (step != kCollectFew && !stay) return;  // the candidates are all that there is
+      // A split row's other tokens are in other blocks: this block will sample the row alone.
+      if (step != kCollectFew && !stay) return;
     } else if (!stay) {
       if (step == kCollectFew || step == kCollectMore) {
         stay = !guess_range(filters, step == kCollectFew ? kFewTokens : kMoreTokens, range);
@@ -146,7 +147,7 @@ template <int kDtype, Layout kLayout>
 __device__ Range
 RowSampler<kDtype, kLayout>::search(int64_t target, bool by_mass, uint64_t lowest) {
   Range range = {lowest, first_code(order_key(m_) + 1), 0, 0};
-  int count = tokens();  // of those that reach range.low, or more
+  int count = row_.vocab_size;  // of those that reach range.low, or more
   uint64_t pivots[3];
   probe(target, by_mass, lowest, pivots);
   cluster_.broadcast(pivots);
@@ -203,7 +204,7 @@ __device__ void RowSampler<kDtype, kLayout>::probe(
   __syncthreads();
 #pragma unroll 1
   for (int own = static_cast<int>(threadIdx.x); own < kProbed; own += kThreads) {
-    const int id = first_token() + static_cast<int>(static_cast<int64_t>(own) * tokens() / kProbed);
+    const int id = static_cast<int>(static_cast<int64_t>(own) * row_.vocab_size / kProbed);
     const int vec = (id + row_.shift) / kVec;
     float x[kVec];
     process_any(vec, x);
@@ -219,8 +220,9 @@ __device__ void RowSampler<kDtype, kLayout>::probe(
       count_leading_by_warp(kProbed, [&](int i) { return shared_.sorted[i] >= lowest; });
   const float reached = by_mass ? static_cast<float>(count > 0 ? shared_.running[count - 1] : 0)
                                 : static_cast<float>(count);
-  const float all = by_mass ? static_cast<float>(total_mass_)
-                            : static_cast<float>(count) * static_cast<float>(tokens()) / kProbed;
+  const float all = by_mass
+                        ? static_cast<float>(total_mass_)
+                        : static_cast<float>(count) * static_cast<float>(row_.vocab_size) / kProbed;
   float share = static_cast<float>(target) / (all > 1.0f ? all : 1.0f);
   share = share < 1.0f ? share : 1.0f;
   const float deviation = sqrtf(share * (1.0f - share) / static_cast<float>(count > 0 ? count : 1));

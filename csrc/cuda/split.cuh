@@ -12,6 +12,8 @@
 // more tokens at the end of the kept set than fit the candidates, and one whose blocks have not all read the
 // same parameters, because somebody has overwritten them meanwhile.
 //
+// For plain calls there is a kernel of its own, see is_plain(). It has the same source.
+//
 // Hazards. What a block writes into the workspace becomes visible with count_up(): a barrier comes before it,
 // and another one before the last block's threads read. They read through the L2 cache, because the caches of
 // the multiprocessors do not know of each other. All blocks read the history before they count up, and only
@@ -36,20 +38,6 @@ constexpr int kListedAtDepth = 64;  // the same, where a cut by depth is the onl
 constexpr int kBinBits = 9;
 static_assert(kBins == 1 << kBinBits, "a code's distance has a bin");
 
-// The tokens that search() is for: those of the block's part of a split row, otherwise those of the row.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ int RowSampler<kDtype, kLayout>::first_token() const {
-  if (!kIsSplit) return 0;
-  const int first = row_.first_id(first_vec_);
-  return first > 0 ? first : 0;
-}
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ int RowSampler<kDtype, kLayout>::tokens() const {
-  if (!kIsSplit) return row_.vocab_size;
-  const int end = row_.first_id(first_vec_ + vecs());
-  return (end < row_.vocab_size ? end : row_.vocab_size) - first_token();
-}
-
 // How many of its first tokens each part must list; 0 if the row cannot be finished from lists.
 template <int kDtype, Layout kLayout>
 __device__ __forceinline__ int RowSampler<kDtype, kLayout>::count_wanted() const {
@@ -63,7 +51,12 @@ __device__ __forceinline__ int RowSampler<kDtype, kLayout>::count_wanted() const
   return wanted <= kMostWanted ? wanted : 0;
 }
 
-// The places of a list: a guess finds some more tokens than are wanted.
+// Two codes of a list in shared memory, which are read at once.
+struct alignas(16) Pair {
+  uint64_t codes[2];
+};
+
+// The places of a list, a multiple of 32: a guess finds some more tokens than are wanted.
 __device__ __forceinline__ int count_listed(int wanted) {
   const int listed = (wanted + wanted / 4 + kWarpSize - 1) / kWarpSize * kWarpSize;
   return listed < kMaxListed ? listed : kMaxListed;
@@ -71,11 +64,9 @@ __device__ __forceinline__ int count_listed(int wanted) {
 
 // Samples a row, or the block's part of it. Returns false if this block must sample the row alone.
 template <int kDtype, Layout kLayout>
-__device__ bool RowSampler<kDtype, kLayout>::run_part(int parts) {
-  auto* counters = static_cast<unsigned char*>(args_.workspace);
-  unsigned char* own = counters + args_.rows * kCounterBytes + index_ * lists_bytes(parts);
-  auto* codes = reinterpret_cast<uint64_t*>(own + parts * kHeaderBytes);
-  Lists lists = {reinterpret_cast<PartHeader*>(own), codes, parts, 0, 0};
+__device__ bool RowSampler<kDtype, kLayout>::run_part(const Workspace& workspace, int parts) {
+  const int64_t first = int64_t{index_} * parts;
+  Lists lists = {workspace.headers + first, workspace.codes + first * kMaxListed, parts, 0, 0};
   const int64_t param_index = find_parameters();
   if (param_index >= 0) {
     const int vecs = locate_logits();
@@ -88,7 +79,8 @@ __device__ bool RowSampler<kDtype, kLayout>::run_part(int parts) {
     lists.listed = count_listed(lists.wanted);
   }
   make_list(lists);
-  if (!is_last(reinterpret_cast<uint32_t*>(counters + index_ * kCounterBytes), parts)) return true;
+  auto* counter = reinterpret_cast<uint32_t*>(workspace.counters + index_);
+  if (!is_last(counter, parts)) return true;
   if (param_index < 0) {
     write_nothing(param_index);
     return true;
@@ -132,27 +124,22 @@ __device__ uint64_t RowSampler<kDtype, kLayout>::find_listed(const Lists& lists)
   Filters filters = this->filters();
   filters.max_kept = lists.wanted;
   filters.has_top_k = true;
-  const uint64_t end = first_code(order_key(m_) + 1);
-  Range range = {kLowestCode, end, 0, 0};
+  Range range;
   guess_range(filters, 0, range);
-  // A range that was guessed; where that has too many tokens or too few, one that was searched for; and last,
-  // exactly the wanted ones. A loop, so that append_all() is inlined once.
+  // First a range that was guessed; where that has too many tokens or too few, one that was searched for, from the
+  // whole part on. A loop, so that append_all() is inlined once.
 #pragma unroll 1
-  for (int attempt = 0;; ++attempt) {
-    if (attempt == 1) range = search(lists.wanted, false, kLowestCode);
-    if (attempt == 2) range = {threshold_, end, 0, 0};
+  for (bool is_guess = true;; is_guess = false) {
     append_all(range);
-    if (attempt == 1) {
-      share(range);
-      threshold_ = threshold_at(lists.wanted, false, kLowestCode);
-      continue;
-    }
     __syncthreads();
     const int found = static_cast<int>(shared_.appended);
-    const bool is_all = range.low <= kLowestCode && found <= lists.listed;
-    const bool is_enough = found >= lists.wanted && found <= lists.listed;
-    if (is_all) return kNoCode;
-    if (is_enough || attempt == 2) return range.low;
+    const bool is_all = range.low <= kLowestCode;
+    const bool is_right = found <= lists.listed && (is_all || found >= lists.wanted);
+    if (is_right || !is_guess) return is_all ? kNoCode : range.low;
+    __syncthreads();
+    if (threadIdx.x == 0) shared_.appended = 0;
+    const auto over_part = [&](uint64_t low, const auto& visit) { over_codes(low, visit); };
+    range.low = narrow(kLowestCode, lists.wanted, lists.listed, over_part);
   }
 }
 
@@ -174,6 +161,11 @@ template <int kDtype, Layout kLayout>
 __device__ bool RowSampler<kDtype, kLayout>::finish(const Lists& lists) {
   static_assert(kMaxParts <= kWarpSize, "each lane reads a header");
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int codes = is_greedy() ? 0 : lists.parts * lists.listed;
+#pragma unroll 1
+  for (int i = 2 * static_cast<int>(threadIdx.x); i < codes; i += 2 * kThreads) {
+    start_copy<16>(copy_ + 8 * i, lists.codes + i);
+  }
   uint64_t maximum = 0;
   uint64_t low = kNoCode;
   bool is_useless = false;
@@ -183,6 +175,7 @@ __device__ bool RowSampler<kDtype, kLayout>::finish(const Lists& lists) {
     low = load_shared_by_all(&header.low);
     is_useless = load_shared_by_all(&header.wanted) != static_cast<uint64_t>(lists.wanted);
   }
+  wait_for_copies();
   if (__any_sync(kWholeWarp, is_useless)) return false;
   m_ = from_order_key(__reduce_max_sync(kWholeWarp, static_cast<uint32_t>(maximum >> 32)));
   // The largest `low` of all parts: from there on, the lists hold all tokens of the row.
@@ -209,53 +202,67 @@ __device__ bool RowSampler<kDtype, kLayout>::finish(const Lists& lists) {
 }
 
 // Makes the first tokens of the lists the candidates: about as many as the filters need. From the code `bound`
-// on, the lists hold all tokens of the row. Each iteration divides a range of codes evenly into bins, and goes
-// on with the bin in which the filters have enough, as long as the candidates do not hold all of that bin.
+// on, the lists hold all tokens of the row. finish() has copied them in place of the part's logits.
 template <int kDtype, Layout kLayout>
 __device__ void RowSampler<kDtype, kLayout>::gather(const Lists& lists, uint64_t bound) {
-  const Filters filters = this->filters();
-  const auto over_codes = [&](const auto& visit) {
-    const int all = lists.parts * lists.listed;
-#pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
-      visit(load_shared_by_all(lists.codes + i));
+  static_assert(kWarpSize % 4 == 0, "a list is a multiple of what a thread reads at a time");
+  const auto* pairs = reinterpret_cast<const Pair*>(copy_);
+  const int count = lists.parts * lists.listed / 2;
+  const auto over_lists = [&](uint64_t, const auto& visit) {
+#pragma unroll 1
+    for (int i = 2 * static_cast<int>(threadIdx.x); i < count; i += 2 * kThreads) {
+      const Pair four[2] = {pairs[i], pairs[i + 1]};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) visit(four[j / 2].codes[j % 2]);
     }
   };
-  const uint64_t end = first_code(order_key(m_) + 1);
+  const Filters filters = this->filters();
   const uint64_t least = bound > kLowestCode ? bound : kLowestCode;
-  uint64_t low = least;
-  uint64_t high = end;
-  // Tokens wanted below `high`, and tokens from there on.
-  int wanted = filters.has_top_k ? filters.max_kept : filters.min_kept;
-  int above = 0;
-  while (true) {
-    const int bits = 64 - __clzll(static_cast<long long>(high - low - 1));
-    const int shift = bits > kBinBits ? bits - kBinBits : 0;
-    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) shared_.bins[i] = 0;
-    __syncthreads();
-    over_codes([&](uint64_t code) {
-      if (code >= low && code < high) atomicAdd(&shared_.bins[(high - 1 - code) >> shift], 1u);
-    });
-    __syncthreads();
-    const int bin = find_bin(wanted);
-    if (bin == kBins) break;  // the lists hold fewer tokens
-    const uint64_t below = static_cast<uint64_t>(bin + 1) << shift;
-    low = below < high - low ? high - below : low;
-    if (shift == 0 || above + shared_.held_with <= kMaxCandidates) break;
-    high -= static_cast<uint64_t>(bin) << shift;
-    above += shared_.held_before;
-    wanted -= shared_.held_before;
-  }
+  const int wanted = filters.has_top_k ? filters.max_kept : filters.min_kept;
+  uint64_t low = narrow(least, wanted, kMaxCandidates, over_lists);
   if (!filters.has_top_k) {
     const uint64_t deepest = first_code(key_at_depth(filters.depth_cut));
     low = low < deepest ? low : deepest > least ? deepest : least;
   }
   if (threadIdx.x == 0) shared_.appended = 0;
   __syncthreads();
-  over_codes([&](uint64_t code) {
+  over_lists(low, [&](uint64_t code) {
     if (code >= low) append(code);
   });
-  share({low, end, 0, 0});
+  share({low, first_code(order_key(m_) + 1), 0, 0});
+}
+
+// Returns a code from which on there are at least as many codes as wanted, and at most `most`, or else `low`.
+// Each iteration divides a range of codes evenly into bins, and goes on with the bin in which there are enough,
+// as long as there are too many with all of that bin.
+template <int kDtype, Layout kLayout>
+template <typename OverCodes>
+__device__ __forceinline__ uint64_t RowSampler<kDtype, kLayout>::narrow(
+    uint64_t low,
+    int wanted,
+    int most,
+    const OverCodes& over_codes
+) {
+  uint64_t high = first_code(order_key(m_) + 1);
+  int above = 0;  // codes from `high` on
+#pragma unroll 1
+  while (true) {
+    const int bits = 64 - __clzll(static_cast<long long>(high - low - 1));
+    const int shift = bits > kBinBits ? bits - kBinBits : 0;
+    clear_bins();
+    over_codes(low, [&](uint64_t code) {
+      const uint64_t below = high - 1 - code;
+      if (below < high - low) atomicAdd(&shared_.bins[below >> shift], 1u);
+    });
+    __syncthreads();
+    const int bin = find_bin(wanted - above);
+    if (bin == kBins) return low;  // there are fewer
+    const uint64_t below = static_cast<uint64_t>(bin + 1) << shift;
+    low = below < high - low ? high - below : low;
+    if (shift == 0 || above + shared_.held_with <= most) return low;
+    high -= static_cast<uint64_t>(bin) << shift;
+    above += shared_.held_before;
+  }
 }
 
 }  // namespace llm_sampling

@@ -597,7 +597,7 @@ def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
             "shared_.running[reached - 1] = mass;\n      }\n  );\n  __syncthreads();\n",
             "shared_.running[reached - 1] = mass;\n      }\n  );\n",
         ),
-        ("  wait_for_copies();", "  __pipeline_commit();"),
+        ("  wait_for_copies();\n}", "  __pipeline_commit();\n}"),
         ("  __syncthreads();\n  cluster_.wait();", "  cluster_.wait();"),
         *(
             pytest.param(text, wrong, marks=pytest.mark.slow)

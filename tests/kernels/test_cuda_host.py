@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from llm_sampling import RequestTable, SamplingParams
+from llm_sampling import RequestTable, SamplingParams, TokenHistory
 from llm_sampling.backends import c_abi, cuda, native
 from llm_sampling.backends.base import make_results
 from llm_sampling.calls import make_call
@@ -39,14 +39,17 @@ class Launch(NamedTuple):
     blocks: int
     cluster: int
     shared_bytes: int
+    kernel: int  # of those of its dtype in fake_cuda/host.cpp
 
 
+SPLIT, PLAIN_SPLIT = 2, 3
 A100 = {"major": 8, "processors": 108, "shared_bytes": 163 * 1024, "ptx_version": 80}
 RTX_4090 = {"major": 8, "processors": 128, "shared_bytes": 99 * 1024, "ptx_version": 80}
 H100 = {"major": 9, "processors": 132, "shared_bytes": 227 * 1024, "ptx_version": 90}
 THOR = {"major": 11, "processors": 20, "shared_bytes": 227 * 1024, "ptx_version": 90}
 
 NO_KERNEL_IMAGE = 1209
+DRAW = SamplingParams(seed=1)
 CPU = torch.device("cpu")
 
 #: What the library has found out about a device it keeps, so each test has devices of its own.
@@ -76,10 +79,15 @@ class Host:
         self.library.fake_cuda_use_device(self.index)
 
     def args(
-        self, rows: int, vocab_size: int, dtype: torch.dtype = torch.bfloat16, **options: object
+        self,
+        rows: int,
+        vocab_size: int,
+        dtype: torch.dtype = torch.bfloat16,
+        params: SamplingParams | RequestTable = DRAW,
+        **options: object,
     ) -> c_abi.SampleArgs:
         logits = torch.zeros(1, vocab_size, dtype=dtype).expand(rows, vocab_size)
-        call = make_call(logits, SamplingParams(seed=1), history=None, check=False, **options)
+        call = make_call(logits, params, **({"history": None, "check": False} | options))
         args, output = c_abi.make_args(call), make_results(call)
         c_abi.set_results(args, output)
         self._kept += [call, output]
@@ -109,7 +117,7 @@ class Host:
         return self.library.llm_sampling_cuda(ctypes.byref(args), None)
 
     def launches(self) -> list[Launch]:
-        values = (ctypes.c_int32 * 3)()
+        values = (ctypes.c_int32 * 4)()
         found = []
         for number in range(self.library.fake_cuda_launches()):
             self.library.fake_cuda_launch(number, values)
@@ -277,6 +285,31 @@ def test_few_rows_are_split_over_more_blocks(host, device, rows, vocab_size, blo
     args = host.with_workspace(host.args(rows, vocab_size))
     assert host.run(args) == 0
     assert host.launches()[0].blocks == blocks
+
+
+def test_only_a_plain_call_takes_the_kernel_for_plain_calls(host):
+    """That kernel looks at nothing but logits and parameters."""
+    host.use(**A100)
+    vocab_size = 128256
+
+    def kernel_of(params=DRAW, **options):
+        args = host.with_workspace(host.args(1, vocab_size, params=params, **options))
+        assert host.run(args) == 0
+        return host.launches()[-1].kernel
+
+    assert kernel_of() == PLAIN_SPLIT
+    assert kernel_of(SamplingParams(top_k=50, top_p=0.9, min_p=0.1, seed=1)) == PLAIN_SPLIT
+    assert kernel_of(SamplingParams(logit_bias={1: 1.0})) == SPLIT
+    mask = torch.ones(1, vocab_size, dtype=torch.bool)
+    assert kernel_of(allowed_mask=mask) == SPLIT
+    assert kernel_of(num_samples=2) == SPLIT
+    assert kernel_of(logprobs="processed") == SPLIT
+    history = TokenHistory.from_ids([[1]], [[2]], vocab_size)
+    assert kernel_of(SamplingParams(presence_penalty=0.5), history=history) == SPLIT
+    table = RequestTable(1, vocab_size=vocab_size, backend="torch")
+    table.set(0, SamplingParams(seed=1))
+    slots = torch.zeros(1, dtype=torch.int32)
+    assert kernel_of(table, slots=slots) == SPLIT
 
 
 def test_without_a_workspace_no_row_is_split(host):

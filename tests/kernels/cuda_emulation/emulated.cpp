@@ -38,7 +38,9 @@ const char* llm_sampling_cuda_emulated(
                               : divide_rows(args->vocab_size, logit_bytes, 1, false);
   }
   cuda_emulation::Launch emulated;
-  emulated.grid = dim3(static_cast<unsigned>(args->rows * launch.blocks));
+  const auto of_row = static_cast<unsigned>(launch.blocks);
+  const auto rows = static_cast<unsigned>(args->rows);
+  emulated.grid = launch.is_split ? dim3(of_row, rows) : dim3(rows * of_row);
   emulated.block = dim3(kThreads);
   emulated.cluster = static_cast<unsigned>(launch.blocks);
   emulated.is_cluster = !launch.is_split;
@@ -49,7 +51,8 @@ const char* llm_sampling_cuda_emulated(
   machine.at_barrier = nullptr;
   if (overwriting != nullptr) {
     machine.at_barrier = [&] {
-      const int64_t row = machine.blocks[0].index.x / static_cast<unsigned>(launch.blocks);
+      const dim3& first = machine.blocks[0].index;
+      const int64_t row = launch.is_split ? first.y : first.x / of_row;
       const auto at = static_cast<unsigned>(overwriting->at[row]);
       if (overwriting->often != 0 ? machine.barriers < at : machine.barriers != at) return;
       unsigned char* logits = static_cast<unsigned char*>(overwriting->logits);
@@ -59,7 +62,7 @@ const char* llm_sampling_cuda_emulated(
       std::swap_ranges(logits, logits + args->vocab_size * logit_bytes, others);
     };
   }
-  const SampleKernel kernel = find_kernel(args->dtype, launch.copied, launch.is_split);
+  const SampleKernel kernel = find_kernel(args->dtype, layout_of(launch), is_plain(*args));
   failure = cuda_emulation::run(emulated, kernel, plan);
   return failure.c_str();
 }

@@ -138,7 +138,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
   }
   launches.push_back(
       {key,
-       static_cast<int32_t>(config->gridDim.x),
+       static_cast<int32_t>(config->gridDim.x * config->gridDim.y),
        static_cast<int32_t>(cluster),
        static_cast<int32_t>(config->dynamicSmemBytes)}
   );

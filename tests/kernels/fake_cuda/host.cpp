@@ -14,13 +14,15 @@ void update_kernel(const LlmSamplingUpdate update) { static_cast<void>(update); 
 
 }  // namespace
 
-SampleKernel find_kernel(int32_t dtype, bool copied, bool is_split) {
-  static const SampleKernel kernels[3][3] = {
-      {kernel<0>, kernel<1>, kernel<2>},
-      {kernel<3>, kernel<4>, kernel<5>},
-      {kernel<6>, kernel<7>, kernel<8>}
-  };
-  return kernels[dtype][is_split ? 2 : copied ? 1 : 0];
+// By dtype: in place, copied, split, split for plain calls.
+static const SampleKernel kernels[3][4] = {
+    {kernel<0>, kernel<1>, kernel<2>, kernel<3>},
+    {kernel<4>, kernel<5>, kernel<6>, kernel<7>},
+    {kernel<8>, kernel<9>, kernel<10>, kernel<11>}
+};
+SampleKernel find_kernel(int32_t dtype, Layout layout, bool is_plain) {
+  const bool is_other = layout == Layout::kSplit && is_plain;
+  return kernels[dtype][static_cast<int>(layout) + (is_other ? 1 : 0)];
 }
 UpdateKernel find_update_kernel() { return update_kernel; }
 
@@ -41,12 +43,17 @@ int32_t fake_cuda_launches() { return static_cast<int32_t>(fake_cuda::launches.s
 
 int32_t fake_cuda_occupancy_calls() { return fake_cuda::occupancy_calls; }
 
-// Writes blocks, blocks of a cluster and bytes of shared memory of a launch.
+// Writes blocks, blocks of a cluster, bytes of shared memory and the place of the kernel among those of a launch's dtype.
 void fake_cuda_launch(int32_t number, int32_t* values) {
   const fake_cuda::Launch& launch = fake_cuda::launches[static_cast<size_t>(number)];
   values[0] = launch.blocks;
   values[1] = launch.cluster;
   values[2] = launch.shared_bytes;
+  for (const auto& of_dtype : llm_sampling::kernels) {
+    for (int place = 0; place < 4; ++place) {
+      if (reinterpret_cast<const void*>(of_dtype[place]) == launch.kernel) values[3] = place;
+    }
+  }
 }
 
 // How often limits of shared memory were set, and for how many kernels and devices together.
