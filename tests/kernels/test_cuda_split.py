@@ -107,6 +107,17 @@ def test_a_list_is_guessed_right(monkeypatch, tmp_path, is_plain):
     assert wrong_rows(name, FINISHED, is_plain) == [(8 if is_plain else len(FINISHED)) - 1]
 
 
+@needs_gxx
+def test_no_such_row_of_a_cluster_is_searched(monkeypatch, tmp_path):
+    """The guess is the same there. The control is a row whose kept set is long."""
+    text = "        range = search("
+    library = emulation.build(tmp_path, planted=(text, "        return;\n" + text))
+    name = emulation.install(monkeypatch, library, emulation.Launch(4, True))
+    assert wrong_rows(name, FINISHED) == []
+    flat = SamplingParams(top_p=0.9, temperature=9.0, seed=1)
+    assert wrong_rows(name, [flat, *FINISHED[1:]]) == [0]
+
+
 def assert_right(name):
     assert wrong_rows(name, FINISHED) == [], "the tokens are wrong"
     assert wrong_rows(name, ONE_ALONE) == [], "the tokens are wrong"
