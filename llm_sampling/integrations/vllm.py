@@ -3,10 +3,11 @@
     LLM_SAMPLING_VLLM=1 vllm serve MODEL
 
 vLLM calls :func:`register`, by the entry point ``vllm.general_plugins``, in each of its processes.
-When a process imports the V1 model runner, two names of that module are replaced, for which vLLM
-has no plug-in point: ``Sampler``, by a subclass, and ``build_logitsprocs``, so that
-:class:`Requests` is told of every request that enters, leaves or moves. If this vLLM differs from
-what the plug-in relies on, nothing is replaced and one warning names the difference.
+When a process imports the V1 model runner, three names of that module are replaced, for which vLLM
+has no plug-in point: ``Sampler``, by a subclass; ``build_logitsprocs``, so that :class:`Requests`
+is told of every request that enters, leaves or moves; and ``InputBatch``, by a subclass that leaves
+penalties to it. If this vLLM differs from what the plug-in relies on, nothing is replaced and one
+warning names the difference.
 
 Importing this module does not import vLLM. docs/engines.md says what remains vLLM's own, what is
 refused, and what differs from vLLM's sampler.
@@ -30,19 +31,20 @@ import torch
 from torch import Tensor
 
 from llm_sampling import backends
-from llm_sampling.backends.base import SampleCall, SampleOutput
+from llm_sampling.backends.base import SampleCall, SampleOutput, Step
 from llm_sampling.calls import check_logits
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits
+from llm_sampling.table import RequestTable
 
 #: A child of vLLM's logger, so that vLLM's handlers print it.
 _LOG = logging.getLogger("vllm.llm_sampling")
 
 SWITCH = "LLM_SAMPLING_VLLM"
-#: The release of vLLM that this module was written for and is tested with.
-VERSION = "0.32"
+#: The releases of vLLM that this module is tested with.
+TESTED = ("0.32", "0.33")
 RUNNER = "vllm.v1.worker.gpu_model_runner"
 RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
 
@@ -118,13 +120,22 @@ def tell_of_v2(runner: ModuleType) -> None:
 
 
 def replace_sampler(runner: ModuleType) -> None:
-    """Replace ``Sampler`` and ``build_logitsprocs`` of the runner, or warn why they stay."""
+    """Replace three names of the runner, or warn why they stay."""
     reason = _difference()
     if reason is not None:
         _refuse(reason)
         return
+    version = str(getattr(sys.modules.get("vllm"), "__version__", "of no version"))
+    if not version.startswith(tuple(f"{release}." for release in TESTED)):
+        _LOG.info(
+            "llm_sampling: this vLLM is %s and has all that the plug-in relies on; it was tested "
+            "with %s",
+            version,
+            " and ".join(TESTED),
+        )
     runner.Sampler = _fused(runner.Sampler)  # type: ignore[attr-defined]
     runner.build_logitsprocs = _building(runner.build_logitsprocs)  # type: ignore[attr-defined]
+    runner.InputBatch = _without_penalties(runner.InputBatch)  # type: ignore[attr-defined]
 
 
 def _refuse(reason: str) -> None:
@@ -157,6 +168,10 @@ _FIELDS = {
     "vllm.sampling_params:SamplingParams": (
         "temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty seed"
     ),
+    "vllm.config:VllmConfig": (
+        "model_config scheduler_config speculative_config kv_transfer_config"
+    ),
+    "vllm.config:SchedulerConfig": "max_num_seqs async_scheduling",
     f"{_PROCESSORS}:BatchUpdate": "batch_size removed added moved",
     "vllm.v1.sample.metadata:SamplingMetadata": (
         "max_num_logprobs logprob_token_ids no_penalties allowed_token_ids_mask "
@@ -168,11 +183,15 @@ _FIELDS = {
 #: does, and to run one takes an engine. So the names that the compiled function refers to are
 #: compared; a search of its source would also find them in comments, and where it calls nothing.
 _LOOKUPS = {
-    f"{RUNNER}:GPUModelRunner.__init__": "Sampler build_logitsprocs",
+    f"{RUNNER}:GPUModelRunner.__init__": "Sampler build_logitsprocs InputBatch",
+    f"{RUNNER}:GPUModelRunner._update_states": "refresh_metadata output_token_ids all_token_ids",
+    f"{RUNNER}:GPUModelRunner._bookkeeping_sync": "output_token_ids use_async_scheduling",
     f"{RUNNER}:GPUModelRunner._sample": "sampler sampling_metadata",
     f"{_SAMPLER}:Sampler.__init__": "logprobs_mode",
     f"{_SAMPLER}:Sampler.forward": "apply_logits_processors sample",
     f"{_SAMPLER}:Sampler.apply_penalties": "no_penalties",
+    f"{_BATCH}:InputBatch.no_penalties.fget": "repetition_penalties_reqs",
+    f"{_BATCH}:InputBatch._make_sampling_metadata": "no_penalties",
     f"{_BATCH}:InputBatch.refresh_metadata": "get_and_reset logitsprocs update_state",
     f"{_BATCH}:InputBatch._register_add_request": "added prompt_token_ids output_token_ids",
     f"{_BATCH}:InputBatch.condense": "moved UNIDIRECTIONAL",
@@ -189,9 +208,6 @@ _LOOKUPS = {
 def _difference() -> str | None:
     """How this vLLM differs from what the module relies on; None if it does not."""
     try:
-        version = _find("vllm:__version__")
-        if not version.startswith(f"{VERSION}."):
-            return f"its version is {version}, and llm_sampling is for {VERSION}"
         for place, names in _SIGNATURES.items():
             found = " ".join(inspect.signature(_find(place)).parameters)
             if found != names:
@@ -222,10 +238,10 @@ def _why_not_here(vllm_config: Any) -> str | None:
     """Why the kernel cannot draw for an engine of this config; None if it can."""
     if vllm_config.speculative_config is not None:
         return "speculative_config: drafts are accepted by a sampler of their own"
-    if vllm_config.scheduler_config.async_scheduling:
+    if vllm_config.scheduler_config.async_scheduling and vllm_config.kv_transfer_config is not None:
         return (
-            "async_scheduling: a step begins before the last one's tokens are known, which "
-            "penalties need; async_scheduling=False (--no-async-scheduling) turns it off"
+            "kv_transfer_config: blocks that cannot be loaded take back tokens that the host does "
+            "not know; async_scheduling=False (--no-async-scheduling) turns that off"
         )
     vocab_size = vllm_config.model_config.get_vocab_size()
     if vocab_size > MAX_VOCAB_SIZE:
@@ -252,12 +268,35 @@ def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
         if reason is not None:
             _refuse(reason)
             return built
-        requests = Requests(vllm_config.model_config.get_vocab_size(), torch.device(device))
+        requests = Requests(
+            vllm_config.model_config.get_vocab_size(),
+            torch.device(device),
+            capacity=vllm_config.scheduler_config.max_num_seqs,
+        )
         built.argmax_invariant.insert(0, requests)
         _LOG.info("llm_sampling draws, by its backend %r", requests.backend)
         return built
 
     return build
+
+
+def _without_penalties(batch: Any) -> Any:
+    """A subclass of vLLM's InputBatch that leaves penalties to :class:`Requests`.
+
+    So vLLM does not copy the prompts for them, and with asynchronous scheduling it does not wait
+    for the tokens of the step before.
+    """
+
+    class PenaltiesElsewhere(batch):  # type: ignore[misc]
+        """vLLM's InputBatch, without penalties where the kernel applies them."""
+
+        @property
+        def no_penalties(self) -> bool:
+            """Whether vLLM's own code has no penalty to apply."""
+            processors = self.logitsprocs.argmax_invariant
+            return super().no_penalties or any(isinstance(p, Requests) for p in processors)
+
+    return PenaltiesElsewhere
 
 
 # ---- the requests of a batch ----
@@ -301,13 +340,18 @@ class _Request:
     Attributes:
         params: as :func:`params_of` gives them.
         prompt: its token ids; empty if the prompt came as embeddings.
-        output: vLLM's own list, to which vLLM appends every token of the request.
-        recorded: how many tokens of the output are in the request's row of the history.
+        output: vLLM's own list, which grows by one with every token of the request. With
+            asynchronous scheduling the tokens that the host does not know are -1 there.
+        slot: its slot of the table.
+        needs_history: whether it has a penalty.
+        recorded: how many tokens of the output the slot's history has, where it needs one.
     """
 
     params: SamplingParams
     prompt: Sequence[int]
     output: Sequence[int]
+    slot: int
+    needs_history: bool
     recorded: int = 0
 
 
@@ -347,35 +391,60 @@ class Requests:
     """The requests of vLLM's batch, in its order: follows vLLM's updates, and draws.
 
     To vLLM it is a logits processor, since these get every update of the batch before the model
-    runs; it changes no logits. All work on the host is done in the update, so that a draw is one
-    launch. A token depends on nothing but its request: logits, parameters, seed and the tokens so
-    far, whose number is the position. A preempted request comes back with its output, so it goes on
-    where it stopped.
+    runs; it changes no logits. Each request has a slot of a :class:`RequestTable`. All work on the
+    host is done in the update, so that a draw is one launch. A token depends on nothing but its
+    request: logits, parameters, seed and the tokens so far, whose number is the position. A
+    preempted request comes back with its output, so it goes on where it stopped.
+
+    With asynchronous scheduling an update comes before the host knows the tokens of the step
+    before. Their number is known, and so is which requests got one; the tokens themselves, which
+    penalties need, are still on the device, where the last draw has left them.
 
     Args:
         vocab_size: the width of the logits, 1 .. 2^20.
         device: the logits'.
+        capacity: the most requests that a batch has.
         backend: as for :func:`llm_sampling.sample`.
     """
 
     def __init__(
-        self, vocab_size: int, device: torch.device | str, *, backend: str = "auto"
+        self,
+        vocab_size: int,
+        device: torch.device | str,
+        *,
+        capacity: int,
+        backend: str = "auto",
     ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.empty(0, device=device).device
+        self.capacity = capacity
+        self._backend_name = backend
         self._backend = backends.resolve(backend, self.device)
+        self._table = self._make_table(history=False)
+        self._free = list(range(capacity))
         self._by_index: dict[int, _Request] = {}  # by vLLM's index of the request in its batch
         self._rows: list[_Request] = []  # the same in order
-        # The requests with a penalty. The history has a row for each of these, in this order, and
-        # the view has a row for each request of the batch.
-        self._penalised: list[_Request] = []
-        self._history = TokenHistory.from_ids([], None, vocab_size, device=self.device)
-        self._history_view = self._history
-        self._position = torch.zeros(0, dtype=torch.int64, device=self.device)
-        # Packed parameters and prepared calls, until the batch changes.
+        self._penalised: list[_Request] = []  # those of the rows that need a history
+        self._slots = torch.zeros(0, dtype=torch.int32, device=self.device)
+        self._position = torch.zeros(capacity, dtype=torch.int64, device=self.device)  # by slot
+        # What the last draw has left on the device, and the row of each request in it.
+        self._drawn: Tensor | None = None
+        self._row_drawn: dict[_Request, int] = {}
+        # Prepared calls by the logits' dtype, and what they were prepared for; packed parameters of
+        # the calls that apply a part of them, until the batch changes.
+        self._steps: dict[torch.dtype, tuple[BatchParams, Step]] = {}
         self._batches: dict[_Part, BatchParams] = {}
-        self._steps: dict[object, Callable[[Tensor, Tensor | None], SampleOutput]] = {}
         self._warned_of: set[str] = set()
+
+    def _make_table(self, *, history: bool) -> RequestTable:
+        return RequestTable(
+            self.capacity,
+            vocab_size=self.vocab_size,
+            history=history,
+            max_logit_bias=0,  # vLLM's own code adds biases
+            backend=self._backend_name,
+            device=self.device,
+        )
 
     @property
     def backend(self) -> str:
@@ -396,25 +465,27 @@ class Requests:
     def update_state(self, update: Any) -> None:
         """Follow a change of the batch. vLLM calls it once a step.
 
-        The outputs hold the tokens of the step before by then.
+        The outputs have grown by the tokens of the step before by then.
 
         Args:
             update: a ``BatchUpdate``, or None if no request has come, gone or moved.
         """
         if update is not None:
             self._follow(update)
-        self._record(has_changed=update is not None)
-        self._packed(_everything)  # copied to the device here, because the copy waits for it
-        positions = [len(request.output) for request in self._rows]
-        self._position.copy_(self._on_device(positions), non_blocking=True)
+        self._record()
+        position = [0] * self.capacity
+        for request in self._rows:
+            position[request.slot] = len(request.output)
+        self._position.copy_(self._on_device(position), non_blocking=True)
 
     def _follow(self, update: Any) -> None:
         """Remove, add and then move requests, as vLLM does."""
         requests = self._by_index
         for index in update.removed:
-            requests.pop(index, None)
+            self._leave(requests.pop(index, None))
         for index, theirs, prompt, output in update.added:
-            requests[index] = _Request(params_of(theirs), prompt or (), output)
+            self._leave(requests.pop(index, None))
+            requests[index] = self._enter(params_of(theirs), prompt or (), output)
             unread = _NOT_VLLMS & set(getattr(theirs, "extra_args", None) or ())
             if unread:
                 self._warn_once(
@@ -427,58 +498,87 @@ class Requests:
                 requests[second] = moved
             if other is not None and direction.name == "SWAP":
                 requests[first] = other
+            else:
+                self._leave(other)
         self._rows = [requests[index] for index in range(update.batch_size)]
-        self._position = torch.zeros(len(self._rows), dtype=torch.int64, device=self.device)
+        self._penalised = [request for request in self._rows if request.needs_history]
+        self._slots = self._on_device([r.slot for r in self._rows], torch.int32)
         self._batches = {}
 
-    def _record(self, has_changed: bool) -> None:
-        """Make the history hold the outputs, which have one token more in nearly every step.
+    def _enter(
+        self, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
+    ) -> _Request:
+        request = _Request(params, prompt, output, self._free.pop(), params.needs_history)
+        if request.needs_history and self._table.history is None:
+            self._table = self._make_table(history=True)
+            for other in self._by_index.values():
+                self._set(other)
+        self._set(request)
+        return request
 
-        A request whose output changed in another way is added anew.
+    def _leave(self, request: _Request | None) -> None:
+        if request is not None:
+            self._table.clear(request.slot)
+            self._free.append(request.slot)
+
+    def _set(self, request: _Request) -> None:
+        """Put a request into its slot, with its ids where a penalty needs them and all are known.
+
+        Where some are not, the request stays behind.
         """
-        penalised = self._penalised
-        if has_changed:
-            penalised = [request for request in self._rows if request.params.needs_history]
-        wanted = set(map(id, penalised))
-        kept, tokens = [], []
-        for row, request in enumerate(self._penalised):
-            gained = len(request.output) - request.recorded
-            if gained in (0, 1) and id(request) in wanted:
-                kept.append(row)
-                tokens.append(request.output[-1] if gained else -1)
-        if has_changed or len(kept) < len(self._penalised):
-            self._history.select(kept)
-            self._penalised = [self._penalised[row] for row in kept]
-        if any(token >= 0 for token in tokens):
-            self._history.append(self._on_device(tokens))
-        if has_changed or len(self._penalised) < len(penalised):
-            row_of = {id(request): row for row, request in enumerate(self._penalised)}
-            for request in penalised:
-                if id(request) not in row_of:
-                    row_of[id(request)] = self._history.add(request.prompt, request.output)
-                    self._penalised.append(request)
-            rows = [row_of.get(id(request)) for request in self._rows]
-            self._history_view = self._history.among(rows)
-            self._steps = {}
-        for request in self._penalised:
-            request.recorded = len(request.output)
+        prompt, output = None, None
+        if request.needs_history and -1 not in request.output:
+            prompt, output = [*request.prompt], [*request.output]
+            request.recorded = len(output)
+        self._table.set(request.slot, request.params, prompt_ids=prompt, output_ids=output)
 
-    def _on_device(self, values: list[int]) -> Tensor:
+    def _record(self) -> None:
+        """Make the histories hold the outputs, which have one token more in nearly every step.
+
+        The history of a request whose output changed in another way is filled anew.
+        """
+        drawn = self._row_drawn
+        grown, known = [], []
+        for request in self._penalised:
+            if len(request.output) == request.recorded + 1:
+                token = request.output[-1]
+                if token >= 0 or request in drawn:
+                    grown.append(request)
+                    known.append(token)
+        if grown:
+            tokens = self._on_device(known)
+            if self._drawn is not None and min(known) < 0:
+                rows = self._on_device([drawn.get(request, 0) for request in grown])
+                tokens = torch.where(tokens < 0, self._drawn[rows], tokens)
+            slots = self._on_device([request.slot for request in grown], torch.int32)
+            self._table.append(tokens, slots=slots)
+            for request in grown:
+                request.recorded += 1
+        for request in self._penalised:
+            if request.recorded != len(request.output):
+                self._set(request)
+        self._drawn, self._row_drawn = None, {}
+
+    def _on_device(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
         pinned = self.device.type == "cuda"  # a copy from pageable memory would wait
-        tensor = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
+        tensor = torch.tensor(values, dtype=dtype, pin_memory=pinned)
         return tensor.to(self.device, non_blocking=True)
 
     # Called by the sampler
 
     def fit(self, logits: Tensor) -> bool:
-        """Whether ``logits`` have a row for each request, on its device; warns if not."""
+        """Whether ``logits`` have a row for each request, on its device; warns if not.
+
+        Raises:
+            RuntimeError: they have not, and a request has a penalty, which vLLM leaves to this.
+        """
         shape = (len(self._rows), self.vocab_size)
         if logits.shape == shape and logits.device == self.device:
             return True
-        self._warn_once(
-            f"vLLM's own sampler draws where logits have shape {tuple(logits.shape)} on "
-            f"{logits.device}, and not {shape} on {self.device}"
-        )
+        found = f"shape {tuple(logits.shape)} on {logits.device}, and not {shape} on {self.device}"
+        if self._table.batch.needs_history:
+            raise RuntimeError(f"llm_sampling: penalties cannot be applied to logits of {found}")
+        self._warn_once(f"vLLM's own sampler draws where logits have {found}")
         return False
 
     def _warn_once(self, what: str) -> None:
@@ -522,32 +622,56 @@ class Requests:
         return filter_logits(logits, self._packed(_not_greedy), history=self._history_of_rows())
 
     def _history_of_rows(self) -> TokenHistory | None:
-        return self._history_view if self._penalised else None
+        """The histories of the rows, if one has a penalty.
+
+        Raises:
+            RuntimeError: nobody knows the tokens of such a request: vLLM has not told them, and
+                they were not drawn here.
+        """
+        if not self._table.batch.needs_history:
+            return None
+        if any(request.recorded != len(request.output) for request in self._penalised):
+            raise RuntimeError(
+                "llm_sampling: the output of a request with a penalty has tokens that are not known"
+            )
+        return self._table.history_of(self._slots)
 
     def _packed(self, part: _Part) -> BatchParams:
         batch = self._batches.get(part)
         if batch is None:
             params = [part(request.params) for request in self._rows]
-            batch = BatchParams.from_list(params, device=self.device)
-            batch = self._batches[part] = replace(batch, position=self._position)
+            batch = self._batches[part] = BatchParams.from_list(params, device=self.device)
         return batch
+
+    def _draw_all(self, logits: Tensor) -> SampleOutput:
+        """Draw with all parameters, by a call that stays prepared while requests come and go."""
+        history = self._history_of_rows()
+        found = self._steps.get(logits.dtype)
+        if found is None or found[0] is not self._table.batch:
+            batch, by_slot = self._table.batch_of(self._slots, None, "slot")
+            batch = replace(batch, position=self._position)
+            call = SampleCall(logits, batch, history, None, param_slots=by_slot)
+            found = self._table.batch, self._backend.prepare(call.without_logits())
+            self._steps[logits.dtype] = found
+        return found[1](logits, None, self._slots)
 
     def _draw(self, logits: Tensor, part: _Part) -> Tensor:
         logits = check_logits(logits)
-        key = (part, logits.dtype)
-        step = self._steps.get(key)
-        if step is None:
-            batch = self._packed(part)
-            history = self._history_of_rows() if batch.needs_history else None
-            step = self._backend.prepare(SampleCall(logits, batch, history, None))
-            self._steps[key] = step
-        tokens = step(logits, None).tokens
+        if part is _everything:
+            tokens = self._draw_all(logits).tokens
+        else:
+            position = self._position[self._slots.to(torch.int64)]
+            batch = replace(self._packed(part), position=position)
+            tokens = self._backend.sample(SampleCall(logits, batch, None, None)).tokens
         # Elsewhere this check would wait for the device.
         if tokens.device.type == "cpu" and bool((tokens < 0).any()):
             self._warn_once(
                 "logits left a request no token (all of them NaN or -inf): it gets token 0"
             )
-        return tokens.clamp(min=0)  # vLLM has no row without a token: -1 would end the engine
+        tokens = tokens.clamp(min=0)  # vLLM has no row without a token: -1 would end the engine
+        self._drawn = tokens
+        self._row_drawn = {request: row for row, request in enumerate(self._rows)}
+        return tokens
 
 
 # ---- the sampler ----

@@ -3,7 +3,8 @@
 Both are files of ``torch.save``. JOB has ``engine``, the arguments of ``vllm.LLM``, and ``calls``,
 each a list of requests that are generated together: a prompt's ids, and the arguments of
 ``vllm.SamplingParams``. RESULT has the outputs of each call, the inputs and outputs of each step of
-the sampler, the number of preempted requests, and the sampler's module.
+the sampler, the number of preempted requests, the sampler's module, whether the scheduling was
+asynchronous, and how often it waited for tokens.
 """
 
 import os
@@ -20,6 +21,8 @@ def main(job, result):
     from llm_sampling.integrations.vllm import Requests
 
     job = torch.load(job, weights_only=False)
+    if job["engine"].get("async_scheduling"):
+        keep_async_scheduling()
     llm = LLM(**job["engine"])
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
@@ -58,6 +61,7 @@ def main(job, result):
         return preempt(request, *args, **options)
 
     runner.sampler.forward, scheduler._preempt_request = logged, counted
+    waits = count_waits(runner)
     calls = []
     for requests in job["calls"]:
         prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in requests]
@@ -73,7 +77,37 @@ def main(job, result):
             }
         )
     sampler = type(runner.sampler)
-    torch.save({"calls": calls, "preempted": len(preempted), "sampler": sampler.__module__}, result)
+    done = {"calls": calls, "preempted": len(preempted), "sampler": sampler.__module__}
+    done |= {"is_async": runner.use_async_scheduling, "waits": waits}
+    torch.save(done, result)
+
+
+def count_waits(runner):
+    """A list that gets an entry whenever the runner waits for the tokens of the step before."""
+    waits = []
+    update = runner.input_batch.update_async_output_token_ids
+
+    def counted():
+        batch = runner.input_batch
+        if batch.sampled_token_ids_cpu is not None and batch.sampling_metadata.output_token_ids:
+            waits.append(len(batch.req_ids))
+        return update()
+
+    runner.input_batch.update_async_output_token_ids = counted
+    return waits
+
+
+def keep_async_scheduling():
+    """vLLM turns it off on a CPU, as the last thing that it does with the config there."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_keep(cls, vllm_config):
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_keep)
 
 
 def logprobs_of(output):

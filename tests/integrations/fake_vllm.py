@@ -9,6 +9,22 @@ SOURCES = {
     "__init__": '__version__ = "0.32.0"\n',
     "envs": "VLLM_USE_V2_MODEL_RUNNER = None\n",
     "triton_utils": "HAS_TRITON = False\n",
+    "config": """
+from dataclasses import dataclass
+from typing import Any
+
+@dataclass
+class SchedulerConfig:
+    max_num_seqs: int
+    async_scheduling: bool
+
+@dataclass
+class VllmConfig:
+    model_config: Any
+    scheduler_config: SchedulerConfig
+    speculative_config: Any = None
+    kv_transfer_config: Any = None
+""",
     "sampling_params": """
 from dataclasses import dataclass
 
@@ -191,6 +207,17 @@ class Sampler(torch.nn.Module):
     "v1.worker.__init__": "",
     "v1.worker.gpu_input_batch": """
 class InputBatch:
+    def __init__(self, logitsprocs):
+        self.logitsprocs = logitsprocs
+        self.repetition_penalties_reqs = set()
+
+    @property
+    def no_penalties(self):
+        return not self.repetition_penalties_reqs
+
+    def _make_sampling_metadata(self):
+        return self.no_penalties
+
     def refresh_metadata(self):
         update = self.batch_update_builder.get_and_reset(self.num_reqs)
         for processor in self.logitsprocs.all:
@@ -211,6 +238,7 @@ class InputBatch:
 import functools
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu_input_batch import InputBatch
 
 def traced(function):
     @functools.wraps(function)
@@ -223,6 +251,16 @@ class GPUModelRunner:
     def __init__(self, vllm_config, device, is_pooling_model=False, custom=()):
         self.sampler = Sampler(vllm_config.model_config.logprobs_mode)
         self.logitsprocs = build_logitsprocs(vllm_config, device, False, is_pooling_model, custom)
+        self.input_batch = InputBatch(self.logitsprocs)
+
+    def _update_states(self, scheduler_output):
+        for request in self.requests:
+            request.output_token_ids = scheduler_output.all_token_ids[request]
+        self.input_batch.refresh_metadata()
+
+    def _bookkeeping_sync(self, sampled):
+        for request, tokens in zip(self.requests, sampled):
+            request.output_token_ids.extend([-1] if self.use_async_scheduling else tokens)
 
     def _sample(self, logits, spec_decode_metadata):
         sampling_metadata = self.input_batch.sampling_metadata

@@ -80,7 +80,7 @@ def test_temperatures_that_vllm_takes_for_greedy(given, taken):
 )
 def test_what_vllm_accepts_is_accepted(theirs):
     """A ValueError in the middle of a step would end the engine."""
-    requests = Requests(V, "cpu")
+    requests = Requests(V, "cpu", capacity=64)
     requests.update_state(update(1, added=[(0, theirs, [1], [2])]))
     assert 0 <= int(requests.draw(torch.randn(1, V))) < V
 
@@ -108,11 +108,13 @@ class Texts:
     """Requests that come, go, wait and move, with the batch updates of vLLM's InputBatch.
 
     A request's logits depend only on its name and its number of tokens, so that its tokens can be
-    drawn again without the batch.
+    drawn again without the batch. With asynchronous scheduling its output has -1 for each token,
+    until it comes back with a new list that has them.
     """
 
-    def __init__(self, seed):
+    def __init__(self, seed, is_async=False):
         self.rng = random.Random(seed)
+        self.is_async = is_async
         self.rows = []
         self.waiting = []
         self.number = 0
@@ -125,6 +127,7 @@ class Texts:
             theirs=random_params(self.rng),
             prompt=prompt or None,  # None where it has embeddings
             output=[],
+            tokens=[],
         )
 
     def change(self):
@@ -139,6 +142,7 @@ class Texts:
         for _ in range(rng.randrange(4)):
             back = self.waiting and rng.random() < 0.7
             request = self.waiting.pop(rng.randrange(len(self.waiting))) if back else self.new()
+            request.output = list(request.tokens)
             if removed:
                 rows[index := removed.pop(0)] = request
             else:
@@ -168,27 +172,29 @@ class Texts:
         for request, token in zip(self.rows, tokens, strict=True):
             chance = self.rng.random()
             if chance < 0.85:
-                request.output.append(token)
-            elif chance > 0.95:  # blocks that could not be loaded
-                del request.output[self.rng.randrange(len(request.output) + 1) :]
+                request.output.append(-1 if self.is_async else token)
+                request.tokens.append(token)
+            elif chance > 0.95 and not self.is_async:  # blocks that could not be loaded
+                length = self.rng.randrange(len(request.output) + 1)
+                del request.output[length:], request.tokens[length:]
 
 
 def logits_of(request, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(request.name * 10_000 + len(request.output))
+    generator = torch.Generator().manual_seed(request.name * 10_000 + len(request.tokens))
     return (torch.randn(V, generator=generator) * 2).to(dtype)
 
 
 def alone(request, params, dtype=torch.float32):
     """The request's next token by ``sample``, without other requests."""
-    history = TokenHistory.from_ids([request.prompt or []], [request.output], V)
+    history = TokenHistory.from_ids([request.prompt or []], [request.tokens], V)
     logits = logits_of(request, dtype).unsqueeze(0)
-    positions = [len(request.output)]
+    positions = [len(request.tokens)]
     return int(sample(logits, params, history=history, positions=positions).tokens)
 
 
-def follow(requests, seed, steps=60, dtype=torch.float32):
+def follow(requests, seed, steps=60, dtype=torch.float32, is_async=False):
     """The first (step, request) whose token differs from the one that it gets alone, or None."""
-    texts = Texts(seed)
+    texts = Texts(seed, is_async)
     for step in range(steps):
         changes = texts.rng.random() < 0.5
         requests.update_state(texts.change() if changes else None)
@@ -201,15 +207,17 @@ def follow(requests, seed, steps=60, dtype=torch.float32):
     return None
 
 
+@pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("seed", range(8))
-def test_every_request_draws_as_if_alone(seed, backend):
-    assert follow(Requests(V, "cpu", backend=backend), seed) is None
+def test_every_request_draws_as_if_alone(seed, backend, is_async):
+    requests = Requests(V, "cpu", capacity=64, backend=backend)
+    assert follow(requests, seed, is_async=is_async) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_logits_of_every_dtype(dtype):
-    assert follow(Requests(V, "cpu"), 1, dtype=dtype) is None
+    assert follow(Requests(V, "cpu", capacity=64), 1, dtype=dtype) is None
 
 
 class DeafToMoves(Requests):
@@ -234,13 +242,33 @@ class CountsSteps(Requests):
         self._position.fill_(self.steps)
 
 
+class CountsOneTooMany(Requests):
+    """Takes the position for one more than it is."""
+
+    def update_state(self, change):
+        super().update_state(change)
+        self._position += 1
+
+
+class RecordsInOtherSlots(Requests):
+    """Adds the tokens of a step to the histories of other requests."""
+
+    def _record(self):
+        self._table.append, append = self._append_elsewhere, self._table.append
+        super()._record()
+        self._table.append = append
+
+    def _append_elsewhere(self, tokens, *, slots):
+        type(self._table).append(self._table, tokens, slots=(slots + 1) % self.capacity)
+
+
 class ForgetsOutputs(Requests):
     """Does not add output tokens to the history after the request came."""
 
-    def _record(self, has_changed):
-        for request in self._penalised:
+    def _record(self):
+        for request in self._rows:
             request.recorded = len(request.output)
-        super()._record(has_changed)
+        super()._record()
 
 
 class ForgetsPrompts(Requests):
@@ -254,17 +282,36 @@ class CountsDiscardedTokens(Requests):
 
     def draw(self, logits):
         tokens = super().draw(logits)
-        if self._penalised:
-            rows = [self._rows.index(request) for request in self._penalised]
-            self._history.append(tokens[rows])
-            for request in self._penalised:
-                request.recorded += 1
+        if self._table.history is not None:
+            self._table.append(tokens, slots=self._slots)
         return tokens
 
-    def _record(self, has_changed):
-        for request in self._penalised:
+    def _record(self):
+        for request in self._rows:
             request.recorded = len(request.output)
-        super()._record(has_changed)
+        super()._record()
+
+
+class KeepsParameters(Requests):
+    """Leaves the parameters of the request before in a slot that is used again."""
+
+    def _set(self, request):
+        if request.slot not in (used := vars(self).setdefault("used", set())):
+            super()._set(request)
+        used.add(request.slot)
+        request.recorded = len(request.output)
+
+
+class MixesRowsUp(Requests):
+    """Takes the tokens that the host does not know from the rows that requests have now."""
+
+    def _record(self):
+        self._row_drawn = {
+            request: min(row, len(self._row_drawn) - 1)
+            for row, request in enumerate(self._rows)
+            if request in self._row_drawn
+        }
+        super()._record()
 
 
 @pytest.mark.parametrize(
@@ -273,26 +320,49 @@ class CountsDiscardedTokens(Requests):
         DeafToMoves,
         TakesSwapsForMoves,
         CountsSteps,
+        CountsOneTooMany,
+        RecordsInOtherSlots,
         ForgetsOutputs,
         ForgetsPrompts,
         CountsDiscardedTokens,
+        KeepsParameters,
     ],
 )
-def test_the_comparison_detects(broken):
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_comparison_detects(broken, is_async):
     """Each broken class draws a wrong token, or raises, within a few sequences."""
     for seed in range(4):
         try:
-            if follow(broken(V, "cpu"), seed) is not None:
+            if follow(broken(V, "cpu", capacity=64), seed, is_async=is_async) is not None:
                 return
         except KeyError:  # it has no request for a row
             return
     pytest.fail(f"{broken.__name__} was not detected")
 
 
+def test_the_comparison_detects_tokens_of_other_rows():
+    """On the host they are known; only what is on the device can be mixed up."""
+    assert follow(MixesRowsUp(V, "cpu", capacity=64), 0) is None
+    found = [follow(MixesRowsUp(V, "cpu", capacity=64), seed, is_async=True) for seed in range(4)]
+    assert found != [None] * 4
+
+
+def test_tokens_that_nobody_knows_are_not_guessed():
+    """A request with a penalty whose tokens were not drawn here; without one they do not matter."""
+    requests = Requests(V, "cpu", capacity=4)
+    plain, penalised = Theirs(seed=1), Theirs(seed=2, presence_penalty=1.0)
+    requests.update_state(update(1, added=[(0, plain, [1], [-1])]))
+    requests.draw(torch.randn(1, V))
+    requests.update_state(update(2, added=[(1, penalised, [1], [5, -1])]))
+    with pytest.raises(RuntimeError, match="tokens that are not known"):
+        requests.draw(torch.randn(2, V))
+
+
 def test_a_request_that_returns_goes_on_where_it_was():
     theirs = Theirs(seed=4, frequency_penalty=0.7, top_k=20)
-    request = SimpleNamespace(name=1, theirs=theirs, prompt=[3, 4], output=[])
-    requests = Requests(V, "cpu")
+    tokens = []
+    request = SimpleNamespace(name=1, theirs=theirs, prompt=[3, 4], output=tokens, tokens=tokens)
+    requests = Requests(V, "cpu", capacity=64)
     entry = (0, theirs, request.prompt, request.output)
     drawn = []
     for step in range(12):
@@ -311,21 +381,20 @@ def test_a_request_that_returns_goes_on_where_it_was():
         request.output.append(token)
 
 
-def test_rows_without_penalties_have_no_history():
-    requests = Requests(V, "cpu")
+def test_without_penalties_there_is_no_history():
+    requests = Requests(V, "cpu", capacity=5)
     plain, penalised = Theirs(seed=1), Theirs(seed=2, presence_penalty=1.0)
-    requests.update_state(
-        update(5, added=[(i, penalised if i == 3 else plain, [1], []) for i in range(5)])
-    )
-    assert requests._history.rows == 1
-    assert requests._history.counts.shape == (1, V)
+    requests.update_state(update(4, added=[(i, plain, [1], []) for i in range(4)]))
+    assert requests._table.history is None
+    requests.update_state(update(5, added=[(4, penalised, [1], [])]))
+    assert requests._table.history.counts.shape == (5, V)
     requests.update_state(update(3, removed=[4, 3]))
-    assert requests._history.rows == 0
     assert len(requests._by_index) == 3, "requests that have left are dropped"
+    assert sorted(requests._free + [request.slot for request in requests._rows]) == [*range(5)]
 
 
 def test_a_step_without_changes_packs_nothing(monkeypatch):
-    requests = Requests(V, "cpu")
+    requests = Requests(V, "cpu", capacity=1)
     output = []
     requests.update_state(update(1, added=[(0, Theirs(seed=1, presence_penalty=0.5), [1], output)]))
     output += requests.draw(torch.randn(1, V)).tolist()
@@ -335,25 +404,45 @@ def test_a_step_without_changes_packs_nothing(monkeypatch):
 
     monkeypatch.setattr(plugin.BatchParams, "from_list", refuse)
     monkeypatch.setattr(requests._backend, "prepare", refuse)
+    monkeypatch.setattr(requests._table, "set", refuse)
     for _ in range(3):
         requests.update_state(None)
         output += requests.draw(torch.randn(1, V)).tolist()
     assert requests._position.tolist() == [3]
 
 
+def test_a_call_stays_prepared_while_requests_come_and_go(monkeypatch):
+    requests = Requests(V, "cpu", capacity=8)
+    kinds = [Theirs(seed=i, top_p=0.9, presence_penalty=0.5) for i in range(8)]
+    requests.update_state(update(2, added=[(i, kinds[i], [1], []) for i in range(2)]))
+    requests.draw(torch.randn(2, V))
+
+    def refuse(*args, **options):
+        raise AssertionError("prepared")
+
+    monkeypatch.setattr(requests._backend, "prepare", refuse)
+    requests.update_state(update(5, added=[(i, kinds[i], [1], []) for i in range(2, 5)]))
+    requests.draw(torch.randn(5, V))
+    requests.update_state(update(1, removed=[4, 3, 2, 1]))
+    requests.draw(torch.randn(1, V))
+
+
 @pytest.mark.parametrize("shape", [(1, V), (3, V), (2, V - 1)])
 def test_logits_of_other_requests_are_not_drawn_from(shape, caplog):
-    requests = Requests(V, "cpu")
+    requests = Requests(V, "cpu", capacity=64)
     requests.update_state(update(2, added=[(i, Theirs(seed=i), [], []) for i in range(2)]))
     assert requests.fit(torch.zeros(2, V))
     assert not requests.fit(torch.zeros(shape))
     assert not requests.fit(torch.zeros(shape))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert str(shape) in caplog.text
+    requests.update_state(update(2, added=[(0, Theirs(presence_penalty=1.0), [], [])]))
+    with pytest.raises(RuntimeError, match="penalties cannot be applied"):
+        requests.fit(torch.zeros(shape))
 
 
 def test_strided_logits():
-    requests = Requests(V, "cpu")
+    requests = Requests(V, "cpu", capacity=64)
     added = [(i, Theirs(seed=i), [], []) for i in range(3)]
     requests.update_state(update(3, added=added))
     logits = torch.randn(3, V)
@@ -366,7 +455,7 @@ def test_strided_logits():
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_row_without_a_candidate_gets_token_0_and_a_warning(value, caplog):
-    requests = Requests(V, "cpu")
+    requests = Requests(V, "cpu", capacity=64)
     requests.update_state(update(3, added=[(i, Theirs(seed=i), [], []) for i in range(3)]))
     logits = torch.randn(3, V)
     want = requests.draw(logits).tolist()
@@ -381,7 +470,7 @@ def test_what_no_request_can_ask_for_is_not_dropped_in_silence(caplog):
     """vLLM passes extra_args on unread; a request that asks for a window there is told once."""
     theirs = Theirs(repetition_penalty=1.3, seed=1)
     theirs.extra_args = {"penalty_last_n": 64, "other": 1}
-    requests = Requests(V, "cpu")
+    requests = Requests(V, "cpu", capacity=64)
     for index in range(2):
         requests.update_state(update(index + 1, added=[(index, theirs, [1], [])]))
     (message,) = warnings_of(caplog)
@@ -415,17 +504,21 @@ def warnings_of(caplog):
 
 def is_replaced(runner):
     return (
-        runner.Sampler.__name__ == "FusedSampler" and runner.build_logitsprocs.__name__ == "build"
+        runner.Sampler.__name__ == "FusedSampler"
+        and runner.build_logitsprocs.__name__ == "build"
+        and runner.InputBatch.__name__ == "PenaltiesElsewhere"
     )
 
 
 def is_vllm_s_own(runner):
-    return runner.Sampler.__name__ == "Sampler" and (
-        runner.build_logitsprocs.__name__ == "build_logitsprocs"
+    return (
+        runner.Sampler.__name__ == "Sampler"
+        and runner.build_logitsprocs.__name__ == "build_logitsprocs"
+        and runner.InputBatch.__name__ == "InputBatch"
     )
 
 
-def test_it_replaces_two_names_when_the_runner_is_imported(fake, caplog):
+def test_it_replaces_three_names_when_the_runner_is_imported(fake, caplog):
     fake()
     register()
     assert not any(map(is_vllm, sys.modules)), "register imports nothing of vLLM"
@@ -490,9 +583,6 @@ def test_another_value_is_refused(fake, monkeypatch, caplog):
 
 PROCESSORS = "v1.sample.logits_processor"
 CHANGES = {
-    "another version": (("__init__", "0.32.0", "0.33.1"), "0.33.1"),
-    "a version that begins alike": (("__init__", "0.32.0", "0.320.0"), "0.320.0"),
-    "no version": (("__init__", "__version__", "version"), "__version__"),
     "a module that is gone": (
         (
             "v1.sample.metadata",
@@ -523,6 +613,14 @@ CHANGES = {
         "Sampler.forward does not look up sample",
     ),
     "updates to nobody": (("v1.worker.gpu_input_batch", "update_state", "hear"), "update_state"),
+    "penalties under another name": (
+        ("v1.worker.gpu_input_batch", "def no_penalties", "def penalties_are_off"),
+        "no_penalties",
+    ),
+    "outputs that grow elsewhere": (
+        ("v1.worker.gpu_model_runner", "self.use_async_scheduling", "True"),
+        "_bookkeeping_sync does not look up use_async_scheduling",
+    ),
 }
 
 
@@ -553,10 +651,11 @@ def test_the_v2_runner_is_told_of_and_left_alone(wanted, has_triton, warns, fake
     assert ["VLLM_USE_V2_MODEL_RUNNER=0" in message for message in messages] == [True] * warns
 
 
-def config_of(vocab_size=V, speculative=None, is_async=False, mode="raw_logprobs"):
+def config_of(vocab_size=V, speculative=None, is_async=False, transfer=None, mode="raw_logprobs"):
     return SimpleNamespace(
         speculative_config=speculative,
-        scheduler_config=SimpleNamespace(async_scheduling=is_async),
+        kv_transfer_config=transfer,
+        scheduler_config=SimpleNamespace(async_scheduling=is_async, max_num_seqs=16),
         model_config=SimpleNamespace(get_vocab_size=lambda: vocab_size, logprobs_mode=mode),
     )
 
@@ -565,7 +664,7 @@ def config_of(vocab_size=V, speculative=None, is_async=False, mode="raw_logprobs
     ("options", "named"),
     [
         ({"speculative": object()}, "speculative_config"),
-        ({"is_async": True}, "--no-async-scheduling"),
+        ({"is_async": True, "transfer": object()}, "kv_transfer_config"),
         ({"vocab_size": 2**20 + 1}, "vocab_size: it must be in 1 .. 2^20, got 1048577"),
     ],
 )

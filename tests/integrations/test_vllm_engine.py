@@ -138,6 +138,7 @@ def replay(result, calls, *, changed=()):
     from vllm import SamplingParams
 
     known = [params for call in calls for _, params in call]
+    tokens = [tokens for call in result["calls"] for tokens in call["tokens"]]
     rows = 0
     for call in result["calls"]:
         for step in call["steps"]:
@@ -152,6 +153,8 @@ def replay(result, calls, *, changed=()):
                     params = replace(params, seed=step["ours"][0][row])
                 logits = step["logits"][row : row + 1]
                 output = step["outputs"][row]
+                if -1 in output:  # the host did not know them yet
+                    output = tokens[int(name.partition("-")[0])][: len(output)]
                 history = TokenHistory.from_ids([step["prompts"][row]], [output], logits.shape[1])
                 want = sample(logits, params, history=history, positions=[len(output)]).tokens
                 assert step["tokens"][row] == int(want), (name, asked, len(output))
@@ -255,6 +258,73 @@ def same_logprobs(first, second):
     for one, other in zip(first, second, strict=True):
         assert [(i, rank) for i, _, rank in one] == [(i, rank) for i, _, rank in other]
         assert [x for _, x, _ in one] == pytest.approx([x for _, x, _ in other], abs=1e-5)
+
+
+# ---- asynchronous scheduling, vLLM's default on GPUs ----
+
+
+def asynchronous_arrangements():
+    """Bad words are looked for on the host: with them vLLM waits for the tokens of all requests."""
+    together = greedy() + drawn()
+    return [*arrangements(), [request for request in together if "bad_words" not in request[1]]]
+
+
+@pytest.fixture(scope="module")
+def asynchronous(drive):
+    return drive(asynchronous_arrangements(), async_scheduling=True)
+
+
+def test_asynchronous_scheduling_gives_the_same_tokens(fused, asynchronous):
+    assert asynchronous["is_async"]
+    assert not fused["is_async"]
+    assert asynchronous["sampler"] == MODULE
+    unseeded = [i for i, kind in enumerate(greedy() + drawn()) if "seed" not in kind[1]][-1]
+    together = [call["calls"][0]["tokens"] for call in (fused, asynchronous)]
+    for i, (one, other) in enumerate(zip(*together, strict=True)):
+        assert one == other or i == unseeded
+    assert asynchronous["calls"][1]["tokens"] == fused["calls"][1]["tokens"]
+
+
+def test_every_asynchronous_row_is_drawn_as_if_alone(asynchronous):
+    outputs = [output for step in asynchronous["calls"][-1]["steps"] for output in step["outputs"]]
+    assert sum(-1 in output for output in outputs) > 500
+    assert replay(asynchronous, asynchronous_arrangements(), changed=CHANGED) > 1500
+
+
+def test_penalties_wait_for_nothing(drive):
+    """vLLM's own sampler waits for the tokens of the step before as soon as one has a penalty."""
+    kinds = [{}, {"repetition_penalty": 1.4}, {"frequency_penalty": 0.8, "presence_penalty": 0.5}]
+    calls = [requests_of(kinds, tokens=20, temperature=0.0)]
+    ours, theirs = (drive(calls, on=on, async_scheduling=True) for on in (True, False))
+    assert ours["calls"][0]["tokens"] == theirs["calls"][0]["tokens"]
+    assert ours["waits"] == []
+    assert len(theirs["waits"]) >= 19
+
+
+def test_asynchronous_preemption(drive, fused):
+    together = greedy(120) + drawn(120)
+    options = {"num_gpu_blocks_override": 20, "block_size": 32}
+    calls = [together, *([request] for request in drawn(120))]
+    result = drive(calls, async_scheduling=True, **options)
+    assert result["preempted"] >= 3
+    assert replay(result, calls, changed=CHANGED) > 1000
+    count = len(DRAWN)
+    for i in (i for i, kind in enumerate(DRAWN) if "seed" in kind):
+        assert result["calls"][0]["tokens"][-count:][i] == result["calls"][1 + i]["tokens"][0]
+
+
+def test_asynchronous_prompts_in_chunks(drive):
+    """The tokens drawn for unfinished prompts are on the device too, and must have no effect."""
+    kinds = [{name: value for name, value in kind.items() if name != "seed"} for kind in DRAWN]
+    calls = [requests_of(kinds, tokens=30, lengths=(90, 5, 130, 61))]
+    result = drive(calls, max_num_batched_tokens=48, max_num_seqs=16, async_scheduling=True)
+    drew = [
+        (name, len(output))
+        for step in result["calls"][0]["steps"]
+        for name, output in zip(step["requests"], step["outputs"], strict=True)
+    ]
+    assert len(drew) - len(set(drew)) >= 5
+    assert replay(result, calls) > 200
 
 
 # ---- engines of other kinds ----
