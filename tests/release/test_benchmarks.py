@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import types
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -381,6 +382,23 @@ def test_a_provider_that_cannot_run_says_why():
         replace(PROVIDERS["flashinfer"], devices=("cpu",)).version("cpu")
     with pytest.raises(AbsentError, match=r"python -m benchmarks\.environments vllm"):
         environments.python_of("vllm", Path("/nowhere"))
+
+
+def test_of_a_peer_that_is_read_only_the_source_is_unpacked(tmp_path, monkeypatch):
+    def download(command, check):
+        folder = Path(command[command.index("--dest") + 1])
+        assert command[-1] == environments.SOURCES["vllm-0.33"]
+        with zipfile.ZipFile(folder / "vllm-0.33.0.whl", "w") as wheel:
+            for name in ("vllm/a.py", "vllm/_C.so", "vllm-0.33.0.dist-info/METADATA"):
+                wheel.writestr(name, name)
+
+    monkeypatch.setattr(environments, "FOLDER", tmp_path)
+    monkeypatch.setattr(environments.subprocess, "run", download)
+    (tmp_path / "vllm-0.33").mkdir()
+    (tmp_path / "vllm-0.33" / "old.py").touch()
+    assert environments.main(["vllm-0.33"]) == 0
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {"vllm-0.33/vllm/a.py", "vllm-0.33/vllm-0.33.0.dist-info/METADATA"}
 
 
 # ---- Workers -------------------------------------------------------------------------------------
