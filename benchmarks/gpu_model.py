@@ -606,6 +606,9 @@ class Chain:
         self.barrier()
         self.steps(5)  # a division, the bins of two maxima
         self.sync()
+        self.find_bin()
+
+    def find_bin(self) -> None:
         self.read_remote(math.ceil(self.launch.blocks / 4))
         self.scan()
         self.barrier()
@@ -718,19 +721,12 @@ class SplitChain(Chain):
         """Nothing: no block looks into another one."""
 
     def find_bin(self) -> None:
+        """The same, and what the bins before it hold, for all threads."""
         self.steps(1)
-        self.scan()
-        self.barrier()
-        self.barrier()
+        super().find_bin()
         self.steps(1)
         self.barrier()
         self.steps(1)
-
-    def guess_range(self) -> None:
-        self.barrier()
-        self.steps(5)  # a division, the bins of two maxima
-        self.barrier()
-        self.find_bin()
 
     def over_lists(self, listed: int) -> None:
         """All codes of the lists in shared memory, four for each thread at a time."""

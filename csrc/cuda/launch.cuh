@@ -47,9 +47,8 @@ constexpr int kLayouts = 3;
 // What a block of a split row hands on, besides its codes.
 struct PartHeader {
   uint64_t maximum;  // order key of the part's largest logit in the upper half; 1 if one is NaN
-  uint64_t
-      wanted;    // tokens of the part that were asked for; 0: one block must sample the row alone
-  uint64_t low;  // the list has all tokens of the part from this code on; greedy: the first code
+  uint64_t wanted;   // tokens of the part that were asked for; 0: one block must sample the row
+  uint64_t low;      // the list has all tokens of the part from this code on; greedy: the first one
 };
 
 // The memory of split rows, all of it in global memory.
@@ -183,7 +182,8 @@ inline bool is_plain(const LlmSamplingArgs& args) {
          args.num_samples == 1 && args.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE;
 }
 
-// A plain call as it is, with constants for what it has not, by which the compiler leaves their code out.
+// The arguments of a plain call, with constants in place of what such a call does not have, so that the compiler
+// leaves out the code for it.
 LLM_SAMPLING_FN LlmSamplingArgs plain(LlmSamplingArgs args) {
   args.param_slots = nullptr;
   args.logit_bias_offsets = nullptr;

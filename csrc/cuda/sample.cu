@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Plan plan) {
   RowSampler<kDtype, kLayout>(plan.args, plan.vecs, row).run();
 }
 
-// The same for split rows, where there are no clusters. kIsPlain: see is_plain().
+// The same for split rows, where there are no clusters. With kIsPlain it is for the calls of is_plain() alone.
 template <int kDtype, bool kIsPlain>
 __global__ void __launch_bounds__(kThreads, 2) split_kernel(const Plan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900

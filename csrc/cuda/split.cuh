@@ -12,7 +12,7 @@
 // more tokens at the end of the kept set than fit the candidates, and one whose blocks have not all read the
 // same parameters, because somebody has overwritten them meanwhile.
 //
-// For plain calls there is a kernel of its own, see is_plain(). It has the same source.
+// Plain calls (see is_plain()) have a kernel of their own, which is compiled from the same source.
 //
 // Hazards. What a block writes into the workspace becomes visible with count_up(): a barrier comes before it,
 // and another one before the last block's threads read. They read through the L2 cache, because the caches of

@@ -522,9 +522,10 @@ class Requests:
             self._free.append(request.slot)
 
     def _set(self, request: _Request) -> None:
-        """Put a request into its slot, with its ids where a penalty needs them and all are known.
+        """Put a request into its slot.
 
-        Where some are not, the request stays behind.
+        Its ids go with it where a penalty needs them, if all of them are known; otherwise
+        ``recorded`` stays as it is, and the request cannot be drawn yet.
         """
         prompt, output = None, None
         if request.needs_history and -1 not in request.output:

@@ -301,40 +301,18 @@ def test_penalties_wait_for_nothing(drive):
     assert len(theirs["waits"]) >= 19
 
 
-def test_asynchronous_preemption(drive, fused):
-    together = greedy(120) + drawn(120)
-    options = {"num_gpu_blocks_override": 20, "block_size": 32}
-    calls = [together, *([request] for request in drawn(120))]
-    result = drive(calls, async_scheduling=True, **options)
-    assert result["preempted"] >= 3
-    assert replay(result, calls, changed=CHANGED) > 1000
-    count = len(DRAWN)
-    for i in (i for i, kind in enumerate(DRAWN) if "seed" in kind):
-        assert result["calls"][0]["tokens"][-count:][i] == result["calls"][1 + i]["tokens"][0]
-
-
-def test_asynchronous_prompts_in_chunks(drive):
-    """The tokens drawn for unfinished prompts are on the device too, and must have no effect."""
-    kinds = [{name: value for name, value in kind.items() if name != "seed"} for kind in DRAWN]
-    calls = [requests_of(kinds, tokens=30, lengths=(90, 5, 130, 61))]
-    result = drive(calls, max_num_batched_tokens=48, max_num_seqs=16, async_scheduling=True)
-    drew = [
-        (name, len(output))
-        for step in result["calls"][0]["steps"]
-        for name, output in zip(step["requests"], step["outputs"], strict=True)
-    ]
-    assert len(drew) - len(set(drew)) >= 5
-    assert replay(result, calls) > 200
-
-
 # ---- engines of other kinds ----
 
+both = pytest.mark.parametrize("is_async", [False, True], ids=["", "async"])
 
-def test_after_preemption(drive, fused):
+
+@both
+def test_after_preemption(drive, is_async):
     """The KV cache has so few blocks that requests are preempted and computed again."""
     together = greedy(120) + drawn(120)
     calls = [together, *([request] for request in drawn(120))]
-    result = drive(calls, num_gpu_blocks_override=20, block_size=32)
+    options = {"num_gpu_blocks_override": 20, "block_size": 32}
+    result = drive(calls, async_scheduling=is_async, **options)
     assert result["preempted"] >= 3
     assert replay(result, calls, changed=CHANGED) > 1000
     count = len(DRAWN)
@@ -344,7 +322,8 @@ def test_after_preemption(drive, fused):
         assert len(result["calls"][1 + i]["tokens"][0]) == 120
 
 
-def test_prompts_in_chunks(drive):
+@both
+def test_prompts_in_chunks(drive, is_async):
     """vLLM discards the tokens drawn for all chunks but the last; they must have no effect.
 
     Without seeds, because vLLM then asks the generator of a seeded request for an offset, which a
@@ -352,7 +331,8 @@ def test_prompts_in_chunks(drive):
     """
     kinds = [{name: value for name, value in kind.items() if name != "seed"} for kind in DRAWN]
     calls = [requests_of(kinds, tokens=30, lengths=(90, 5, 130, 61))]
-    result = drive(calls, max_num_batched_tokens=48, max_num_seqs=16)
+    options = {"max_num_batched_tokens": 48, "max_num_seqs": 16}
+    result = drive(calls, async_scheduling=is_async, **options)
     discarded = [
         (name, len(output))
         for step in result["calls"][0]["steps"]

@@ -205,7 +205,7 @@ def test_the_lower_bounds_follow_their_formula(costs):
 
 @pytest.mark.parametrize("device", gpu_model.DEVICES, ids=lambda device: device.name)
 def test_ranges_are_ordered(costs, older_costs, device):
-    """With the machine code of sm_90 or sm_80, which the order does not depend on."""
+    """By the machine code of sm_90 or sm_80: the ends are in the same order for any code."""
     costs = costs if int(device.arch.removeprefix("sm_")) >= 90 else older_costs
     for case in gpu_model.CASES:
         for rows in cost_report.ROWS:
