@@ -18,7 +18,7 @@ def main(job, result):
     import torch
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    from llm_sampling.integrations.vllm import Requests
+    from llm_sampling.integrations.vllm.v1 import Requests
 
     job = torch.load(job, weights_only=False)
     if job["engine"].get("async_scheduling"):

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
-from llm_sampling.integrations import vllm as plugin
-from llm_sampling.integrations.vllm import RUNNER, RUNNER_V2, Requests, params_of, register
+from llm_sampling.integrations.vllm import SWITCH, register, v1
+from llm_sampling.integrations.vllm.both import params_of
+from llm_sampling.integrations.vllm.v1 import RUNNER, Requests
 
 V = 101
 
@@ -402,7 +403,7 @@ def test_a_step_without_changes_packs_nothing(monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("packed")
 
-    monkeypatch.setattr(plugin.BatchParams, "from_list", refuse)
+    monkeypatch.setattr(v1.BatchParams, "from_list", refuse)
     monkeypatch.setattr(requests._backend, "prepare", refuse)
     monkeypatch.setattr(requests._table, "set", refuse)
     for _ in range(3):
@@ -486,7 +487,7 @@ def fake(tmp_path, monkeypatch):
     meta_path = list(sys.meta_path)
     real = {name: sys.modules.pop(name) for name in list(sys.modules) if is_vllm(name)}
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv(plugin.SWITCH, "1")
+    monkeypatch.setenv(SWITCH, "1")
     yield lambda *changes: fake_vllm.write(tmp_path, *changes)
     sys.meta_path[:] = meta_path
     for name in filter(is_vllm, list(sys.modules)):
@@ -562,9 +563,9 @@ def test_an_import_that_fails_is_waited_for_again(fake, monkeypatch):
 @pytest.mark.parametrize("value", [None, "", "0"])
 def test_it_is_off_unless_asked_for(value, fake, monkeypatch, caplog):
     fake()
-    monkeypatch.delenv(plugin.SWITCH)
+    monkeypatch.delenv(SWITCH)
     if value is not None:
-        monkeypatch.setenv(plugin.SWITCH, value)
+        monkeypatch.setenv(SWITCH, value)
     before = list(sys.meta_path)
     register()
     assert sys.meta_path == before
@@ -574,7 +575,7 @@ def test_it_is_off_unless_asked_for(value, fake, monkeypatch, caplog):
 
 def test_another_value_is_refused(fake, monkeypatch, caplog):
     fake()
-    monkeypatch.setenv(plugin.SWITCH, "yes")
+    monkeypatch.setenv(SWITCH, "yes")
     register()
     assert is_vllm_s_own(importlib.import_module(RUNNER))
     (message,) = warnings_of(caplog)
@@ -633,22 +634,6 @@ def test_a_vllm_that_is_different_keeps_its_sampler(change, named, fake, caplog)
     (message,) = warnings_of(caplog)
     assert message.startswith("llm_sampling: vLLM keeps its own sampler: ")
     assert named in message
-
-
-@pytest.mark.parametrize(
-    ("wanted", "has_triton", "warns"),
-    [("True", False, True), ("None", True, True), ("None", False, False), ("False", True, False)],
-)
-def test_the_v2_runner_is_told_of_and_left_alone(wanted, has_triton, warns, fake, caplog):
-    fake(
-        ("envs", "None", wanted),
-        ("triton_utils", "False", str(has_triton)),
-    )
-    register()
-    runner = importlib.import_module(RUNNER_V2)
-    assert runner.Sampler.__doc__ == "V2's."
-    messages = warnings_of(caplog)
-    assert ["VLLM_USE_V2_MODEL_RUNNER=0" in message for message in messages] == [True] * warns
 
 
 def config_of(vocab_size=V, speculative=None, is_async=False, transfer=None, mode="raw_logprobs"):

@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from llm_sampling import TokenHistory, filter_logits, sample
-from llm_sampling.integrations.vllm import SWITCH, params_of
+from llm_sampling.integrations.vllm import SWITCH
+from llm_sampling.integrations.vllm.both import params_of
 
 pytestmark = pytest.mark.vllm
 
 HERE = Path(__file__).parent
-MODULE = "llm_sampling.integrations.vllm"
+PLUGIN = "llm_sampling.integrations.vllm"
+MODULE = f"{PLUGIN}.v1"
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +186,7 @@ def fused(drive):
 
 def test_the_entry_point_is_installed():
     (found,) = entry_points(group="vllm.general_plugins", name="llm_sampling")
-    assert found.value == f"{MODULE}:register"
+    assert found.value == f"{PLUGIN}:register"
 
 
 def test_the_plug_in_is_what_makes_the_difference(own, fused):

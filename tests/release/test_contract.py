@@ -63,8 +63,10 @@ LAYERS = (
     ("generation.loop", "generation.models"),
     ("generation",),
     ("integrations", "tools"),
-    ("integrations.generate_call",),
-    ("integrations.huggingface", "integrations.vllm"),
+    ("integrations.generate_call", "integrations.engine"),
+    ("integrations.huggingface", "integrations.vllm.both"),
+    ("integrations.vllm.v1", "integrations.vllm.v2"),
+    ("integrations.vllm",),
     ("tools.files", "tools.explain.steps", "tools.tuning.space"),
     ("tools.explain.compare", "tools.explain.page", "tools.explain.picture"),
     ("tools.tuning.resume",),
@@ -201,7 +203,7 @@ PLACES = {
     # distributed.py gets the limit of min-p from reference.depth_cut.
     "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),
     "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
-    "llm_sampling/integrations/vllm.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
+    "llm_sampling/integrations/vllm/both.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/tools/data/explain.html": ("penalty", "scope", "scale", *FILTERS, "floor"),
     "docs/semantics.md": EVERY_KIND,
     "docs/parameters.md": ("penalty", "scope", "scale", *FILTERS, "seed"),
@@ -523,12 +525,12 @@ def test_who_uses_the_reference():
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in MODULES if n not in ("backends.first_use", "tools.cli", "integrations.vllm")],
+    [n for n in MODULES if n not in ("backends.first_use", "tools.cli", "integrations.engine")],
 )
 def test_environment_is_read_by_commands_alone(name):
-    """Only the command, the vLLM plug-in and the self-test read environment variables.
+    """Only the command, the plug-ins for engines and the self-test read environment variables.
 
-    The plug-in must, because vLLM gives its plug-ins no other switch. The self-test does, because
+    The plug-ins must, because engines give them no other switch. The self-test does, because
     it comes before any argument: with LLM_SAMPLING_SELF_TEST=0 it is left out.
     """
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))

@@ -112,7 +112,7 @@ KNOWN = {
     ("tools.files.replacing", "new.open"),
     ("tools.files.replacing", "new.unlink"),  # of a file that it has made itself
     ("tools.explain.page.page", "_TEMPLATE.read_text"),
-    ("integrations.vllm._find", "importlib.import_module"),  # only of vLLM's modules
+    ("integrations.engine.find", "importlib.import_module"),  # only of engines' modules
     ("generation.models.check_path", "path.open"),
     ("generation.models.load", "transformers.AutoTokenizer.from_pretrained"),
     ("generation.models.load", "transformers.AutoModelForCausalLM.from_pretrained"),

@@ -1,27 +1,12 @@
-"""vLLM: the kernel in place of the sampler of its V1 model runner.
+"""vLLM's V1 model runner: three of its names are replaced.
 
-    LLM_SAMPLING_VLLM=1 vllm serve MODEL
-
-vLLM calls :func:`register`, by the entry point ``vllm.general_plugins``, in each of its processes.
-When a process imports the V1 model runner, three names of that module are replaced, for which vLLM
-has no plug-in point: ``Sampler``, by a subclass; ``build_logitsprocs``, so that :class:`Requests`
-is told of every request that enters, leaves or moves; and ``InputBatch``, by a subclass that leaves
-penalties to it. If this vLLM differs from what the plug-in relies on, nothing is replaced and one
-warning names the difference.
-
-Importing this module does not import vLLM. docs/engines.md says what remains vLLM's own, what is
-refused, and what differs from vLLM's sampler.
+``Sampler``, by a subclass that draws by :class:`Requests`; ``build_logitsprocs``, so that
+:class:`Requests` is told of every request that enters, leaves or moves; and ``InputBatch``, by a
+subclass that leaves penalties to it.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.abc
-import importlib.machinery
-import inspect
-import logging
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -33,220 +18,88 @@ from torch import Tensor
 from llm_sampling import backends
 from llm_sampling.backends.base import SampleCall, SampleOutput, Step
 from llm_sampling.calls import check_logits
-from llm_sampling.fields import FIELDS
-from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
+from llm_sampling.history import TokenHistory
+from llm_sampling.integrations.engine import Reliance, backend_name, find
+from llm_sampling.integrations.vllm.both import (
+    FIELDS_OF_BOTH,
+    LOG,
+    NO_FILTER,
+    NO_PENALTY,
+    Warnings,
+    is_accepted,
+    not_greedy,
+    params_of,
+    refuse,
+    why_not_here,
+)
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits
 from llm_sampling.table import RequestTable
 
-#: A child of vLLM's logger, so that vLLM's handlers print it.
-_LOG = logging.getLogger("vllm.llm_sampling")
-
-SWITCH = "LLM_SAMPLING_VLLM"
-#: The releases of vLLM that this module is tested with.
-TESTED = ("0.32", "0.33")
 RUNNER = "vllm.v1.worker.gpu_model_runner"
-RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
 
 
-# ---- registration ----
-
-
-def register() -> None:
-    """Have vLLM's V1 model runner draw by the kernel, if ``LLM_SAMPLING_VLLM`` is 1.
-
-    It does not import vLLM. A second call has no effect.
-    """
-    value = os.environ.get(SWITCH, "0")
-    if value in ("", "0"):
-        return
-    if value != "1":
-        _LOG.warning("llm_sampling is off: %s must be 0 or 1, got %r", SWITCH, value)
-        return
-    if any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        return
-    waiting = _WhenImported({RUNNER: replace_sampler, RUNNER_V2: tell_of_v2})
-    sys.meta_path.insert(0, waiting)
-    for name in (RUNNER, RUNNER_V2):
-        if name in sys.modules:
-            waiting.actions.pop(name)(sys.modules[name])
-
-
-class _WhenImported(importlib.abc.MetaPathFinder):
-    """Calls an action with a module right after the module's first import.
-
-    To import the runner from :func:`register` would be too early: vLLM's workers change torch and
-    parts of vLLM before they import it, and vLLM's other processes never do.
-
-    Args:
-        actions: by the name of the module.
-    """
-
-    def __init__(self, actions: dict[str, Callable[[ModuleType], None]]) -> None:
-        self.actions = actions
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """The spec that the other finders give, with the action added; None for other modules."""
-        if fullname not in self.actions:
-            return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        found = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next(filter(None, found), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_act(module: ModuleType) -> None:
-                execute(module)  # if it raises, the next attempt to import it comes here again
-                self.actions.pop(fullname)(module)
-
-            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
-        return spec
-
-
-def tell_of_v2(runner: ModuleType) -> None:
-    """Warn if vLLM may choose its V2 runner. Importing the module does not mean that it does."""
-    try:
-        wanted = _find("vllm.envs:VLLM_USE_V2_MODEL_RUNNER")
-        may_be = wanted or (wanted is None and _find("vllm.triton_utils:HAS_TRITON"))
-    except (ImportError, AttributeError):
-        may_be = True
-    if may_be:
-        _refuse(
-            "its V2 model runner, where it runs that, has a sampler that is not replaced; "
-            "VLLM_USE_V2_MODEL_RUNNER=0 chooses V1"
-        )
-
-
-def replace_sampler(runner: ModuleType) -> None:
+def replace_names(runner: ModuleType) -> None:
     """Replace three names of the runner, or warn why they stay."""
-    reason = _difference()
-    if reason is not None:
-        _refuse(reason)
-        return
-    version = str(getattr(sys.modules.get("vllm"), "__version__", "of no version"))
-    if not version.startswith(tuple(f"{release}." for release in TESTED)):
-        _LOG.info(
-            "llm_sampling: this vLLM is %s and has all that the plug-in relies on; it was tested "
-            "with %s",
-            version,
-            " and ".join(TESTED),
-        )
-    runner.Sampler = _fused(runner.Sampler)  # type: ignore[attr-defined]
-    runner.build_logitsprocs = _building(runner.build_logitsprocs)  # type: ignore[attr-defined]
-    runner.InputBatch = _without_penalties(runner.InputBatch)  # type: ignore[attr-defined]
+    if is_accepted(RELIANCE, "V1"):
+        runner.Sampler = _fused(runner.Sampler)  # type: ignore[attr-defined]
+        runner.build_logitsprocs = _building(runner.build_logitsprocs)  # type: ignore[attr-defined]
+        runner.InputBatch = _without_penalties(runner.InputBatch)  # type: ignore[attr-defined]
 
 
-def _refuse(reason: str) -> None:
-    _LOG.warning("llm_sampling: vLLM keeps its own sampler: %s", reason)
-
-
-# ---- what this module relies on in vLLM ----
+# ---- what is relied on ----
 
 _PROCESSORS = "vllm.v1.sample.logits_processor"
 _SAMPLER = "vllm.v1.sample.sampler"
 _BATCH = "vllm.v1.worker.gpu_input_batch"
 
-#: Functions that are called or overridden, with all of their parameters in order.
-_SIGNATURES = {
-    f"{_PROCESSORS}:build_logitsprocs": (
-        "vllm_config device is_pin_memory is_pooling_model custom_logitsprocs"
-    ),
-    f"{_SAMPLER}:Sampler.forward": (
-        "self logits sampling_metadata predict_bonus_token logprobs_mode_override"
-    ),
-    f"{_SAMPLER}:Sampler.apply_logits_processors": (
-        "self logits sampling_metadata predict_bonus_token"
-    ),
-    f"{_SAMPLER}:Sampler.sample": "self logits sampling_metadata logprobs_mode_override",
-    f"{_SAMPLER}:Sampler.compute_logprobs": "logits",
-    "vllm.v1.outputs:SamplerOutput": "sampled_token_ids logprobs_tensors",
-}
-#: Records that are read, with the fields that are read.
-_FIELDS = {
-    "vllm.sampling_params:SamplingParams": (
-        "temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty seed"
-    ),
-    "vllm.config:VllmConfig": (
-        "model_config scheduler_config speculative_config kv_transfer_config"
-    ),
-    "vllm.config:SchedulerConfig": "max_num_seqs async_scheduling",
-    f"{_PROCESSORS}:BatchUpdate": "batch_size removed added moved",
-    "vllm.v1.sample.metadata:SamplingMetadata": (
-        "max_num_logprobs logprob_token_ids no_penalties allowed_token_ids_mask "
-        "bad_words_token_ids logitsprocs thinking_budget_state_holder"
-    ),
-}
-#: Functions that are relied on to call something or to read an attribute, with the names of these.
-#: Patch releases and vendors' builds have the same version, a signature does not show what a body
-#: does, and to run one takes an engine. So the names that the compiled function refers to are
-#: compared; a search of its source would also find them in comments, and where it calls nothing.
-_LOOKUPS = {
-    f"{RUNNER}:GPUModelRunner.__init__": "Sampler build_logitsprocs InputBatch",
-    f"{RUNNER}:GPUModelRunner._update_states": "refresh_metadata output_token_ids all_token_ids",
-    f"{RUNNER}:GPUModelRunner._bookkeeping_sync": "output_token_ids use_async_scheduling",
-    f"{RUNNER}:GPUModelRunner._sample": "sampler sampling_metadata",
-    f"{_SAMPLER}:Sampler.__init__": "logprobs_mode",
-    f"{_SAMPLER}:Sampler.forward": "apply_logits_processors sample",
-    f"{_SAMPLER}:Sampler.apply_penalties": "no_penalties",
-    f"{_BATCH}:InputBatch.no_penalties.fget": "repetition_penalties_reqs",
-    f"{_BATCH}:InputBatch._make_sampling_metadata": "no_penalties",
-    f"{_BATCH}:InputBatch.refresh_metadata": "get_and_reset logitsprocs update_state",
-    f"{_BATCH}:InputBatch._register_add_request": "added prompt_token_ids output_token_ids",
-    f"{_BATCH}:InputBatch.condense": "moved UNIDIRECTIONAL",
-    f"{_BATCH}:InputBatch.swap_states": "moved SWAP",
-    f"{_PROCESSORS}:LogitsProcessors.__init__": "argmax_invariant non_argmax_invariant",
-    f"{_PROCESSORS}:MinTokensLogitsProcessor.apply": "min_toks",
-    f"{_PROCESSORS}:LogitBiasLogitsProcessor.apply": "biases",
-    f"{_PROCESSORS}:AdapterLogitsProcessor.apply": "req_info",
-    f"{_PROCESSORS}:MinPLogitsProcessor.apply": "min_p",
-    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.has_tracked_requests": "",
-}
-
-
-def _difference() -> str | None:
-    """How this vLLM differs from what the module relies on; None if it does not."""
-    try:
-        for place, names in _SIGNATURES.items():
-            found = " ".join(inspect.signature(_find(place)).parameters)
-            if found != names:
-                return f"{place} takes ({found}), and not ({names})"
-        for place, names in _FIELDS.items():
-            fields = inspect.signature(_find(place)).parameters
-            if missing := [name for name in names.split() if name not in fields]:
-                return f"{place} has no {', '.join(missing)}"
-        for place, names in _LOOKUPS.items():
-            known = inspect.unwrap(_find(place)).__code__.co_names
-            if missing := [name for name in names.split() if name not in known]:
-                return f"{place} does not look up {', '.join(missing)}"
-    except Exception as error:  # whatever is wrong, vLLM must start
-        return str(error) or type(error).__name__
-    return None
-
-
-def _find(place: str) -> Any:
-    """The object at ``module:attribute.of.attribute``."""
-    module, _, names = place.partition(":")
-    found: Any = importlib.import_module(module)
-    for name in names.split("."):
-        found = getattr(found, name)
-    return found
-
-
-def _why_not_here(vllm_config: Any) -> str | None:
-    """Why the kernel cannot draw for an engine of this config; None if it can."""
-    if vllm_config.speculative_config is not None:
-        return "speculative_config: drafts are accepted by a sampler of their own"
-    if vllm_config.scheduler_config.async_scheduling and vllm_config.kv_transfer_config is not None:
-        return (
-            "kv_transfer_config: blocks that cannot be loaded take back tokens that the host does "
-            "not know; async_scheduling=False (--no-async-scheduling) turns that off"
-        )
-    vocab_size = vllm_config.model_config.get_vocab_size()
-    if vocab_size > MAX_VOCAB_SIZE:
-        return f"vocab_size: it must be in 1 .. 2^20, got {vocab_size}"
-    return None
+RELIANCE = Reliance(
+    signatures={
+        f"{_PROCESSORS}:build_logitsprocs": (
+            "vllm_config device is_pin_memory is_pooling_model custom_logitsprocs"
+        ),
+        f"{_SAMPLER}:Sampler.forward": (
+            "self logits sampling_metadata predict_bonus_token logprobs_mode_override"
+        ),
+        f"{_SAMPLER}:Sampler.apply_logits_processors": (
+            "self logits sampling_metadata predict_bonus_token"
+        ),
+        f"{_SAMPLER}:Sampler.sample": "self logits sampling_metadata logprobs_mode_override",
+        f"{_SAMPLER}:Sampler.compute_logprobs": "logits",
+        "vllm.v1.outputs:SamplerOutput": "sampled_token_ids logprobs_tensors",
+    },
+    fields={
+        **FIELDS_OF_BOTH,
+        f"{_PROCESSORS}:BatchUpdate": "batch_size removed added moved",
+        "vllm.v1.sample.metadata:SamplingMetadata": (
+            "max_num_logprobs logprob_token_ids no_penalties allowed_token_ids_mask "
+            "bad_words_token_ids logitsprocs thinking_budget_state_holder"
+        ),
+    },
+    lookups={
+        f"{RUNNER}:GPUModelRunner.__init__": "Sampler build_logitsprocs InputBatch",
+        f"{RUNNER}:GPUModelRunner._update_states": (
+            "refresh_metadata output_token_ids all_token_ids"
+        ),
+        f"{RUNNER}:GPUModelRunner._bookkeeping_sync": "output_token_ids use_async_scheduling",
+        f"{RUNNER}:GPUModelRunner._sample": "sampler sampling_metadata",
+        f"{_SAMPLER}:Sampler.__init__": "logprobs_mode",
+        f"{_SAMPLER}:Sampler.forward": "apply_logits_processors sample",
+        f"{_SAMPLER}:Sampler.apply_penalties": "no_penalties",
+        f"{_BATCH}:InputBatch.no_penalties.fget": "repetition_penalties_reqs",
+        f"{_BATCH}:InputBatch._make_sampling_metadata": "no_penalties",
+        f"{_BATCH}:InputBatch.refresh_metadata": "get_and_reset logitsprocs update_state",
+        f"{_BATCH}:InputBatch._register_add_request": "added prompt_token_ids output_token_ids",
+        f"{_BATCH}:InputBatch.condense": "moved UNIDIRECTIONAL",
+        f"{_BATCH}:InputBatch.swap_states": "moved SWAP",
+        f"{_PROCESSORS}:LogitsProcessors.__init__": "argmax_invariant non_argmax_invariant",
+        f"{_PROCESSORS}:MinTokensLogitsProcessor.apply": "min_toks",
+        f"{_PROCESSORS}:LogitBiasLogitsProcessor.apply": "biases",
+        f"{_PROCESSORS}:AdapterLogitsProcessor.apply": "req_info",
+        f"{_PROCESSORS}:MinPLogitsProcessor.apply": "min_p",
+        "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.has_tracked_requests": "",
+    },
+)
 
 
 def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,9 +117,9 @@ def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
         )
         if is_pooling_model:  # such a model draws no tokens
             return built
-        reason = _why_not_here(vllm_config)
+        reason = why_not_here(vllm_config)
         if reason is not None:
-            _refuse(reason)
+            refuse(reason)
             return built
         requests = Requests(
             vllm_config.model_config.get_vocab_size(),
@@ -274,7 +127,7 @@ def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
             capacity=vllm_config.scheduler_config.max_num_seqs,
         )
         built.argmax_invariant.insert(0, requests)
-        _LOG.info("llm_sampling draws, by its backend %r", requests.backend)
+        LOG.info("llm_sampling draws, by its backend %r", requests.backend)
         return built
 
     return build
@@ -301,37 +154,6 @@ def _without_penalties(batch: Any) -> Any:
 
 # ---- the requests of a batch ----
 
-#: vLLM treats a temperature below this as greedy.
-_GREEDY_BELOW = 1e-5
-#: vLLM's repetition penalty is a float64 and the kernel's a float32: the range of positive float32.
-_LEAST_PENALTY, _LARGEST_PENALTY = 2.0**-149, torch.finfo(torch.float32).max
-
-
-def params_of(theirs: Any) -> SamplingParams:
-    """A request's parameters as :class:`~llm_sampling.SamplingParams`, with a seed.
-
-    A request without a seed gets a fresh one from torch's default generator, which vLLM seeds with
-    the engine's ``seed``. What changes logits before the penalties, such as ``logit_bias``, is left
-    to vLLM.
-
-    Args:
-        theirs: a ``vllm.SamplingParams``.
-    """
-    greedy = theirs.temperature < _GREEDY_BELOW
-    seed = theirs.seed
-    if seed is None:
-        seed = 0 if greedy else int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))
-    return SamplingParams(
-        temperature=0.0 if greedy else float(theirs.temperature),
-        top_k=int(theirs.top_k),
-        top_p=float(theirs.top_p),
-        min_p=float(theirs.min_p),
-        repetition_penalty=min(max(theirs.repetition_penalty, _LEAST_PENALTY), _LARGEST_PENALTY),
-        frequency_penalty=float(theirs.frequency_penalty),
-        presence_penalty=float(theirs.presence_penalty),
-        seed=int(seed) % 2**64,  # vLLM takes negative ones
-    )
-
 
 @dataclass(eq=False, slots=True)
 class _Request:
@@ -355,11 +177,6 @@ class _Request:
     recorded: int = 0
 
 
-#: What no request of vLLM can ask for, so that :func:`params_of` leaves it off.
-_NOT_VLLMS = {f.name for f in FIELDS.values() if f.kind == "scope"}
-_NO_PENALTY = {f.name: f.off for f in FIELDS.values() if f.kind == "penalty"}
-_NO_FILTER = {f.name: f.off for f in FIELDS.values() if f.kind in ("rank", "mass", "depth")}
-
 #: Which part of a request's parameters a call of the kernel applies.
 _Part = Callable[[SamplingParams], SamplingParams]
 
@@ -370,21 +187,16 @@ def _everything(params: SamplingParams) -> SamplingParams:
 
 def _scaling(params: SamplingParams) -> SamplingParams:
     """Penalties and temperature, which come before processors that vLLM applies after these."""
-    return _not_greedy(replace(params, **_NO_FILTER))
+    return not_greedy(replace(params, **NO_FILTER))
 
 
 def _filters(params: SamplingParams) -> SamplingParams:
     """The filters and the draw, which come after those processors."""
-    return replace(params, temperature=1.0 if params.temperature else 0.0, **_NO_PENALTY)
-
-
-def _not_greedy(params: SamplingParams) -> SamplingParams:
-    """A greedy row at temperature 1, for "processed" logprobs: vLLM shows all of such a row."""
-    return replace(params, temperature=params.temperature or 1.0)
+    return replace(params, temperature=1.0 if params.temperature else 0.0, **NO_PENALTY)
 
 
 def _not_greedy_filters(params: SamplingParams) -> SamplingParams:
-    return _not_greedy(_filters(params))
+    return not_greedy(_filters(params))
 
 
 class Requests:
@@ -434,7 +246,7 @@ class Requests:
         # the calls that apply a part of them, until the batch changes.
         self._steps: dict[torch.dtype, tuple[BatchParams, Step]] = {}
         self._batches: dict[_Part, BatchParams] = {}
-        self._warned_of: set[str] = set()
+        self._warnings = Warnings()
 
     def _make_table(self, *, history: bool) -> RequestTable:
         return RequestTable(
@@ -449,8 +261,7 @@ class Requests:
     @property
     def backend(self) -> str:
         """The name of the backend that draws."""
-        modules = {backend.module: name for name, backend in backends.BACKENDS.items()}
-        return modules[vars(self._backend)["__name__"]]
+        return backend_name(self._backend)
 
     # Called by vLLM
 
@@ -486,12 +297,7 @@ class Requests:
         for index, theirs, prompt, output in update.added:
             self._leave(requests.pop(index, None))
             requests[index] = self._enter(params_of(theirs), prompt or (), output)
-            unread = _NOT_VLLMS & set(getattr(theirs, "extra_args", None) or ())
-            if unread:
-                self._warn_once(
-                    f"extra_args of a request has {', '.join(sorted(unread))}, which this plug-in "
-                    "does not read: penalties are vLLM's, of all of the prompt and the output"
-                )
+            self._warnings.look_for_unread(theirs)
         for first, second, direction in update.moved:
             moved, other = requests.pop(first, None), requests.pop(second, None)
             if moved is not None:
@@ -579,13 +385,8 @@ class Requests:
         found = f"shape {tuple(logits.shape)} on {logits.device}, and not {shape} on {self.device}"
         if self._table.batch.needs_history:
             raise RuntimeError(f"llm_sampling: penalties cannot be applied to logits of {found}")
-        self._warn_once(f"vLLM's own sampler draws where logits have {found}")
+        self._warnings.warn(f"vLLM's own sampler draws where logits have {found}")
         return False
-
-    def _warn_once(self, what: str) -> None:
-        if what not in self._warned_of:
-            self._warned_of.add(what)
-            _LOG.warning("llm_sampling: %s", what)
 
     def draw(self, logits: Tensor) -> Tensor:
         """int64 ``(rows,)``: each request's next token, in one launch; see :meth:`draw_after`.
@@ -620,7 +421,7 @@ class Requests:
         """
         if are_scaled:
             return filter_logits(logits, self._packed(_not_greedy_filters))
-        return filter_logits(logits, self._packed(_not_greedy), history=self._history_of_rows())
+        return filter_logits(logits, self._packed(not_greedy), history=self._history_of_rows())
 
     def _history_of_rows(self) -> TokenHistory | None:
         """The histories of the rows, if one has a penalty.
@@ -664,12 +465,7 @@ class Requests:
             position = self._position[self._slots.to(torch.int64)]
             batch = replace(self._packed(part), position=position)
             tokens = self._backend.sample(SampleCall(logits, batch, None, None)).tokens
-        # Elsewhere this check would wait for the device.
-        if tokens.device.type == "cpu" and bool((tokens < 0).any()):
-            self._warn_once(
-                "logits left a request no token (all of them NaN or -inf): it gets token 0"
-            )
-        tokens = tokens.clamp(min=0)  # vLLM has no row without a token: -1 would end the engine
+        tokens = self._warnings.token_for_each(tokens)
         self._drawn = tokens
         self._row_drawn = {request: row for row, request in enumerate(self._rows)}
         return tokens
@@ -695,11 +491,11 @@ def _fused(sampler: Any) -> Any:
     vLLM's own ``forward`` still computes logprobs and applies what changes logits before the
     penalties. If a batch needs neither, the kernel reads the logits as the model gave them.
     """
-    output_of = _find("vllm.v1.outputs:SamplerOutput")
-    min_tokens = _find(f"{_PROCESSORS}:MinTokensLogitsProcessor")
-    logit_bias = _find(f"{_PROCESSORS}:LogitBiasLogitsProcessor")
-    min_p = _find(f"{_PROCESSORS}:MinPLogitsProcessor")
-    adapted = _find(f"{_PROCESSORS}:AdapterLogitsProcessor.apply")
+    output_of = find("vllm.v1.outputs:SamplerOutput")
+    min_tokens = find(f"{_PROCESSORS}:MinTokensLogitsProcessor")
+    logit_bias = find(f"{_PROCESSORS}:LogitBiasLogitsProcessor")
+    min_p = find(f"{_PROCESSORS}:MinPLogitsProcessor")
+    adapted = find(f"{_PROCESSORS}:AdapterLogitsProcessor.apply")
 
     def is_idle(processor: Any) -> bool:
         """Whether a processor that is applied before the penalties would change no row."""

@@ -1,0 +1,150 @@
+"""What the plug-ins for engines share: a look at the engine, and what is done when it is imported.
+
+A plug-in replaces names of an engine's module right after the module's first import, if the engine
+has all that the plug-in relies on. Nothing here imports an engine before the engine does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from llm_sampling import backends
+from llm_sampling.backends.base import BackendModule
+from llm_sampling.params import fresh_seeds
+
+Actions = Mapping[str, Callable[[ModuleType], None]]
+
+
+def is_on(switch: str, log: logging.Logger) -> bool:
+    """Whether an environment variable is 1; any value but 0, 1 and "" is warned of."""
+    value = os.environ.get(switch, "0")
+    if value not in ("", "0", "1"):
+        log.warning("llm_sampling is off: %s must be 0 or 1, got %r", switch, value)
+    return value == "1"
+
+
+def find(place: str) -> Any:
+    """The object at ``module:attribute.of.attribute``; the module is imported.
+
+    Raises:
+        ImportError, AttributeError: there is none.
+    """
+    module, _, names = place.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in names.split(".") if names else ():
+        found = getattr(found, name)
+    return found
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """What a plug-in relies on in an engine, by ``module:attribute.of.attribute``.
+
+    Attributes:
+        signatures: functions that are called or overridden, with all of their parameters in order.
+        fields: records and functions, with those of their fields or parameters that are used.
+        lookups: functions that are relied on to call something or to read an attribute, with the
+            names of these. Patch releases and vendors' builds have the same version, a signature
+            does not show what a body does, and to run one takes an engine. So the names that the
+            compiled function refers to are compared; a search of its source would also find them
+            in comments, and where it calls nothing.
+    """
+
+    signatures: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
+    lookups: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def places(self) -> list[str]:
+        """All that is looked at."""
+        return [*self.signatures, *self.fields, *self.lookups]
+
+    def difference(self) -> str | None:
+        """How the engine differs from this; None if it does not. Imports the modules."""
+        try:
+            for place, names in self.signatures.items():
+                found = " ".join(inspect.signature(find(place)).parameters)
+                if found != names:
+                    return f"{place} takes ({found}), and not ({names})"
+            for place, names in self.fields.items():
+                fields = inspect.signature(find(place)).parameters
+                if missing := [name for name in names.split() if name not in fields]:
+                    return f"{place} has no {', '.join(missing)}"
+            for place, names in self.lookups.items():
+                known = inspect.unwrap(find(place)).__code__.co_names
+                if missing := [name for name in names.split() if name not in known]:
+                    return f"{place} does not look up {', '.join(missing)}"
+        except Exception as error:  # whatever is wrong, the engine must start
+            return str(error) or type(error).__name__
+        return None
+
+
+def when_imported(actions: Actions) -> None:
+    """Call each action with its module, right after the module's first import.
+
+    A module that has been imported already is acted on at once. To import the modules here would be
+    too early: engines change torch and parts of their own before they import them, and their other
+    processes never do.
+
+    Args:
+        actions: by the names of the modules.
+    """
+    waiting = _WhenImported(actions)
+    sys.meta_path.insert(0, waiting)
+    for name in actions:
+        if name in sys.modules:
+            waiting.actions.pop(name)(sys.modules[name])
+
+
+def is_awaited(module: str) -> bool:
+    """Whether :func:`when_imported` was called for a module, and it was not imported since."""
+    waiting = (finder for finder in sys.meta_path if isinstance(finder, _WhenImported))
+    return any(module in finder.names for finder in waiting)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Calls an action with a module right after the module's first import."""
+
+    def __init__(self, actions: Actions) -> None:
+        self.names = frozenset(actions)
+        self.actions = dict(actions)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec that the other finders give, with the action added; None for other modules."""
+        if fullname not in self.actions:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next(filter(None, found), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module: ModuleType) -> None:
+                execute(module)  # if it raises, the next attempt to import it comes here again
+                self.actions.pop(fullname)(module)
+
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
+
+
+def backend_name(backend: BackendModule) -> str:
+    """The name of a backend in :data:`llm_sampling.backends.BACKENDS`."""
+    modules = {known.module: name for name, known in backends.BACKENDS.items()}
+    return modules[vars(backend)["__name__"]]
+
+
+def fresh_seed() -> int:
+    """A seed for a request that has none, from torch's default generator, which engines seed."""
+    return int(fresh_seeds(1)) % 2**64
