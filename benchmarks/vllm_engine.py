@@ -1,7 +1,7 @@
 """64 requests in vLLM's engine on the CPU, by its own sampler and by the kernel.
 
 ``python -m benchmarks.vllm_engine`` prints a markdown report; ``--json`` writes it to a file. It
-needs an environment with vLLM and this package, which docs/engines.md makes.
+needs an environment with vLLM and this package, which docs/engines/vllm.md makes.
 
 Every run is in a process of its own, and the two samplers take turns. All requests are generated
 together, by ``LLM.generate`` and through the OpenAI server with the openai client, then each seeded

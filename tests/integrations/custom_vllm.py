@@ -1,7 +1,8 @@
-"""Two logits processors as a user of vLLM writes them, for test_vllm_engine.py."""
+"""Logits processors as a user of vLLM writes them, two for each runner: test_vllm_engine.py."""
 
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import interface as v2
 
 
 class Halves(LogitsProcessor):
@@ -28,5 +29,21 @@ class NoDigits(Halves):
         return False
 
     def apply(self, logits):
+        logits[:, 15:25] = -torch.inf
+        return logits
+
+
+class HalvesV2(v2.LogitsProcessor):
+    """As :class:`Halves`; the V2 runner applies it after the penalties, before the temperature."""
+
+    def apply(self, logits, ctx):
+        limit = logits.amax(-1, keepdim=True) - 2.0
+        return logits.masked_fill_(logits < limit, -torch.inf)
+
+
+class NoDigitsV2(v2.LogitsProcessor):
+    """As :class:`NoDigits`."""
+
+    def apply(self, logits, ctx):
         logits[:, 15:25] = -torch.inf
         return logits

@@ -24,6 +24,11 @@ class VllmConfig:
     scheduler_config: SchedulerConfig
     speculative_config: Any = None
     kv_transfer_config: Any = None
+    watermark_config: Any = None
+
+@dataclass
+class SpeculativeConfig:
+    num_speculative_tokens: int
 """,
     "sampling_params": """
 from dataclasses import dataclass
@@ -267,10 +272,230 @@ class GPUModelRunner:
         return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
 """,
     "v1.worker.gpu.__init__": "",
-    "v1.worker.gpu.model_runner": '''
+    "v1.worker.gpu.states": """
+import numpy as np
+import torch
+
+class Mirror:
+    def __init__(self, *shape, dtype=torch.int32):
+        self.gpu = torch.zeros(*shape, dtype=dtype)
+        self.np = self.gpu.numpy()
+
+class RequestState:
+    def __init__(self, slots, length):
+        self.index_to_req_id = {}
+        self.prompt_len, self.prefill_len = Mirror(slots), Mirror(slots)
+        self.total_len = Mirror(slots)
+        self.all_token_ids = Mirror(slots, length)
+
+    def add_request(self, slot, name, prompt, output):
+        self.index_to_req_id[slot] = name
+        self.prompt_len.np[slot] = len(prompt)
+        self.prefill_len.np[slot] = self.total_len.np[slot] = len(prompt) + len(output)
+        self.all_token_ids.np[slot, : self.total_len.np[slot]] = prompt + output
+
+    def remove_request(self, slot):
+        del self.index_to_req_id[slot]
+""",
+    "v1.worker.gpu.input_batch": """
+def post_update(
+    idx_mapping, num_computed_tokens, last_sampled_tokens, output_bin_counts, sampled_tokens,
+    num_sampled, num_rejected, query_start_loc, all_token_ids, total_len,
+):
+    for slot, tokens, count in zip(idx_mapping.tolist(), sampled_tokens.tolist(), num_sampled):
+        for token in tokens[: int(count)] if slot >= 0 else ():
+            all_token_ids[slot, total_len[slot]] = token
+            total_len[slot] += 1
+            if output_bin_counts is not None:
+                output_bin_counts[slot, token] += 1
+""",
+    "v1.worker.gpu.sample.__init__": "",
+    "v1.worker.gpu.sample.logits_processor.__init__": "",
+    "v1.worker.gpu.sample.logits_processor.interface": """
+from dataclasses import dataclass
+from typing import Any
+
+@dataclass(frozen=True)
+class LogitsContext:
+    expanded_idx_mapping: Any
+    idx_mapping: Any
+    idx_mapping_np: Any
+    expanded_local_pos: Any
+    input_ids: Any
+    pos: Any
+    seq_lens_upper_bound_np: Any
+""",
+    "v1.worker.gpu.sample.logit_bias": """
+import numpy as np
+
+class LogitBiasState:
+    def __init__(self, slots):
+        self.use_logit_bias = np.zeros(slots, dtype=bool)
+
+    def apply(self, logits, ctx):
+        for row in np.flatnonzero(self.use_logit_bias[ctx.idx_mapping_np]):
+            logits[row, 5] += 40.0
+        return logits
+""",
+    "v1.worker.gpu.sample.bad_words": """
+from vllm.v1.worker.gpu.states import Mirror
+
+class BadWordsState:
+    def __init__(self, slots):
+        self.num_bad_words = Mirror(slots)
+
+    def apply(self, logits, ctx):
+        for row in self.num_bad_words.np[ctx.idx_mapping_np].nonzero()[0]:
+            logits[row, :50] = -float("inf")
+        return logits
+""",
+    "v1.worker.gpu.sample.thinking_budget": """
+import numpy as np
+
+class ThinkingBudgetState:
+    def __init__(self, slots):
+        self.enabled = True
+        self.use_thinking_budget = np.zeros(slots, dtype=bool)
+
+    def apply(self, logits, ctx):
+        if self.enabled:
+            for row in np.flatnonzero(self.use_thinking_budget[ctx.idx_mapping_np]):
+                logits[row] = -float("inf")
+                logits[row, 7] = 1e9
+""",
+    "v1.worker.gpu.sample.penalties": """
+import torch
+
+class PenaltiesState:
+    def __init__(self, states, vocab_size):
+        self.states, slots = states, len(states.prompt_len.np)
+        self.prompt_bin_mask = torch.zeros(slots, -(-vocab_size // 32), dtype=torch.int32)
+        self.output_bin_counts = torch.zeros(slots, vocab_size, dtype=torch.int32)
+
+    def apply_staged_writes(self):
+        return self.states.prefill_len, self.states.prompt_len, self.states.all_token_ids.gpu
+
+    def apply(self, logits, ctx):
+        raise AssertionError("penalties are the kernel's")
+""",
+    "v1.worker.gpu.sample.states": """
+import torch
+from vllm.v1.worker.gpu.states import Mirror
+
+class SamplingStates:
+    def __init__(self, slots):
+        self.seeds = Mirror(slots, dtype=torch.int64)
+
+    def add_request(self, slot, sampling_params):
+        seed = 1000 + slot if sampling_params.seed is None else sampling_params.seed
+        self.seeds.np[slot] = (seed + 2**63) % 2**64 - 2**63
+        return sampling_params.temperature != 1.0
+""",
+    "v1.worker.gpu.sample.sampler": """
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
+from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
+from vllm.v1.worker.gpu.sample.states import SamplingStates
+from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
+
 class Sampler:
-    """V2's."""
-''',
+    def __init__(
+        self, vllm_config, max_num_reqs, vocab_size, device, req_states,
+        logprobs_mode="raw_logprobs", return_sampling_mask=False, custom_logits_processors=(),
+    ):
+        self.logprobs_mode = logprobs_mode
+        self.return_sampling_mask = return_sampling_mask
+        self.req_states = req_states
+        self.sampling_states = SamplingStates(max_num_reqs)
+        self.penalties_state = PenaltiesState(req_states, vocab_size)
+        self.logits_processors = [
+            LogitBiasState(max_num_reqs),
+            self.penalties_state,
+            BadWordsState(max_num_reqs),
+            *custom_logits_processors,
+        ]
+        self.thinking_budget_state = ThinkingBudgetState(max_num_reqs)
+        self.needs_logits_processing = np.zeros(max_num_reqs, dtype=bool)
+
+    def add_request(self, req_idx, sampling_params):
+        needs = self.sampling_states.add_request(req_idx, sampling_params)
+        self.needs_logits_processing[req_idx] = needs
+
+    def apply_staged_writes(self):
+        self.penalties_state.apply_staged_writes()
+
+    def __call__(self, logits, batch, return_logprobs=False):
+        slots = batch.slots
+        return self.sample(
+            logits, slots, slots, slots.numpy(), batch.pos, batch.input_ids, batch.local_pos,
+            None, return_logprobs,
+        )
+
+    def sample(
+        self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids,
+        expanded_local_pos, seq_lens_upper_bound_np, return_logprobs=False,
+    ):
+        return torch.full((logits.shape[0],), 5), logits  # a draw of vLLM's own
+
+    def apply_sampling_params(
+        self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids,
+        expanded_local_pos, seq_lens_upper_bound_np, skip_top_k_top_p=False,
+    ):
+        return logits if not self.needs_logits_processing[idx_mapping_np].any() else -logits
+""",
+    "v1.worker.gpu.spec_decode.__init__": "",
+    "v1.worker.gpu.spec_decode.rejection_sampler": """
+class RejectionSampler:
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def _verify(self, *rows):
+        return self.sampler.apply_sampling_params(*rows)
+""",
+    "v1.worker.gpu.model_runner": """
+from vllm.v1.worker.gpu.input_batch import post_update
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.states import RequestState
+
+def create_watermarker(config):
+    return config
+
+class GPUModelRunner:
+    def __init__(self, slots, length):
+        self.req_states = RequestState(slots, length)
+
+    def load_model(self, vllm_config, custom=(), **options):
+        if vllm_config.watermark_config is not None:
+            create_watermarker(vllm_config.watermark_config)
+            return
+        self.sampler = Sampler(
+            vllm_config=vllm_config,
+            max_num_reqs=len(self.req_states.prompt_len.np),
+            vocab_size=vllm_config.model_config.get_vocab_size(),
+            device="cpu",
+            req_states=self.req_states,
+            custom_logits_processors=custom,
+            **options,
+        )
+
+    def add_requests(self, requests):
+        for slot, name, sampling_params, prompt, output in requests:
+            self.req_states.add_request(slot, name, prompt, output)
+            self.sampler.add_request(slot, sampling_params)
+        self.sampler.apply_staged_writes()
+
+    def sample(self, logits, batch):
+        return self.sampler(logits, batch)
+
+    def postprocess_sampled(self, idx_mapping, sampled_tokens, num_sampled):
+        output_bin_counts = self.sampler.penalties_state.output_bin_counts
+        post_update(
+            idx_mapping, None, None, output_bin_counts, sampled_tokens, num_sampled, None, None,
+            self.req_states.all_token_ids.gpu, self.req_states.total_len.gpu,
+        )
+""",
 }
 
 

@@ -13,38 +13,12 @@ from types import SimpleNamespace
 import fake_vllm
 import pytest
 import torch
+from vllm_texts import Theirs, V, alone, logits_of, random_params
 
 from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
 from llm_sampling.integrations.vllm import SWITCH, register, v1
 from llm_sampling.integrations.vllm.both import params_of
 from llm_sampling.integrations.vllm.v1 import RUNNER, Requests
-
-V = 101
-
-
-def their_params():
-    """The stand-in package's SamplingParams: the fields that are read, with vLLM's defaults."""
-    namespace = {"__name__": __name__}
-    exec(fake_vllm.SOURCES["sampling_params"], namespace)
-    return namespace["SamplingParams"]
-
-
-Theirs = their_params()
-
-
-def random_params(rng):
-    """Parameters of every kind: greedy or not, with and without penalties and filters."""
-    return Theirs(
-        temperature=rng.choice([0.0, 0.7, 1.0, 1.3]),
-        top_k=rng.choice([-1, 0, 5, 40]),
-        top_p=rng.choice([1.0, 0.9, 0.5]),
-        min_p=rng.choice([0.0, 0.05]),
-        repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
-        frequency_penalty=rng.choice([0.0, 0.0, 0.4]),
-        presence_penalty=rng.choice([0.0, 0.0, -0.3]),
-        seed=rng.choice([0, 7, 2**63 + 5, -3, rng.getrandbits(40)]),
-    )
-
 
 # ---- parameters ----
 
@@ -178,19 +152,6 @@ class Texts:
             elif chance > 0.95 and not self.is_async:  # blocks that could not be loaded
                 length = self.rng.randrange(len(request.output) + 1)
                 del request.output[length:], request.tokens[length:]
-
-
-def logits_of(request, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(request.name * 10_000 + len(request.tokens))
-    return (torch.randn(V, generator=generator) * 2).to(dtype)
-
-
-def alone(request, params, dtype=torch.float32):
-    """The request's next token by ``sample``, without other requests."""
-    history = TokenHistory.from_ids([request.prompt or []], [request.tokens], V)
-    logits = logits_of(request, dtype).unsqueeze(0)
-    positions = [len(request.tokens)]
-    return int(sample(logits, params, history=history, positions=positions).tokens)
 
 
 def follow(requests, seed, steps=60, dtype=torch.float32, is_async=False):
@@ -481,24 +442,6 @@ def test_what_no_request_can_ask_for_is_not_dropped_in_silence(caplog):
 # ---- registration ----
 
 
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """A function that writes the stand-in package, with changes; its imports are undone after."""
-    meta_path = list(sys.meta_path)
-    real = {name: sys.modules.pop(name) for name in list(sys.modules) if is_vllm(name)}
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv(SWITCH, "1")
-    yield lambda *changes: fake_vllm.write(tmp_path, *changes)
-    sys.meta_path[:] = meta_path
-    for name in filter(is_vllm, list(sys.modules)):
-        del sys.modules[name]
-    sys.modules.update(real)
-
-
-def is_vllm(name):
-    return name.partition(".")[0] == "vllm"
-
-
 def warnings_of(caplog):
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
@@ -519,10 +462,12 @@ def is_vllm_s_own(runner):
     )
 
 
-def test_it_replaces_three_names_when_the_runner_is_imported(fake, caplog):
-    fake()
+def test_it_replaces_three_names_when_the_runner_is_imported(vllm_package, caplog):
+    vllm_package()
     register()
-    assert not any(map(is_vllm, sys.modules)), "register imports nothing of vLLM"
+    assert not [name for name in sys.modules if name.partition(".")[0] == "vllm"], (
+        "register imports nothing of vLLM"
+    )
     runner = importlib.import_module(RUNNER)
     assert is_replaced(runner)
     source = importlib.import_module("vllm.v1.sample.sampler")
@@ -533,15 +478,15 @@ def test_it_replaces_three_names_when_the_runner_is_imported(fake, caplog):
     assert warnings_of(caplog) == []
 
 
-def test_it_replaces_in_a_runner_that_is_there(fake):
-    fake()
+def test_it_replaces_in_a_runner_that_is_there(vllm_package):
+    vllm_package()
     runner = importlib.import_module(RUNNER)
     register()
     assert is_replaced(runner)
 
 
-def test_called_twice_it_replaces_once(fake):
-    fake()
+def test_called_twice_it_replaces_once(vllm_package):
+    vllm_package()
     register()
     register()
     runner = importlib.import_module(RUNNER)
@@ -551,8 +496,10 @@ def test_called_twice_it_replaces_once(fake):
     assert runner.Sampler.__mro__[1].__name__ == "Sampler"
 
 
-def test_an_import_that_fails_is_waited_for_again(fake, monkeypatch):
-    fake(("v1.worker.gpu_model_runner", "import functools", "import functools, not_there_yet"))
+def test_an_import_that_fails_is_waited_for_again(vllm_package, monkeypatch):
+    vllm_package(
+        ("v1.worker.gpu_model_runner", "import functools", "import functools, not_there_yet")
+    )
     register()
     with pytest.raises(ImportError):
         importlib.import_module(RUNNER)
@@ -561,8 +508,8 @@ def test_an_import_that_fails_is_waited_for_again(fake, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
-def test_it_is_off_unless_asked_for(value, fake, monkeypatch, caplog):
-    fake()
+def test_it_is_off_unless_asked_for(value, vllm_package, monkeypatch, caplog):
+    vllm_package()
     monkeypatch.delenv(SWITCH)
     if value is not None:
         monkeypatch.setenv(SWITCH, value)
@@ -573,8 +520,8 @@ def test_it_is_off_unless_asked_for(value, fake, monkeypatch, caplog):
     assert warnings_of(caplog) == []
 
 
-def test_another_value_is_refused(fake, monkeypatch, caplog):
-    fake()
+def test_another_value_is_refused(vllm_package, monkeypatch, caplog):
+    vllm_package()
     monkeypatch.setenv(SWITCH, "yes")
     register()
     assert is_vllm_s_own(importlib.import_module(RUNNER))
@@ -626,8 +573,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("change", "named"), CHANGES.values(), ids=CHANGES)
-def test_a_vllm_that_is_different_keeps_its_sampler(change, named, fake, caplog):
-    fake(change)
+def test_a_vllm_that_is_different_keeps_its_sampler(change, named, vllm_package, caplog):
+    vllm_package(change)
     register()
     runner = importlib.import_module(RUNNER)
     assert is_vllm_s_own(runner)
@@ -653,8 +600,8 @@ def config_of(vocab_size=V, speculative=None, is_async=False, transfer=None, mod
         ({"vocab_size": 2**20 + 1}, "vocab_size: it must be in 1 .. 2^20, got 1048577"),
     ],
 )
-def test_an_engine_that_cannot_be_served_keeps_its_sampler(options, named, fake, caplog):
-    fake()
+def test_an_engine_that_cannot_be_served_keeps_its_sampler(options, named, vllm_package, caplog):
+    vllm_package()
     register()
     runner = importlib.import_module(RUNNER).GPUModelRunner(config_of(**options), "cpu")
     assert not any(isinstance(p, Requests) for p in runner.logitsprocs.argmax_invariant)
@@ -665,8 +612,8 @@ def test_an_engine_that_cannot_be_served_keeps_its_sampler(options, named, fake,
     assert drawn.sampled_token_ids.tolist() == [[5], [5]], "vLLM's own draw"
 
 
-def test_a_pooling_model_draws_nothing(fake, caplog):
-    fake()
+def test_a_pooling_model_draws_nothing(vllm_package, caplog):
+    vllm_package()
     register()
     runner = importlib.import_module(RUNNER).GPUModelRunner(config_of(), "cpu", True)
     assert runner.logitsprocs.argmax_invariant == []
@@ -692,9 +639,9 @@ PARAMS = [params_of(theirs) for theirs in ROWS]
 
 
 @pytest.fixture
-def make_runner(fake):
+def make_runner(vllm_package):
     """A function that makes a runner of the stand-in package with four requests in its batch."""
-    fake()
+    vllm_package()
     register()
 
     def make(mode="raw_logprobs", custom=()):

@@ -1,10 +1,12 @@
 """The plug-in inside vLLM's own engine, on the CPU: `pytest -m vllm`, where vLLM is installed.
 
-Each engine runs in a process of its own (drive_vllm.py beside this), on a small random model. Every
-row of every step is replayed: its token must be that of ``sample`` for the logits that the sampler
-got, with the request's parameters, prompt, output and seed, and without other requests.
+Each engine runs in a process of its own (drive_vllm.py beside this), on a small random model and
+each of vLLM's model runners. Every row of every step is replayed: its token must be that of
+``sample`` for the logits that the sampler got, with the request's parameters, prompt, output and
+seed, and without other requests.
 """
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -18,20 +20,25 @@ import torch
 
 from llm_sampling import TokenHistory, filter_logits, sample
 from llm_sampling.integrations.vllm import SWITCH
-from llm_sampling.integrations.vllm.both import params_of
+from llm_sampling.integrations.vllm.both import not_greedy, params_of
 
 pytestmark = pytest.mark.vllm
 
 HERE = Path(__file__).parent
 PLUGIN = "llm_sampling.integrations.vllm"
-MODULE = f"{PLUGIN}.v1"
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["V1", "V2"])
+def runner(request):
+    """The model runner: V1, or V2, vLLM's default where Triton is."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder with a random Llama over bytes, of a size that vLLM's attention supports."""
     if importlib.util.find_spec("vllm") is None:
-        pytest.fail("needs vLLM, docs/engines.md says how to install it")
+        pytest.fail("needs vLLM, docs/engines/vllm.md says how to install it")
     import transformers
     from toy_tokenizers import byte_tokenizer
 
@@ -56,20 +63,19 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def drive(model, tmp_path_factory):
-    """A function that runs an engine and returns its results and its log."""
+def drive_runner(model, tmp_path_factory):
+    """A function that runs an engine with a runner and returns its results and its log."""
 
-    def run(calls, *, on=True, poison=None, environment=(), **engine):
+    def run(runner, calls, *, on=True, drafts=None, poison=None, **engine):
         folder = tmp_path_factory.mktemp("run")
         defaults = {"max_model_len": 512, "enforce_eager": True, "dtype": "float32", "seed": 0}
         options = {"model": str(model), "max_num_seqs": 32} | defaults | engine
-        job = {"engine": options, "calls": calls, "poison": poison}
+        job = {"engine": options, "runner": runner, "calls": calls, "poison": poison}
+        job["drafts"] = drafts
         torch.save(job, folder / "job")
         done = subprocess.run(
             [sys.executable, str(HERE / "drive_vllm.py"), folder / "job", folder / "result"],
-            env=os.environ
-            | {SWITCH: "1" if on else "0", "PYTHONPATH": str(HERE)}
-            | dict(environment),
+            env=os.environ | {SWITCH: "1" if on else "0", "PYTHONPATH": str(HERE)},
             capture_output=True,
             text=True,
             timeout=600,
@@ -83,6 +89,12 @@ def drive(model, tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def drive(drive_runner, runner):
+    """``drive_runner`` with each of the runners."""
+    return functools.partial(drive_runner, runner)
+
+
 def prompt_of(number, length):
     return [(number * 37 + i * 11) % 250 for i in range(length)]
 
@@ -93,10 +105,10 @@ GREEDY = [
     {"frequency_penalty": 0.8, "presence_penalty": 0.5},
     {"bad_words": ["a", "bc", "e"]},
     {"allowed_token_ids": list(range(60, 90))},
-    {"min_tokens": 20, "stop_token_ids": list(range(0, 256, 2))},
+    {"min_tokens": 20, "stop_token_ids": list(range(0, 250, 2))},
     {"logit_bias": {65: 5.0, 66: -100.0, 67: 4.5}},
     {"logprobs": 3},
-    {"min_tokens": 5, "stop_token_ids": list(range(128)), "presence_penalty": 1.0},
+    {"min_tokens": 5, "stop_token_ids": list(range(120)), "presence_penalty": 1.0},
 ]
 DRAWN = [
     {"seed": 1},
@@ -181,6 +193,7 @@ def arrangements():
 
 @pytest.fixture(scope="module")
 def fused(drive):
+    """The results of the plug-in for all arrangements."""
     return drive(arrangements())
 
 
@@ -189,9 +202,10 @@ def test_the_entry_point_is_installed():
     assert found.value == f"{PLUGIN}:register"
 
 
-def test_the_plug_in_is_what_makes_the_difference(own, fused):
-    assert own["sampler"] == "vllm.v1.sample.sampler"
-    assert fused["sampler"] == MODULE
+def test_the_plug_in_is_what_makes_the_difference(own, fused, runner):
+    theirs = {1: "vllm.v1.sample.sampler", 2: "vllm.v1.worker.gpu.sample.sampler"}
+    assert own["sampler"] == theirs[runner]
+    assert fused["sampler"] == f"{PLUGIN}.v{runner}"
     assert "llm_sampling draws, by its backend 'cpu'" in fused["log"]
     assert "keeps its own sampler" not in fused["log"]
 
@@ -199,6 +213,10 @@ def test_the_plug_in_is_what_makes_the_difference(own, fused):
 def test_every_row_of_every_step_is_drawn_as_if_alone(fused):
     rows = replay(fused, arrangements(), changed=CHANGED)
     assert rows > 1000
+    for call in fused["calls"]:
+        for step in call["steps"]:  # V2 tells the place of each row in its text
+            lengths = [len(output) for output in step["outputs"]]
+            assert step.get("positions", lengths) == lengths
     sizes = {len(step["requests"]) for call in fused["calls"] for step in call["steps"]}
     assert min(sizes) == 1
     assert max(sizes) == len(GREEDY) + len(DRAWN)
@@ -279,7 +297,7 @@ def asynchronous(drive):
 def test_asynchronous_scheduling_gives_the_same_tokens(fused, asynchronous):
     assert asynchronous["is_async"]
     assert not fused["is_async"]
-    assert asynchronous["sampler"] == MODULE
+    assert asynchronous["sampler"] == fused["sampler"]
     unseeded = [i for i, kind in enumerate(greedy() + drawn()) if "seed" not in kind[1]][-1]
     together = [call["calls"][0]["tokens"] for call in (fused, asynchronous)]
     for i, (one, other) in enumerate(zip(*together, strict=True)):
@@ -287,17 +305,18 @@ def test_asynchronous_scheduling_gives_the_same_tokens(fused, asynchronous):
     assert asynchronous["calls"][1]["tokens"] == fused["calls"][1]["tokens"]
 
 
-def test_every_asynchronous_row_is_drawn_as_if_alone(asynchronous):
+def test_every_asynchronous_row_is_drawn_as_if_alone(asynchronous, runner):
     outputs = [output for step in asynchronous["calls"][-1]["steps"] for output in step["outputs"]]
-    assert sum(-1 in output for output in outputs) > 500
+    if runner == 1:  # V2 keeps the tokens on the device
+        assert sum(-1 in output for output in outputs) > 500
     assert replay(asynchronous, asynchronous_arrangements(), changed=CHANGED) > 1500
 
 
-def test_penalties_wait_for_nothing(drive):
-    """vLLM's own sampler waits for the tokens of the step before as soon as one has a penalty."""
+def test_penalties_wait_for_nothing(drive_runner):
+    """V1's own sampler waits for the tokens of the step before as soon as one has a penalty."""
     kinds = [{}, {"repetition_penalty": 1.4}, {"frequency_penalty": 0.8, "presence_penalty": 0.5}]
     calls = [requests_of(kinds, tokens=20, temperature=0.0)]
-    ours, theirs = (drive(calls, on=on, async_scheduling=True) for on in (True, False))
+    ours, theirs = (drive_runner(1, calls, on=on, async_scheduling=True) for on in (True, False))
     assert ours["calls"][0]["tokens"] == theirs["calls"][0]["tokens"]
     assert ours["waits"] == []
     assert len(theirs["waits"]) >= 19
@@ -325,13 +344,15 @@ def test_after_preemption(drive, is_async):
 
 
 @both
-def test_prompts_in_chunks(drive, is_async):
+def test_prompts_in_chunks(drive, is_async, runner):
     """vLLM discards the tokens drawn for all chunks but the last; they must have no effect.
 
-    Without seeds, because vLLM then asks the generator of a seeded request for an offset, which a
-    CPU generator does not have.
+    With V1 without seeds, because it then asks the generator of a seeded request for an offset,
+    which a CPU generator does not have.
     """
-    kinds = [{name: value for name, value in kind.items() if name != "seed"} for kind in DRAWN]
+    kinds = DRAWN
+    if runner == 1:
+        kinds = [{name: value for name, value in kind.items() if name != "seed"} for kind in DRAWN]
     calls = [requests_of(kinds, tokens=30, lengths=(90, 5, 130, 61))]
     options = {"max_num_batched_tokens": 48, "max_num_seqs": 16}
     result = drive(calls, async_scheduling=is_async, **options)
@@ -400,18 +421,21 @@ def test_processed_logprobs(drive):
     assert compared > 200
 
 
-CUSTOM = ["custom_vllm:Halves", "custom_vllm:NoDigits"]
+CUSTOM = {
+    1: ["custom_vllm:Halves", "custom_vllm:NoDigits"],
+    2: ["custom_vllm:HalvesV2", "custom_vllm:NoDigitsV2"],
+}
 
 
-def test_custom_logits_processors(drive):
-    """One is applied after the temperature, the other before the penalties."""
-    tokens = 25
+def test_custom_logits_processors(drive, runner):
+    """V1 applies one after the temperature and one before the penalties, V2 both between them."""
+    tokens, custom = 25, CUSTOM[runner]
     together = greedy(tokens) + drawn(tokens)
     calls = [together, greedy(tokens), *([request] for request in drawn(tokens))]
-    own = drive([greedy(tokens)], on=False, logits_processors=CUSTOM)
+    own = drive([greedy(tokens)], on=False, logits_processors=custom)
     plain = drive([greedy(tokens)], on=False)
-    fused = drive(calls, logits_processors=CUSTOM)
-    assert fused["sampler"] == MODULE
+    fused = drive(calls, logits_processors=custom)
+    assert fused["sampler"].startswith(PLUGIN)
     assert fused["calls"][1]["tokens"] == own["calls"][0]["tokens"] != plain["calls"][0]["tokens"]
     count = len(DRAWN)
     seeded = [i for i, kind in enumerate(DRAWN) if "seed" in kind]
@@ -421,20 +445,48 @@ def test_custom_logits_processors(drive):
         assert not set(found) & set(range(15, 25)), "digits"
 
 
-@pytest.mark.parametrize(
-    ("engine", "environment", "named"),
-    [
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            {},
-            "vLLM keeps its own sampler: speculative_config",
-        ),
-    ],
-    ids=["speculative"],
-)
-def test_what_is_refused_is_vllm_s_own(drive, engine, environment, named):
+SPECULATIVE = {"method": "ngram", "num_speculative_tokens": 3}
+SPECULATIVE |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+
+
+def test_speculative_decoding_of_v1_is_vllm_s_own(drive_runner):
     calls = [requests_of([{}, {"presence_penalty": 1.0}], tokens=10, temperature=0.0)]
-    result = drive(calls, environment=environment, **engine)
-    assert result["log"].count(named) == 1
-    plain = drive(calls, on=False)
+    result = drive_runner(1, calls, speculative_config=SPECULATIVE)
+    assert result["log"].count("vLLM keeps its own sampler: speculative_config") == 1
+    plain = drive_runner(1, calls, on=False)
     assert result["calls"][0]["tokens"] == plain["calls"][0]["tokens"]
+
+
+@both
+def test_rows_of_drafts_with_v2(drive_runner, is_async):
+    """vLLM's rejection sampler draws them, from logits that are processed with the draft's tokens.
+
+    Drafts are made of the tokens without drafts. Each third is wrong from its second token on.
+    """
+    from vllm import SamplingParams
+
+    # vLLM refuses these parameters with speculative decoding
+    known = [r for r in greedy() + drawn() if not {"logit_bias", "min_p"} & set(r[1])]
+    texts = drive_runner(2, [known])["calls"][0]["tokens"]
+    result = drive_runner(
+        2, [known], drafts=texts, speculative_config=SPECULATIVE, async_scheduling=is_async
+    )
+    assert result["sampler"] == f"{PLUGIN}.v2"
+    for (_, asked), one, other in zip(known, texts, result["calls"][0]["tokens"], strict=True):
+        assert one == other or asked.get("temperature") != 0.0
+    assert replay(result, [known], changed=CHANGED) > 10, "the steps without a draft"
+
+    compared, lengths = 0, set()
+    for row in result["verified"]:
+        asked = known[int(row["request"].partition("-")[0])][1]
+        if not set(asked) & set(CHANGED):
+            params = not_greedy(params_of(SamplingParams(**asked), 0))
+            output = row["output"] + row["draft"]
+            logits = row["logits"][None]
+            history = TokenHistory.from_ids([row["prompt"]], [output], logits.shape[1])
+            want = filter_logits(logits, params, history=history)[0]
+            assert torch.equal(row["processed"], want), (asked, len(output))
+            compared += params.needs_history
+            lengths.add(len(row["draft"]))
+    assert lengths == {0, 1, 2, 3}
+    assert compared > 300

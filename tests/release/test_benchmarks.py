@@ -889,10 +889,10 @@ def test_a_clock_counts_calls_and_their_time():
 
 
 def test_docs_show_what_was_measured_in_vllm_s_engine():
-    """docs/engines.md shows the committed results, in which every promised check passed."""
+    """docs/engines/vllm.md shows the committed results, in which every promised check passed."""
     root = Path(__file__).parents[2]
     record = json.loads((root / "benchmarks/results/vllm-cpu.json").read_text(encoding="utf-8"))
-    text = (root / "docs/engines.md").read_text(encoding="utf-8")
+    text = (root / "docs/engines/vllm.md").read_text(encoding="utf-8")
     assert record["command"] in text
     assert vllm_engine.report(record).split("\n\n", 1)[1].strip() in text
     assert vllm_engine.is_right(record["checks"])

@@ -131,8 +131,6 @@ def refuse(reason: str) -> None:
 
 def why_not_here(vllm_config: Any) -> str | None:
     """Why the kernel cannot draw for an engine of this config; None if it can."""
-    if vllm_config.speculative_config is not None:
-        return "speculative_config: drafts are accepted by a sampler of their own"
     if vllm_config.scheduler_config.async_scheduling and vllm_config.kv_transfer_config is not None:
         return (
             "kv_transfer_config: blocks that cannot be loaded take back tokens that the host does "

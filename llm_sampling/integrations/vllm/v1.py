@@ -118,6 +118,8 @@ def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
         if is_pooling_model:  # such a model draws no tokens
             return built
         reason = why_not_here(vllm_config)
+        if vllm_config.speculative_config is not None:
+            reason = "speculative_config: V1 accepts drafts by a sampler of their own, unlike V2"
         if reason is not None:
             refuse(reason)
             return built

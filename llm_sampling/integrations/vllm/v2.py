@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling import backends
+from llm_sampling.backends.base import MAX_EXTRA_OUTPUT
 from llm_sampling.history import TokenHistory
 from llm_sampling.integrations.engine import Reliance, backend_name, find
 from llm_sampling.integrations.vllm.both import (
@@ -63,6 +64,11 @@ RELIANCE = Reliance(
         f"{_SAMPLER}.add_request": "self req_idx sampling_params",
         f"{_SAMPLER}.apply_staged_writes": "self",
         f"{_SAMPLER}.sample": f"{_ROWS} return_logprobs",
+        f"{_SAMPLER}.apply_sampling_params": f"{_ROWS} skip_top_k_top_p",
+        f"{_SAMPLE}.logits_processor.interface:LogitsContext": (
+            "expanded_idx_mapping idx_mapping idx_mapping_np expanded_local_pos input_ids pos "
+            "seq_lens_upper_bound_np"
+        ),
         "vllm.v1.worker.gpu.input_batch:post_update": (
             "idx_mapping num_computed_tokens last_sampled_tokens output_bin_counts sampled_tokens "
             "num_sampled num_rejected query_start_loc all_token_ids total_len"
@@ -70,11 +76,8 @@ RELIANCE = Reliance(
     },
     fields={
         **FIELDS_OF_BOTH,
+        "vllm.config:SpeculativeConfig": "num_speculative_tokens",
         _SAMPLER: "vllm_config vocab_size custom_logits_processors",
-        f"{_SAMPLE}.logits_processor.interface:LogitsContext": (
-            "expanded_idx_mapping idx_mapping idx_mapping_np expanded_local_pos input_ids pos "
-            "seq_lens_upper_bound_np"
-        ),
     },
     lookups={
         f"{RUNNER}:GPUModelRunner.load_model": "Sampler create_watermarker",
@@ -88,6 +91,10 @@ RELIANCE = Reliance(
             "return_sampling_mask logprobs_mode"
         ),
         f"{_SAMPLER}.__call__": "sample",
+        f"{_SAMPLER}.apply_sampling_params": "needs_logits_processing",
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify": (
+            "apply_sampling_params"
+        ),
         f"{_SAMPLE}.states:SamplingStates.__init__": "seeds",
         f"{_SAMPLE}.states:SamplingStates.add_request": "seeds np",
         f"{_SAMPLE}.penalties:PenaltiesState.__init__": "prompt_bin_mask output_bin_counts",
@@ -225,20 +232,36 @@ class Requests:
             logits: ``(rows, vocab_size)`` float32, float16 or bfloat16. Never modified.
             slots: int32 or int64 ``(rows,)``.
         """
+        slots = slots.to(torch.int32)  # as a prepared call takes them
         tokens = sample(logits, self._drawn, slots, check=False, backend=self.backend).tokens
         return self._warnings.token_for_each(tokens)
 
-    def penalised(self, logits: Tensor, slots: Tensor) -> Tensor:
-        """float32 ``(rows, vocab_size)``: the logits with penalties, for logits processors."""
-        assert self._penalised is not None
-        return filter_logits(logits, self._penalised, slots, backend=self.backend)
+    def penalised(self, logits: Tensor, slots: Tensor, drafts: Tensor | None = None) -> Tensor:
+        """float32 ``(rows, vocab_size)``: the logits with penalties, for logits processors.
 
-    def processed(self, logits: Tensor, slots: Tensor) -> Tensor:
+        Args:
+            logits: as for :meth:`draw`, and so are the slots, which may be named more than once.
+            slots: see there.
+            drafts: int64 ``(rows, n)``, the tokens of a draft that come before each row's; -1 where
+                there is none.
+        """
+        assert self._penalised is not None
+        return self._filtered(self._penalised, logits, slots, drafts)
+
+    def processed(self, logits: Tensor, slots: Tensor, drafts: Tensor | None = None) -> Tensor:
         """float32 ``(rows, vocab_size)``: divided by the temperature, -inf outside the kept set.
 
-        A greedy row is neither divided nor filtered, as in vLLM.
+        A greedy row is neither divided nor filtered, as in vLLM. The arguments are those of
+        :meth:`penalised`.
         """
-        return filter_logits(logits, self._shown, slots, backend=self.backend)
+        return self._filtered(self._shown, logits, slots, drafts)
+
+    def _filtered(
+        self, table: RequestTable, logits: Tensor, slots: Tensor, drafts: Tensor | None
+    ) -> Tensor:
+        if not table.batch.needs_history:
+            drafts = None
+        return filter_logits(logits, table, slots, extra_output_ids=drafts, backend=self.backend)
 
 
 # ---- the sampler ----
@@ -249,13 +272,23 @@ def _building(sampler: Any) -> Callable[..., Any]:
     fused = _fused(sampler)
 
     def build(**options: Any) -> Any:
-        reason = why_not_here(options["vllm_config"])
+        config = options["vllm_config"]
+        reason, length = why_not_here(config), _draft_length(config)
+        if length > MAX_EXTRA_OUTPUT:
+            rule = f"it must be at most {MAX_EXTRA_OUTPUT}"
+            reason = f"num_speculative_tokens: {rule}, got {length}"
         if reason is None:
             return fused(**options)
         refuse(reason)
         return sampler(**options)
 
     return build
+
+
+def _draft_length(vllm_config: Any) -> int:
+    """How many tokens a draft may have; 0 without speculative decoding."""
+    config = vllm_config.speculative_config
+    return 0 if config is None else int(config.num_speculative_tokens)
 
 
 def _recording(post_update: Callable[..., None]) -> Callable[..., None]:
@@ -313,6 +346,7 @@ def _fused(sampler: Any) -> Any:
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             self._has_custom = bool(options.get("custom_logits_processors"))
+            self._draft_length = _draft_length(options["vllm_config"])
             by_type = {type(processor): processor for processor in self.logits_processors}
             self._logit_bias, self._bad_words = by_type[logit_bias], by_type[bad_words]
             self.requests = Requests(
@@ -353,22 +387,55 @@ def _fused(sampler: Any) -> Any:
             return_logprobs: bool = False,
         ) -> tuple[Tensor, Tensor]:
             """The tokens, and "processed" logits if they are asked for, else others."""
-            rows = context(
-                expanded_idx_mapping=expanded_idx_mapping,
-                idx_mapping=idx_mapping,
-                idx_mapping_np=idx_mapping_np,
-                expanded_local_pos=expanded_local_pos,
-                input_ids=input_ids,
-                pos=pos,
-                seq_lens_upper_bound_np=seq_lens_upper_bound_np,
-            )
             if self._changes_logits(idx_mapping_np):
-                logits = self._changed(logits, rows)
+                rows = context(
+                    *(expanded_idx_mapping, idx_mapping, idx_mapping_np, expanded_local_pos),
+                    *(input_ids, pos, seq_lens_upper_bound_np),
+                )
+                logits = self._changed(logits, rows, None)
             tokens = self.requests.draw(logits, expanded_idx_mapping)
             are_shown = return_logprobs and self.logprobs_mode.startswith("processed")
             if are_shown or self.return_sampling_mask:
                 logits = self.requests.processed(logits, expanded_idx_mapping)
             return tokens, logits
+
+        def apply_sampling_params(
+            self,
+            logits: Tensor,
+            expanded_idx_mapping: Tensor,
+            idx_mapping: Tensor,
+            idx_mapping_np: Any,
+            pos: Tensor,
+            input_ids: Tensor,
+            expanded_local_pos: Tensor,
+            seq_lens_upper_bound_np: Any,
+            skip_top_k_top_p: bool = False,
+        ) -> Tensor:
+            """The "processed" logits of rows of drafts, which vLLM's rejection sampler draws."""
+            if not self.needs_logits_processing[idx_mapping_np].any():
+                return logits
+            drafts = self._drafts(input_ids, expanded_local_pos)
+            if self._changes_logits(idx_mapping_np):
+                rows = context(
+                    *(expanded_idx_mapping, idx_mapping, idx_mapping_np, expanded_local_pos),
+                    *(input_ids, pos, seq_lens_upper_bound_np),
+                )
+                logits = self._changed(logits, rows, drafts)
+            return self.requests.processed(logits, expanded_idx_mapping, drafts)
+
+        def _drafts(self, input_ids: Tensor, local_pos: Tensor) -> Tensor:
+            """int64 ``(rows, n)``: the draft's tokens before each row's; -1 where there is none.
+
+            Args:
+                input_ids: the token that the model read in each row: in a request's first row the
+                    last token of its text, in the others those of the draft.
+                local_pos: how many of the draft's tokens come before each row's.
+            """
+            nth = torch.arange(self._draft_length, device=input_ids.device)
+            row = torch.arange(len(input_ids), device=input_ids.device)[:, None]
+            before = local_pos[:, None]
+            places = (row - before + 1 + nth).clamp(max=len(input_ids) - 1)
+            return torch.where(nth < before, input_ids[places].to(torch.int64), -1)
 
         def _changes_logits(self, slots: Any) -> bool:
             """Whether vLLM's code, or a logits processor, changes a row other than by penalties."""
@@ -380,7 +447,7 @@ def _fused(sampler: Any) -> Any:
                 or (budget.enabled and budget.use_thinking_budget[slots].any())
             )
 
-        def _changed(self, logits: Tensor, rows: Any) -> Tensor:
+        def _changed(self, logits: Tensor, rows: Any, drafts: Tensor | None) -> Tensor:
             """The logits after all of vLLM's code that comes before the temperature.
 
             The penalties are left out where no processor has to see them.
@@ -390,7 +457,8 @@ def _fused(sampler: Any) -> Any:
                 if processor is not self.penalties_state:
                     logits = processor.apply(logits, rows)
                 elif self._has_custom:
-                    logits = self.requests.penalised(logits, rows.expanded_idx_mapping)
+                    slots = rows.expanded_idx_mapping
+                    logits = self.requests.penalised(logits, slots, drafts)
             self.thinking_budget_state.apply(logits, rows)
             return logits
 
