@@ -12,41 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engines.watch import Clock
+
 #: vLLM's sampling parameters that OpenAI's API does not have; a request passes them as extra_body.
 NOT_OPENAI = ("top_k", "min_p", "repetition_penalty", "ignore_eos")
-
-
-class Clock:
-    """Seconds spent in functions of an object, and how often they were called."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.calls = 0
-
-    def watch(self, owner: Any, name: str) -> None:
-        """Time ``owner.name`` from now on."""
-        function: Callable[..., Any] = getattr(owner, name)
-
-        def timed(*args: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **options)
-            finally:
-                self.seconds += time.perf_counter() - start
-                self.calls += 1
-
-        setattr(owner, name, timed)
-
-    def take(self) -> tuple[float, int]:
-        """The seconds and calls so far; counting begins again."""
-        shown = self.seconds, self.calls
-        self.seconds, self.calls = 0.0, 0
-        return shown
 
 
 def engine(job: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,11 @@ sampler made of the rows of drafts.
 
 import os
 import sys
+from pathlib import Path
+
+# last, so that the package is the installed one
+sys.path.append(str(Path(__file__).parents[2]))
+from benchmarks.engines.vllm import interpret_triton, keep_async_scheduling
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -50,7 +55,7 @@ def main(job, result):
     calls = []
     for requests in job["calls"]:
         prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in requests]
-        params = [SamplingParams(**params) for _, params in requests]
+        params = [SamplingParams(**with_choices(params)) for _, params in requests]
         first = len(steps)
         outputs = [done.outputs[0] for done in llm.generate(prompts, params, use_tqdm=False)]
         calls.append(
@@ -68,15 +73,14 @@ def main(job, result):
     torch.save(done, result)
 
 
-def interpret_triton():
-    """Have Triton's interpreter run vLLM's kernels, which takes a backend that says it is there."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    import types
+def with_choices(params):
+    """The arguments of SamplingParams; "choice" stands for a structured output."""
+    from vllm.sampling_params import StructuredOutputsParams
 
-    import triton.backends
-
-    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
-    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+    params = dict(params)
+    if "choice" in params:
+        params["structured_outputs"] = StructuredOutputsParams(choice=params.pop("choice"))
+    return params
 
 
 def logged_v1(runner, poison):
@@ -220,19 +224,6 @@ def count_waits(runner):
 
     runner.input_batch.update_async_output_token_ids = counted
     return waits
-
-
-def keep_async_scheduling():
-    """vLLM turns it off on a CPU, as the last thing that it does with the config there."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    check = CpuPlatform.check_and_update_config.__func__
-
-    def check_and_keep(cls, vllm_config):
-        check(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_keep)
 
 
 def logprobs_of(output):

@@ -160,7 +160,8 @@ def replay(result, calls, *, changed=()):
                 asked = known[int(name.partition("-")[0])]
                 if set(asked) & set(changed):
                     continue
-                params = params_of(SamplingParams(**asked))
+                given = {name: value for name, value in asked.items() if name != "choice"}
+                params = params_of(SamplingParams(**given))
                 if row in step["seeds"]:
                     assert params.seed % 2**64 == step["seeds"][row] % 2**64
                 elif step["ours"]:  # drawn when the request came
@@ -421,6 +422,25 @@ def test_processed_logprobs(drive):
     assert compared > 200
 
 
+CHOICES = ["yes, it is", "yes, it was", "no"]
+
+
+@both
+def test_structured_output(drive_runner, is_async):
+    """vLLM masks the logits by the grammar before the sampler gets them.
+
+    V2 does so at the same place, with a kernel that does not run in Triton's interpreter.
+    """
+    kinds = [{"temperature": 0.0}, {"seed": 3}, {"seed": 4, "presence_penalty": 0.5}, {}]
+    kinds = [kind | {"choice": CHOICES, "ignore_eos": False} for kind in kinds]
+    calls = [requests_of(kinds, tokens=20) + drawn(12), requests_of(kinds[:1], tokens=20)]
+    result = drive_runner(1, calls, async_scheduling=is_async)
+    assert replay(result, calls) > 100
+    assert set(result["calls"][0]["texts"][: len(kinds)]) <= set(CHOICES)
+    own = drive_runner(1, calls, on=False, async_scheduling=is_async)
+    assert result["calls"][1]["texts"] == own["calls"][1]["texts"]
+
+
 CUSTOM = {
     1: ["custom_vllm:Halves", "custom_vllm:NoDigits"],
     2: ["custom_vllm:HalvesV2", "custom_vllm:NoDigitsV2"],
@@ -445,13 +465,17 @@ def test_custom_logits_processors(drive, runner):
         assert not set(found) & set(range(15, 25)), "digits"
 
 
-SPECULATIVE = {"method": "ngram", "num_speculative_tokens": 3}
-SPECULATIVE |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+#: V1 proposes drafts on the host, and V2, which may be asynchronous, on the device.
+SPECULATIVE = {
+    runner: {"method": method, "num_speculative_tokens": 3}
+    | {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    for runner, method in ((1, "ngram"), (2, "ngram_gpu"))
+}
 
 
 def test_speculative_decoding_of_v1_is_vllm_s_own(drive_runner):
     calls = [requests_of([{}, {"presence_penalty": 1.0}], tokens=10, temperature=0.0)]
-    result = drive_runner(1, calls, speculative_config=SPECULATIVE)
+    result = drive_runner(1, calls, speculative_config=SPECULATIVE[1])
     assert result["log"].count("vLLM keeps its own sampler: speculative_config") == 1
     plain = drive_runner(1, calls, on=False)
     assert result["calls"][0]["tokens"] == plain["calls"][0]["tokens"]
@@ -469,7 +493,7 @@ def test_rows_of_drafts_with_v2(drive_runner, is_async):
     known = [r for r in greedy() + drawn() if not {"logit_bias", "min_p"} & set(r[1])]
     texts = drive_runner(2, [known])["calls"][0]["tokens"]
     result = drive_runner(
-        2, [known], drafts=texts, speculative_config=SPECULATIVE, async_scheduling=is_async
+        2, [known], drafts=texts, speculative_config=SPECULATIVE[2], async_scheduling=is_async
     )
     assert result["sampler"] == f"{PLUGIN}.v2"
     for (_, asked), one, other in zip(known, texts, result["calls"][0]["tokens"], strict=True):

@@ -30,6 +30,7 @@ from benchmarks import (
     vllm_worker,
 )
 from benchmarks.cases import CASES, COMPARED, RUNS, Case, Run
+from benchmarks.engines import watch
 from benchmarks.goals import GOALS, KERNEL, OURS, SAMPLER, judge
 from benchmarks.inputs import MAKERS, AbsentError, assert_model_like, make_buffers, make_inputs
 from benchmarks.oracle import READINGS, Oracle, Reading, WrongAnswerError, check_uniform
@@ -879,7 +880,7 @@ def test_openai_s_client_gets_what_is_not_openai_s_beside_it():
 def test_a_clock_counts_calls_and_their_time():
     ticks = itertools.count()
     owner = types.SimpleNamespace(work=lambda x, y: x + y + next(ticks))
-    clock = vllm_worker.Clock()
+    clock = watch.Clock()
     clock.watch(owner, "work")
     assert [owner.work(1, y=2), owner.work(1, 2)] == [3, 4]
     seconds, calls = clock.take()

@@ -1,0 +1,203 @@
+"""Time and launches of an engine's functions, taken in the process that runs the engine."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: An object or class and the name of one of its functions.
+Place = tuple[Any, str]
+
+
+class Clock:
+    """Seconds spent in functions of an object, and how often they were called."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.calls = 0
+
+    def watch(self, owner: Any, name: str) -> None:
+        """Time ``owner.name`` from now on."""
+        function: Callable[..., Any] = getattr(owner, name)
+
+        @functools.wraps(function)
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                self.seconds += time.perf_counter() - start
+                self.calls += 1
+
+        setattr(owner, name, timed)
+
+    def take(self) -> tuple[float, int]:
+        """The seconds and calls so far; counting begins again."""
+        shown = self.seconds, self.calls
+        self.seconds, self.calls = 0.0, 0
+        return shown
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be a launch on a GPU: on a GPU the kernels themselves, by the profiler.
+
+    Elsewhere each operator of torch is one that computes something (views and empty tensors are
+    none), and so is each call of a Triton kernel and of this package's compiled kernels.
+
+    Attributes:
+        count: of all watched functions so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self._is_inside = False
+
+    def watch(self, owner: Any, name: str) -> None:
+        """Count the launches of ``owner.name`` from now on."""
+        function: Callable[..., Any] = getattr(owner, name)
+
+        @functools.wraps(function)
+        def counted(*args: Any, **options: Any) -> Any:
+            if self._is_inside:
+                return function(*args, **options)
+            self._is_inside = True
+            try:
+                with self._counting():
+                    return function(*args, **options)
+            finally:
+                self._is_inside = False
+
+        setattr(owner, name, counted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count an operator, unless it computes nothing."""
+        self.count += not func.is_view and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        if torch.cuda.is_available():
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities) as profiler:
+                yield
+                torch.cuda.synchronize()
+            kind = torch.autograd.DeviceType.CUDA
+            self.count += sum(event.device_type == kind for event in profiler.events())
+            return
+        with self, self._other_kernels():
+            yield
+
+    @contextmanager
+    def _other_kernels(self) -> Iterator[None]:
+        """Count the kernels that are no operators of torch, if their modules are loaded."""
+        places = (
+            ("triton.runtime.interpreter", "GridExecutor", "__call__"),
+            ("llm_sampling.backends.native", "Library", "run"),
+            ("llm_sampling.backends.native", "Library", "update"),
+        )
+        originals = []
+        for module, owner_name, name in places:
+            owner = getattr(sys.modules.get(module), owner_name, None)
+            if owner is not None:
+                originals.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, self._one_more(getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for owner, name, function in originals:
+                setattr(owner, name, function)
+
+    def _one_more(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            before = self.count
+            try:
+                return function(*args, **options)
+            finally:
+                self.count = before + 1  # what an interpreter does inside is no launch
+
+        return call
+
+
+def measure(
+    generate: Callable[[int], list[list[int]]],
+    *,
+    tokens: int,
+    rounds: int,
+    step: Sequence[Place],
+    draw: Place,
+    follow: Sequence[Place] = (),
+) -> dict[str, Any]:
+    """Generate some rounds, timed, and one more in which launches are counted.
+
+    Args:
+        generate: all requests, so many tokens each; returns their tokens.
+        tokens: of each request.
+        rounds: that are timed.
+        step: functions that together are a step of the engine's runner.
+        draw: the function of the sampler that is called once a step.
+        follow: other functions that are the sampler's: what follows requests that come and go,
+            and what is drawn.
+
+    Returns:
+        ``tokens`` of the first round, ``rounds``, and ``launches`` of the sampler a step.
+    """
+    generate(min(tokens, 4))
+    whole, drawn, followed = Clock(), Clock(), Clock()
+    for place in step:
+        whole.watch(*place)
+    drawn.watch(*draw)
+    for place in follow:
+        followed.watch(*place)
+    lines, first = [], None
+    for _ in range(rounds):
+        for clock in (whole, drawn, followed):
+            clock.take()
+        start = time.perf_counter()
+        made = generate(tokens)
+        seconds = time.perf_counter() - start
+        first = made if first is None else first
+        steps = drawn.calls
+        lines.append(
+            {
+                "seconds": seconds,
+                "steps": steps,
+                "step_seconds": whole.take()[0],
+                "sampler_seconds": drawn.take()[0] + followed.take()[0],
+                "generated": sum(map(len, made)),
+            }
+        )
+    launches = Launches()
+    for place in (draw, *follow):
+        launches.watch(*place)
+    drawn.take()
+    generate(tokens)
+    return {
+        "tokens": first,
+        "rounds": lines,
+        "launches": launches.count / drawn.calls,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What a table shows of the rounds of :func:`measure`."""
+
+    def median(value: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.median(map(value, rounds))
+
+    return {
+        "tokens_per_s": round(median(lambda r: r["generated"] / r["seconds"]), 1),
+        "step_ms": round(median(lambda r: r["step_seconds"] / r["steps"] * 1e3), 2),
+        "sampler_ms": round(median(lambda r: r["sampler_seconds"] / r["steps"] * 1e3), 3),
+        "share": round(median(lambda r: r["sampler_seconds"] / r["step_seconds"]), 4),
+    }
