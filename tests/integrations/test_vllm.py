@@ -541,8 +541,8 @@ CHANGES = {
     ),
     "a class that is gone": ((PROCESSORS, "class MinTokens", "class LeastTokens"), "MinTokens"),
     "a parameter more": (
-        ("v1.sample.sampler", "sampling_metadata, predict_bonus_token):", "sampling_metadata, x):"),
-        "Sampler.apply_logits_processors takes (self logits sampling_metadata x)",
+        ("v1.sample.sampler", "def sample(self, logits,", "def sample(self, logits, more,"),
+        "Sampler.sample takes (self logits more sampling_metadata logprobs_mode_override)",
     ),
     "another order": (
         (PROCESSORS, "vllm_config, device, is_pin", "device, vllm_config, is_pin"),
@@ -681,7 +681,7 @@ def test_the_kernel_gets_the_logits_as_they_are(make_runner, dtype, monkeypatch)
     before, seen = logits.clone(), []
     draw = Requests.draw
     monkeypatch.setattr(Requests, "draw", lambda self, x: seen.append(x) or draw(self, x))
-    output = run(runner, logits, no_penalties=False)
+    output = run(runner, logits)
     assert drawn_by(output) == tokens_of(before)
     assert output.logprobs_tensors is None
     assert seen[0] is logits
@@ -707,8 +707,7 @@ def test_what_changes_logits_before_the_penalties(make_runner):
         "adapter": lambda x: x[0].mul_(-0.5),
     }
     for names in [*([name] for name in changes), list(changes)]:
-        fields = {"no_penalties": False}
-        fields |= {"allowed_token_ids_mask": mask} if "allowed" in names else {}
+        fields = {"allowed_token_ids_mask": mask} if "allowed" in names else {}
         fields |= {"bad_words_token_ids": {2: words}} if "words" in names else {}
         min_tokens.min_toks = {3: ()} if "min_tokens" in names else {}
         logit_bias.biases = {0: {5: 40.0}} if "bias" in names else {}
@@ -774,7 +773,7 @@ def test_processors_after_the_temperature(make_runner):
     ]
     positions = [len(output) for output in OUTPUTS]
     want = sample(halved, rest, positions=positions).tokens.tolist()
-    assert drawn_by(run(runner, logits, no_penalties=False)) == want
+    assert drawn_by(run(runner, logits)) == want
     assert drawn_by(run(make_runner(), logits))[0] == want[0], "greedy rows stay what they are"
     requests = runner.logitsprocs.argmax_invariant[0]
     tokens, given = requests.draw_after(logits, [Halves()])

@@ -30,6 +30,7 @@ from benchmarks import (
     vllm_worker,
 )
 from benchmarks.cases import CASES, COMPARED, RUNS, Case, Run
+from benchmarks.engines import __main__ as engines
 from benchmarks.engines import watch
 from benchmarks.goals import GOALS, KERNEL, OURS, SAMPLER, judge
 from benchmarks.inputs import MAKERS, AbsentError, assert_model_like, make_buffers, make_inputs
@@ -38,7 +39,7 @@ from benchmarks.providers import HUGGING_FACE, LLAMA_CPP, PROVIDERS, VLLM, Conte
 from benchmarks.suite import Result, check, open_suite
 from benchmarks.timing import Protocol, Timing, measure, runner
 from benchmarks.worker import Worker
-from llm_sampling import SamplingParams, TokenHistory, filter_logits
+from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 600
@@ -887,6 +888,128 @@ def test_a_clock_counts_calls_and_their_time():
     assert seconds > 0
     assert calls == 2
     assert clock.take() == (0.0, 0)
+
+
+def test_launches_are_what_computes_something():
+    params = SamplingParams(top_k=3, seed=1)
+    logits = torch.randn(2, 50)
+
+    def inner():
+        return logits * 2
+
+    def work():
+        owner.inner()
+        torch.empty(3)
+        (logits + 1).view(-1)[3:].unsqueeze(0)
+        return sample(logits, params)
+
+    owner = types.SimpleNamespace(work=work, inner=inner)
+    alone = types.SimpleNamespace(draw=lambda: sample(logits, params))
+    one, launches = watch.Launches(), watch.Launches()
+    one.watch(alone, "draw")
+    assert torch.equal(alone.draw().tokens, sample(logits, params).tokens)
+    assert one.count >= 1
+    launches.watch(owner, "work")
+    launches.watch(owner, "inner")  # inside of the other it is counted once
+    owner.work()
+    assert launches.count == one.count + 2
+    owner.inner()
+    assert launches.count == one.count + 3
+    before = launches.count
+    sample(logits, params)
+    assert launches.count == before, "nothing is counted outside"
+
+
+class Runner:
+    """An engine's runner whose step draws a token for each request."""
+
+    def __init__(self):
+        self.sampler = types.SimpleNamespace(draw=self._draw)
+        self.steps = 0
+
+    def _draw(self):
+        return torch.ones(3).tolist()
+
+    def follow(self):
+        return None
+
+    def step(self):
+        self.steps += 1
+        self.follow()
+        return self.sampler.draw()
+
+    def generate(self, tokens):
+        made = [self.step() for _ in range(tokens)]
+        return [list(row) for row in zip(*made, strict=True)]
+
+
+def test_what_is_measured_of_an_engine():
+    runner = Runner()
+    found = watch.measure(
+        runner.generate,
+        tokens=6,
+        rounds=2,
+        step=[(runner, "step")],
+        draw=(runner.sampler, "draw"),
+        follow=[(runner, "follow")],
+    )
+    assert runner.steps == 4 + 2 * 6 + 6
+    assert found["tokens"] == [[1.0] * 6] * 3
+    assert [line["steps"] for line in found["rounds"]] == [6, 6]
+    assert [line["generated"] for line in found["rounds"]] == [18, 18]
+    assert found["launches"] == 1.0
+    for line in found["rounds"]:
+        assert 0 < line["sampler_seconds"] < line["step_seconds"] < line["seconds"]
+    shown = watch.medians(
+        [
+            {"seconds": s, "steps": 4, "step_seconds": 2.0, "sampler_seconds": 0.5, "generated": 8}
+            for s in (1.0, 2.0, 4.0)
+        ]
+    )
+    assert shown == {"tokens_per_s": 4.0, "step_ms": 500.0, "sampler_ms": 125.0, "share": 0.25}
+
+
+def engine_results():
+    rounds = [
+        {"seconds": 2.0, "steps": 4, "step_seconds": 1.0, "sampler_seconds": 0.5, "generated": 8}
+    ]
+    common = {"version": "1.2", "torch": "2.13.0", "rounds": rounds}
+    return {
+        engines.OWN: common | {"sampler": "theirs", "launches": 30.0, "tokens": [[1], [2]]},
+        engines.OURS: common | {"sampler": "ours", "launches": 4.0, "tokens": [[1], [3]]},
+    }
+
+
+def test_the_report_of_engines():
+    requests = [{"ids": [1], "params": {"temperature": t}} for t in (0.0, 1.0)]
+    line = engines.line_of("vllm-v1", engine_results(), requests)
+    assert (line["greedy"], line["greedy_changed"]) == (1, 0), "drawn requests may differ"
+    both = [{"ids": [1], "params": {"temperature": 0.0}}] * 2
+    wrong = engines.line_of("vllm-v1", engine_results(), both)
+    assert wrong["greedy_changed"] == 1
+    record = {
+        "command": "python -m benchmarks.engines",
+        "environment": {"cpu": "a CPU", "date": "today"},
+        **{"threads": 2, "requests": 2, "tokens": 1, "rounds": 1},
+        **{"dtype": "float32", "device": "cpu"},
+        "lines": [line, line | {"engine": "vllm-v2"}],
+        "absent": {"vllm-v1-async": "no environment"},
+    }
+    text = engines.report(record)
+    assert "| vLLM, V1 (1.2) | its own | 4.0 | 250.0 | 125.00 | 50.0% | 30.0 |" in text
+    assert "| vLLM, V2 (1.2) | llm_sampling | | | | | 4.0 |" in text, "no times on a CPU"
+    assert "vLLM, V1, asynchronous: absent, no environment" in text
+    assert engines.is_right(record)
+    assert not engines.is_right(record | {"lines": [wrong]})
+
+
+def test_an_engine_whose_environment_is_not_there_is_named(monkeypatch):
+    def absent(name):
+        raise AbsentError(f"python -m benchmarks.environments {name} makes its environment")
+
+    monkeypatch.setattr(engines, "python_of", absent)
+    with pytest.raises(AbsentError, match="environments vllm makes"):
+        engines.run(engines.ENGINES["vllm-v1"], {"threads": 1}, engines.OURS)
 
 
 def test_docs_show_what_was_measured_in_vllm_s_engine():

@@ -61,9 +61,6 @@ RELIANCE = Reliance(
         f"{_SAMPLER}:Sampler.forward": (
             "self logits sampling_metadata predict_bonus_token logprobs_mode_override"
         ),
-        f"{_SAMPLER}:Sampler.apply_logits_processors": (
-            "self logits sampling_metadata predict_bonus_token"
-        ),
         f"{_SAMPLER}:Sampler.sample": "self logits sampling_metadata logprobs_mode_override",
         f"{_SAMPLER}:Sampler.compute_logprobs": "logits",
         "vllm.v1.outputs:SamplerOutput": "sampled_token_ids logprobs_tensors",
@@ -541,14 +538,6 @@ def _fused(sampler: Any) -> Any:
             return super().forward(
                 logits, sampling_metadata, predict_bonus_token, logprobs_mode_override
             )
-
-        def apply_logits_processors(
-            self, logits: Tensor, sampling_metadata: Any, predict_bonus_token: bool
-        ) -> Any:
-            """All of vLLM's processors but the penalties, which the kernel applies."""
-            if _requests_of(sampling_metadata, logits) is not None:
-                sampling_metadata = replace(sampling_metadata, no_penalties=True)
-            return super().apply_logits_processors(logits, sampling_metadata, predict_bonus_token)
 
         def sample(
             self, logits: Tensor, sampling_metadata: Any, logprobs_mode_override: Any = None
