@@ -51,7 +51,8 @@ class Reliance:
     """What a plug-in relies on in an engine, by ``module:attribute.of.attribute``.
 
     Attributes:
-        signatures: functions that are called or overridden, with all of their parameters in order.
+        signatures: functions that are called or overridden, with their parameters in order; a "*"
+            at the end stands for any that follow.
         fields: records and functions, with those of their fields or parameters that are used.
         lookups: functions that are relied on to call something or to read an attribute, with the
             names of these. Patch releases and vendors' builds have the same version, a signature
@@ -73,9 +74,11 @@ class Reliance:
         """How the engine differs from this; None if it does not. Imports the modules."""
         try:
             for place, names in self.signatures.items():
-                found = " ".join(inspect.signature(find(place)).parameters)
-                if found != names:
-                    return f"{place} takes ({found}), and not ({names})"
+                found, wanted = [*inspect.signature(find(place)).parameters], names.split()
+                if wanted[-1:] == ["*"]:
+                    found = [*found[: len(wanted) - 1], "*"]
+                if found != wanted:
+                    return f"{place} takes ({' '.join(found)}), and not ({names})"
             for place, names in self.fields.items():
                 fields = inspect.signature(find(place)).parameters
                 if missing := [name for name in names.split() if name not in fields]:

@@ -71,13 +71,13 @@ RELIANCE = Reliance(
         ),
         "vllm.v1.worker.gpu.input_batch:post_update": (
             "idx_mapping num_computed_tokens last_sampled_tokens output_bin_counts sampled_tokens "
-            "num_sampled num_rejected query_start_loc all_token_ids total_len"
+            "num_sampled *"
         ),
     },
     fields={
         **FIELDS_OF_BOTH,
         "vllm.config:SpeculativeConfig": "num_speculative_tokens",
-        _SAMPLER: "vllm_config vocab_size custom_logits_processors",
+        f"{_SAMPLER}.__init__": "vllm_config vocab_size custom_logits_processors",
     },
     lookups={
         f"{RUNNER}:GPUModelRunner.load_model": "Sampler create_watermarker",
