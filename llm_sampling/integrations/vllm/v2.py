@@ -77,7 +77,7 @@ RELIANCE = Reliance(
     fields={
         **FIELDS_OF_BOTH,
         "vllm.config:SpeculativeConfig": "num_speculative_tokens",
-        f"{_SAMPLER}.__init__": "vllm_config vocab_size custom_logits_processors",
+        f"{_SAMPLER}.__init__": "vllm_config custom_logits_processors",
     },
     lookups={
         f"{RUNNER}:GPUModelRunner.load_model": "Sampler create_watermarker",
