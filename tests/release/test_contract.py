@@ -64,7 +64,7 @@ LAYERS = (
     ("generation",),
     ("integrations", "tools"),
     ("integrations.generate_call", "integrations.engine"),
-    ("integrations.huggingface", "integrations.vllm.both"),
+    ("integrations.huggingface", "integrations.continuous_batching", "integrations.vllm.both"),
     ("integrations.vllm.v1", "integrations.vllm.v2"),
     ("integrations.vllm",),
     ("tools.files", "tools.explain.steps", "tools.tuning.space"),
