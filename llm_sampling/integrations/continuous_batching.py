@@ -48,9 +48,6 @@ from llm_sampling.table import RequestTable
 
 _LOG = logging.getLogger("llm_sampling")
 
-#: The releases of transformers that this module is tested with.
-TESTED = ("5.12", "5.18", "5.23", "5.24")
-
 # ---- registration ----
 
 _PACKAGE = "transformers.generation.continuous_batching"
