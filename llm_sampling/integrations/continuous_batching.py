@@ -31,7 +31,7 @@ from torch import Tensor
 
 from llm_sampling import backends
 from llm_sampling.backends.base import Logprobs
-from llm_sampling.checks import integer_at_least, true_or_false
+from llm_sampling.checks import integer_at_least, refusal, true_or_false
 from llm_sampling.generation.config import (
     AS_PROCESSORS,
     NOT_SUPPORTED,
@@ -242,7 +242,7 @@ class _Asked:
         return seeded(self.params, int(child) + 1) if child else self.params
 
 
-class _Prompt(list):  # type: ignore[type-arg]
+class Prompt(list):  # type: ignore[type-arg]
     """A prompt with its parameters: ``add_requests`` sorts prompts before it adds them."""
 
     def __init__(self, ids: Sequence[int], params: SamplingParams) -> None:
@@ -309,6 +309,7 @@ def _manager(theirs: Any, options: _Options) -> Any:
             """
             config = options.get("generation_config")
             if config is not None:
+                refuse_fields(config, {"stop_strings": ([],)})
                 if max_new_tokens is None:
                     max_new_tokens = config.max_new_tokens
                 if eos_token_id is None:
@@ -355,7 +356,7 @@ def _manager(theirs: Any, options: _Options) -> Any:
                         f"params must have one for each of {len(inputs)} prompts, got "
                         f"{len(of_each)}"
                     )
-                inputs = [_Prompt(*of_one) for of_one in zip(inputs, of_each, strict=True)]
+                inputs = [Prompt(*of_one) for of_one in zip(inputs, of_each, strict=True)]
             elif own is not None:
                 options["params"] = own
             names: list[str] = super().add_requests(
@@ -376,21 +377,16 @@ def _manager(theirs: Any, options: _Options) -> Any:
                     f"a request has no parameter {', '.join(sorted(unknown))}; there are params, "
                     f"generation_config, {', '.join(sorted(_FIELDS))}"
                 )
-            if isinstance(input_ids, _Prompt):
+            if isinstance(input_ids, Prompt):
                 params = input_ids.params
             if params is not None and (config is not None or fields):
                 more = ["generation_config"] * (config is not None) + sorted(fields)
                 raise ValueError(f"params must not be given beside {', '.join(more)}")
-            if params is not None:
-                params = _checked_params(params)
-                if isinstance(params, list):
-                    raise ValueError(f"params must be one SamplingParams, got {len(params)}")
-            elif config is not None:
-                refuse_fields(config, NOT_SUPPORTED)
-                self._refuse_processors_of(config)
-                params = replace(params_of_config(config, None, top_k=0), **fields)
-            else:
-                params = self._default() if not fields else replace(self._default(), **fields)
+            if params is None:
+                params = self._default() if config is None else self.params_of(config)
+            elif not isinstance(params, SamplingParams):
+                raise refusal("params", "one SamplingParams", params)
+            params = replace(params, **fields) if fields else params
             if params.seed is None:
                 low, high = torch.randint(2**32, (2,), generator=self._seeds).tolist()
                 params = replace(params, seed=low + (high << 32))
@@ -406,16 +402,23 @@ def _manager(theirs: Any, options: _Options) -> Any:
                 )
             return self._config_params if found is None else found
 
-        def _refuse_processors_of(self, config: Any) -> None:
-            """A ValueError if a request's config asks for other processors than the manager's."""
-            for name, off in AS_PROCESSORS.items():
-                value = getattr(config, name, None)
-                is_off = value is None or value in off
-                if not is_off and value != getattr(self.generation_config, name, None):
+        def params_of(self, config: Any) -> SamplingParams:
+            """The parameters of a request's generation config.
+
+            Raises:
+                ValueError: the config asks for what cannot be honoured, or for other processors
+                    than the manager's.
+            """
+            refuse_fields(config, NOT_SUPPORTED)
+            of_manager = self.generation_config
+            for name, off in {**AS_PROCESSORS, "num_return_sequences": (1,)}.items():
+                value, known = getattr(config, name, None), getattr(of_manager, name, None)
+                if value != known and not (value in (None, *off) and known in (None, *off)):
                     raise ValueError(
                         f"{name} of a request's generation_config must be that of the manager's, "
-                        f"since transformers makes its processors once, got {value!r}"
+                        f"which counts for all requests, got {value!r}"
                     )
+            return params_of_config(config, None, top_k=0)
 
         def _check(self, params: SamplingParams, prompt: int, output: int | None) -> None:
             """A ValueError if the table cannot hold such a request."""

@@ -901,8 +901,8 @@ def test_a_named_backend_draws(model, caplog):
             {"params": PARAMS[3], "generation_config": transformers.GenerationConfig(), "seed": 1},
             "params must not be given beside generation_config, seed",
         ),
-        ({"params": 3}, "params must be a SamplingParams or a sequence of them, got 3"),
-        ({"params": PARAMS[:2]}, "params must be one SamplingParams, got 2"),
+        ({"params": 3}, "params must be one SamplingParams, got 3"),
+        ({"params": PARAMS[:1]}, "params must be one SamplingParams, got "),
         (
             {"generation_config": transformers.GenerationConfig(typical_p=0.5)},
             "typical_p of the generation config cannot be honoured, got 0.5",
@@ -910,6 +910,14 @@ def test_a_named_backend_draws(model, caplog):
         (
             {"generation_config": transformers.GenerationConfig(suppress_tokens=[3])},
             "suppress_tokens of a request's generation_config must be that of the manager's",
+        ),
+        (
+            {"generation_config": transformers.GenerationConfig(num_return_sequences=2)},
+            "num_return_sequences of a request's generation_config must be that of the manager's",
+        ),
+        (
+            {"generation_config": transformers.GenerationConfig(stop_strings=["a"])},
+            "stop_strings of the generation config cannot be honoured",
         ),
         ({"penalty_last_n": 3, "repetition_penalty": 2.0}, "params must have no penalty_last_n"),
     ],

@@ -65,7 +65,7 @@ LAYERS = (
     ("integrations", "tools"),
     ("integrations.generate_call", "integrations.engine"),
     ("integrations.huggingface", "integrations.continuous_batching", "integrations.vllm.both"),
-    ("integrations.vllm.v1", "integrations.vllm.v2"),
+    ("integrations.transformers_serve", "integrations.vllm.v1", "integrations.vllm.v2"),
     ("integrations.vllm",),
     ("tools.files", "tools.explain.steps", "tools.tuning.space"),
     ("tools.explain.compare", "tools.explain.page", "tools.explain.picture"),
