@@ -209,6 +209,9 @@ RELIANCE = Reliance(
         f"{_PACKAGE}.input_outputs:ContinuousBatchingIOs.prepare_batch_tensors": (
             "position_offset prepare_tensor_args static_inputs"
         ),
+        f"{_PACKAGE}.requests:RequestState.update_and_check_completion": (
+            "generated_tokens status FINISHED"
+        ),
         f"{_PACKAGE}.requests:RequestState.create_equivalent_initial_request": (
             "get_request_config _true_initial_tokens"
         ),
@@ -284,13 +287,14 @@ def _manager(theirs: Any, options: _Options) -> Any:
                 max_length=options.max_length,
                 backend=options.backend,
             )
+            backend = self.logit_processor.requests.backend
+            if any(resolved.cuda_graph_booleans):
+                _refuse_graphs(model.device.type, backend)
             seed = fresh_seed() if resolved.seed is None else resolved.seed
             self._seeds = torch.Generator().manual_seed(
                 (seed + self.distributed_helper.dp_rank) % 2**63
             )
-            _LOG.info(
-                "llm_sampling draws, by its backend %r", self.logit_processor.requests.backend
-            )
+            _LOG.info("llm_sampling draws, by its backend %r", backend)
 
         def add_request(
             self,
@@ -443,6 +447,16 @@ def _manager(theirs: Any, options: _Options) -> Any:
     return FusedManager
 
 
+def _refuse_graphs(device_type: str, backend: str) -> None:
+    """A ValueError if a graph would keep what the requests of its capture ask for, or cannot be."""
+    if device_type == "cpu" or (device_type == "cuda" and backend != "torch"):
+        return
+    raise ValueError(
+        "use_cuda_graph of the ContinuousBatchingConfig must be False where the draw cannot be "
+        f"captured, got the backend {backend!r} on {device_type!r}"
+    )
+
+
 # ---- the requests of a batch ----
 
 
@@ -465,9 +479,12 @@ class _Request:
     needs_history: bool
     recorded: int = -1
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether transformers knows that it has finished or failed."""
+        status = self.state.status
+        return bool(status >= type(status).FINISHED)
 
-#: ``RequestStatus.FINISHED``; a larger one has failed.
-_FINISHED = 3
 
 #: The rows of transformers' ``logits_processor_args`` that are ours: the slot of each row of
 #: logits, the place of the row in its text, and the slot that records its token. -1 is none.
@@ -510,6 +527,7 @@ class Requests:
         self.vocab_size = check_vocab_size(vocab_size)
         self.capacity = capacity
         self._backend = backend
+        self._keeps_histories = penalties
         self._table = RequestTable(
             capacity,
             vocab_size=vocab_size,
@@ -543,7 +561,7 @@ class Requests:
             RuntimeError: the history of a request is needed and nobody knows its last token.
         """
         with self._on_stream():
-            for request in [one for one in self._by_id.values() if one.state.status >= _FINISHED]:
+            for request in [one for one in self._by_id.values() if one.has_ended]:
                 self._leave(request)
             names = {state.request_id for state in states}
             return [self._numbers_of(state, names) for state in states]
@@ -635,7 +653,7 @@ class Requests:
         if slots.device.type == "cpu" and bool(((output.tokens < 0) & (slots >= 0)).any()):
             self._warn()
         tokens = output.tokens.clamp(min=0)
-        if self._table.history is not None:
+        if self._keeps_histories:
             # counts as a tensor, since a list would be copied from the host in each replay
             self._table.append(tokens, torch.ones_like(recording), slots=recording)
         if output.logprobs is None:

@@ -588,6 +588,7 @@ def test_a_bug_is_seen(model, bug, is_async, cb):
 
 
 @needs_runner
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")
 def test_transformers_drops_the_repetition_penalty(model):
     """Its greedy tokens are the same with the penalty and without; ``generate``'s are not."""
     penalty = {"do_sample": False, "repetition_penalty": 1.6}
@@ -887,6 +888,22 @@ def test_a_named_backend_draws(model, caplog):
     assert replay(done) == []
 
 
+@needs_runner
+def test_under_inference_mode(model):
+    with torch.inference_mode():
+        done = run(model, MIXED)
+    assert replay(done) == []
+
+
+@needs_runner
+def test_a_compiled_model(model):
+    """transformers compiles the step as a whole, but for the draw."""
+    compiled = transformers.CompileConfig(backend="eager", fullgraph=False, dynamic=True)
+    done = run(model, MIXED, cb_config(varlen_compile_config=compiled))
+    assert replay(done) == []
+    assert any(rows > requests for rows, requests in done.batches)
+
+
 # ---- what is refused ----
 
 
@@ -904,7 +921,7 @@ def test_a_named_backend_draws(model, caplog):
         ({"params": 3}, "params must be one SamplingParams, got 3"),
         ({"params": PARAMS[:1]}, "params must be one SamplingParams, got "),
         (
-            {"generation_config": transformers.GenerationConfig(typical_p=0.5)},
+            {"generation_config": transformers.GenerationConfig(do_sample=True, typical_p=0.5)},
             "typical_p of the generation config cannot be honoured, got 0.5",
         ),
         (
@@ -912,7 +929,11 @@ def test_a_named_backend_draws(model, caplog):
             "suppress_tokens of a request's generation_config must be that of the manager's",
         ),
         (
-            {"generation_config": transformers.GenerationConfig(num_return_sequences=2)},
+            {
+                "generation_config": transformers.GenerationConfig(
+                    do_sample=True, num_return_sequences=2
+                )
+            },
             "num_return_sequences of a request's generation_config must be that of the manager's",
         ),
         (
@@ -965,6 +986,16 @@ def test_a_config_that_cannot_be_honoured(model, fields, message):
         setattr(config, name, value)
     with fused_continuous_batching(), pytest.raises(ValueError, match=message):
         model.init_continuous_batching(config, cb_config())
+
+
+@pytest.mark.parametrize(
+    ("device_type", "backend"), [("xpu", "triton"), ("xpu", "torch"), ("cuda", "torch")]
+)
+def test_graphs_that_would_keep_the_first_requests_are_refused(device_type, backend):
+    for good in (("cpu", "cpu"), ("cuda", "cuda"), ("cuda", "triton")):
+        continuous_batching._refuse_graphs(*good)
+    with pytest.raises(ValueError, match=f"got the backend '{backend}' on '{device_type}'"):
+        continuous_batching._refuse_graphs(device_type, backend)
 
 
 @pytest.mark.parametrize(
