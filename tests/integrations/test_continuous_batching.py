@@ -466,6 +466,20 @@ def test_sequences_of_a_prompt_have_seeds_of_their_own(model, is_async, blocks):
 
 
 @needs_runner
+@needs_other_devices
+def test_an_empty_batch_ends_transformers_own_manager(model, monkeypatch):
+    """Why the asynchronous cases above have padding."""
+    asynchronous(monkeypatch)
+    with pytest.raises(LoopHasEndedError, match="cannot reshape tensor of 0 elements"):
+        run_theirs(
+            model,
+            [(PROMPTS[4], {})],
+            cb_config(use_async_batching=True),
+            {"num_return_sequences": 2},
+        )
+
+
+@needs_runner
 def test_a_hash_in_the_name_of_a_request_is_no_sequence(model):
     names = ["a#1", "a__child#0", "a"]
     requests = [(PROMPTS[3], {"params": PARAMS[3], "request_id": name}) for name in names]
@@ -670,6 +684,17 @@ def test_logits_that_leave_no_token_give_token_0_and_a_warning(model, caplog):
     assert done.outputs[name].error is None
     said = [record for record in caplog.records if "left a request no token" in record.message]
     assert len(said) == 1
+
+
+@needs_runner
+def test_logits_that_leave_no_token_end_transformers_own_manager(model, monkeypatch):
+    runner = find(f"{PACKAGE}.model_runner:ModelRunner")
+    own = runner._sample
+    monkeypatch.setattr(
+        runner, "_sample", lambda self, scores, ids: own(self, scores * torch.nan, ids)
+    )
+    with pytest.raises(LoopHasEndedError, match="probability tensor contains"):
+        run_theirs(model, [(PROMPTS[4], {})])
 
 
 class Doubling(transformers.LogitsProcessor):

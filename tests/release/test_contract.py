@@ -585,7 +585,7 @@ def test_import_loads_no_compiled_library(tmp_path):
 
 DOCS = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("", "docs", "benchmarks", "examples")
+    for folder in ("", "docs", "docs/engines", "benchmarks", "examples")
     for path in (ROOT / folder).glob("*.md")
 )
 
