@@ -178,14 +178,14 @@ RELIANCE = Reliance(
         f"{_PROCESSORS}.__init__": (
             "self logits_processor per_request_processors drop_unsupported_processors"
         ),
-        f"{_PROCESSORS}.check_kwargs": ("self kwargs"),
-        f"{_PROCESSORS}.fill_defaults": ("self int32_tensor"),
+        f"{_PROCESSORS}.check_kwargs": "self kwargs",
+        f"{_PROCESSORS}.fill_defaults": "self int32_tensor",
         f"{_PROCESSORS}.prepare_tensor_args": "self requests_in_batch arg_storage",
         f"{_RUNNER}.compute_batch": "self model batch_data",
         f"{_RUNNER}._sample": "self scores output_ids",
     },
     fields={
-        f"{_RUNNER}.__init__": ("logit_processor inputs_and_outputs return_logprobs"),
+        f"{_RUNNER}.__init__": "logit_processor inputs_and_outputs return_logprobs",
         f"{_PACKAGE}.requests:RequestState": (
             "request_id initial_tokens logit_processor_kwargs generated_tokens position_offset "
             "_true_initial_tokens"
@@ -201,7 +201,7 @@ RELIANCE = Reliance(
         f"{_API}:ContinuousBatchProcessor._update_tp_group_state": (
             "check_kwargs logit_processor_kwargs"
         ),
-        f"{_API}:ContinuousMixin.init_continuous_batching": ("ContinuousBatchingManager"),
+        f"{_API}:ContinuousMixin.init_continuous_batching": "ContinuousBatchingManager",
         f"{_RUNNER}._forward_process_and_sample": "_sample",
         f"{_PACKAGE}.input_outputs:ContinuousBatchingIOs._setup_static_tensors": (
             "tensors_required fill_defaults"
@@ -270,6 +270,8 @@ def _manager(theirs: Any, options: _Options) -> Any:
             workload_hints: Any = None,
         ) -> None:
             refuse_fields(generation_config, NOT_SUPPORTED)
+            vocab_size = check_vocab_size(model.config.get_text_config().vocab_size)
+            backend = backend_name(backends.resolve(options.backend, model.device))
             self._options = options
             self._config_params = params_of_config(generation_config, None, top_k=0)
             # transformers then makes no processors of what the kernel applies
@@ -279,17 +281,16 @@ def _manager(theirs: Any, options: _Options) -> Any:
             super().__init__(model, config, continuous_batching_config, workload_hints)
             self.generation_config = generation_config
             resolved = self.continuous_batching_config
+            if any(resolved.cuda_graph_booleans):
+                _refuse_graphs(model.device.type, backend)
             self.logit_processor.requests = Requests(
-                model.config.get_text_config().vocab_size,
+                vocab_size,
                 model.device,
                 capacity=resolved.max_requests_per_batch,
                 penalties=options.penalties,
                 max_length=options.max_length,
                 backend=options.backend,
             )
-            backend = self.logit_processor.requests.backend
-            if any(resolved.cuda_graph_booleans):
-                _refuse_graphs(model.device.type, backend)
             seed = fresh_seed() if resolved.seed is None else resolved.seed
             self._seeds = torch.Generator().manual_seed(
                 (seed + self.distributed_helper.dp_rank) % 2**63
@@ -524,8 +525,6 @@ class Requests:
         max_length: int | None = None,
         backend: str = "auto",
     ) -> None:
-        self.vocab_size = check_vocab_size(vocab_size)
-        self.capacity = capacity
         self._backend = backend
         self._keeps_histories = penalties
         self._table = RequestTable(
@@ -537,17 +536,11 @@ class Requests:
             backend=backend,
             device=device,
         )
-        self.device = self._table.device
         self._free = list(range(capacity))
         self._by_id: dict[str, _Request] = {}  # the least recently used first
         #: The stream of the draws, in whose order the table is changed; None: the current one.
         self.stream: Any = None
         self._has_warned = False
-
-    @property
-    def backend(self) -> str:
-        """The name of the backend that draws."""
-        return backend_name(backends.resolve(self._backend, self.device))
 
     # Called while a batch is prepared, on the host
 
@@ -569,7 +562,7 @@ class Requests:
     def _on_stream(self) -> AbstractContextManager[Any]:
         if self.stream is None:
             return nullcontext()
-        context: AbstractContextManager[Any] = torch.get_device_module(self.device).stream(
+        context: AbstractContextManager[Any] = torch.get_device_module(self._table.device).stream(
             self.stream
         )
         return context

@@ -79,7 +79,8 @@ def _manager(theirs: Any) -> Any:
 
         def init_cb(self, model: Any, gen_config: Any) -> None:
             """See transformers; no config of a request counts for another one."""
-            super().init_cb(model, copy.deepcopy(model.generation_config))
+            if self._cb is None:
+                super().init_cb(model, copy.deepcopy(model.generation_config))
 
         def _with_params(self, inputs: Any, config: Any) -> dict[str, Any]:
             """The ids of a request with its parameters; status 400 where these are wrong."""

@@ -336,9 +336,11 @@ def run_either(is_async, model, requests, generation=None, *, change=None, cb=No
 @ASYNC
 @pytest.mark.parametrize("offload", [0.0, 0.001], ids=["reset", "moved"])
 def test_requests_that_lose_their_memory_go_on_where_they_stopped(model, is_async, offload):
-    cb = {"num_blocks": 12, "cpu_offload_space": offload, "max_batch_tokens": 48}
+    cb = {"num_blocks": 12, "cpu_offload_space": offload, "max_batch_tokens": 48, "seed": 1}
     done = run_either(is_async, model, MIXED, cb=cb, change=without_pinned_memory)
+    assert done.preempted["moved" if offload else "reset"] > 4
     assert replay(done) == []
+    assert done.all_tokens() == run(model, MIXED, cb_config(seed=1)).all_tokens()
 
 
 GRAPHS = {"use_cuda_graph": True, "q_padding_interval_size": 16, "kv_padding_interval_size": 512}
