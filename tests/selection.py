@@ -34,6 +34,10 @@ SOME = {
     "test_cli_hostile.py::test_every_row": Some(5, locale=("utf8",), stdout=(None,)),
     "test_cli_hostile.py::test_streams_of_a_shell": Some(name=("a full stdout",)),
     "test_cli_hostile.py::test_json_is_the_same_in_every_encoding": Some(encoding=("cp1252",)),
+    "test_continuous_batching.py::test_no_batch_changes_a_token": Some(most=(2, 8)),
+    "test_continuous_batching.py::test_sequences_of_a_prompt_have_seeds_of_their_own": Some(
+        blocks=(10,)
+    ),
     "test_cuda_emulated.py::test_covering_cases": Some(5),
     "test_cuda_emulated.py::test_every_launch": Some(7),
     "test_cuda_emulated.py::test_hostile_values": Some(4),
@@ -130,6 +134,7 @@ SOME_INTERPRETED = {
 }
 #: Whole tests and single cases that take many seconds, or whose fixtures take that long to build.
 LONG = {
+    "test_continuous_batching.py::test_a_compiled_model",
     "test_ops.py::test_compiled_by_inductor",
     "test_interrupt.py::test_ctrl_c_leaves_a_usable_prompt",
     "test_interrupt.py::test_what_is_interrupted_here_is_so_where_the_parent_ignores_ctrl_c",

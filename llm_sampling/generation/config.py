@@ -1,4 +1,4 @@
-"""What a generation config of transformers asks for, beside the parameters of sampling.
+"""What a generation config of transformers asks for: parameters of sampling, and more.
 
 Nothing here imports transformers: a config is any object with these attributes.
 """
@@ -7,6 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from llm_sampling.params import SamplingParams
+
+#: The logits processors of transformers that :class:`~llm_sampling.SamplingParams` replace, by
+#: their class, and the field of the generation config that ``generate`` makes each from, with the
+#: value at which it is off.
+REPLACED: Mapping[str, tuple[str, float]] = {
+    "TemperatureLogitsWarper": ("temperature", 1.0),
+    "TopKLogitsWarper": ("top_k", 0),
+    "TopPLogitsWarper": ("top_p", 1.0),
+    "MinPLogitsWarper": ("min_p", 0.0),
+    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", 1.0),
+}
 
 #: Fields that change which tokens are drawn, and the values besides None at which each is off.
 #: transformers makes logits processors of the first, which run before the kernel in its own
@@ -74,3 +87,23 @@ def check_config(config: Any, *, takes_stop_strings: bool) -> None:
     if not takes_stop_strings:
         refuse_fields(config, {"stop_strings": ([],)}, "pass them as stop, or stop=()")
     refuse_fields(config, {**AS_PROCESSORS, **NOT_SUPPORTED}, "set it to None there")
+
+
+def params_of_config(config: Any, seed: int | None, top_k: int) -> SamplingParams:
+    """The parameters of a config; ``top_k`` is that of a config whose field is None."""
+
+    def value(name: str, default: Any) -> Any:
+        found = getattr(config, name, None)
+        return default if found is None else found
+
+    penalty = value("repetition_penalty", 1.0)
+    if not config.do_sample:  # generate then builds none of the filters
+        return SamplingParams(temperature=0.0, repetition_penalty=penalty, seed=seed)
+    return SamplingParams(
+        temperature=value("temperature", 1.0),
+        top_k=value("top_k", top_k),
+        top_p=value("top_p", 1.0),
+        min_p=value("min_p", 0.0),
+        repetition_penalty=penalty,
+        seed=seed,
+    )

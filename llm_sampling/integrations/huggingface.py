@@ -32,7 +32,13 @@ from transformers.utils.generic import ModelOutput
 from llm_sampling.backends import check_name
 from llm_sampling.backends.base import Logprobs, raise_on_status, status_reasons
 from llm_sampling.checks import integer, refusal, true_or_false
-from llm_sampling.generation.config import AS_PROCESSORS, NOT_SUPPORTED, refuse_fields
+from llm_sampling.generation.config import (
+    AS_PROCESSORS,
+    NOT_SUPPORTED,
+    REPLACED,
+    params_of_config,
+    refuse_fields,
+)
 from llm_sampling.generation.prompts import unpadded
 from llm_sampling.generation.rows import (
     FinishReason,
@@ -280,25 +286,14 @@ class _Steps:
         return not goes_on
 
 
-#: The logits processors of transformers that ``params`` replace, by their class, and the field of
-#: the generation config that ``generate`` makes each from, with the value at which it is off.
-_REPLACED: dict[str, tuple[str, float]] = {
-    "TemperatureLogitsWarper": ("temperature", 1.0),
-    "TopKLogitsWarper": ("top_k", 0),
-    "TopPLogitsWarper": ("top_p", 1.0),
-    "MinPLogitsWarper": ("min_p", 0.0),
-    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", 1.0),
-}
-
-
 def _refuse_replaced(processors: Sequence[Any], own: object) -> None:
     """A ValueError if the user gave a processor that ``params`` replace, or another one of ours."""
     for processor in processors:
         name = type(processor).__name__
-        if name in _REPLACED:
+        if name in REPLACED:
             raise ValueError(
                 f"logits_processor must not have a {name} beside params: set "
-                f"{_REPLACED[name][0]} there"
+                f"{REPLACED[name][0]} there"
             )
         if isinstance(processor, (FusedLogitsProcessor, FusedLogitsWarper)) and (
             processor is not own
@@ -330,9 +325,9 @@ def _check_neighbours(
         refuse_fields(call.config, NOT_SUPPORTED)
     for other_place, other in enumerate(processors):
         other_name = type(other).__name__
-        if other_name in _REPLACED:
+        if other_name in REPLACED:
             if not draws or other_place < place:
-                field, off = _REPLACED[other_name]
+                field, off = REPLACED[other_name]
                 raise ValueError(
                     f"{field} of the generation config would be applied beside the params of "
                     f"{name}: set it in params, and give generate {field}={off}"
@@ -575,27 +570,7 @@ def params_from_generation_config(
     if not isinstance(config, GenerationConfig):
         raise ValueError(f"config must be a GenerationConfig, got {type(config).__name__}")
     refuse_fields(config, {**AS_PROCESSORS, **NOT_SUPPORTED})
-    return _params_of(config, seed, top_k=50)
-
-
-def _params_of(config: GenerationConfig, seed: int | None, top_k: int) -> SamplingParams:
-    """The parameters of a config; ``top_k`` is that of a config whose field is None."""
-
-    def value(name: str, default: Any) -> Any:
-        found = getattr(config, name, None)
-        return default if found is None else found
-
-    penalty = value("repetition_penalty", 1.0)
-    if not config.do_sample:  # generate then builds none of the filters
-        return SamplingParams(temperature=0.0, repetition_penalty=penalty, seed=seed)
-    return SamplingParams(
-        temperature=value("temperature", 1.0),
-        top_k=value("top_k", top_k),
-        top_p=value("top_p", 1.0),
-        min_p=value("min_p", 0.0),
-        repetition_penalty=penalty,
-        seed=seed,
-    )
+    return params_of_config(config, seed, top_k=50)
 
 
 # ---- the whole loop ----
@@ -629,7 +604,7 @@ def _other_processors(
 ) -> LogitsProcessorList:
     """The processors that ``params`` do not replace; a ValueError if the user gave one of those."""
     _refuse_replaced(processors if call is None else call.processors, None)
-    return LogitsProcessorList([one for one in processors if type(one).__name__ not in _REPLACED])
+    return LogitsProcessorList([one for one in processors if type(one).__name__ not in REPLACED])
 
 
 def fused_generate(
@@ -718,7 +693,7 @@ def fused_generate(
     processors = _other_processors(logits_processor or LogitsProcessorList(), call)
     prompts = _Prompts(
         # generate has filled in its defaults, so that None is off here
-        _params_of(config, None, top_k=0) if params is None else params,
+        params_of_config(config, None, top_k=0) if params is None else params,
         prompt_mask(model, model_kwargs),
         None,
         position,

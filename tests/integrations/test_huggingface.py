@@ -8,7 +8,7 @@ from toy_tokenizers import byte_tokenizer, transformers
 
 from llm_sampling import InvalidLogitsError, Sampler, SamplingParams
 from llm_sampling.generation import generate, seeded
-from llm_sampling.generation.config import AS_PROCESSORS, NOT_SUPPORTED
+from llm_sampling.generation.config import AS_PROCESSORS, NOT_SUPPORTED, REPLACED
 from llm_sampling.integrations import huggingface
 
 BYTES = byte_tokenizer()
@@ -1034,7 +1034,7 @@ def ours_logprobs(model, kind):
 )
 def test_a_processor_that_the_params_replace_is_refused(model, make, theirs):
     """Also where the config has the same one, for which ``generate`` takes the user's."""
-    field, off = huggingface._REPLACED[type(theirs).__name__]
+    field, off = REPLACED[type(theirs).__name__]
     params = SamplingParams(seed=1)
     given = {"logits_processor": [theirs], "custom_generate": fused_generate, "params": params}
     if make is not None:

@@ -64,8 +64,8 @@ LAYERS = (
     ("generation",),
     ("integrations", "tools"),
     ("integrations.generate_call", "integrations.engine"),
-    ("integrations.huggingface", "integrations.vllm.both"),
-    ("integrations.vllm.v1", "integrations.vllm.v2"),
+    ("integrations.huggingface", "integrations.continuous_batching", "integrations.vllm.both"),
+    ("integrations.transformers_serve", "integrations.vllm.v1", "integrations.vllm.v2"),
     ("integrations.vllm",),
     ("tools.files", "tools.explain.steps", "tools.tuning.space"),
     ("tools.explain.compare", "tools.explain.page", "tools.explain.picture"),
@@ -585,7 +585,7 @@ def test_import_loads_no_compiled_library(tmp_path):
 
 DOCS = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("", "docs", "benchmarks", "examples")
+    for folder in ("", "docs", "docs/engines", "benchmarks", "examples")
     for path in (ROOT / folder).glob("*.md")
 )
 
