@@ -7,7 +7,7 @@ this one. Engines whose environment is not there are left out, with the reason.
 All requests are generated together, some rounds, and once more while the sampler's launches are
 counted. A step is what the engine's model runner does for a token of each request. The sampler's
 part is the draw, and what follows requests that come and go and tokens that were drawn. Greedy
-texts must be the same with both samplers.
+texts must be the same with both samplers, where the engine's own honours what they ask for.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ ENGINES = {
     "vllm-v2": Engine(
         "vLLM, V2", **VLLM, options={"runner": "V2", "is_async": True}, is_timed_on_cpu=False
     ),
+    "continuous-batching": Engine("transformers, continuous batching", "batching"),
 }
 
 
@@ -113,8 +114,12 @@ def line_of(
         results: of :func:`run`, by sampler.
         requests: of the job.
     """
-    greedy = [i for i, request in enumerate(requests) if request["params"]["temperature"] == 0]
     own, ours = results[OWN], results[OURS]
+    greedy = [
+        i
+        for i, request in enumerate(requests)
+        if request["params"]["temperature"] == 0 and own["tokens"][i] is not None
+    ]
     return {
         "engine": name,
         "version": ours["version"],
