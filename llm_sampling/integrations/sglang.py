@@ -183,8 +183,7 @@ RELIANCE = Reliance(
         "sglang.srt.managers.scheduler:Scheduler._forward_isolation": "copy_for_forward",
         "sglang.srt.mem_cache.memory_pool:ReqToTokenPool.__init__": "req_to_token",
         f"{_INFO}:SamplingBatchInfo.from_schedule_batch": (
-            "BatchedPenalizerOrchestrator BatchedMinNewTokensPenalizer "
-            "adjusted_from_schedule_batch"
+            "BatchedPenalizerOrchestrator BatchedMinNewTokensPenalizer adjusted_from_schedule_batch"
         ),
         f"{_INFO}:SamplingBatchInfo.filter_batch": "adjusted_filter_batch",
         f"{_INFO}:SamplingBatchInfo.merge_batch": "adjusted_merge_batch",
@@ -296,12 +295,12 @@ class Request:
 class Requests:
     """The requests of SGLang's batches, each in a slot of a :class:`RequestTable`, and their draws.
 
-    A request keeps its row of SGLang's pool while it runs, so that row is its slot. All that changes
-    a slot is done in the sampler, on the stream on which the model runs and in the order in which
-    batches are launched. So with the overlap scheduler, where the host does not yet know the tokens
-    of the step before, penalties see them: they are added to the histories on the device, where
-    they were drawn. A slot that another request takes over is filled anew, from the tokens that the
-    request has produced before it was retracted, or from none.
+    A request keeps its row of SGLang's pool while it runs, so that row is its slot. All that
+    changes a slot is done in the sampler, on the stream on which the model runs and in the order in
+    which batches are launched. So with the overlap scheduler, where the host does not yet know the
+    tokens of the step before, penalties see them: they are added to the histories on the device,
+    where they were drawn. A slot that another request takes over is filled anew, from the tokens
+    that the request has produced before it was retracted, or from none.
 
     A token depends on nothing but its request: logits, parameters, seed and the tokens so far,
     whose number is the position. SGLang gives the place of each row in its whole text, from which
@@ -588,7 +587,7 @@ def followed(batch_info: Any, requests: Requests) -> Any:
                     logits.copy_(penalised)
                 self.penalised = logits
 
-    FollowedBatchInfo.followed_by = requests  # type: ignore[attr-defined]
+    FollowedBatchInfo.followed_by = requests
     return FollowedBatchInfo
 
 

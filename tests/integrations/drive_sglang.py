@@ -22,7 +22,7 @@ DEFAULTS = {
     "attention_backend": "torch_native",
     "disable_cuda_graph": True,
     "disable_radix_cache": True,
-    "mem_fraction_static": 0.05,
+    "mem_fraction_static": 0.3,
     "max_total_tokens": 8192,
     "max_running_requests": 32,
     "context_length": 512,

@@ -229,7 +229,11 @@ class Engine:
             batch, self.joining = self.joining, None
             rows = range(len(batch.reqs))
             batch.filter_batch(
-                [i for i in rows if not batch.reqs[i].has_ended and batch.reqs[i] is not self.chunked]
+                [
+                    i
+                    for i in rows
+                    if not batch.reqs[i].has_ended and batch.reqs[i] is not self.chunked
+                ]
             )
             if self.running is None or not self.running.reqs:
                 self.running = batch
@@ -256,7 +260,9 @@ class Engine:
         return len(request.origin_input_ids) + request.length - 1
 
     def forward(self, batch, places):
-        positions = [p + 1 - len(r.origin_input_ids) for r, p in zip(batch.reqs, places, strict=True)]
+        positions = [
+            p + 1 - len(r.origin_input_ids) for r, p in zip(batch.reqs, places, strict=True)
+        ]
         rows = [
             logits_of(r.rid, position) for r, position in zip(batch.reqs, positions, strict=True)
         ]
@@ -279,14 +285,14 @@ class Engine:
             if wrong is None and token != alone(request, position):
                 wrong = request.rid, position
             request.length = position + 1
-            self.unknown.append((request, request.stay, position, token))
+            self.unknown.append((request, request.stay, token))
         self.know_all_but(len(batch.reqs) if self.overlap else 0)
         return wrong
 
     def know_all_but(self, last):
         """The host learns what was drawn, but for the last rows."""
         while len(self.unknown) > last:
-            request, stay, position, token = self.unknown.pop(0)
+            request, stay, token = self.unknown.pop(0)
             if stay != request.stay or request.has_ended:
                 continue
             request.output_ids.append(token)
@@ -630,9 +636,7 @@ def test_logprobs_are_of_what_sglang_computes_them_from(greedy, original, biased
     scored = penalised(logits) + (1.0 if biased else 0.0)
     fields = {"logit_bias": torch.ones(len(rows), V)} if biased else {}
     batch = batch_of(*(ROWS[i] for i in rows), outputs=[OUTPUTS[i] for i in rows])
-    tokens, output = draw(
-        runner, batch, logits[list(rows)], place=2, return_logprob=True, **fields
-    )
+    tokens, output = draw(runner, batch, logits[list(rows)], place=2, return_logprob=True, **fields)
     if not (greedy or original):
         scored = scored / torch.tensor([[row.temperature] for row in ROWS])
     want = scored[list(rows)].log_softmax(-1)
@@ -683,9 +687,7 @@ def test_the_flag_chooses_it(fake, monkeypatch, caplog):
     assert type(runner.sampler).__name__ == "FusedSampler"
     assert is_replaced()
     assert theirs("runtime_context").get_context().config_leaf("sampling_backend") == "pytorch"
-    assert [r.getMessage() for r in caplog.records] == [
-        "llm_sampling draws, by its backend 'cpu'"
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["llm_sampling draws, by its backend 'cpu'"]
 
 
 def test_the_switch_chooses_it(fake, caplog):
@@ -778,7 +780,7 @@ def test_a_hook_that_sglang_does_not_apply_is_an_error(installed, monkeypatch):
     register_and_apply()
     registry = theirs("plugins.hook_registry").HookRegistry
     monkeypatch.setattr(registry, "apply_hooks", classmethod(lambda cls: None))
-    with pytest.raises(RuntimeError, match="did not replace .*SamplingBatchInfo"):
+    with pytest.raises(RuntimeError, match=r"did not replace .*SamplingBatchInfo"):
         started()
 
 
@@ -788,7 +790,11 @@ CHANGES = {
         "_SamplingMaskCapture",
     ),
     "a parameter more": (
-        ("srt.layers.sampler", "def _preprocess_logits(self, logits,", "def _preprocess_logits(self, x,"),
+        (
+            "srt.layers.sampler",
+            "def _preprocess_logits(self, logits,",
+            "def _preprocess_logits(self, x,",
+        ),
         "Sampler._preprocess_logits takes (self x sampling_info)",
     ),
     "a parameter of sampling that is gone": (
@@ -807,9 +813,9 @@ CHANGES = {
         ("srt.managers.scheduler", "kept.copy_for_forward()", "kept"),
         "Scheduler._forward_isolation does not look up copy_for_forward",
     ),
-    "a runner with a sampler of its own": (
-        ("srt.model_executor.model_runner", "= create_sampler()", "= None"),
-        "ModelRunner.initialize does not look up create_sampler",
+    "logits that are changed elsewhere": (
+        ("srt.model_executor.model_runner", "apply_logits_bias", "change"),
+        "ModelRunner._preprocess_logits does not look up apply_logits_bias",
     ),
     "rows of a pool under another name": (
         ("srt.managers.schedule_batch", "req_pool_idx", "pool_index"),
