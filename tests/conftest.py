@@ -36,8 +36,8 @@ def pytest_cmdline_main(config):
     """Use one process per core for whole folders, if pytest-xdist is installed and -n not given.
 
     A run of named files or tests stays in one process. So does a run with a debugger or with
-    uncaptured output, and a run of the tests marked gpu, vllm or large: parallel processes would
-    compete for the GPU or the memory.
+    uncaptured output, and a run of the tests marked gpu, vllm, sglang or large: parallel processes
+    would compete for the GPU or the memory.
     """
     option = config.option
     if hasattr(config, "workerinput"):
@@ -45,7 +45,7 @@ def pytest_cmdline_main(config):
         option.benchmark_disable = True
     elif getattr(option, "numprocesses", 0) is None:  # xdist is installed and -n is not given
         wants_one = option.usepdb or option.trace or option.capture == "no"
-        wants_one |= re.search(r"(?<!not )(gpu|vllm|large)", option.markexpr) is not None
+        wants_one |= re.search(r"(?<!not )(gpu|vllm|sglang|large)", option.markexpr) is not None
         if not wants_one and all(Path(arg).is_dir() for arg in config.args):
             option.numprocesses = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
             # With worksteal a worker runs neighbouring tests, which share module fixtures.

@@ -267,7 +267,9 @@ def mark(items):
             name in SLOW_INTERPRETED or _is_left_to_slow(item.originalname, params)
         ):
             item.add_marker(pytest.mark.slow)
-        if any(item.get_closest_marker(name) for name in ("slow", "large", "gpu", "vllm")):
+        if any(
+            item.get_closest_marker(name) for name in ("slow", "large", "gpu", "vllm", "sglang")
+        ):
             continue
         some = (SOME_INTERPRETED if is_interpreted else SOME).get(function)
         if some is not None and some.includes(params):

@@ -16,7 +16,7 @@ cd "$folder"
 "${PYTHON:-python3}" - "${TORCH:-}" >oldest.txt <<'END'
 import re, sys
 torch = sys.argv[1]
-others = {"vllm", "griffe-sphinx", "mkdocs", "mkdocs-material", "mkdocstrings", "mypy", "pre-commit", "ruff"}
+others = {"vllm", "sglang", "griffe-sphinx", "mkdocs", "mkdocs-material", "mkdocstrings", "mypy", "pre-commit", "ruff"}
 oldest = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\w.]+)', open("pyproject.toml").read()))
 oldest |= {"torch": torch} if torch else {}
 others |= {"triton"} if torch else set()  # torch asks for the one that is its own
@@ -36,7 +36,7 @@ for row in backend_info():
     print(row.name, row.reason or 'available')
 assert [row.name for row in backend_info() if row.available] == ['cpu', 'torch']"
 llm-sampling info
-pytest=(python -m pytest -q -n 0 -m 'not model and not sweep and not slow and not large and not gpu and not vllm')
+pytest=(python -m pytest -q -n 0 -m 'not model and not sweep and not slow and not large and not gpu and not vllm and not sglang')
 "${pytest[@]}" tests/integrations/test_huggingface.py tests/generation/test_generate.py \
   tests/tools/test_cli.py tests/tools/test_cli_tune.py tests/tools/test_tuning.py
 [ -z "${TORCH:-}" ] || exit 0

@@ -64,7 +64,8 @@ LAYERS = (
     ("generation",),
     ("integrations", "tools"),
     ("integrations.generate_call", "integrations.engine"),
-    ("integrations.huggingface", "integrations.continuous_batching", "integrations.vllm.both"),
+    ("integrations.huggingface", "integrations.continuous_batching", "integrations.sglang"),
+    ("integrations.vllm.both",),
     ("integrations.transformers_serve", "integrations.vllm.v1", "integrations.vllm.v2"),
     ("integrations.vllm",),
     ("tools.files", "tools.explain.steps", "tools.tuning.space"),
@@ -85,7 +86,7 @@ LAYERS = (
 #: Packages that ``import llm_sampling`` must not import, because they are optional or slow.
 HEAVY = (
     *("triton", "transformers", "typer", "rich", "gguf", "accelerate", "scipy"),
-    *("optuna", "matplotlib", "sqlalchemy", "vllm"),
+    *("optuna", "matplotlib", "sqlalchemy", "vllm", "sglang"),
 )
 
 
@@ -204,6 +205,7 @@ PLACES = {
     "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),
     "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
     "llm_sampling/integrations/vllm/both.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
+    "llm_sampling/integrations/sglang.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/tools/data/explain.html": ("penalty", "scope", "scale", *FILTERS, "floor"),
     "docs/semantics.md": EVERY_KIND,
     "docs/parameters.md": ("penalty", "scope", "scale", *FILTERS, "seed"),

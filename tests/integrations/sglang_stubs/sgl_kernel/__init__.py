@@ -1,0 +1,3 @@
+from absent import stand_in
+
+stand_in(__name__)
