@@ -65,6 +65,7 @@ ENGINES = {
     "vllm-v2": Engine(
         "vLLM, V2", **VLLM, options={"runner": "V2", "is_async": True}, is_timed_on_cpu=False
     ),
+    "sglang": Engine("SGLang", "sglang", "sglang", "LLM_SAMPLING_SGLANG"),
     "continuous-batching": Engine("transformers, continuous batching", "batching"),
 }
 
@@ -80,7 +81,8 @@ def run(engine: Engine, job: dict[str, Any], sampler: str) -> dict[str, Any]:
     is_ours = sampler == OURS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "job").write_text(json.dumps(job | engine.options | {"is_ours": is_ours}))
+        job = job | engine.options | {"is_ours": is_ours, "folder": name}
+        (folder / "job").write_text(json.dumps(job), encoding="utf-8")
         settings = {"OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1"}
         if engine.switch is not None:
             settings[engine.switch] = str(int(is_ours))
@@ -159,12 +161,17 @@ def report(record: dict[str, Any]) -> str:
 
 
 def is_right(record: dict[str, Any]) -> bool:
-    """Whether every greedy text is the same with both samplers."""
-    return all(line["greedy_changed"] == 0 for line in record["lines"])
+    """Whether the kernel drew where it was to, and greedy texts are the same with both samplers."""
+    return all(
+        line["greedy_changed"] == 0
+        and line["samplers"][OURS]["module"].startswith("llm_sampling.")
+        and not line["samplers"][OWN]["module"].startswith("llm_sampling.")
+        for line in record["lines"]
+    )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the report; 1 if a greedy text differs."""
+    """Print the report; 1 if it is not :func:`is_right`."""
     parser = argparse.ArgumentParser(description="Engines with their samplers and with ours.")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--json", type=Path, help="write the results to this file too")

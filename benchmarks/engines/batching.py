@@ -63,14 +63,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return [done[name] for name in names]
 
     runner, processors = api.ModelRunner, api.ContinuousBatchingLogitsProcessorList
-    found = watch.measure(
-        generate,
-        tokens=job["tokens"],
-        rounds=job["rounds"],
+    meters = watch.Meters(
         step=[(runner, "compute_batch"), (processors, "prepare_tensor_args")],
         draw=(runner, "_sample"),
         follow=[(processors, "__call__"), (processors, "prepare_tensor_args")],
     )
+    found = watch.measure(generate, meters, tokens=job["tokens"], rounds=job["rounds"])
     if not job["is_ours"]:  # with a penalty another text is right
         for place, request in enumerate(requests):
             if "repetition_penalty" in request["params"]:

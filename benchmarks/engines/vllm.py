@@ -68,9 +68,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         follow = [(runner.sampler, "add_request"), (runner.sampler, "apply_staged_writes")]
         follow += [(module, "post_update")]
     step = [(runner, "execute_model"), (runner, "sample_tokens")]
-    found = watch.measure(
-        generate, tokens=job["tokens"], rounds=job["rounds"], step=step, draw=draw, follow=follow
-    )
+    meters = watch.Meters(step, draw, follow)
+    found = watch.measure(generate, meters, tokens=job["tokens"], rounds=job["rounds"])
     return found | {"sampler": type(runner.sampler).__module__, "version": vllm.__version__}
 
 

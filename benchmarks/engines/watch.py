@@ -127,63 +127,77 @@ class Launches(TorchDispatchMode):
         return call
 
 
+class Meters:
+    """What the functions of an engine cost, in the process that runs them.
+
+    Args:
+        step: functions that together are a step of the engine's runner.
+        draw: the function of the sampler that is called once a step.
+        follow: other functions that are the sampler's: what follows requests that come and go,
+            and what is drawn.
+    """
+
+    def __init__(self, step: Sequence[Place], draw: Place, follow: Sequence[Place] = ()) -> None:
+        self._sampler = [draw, *follow]
+        self._step, self._draw, self._follow = Clock(), Clock(), Clock()
+        self._launches = Launches()
+        for place in step:
+            self._step.watch(*place)
+        self._draw.watch(*draw)
+        for place in follow:
+            self._follow.watch(*place)
+
+    def read(self) -> dict[str, float]:
+        """All so far: steps, their seconds, the sampler's seconds among these, its launches."""
+        return {
+            "steps": self._draw.calls,
+            "step_seconds": self._step.seconds,
+            "sampler_seconds": self._draw.seconds + self._follow.seconds,
+            "launches": self._launches.count,
+        }
+
+    def count_launches(self) -> None:
+        """Count launches from now on, which makes times useless."""
+        for place in self._sampler:
+            self._launches.watch(*place)
+
+
 def measure(
     generate: Callable[[int], list[list[int]]],
+    meters: Any,
     *,
     tokens: int,
     rounds: int,
-    step: Sequence[Place],
-    draw: Place,
-    follow: Sequence[Place] = (),
 ) -> dict[str, Any]:
     """Generate some rounds, timed, and one more in which launches are counted.
 
     Args:
         generate: all requests, so many tokens each; returns their tokens.
+        meters: a :class:`Meters`, or what answers as one.
         tokens: of each request.
         rounds: that are timed.
-        step: functions that together are a step of the engine's runner.
-        draw: the function of the sampler that is called once a step.
-        follow: other functions that are the sampler's: what follows requests that come and go,
-            and what is drawn.
 
     Returns:
         ``tokens`` of the first round, ``rounds``, and ``launches`` of the sampler a step.
     """
     generate(min(tokens, 4))
-    whole, drawn, followed = Clock(), Clock(), Clock()
-    for place in step:
-        whole.watch(*place)
-    drawn.watch(*draw)
-    for place in follow:
-        followed.watch(*place)
     lines, first = [], None
     for _ in range(rounds):
-        for clock in (whole, drawn, followed):
-            clock.take()
+        before = meters.read()
         start = time.perf_counter()
         made = generate(tokens)
         seconds = time.perf_counter() - start
         first = made if first is None else first
-        steps = drawn.calls
-        lines.append(
-            {
-                "seconds": seconds,
-                "steps": steps,
-                "step_seconds": whole.take()[0],
-                "sampler_seconds": drawn.take()[0] + followed.take()[0],
-                "generated": sum(map(len, made)),
-            }
-        )
-    launches = Launches()
-    for place in (draw, *follow):
-        launches.watch(*place)
-    drawn.take()
+        spent = {name: value - before[name] for name, value in meters.read().items()}
+        lines.append({"seconds": seconds, "generated": sum(map(len, made))} | spent)
+    meters.count_launches()
+    before = meters.read()
     generate(tokens)
+    after = meters.read()
     return {
         "tokens": first,
         "rounds": lines,
-        "launches": launches.count / drawn.calls,
+        "launches": (after["launches"] - before["launches"]) / (after["steps"] - before["steps"]),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

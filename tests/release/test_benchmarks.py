@@ -945,14 +945,8 @@ class Runner:
 
 def test_what_is_measured_of_an_engine():
     runner = Runner()
-    found = watch.measure(
-        runner.generate,
-        tokens=6,
-        rounds=2,
-        step=[(runner, "step")],
-        draw=(runner.sampler, "draw"),
-        follow=[(runner, "follow")],
-    )
+    meters = watch.Meters([(runner, "step")], (runner.sampler, "draw"), [(runner, "follow")])
+    found = watch.measure(runner.generate, meters, tokens=6, rounds=2)
     assert runner.steps == 4 + 2 * 6 + 6
     assert found["tokens"] == [[1.0] * 6] * 3
     assert [line["steps"] for line in found["rounds"]] == [6, 6]
@@ -976,7 +970,7 @@ def engine_results():
     common = {"version": "1.2", "torch": "2.13.0", "rounds": rounds}
     return {
         engines.OWN: common | {"sampler": "theirs", "launches": 30.0, "tokens": [[1], [2]]},
-        engines.OURS: common | {"sampler": "ours", "launches": 4.0, "tokens": [[1], [3]]},
+        engines.OURS: common | {"sampler": "llm_sampling.x", "launches": 4.0, "tokens": [[1], [3]]},
     }
 
 
@@ -1001,6 +995,10 @@ def test_the_report_of_engines():
     assert "vLLM, V1, asynchronous: absent, no environment" in text
     assert engines.is_right(record)
     assert not engines.is_right(record | {"lines": [wrong]})
+    results = engine_results()
+    results[engines.OURS]["sampler"] = "theirs"
+    absent = engines.line_of("vllm-v1", results, requests)
+    assert not engines.is_right(record | {"lines": [absent]}), "the plug-in was not there"
 
 
 def test_an_engine_whose_environment_is_not_there_is_named(monkeypatch):
