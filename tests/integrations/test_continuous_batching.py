@@ -6,6 +6,7 @@ token anew by :func:`llm_sampling.sample`, from the logits of its row and from i
 """
 
 import importlib.util
+import random
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -438,6 +439,32 @@ def test_asynchronous_batches_change_no_token(model):
     assert results[0].all_tokens() == results[1].all_tokens()
     # each has drawn one token too many, before transformers knew that it had ended
     assert len(results[1].rows) > len(results[0].rows) == 20 * len(MIXED)
+
+
+@needs_runner
+def test_a_slot_of_a_request_that_was_cancelled_is_used_again(model, monkeypatch):
+    """transformers tells nobody: the slot is taken when there is no other.
+
+    The manager is started when transformers' own one has been put back.
+    """
+    done = Run()
+    with fused_continuous_batching():
+        log_draws(monkeypatch, done, None)
+        config = transformers.GenerationConfig(**NEUTRAL)
+        manager = model.init_continuous_batching(config, cb_config(max_requests_per_batch=2))
+    endless = manager.add_request(PROMPTS[9], max_new_tokens=1500, streaming=True, params=PARAMS[9])
+    manager.start()
+    assert manager.get_result(timeout=60).request_id == endless
+    manager.cancel_request(endless)
+    for index in (15, 12, 10):
+        manager.add_request(PROMPTS[index], params=PARAMS[index])
+    while len(done.outputs) < 3:
+        output = manager.get_result(timeout=60)
+        if output.request_id != endless:
+            done.outputs[output.request_id] = output
+    manager.stop()
+    done.rows = [row for row in done.rows if row[0] != endless]
+    assert replay(done) == []
 
 
 # ---- several sequences of a prompt ----
@@ -881,23 +908,24 @@ def test_a_manager_that_is_kept_for_the_next_session(model):
 
 
 @needs_runner
-def test_the_names_are_put_back(model):
+def test_the_manager_is_put_back(model):
     api = find(f"{PACKAGE}.continuous_api")
-    names = ("ContinuousBatchingManager", "ContinuousBatchingLogitsProcessorList", "ModelRunner")
-    before = [vars(api)[name] for name in names]
+    before = api.ContinuousBatchingManager
     with fused_continuous_batching() as outer:
-        replaced = [vars(api)[name] for name in names]
-        assert not set(map(id, replaced)) & set(map(id, before))
+        replaced = api.ContinuousBatchingManager
+        assert issubclass(replaced, before)
         with fused_continuous_batching(SamplingParams(seed=1)):
-            assert not set(map(id, replaced)) & {id(vars(api)[name]) for name in names}
+            inner = api.ContinuousBatchingManager
+            assert issubclass(inner, before)
+            assert not issubclass(inner, replaced)
             done = Run()
             config = transformers.GenerationConfig(**NEUTRAL)
             add_all(model.init_continuous_batching(config, cb_config()), MIXED[:1], done, True)
             assert len(done.tokens("req_0")) == 20
-        assert [vars(api)[name] for name in names] == replaced
+        assert api.ContinuousBatchingManager is replaced
         outer.close()
-        assert [vars(api)[name] for name in names] == before
-    assert [vars(api)[name] for name in names] == before
+        assert api.ContinuousBatchingManager is before
+    assert api.ContinuousBatchingManager is before
 
 
 @needs_runner
@@ -1078,3 +1106,45 @@ def test_a_place_with_other_names_is_found(place, monkeypatch):
     owner, _, name = names.rpartition(".")
     monkeypatch.setattr(find(f"{module}:{owner}"), name, lambda: None)
     assert place.rpartition(":")[2] in (RELIANCE.difference() or "")
+
+
+# ---- any manager ----
+
+
+@needs_runner
+@needs_other_devices
+@pytest.mark.parametrize("case", range(24))
+def test_any_manager(model, case):
+    """Random sizes of everything, several sequences, requests in the way of each other."""
+    chance = random.Random(case)
+    is_async = chance.random() < 0.5
+    several = chance.choice([1, 1, 2, 3])
+    has_graphs = chance.random() < 0.5 or (is_async and several > 1)
+    cb = {
+        "num_blocks": chance.randint(9, 30),
+        "max_batch_tokens": chance.choice([16, 24, 48, 64]),
+        "max_requests_per_batch": chance.choice([2, 3, 7, 16]),
+        "scheduler_type": chance.choice(["fifo", "prefill_first"]),
+        "cpu_offload_space": chance.choice([0.0, 0.001]),
+        "allow_block_sharing": chance.random() < 0.5,
+        "return_logprobs": chance.random() < 0.3,
+        "seed": case,
+    } | (GRAPHS if has_graphs else {})
+    requests = [
+        (chance.choice(PROMPTS[1:]), {"params": chance.choice(PARAMS)})
+        for _ in range(chance.randint(3, 20))
+    ]
+    for index, (prompt, options) in enumerate(requests):
+        if chance.random() < 0.3:
+            requests[index] = prompt, options | {"max_new_tokens": chance.randint(1, 30)}
+
+    def change(patch):
+        without_pinned_memory(patch)
+        if has_graphs:
+            as_graphs(patch, [])
+
+    done = run_either(
+        is_async, model, requests, {"num_return_sequences": several}, cb=cb, change=change
+    )
+    assert len(done.outputs) == len(requests) * several
+    assert replay(done) == []
