@@ -661,9 +661,8 @@ class Requests:
             check=False,
             backend=self._backend,
         )
-        # Elsewhere this check would wait for the device.
-        if slots.device.type == "cpu" and bool(((output.tokens < 0) & (slots >= 0)).any()):
-            self._warn()
+        if slots.device.type == "cpu":  # elsewhere it would wait for the device
+            self._look_at(output.tokens, slots)
         tokens = output.tokens.clamp(min=0)
         if self._keeps_histories:
             # counts as a tensor, since a list would be copied from the host in each replay
@@ -676,8 +675,8 @@ class Requests:
         raw = chosen - logits.float().logsumexp(1)
         return tokens, torch.where(is_greedy, raw, output.logprobs)
 
-    def _warn(self) -> None:
-        if not self._has_warned:
+    def _look_at(self, tokens: Tensor, slots: Tensor) -> None:
+        if not self._has_warned and bool(((tokens < 0) & (slots >= 0)).any()):
             self._has_warned = True
             _LOG.warning(
                 "llm_sampling: logits left a request no token (all of them NaN or -inf): it gets "

@@ -16,6 +16,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+from no_waiting import nothing_waits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_sampling import RequestTable, SamplingParams, TokenHistory, sample
 from llm_sampling.generation import seeded
@@ -121,6 +123,7 @@ def run(
     together=True,
     poison=None,
     change=None,
+    is_logged=True,
     **options,
 ):
     """Generate for ``requests``, each a prompt and the arguments of ``add_request``.
@@ -130,14 +133,16 @@ def run(
         generation: the fields of the GenerationConfig.
         together: whether all requests are in the queue before the first batch.
         poison: (draw, row) whose logits are NaN.
-        change: a context manager around all of it, which plants a bug.
+        change: is called with a MonkeyPatch first.
+        is_logged: whether the draws are logged, for :func:`replay`. A graph cannot be.
         options: for ``fused_continuous_batching``.
     """
     done = Run()
     generation = transformers.GenerationConfig(**NEUTRAL | (generation or {}))
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         stack.enter_context(fused_continuous_batching(**options))
-        log_draws(patch, done, poison)
+        if is_logged:
+            log_draws(patch, done, poison)
         if change is not None:
             change(patch)
         manager = model.init_continuous_batching(generation, config or cb_config())
@@ -214,7 +219,7 @@ def log_draws(patch, done, poison):
         assert not tokens[len(batch) :].any(), "a row of padding has a token"
         for (name, place), row, token in zip(batch, given, tokens.tolist(), strict=False):
             if not name.startswith("__warmup"):
-                done.rows.append((name, place, row, token))
+                done.rows.append((name, place, row.cpu(), token))
         return tokens, of_tokens
 
     def waits(self, state):
@@ -525,6 +530,46 @@ def test_a_slot_is_taken_from_a_request_that_waits(model):
         config = cb_config(scheduler_type=scheduler, **cb)
         done = run(model, requests, config, {"num_return_sequences": 3})
         assert replay(done) == []
+
+
+class NothingOfTheHost(TorchDispatchMode):
+    """Raise where a tensor is made of the host's data, which a graph would copy in each replay."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "lift_fresh":
+            raise AssertionError("data of the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("penalties", [False, True])
+def test_a_draw_reads_nothing_of_the_host_and_waits_for_nothing(monkeypatch, logprobs, penalties):
+    """What a CUDA graph must not capture. The look at bad rows is for the CPU alone."""
+    monkeypatch.setattr(Requests, "_look_at", lambda self, tokens, slots: None)
+    requests = Requests(V, "cpu", capacity=4, penalties=penalties)
+    numbers = torch.tensor([[0, 1, -1], [3, 4, 0], [0, -1, -1]], dtype=torch.int32)
+    for slot in (0, 1):
+        requests._table.set(slot, PARAMS[15] if penalties else PARAMS[8])
+    logits = torch.randn(3, V)
+    with nothing_waits(), NothingOfTheHost():
+        tokens, of_tokens = requests.draw(logits, numbers, logprobs=logprobs)
+        with pytest.raises(AssertionError, match="data of the host"):
+            torch.tensor([1])
+    assert tokens[2] == 0
+    assert (of_tokens is not None) is logprobs
+
+
+@needs_runner
+@pytest.mark.gpu
+def test_graphs_and_asynchronous_batches_of_a_gpu_change_no_token(tiny_llama):
+    model, config = tiny_llama(V).cuda(), {"seed": 1, "return_logprobs": True}
+    eager = cb_config(use_cuda_graph=False, use_async_batching=False, **config)
+    done = run(model, MIXED, eager)
+    assert replay(done) == []
+    for is_async in (False, True):
+        captured = cb_config(use_async_batching=is_async, **config, **GRAPHS)
+        tokens = run(model, MIXED, captured, is_logged=False).all_tokens()
+        assert tokens == done.all_tokens()
 
 
 # ---- bugs that are planted ----
