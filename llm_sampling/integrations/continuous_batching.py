@@ -257,13 +257,19 @@ class Prompt(list):  # type: ignore[type-arg]
 
 def _manager(theirs: Any, options: _Options) -> Any:
     """A subclass of transformers' manager that takes the parameters of each request."""
-    fused_runner, fused_processors = _runner(find(_RUNNER)), _processors(find(_PROCESSORS))
 
     class FusedManager(theirs):  # type: ignore[misc]
-        """transformers' manager, with parameters and a seed for each request."""
+        """transformers' manager, with parameters and a seed for each request.
 
-        #: The class of transformers itself.
+        Attributes:
+            theirs: the class of transformers itself.
+            processors: the class of its list of processors.
+            runner: the class of its model runner.
+        """
+
         theirs: Any
+        processors = _processors(find(_PROCESSORS))
+        runner = _runner(find(_RUNNER))
         logit_processor: Any
 
         def __init__(
@@ -295,7 +301,7 @@ def _manager(theirs: Any, options: _Options) -> Any:
                 max_length=options.max_length,
                 backend=options.backend,
             )
-            self.logit_processor = fused_processors(self.logit_processor, requests)
+            self.logit_processor = self.processors(self.logit_processor, requests)
             seed = fresh_seed() if resolved.seed is None else resolved.seed
             self._seeds = torch.Generator().manual_seed(
                 (seed + self.distributed_helper.dp_rank) % 2**63
@@ -305,8 +311,8 @@ def _manager(theirs: Any, options: _Options) -> Any:
         def _create_batch_processor(self) -> Any:
             """See transformers; it is called when the manager starts, which may be much later."""
             processor = super()._create_batch_processor()
-            if not isinstance(processor.model_runner, fused_runner):
-                processor.model_runner = fused_runner(
+            if not isinstance(processor.model_runner, self.runner):
+                processor.model_runner = self.runner(
                     logit_processor=processor.logit_processor,
                     cb_config=processor.cb_config,
                     inputs_and_outputs=processor.inputs_and_outputs,
