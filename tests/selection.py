@@ -34,6 +34,7 @@ SOME = {
     "test_cli_hostile.py::test_every_row": Some(5, locale=("utf8",), stdout=(None,)),
     "test_cli_hostile.py::test_streams_of_a_shell": Some(name=("a full stdout",)),
     "test_cli_hostile.py::test_json_is_the_same_in_every_encoding": Some(encoding=("cp1252",)),
+    "test_continuous_batching.py::test_any_manager": Some(6),
     "test_continuous_batching.py::test_no_batch_changes_a_token": Some(most=(2, 8)),
     "test_continuous_batching.py::test_sequences_of_a_prompt_have_seeds_of_their_own": Some(
         blocks=(10,)

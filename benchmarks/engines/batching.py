@@ -63,6 +63,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return [done[name] for name in names]
 
     runner, processors = api.ModelRunner, api.ContinuousBatchingLogitsProcessorList
+    if job["is_ours"]:
+        manager_class: Any = api.ContinuousBatchingManager
+        runner, processors = manager_class.runner, manager_class.processors
     meters = watch.Meters(
         step=[(runner, "compute_batch"), (processors, "prepare_tensor_args")],
         draw=(runner, "_sample"),

@@ -3,10 +3,10 @@
     with fused_continuous_batching():
         outputs = model.generate_batch(prompts, generation_config=config)
 
-transformers has no plug-in point for it, so :func:`fused_continuous_batching` replaces three names
-of ``transformers.generation.continuous_batching.continuous_api`` by subclasses:
-``ContinuousBatchingManager``, which takes the parameters of each request;
-``ContinuousBatchingLogitsProcessorList``, which is told of every batch before the model runs; and
+transformers has no plug-in point for it, so :func:`fused_continuous_batching` replaces the name
+``ContinuousBatchingManager`` of ``transformers.generation.continuous_batching.continuous_api`` by a
+subclass, which takes the parameters of each request. It has a list of logits processors of a
+subclass, which is told of every batch before the model runs, and runs a subclass of
 ``ModelRunner``, whose draw is one call of the kernel. If this transformers differs from what they
 rely on, nothing is replaced and the error names the difference.
 
@@ -62,8 +62,8 @@ class fused_continuous_batching:  # noqa: N801 - it is called as a function
 
     It counts from the call on, for managers that are made then: by ``model.generate_batch``,
     ``model.continuous_batching_context_manager`` or ``model.init_continuous_batching``. At the end
-    of a ``with`` block, or by :meth:`close`, transformers' own names are put back; a manager goes
-    on as it was made.
+    of a ``with`` block, or by :meth:`close`, transformers' own manager is put back; a manager that
+    was made goes on as it is.
 
     Such a manager takes the parameters of each request, which all requests of transformers' own
     share: ``add_request(ids, temperature=0.7, top_p=0.9, seed=1)``, or ``params=`` with a
@@ -111,19 +111,15 @@ class fused_continuous_batching:  # noqa: N801 - it is called as a function
         if reason is not None:
             raise RuntimeError(f"llm_sampling: transformers keeps its own sampler: {reason}")
         self._module = find(_API)
-        manager = find(_MANAGER)
-        made = {
-            "ContinuousBatchingManager": _manager(getattr(manager, "theirs", manager), options),
-            "ContinuousBatchingLogitsProcessorList": _processors(find(_PROCESSORS)),
-            "ModelRunner": _runner(find(_RUNNER)),
-        }
-        self._before = {name: vars(self._module)[name] for name in made}
-        vars(self._module).update(made)
+        self._before = self._module.ContinuousBatchingManager
+        theirs = getattr(self._before, "theirs", self._before)
+        self._module.ContinuousBatchingManager = _manager(theirs, options)
 
     def close(self) -> None:
-        """Put back what the names were before. A second call has no effect."""
-        vars(self._module).update(self._before)
-        self._before = {}
+        """Put back what the name was before. A second call has no effect."""
+        if self._before is not None:
+            self._module.ContinuousBatchingManager = self._before
+        self._before = None
 
     def __enter__(self) -> fused_continuous_batching:
         return self
@@ -138,7 +134,7 @@ class fused_continuous_batching:  # noqa: N801 - it is called as a function
 
 
 def _is_replaced() -> bool:
-    """Whether the names are replaced already: what they stand for was looked at then."""
+    """Whether the manager is replaced already: transformers was looked at then."""
     module = sys.modules.get(_API)
     return hasattr(getattr(module, "ContinuousBatchingManager", None), "theirs")
 
@@ -175,17 +171,16 @@ RELIANCE = Reliance(
         f"{_MANAGER}.add_requests": (
             "self inputs max_new_tokens streaming record_timestamps logit_processor_kwargs"
         ),
-        f"{_PROCESSORS}.__init__": (
-            "self logits_processor per_request_processors drop_unsupported_processors"
-        ),
         f"{_PROCESSORS}.check_kwargs": "self kwargs",
         f"{_PROCESSORS}.fill_defaults": "self int32_tensor",
         f"{_PROCESSORS}.prepare_tensor_args": "self requests_in_batch arg_storage",
+        f"{_RUNNER}.__init__": (
+            "self logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs"
+        ),
         f"{_RUNNER}.compute_batch": "self model batch_data",
         f"{_RUNNER}._sample": "self scores output_ids",
     },
     fields={
-        f"{_RUNNER}.__init__": "logit_processor inputs_and_outputs return_logprobs",
         f"{_PACKAGE}.requests:RequestState": (
             "request_id initial_tokens logit_processor_kwargs generated_tokens position_offset "
             "_true_initial_tokens"
@@ -194,10 +189,17 @@ RELIANCE = Reliance(
     },
     lookups={
         f"{_MANAGER}.__init__": (
-            "_get_logits_processor ContinuousBatchingLogitsProcessorList distributed_helper"
+            "_get_logits_processor ContinuousBatchingLogitsProcessorList logit_processor "
+            "continuous_batching_config distributed_helper"
         ),
         f"{_MANAGER}.add_requests": "add_request",
-        f"{_API}:ContinuousBatchProcessor.__init__": "ModelRunner compute_stream",
+        f"{_MANAGER}._create_batch_processor": "ContinuousBatchProcessor logit_processor",
+        f"{_PROCESSORS}.__init__": "tensors_required",
+        f"{_API}:ContinuousBatchProcessor.__init__": (
+            "logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs "
+            "model_runner compute_stream"
+        ),
+        f"{_API}:ContinuousBatchProcessor._generation_step": "model_runner compute_batch",
         f"{_API}:ContinuousBatchProcessor._update_tp_group_state": (
             "check_kwargs logit_processor_kwargs"
         ),
@@ -257,10 +259,18 @@ def _manager(theirs: Any, options: _Options) -> Any:
     """A subclass of transformers' manager that takes the parameters of each request."""
 
     class FusedManager(theirs):  # type: ignore[misc]
-        """transformers' manager, with parameters and a seed for each request."""
+        """transformers' manager, with parameters and a seed for each request.
 
-        #: The class of transformers itself.
+        Attributes:
+            theirs: the class of transformers itself.
+            processors: the class of its list of processors.
+            runner: the class of its model runner.
+        """
+
         theirs: Any
+        processors = _processors(find(_PROCESSORS))
+        runner = _runner(find(_RUNNER))
+        logit_processor: Any
 
         def __init__(
             self,
@@ -283,7 +293,7 @@ def _manager(theirs: Any, options: _Options) -> Any:
             resolved = self.continuous_batching_config
             if any(resolved.cuda_graph_booleans):
                 _refuse_graphs(model.device.type, backend)
-            self.logit_processor.requests = Requests(
+            requests = Requests(
                 vocab_size,
                 model.device,
                 capacity=resolved.max_requests_per_batch,
@@ -291,11 +301,26 @@ def _manager(theirs: Any, options: _Options) -> Any:
                 max_length=options.max_length,
                 backend=options.backend,
             )
+            self.logit_processor = self.processors(self.logit_processor, requests)
             seed = fresh_seed() if resolved.seed is None else resolved.seed
             self._seeds = torch.Generator().manual_seed(
                 (seed + self.distributed_helper.dp_rank) % 2**63
             )
             _LOG.info("llm_sampling draws, by its backend %r", backend)
+
+        def _create_batch_processor(self) -> Any:
+            """See transformers; it is called when the manager starts, which may be much later."""
+            processor = super()._create_batch_processor()
+            if not isinstance(processor.model_runner, self.runner):
+                processor.model_runner = self.runner(
+                    logit_processor=processor.logit_processor,
+                    cb_config=processor.cb_config,
+                    inputs_and_outputs=processor.inputs_and_outputs,
+                    cache=processor.cache,
+                    do_sample=processor.do_sample,
+                    return_logprobs=processor.return_logprobs,
+                )
+            return processor
 
         def add_request(
             self,
@@ -642,9 +667,8 @@ class Requests:
             check=False,
             backend=self._backend,
         )
-        # Elsewhere this check would wait for the device.
-        if slots.device.type == "cpu" and bool(((output.tokens < 0) & (slots >= 0)).any()):
-            self._warn()
+        if slots.device.type == "cpu":  # elsewhere it would wait for the device
+            self._look_at(output.tokens, slots)
         tokens = output.tokens.clamp(min=0)
         if self._keeps_histories:
             # counts as a tensor, since a list would be copied from the host in each replay
@@ -657,8 +681,8 @@ class Requests:
         raw = chosen - logits.float().logsumexp(1)
         return tokens, torch.where(is_greedy, raw, output.logprobs)
 
-    def _warn(self) -> None:
-        if not self._has_warned:
+    def _look_at(self, tokens: Tensor, slots: Tensor) -> None:
+        if not self._has_warned and bool(((tokens < 0) & (slots >= 0)).any()):
             self._has_warned = True
             _LOG.warning(
                 "llm_sampling: logits left a request no token (all of them NaN or -inf): it gets "
@@ -681,17 +705,17 @@ def _processors(theirs: Any) -> Any:
     """A subclass of transformers' list of processors that tells :class:`Requests` of batches."""
 
     class FusedProcessors(theirs):  # type: ignore[misc]
-        """transformers' list, with rows of arguments for the draw behind those of its own.
+        """A list of transformers with rows of arguments for the draw, behind those of its own.
 
-        Attributes:
-            requests: set by the manager that makes the list.
+        Args:
+            made: the list that transformers has made; this one takes its place.
+            requests: what is told of the batches.
         """
 
-        requests: Requests
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
+        def __init__(self, made: Any, requests: Requests) -> None:
+            self.__dict__.update(vars(made))
             self.tensors_required += _ROWS
+            self.requests = requests
 
         def fill_defaults(self, int32_tensor: Tensor) -> None:
             """The arguments of rows of padding."""

@@ -6,6 +6,7 @@ token anew by :func:`llm_sampling.sample`, from the logits of its row and from i
 """
 
 import importlib.util
+import random
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -15,6 +16,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+from no_waiting import nothing_waits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_sampling import RequestTable, SamplingParams, TokenHistory, sample
 from llm_sampling.generation import seeded
@@ -120,6 +123,7 @@ def run(
     together=True,
     poison=None,
     change=None,
+    is_logged=True,
     **options,
 ):
     """Generate for ``requests``, each a prompt and the arguments of ``add_request``.
@@ -129,14 +133,16 @@ def run(
         generation: the fields of the GenerationConfig.
         together: whether all requests are in the queue before the first batch.
         poison: (draw, row) whose logits are NaN.
-        change: a context manager around all of it, which plants a bug.
+        change: is called with a MonkeyPatch first.
+        is_logged: whether the draws are logged, for :func:`replay`. A graph cannot be.
         options: for ``fused_continuous_batching``.
     """
     done = Run()
     generation = transformers.GenerationConfig(**NEUTRAL | (generation or {}))
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         stack.enter_context(fused_continuous_batching(**options))
-        log_draws(patch, done, poison)
+        if is_logged:
+            log_draws(patch, done, poison)
         if change is not None:
             change(patch)
         manager = model.init_continuous_batching(generation, config or cb_config())
@@ -213,7 +219,7 @@ def log_draws(patch, done, poison):
         assert not tokens[len(batch) :].any(), "a row of padding has a token"
         for (name, place), row, token in zip(batch, given, tokens.tolist(), strict=False):
             if not name.startswith("__warmup"):
-                done.rows.append((name, place, row, token))
+                done.rows.append((name, place, row.cpu(), token))
         return tokens, of_tokens
 
     def waits(self, state):
@@ -440,6 +446,32 @@ def test_asynchronous_batches_change_no_token(model):
     assert len(results[1].rows) > len(results[0].rows) == 20 * len(MIXED)
 
 
+@needs_runner
+def test_a_slot_of_a_request_that_was_cancelled_is_used_again(model, monkeypatch):
+    """transformers tells nobody: the slot is taken when there is no other.
+
+    The manager is started when transformers' own one has been put back.
+    """
+    done = Run()
+    with fused_continuous_batching():
+        log_draws(monkeypatch, done, None)
+        config = transformers.GenerationConfig(**NEUTRAL)
+        manager = model.init_continuous_batching(config, cb_config(max_requests_per_batch=2))
+    endless = manager.add_request(PROMPTS[9], max_new_tokens=1500, streaming=True, params=PARAMS[9])
+    manager.start()
+    assert manager.get_result(timeout=60).request_id == endless
+    manager.cancel_request(endless)
+    for index in (15, 12, 10):
+        manager.add_request(PROMPTS[index], params=PARAMS[index])
+    while len(done.outputs) < 3:
+        output = manager.get_result(timeout=60)
+        if output.request_id != endless:
+            done.outputs[output.request_id] = output
+    manager.stop()
+    done.rows = [row for row in done.rows if row[0] != endless]
+    assert replay(done) == []
+
+
 # ---- several sequences of a prompt ----
 
 
@@ -498,6 +530,46 @@ def test_a_slot_is_taken_from_a_request_that_waits(model):
         config = cb_config(scheduler_type=scheduler, **cb)
         done = run(model, requests, config, {"num_return_sequences": 3})
         assert replay(done) == []
+
+
+class NothingOfTheHost(TorchDispatchMode):
+    """Raise where a tensor is made of the host's data, which a graph would copy in each replay."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "lift_fresh":
+            raise AssertionError("data of the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("penalties", [False, True])
+def test_a_draw_reads_nothing_of_the_host_and_waits_for_nothing(monkeypatch, logprobs, penalties):
+    """What a CUDA graph must not capture. The look at bad rows is for the CPU alone."""
+    monkeypatch.setattr(Requests, "_look_at", lambda self, tokens, slots: None)
+    requests = Requests(V, "cpu", capacity=4, penalties=penalties)
+    numbers = torch.tensor([[0, 1, -1], [3, 4, 0], [0, -1, -1]], dtype=torch.int32)
+    for slot in (0, 1):
+        requests._table.set(slot, PARAMS[15] if penalties else PARAMS[8])
+    logits = torch.randn(3, V)
+    with nothing_waits(), NothingOfTheHost():
+        tokens, of_tokens = requests.draw(logits, numbers, logprobs=logprobs)
+        with pytest.raises(AssertionError, match="data of the host"):
+            torch.tensor([1])
+    assert tokens[2] == 0
+    assert (of_tokens is not None) is logprobs
+
+
+@needs_runner
+@pytest.mark.gpu
+def test_graphs_and_asynchronous_batches_of_a_gpu_change_no_token(tiny_llama):
+    model, config = tiny_llama(V).cuda(), {"seed": 1, "return_logprobs": True}
+    eager = cb_config(use_cuda_graph=False, use_async_batching=False, **config)
+    done = run(model, MIXED, eager)
+    assert replay(done) == []
+    for is_async in (False, True):
+        captured = cb_config(use_async_batching=is_async, **config, **GRAPHS)
+        tokens = run(model, MIXED, captured, is_logged=False).all_tokens()
+        assert tokens == done.all_tokens()
 
 
 # ---- bugs that are planted ----
@@ -881,23 +953,24 @@ def test_a_manager_that_is_kept_for_the_next_session(model):
 
 
 @needs_runner
-def test_the_names_are_put_back(model):
+def test_the_manager_is_put_back(model):
     api = find(f"{PACKAGE}.continuous_api")
-    names = ("ContinuousBatchingManager", "ContinuousBatchingLogitsProcessorList", "ModelRunner")
-    before = [vars(api)[name] for name in names]
+    before = api.ContinuousBatchingManager
     with fused_continuous_batching() as outer:
-        replaced = [vars(api)[name] for name in names]
-        assert not set(map(id, replaced)) & set(map(id, before))
+        replaced = api.ContinuousBatchingManager
+        assert issubclass(replaced, before)
         with fused_continuous_batching(SamplingParams(seed=1)):
-            assert not set(map(id, replaced)) & {id(vars(api)[name]) for name in names}
+            inner = api.ContinuousBatchingManager
+            assert issubclass(inner, before)
+            assert not issubclass(inner, replaced)
             done = Run()
             config = transformers.GenerationConfig(**NEUTRAL)
             add_all(model.init_continuous_batching(config, cb_config()), MIXED[:1], done, True)
             assert len(done.tokens("req_0")) == 20
-        assert [vars(api)[name] for name in names] == replaced
+        assert api.ContinuousBatchingManager is replaced
         outer.close()
-        assert [vars(api)[name] for name in names] == before
-    assert [vars(api)[name] for name in names] == before
+        assert api.ContinuousBatchingManager is before
+    assert api.ContinuousBatchingManager is before
 
 
 @needs_runner
@@ -1078,3 +1151,45 @@ def test_a_place_with_other_names_is_found(place, monkeypatch):
     owner, _, name = names.rpartition(".")
     monkeypatch.setattr(find(f"{module}:{owner}"), name, lambda: None)
     assert place.rpartition(":")[2] in (RELIANCE.difference() or "")
+
+
+# ---- any manager ----
+
+
+@needs_runner
+@needs_other_devices
+@pytest.mark.parametrize("case", range(24))
+def test_any_manager(model, case):
+    """Random sizes of everything, several sequences, requests in the way of each other."""
+    chance = random.Random(case)
+    is_async = chance.random() < 0.5
+    several = chance.choice([1, 1, 2, 3])
+    has_graphs = chance.random() < 0.5 or (is_async and several > 1)
+    cb = {
+        "num_blocks": chance.randint(9, 30),
+        "max_batch_tokens": chance.choice([16, 24, 48, 64]),
+        "max_requests_per_batch": chance.choice([2, 3, 7, 16]),
+        "scheduler_type": chance.choice(["fifo", "prefill_first"]),
+        "cpu_offload_space": chance.choice([0.0, 0.001]),
+        "allow_block_sharing": chance.random() < 0.5,
+        "return_logprobs": chance.random() < 0.3,
+        "seed": case,
+    } | (GRAPHS if has_graphs else {})
+    requests = [
+        (chance.choice(PROMPTS[1:]), {"params": chance.choice(PARAMS)})
+        for _ in range(chance.randint(3, 20))
+    ]
+    for index, (prompt, options) in enumerate(requests):
+        if chance.random() < 0.3:
+            requests[index] = prompt, options | {"max_new_tokens": chance.randint(1, 30)}
+
+    def change(patch):
+        without_pinned_memory(patch)
+        if has_graphs:
+            as_graphs(patch, [])
+
+    done = run_either(
+        is_async, model, requests, {"num_return_sequences": several}, cb=cb, change=change
+    )
+    assert len(done.outputs) == len(requests) * several
+    assert replay(done) == []

@@ -48,9 +48,8 @@ def model(tiny_llama):
 def restored(monkeypatch):
     """Put the names back that a test replaces."""
     api = "transformers.generation.continuous_batching.continuous_api"
-    names = ("ContinuousBatchingManager", "ContinuousBatchingLogitsProcessorList", "ModelRunner")
-    for name in names:
-        monkeypatch.setattr(f"{api}.{name}", find(f"{api}:{name}"))
+    manager = "ContinuousBatchingManager"
+    monkeypatch.setattr(f"{api}.{manager}", find(f"{api}:{manager}"))
     monkeypatch.setattr(f"{api}.gc", SimpleNamespace(collect=lambda: 0))
     monkeypatch.setattr(f"{UTILS}.CBGenerateManager", find(f"{UTILS}:CBGenerateManager"))
     method = "BaseHandler._build_generation_config"

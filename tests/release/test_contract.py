@@ -203,7 +203,7 @@ PLACES = {
     "llm_sampling/backends/triton_kernel.py": EVERY_KIND,
     # distributed.py gets the limit of min-p from reference.depth_cut.
     "llm_sampling/distributed.py": ("scale", "rank", "mass", "floor"),
-    "llm_sampling/integrations/huggingface.py": ("scale", *FILTERS),
+    "llm_sampling/generation/config.py": ("scale", *FILTERS),
     "llm_sampling/integrations/vllm/both.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/integrations/sglang.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/tools/data/explain.html": ("penalty", "scope", "scale", *FILTERS, "floor"),
