@@ -1,6 +1,7 @@
 """Tests of the command ``llm-sampling``: options, output on stdout and stderr, exit codes."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -18,7 +19,9 @@ import torch
 
 from llm_sampling import Sampler, SamplingParams, TokenHistory, backends
 from llm_sampling.generation import models, rows, seeded, stream
+from llm_sampling.integrations import engines
 from llm_sampling.tools import cli
+from llm_sampling.tools.cli import console
 
 pytest.importorskip("rich", reason="needs the extra 'cli'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
@@ -539,6 +542,58 @@ def test_info_lists_every_backend_with_its_reason(capsys, monkeypatch):
     assert ["torch", "any", "yes"] in table
     assert ["transformers", transformers.__version__] in table
     assert err == ""
+
+
+class Look:
+    """Stands for a Reliance that an engine fulfils, or not."""
+
+    def __init__(self, reason):
+        self.reason = reason
+
+    def difference(self):
+        return self.reason
+
+
+def test_info_tells_whether_each_engine_would_be_used(capsys, monkeypatch):
+    """In an environment without the extra, too."""
+    made = (
+        engines.Engine("absent", ("no-such-package",), Look("never asked"), "SWITCH"),
+        engines.Engine("on", ("no-such-package", "torch"), Look(None), "SWITCH"),
+        engines.Engine("off", ("torch",), Look(None), "OTHER", "--flag"),
+        engines.Engine("called", ("torch",), Look(None), None, "use()"),
+        engines.Engine("other", ("torch",), Look("it has no Sampler"), "SWITCH"),
+    )
+    monkeypatch.setattr(engines, "ENGINES", made)
+    monkeypatch.setenv("SWITCH", "1")
+    monkeypatch.delenv("OTHER", raising=False)
+    monkeypatch.setattr(console, "EXTRA_PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(cli, "EXTRA_PACKAGES", ("no-such-package",))
+    assert cli.main(["info", "--engines"]) == 0
+    out, err = capsys.readouterr()
+    lines = [re.split("  +", line) for line in out.splitlines()]
+    version = importlib.metadata.version("torch")
+    assert lines == [
+        ["engine", "installed", "draws by the kernel"],
+        ["absent", "no", "no: it is not installed"],
+        ["on", version, "yes"],
+        ["off", version, "with --flag or OTHER=1"],
+        ["called", version, "with use()"],
+        ["other", version, "no: it has no Sampler"],
+    ]
+    assert err == ""
+    assert cli.main(["info"]) == 1, "the rest needs the extra"
+
+
+def test_the_engines_of_the_docs_are_those_of_the_table():
+    """Each has a page, and each switch is the one that its page names."""
+    folder = Path(__file__).parents[2] / "docs" / "engines"
+    pages = {page.name: page.read_text(encoding="utf-8") for page in folder.iterdir()}
+    page_of = {"vLLM": "vllm.md", "SGLang": "sglang.md", "transformers": "continuous-batching.md"}
+    assert {*pages} == {*page_of.values()}
+    for engine in engines.ENGINES:
+        text = pages[page_of[engine.name.partition(",")[0]]]
+        assert engine.switch is None or f"{engine.switch}=1" in text
+        assert engine.chosen_by is None or engine.chosen_by.removesuffix("()") in text
 
 
 def test_help_names_every_command(capsys):

@@ -43,10 +43,11 @@ def _run(words: Sequence[str]) -> int:
     # Read when transformers is imported. Models are local files in any case; this makes sure.
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        console.require("cli", EXTRA_PACKAGES)
         options = parse(words)
         if options is None:
             return 0
+        if not getattr(options, "engines", False):  # an engine's environment may lack the extra
+            console.require("cli", EXTRA_PACKAGES)
         try:
             request = options.make_request(options)
         except ValueError as error:

@@ -1,9 +1,10 @@
-"""``llm-sampling info``: the versions, the backends and the default model."""
+"""``llm-sampling info``: the versions, the backends, the default model; or the engines."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,14 +19,39 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Commands) -> None:
-    """Add the command, which has no options."""
+    """Add the command."""
     text = "Show the versions, the backends that run here and the default model."
     parser = commands.add_parser("info", help=text, description=text)
-    parser.set_defaults(make_request=lambda options: None, run=lambda request: run())
+    parser.add_argument(
+        "--engines",
+        action="store_true",
+        help="show instead the engines that have a plug-in, and whether it would be used; those "
+        "that are installed are imported",
+    )
+    parser.set_defaults(make_request=lambda options: options.engines, run=run)
 
 
-def run() -> int:
+def run(shows_engines: bool) -> int:
     """Print the tables; the exit code."""
+    return show_engines() if shows_engines else show_backends()
+
+
+def show_engines() -> int:
+    """Print a line for each engine, without a package of the extra; the exit code."""
+    from llm_sampling.integrations.engines import ENGINES, engine_info
+
+    lines = [("engine", "installed", "draws by the kernel")]
+    for engine in ENGINES:
+        found = engine_info(engine)
+        lines.append((found.name, found.version or "no", found.use or f"no: {found.reason}"))
+    name, version = (max(len(line[place]) for line in lines) for place in (0, 1))
+    for line in lines:
+        sys.stdout.write(f"{line[0]:{name}}  {line[1]:{version}}  {line[2]}\n")
+    return 0
+
+
+def show_backends() -> int:
+    """Print the tables of the versions and backends; the exit code."""
     from rich.table import Table
 
     output = console.output()
