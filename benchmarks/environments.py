@@ -69,7 +69,7 @@ ENVIRONMENTS = {
 
 
 #: Packages whose Python source is unpacked, and not installed.
-SOURCES = {"vllm-0.33": "vllm==0.33.0"}
+SOURCES = {"vllm-0.33": "vllm==0.33.0", "sglang-0.5": "sglang==0.5.23"}
 
 
 def python_of(name: str, folder: Path = FOLDER) -> Path:

@@ -303,6 +303,31 @@ def test_penalties_do_not_lag(drive, own, fused):
     assert {"frequency_penalty": 0.8} in differ
     assert {} not in differ
     assert fused["calls"][1]["tokens"] == own["calls"][0]["tokens"]
+    assert lagging(overlapped, by_one=True) == lagging(own, by_one=False) == 6 * 40
+
+
+def lagging(result, *, by_one):
+    """How many tokens of the first six requests are those of penalties that lag, or do not.
+
+    Penalties that lag see the last token of the prompt in the place of the last token.
+    """
+    found = 0
+    for step in result["steps"]:
+        for row, name in enumerate(step["requests"]):
+            number, i = map(int, name.split("-"))
+            if number or i >= 6:
+                continue
+            prompt, asked, _ = greedy()[i]
+            tokens = result["calls"][0]["tokens"][i]
+            place = step["places"][row] + 1 - len(prompt)
+            if place == len(tokens):  # drawn before the host knew that the request had ended
+                continue
+            output = [prompt[-1], *tokens][:place] if by_one else tokens[:place]
+            logits = step["raw"][row : row + 1]
+            history = TokenHistory.from_ids([prompt], [output], logits.shape[1])
+            want = sample(logits, params_of(asked, 0), history=history).tokens
+            found += tokens[place] == int(want)
+    return found
 
 
 def test_seeds_count(drive):
@@ -313,6 +338,16 @@ def test_seeds_count(drive):
     assert others == [first] * 3
     first, *others = (tokens for call in theirs["calls"] for tokens in call["tokens"])
     assert others != [first] * 3
+
+
+def test_texts_of_one_request_share_its_seed(drive):
+    calls = [
+        [[prompt_of(1, 9), {"n": 2, "max_new_tokens": 20, "ignore_eos": True} | seed, {}]]
+        for seed in ({"sampling_seed": 5}, {})
+    ]
+    seeded, unseeded = (call["tokens"] for call in drive(calls)["calls"])
+    assert seeded[0] == seeded[1]
+    assert unseeded[0] != unseeded[1]
 
 
 # ---- engines of other kinds ----

@@ -1,6 +1,6 @@
-"""Modules of a vLLM that cannot be imported here, made of its unpacked source.
+"""Modules of an engine that cannot be imported here, made of its unpacked source.
 
-They have what ``llm_sampling.integrations.vllm`` compares: functions with their parameters and the
+They have what the plug-ins compare: functions with their parameters and the
 names that their code refers to, and records with their fields. Nothing of the source is run.
 """
 
@@ -59,6 +59,8 @@ def _made(node: ast.FunctionDef | ast.ClassDef, code: CodeType) -> Any:
     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
     if "property" in decorators:
         return property(function)
+    if "classmethod" in decorators:
+        return classmethod(function)
     return staticmethod(function) if "staticmethod" in decorators else function
 
 

@@ -386,6 +386,19 @@ def test_a_provider_that_cannot_run_says_why():
         environments.python_of("vllm", Path("/nowhere"))
 
 
+def test_requirements_are_installed_before_what_is_installed_without_them(monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        environments.subprocess, "run", lambda command, check: commands.append(command[1:])
+    )
+    environments.make("sglang", "cpu")
+    packages = [command[3:] for command in commands[1:]]
+    assert [command[:3] for command in commands[1:]] == [["-m", "pip", "install"]] * 3
+    assert packages[0] == [environments.TORCH]
+    assert "transformers==5.19.0" in packages[1]
+    assert packages[2] == ["--no-deps", "sglang==0.5.23"]
+
+
 def test_of_a_peer_that_is_read_only_the_source_is_unpacked(tmp_path, monkeypatch):
     def download(command, check):
         folder = Path(command[command.index("--dest") + 1])
