@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,12 +40,19 @@ from llm_sampling.generation.config import (
 )
 from llm_sampling.generation.rows import seeded
 from llm_sampling.history import check_vocab_size
-from llm_sampling.integrations.engine import Reliance, backend_name, find, fresh_seed
+from llm_sampling.integrations.engine import (
+    EngineLog,
+    Reliance,
+    Warnings,
+    backend_name,
+    find,
+    fresh_seed,
+)
 from llm_sampling.params import SamplingParams
 from llm_sampling.sample import sample
 from llm_sampling.table import RequestTable
 
-_LOG = logging.getLogger("llm_sampling")
+LOG = EngineLog("transformers", "transformers", ("5.23", "5.24"))
 
 # ---- registration ----
 
@@ -306,7 +312,7 @@ def _manager(theirs: Any, options: _Options) -> Any:
             self._seeds = torch.Generator().manual_seed(
                 (seed + self.distributed_helper.dp_rank) % 2**63
             )
-            _LOG.info("llm_sampling draws, by its backend %r", backend)
+            LOG.draws(backend)
 
         def _create_batch_processor(self) -> Any:
             """See transformers; it is called when the manager starts, which may be much later."""
@@ -565,7 +571,7 @@ class Requests:
         self._by_id: dict[str, _Request] = {}  # the least recently used first
         #: The stream of the draws, in whose order the table is changed; None: the current one.
         self.stream: Any = None
-        self._has_warned = False
+        self._warnings = Warnings(LOG)
 
     # Called while a batch is prepared, on the host
 
@@ -667,9 +673,7 @@ class Requests:
             check=False,
             backend=self._backend,
         )
-        if slots.device.type == "cpu":  # elsewhere it would wait for the device
-            self._look_at(output.tokens, slots)
-        tokens = output.tokens.clamp(min=0)
+        tokens = self._warnings.token_for_each(output.tokens, slots)
         if self._keeps_histories:
             # counts as a tensor, since a list would be copied from the host in each replay
             self._table.append(tokens, torch.ones_like(recording), slots=recording)
@@ -680,14 +684,6 @@ class Requests:
         chosen = logits.gather(1, tokens[:, None])[:, 0].float()
         raw = chosen - logits.float().logsumexp(1)
         return tokens, torch.where(is_greedy, raw, output.logprobs)
-
-    def _look_at(self, tokens: Tensor, slots: Tensor) -> None:
-        if not self._has_warned and bool(((tokens < 0) & (slots >= 0)).any()):
-            self._has_warned = True
-            _LOG.warning(
-                "llm_sampling: logits left a request no token (all of them NaN or -inf): it gets "
-                "token 0"
-            )
 
 
 # ---- the sampler ----

@@ -1,4 +1,4 @@
-"""What the plug-ins for engines share: a look at the engine, and what is done when it is imported.
+"""What the plug-ins for engines share: a look at the engine, its log, and its first import.
 
 A plug-in replaces names of an engine's module right after the module's first import, if the engine
 has all that the plug-in relies on. Nothing here imports an engine before the engine does.
@@ -18,19 +18,18 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 from llm_sampling import backends
 from llm_sampling.backends.base import BackendModule
+from llm_sampling.fields import FIELDS
 from llm_sampling.params import fresh_seeds
 
 Actions = Mapping[str, Callable[[ModuleType], None]]
 
-
-def is_on(switch: str, log: logging.Logger) -> bool:
-    """Whether an environment variable is 1; any value but 0, 1 and "" is warned of."""
-    value = os.environ.get(switch, "0")
-    if value not in ("", "0", "1"):
-        log.warning("llm_sampling is off: %s must be 0 or 1, got %r", switch, value)
-    return value == "1"
+#: Values of :class:`~llm_sampling.SamplingParams` that turn penalties, or filters, off.
+NO_PENALTY = {f.name: f.off for f in FIELDS.values() if f.kind == "penalty"}
+NO_FILTER = {f.name: f.off for f in FIELDS.values() if f.kind in ("rank", "mass", "depth")}
 
 
 def find(place: str) -> Any:
@@ -90,6 +89,103 @@ class Reliance:
         except Exception as error:  # whatever is wrong, the engine must start
             return str(error) or type(error).__name__
         return None
+
+
+class EngineLog:
+    """What a plug-in says in its engine's log.
+
+    Args:
+        engine: the engine's name.
+        package: that the engine is imported from; its handlers print what the plug-in logs.
+        tested: the releases that the plug-in is tested with, such as "0.32".
+    """
+
+    def __init__(self, engine: str, package: str, tested: Sequence[str]) -> None:
+        self.engine = engine
+        self.tested = tested
+        self._package = package
+        self._log = logging.getLogger(f"{package}.llm_sampling")
+
+    def refuse(self, reason: str) -> None:
+        """Warn that the engine's own sampler draws."""
+        self._log.warning("llm_sampling: %s keeps its own sampler: %s", self.engine, reason)
+
+    def warn(self, what: str) -> None:
+        """Warn of something else."""
+        self._log.warning("llm_sampling: %s", what)
+
+    def draws(self, backend: str) -> None:
+        """Say that the kernel draws."""
+        self._log.info("llm_sampling draws, by its backend %r", backend)
+
+    def is_on(self, switch: str) -> bool:
+        """Whether an environment variable is 1; any value but 0, 1 and "" is warned of."""
+        value = os.environ.get(switch, "0")
+        if value not in ("", "0", "1"):
+            self._log.warning("llm_sampling is off: %s must be 0 or 1, got %r", switch, value)
+        return value == "1"
+
+    def accepts(self, reliance: Reliance, part: str = "") -> bool:
+        """Whether the engine has all that is relied on; if not, a warning says what differs.
+
+        Args:
+            reliance: what is relied on.
+            part: what comes before the reason, where an engine has several samplers.
+        """
+        reason = reliance.difference()
+        if reason is not None:
+            self.refuse(part + reason)
+            return False
+        found = str(getattr(sys.modules.get(self._package), "__version__", "of no version"))
+        if not f"{found}.".startswith(tuple(f"{release}." for release in self.tested)):
+            self._log.info(
+                "llm_sampling: this %s is %s and has all that the plug-in relies on; it was tested "
+                "with %s",
+                self.engine,
+                found,
+                " and ".join(self.tested),
+            )
+        return True
+
+
+class Warnings:
+    """Warnings in an engine's log, each of them once.
+
+    Args:
+        log: the engine's.
+    """
+
+    def __init__(self, log: EngineLog) -> None:
+        self._log = log
+        self._given: set[str] = set()
+
+    def warn(self, what: str) -> None:
+        """Log a warning, unless it has been logged."""
+        if what not in self._given:
+            self._given.add(what)
+            self._log.warn(what)
+
+    def refuse(self, reason: str) -> None:
+        """Warn that the engine's own sampler draws, unless it has been logged."""
+        if reason not in self._given:
+            self._given.add(reason)
+            self._log.refuse(reason)
+
+    def token_for_each(self, tokens: Tensor, slots: Tensor | None = None) -> Tensor:
+        """``tokens`` with 0 where a row has none: engines have no row without a token.
+
+        Args:
+            tokens: int64 ``(rows,)``, of :func:`llm_sampling.sample`.
+            slots: of the rows; a row whose slot is -1 is no request's, and not warned of.
+        """
+        # Elsewhere than on the CPU this check would wait for the device.
+        if tokens.device.type == "cpu":
+            has_none = tokens < 0 if slots is None else (tokens < 0) & (slots >= 0)
+            if bool(has_none.any()):
+                self.warn(
+                    "logits left a request no token (all of them NaN or -inf): it gets token 0"
+                )
+        return tokens.clamp(min=0)
 
 
 def when_imported(actions: Actions) -> None:

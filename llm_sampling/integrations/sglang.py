@@ -16,8 +16,6 @@ what is refused, and what differs from SGLang's sampler.
 
 from __future__ import annotations
 
-import logging
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,21 +25,26 @@ import torch
 from torch import Tensor
 
 from llm_sampling import backends
-from llm_sampling.fields import FIELDS
 from llm_sampling.history import MAX_VOCAB_SIZE
-from llm_sampling.integrations.engine import Reliance, backend_name, find, fresh_seed, is_on
+from llm_sampling.integrations.engine import (
+    NO_FILTER,
+    NO_PENALTY,
+    EngineLog,
+    Reliance,
+    Warnings,
+    backend_name,
+    find,
+    fresh_seed,
+)
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits, sample
 from llm_sampling.table import RequestTable
 
-#: A child of SGLang's logger, so that SGLang's handlers print it.
-LOG = logging.getLogger("sglang.llm_sampling")
+LOG = EngineLog("SGLang", "sglang", ("0.5.23",))
 
 SWITCH = "LLM_SAMPLING_SGLANG"
 #: What ``--sampling-backend`` calls the kernel.
 BACKEND = "llm_sampling"
-#: The release of SGLang that this module is tested with.
-TESTED = "0.5.23"
 
 
 # ---- registration ----
@@ -58,12 +61,12 @@ def register() -> None:
         registry = find(f"{_HOOKS}:HookRegistry")
         kinds = find(f"{_HOOKS}:HookType")
     except (ImportError, AttributeError) as error:
-        refuse(str(error))
+        LOG.refuse(str(error))
         return
     if BACKEND in find(f"{_SAMPLER}:_CUSTOM_SAMPLER_FACTORIES"):
         return
     offer(BACKEND, make_sampler)
-    if is_on(SWITCH, LOG):
+    if LOG.is_on(SWITCH):
         registry.register(f"{_SAMPLER}.create_sampler", _instead, kinds.AROUND)
 
 
@@ -82,22 +85,16 @@ def make_sampler() -> Any:
     context = find(f"{_CONTEXT}:get_context")()
     if context.config_leaf("sampling_backend") == BACKEND:
         context.override(BACKEND, sampling_backend="pytorch")
-    reason = RELIANCE.difference() or _why_not_here(context)
     sampler = find(f"{_SAMPLER}:Sampler")
-    if reason is not None:
-        refuse(reason)
+    if not LOG.accepts(RELIANCE):
         return sampler()
-    version = str(getattr(sys.modules.get("sglang"), "__version__", "of no version"))
-    if version != TESTED:
-        LOG.info(
-            "llm_sampling: this SGLang is %s and has all that the plug-in relies on; it was tested "
-            "with %s",
-            version,
-            TESTED,
-        )
+    reason = _why_not_here(context)
+    if reason is not None:
+        LOG.refuse(reason)
+        return sampler()
     requests = Requests(context.config_leaf("device"))
     _replace_classes(requests)
-    LOG.info("llm_sampling draws, by its backend %r", requests.backend)
+    LOG.draws(requests.backend)
     return fused(sampler, requests)()
 
 
@@ -117,11 +114,6 @@ def _replace_classes(requests: Requests) -> None:
     for place, ours in classes.items():
         if find(place) is not ours:  # its log has the reason
             raise RuntimeError(f"llm_sampling: SGLang's HookRegistry did not replace {place}")
-
-
-def refuse(reason: str) -> None:
-    """Warn that SGLang's own sampler draws."""
-    LOG.warning("llm_sampling: SGLang keeps its own sampler: %s", reason)
 
 
 # ---- what this module relies on in SGLang ----
@@ -224,9 +216,6 @@ def _why_not_here(context: Any) -> str | None:
 #: SGLang's parameters are float64 and the kernel's float32: the range of positive float32.
 _LEAST, _LARGEST = 2.0**-149, torch.finfo(torch.float32).max
 
-_NO_PENALTY = {f.name: f.off for f in FIELDS.values() if f.kind == "penalty"}
-_NO_FILTER = {f.name: f.off for f in FIELDS.values() if f.kind in ("rank", "mass", "depth")}
-
 #: Which part of a request's parameters a call of the kernel applies.
 _Part = Callable[[SamplingParams], SamplingParams]
 
@@ -262,11 +251,11 @@ def params_of(theirs: Any, fresh: Callable[[], int] = fresh_seed) -> SamplingPar
 
 def _penalties(params: SamplingParams) -> SamplingParams:
     """The penalties alone."""
-    return replace(params, temperature=1.0, **_NO_FILTER)
+    return replace(params, temperature=1.0, **NO_FILTER)
 
 
 def _all_but_penalties(params: SamplingParams) -> SamplingParams:
-    return replace(params, **_NO_PENALTY)
+    return replace(params, **NO_PENALTY)
 
 
 @dataclass(eq=False)
@@ -324,17 +313,14 @@ class Requests:
         self._needs_history = False
         self._slots = self._prompt_lengths = torch.zeros(0)
         self._batches: dict[_Part, BatchParams] = {}
-        self._warned_of: set[str] = set()
+        self._warnings = Warnings(LOG)
 
     # Called where SGLang makes its batches
 
     def accepts(self, vocab_size: int) -> bool:
         """Whether the kernel draws from so many tokens; warns if not."""
         if vocab_size > MAX_VOCAB_SIZE:
-            reason = f"vocab_size: it must be in 1 .. 2^20, got {vocab_size}"
-            if reason not in self._warned_of:
-                self._warned_of.add(reason)
-                refuse(reason)
+            self._warnings.refuse(f"vocab_size: it must be in 1 .. 2^20, got {vocab_size}")
             return False
         return True
 
@@ -385,13 +371,8 @@ class Requests:
         found = f"shape {tuple(logits.shape)} on {logits.device}, and not {shape} on {self.device}"
         if any(request.needs_history for request in rows):
             raise RuntimeError(f"llm_sampling: penalties cannot be applied to logits of {found}")
-        self._warn_once(f"SGLang's own sampler draws where logits have {found}")
+        self._warnings.warn(f"SGLang's own sampler draws where logits have {found}")
         return False
-
-    def _warn_once(self, what: str) -> None:
-        if what not in self._warned_of:
-            self._warned_of.add(what)
-            LOG.warning("llm_sampling: %s", what)
 
     def _follow(self, rows: Sequence[Request]) -> RequestTable:
         """The table, with each of the rows in its slot.
@@ -498,12 +479,7 @@ class Requests:
             tokens = sample(
                 logits, table, slots=self._slots, text_positions=places, check=False
             ).tokens
-        # Elsewhere this check would wait for the device.
-        if tokens.device.type == "cpu" and bool((tokens < 0).any()):
-            self._warn_once(
-                "logits left a request no token (all of them NaN or -inf): it gets token 0"
-            )
-        return tokens.clamp(min=0)  # SGLang has no row without a token
+        return self._warnings.token_for_each(tokens)
 
     def kept(self, rows: Sequence[Request], logits: Tensor, *, are_penalised: bool) -> Tensor:
         """float32 ``(rows, vocab_size)``: what :meth:`draw` draws from, -inf where it does not."""

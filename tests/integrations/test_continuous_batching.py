@@ -23,7 +23,7 @@ from llm_sampling import RequestTable, SamplingParams, TokenHistory, sample
 from llm_sampling.generation import seeded
 from llm_sampling.integrations import continuous_batching
 from llm_sampling.integrations.continuous_batching import Requests, fused_continuous_batching
-from llm_sampling.integrations.engine import find
+from llm_sampling.integrations.engine import Warnings, find
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
 PACKAGE = "transformers.generation.continuous_batching"
@@ -71,6 +71,14 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def model(tiny_llama):
     return tiny_llama(V)
+
+
+@pytest.fixture(autouse=True)
+def its_log_is_captured():
+    """The handlers of transformers' log are its own."""
+    transformers.logging.enable_propagation()
+    yield
+    transformers.logging.disable_propagation()
 
 
 @pytest.fixture(autouse=True)
@@ -545,7 +553,7 @@ class NothingOfTheHost(TorchDispatchMode):
 @pytest.mark.parametrize("penalties", [False, True])
 def test_a_draw_reads_nothing_of_the_host_and_waits_for_nothing(monkeypatch, logprobs, penalties):
     """What a CUDA graph must not capture. The look at bad rows is for the CPU alone."""
-    monkeypatch.setattr(Requests, "_look_at", lambda self, tokens, slots: None)
+    monkeypatch.setattr(Warnings, "token_for_each", lambda self, tokens, slots: tokens.clamp(min=0))
     requests = Requests(V, "cpu", capacity=4, penalties=penalties)
     numbers = torch.tensor([[0, 1, -1], [3, 4, 0], [0, -1, -1]], dtype=torch.int32)
     for slot in (0, 1):
@@ -975,14 +983,14 @@ def test_the_manager_is_put_back(model):
 
 @needs_runner
 def test_it_says_what_draws(model, caplog):
-    with caplog.at_level("INFO", logger="llm_sampling"):
+    with caplog.at_level("INFO", logger="transformers.llm_sampling"):
         run(model, MIXED[:1])
     assert "llm_sampling draws, by its backend 'cpu'" in [r.message for r in caplog.records]
 
 
 @needs_runner
 def test_a_named_backend_draws(model, caplog):
-    with caplog.at_level("INFO", logger="llm_sampling"):
+    with caplog.at_level("INFO", logger="transformers.llm_sampling"):
         done = run(model, MIXED, backend="torch")
     assert "llm_sampling draws, by its backend 'torch'" in [r.message for r in caplog.records]
     assert replay(done) == []

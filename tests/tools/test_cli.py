@@ -20,6 +20,7 @@ import torch
 from llm_sampling import Sampler, SamplingParams, TokenHistory, backends
 from llm_sampling.generation import models, rows, seeded, stream
 from llm_sampling.integrations import engines
+from llm_sampling.integrations.engine import EngineLog
 from llm_sampling.tools import cli
 from llm_sampling.tools.cli import console
 
@@ -556,12 +557,13 @@ class Look:
 
 def test_info_tells_whether_each_engine_would_be_used(capsys, monkeypatch):
     """In an environment without the extra, too."""
+    log = EngineLog("an engine", "engine", ())
     made = (
-        engines.Engine("absent", ("no-such-package",), Look("never asked"), "SWITCH"),
-        engines.Engine("on", ("no-such-package", "torch"), Look(None), "SWITCH"),
-        engines.Engine("off", ("torch",), Look(None), "OTHER", "--flag"),
-        engines.Engine("called", ("torch",), Look(None), None, "use()"),
-        engines.Engine("other", ("torch",), Look("it has no Sampler"), "SWITCH"),
+        engines.Engine("absent", ("no-such-package",), Look("never asked"), log, "SWITCH"),
+        engines.Engine("on", ("no-such-package", "torch"), Look(None), log, "SWITCH"),
+        engines.Engine("off", ("torch",), Look(None), log, "OTHER", "--flag"),
+        engines.Engine("called", ("torch",), Look(None), log, None, "use()"),
+        engines.Engine("other", ("torch",), Look("it has no Sampler"), log, "SWITCH"),
     )
     monkeypatch.setattr(engines, "ENGINES", made)
     monkeypatch.setenv("SWITCH", "1")

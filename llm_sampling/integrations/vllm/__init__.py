@@ -13,9 +13,11 @@ is refused, and what differs from vLLM's sampler.
 
 from __future__ import annotations
 
-from llm_sampling.integrations.engine import is_awaited, is_on, when_imported
+from llm_sampling.integrations.engine import is_awaited, when_imported
 from llm_sampling.integrations.vllm import v1, v2
 from llm_sampling.integrations.vllm.both import LOG
+
+__all__ = ["LOG", "SWITCH", "register", "v1", "v2"]
 
 SWITCH = "LLM_SAMPLING_VLLM"
 
@@ -25,5 +27,5 @@ def register() -> None:
 
     It does not import vLLM. A second call has no effect.
     """
-    if is_on(SWITCH, LOG) and not is_awaited(v1.RUNNER):
+    if LOG.is_on(SWITCH) and not is_awaited(v1.RUNNER):
         when_imported({v1.RUNNER: v1.replace_names, v2.RUNNER: v2.replace_names})

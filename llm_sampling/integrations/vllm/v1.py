@@ -19,17 +19,20 @@ from llm_sampling import backends
 from llm_sampling.backends.base import SampleCall, SampleOutput, Step
 from llm_sampling.calls import check_logits
 from llm_sampling.history import TokenHistory
-from llm_sampling.integrations.engine import Reliance, backend_name, find
+from llm_sampling.integrations.engine import (
+    NO_FILTER,
+    NO_PENALTY,
+    Reliance,
+    Warnings,
+    backend_name,
+    find,
+)
 from llm_sampling.integrations.vllm.both import (
     FIELDS_OF_BOTH,
     LOG,
-    NO_FILTER,
-    NO_PENALTY,
-    Warnings,
-    is_accepted,
+    look_for_unread,
     not_greedy,
     params_of,
-    refuse,
     why_not_here,
 )
 from llm_sampling.params import BatchParams, SamplingParams
@@ -41,7 +44,7 @@ RUNNER = "vllm.v1.worker.gpu_model_runner"
 
 def replace_names(runner: ModuleType) -> None:
     """Replace three names of the runner, or warn why they stay."""
-    if is_accepted(RELIANCE, "V1"):
+    if LOG.accepts(RELIANCE, "V1 runner: "):
         runner.Sampler = _fused(runner.Sampler)  # type: ignore[attr-defined]
         runner.build_logitsprocs = _building(runner.build_logitsprocs)  # type: ignore[attr-defined]
         runner.InputBatch = _without_penalties(runner.InputBatch)  # type: ignore[attr-defined]
@@ -118,7 +121,7 @@ def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
         if vllm_config.speculative_config is not None:
             reason = "speculative_config: V1 accepts drafts by a sampler of their own, unlike V2"
         if reason is not None:
-            refuse(reason)
+            LOG.refuse(reason)
             return built
         requests = Requests(
             vllm_config.model_config.get_vocab_size(),
@@ -126,7 +129,7 @@ def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
             capacity=vllm_config.scheduler_config.max_num_seqs,
         )
         built.argmax_invariant.insert(0, requests)
-        LOG.info("llm_sampling draws, by its backend %r", requests.backend)
+        LOG.draws(requests.backend)
         return built
 
     return build
@@ -245,7 +248,7 @@ class Requests:
         # the calls that apply a part of them, until the batch changes.
         self._steps: dict[torch.dtype, tuple[BatchParams, Step]] = {}
         self._batches: dict[_Part, BatchParams] = {}
-        self._warnings = Warnings()
+        self._warnings = Warnings(LOG)
 
     def _make_table(self, *, history: bool) -> RequestTable:
         return RequestTable(
@@ -296,7 +299,7 @@ class Requests:
         for index, theirs, prompt, output in update.added:
             self._leave(requests.pop(index, None))
             requests[index] = self._enter(params_of(theirs), prompt or (), output)
-            self._warnings.look_for_unread(theirs)
+            look_for_unread(theirs, self._warnings)
         for first, second, direction in update.moved:
             moved, other = requests.pop(first, None), requests.pop(second, None)
             if moved is not None:

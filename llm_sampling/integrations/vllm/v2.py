@@ -22,17 +22,20 @@ from torch import Tensor
 from llm_sampling import backends
 from llm_sampling.backends.base import MAX_EXTRA_OUTPUT
 from llm_sampling.history import TokenHistory
-from llm_sampling.integrations.engine import Reliance, backend_name, find
+from llm_sampling.integrations.engine import (
+    NO_FILTER,
+    NO_PENALTY,
+    Reliance,
+    Warnings,
+    backend_name,
+    find,
+)
 from llm_sampling.integrations.vllm.both import (
     FIELDS_OF_BOTH,
     LOG,
-    NO_FILTER,
-    NO_PENALTY,
-    Warnings,
-    is_accepted,
+    look_for_unread,
     not_greedy,
     params_of,
-    refuse,
     why_not_here,
 )
 from llm_sampling.params import SamplingParams
@@ -44,7 +47,7 @@ RUNNER = "vllm.v1.worker.gpu.model_runner"
 
 def replace_names(runner: ModuleType) -> None:
     """Replace three names of the runner, or warn why they stay."""
-    if is_accepted(RELIANCE, "V2"):
+    if LOG.accepts(RELIANCE, "V2 runner: "):
         runner.Sampler = _building(runner.Sampler)  # type: ignore[attr-defined]
         runner.post_update = _recording(runner.post_update)  # type: ignore[attr-defined]
         runner.create_watermarker = _telling(runner.create_watermarker)  # type: ignore[attr-defined]
@@ -149,7 +152,7 @@ class Requests:
         self._penalised = self._make_table() if has_processors else None
         self._taken: set[int] = set()
         self._unfilled: list[int] = []  # slots whose request has a penalty and no history yet
-        self._warnings = Warnings()
+        self._warnings = Warnings(LOG)
         for slot in range(self.capacity):
             self._set(slot, EMPTY)  # vLLM's trial runs draw for slots without a request
         _ALIVE.add(self)
@@ -182,7 +185,7 @@ class Requests:
             position: how many tokens it has produced.
         """
         params = params_of(theirs, seed)
-        self._warnings.look_for_unread(theirs)
+        look_for_unread(theirs, self._warnings)
         self._set(slot, params, position)
         self._taken.add(slot)
         if params.needs_history:
@@ -279,7 +282,7 @@ def _building(sampler: Any) -> Callable[..., Any]:
             reason = f"num_speculative_tokens: {rule}, got {length}"
         if reason is None:
             return fused(**options)
-        refuse(reason)
+        LOG.refuse(reason)
         return sampler(**options)
 
     return build
@@ -324,7 +327,7 @@ def _telling(create_watermarker: Callable[..., Any]) -> Callable[..., Any]:
     """``create_watermarker`` with a warning that its sampler is vLLM's own."""
 
     def create(*args: Any) -> Any:
-        refuse("watermark_config: a watermark is drawn by a sampler of its own")
+        LOG.refuse("watermark_config: a watermark is drawn by a sampler of its own")
         return create_watermarker(*args)
 
     return create
@@ -354,7 +357,7 @@ def _fused(sampler: Any) -> Any:
                 self.penalties_state.output_bin_counts,
                 has_processors=self._has_custom,
             )
-            LOG.info("llm_sampling draws, by its backend %r", self.requests.backend)
+            LOG.draws(self.requests.backend)
 
         def add_request(self, req_idx: int, sampling_params: Any) -> None:
             super().add_request(req_idx, sampling_params)

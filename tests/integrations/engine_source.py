@@ -1,7 +1,7 @@
 """Modules of an engine that cannot be imported here, made of its unpacked source.
 
-They have what the plug-ins compare: functions with their parameters and the
-names that their code refers to, and records with their fields. Nothing of the source is run.
+They have what the plug-ins compare: functions with their parameters and the names that their code
+refers to, and records with their fields. Nothing of the source is run.
 """
 
 from __future__ import annotations
