@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llm_sampling import backends
 from llm_sampling.backends.base import BackendModule
 from llm_sampling.fields import FIELDS
 from llm_sampling.params import fresh_seeds
+from llm_sampling.tensors import to_device
 
 Actions = Mapping[str, Callable[[ModuleType], None]]
 
@@ -247,3 +249,8 @@ def backend_name(backend: BackendModule) -> str:
 def fresh_seed() -> int:
     """A seed for a request that has none, from torch's default generator, which engines seed."""
     return int(fresh_seeds(1)) % 2**64
+
+
+def on_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Integers as a tensor ``(len(values),)`` on a device, without waiting for the device."""
+    return to_device(torch.tensor(values, dtype=dtype, device="cpu"), device)

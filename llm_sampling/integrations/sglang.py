@@ -35,6 +35,7 @@ from llm_sampling.integrations.engine import (
     backend_name,
     find,
     fresh_seed,
+    on_device,
 )
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits, sample
@@ -395,8 +396,9 @@ class Requests:
                 self._enter(self._table, request)
         if rows is not self._rows:
             self._rows, self._needs_history, self._batches = rows, needs_history, {}
-            self._slots = self._on_device([request.slot for request in rows], torch.int32)
-            self._prompt_lengths = self._on_device([r.prompt_length for r in rows], torch.int64)
+            self._slots = on_device([request.slot for request in rows], torch.int32, self.device)
+            lengths = [request.prompt_length for request in rows]
+            self._prompt_lengths = on_device(lengths, torch.int64, self.device)
         return self._table
 
     def _made_table(self, *, history: bool) -> RequestTable:
@@ -429,11 +431,6 @@ class Requests:
         table.set(slot, request.params, output_ids=output, prompt_length=length)
         self._in_slot[slot] = weakref.ref(request, lambda _: ended.append(slot))
         request.is_entered, request.output = True, ()
-
-    def _on_device(self, values: list[int], dtype: torch.dtype) -> Tensor:
-        pinned = self.device.type == "cuda"  # a copy from pageable memory would wait
-        tensor = torch.tensor(values, dtype=dtype, pin_memory=pinned)
-        return tensor.to(self.device, non_blocking=True)
 
     def _packed(self, part: _Part) -> BatchParams:
         batch = self._batches.get(part)

@@ -26,6 +26,7 @@ from llm_sampling.integrations.engine import (
     Warnings,
     backend_name,
     find,
+    on_device,
 )
 from llm_sampling.integrations.vllm.both import (
     FIELDS_OF_BOTH,
@@ -289,7 +290,7 @@ class Requests:
         position = [0] * self.capacity
         for request in self._rows:
             position[request.slot] = len(request.output)
-        self._position.copy_(self._on_device(position), non_blocking=True)
+        self._position.copy_(on_device(position, torch.int64, self.device), non_blocking=True)
 
     def _follow(self, update: Any) -> None:
         """Remove, add and then move requests, as vLLM does."""
@@ -310,7 +311,7 @@ class Requests:
                 self._leave(other)
         self._rows = [requests[index] for index in range(update.batch_size)]
         self._penalised = [request for request in self._rows if request.needs_history]
-        self._slots = self._on_device([r.slot for r in self._rows], torch.int32)
+        self._slots = on_device([r.slot for r in self._rows], torch.int32, self.device)
         self._batches = {}
 
     def _enter(
@@ -355,11 +356,12 @@ class Requests:
                     grown.append(request)
                     known.append(token)
         if grown:
-            tokens = self._on_device(known)
+            tokens = on_device(known, torch.int64, self.device)
             if self._drawn is not None and min(known) < 0:
-                rows = self._on_device([drawn.get(request, 0) for request in grown])
+                of_rows = [drawn.get(request, 0) for request in grown]
+                rows = on_device(of_rows, torch.int64, self.device)
                 tokens = torch.where(tokens < 0, self._drawn[rows], tokens)
-            slots = self._on_device([request.slot for request in grown], torch.int32)
+            slots = on_device([request.slot for request in grown], torch.int32, self.device)
             self._table.append(tokens, slots=slots)
             for request in grown:
                 request.recorded += 1
@@ -367,11 +369,6 @@ class Requests:
             if request.recorded != len(request.output):
                 self._set(request)
         self._drawn, self._row_drawn = None, {}
-
-    def _on_device(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        pinned = self.device.type == "cuda"  # a copy from pageable memory would wait
-        tensor = torch.tensor(values, dtype=dtype, pin_memory=pinned)
-        return tensor.to(self.device, non_blocking=True)
 
     # Called by the sampler
 

@@ -29,6 +29,7 @@ from llm_sampling.integrations.engine import (
     Warnings,
     backend_name,
     find,
+    on_device,
 )
 from llm_sampling.integrations.vllm.both import (
     FIELDS_OF_BOTH,
@@ -145,7 +146,6 @@ class Requests:
         self.backend = backend_name(backends.resolve(backend, counts.device))
         slots = torch.arange(self.capacity, dtype=torch.int32, device=counts.device)
         self._history = TokenHistory(seen, counts, None, slots, self.vocab_size)
-        self._has_processors = has_processors
         # What the draw applies, what "processed" logits show, and what comes before processors.
         self._drawn = self._make_table()
         self._shown = self._make_table()
@@ -209,7 +209,7 @@ class Requests:
         if not slots:
             return
         of_slots = [int(lengths[slot]) for slot in slots]
-        there = torch.tensor(slots, device="cpu").to(ids.device, non_blocking=True)
+        there = on_device(slots, torch.int64, ids.device)
         self._drawn.fill(
             slots,
             ids[there, : max(of_slots)],
