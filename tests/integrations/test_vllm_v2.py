@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from no_waiting import nothing_waits
 from vllm_texts import Theirs, V, alone, logits_of, random_params
 
 from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
+from llm_sampling.integrations.engine import Warnings
 from llm_sampling.integrations.vllm import register, v2
 from llm_sampling.integrations.vllm.both import not_greedy, params_of
 from llm_sampling.integrations.vllm.v2 import RUNNER, Requests
@@ -252,6 +254,33 @@ def test_a_call_stays_prepared_while_requests_come_and_go(monkeypatch):
     requests.record(tokens[:, None], torch.ones(6, dtype=torch.int32), torch.arange(6))
     requests.stay([0])
     requests.draw(torch.randn(1, V), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("has_processors", [False, True])
+def test_a_step_waits_for_nothing(has_processors, monkeypatch):
+    """What comes, is drawn, shown and recorded is read by the device alone.
+
+    The look for rows without a token is for the CPU alone.
+    """
+    look = lambda self, tokens, slots=None: tokens.clamp(min=0)  # noqa: E731
+    monkeypatch.setattr(Warnings, "token_for_each", look)
+    requests = make(has_processors=has_processors)
+    ids = torch.ones(SLOTS, LENGTH, dtype=torch.int32)
+    slots, logits = torch.tensor([3, 1]), torch.randn(2, V)
+    counts, drafts = torch.tensor([1, 0], dtype=torch.int32), torch.tensor([[5, -1], [5, 6]])
+    with nothing_waits():
+        for slot in (1, 3):
+            theirs = Theirs(seed=slot, top_p=0.9, presence_penalty=0.5)
+            requests.enter(slot, theirs, 0, 0)
+        requests.stay({1: "a", 3: "b"})
+        requests.fill(ids, [4] * SLOTS, [3] * SLOTS)
+        shown = requests.penalised(logits, slots) if has_processors else logits
+        tokens = requests.draw(shown, slots)
+        requests.processed(shown, slots, drafts)
+        requests.record(tokens[:, None], counts, slots)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            int(tokens[0])
+    assert requests._drawn.positions.tolist()[:4] == [0, 1, 0, 2]
 
 
 def test_slots_without_a_request_can_be_drawn():
