@@ -343,7 +343,9 @@ class Requests:
 
     def _made(self, theirs: Any) -> Request:
         def fresh() -> int:
-            return self._seeds.setdefault(theirs, fresh_seed())
+            if theirs not in self._seeds:
+                self._seeds[theirs] = fresh_seed()
+            return self._seeds[theirs]
 
         params = params_of(theirs.sampling_params, fresh)
         return Request(

@@ -3,17 +3,19 @@
 Both are files of ``torch.save``. JOB has ``engine``, the arguments of ``sglang.Engine``, and
 ``calls``, each a list of requests that are generated together: a prompt's ids, the sampling
 parameters, and other arguments of ``GenerateReqInput``. RESULT has the outputs of each call, and
-what the sampler was shown and gave in each step.
+what the sampler was shown and gave in each step, and for every other rank the tokens of each step.
 
-SGLang samples in a process of its own. There :func:`record` is a plug-in of SGLang's, which appends
-each step to the file that the environment variable LOG_OF_STEPS names.
+SGLang samples in a process of its own for each rank. There :func:`record` is a plug-in of SGLang's,
+which appends each step to the rank's file in the folder that the environment variable LOG_OF_STEPS
+names.
 """
 
 import os
 import pickle
 import sys
+from pathlib import Path
 
-#: Environment variables: a file; "STEP ROW" that gets NaN; the flag ``--sampling-backend`` that
+#: Environment variables: a folder; "STEP ROW" that gets NaN; the flag ``--sampling-backend`` that
 #: counts on a CPU too; whether a name is missing on which the plug-in relies.
 LOG_OF_STEPS, POISON, KEEP_FLAG, REFUSE = "LOG_OF_STEPS", "POISON", "KEEP_FLAG", "REFUSE"
 
@@ -67,12 +69,13 @@ def main(job, result):
             )
     finally:
         engine.shutdown()
-    with open(os.environ[LOG_OF_STEPS], "rb") as file:
-        sampler, *steps = all_of(file)
-    torch.save({"calls": calls, "steps": steps, "sampler": sampler}, result)
+    first, *others = (all_of(file) for file in sorted(Path(os.environ[LOG_OF_STEPS]).iterdir()))
+    done = {"calls": calls, "sampler": first[0], "steps": first[1:]}
+    done["others"] = [[step["tokens"] for step in steps[1:]] for steps in others]
+    torch.save(done, result)
 
 
-#: What a request has that does not name an argument of ``GenerateReqInput``.
+#: What a request has that does not give an argument of ``GenerateReqInput``.
 NOTHING = {
     "return_logprob": False,
     "top_logprobs_num": 0,
@@ -81,12 +84,12 @@ NOTHING = {
 }
 
 
-def all_of(file):
-    while True:
-        try:
-            yield pickle.load(file)
-        except EOFError:
-            return
+def all_of(path):
+    found = []
+    with open(path, "rb") as file:
+        while file.peek(1):
+            found.append(pickle.load(file))
+    return found
 
 
 def processors():
@@ -145,9 +148,12 @@ class Steps:
         self.names = [request.rid for request in (batch.reqs if batch is not None else ())]
 
     def watch(self, result, runner, *args, **options):
+        from sglang.srt.runtime_context import get_parallel
+
         from llm_sampling.integrations.sglang import Requests
 
-        self.file = open(os.environ[LOG_OF_STEPS], "ab")  # noqa: SIM115 (as long as the process)
+        path = Path(os.environ[LOG_OF_STEPS]) / str(get_parallel().tp_rank)
+        self.file = open(path, "ab")  # noqa: SIM115 (as long as the process)
         self.write(f"{type(runner.sampler).__module__}")
         self.count, self.drawn = 0, None
         poison = [int(x) for x in os.environ.get(POISON, "-1 0").split()]

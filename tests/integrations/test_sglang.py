@@ -494,9 +494,11 @@ def test_a_request_without_a_seed_keeps_the_one_that_it_got(installed):
     started()
     batch = batch_of(Theirs(), Theirs())
     seeds = [request.params.seed for request in batch.sampling_info.requests]
+    state = torch.get_rng_state()
     batch.prepare_for_extend()  # as after a retraction
     assert [request.params.seed for request in batch.sampling_info.requests] == seeds
     assert seeds[0] != seeds[1]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_slots_of_requests_that_are_gone_are_cleared(installed):

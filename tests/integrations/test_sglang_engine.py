@@ -72,6 +72,7 @@ def drive(model, plugins, tmp_path_factory):
 
     def run(calls, *, on=True, environment=(), **engine):
         folder = tmp_path_factory.mktemp("run")
+        (folder / "steps").mkdir()
         torch.save({"engine": {"model_path": str(model)} | engine, "calls": calls}, folder / "job")
         done = subprocess.run(
             [sys.executable, str(HERE / "drive_sglang.py"), folder / "job", folder / "result"],
@@ -409,6 +410,15 @@ def test_bfloat16_and_a_cache_of_prefixes(drive):
     result = drive(calls, dtype="bfloat16", disable_radix_cache=False)
     assert any(about["cached_tokens"] for about in result["calls"][1]["about"])
     assert replay(result, calls) > 400
+
+
+def test_tensor_parallelism(drive):
+    """Each rank draws, and all of them the same tokens, requests without a seed included."""
+    calls = [greedy(20) + drawn(20)]
+    result = drive(calls, tp_size=2, environment={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+    assert replay(result, calls) > 300
+    (other,) = result["others"]
+    assert other == [step["tokens"] for step in result["steps"]]
 
 
 def test_a_row_of_nan(drive):
