@@ -35,31 +35,11 @@ def runner(request):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A folder with a random Llama over bytes, of a size that vLLM's attention supports."""
+def model(request):
+    """A folder with a small random model."""
     if importlib.util.find_spec("vllm") is None:
         pytest.fail("needs vLLM, docs/engines/vllm.md says how to install it")
-    import transformers
-    from toy_tokenizers import byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    path = tmp_path_factory.mktemp("model")
-    transformers.LlamaForCausalLM(config).eval().save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return request.getfixturevalue("saved_llama")
 
 
 @pytest.fixture(scope="module")
