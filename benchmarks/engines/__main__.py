@@ -195,11 +195,13 @@ def main(argv: Sequence[str]) -> int:
         job = {"model": str(model), "requests": requests, "dtype": dtype}
         job |= {name: getattr(options, name) for name in ("device", "threads", "tokens", "rounds")}
         for name in options.engines:
-            results = {}
+            engine, results = ENGINES[name], {}
+            is_timed = options.device != "cpu" or engine.is_timed_on_cpu
             try:
                 for sampler in (OWN, OURS):
                     progress(f"{name}, {sampler}")
-                    results[sampler] = run(ENGINES[name], job, sampler)
+                    rounds = options.rounds if is_timed else 1
+                    results[sampler] = run(engine, job | {"rounds": rounds}, sampler)
             except AbsentError as error:
                 absent[name] = str(error)
                 continue

@@ -72,10 +72,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         follow=[(processors, "__call__"), (processors, "prepare_tensor_args")],
     )
     found = watch.measure(generate, meters, tokens=job["tokens"], rounds=job["rounds"])
-    if not job["is_ours"]:  # with a penalty another text is right
-        for place, request in enumerate(requests):
-            if "repetition_penalty" in request["params"]:
-                found["tokens"][place] = None
+    if not job["is_ours"]:
+        watch.leave_penalised_out(found, requests)
     return found | {"sampler": runner.__module__, "version": transformers.__version__}
 
 

@@ -203,6 +203,17 @@ def measure(
     }
 
 
+def leave_penalised_out(found: dict[str, Any], requests: Sequence[dict[str, Any]]) -> None:
+    """Replace the tokens of requests with a penalty by None, so that they are not compared.
+
+    For engines whose own sampler gives such a request other tokens than it should.
+    """
+    penalties = {"repetition_penalty", "frequency_penalty", "presence_penalty"}
+    for place, request in enumerate(requests):
+        if penalties & set(request["params"]):
+            found["tokens"][place] = None
+
+
 def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
     """What a table shows of the rounds of :func:`measure`."""
 

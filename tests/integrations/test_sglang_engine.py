@@ -176,10 +176,19 @@ def replay(result, calls):
     return rows
 
 
+def ending():
+    """Requests of which each gets one token more than the one before: batches of every size."""
+    known = [request for request in greedy() + drawn() if "stop_token_ids" not in request[1]]
+    return [
+        [prompt, params | {"max_new_tokens": 3 + number}, extra]
+        for number, (prompt, params, extra) in enumerate(known)
+    ]
+
+
 def arrangements():
-    """All together, the greedy ones, all in reverse order, and each of the drawn ones alone."""
+    """All together, the greedy ones, all in reverse order, each drawn one alone, and `ending`."""
     together = greedy() + drawn()
-    return [together, greedy(), together[::-1], *([request] for request in drawn())]
+    return [together, greedy(), together[::-1], *([request] for request in drawn()), ending()]
 
 
 SEEDED = [i for i, kind in enumerate(DRAWN) if "sampling_seed" in kind]
@@ -211,6 +220,8 @@ def test_the_plug_in_is_what_makes_the_difference(own, fused):
 
 def test_every_row_of_every_step_is_drawn_as_if_alone(fused):
     assert replay(fused, arrangements()) > 1500
+    sizes = {len(step["requests"]) for step in fused["steps"]}
+    assert sizes >= {*range(1, len(ending()) + 1), len(GREEDY) + len(DRAWN)}
     assert {step["drawn"]["are_penalised"] for step in fused["steps"]} == {False, True}
 
 

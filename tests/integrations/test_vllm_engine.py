@@ -166,10 +166,19 @@ def own(drive):
     return drive([greedy(), greedy() + drawn()], on=False)
 
 
+def ending():
+    """Requests of which each gets one token more than the one before: batches of every size."""
+    known = [request for request in greedy() + drawn() if "stop_token_ids" not in request[1]]
+    return [
+        [prompt, params | {"max_tokens": 3 + number}]
+        for number, (prompt, params) in enumerate(known)
+    ]
+
+
 def arrangements():
-    """All together, the greedy ones, all in reverse order, and each of the drawn ones alone."""
+    """All together, the greedy ones, all in reverse order, each drawn one alone, and `ending`."""
     together = greedy() + drawn()
-    return [together, greedy(), together[::-1], *([request] for request in drawn())]
+    return [together, greedy(), together[::-1], *([request] for request in drawn()), ending()]
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +208,7 @@ def test_every_row_of_every_step_is_drawn_as_if_alone(fused):
             lengths = [len(output) for output in step["outputs"]]
             assert step.get("positions", lengths) == lengths
     sizes = {len(step["requests"]) for call in fused["calls"] for step in call["steps"]}
-    assert min(sizes) == 1
-    assert max(sizes) == len(GREEDY) + len(DRAWN)
+    assert sizes >= {*range(1, len(ending()) + 1), len(GREEDY) + len(DRAWN)}
 
 
 def test_vllm_s_own_draws_would_not_pass(own):
@@ -228,7 +236,7 @@ def test_seeded_requests_are_the_same_in_every_batch(fused):
     calls = [call["tokens"] for call in fused["calls"]]
     count = len(DRAWN)
     together, reverse = calls[0][-count:], calls[2][:count][::-1]
-    alone = [tokens for (tokens,) in calls[3:]]
+    alone = [tokens for (tokens,) in calls[3 : 3 + count]]
     seeded = [i for i, kind in enumerate(DRAWN) if "seed" in kind]
     for i in seeded:
         assert together[i] == alone[i] == reverse[i]

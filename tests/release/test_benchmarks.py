@@ -1014,6 +1014,16 @@ def test_the_report_of_engines():
     assert not engines.is_right(record | {"lines": [absent]}), "the plug-in was not there"
 
 
+def test_tokens_that_an_engine_gets_wrong_are_not_compared():
+    kinds = [{"temperature": 0.0}, {"temperature": 0.0, "repetition_penalty": 1.1}]
+    requests = [{"ids": [1], "params": params} for params in kinds]
+    results = engine_results()
+    watch.leave_penalised_out(results[engines.OWN], requests)
+    assert results[engines.OWN]["tokens"] == [[1], None]
+    line = engines.line_of("sglang", results, requests)
+    assert (line["greedy"], line["greedy_changed"]) == (1, 0)
+
+
 def test_an_engine_whose_environment_is_not_there_is_named(monkeypatch):
     def absent(name):
         raise AbsentError(f"python -m benchmarks.environments {name} makes its environment")
@@ -1021,6 +1031,17 @@ def test_an_engine_whose_environment_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(engines, "python_of", absent)
     with pytest.raises(AbsentError, match="environments vllm makes"):
         engines.run(engines.ENGINES["vllm-v1"], {"threads": 1}, engines.OURS)
+
+
+def test_docs_show_what_was_measured_in_engines():
+    """docs/engines.md shows the committed results, in which every text that must be is the same."""
+    root = Path(__file__).parents[2]
+    record = json.loads((root / "benchmarks/results/engines.json").read_text(encoding="utf-8"))
+    text = (root / "docs/engines.md").read_text(encoding="utf-8")
+    assert record["command"] in text
+    assert engines.report(record).split("\n\n", 1)[1].strip() in text
+    assert engines.is_right(record)
+    assert [line["engine"] for line in record["lines"]] == list(engines.ENGINES)
 
 
 def test_docs_show_what_was_measured_in_vllm_s_engine():
