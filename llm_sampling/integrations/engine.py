@@ -32,6 +32,8 @@ Actions = Mapping[str, Callable[[ModuleType], None]]
 #: Values of :class:`~llm_sampling.SamplingParams` that turn penalties, or filters, off.
 NO_PENALTY = {f.name: f.off for f in FIELDS.values() if f.kind == "penalty"}
 NO_FILTER = {f.name: f.off for f in FIELDS.values() if f.kind in ("rank", "mass", "depth")}
+#: The range of positive float32, for numbers of engines that are float64 there.
+LEAST, LARGEST = 2.0**-149, torch.finfo(torch.float32).max
 
 
 def find(place: str) -> Any:

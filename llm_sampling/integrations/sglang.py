@@ -27,6 +27,8 @@ from torch import Tensor
 from llm_sampling import backends
 from llm_sampling.history import MAX_VOCAB_SIZE
 from llm_sampling.integrations.engine import (
+    LARGEST,
+    LEAST,
     NO_FILTER,
     NO_PENALTY,
     EngineLog,
@@ -214,9 +216,6 @@ def _why_not_here(context: Any) -> str | None:
 
 # ---- the requests of a batch ----
 
-#: SGLang's parameters are float64 and the kernel's float32: the range of positive float32.
-_LEAST, _LARGEST = 2.0**-149, torch.finfo(torch.float32).max
-
 #: Which part of a request's parameters a call of the kernel applies.
 _Part = Callable[[SamplingParams], SamplingParams]
 
@@ -238,11 +237,11 @@ def params_of(theirs: Any, fresh: Callable[[], int] = fresh_seed) -> SamplingPar
     if seed is None:
         seed = 0 if greedy else fresh()
     return SamplingParams(
-        temperature=0.0 if greedy else min(float(theirs.temperature), _LARGEST),
+        temperature=0.0 if greedy else min(float(theirs.temperature), LARGEST),
         top_k=int(theirs.top_k) if theirs.top_k <= MAX_VOCAB_SIZE else 0,
         top_p=float(theirs.top_p),
         min_p=float(theirs.min_p),
-        repetition_penalty=max(float(theirs.repetition_penalty), _LEAST),
+        repetition_penalty=max(float(theirs.repetition_penalty), LEAST),
         repetition_penalty_scope="output",
         frequency_penalty=float(theirs.frequency_penalty),
         presence_penalty=float(theirs.presence_penalty),

@@ -46,6 +46,7 @@ def test_temperatures_that_vllm_takes_for_greedy(given, taken):
 @pytest.mark.parametrize(
     "theirs",
     [
+        Theirs(temperature=1e300),
         Theirs(repetition_penalty=1e-300),
         Theirs(repetition_penalty=1e300),
         Theirs(top_p=True, min_p=True, frequency_penalty=False, top_k=True),

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import MAX_VOCAB_SIZE
-from llm_sampling.integrations.engine import EngineLog, Warnings, fresh_seed
+from llm_sampling.integrations.engine import LARGEST, LEAST, EngineLog, Warnings, fresh_seed
 from llm_sampling.params import SamplingParams
 
 LOG = EngineLog("vLLM", "vllm", ("0.32", "0.33"))
@@ -25,8 +23,6 @@ FIELDS_OF_BOTH = {
 
 #: vLLM treats a temperature below this as greedy.
 _GREEDY_BELOW = 1e-5
-#: vLLM's repetition penalty is a float64 and the kernel's a float32: the range of positive float32.
-_LEAST_PENALTY, _LARGEST_PENALTY = 2.0**-149, torch.finfo(torch.float32).max
 #: What no request of vLLM can ask for, so that :func:`params_of` leaves it off.
 _NOT_VLLMS = {f.name for f in FIELDS.values() if f.kind == "scope"}
 
@@ -47,11 +43,11 @@ def params_of(theirs: Any, seed: int | None = None) -> SamplingParams:
     elif seed is None:
         seed = 0 if greedy else fresh_seed()
     return SamplingParams(
-        temperature=0.0 if greedy else float(theirs.temperature),
+        temperature=0.0 if greedy else min(float(theirs.temperature), LARGEST),
         top_k=int(theirs.top_k),
         top_p=float(theirs.top_p),
         min_p=float(theirs.min_p),
-        repetition_penalty=min(max(theirs.repetition_penalty, _LEAST_PENALTY), _LARGEST_PENALTY),
+        repetition_penalty=min(max(theirs.repetition_penalty, LEAST), LARGEST),
         frequency_penalty=float(theirs.frequency_penalty),
         presence_penalty=float(theirs.presence_penalty),
         seed=int(seed) % 2**64,  # vLLM takes negative ones
