@@ -521,9 +521,9 @@ def test_rows_of_drafts(make_runner):
     local_pos = torch.tensor(before, dtype=torch.int32)
     logits = torch.randn(8, V) * 3
 
-    def shown():
+    def shown(skip=False):
         return runner.sampler.apply_sampling_params(
-            logits, slots, slots, slots.numpy(), None, ids, local_pos, None
+            logits, slots, slots, slots.numpy(), None, ids, local_pos, None, skip
         )
 
     history = TokenHistory.from_ids(
@@ -538,6 +538,7 @@ def test_rows_of_drafts(make_runner):
         [PROMPTS[row] for row in rows], [OUTPUTS[row] for row in rows], V
     )
     assert not torch.equal(want, filter_logits(logits, params, history=others))
+    assert torch.equal(shown(skip=True), -logits), "vLLM's own, without top-k and top-p"
     runner.sampler.needs_logits_processing[:] = False
     assert shown() is logits
 

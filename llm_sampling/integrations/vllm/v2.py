@@ -415,6 +415,11 @@ def _fused(sampler: Any) -> Any:
             skip_top_k_top_p: bool = False,
         ) -> Tensor:
             """The "processed" logits of rows of drafts, which vLLM's rejection sampler draws."""
+            if skip_top_k_top_p:  # only vLLM's own draw asks for that
+                places = expanded_idx_mapping, idx_mapping, idx_mapping_np, pos
+                more = input_ids, expanded_local_pos, seq_lens_upper_bound_np, True
+                skipped: Tensor = super().apply_sampling_params(logits, *places, *more)
+                return skipped
             if not self.needs_logits_processing[idx_mapping_np].any():
                 return logits
             drafts = self._drafts(input_ids, expanded_local_pos)
