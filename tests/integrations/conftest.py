@@ -9,6 +9,12 @@ import torch
 from llm_sampling.integrations.vllm import SWITCH
 
 
+@pytest.fixture(autouse=True)
+def seeded_logits():
+    """The same random logits in every run: tests compare tokens that must differ, too."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def vllm_package(tmp_path, monkeypatch):
     """A function that writes a stand-in for vLLM, with changes; its imports are undone after."""

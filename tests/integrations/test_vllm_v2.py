@@ -468,15 +468,22 @@ class Halves:
         return logits.masked_fill_(logits < limit, -torch.inf)
 
 
+class Turns:
+    """A processor that makes the worst token the best one, after the penalties."""
+
+    def apply(self, logits, ctx):
+        return logits.neg_()
+
+
 def test_processors_after_the_penalties(make_runner):
     logits = torch.randn(5, V) * 3
-    tokens, _ = make_runner(custom=[Halves()]).sample(logits, batch())
+    tokens, _ = make_runner(custom=[Turns()]).sample(logits.clone(), batch())
     off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     penalised = filter_logits(logits, [replace(row, **off) for row in PARAMS], history=history())
     none = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
     rest = [replace(row, **none) for row in PARAMS]
     positions = [len(output) for output in OUTPUTS]
-    want = sample(Halves().apply(penalised, None), rest, positions=positions).tokens.tolist()
+    want = sample(-penalised, rest, positions=positions).tokens.tolist()
     assert tokens.tolist() == want != tokens_of(logits)
 
 

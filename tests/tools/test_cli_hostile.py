@@ -706,7 +706,7 @@ def test_what_others_write_to_stdout_is_flushed_too(
         os.close(reader)
     else:
         descriptor = os.open(path, os.O_WRONLY)
-    monkeypatch.setattr(cli.info, "run", lambda: sys.stdout.write("x") and 0)
+    monkeypatch.setattr(cli.info, "show_backends", lambda: sys.stdout.write("x") and 0)
     with open(descriptor, "w") as stdout, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", stdout)
         assert cli.main(["info"]) == code
