@@ -6,9 +6,6 @@ or seeds. So it does less there; a greedy request is one with top-k 1.
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import watch
@@ -88,5 +85,4 @@ def own_options(params: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job_file, result_file = map(Path, sys.argv[1:])
-    result_file.write_text(json.dumps(run(json.loads(job_file.read_text()))), encoding="utf-8")
+    watch.answer(run)

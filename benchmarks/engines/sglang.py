@@ -149,5 +149,4 @@ def _watch(result: Any, runner: Any, *args: Any, **options: Any) -> None:
 
 
 if __name__ == "__main__":
-    job_file, result_file = map(Path, sys.argv[1:])
-    result_file.write_text(json.dumps(run(json.loads(job_file.read_text()))), encoding="utf-8")
+    watch.answer(run)

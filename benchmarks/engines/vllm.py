@@ -6,10 +6,7 @@ times say nothing there; its launches do.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import watch
@@ -98,5 +95,4 @@ def keep_async_scheduling() -> None:
 
 
 if __name__ == "__main__":
-    job_file, result_file = map(Path, sys.argv[1:])
-    result_file.write_text(json.dumps(run(json.loads(job_file.read_text()))), encoding="utf-8")
+    watch.answer(run)

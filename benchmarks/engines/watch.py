@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -215,7 +217,7 @@ def leave_penalised_out(found: dict[str, Any], requests: Sequence[dict[str, Any]
 
 
 def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What a table shows of the rounds of :func:`measure`."""
+    """The medians over the rounds of :func:`measure`, which the report shows."""
 
     def median(value: Callable[[dict[str, Any]], float]) -> float:
         return statistics.median(map(value, rounds))
@@ -226,3 +228,10 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
         "sampler_ms": round(median(lambda r: r["sampler_seconds"] / r["steps"] * 1e3), 3),
         "share": round(median(lambda r: r["sampler_seconds"] / r["step_seconds"]), 4),
     }
+
+
+def answer(run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Do the job of the file that the command line names first; the second gets its result."""
+    job_file, result_file = map(Path, sys.argv[1:])
+    result = run(json.loads(job_file.read_text(encoding="utf-8")))
+    result_file.write_text(json.dumps(result), encoding="utf-8")

@@ -518,8 +518,8 @@ class _Request:
         return bool(status >= type(status).FINISHED)
 
 
-#: The rows of transformers' ``logits_processor_args`` that are ours: the slot of each row of
-#: logits, the place of the row in its text, and the slot that records its token. -1 is none.
+#: How many rows the plug-in adds to transformers' ``logits_processor_args``. For each row of logits
+#: they have its slot, its place in the text, and the slot that records its token, or -1 for none.
 _ROWS = 3
 
 

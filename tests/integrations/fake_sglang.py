@@ -5,6 +5,8 @@ Names, signatures and the order of steps are those of SGLang 0.5.23; the arithme
 
 from pathlib import Path
 
+import fake_package
+
 SOURCES = {
     "__init__": '__version__ = "0.5.23"\n',
     "srt.__init__": "",
@@ -336,11 +338,4 @@ class ModelRunner:
 
 def write(folder: Path, *changes: tuple[str, str, str]) -> None:
     """Write the package into ``folder``; a change is (module, text, replacement)."""
-    sources = dict(SOURCES)
-    for module, old, new in changes:
-        assert sources[module].count(old) >= 1, f"{module} has no {old!r}"
-        sources[module] = sources[module].replace(old, new)
-    for module, source in sources.items():
-        path = folder.joinpath("sglang", *module.split(".")).with_suffix(".py")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(source, encoding="utf-8")
+    fake_package.write(folder, "sglang", SOURCES, changes)

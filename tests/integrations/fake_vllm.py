@@ -5,6 +5,8 @@ Names, signatures and the order of steps are those of vLLM 0.32; the arithmetic 
 
 from pathlib import Path
 
+import fake_package
+
 SOURCES = {
     "__init__": '__version__ = "0.32.0"\n',
     "envs": "VLLM_USE_V2_MODEL_RUNNER = None\n",
@@ -500,15 +502,5 @@ class GPUModelRunner:
 
 
 def write(folder: Path, *changes: tuple[str, str, str]) -> None:
-    """Write the package into ``folder``; a change is (module, text, replacement).
-
-    A module whose text is replaced as a whole by "" is left out.
-    """
-    sources = dict(SOURCES)
-    for module, old, new in changes:
-        assert sources[module].count(old) >= 1, f"{module} has no {old!r}"
-        sources[module] = sources[module].replace(old, new)
-    for module, source in sources.items():
-        path = folder.joinpath("vllm", *module.split(".")).with_suffix(".py")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(source, encoding="utf-8")
+    """Write the package into ``folder``; a change is (module, text, replacement)."""
+    fake_package.write(folder, "vllm", SOURCES, changes)

@@ -319,7 +319,7 @@ def without_pinned_memory(patch):
     patch.setattr(torch, "empty", lambda *size, pin_memory=False, **kw: empty(*size, **kw))
 
 
-#: Older releases look for CUDA itself.
+#: In older releases asynchronous batches and graphs call CUDA's own functions.
 needs_other_devices = pytest.mark.skipif(
     HAS_RUNNER and not hasattr(find(f"{PACKAGE}.input_outputs"), "create_device_stream"),
     reason="asynchronous batches and graphs of this transformers need CUDA",

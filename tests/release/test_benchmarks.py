@@ -1034,7 +1034,7 @@ def test_an_engine_whose_environment_is_not_there_is_named(monkeypatch):
 
 
 def test_docs_show_what_was_measured_in_engines():
-    """docs/engines.md shows the committed results, in which every text that must be is the same."""
+    """docs/engines.md shows the committed results of all engines, whose greedy texts agree."""
     root = Path(__file__).parents[2]
     record = json.loads((root / "benchmarks/results/engines.json").read_text(encoding="utf-8"))
     text = (root / "docs/engines.md").read_text(encoding="utf-8")

@@ -390,12 +390,9 @@ def _fused(sampler: Any) -> Any:
             return_logprobs: bool = False,
         ) -> tuple[Tensor, Tensor]:
             """The tokens, and "processed" logits if they are asked for, else others."""
-            if self._changes_logits(idx_mapping_np):
-                rows = context(
-                    *(expanded_idx_mapping, idx_mapping, idx_mapping_np, expanded_local_pos),
-                    *(input_ids, pos, seq_lens_upper_bound_np),
-                )
-                logits = self._changed(logits, rows, None)
+            places = expanded_idx_mapping, idx_mapping, idx_mapping_np, expanded_local_pos
+            more = input_ids, pos, seq_lens_upper_bound_np
+            logits = self._changed(logits, context(*places, *more), None)
             tokens = self.requests.draw(logits, expanded_idx_mapping)
             are_shown = return_logprobs and self.logprobs_mode.startswith("processed")
             if are_shown or self.return_sampling_mask:
@@ -416,19 +413,17 @@ def _fused(sampler: Any) -> Any:
         ) -> Tensor:
             """The "processed" logits of rows of drafts, which vLLM's rejection sampler draws."""
             if skip_top_k_top_p:  # only vLLM's own draw asks for that
-                places = expanded_idx_mapping, idx_mapping, idx_mapping_np, pos
-                more = input_ids, expanded_local_pos, seq_lens_upper_bound_np, True
-                skipped: Tensor = super().apply_sampling_params(logits, *places, *more)
+                skipped: Tensor = super().apply_sampling_params(
+                    *(logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos),
+                    *(input_ids, expanded_local_pos, seq_lens_upper_bound_np, True),
+                )
                 return skipped
             if not self.needs_logits_processing[idx_mapping_np].any():
                 return logits
             drafts = self._drafts(input_ids, expanded_local_pos)
-            if self._changes_logits(idx_mapping_np):
-                rows = context(
-                    *(expanded_idx_mapping, idx_mapping, idx_mapping_np, expanded_local_pos),
-                    *(input_ids, pos, seq_lens_upper_bound_np),
-                )
-                logits = self._changed(logits, rows, drafts)
+            places = expanded_idx_mapping, idx_mapping, idx_mapping_np, expanded_local_pos
+            more = input_ids, pos, seq_lens_upper_bound_np
+            logits = self._changed(logits, context(*places, *more), drafts)
             return self.requests.processed(logits, expanded_idx_mapping, drafts)
 
         def _drafts(self, input_ids: Tensor, local_pos: Tensor) -> Tensor:
@@ -458,8 +453,11 @@ def _fused(sampler: Any) -> Any:
         def _changed(self, logits: Tensor, rows: Any, drafts: Tensor | None) -> Tensor:
             """The logits after all of vLLM's code that comes before the temperature.
 
-            The penalties are left out where no processor has to see them.
+            They are the same tensor where that code changes no row. The penalties are left out
+            where no processor has to see them.
             """
+            if not self._changes_logits(rows.idx_mapping_np):
+                return logits
             logits = logits.to(torch.float32, copy=True)
             for processor in self.logits_processors:
                 if processor is not self.penalties_state:
