@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -571,6 +572,69 @@ def test_ctrl_c_leaves_a_usable_prompt(
     for one in (text, answer, prompt):
         assert re.search(end_line, one.output), one.output
     assert "aaa" not in loading.output
+
+
+#: A library that interrupts the process right before the first call that waits for stdin, which is
+#: too late for Python to see it before the call.
+INTERRUPTS_A_WAIT = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <signal.h>
+#include <sys/select.h>
+#include <unistd.h>
+
+static void interrupt_once(void) {
+  static int is_done = 0;
+  if (!is_done) {
+    is_done = 1;
+    raise(SIGINT);
+    write(1, "waits\\n", 6);
+  }
+}
+
+ssize_t read(int descriptor, void* bytes, size_t size) {
+  ssize_t (*original)(int, void*, size_t) = dlsym(RTLD_NEXT, "read");
+  if (descriptor == 0) interrupt_once();
+  return original(descriptor, bytes, size);
+}
+
+int select(int count, fd_set* in, fd_set* out, fd_set* other, struct timeval* limit) {
+  int (*original)(int, fd_set*, fd_set*, fd_set*, struct timeval*) = dlsym(RTLD_NEXT, "select");
+  if (FD_ISSET(0, in)) interrupt_once();
+  return original(count, in, out, other, limit);
+}
+"""
+READS_A_LINE = """
+import sys
+from llm_sampling.tools.cli import console
+try:
+    line = sys.stdin.readline() if sys.argv[1:] else console.read(whole=False)
+    print(f"read {line!r}")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_ctrl_c_right_before_a_line_is_read(
+    terminal: Callable[..., Terminal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C that comes when Python is about to wait for a line is not missed.
+
+    The negative control reads by ``readline``, which sees it only when the line has ended.
+    """
+    source, library = tmp_path / "interrupts.c", tmp_path / "interrupts.so"
+    source.write_text(INTERRUPTS_A_WAIT)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    by_console, by_readline = terminal(READS_A_LINE), terminal(READS_A_LINE, "readline")
+    by_console.wait_for("waits\r\n")
+    by_console.wait_for("interrupted")
+    by_readline.wait_for("waits\r\n")
+    time.sleep(0.2)  # for an interrupt that is not missed
+    by_readline.type("line\n")
+    by_readline.wait_for("(interrupted|read)")
+    assert "line\r\n" in by_readline.output.partition("interrupted")[0]
 
 
 def test_a_command_that_is_started_with_ctrl_c_ignored_keeps_it_ignored(

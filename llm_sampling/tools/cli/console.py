@@ -13,8 +13,10 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -226,6 +228,8 @@ def read(whole: bool) -> str:
         encoding = stream.encoding
     most = MOST_INPUT + 1
     try:
+        if not whole and is_terminal(stream):
+            _wait_for_line(stream)
         raw = stream.read(most) if whole else stream.readline(most)
     except OSError as error:
         message = f"stdin cannot be read: {error.strerror or error}"
@@ -245,6 +249,28 @@ def read(whole: bool) -> str:
         assert found is not None
         near = raw[max(0, found.start() - 20) : found.end()]
         raise CommandError(f"stdin must be valid UTF-8, got {near!r}", EXIT_BAD_VALUE) from error
+
+
+def _wait_for_line(stream: IO[str]) -> None:
+    """Wait until the terminal has a line to read, or raise KeyboardInterrupt for a Ctrl-C.
+
+    Python misses a Ctrl-C that comes right before its read, until the line ends. Signals also write
+    to the wakeup descriptor, so that this wait ends for one that came before it.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    # Without line editing in the terminal, a line may have been read with the one before it.
+    if not is_main or not termios.tcgetattr(stream)[3] & termios.ICANON:
+        return
+    awake, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    before = signal.set_wakeup_fd(wakes)
+    try:
+        while stream not in select.select([stream, awake], [], [])[0]:
+            os.read(awake, 1)
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(awake)
+        os.close(wakes)
 
 
 class _Stream:
