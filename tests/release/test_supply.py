@@ -44,6 +44,7 @@ ANYWHERE = {
     ),
     *("fcntl", "functools", "html", "importlib", "inspect", "io", "itertools", "json", "logging"),
     *("array", "math", "numbers", "operator", "os", "pathlib", "platform", "re", "secrets"),
+    *("select", "termios"),
     *(
         "signal",
         "string",

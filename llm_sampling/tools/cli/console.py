@@ -265,7 +265,7 @@ def _wait_for_line(stream: IO[str]) -> None:
     os.set_blocking(wakes, False)
     before = signal.set_wakeup_fd(wakes)
     try:
-        while stream not in select.select([stream, awake], [], [])[0]:
+        while stream.fileno() not in select.select([stream.fileno(), awake], [], [])[0]:
             os.read(awake, 1)
     finally:
         signal.set_wakeup_fd(before)
