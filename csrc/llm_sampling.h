@@ -13,19 +13,13 @@
 extern "C" {
 #endif
 
-#define LLM_SAMPLING_ABI_VERSION 2
+#define LLM_SAMPLING_ABI_VERSION 3
 #define LLM_SAMPLING_MAX_VOCAB_SIZE (1 << 20)
 #define LLM_SAMPLING_MAX_EXTRA_OUTPUT 64
+#define LLM_SAMPLING_MAX_LISTED 1024  // the largest num_top_logprobs and kept.max_ids
 
 // Values of LlmSamplingArgs.dtype.
 enum { LLM_SAMPLING_FLOAT32 = 0, LLM_SAMPLING_FLOAT16 = 1, LLM_SAMPLING_BFLOAT16 = 2 };
-
-// Values of LlmSamplingArgs.logprobs_mode.
-enum {
-  LLM_SAMPLING_LOGPROBS_NONE = 0,
-  LLM_SAMPLING_LOGPROBS_PROCESSED = 1,
-  LLM_SAMPLING_LOGPROBS_RAW = 2
-};
 
 // Values of LlmSamplingArgs.advance.
 enum {
@@ -66,6 +60,34 @@ enum {
   LLM_SAMPLING_OVERLAP = 9
 };
 
+// Logprobs of one kind, all arrays contiguous; NULL for each that is not wanted. A row without a token gets
+// NaN and -1. A token's rank is its place in the order, from 1: -1 if it has none.
+typedef struct LlmSamplingLogprobs {
+  float* logprobs;  // (rows, num_samples), of the tokens
+  int32_t* ranks;   // (rows, num_samples)
+  int32_t*
+      top_ids;  // (rows, num_top_logprobs), the first ids of the order; -1 where there are fewer
+  float* top_logprobs;  // (rows, num_top_logprobs); NaN where there is no id
+  float* id_logprobs;   // (rows, num_token_ids); -inf for an id without a rank, NaN for padding
+  int32_t* id_ranks;    // (rows, num_token_ids)
+} LlmSamplingLogprobs;
+
+// What steps 8 to 13 keep, all arrays contiguous; NULL for each that is not wanted. A row without a token
+// has kept nothing: its numbers are 0, its ids -1 and its logits NaN.
+typedef struct LlmSamplingKept {
+  int32_t* counts;     // (rows,): how many tokens
+  int64_t* total;      // (rows,): their mass
+  int64_t* masses;     // (rows, num_samples): the masses of the tokens
+  int64_t* id_masses;  // (rows, num_token_ids): 0 for ids that are not kept
+  int32_t* mask;       // (rows, ceil(vocab_size / 32)), a bitmask like allowed_mask
+  int32_t* ids;        // (rows, max_ids), in their order, then -1; all -1 where there are more
+  int32_t* first_id;   // (rows,): the first token of the order
+  float* first_logit;  // (rows,): its logit after step 6
+  int32_t* last_id;    // (rows,): the last one that is kept
+  float* last_logit;   // (rows,): its logit after step 6
+  int64_t max_ids;     // 0 .. LLM_SAMPLING_MAX_LISTED
+} LlmSamplingKept;
+
 // Strides are in elements, from row to row; elements of a row are adjacent.
 typedef struct LlmSamplingArgs {
   uint32_t struct_size;  // sizeof(LlmSamplingArgs) where the caller was compiled
@@ -74,10 +96,10 @@ typedef struct LlmSamplingArgs {
   int64_t rows;
   int64_t vocab_size;
   int32_t dtype;
-  int32_t num_samples;  // draws per row, >= 1
-  int32_t logprobs_mode;
-  int32_t advance;      // record tokens in seen, counts, lengths and position
-  int32_t num_threads;  // >= 1; CPU only
+  int32_t num_samples;       // draws per row, >= 1
+  int32_t num_top_logprobs;  // 0 .. LLM_SAMPLING_MAX_LISTED
+  int32_t advance;           // record tokens in seen, counts, lengths and position
+  int32_t num_threads;       // >= 1; CPU only
   int32_t position_of;
 
   const void* logits;  // (rows, vocab_size), never written
@@ -115,13 +137,19 @@ typedef struct LlmSamplingArgs {
   const int32_t* slots;  // (rows,), each in 0 .. num_slots - 1
   int64_t num_slots;
 
-  // Results. tokens and status go together; each of logprobs and filtered may be NULL. What is written,
-  // results and state, overlaps nothing else.
+  // Results. tokens and status go together, and all others but filtered need them; each other may be NULL.
+  // What is written, results and state, overlaps nothing else.
   int64_t* tokens;  // (rows, num_samples), contiguous; -1 without candidates
-  float* logprobs;  // (rows, num_samples), contiguous; NaN where the token is -1
   int32_t* status;  // (rows,)
   float* filtered;  // (rows, vocab_size): processed logits over temperature, -inf if cut
   int64_t filtered_stride;
+  LlmSamplingLogprobs processed;  // of the distribution that the tokens were drawn from
+  LlmSamplingLogprobs raw;        // of the softmax of the logits of step 1, NaN counting as -inf
+  LlmSamplingKept kept;
+  const int32_t*
+      token_ids;  // (rows, num_token_ids), for id_logprobs and others; a stride of 0: one row for all
+  int64_t token_ids_stride;
+  int64_t num_token_ids;  // ids outside of the vocabulary are padding
 
   // Parameters of slots: row r has those of slot param_slots[r], which rows may share. A row whose slot is
   // -1 is padding: its logits are not read, its token is -1 and its status 0. Any other slot that does not

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <new>
 
@@ -19,7 +20,7 @@ namespace llm_sampling {
 // Copies the caller's struct, which may be that of an older version of this header: the fields that the
 // caller does not know become zero, which is "off".
 inline int32_t read_struct(const LlmSamplingArgs* args, LlmSamplingArgs& own) {
-  // The first size of version 2, which never changes.
+  // The least size of this version.
   constexpr uint32_t kFirstSize = offsetof(LlmSamplingArgs, param_slots);
   if (args == nullptr) return LLM_SAMPLING_BAD_STRUCT;
   const uint32_t size = read_once(args->struct_size);
@@ -96,20 +97,59 @@ inline bool share_a_byte(const Region& a, const Region& b) {
   return distance < a.width || distance + b.width > a.stride;
 }
 
-// Whether one of the first `written` regions shares a byte with another region.
-template <int kRegions>
-bool has_overlap(const Region (&regions)[kRegions], int written) {
-  for (int w = 0; w < written; ++w) {
-    const uintptr_t begin = regions[w].begin;
-    const uintptr_t end = regions[w].end;
-    if (begin == end) continue;  // there is none
-    for (int other = w + 1; other < kRegions; ++other) {
-      const Region& region = regions[other];
-      if (region.begin >= end || region.end <= begin) continue;
-      if (share_a_byte(regions[w], region)) return true;
-    }
+// The memory of a call. What is written comes first.
+class Regions {
+ public:
+  void add(const Region& region) {
+    if (region.begin != region.end) of_[count_++] = region;  // most calls have few of them
   }
-  return false;
+
+  void add(std::initializer_list<Region> regions) {
+    for (const Region& region : regions) add(region);
+  }
+
+  int count() const { return count_; }
+
+  // Whether one of the first `written` regions shares a byte with another region.
+  bool overlap(int written) const {
+    for (int w = 0; w < written; ++w) {
+      for (int other = w + 1; other < count_; ++other) {
+        if (of_[other].begin >= of_[w].end || of_[other].end <= of_[w].begin) continue;
+        if (share_a_byte(of_[w], of_[other])) return true;
+      }
+    }
+    return false;
+  }
+
+ private:
+  Region of_[64];
+  int count_ = 0;
+};
+
+// Calls visit(pointer, width) for every result besides tokens, status and filtered logits; each row has `width`
+// elements of it.
+template <typename F>
+void over_results(const LlmSamplingArgs& a, const F& visit) {
+  const int64_t draws = a.num_samples, ids = a.num_token_ids, top = a.num_top_logprobs;
+  for (const LlmSamplingLogprobs* of : {&a.processed, &a.raw}) {
+    visit(of->logprobs, draws);
+    visit(of->ranks, draws);
+    visit(of->top_ids, top);
+    visit(of->top_logprobs, top);
+    visit(of->id_logprobs, ids);
+    visit(of->id_ranks, ids);
+  }
+  const int64_t one = 1, words = (a.vocab_size + 31) / 32;
+  visit(a.kept.counts, one);
+  visit(a.kept.total, one);
+  visit(a.kept.masses, draws);
+  visit(a.kept.id_masses, ids);
+  visit(a.kept.mask, words);
+  visit(a.kept.ids, a.kept.max_ids);
+  visit(a.kept.first_id, one);
+  visit(a.kept.first_logit, one);
+  visit(a.kept.last_id, one);
+  visit(a.kept.last_logit, one);
 }
 
 // Whether memory that a call writes overlaps other memory of the call.
@@ -124,22 +164,27 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
   const bool by_slot = a.param_slots != nullptr;
   const int64_t params = by_slot ? a.num_param_slots : a.rows;
   const bool has_text = a.position_of == LLM_SAMPLING_POSITION_OF_TEXT;
-  const bool wants_logprobs = a.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE;
-  // What is written always, what is written where rows advance, what is only read.
-  const Region regions[] = {
+  Regions regions;
+  over_results(a, [&](const auto* result, int64_t width) {
+    regions.add(region(result, a.rows * width));
+  });
+  regions.add({
       region(a.tokens, a.tokens != nullptr ? a.rows * a.num_samples : 0),
       region(a.status, a.tokens != nullptr ? a.rows : 0),
-      region(a.logprobs, wants_logprobs ? a.rows * a.num_samples : 0),
       region(a.filtered, a.rows, v, a.filtered_stride),
       region(static_cast<const uint64_t*>(a.workspace), a.workspace_bytes / 8),
-
+  });
+  const int written = regions.count();
+  regions.add({
       region(a.position, a.position_of == LLM_SAMPLING_POSITION_OF_SLOT ? params : a.rows),
       region(a.seen, slots, words, a.seen_stride),
       region(a.counts, slots, v, a.counts_stride),
       region(a.lengths, slots),
       region(a.text, slots_with_text, a.max_text_length, a.max_text_length),
       region(a.text_lengths, slots_with_text),
-
+  });
+  const int written_or_advanced = regions.count();
+  regions.add({
       region(a.text_prompt_lengths, slots_with_text),
       region(a.windows, slots_with_text),
       region(a.record, advances ? a.rows : 0),
@@ -165,8 +210,9 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
       region(a.logit_bias_ids, entries),
       region(a.logit_bias_values, entries),
       region(a.slots, has_history ? a.rows : 0),
-  };
-  return has_overlap(regions, advances ? 11 : 5);
+      region(a.token_ids, a.rows, a.num_token_ids, a.token_ids_stride),
+  });
+  return regions.overlap(advances ? written_or_advanced : written);
 }
 
 inline bool has_overlap(const LlmSamplingUpdate& u) {
@@ -174,7 +220,8 @@ inline bool has_overlap(const LlmSamplingUpdate& u) {
   const bool by_slot = u.position_of == LLM_SAMPLING_POSITION_OF_SLOT;
   const bool has_ids = u.kind != LLM_SAMPLING_UPDATE_ROLLBACK;
   const int64_t slots_with_text = u.text != nullptr ? u.num_slots : 0;
-  const Region regions[] = {
+  Regions regions;
+  regions.add({
       region(u.position, by_slot ? u.num_slots : u.rows),
       region(u.seen, u.num_slots, words, u.seen_stride),
       region(u.counts, u.num_slots, u.vocab_size, u.counts_stride),
@@ -182,7 +229,9 @@ inline bool has_overlap(const LlmSamplingUpdate& u) {
       region(u.text, slots_with_text, u.max_text_length, u.max_text_length),
       region(u.text_lengths, slots_with_text),
       region(u.text_prompt_lengths, slots_with_text),
-
+  });
+  const int written = regions.count();
+  regions.add({
       region(u.windows, slots_with_text),
       region(u.slots, u.rows),
       region(u.numbers, u.rows),
@@ -199,8 +248,8 @@ inline bool has_overlap(const LlmSamplingUpdate& u) {
                             u.max_ids,
                             u.ids_stride
                         ),
-  };
-  return has_overlap(regions, 7);
+  });
+  return regions.overlap(written);
 }
 
 // Checks the histories of a call that has some, without following a pointer. Args is LlmSamplingArgs or
@@ -233,13 +282,15 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
       a.num_samples < 1 || a.num_threads < 1 || a.logit_bias_size < 0 || a.num_extra_output < 0 ||
       a.num_extra_output > LLM_SAMPLING_MAX_EXTRA_OUTPUT || a.workspace_bytes < 0 ||
       !is_addressable(a.rows, a.num_samples, a.num_samples) ||
-      !is_addressable(a.rows, a.num_extra_output, a.num_extra_output) ||
+      !is_addressable(a.rows, a.num_extra_output, a.num_extra_output) || a.num_top_logprobs < 0 ||
+      a.num_top_logprobs > LLM_SAMPLING_MAX_LISTED || a.kept.max_ids < 0 ||
+      a.kept.max_ids > LLM_SAMPLING_MAX_LISTED || a.num_token_ids < 0 ||
+      !is_addressable(a.rows, a.num_token_ids, a.num_token_ids) ||
       !is_addressable(1, a.workspace_bytes, a.workspace_bytes) ||
       !is_addressable(1, a.logit_bias_size, a.logit_bias_size)) {
     return LLM_SAMPLING_BAD_SIZE;
   }
   if (a.dtype < LLM_SAMPLING_FLOAT32 || a.dtype > LLM_SAMPLING_BFLOAT16 ||
-      a.logprobs_mode < LLM_SAMPLING_LOGPROBS_NONE || a.logprobs_mode > LLM_SAMPLING_LOGPROBS_RAW ||
       a.advance < LLM_SAMPLING_ADVANCE_NEVER || a.advance > LLM_SAMPLING_ADVANCE_IF_ALL_VALID ||
       a.position_of < LLM_SAMPLING_POSITION_OF_ROW ||
       a.position_of > LLM_SAMPLING_POSITION_OF_TEXT) {
@@ -258,13 +309,23 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   }
   const bool draws = a.tokens != nullptr;
   const bool advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
-  const bool wants_logprobs = a.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE;
-  if (!draws && (advances || wants_logprobs || a.filtered == nullptr))
+  bool has_results = false;
+  uintptr_t addresses = 0;
+  over_results(a, [&](const auto* result, int64_t) {
+    has_results |= result != nullptr;
+    // Results of 8 bytes must be aligned to 8, all others to 4.
+    addresses |= reinterpret_cast<uintptr_t>(result) * (8 / sizeof(*result));
+  });
+  if (!draws && (advances || has_results || a.filtered == nullptr)) {
     return LLM_SAMPLING_NULL_POINTER;
+  }
   if (draws && (a.status == nullptr || a.seed == nullptr || a.position == nullptr)) {
     return LLM_SAMPLING_NULL_POINTER;
   }
-  if (wants_logprobs && a.logprobs == nullptr) return LLM_SAMPLING_NULL_POINTER;
+  for (const LlmSamplingLogprobs* of : {&a.processed, &a.raw}) {
+    if ((of->top_ids == nullptr) != (of->top_logprobs == nullptr)) return LLM_SAMPLING_NULL_POINTER;
+  }
+  if (a.num_token_ids > 0 && a.token_ids == nullptr) return LLM_SAMPLING_NULL_POINTER;
   if (draws && has_text && a.prompt_lengths == nullptr) return LLM_SAMPLING_NULL_POINTER;
   if (a.logits == nullptr || !all_parameters(a, [](const auto* p) { return p != nullptr; })) {
     return LLM_SAMPLING_NULL_POINTER;
@@ -278,9 +339,9 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
         is_aligned(a.logit_bias_counts) && is_aligned(a.param_slots) &&
         is_aligned(a.prompt_lengths) && is_aligned(a.allowed_mask) && is_aligned(a.seen) &&
         is_aligned(a.counts) && is_aligned(a.lengths) && is_aligned(a.slots) &&
-        is_aligned(a.tokens) && is_aligned(a.logprobs) && is_aligned(a.status) &&
-        is_aligned(a.filtered) && is_aligned(a.text) && is_aligned(a.text_lengths) &&
-        is_aligned(a.text_prompt_lengths) && is_aligned(a.windows) &&
+        is_aligned(a.tokens) && is_aligned(a.status) && is_aligned(a.token_ids) &&
+        addresses % 8 == 0 && is_aligned(a.filtered) && is_aligned(a.text) &&
+        is_aligned(a.text_lengths) && is_aligned(a.text_prompt_lengths) && is_aligned(a.windows) &&
         is_aligned(a.repetition_penalty_scope) && is_aligned(a.extra_output) &&
         is_aligned(static_cast<const uint64_t*>(a.workspace)))) {
     return LLM_SAMPLING_MISALIGNED;
@@ -291,7 +352,8 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   }
   const int64_t words = (a.vocab_size + 31) / 32;
   // A stride of 0 repeats one row, which is allowed for inputs only.
-  if (a.logits_stride < 0 || a.allowed_mask_stride < 0 ||
+  if (a.logits_stride < 0 || a.allowed_mask_stride < 0 || a.token_ids_stride < 0 ||
+      !is_addressable(a.rows, a.token_ids_stride, a.num_token_ids) ||
       (a.filtered != nullptr && a.filtered_stride < a.vocab_size) ||
       !is_addressable(a.rows, a.logits_stride, a.vocab_size) ||
       !is_addressable(a.rows, a.allowed_mask_stride, words) ||
@@ -417,10 +479,10 @@ inline const char* error_text(int32_t code) {
       return "the struct is NULL or of another size or version than this library's";
     case LLM_SAMPLING_BAD_SIZE:
       return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
-             "logit_bias_size, max_text_length, num_extra_output, workspace_bytes, max_ids, a slot "
-             "or a bias offset is out of range";
+             "logit_bias_size, max_text_length, num_extra_output, num_token_ids, num_top_logprobs, "
+             "workspace_bytes, max_ids, a slot or a bias offset is out of range";
     case LLM_SAMPLING_BAD_OPTION:
-      return "dtype, logprobs_mode, advance, kind, id_bytes, position_of or reserved has an "
+      return "dtype, advance, kind, id_bytes, position_of or reserved has an "
              "unknown value, or one that needs param_slots";
     case LLM_SAMPLING_NULL_POINTER:
       return "a pointer that is needed is NULL";

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm_sampling import checks
-from llm_sampling.backends.base import MAX_EXTRA_OUTPUT, Logprobs, ParamSlots, SampleCall
+from llm_sampling.backends.base import MAX_EXTRA_OUTPUT, ParamSlots, SampleCall
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory
 from llm_sampling.masks import Mask, check_mask
 from llm_sampling.params import BatchParams, SamplingParams, list_of_params, positions_tensor
+from llm_sampling.results import wanted
 from llm_sampling.table import RequestTable, slots_tensor
-from llm_sampling.tensors import is_pretended, is_traced, is_wrapper, readable, to_device
+from llm_sampling.tensors import (
+    is_pretended,
+    is_traced,
+    is_wrapper,
+    readable,
+    to_device,
+    token_ids,
+)
 
 Params = SamplingParams | Sequence[SamplingParams] | BatchParams | RequestTable
 ExtraIds = Sequence[Sequence[int]] | Tensor
@@ -58,19 +67,22 @@ def make_call(
     allowed_mask: Mask | None = None,
     positions: Sequence[int] | Tensor | None = None,
     num_samples: int = 1,
-    logprobs: Logprobs | None = None,
     check: bool | None = None,
     seeded: bool = True,
     slots: Sequence[int] | Tensor | None = None,
     text_positions: Sequence[int] | Tensor | None = None,
     record: bool | Sequence[bool] | Tensor = False,
     extra_output_ids: ExtraIds | None = None,
+    **results: Any,
 ) -> SampleCall:
-    """Check everything that a user passes to :func:`sample` and put it into one object."""
+    """Check everything that a user passes to :func:`sample` and put it into one object.
+
+    ``results`` are the arguments of :func:`llm_sampling.results.wanted`.
+    """
     logits = check_logits(logits)
     rows, vocab_size = logits.shape
     device = logits.device
-    num_samples = check_draws(num_samples, logprobs, check)
+    num_samples = check_draws(num_samples, check)
     param_slots, of_rows_to_record = None, None
     if not isinstance(record, bool):
         of_rows_to_record = _record_tensor(record, rows, device)
@@ -109,7 +121,7 @@ def make_call(
         if allowed_mask is None
         else check_mask(allowed_mask, rows, vocab_size, device),
         num_samples=num_samples,
-        logprobs=logprobs,
+        wanted=wanted(rows, device, **results),
         check=device.type == "cpu" if check is None else check,
         advance=records,
         param_slots=param_slots,
@@ -146,28 +158,12 @@ def _extra_output(
     """``extra_output_ids`` as contiguous int32 ``(rows, n)``; None where no penalty needs them."""
     rule = f"integers, at most {MAX_EXTRA_OUTPUT} for each of the {rows} rows"
     name = "extra_output_ids"
-    if isinstance(given, Tensor):
-        ids = readable(name, given)
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise checks.refusal(name, rule, ids.dtype)
-        if ids.device != device:
-            raise ValueError(f"{name} must be on the logits' device {device}, got {ids.device}")
-    else:
-        if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-            raise checks.refusal(name, rule, given)
-        lists = [checks.token_ids(f"{name}[{row}]", of_row) for row, of_row in enumerate(given)]
-        width = max(map(len, lists), default=0)
-        padded = [[*of_row, *[-1] * (width - len(of_row))] for of_row in lists]
-        ids = torch.tensor(padded, dtype=torch.int64, device="cpu").view(len(lists), width)
-        ids = to_device(ids, device)
+    ids = token_ids(name, given, rule, device)
     if ids.dim() != 2 or ids.shape[0] != rows or ids.shape[1] > MAX_EXTRA_OUTPUT:
         raise ValueError(f"{name} must be {rule}, got shape {tuple(ids.shape)}")
     if not batch.needs_history or history is None or ids.shape[1] == 0:
         return None
-    if ids.dtype == torch.int64:
-        # a number that no int32 holds becomes one that is no token's id either
-        ids = ids.clamp(-1, 2**31 - 1).to(torch.int32)
-    return ids.contiguous()
+    return ids
 
 
 def _check_table(table: RequestTable, logits: Tensor) -> None:
@@ -281,11 +277,9 @@ def check_windows(history: TokenHistory | None, batch: BatchParams) -> None:
             )
 
 
-def check_draws(num_samples: int, logprobs: str | None, check: bool | None) -> int:
+def check_draws(num_samples: int, check: bool | None) -> int:
     """``num_samples`` as an int; a ValueError if one of these is out of its range."""
     num_samples = checks.integer_at_least("num_samples", num_samples, 1)
-    if logprobs not in (None, "processed", "raw"):
-        raise ValueError(f'logprobs must be None, "processed" or "raw", got {logprobs!r}')
     if check is not None and not isinstance(check, bool):
         raise checks.refusal("check", "True, False or None", check)
     return num_samples

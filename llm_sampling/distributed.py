@@ -36,14 +36,11 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from llm_sampling import backends, reference
 from llm_sampling.backends.base import (
-    LOGPROBS_MODES,
     STATUS_NAN,
     STATUS_NO_CANDIDATE,
     STATUS_POS_INF,
     BackendModule,
-    Logprobs,
     SampleCall,
-    SampleOutput,
     raise_on_status,
 )
 from llm_sampling.calls import (
@@ -60,6 +57,7 @@ from llm_sampling.fields import FIELDS
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory, slice_bits
 from llm_sampling.masks import check_mask
 from llm_sampling.params import DTYPES, BatchParams, SamplingParams
+from llm_sampling.results import KINDS, Kind, SampleOutput, TokenLogprobs, Wanted, kinds_of
 from llm_sampling.tensors import is_pretended, is_wrapper
 
 #: The largest number of tokens a row for which the ranks exchange candidates.
@@ -84,7 +82,7 @@ def sample_sharded(
     allowed_mask: Tensor | None = None,
     positions: Sequence[int] | Tensor | None = None,
     num_samples: int = 1,
-    logprobs: Logprobs | None = None,
+    logprobs: Kind | None = None,
     backend: str = "auto",
     check: bool | None = None,
 ) -> SampleOutput:
@@ -108,7 +106,7 @@ def sample_sharded(
         allowed_mask: int32 ``(rows, ceil(vocab_size / 32))`` of the whole vocabulary.
         positions: as for ``sample``.
         num_samples: as for ``sample``.
-        logprobs: as for ``sample``.
+        logprobs: None, "processed" or "raw", as for ``sample``.
         backend: the kernel that works on this rank's part, as for ``sample``.
         check: first compare the arguments of all ranks, the tokens of their histories and their
             masks included, and in the end raise for rows with NaN, +inf or no candidate. Default:
@@ -179,7 +177,7 @@ class _Part:
     history: TokenHistory | None
     allowed_mask: Tensor | None
     num_samples: int
-    logprobs: Logprobs | None
+    logprobs: Kind | None
     backend: BackendModule
 
 
@@ -224,7 +222,7 @@ def _checked(
     allowed_mask: Tensor | None,
     positions: Sequence[int] | Tensor | None,
     num_samples: int,
-    logprobs: Logprobs | None,
+    logprobs: Kind | None,
     backend: str,
     check: bool | None,
 ) -> _Part:
@@ -246,7 +244,10 @@ def _checked(
     vocab_size = history.vocab_size if isinstance(history, TokenHistory) else 0
     check_history(history, batch.needs_history, rows, vocab_size, device)
     check_windows(history, batch)
-    num_samples = check_draws(num_samples, logprobs, check)
+    num_samples = check_draws(num_samples, check)
+    kinds = kinds_of(logprobs)
+    if len(kinds) > 1:
+        raise ValueError(f"logprobs must be one kind for sample_sharded, got {logprobs!r}")
     if allowed_mask is not None:
         if not isinstance(allowed_mask, Tensor):
             kind = type(allowed_mask).__name__
@@ -265,7 +266,7 @@ def _checked(
         history=history if batch.needs_history else None,
         allowed_mask=allowed_mask,
         num_samples=num_samples,
-        logprobs=logprobs,
+        logprobs=kinds[0] if kinds else None,
         backend=backends.resolve(backend, device),
     )
 
@@ -311,7 +312,7 @@ def _header(part: _Part, history: TokenHistory | None, whole: int) -> list[int]:
         "mask": -1 if part.allowed_mask is None else part.allowed_mask.shape[1],
         "rows": part.logits.shape[0],
         "num_samples": part.num_samples,
-        "logprobs": LOGPROBS_MODES[part.logprobs],
+        "logprobs": -1 if part.logprobs is None else KINDS.index(part.logprobs),
         "flags": bits,
         "params": checksum,
         "tokens": 0 if part.history is None else _checksum_of_history(part.history),
@@ -541,7 +542,7 @@ def _by_candidates(part: _Part, ranks: _Ranks) -> SampleOutput:
             history=None,
             allowed_mask=None,
             num_samples=part.num_samples,
-            logprobs="processed" if part.logprobs == "processed" else None,
+            wanted=Wanted(("processed",) if part.logprobs == "processed" else ()),
         )
     )
     drawn = output.tokens.reshape(-1, part.num_samples)
@@ -564,8 +565,12 @@ def _seeded(batch: BatchParams, drawn: Tensor) -> BatchParams:
 def _shaped(part: _Part, tokens: Tensor, logprobs: Tensor | None, status: Tensor) -> SampleOutput:
     """The result, with ``(rows, num_samples)`` in the shape that users get."""
     shape = (-1,) if part.num_samples == 1 else (-1, part.num_samples)
+    if logprobs is None:
+        return SampleOutput(tokens.reshape(shape), None, status)
+    logprobs = logprobs.reshape(shape)
+    of_kind = {part.logprobs: TokenLogprobs(logprobs)}
     return SampleOutput(
-        tokens.reshape(shape), None if logprobs is None else logprobs.reshape(shape), status
+        tokens.reshape(shape), logprobs, status, of_kind.get("processed"), of_kind.get("raw")
     )
 
 

@@ -85,7 +85,7 @@ def _packed(
             )
         tensor = tensor[:, :least]
         if not is_bits:
-            tensor = _words(tensor, words)
+            tensor = pack_bits(tensor, words)
         return tensor if device is None else tensor.to(device)
     if not isinstance(allowed, Sequence) or isinstance(allowed, (str, bytes)):
         raise ValueError(f"{name} must be {_FORMS}, got {type(allowed).__name__}")
@@ -108,7 +108,7 @@ def _packed(
     return packed.to(torch.int32).to("cpu" if device is None else device)
 
 
-def _words(allowed: Tensor, words: int) -> Tensor:
+def pack_bits(allowed: Tensor, words: int) -> Tensor:
     """Bool ``(rows, vocab_size)`` as int32 ``(rows, words)``."""
     padded = torch.nn.functional.pad(allowed, (0, 32 * words - allowed.shape[1]))
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=allowed.device)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from llm_sampling import backends
-from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput
+from llm_sampling.backends.base import SampleCall
 from llm_sampling.calls import make_call
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import STATE_TENSORS, Text, TokenHistory
 from llm_sampling.params import DTYPES, KERNEL_TENSORS, BatchParams
+from llm_sampling.results import SampleOutput, Wanted, output_of, tensors_of
 from llm_sampling.tensors import is_traced, is_wrapper
 
 _TEXT_TENSORS = tuple(f"text_{name}" for name in Text._fields)
@@ -39,8 +40,8 @@ _INPUTS = ", ".join(
 )
 _LIBRARY = torch.library.Library("llm_sampling", "DEF")
 _LIBRARY.define(
-    f"sample({_INPUTS}, int num_samples, str? logprobs, bool check, str backend) "
-    "-> (Tensor tokens, Tensor logprobs, Tensor status)"
+    f"sample({_INPUTS}, Tensor? token_ids, int num_samples, str[] logprobs, int? top_logprobs, "
+    "str? kept, int max_kept_ids, bool check, str backend) -> Tensor[]"
 )
 _LIBRARY.define(f"filter_logits({_INPUTS}, str backend) -> Tensor")
 _LIBRARY.define("pack(Tensor values, str parameter) -> Tensor")
@@ -56,12 +57,7 @@ def _inputs(call: SampleCall) -> tuple[Tensor | bool | None, ...]:
     return (call.logits, *batch, *history, *text, call.extra_output, call.allowed_mask, *flags)
 
 
-def _call(
-    inputs: Sequence[Any],
-    num_samples: int = 1,
-    logprobs: Logprobs | None = None,
-    check: bool = False,
-) -> SampleCall:
+def _call(inputs: Sequence[Any], **options: Any) -> SampleCall:
     """The inverse of ``_inputs``, checked like the arguments of a user."""
     logits, *rest, extra_output, allowed_mask = inputs[: -len(_BATCH_FLAGS)]
     rest, text = rest[: -len(Text._fields)], Text(*rest[-len(Text._fields) :])
@@ -90,29 +86,49 @@ def _call(
         history=history,
         extra_output_ids=extra_output,
         allowed_mask=allowed_mask,
-        num_samples=num_samples,
-        logprobs=logprobs,
-        check=check,
+        **options,
+    )
+
+
+#: The arguments of the op "sample" after its inputs.
+_OPTIONS = (
+    *("token_ids", "num_samples", "logprobs", "top_logprobs", "kept", "max_kept_ids"),
+    *("check", "backend"),
+)
+
+
+def _options(call: SampleCall, backend: str) -> tuple[Any, ...]:
+    asked = call.wanted
+    return (
+        *(asked.token_ids, call.num_samples, asked.logprobs, asked.top_logprobs),
+        *(asked.kept, asked.max_kept_ids, call.check, backend),
     )
 
 
 def _sample(*args):  # type: ignore[no-untyped-def]
-    *inputs, num_samples, logprobs, check, backend = args
-    call = _call(inputs, num_samples, logprobs, check)
-    output = backends.resolve(backend, call.logits.device).sample(call)
-    no_logprobs = call.logits.new_empty(0, dtype=torch.float32)
-    return output.tokens, no_logprobs if output.logprobs is None else output.logprobs, output.status
+    inputs = args[: -len(_OPTIONS)]
+    options = dict(zip(_OPTIONS, args[-len(_OPTIONS) :], strict=True))
+    backend = options.pop("backend")
+    call = _call(
+        inputs,
+        logprob_token_ids=options.pop("token_ids"),
+        logprobs=options.pop("logprobs") or None,
+        max_kept_ids=options.pop("max_kept_ids") or None,
+        **options,
+    )
+    return tensors_of(backends.resolve(backend, call.logits.device).sample(call))
 
 
 def _sample_fake(*args):  # type: ignore[no-untyped-def]
-    logits, num_samples, logprobs = args[0], args[-4], args[-3]
-    rows = logits.shape[0]
-    shape = (rows,) if num_samples == 1 else (rows, num_samples)
-    return (
-        logits.new_empty(shape, dtype=torch.int64),
-        logits.new_empty((0,) if logprobs is None else shape, dtype=torch.float32),
-        logits.new_empty((rows,), dtype=torch.int32),
-    )
+    logits: Tensor = args[0]
+    token_ids, num_samples, logprobs, top_logprobs, kept, max_kept_ids, *_ = args[-len(_OPTIONS) :]
+    wanted = Wanted(tuple(logprobs), top_logprobs, token_ids, kept, max_kept_ids)
+    rows, vocab_size = logits.shape
+
+    def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return logits.new_empty(shape, dtype=dtype)
+
+    return tensors_of(output_of(wanted, rows, num_samples, vocab_size, take))
 
 
 def _filter_logits(*args):  # type: ignore[no-untyped-def]
@@ -190,9 +206,11 @@ def _run(op: Callable[..., _Result], call: SampleCall, backend: str, *options: o
 def sample(call: SampleCall, backend: str) -> SampleOutput:
     """``sample`` as one op of a graph."""
     op = torch.ops.llm_sampling.sample
-    options = (call.num_samples, call.logprobs, call.check, backend)
-    tokens, logprobs, status = _run(op, call, backend, *options)
-    return SampleOutput(tokens, None if call.logprobs is None else logprobs, status)
+    tensors: list[Tensor] = _run(op, call, backend, *_options(call, backend))
+    taken = iter(tensors)
+    rows, vocab_size = call.logits.shape
+    size = rows, call.num_samples, vocab_size
+    return output_of(call.wanted, *size, lambda shape, dtype: next(taken))
 
 
 def filter_logits(call: SampleCall, backend: str) -> Tensor:

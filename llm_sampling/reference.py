@@ -17,11 +17,18 @@ from llm_sampling.backends.base import (
     STATUS_POS_INF,
     ParamSlots,
     SampleCall,
-    SampleOutput,
 )
 from llm_sampling.fields import SCOPES
 from llm_sampling.history import TokenHistory, bits_and_counts
+from llm_sampling.masks import pack_bits
 from llm_sampling.params import KERNEL_TENSORS, BatchParams
+from llm_sampling.results import (
+    KeptSet,
+    SampleOutput,
+    TokenLogprobs,
+    Wanted,
+    without_rows,
+)
 
 _INF = float("inf")
 _LOW32 = 0xFFFFFFFF
@@ -234,7 +241,7 @@ def scaled(r_low: Tensor, r_high: Tensor, s: Tensor) -> Tensor:
 
 
 def sample(call: SampleCall) -> SampleOutput:
-    """All steps. Tokens, and logprobs if asked for, are ``(rows, num_samples)``."""
+    """All steps. What there is for each draw has the shape ``(rows, num_samples)``."""
     if call.param_slots is not None:
         return _sample_by_slot(call, call.param_slots)
     batch = call.batch
@@ -259,19 +266,27 @@ def sample(call: SampleCall) -> SampleOutput:
         + no_candidate.to(torch.int32) * STATUS_NO_CANDIDATE
         + (x == _INF).any(-1).to(torch.int32) * STATUS_POS_INF
     )
-    return SampleOutput(tokens, _logprobs(call, tokens, w, s), status)
+    kinds = {
+        "processed": lambda: _processed(call.wanted, tokens, x, keep, w),
+        "raw": lambda: _raw(call.wanted, tokens, call.logits),
+    }
+    found = {kind: kinds[kind]() for kind in call.wanted.logprobs}
+    output = SampleOutput(
+        tokens,
+        found[call.wanted.logprobs[0]].logprobs if found else None,
+        status,
+        found.get("processed"),
+        found.get("raw"),
+        None if call.wanted.kept is None else _kept_results(call.wanted, tokens, x, keep, w),
+    )
+    return without_rows(output, no_candidate)
 
 
 def _sample_by_slot(call: SampleCall, slots: ParamSlots) -> SampleOutput:
     dense, exists = _by_row(call, slots)
-    tokens, logprobs, status = sample(dense)
-    is_padding = slots.of_rows == -1
-    has_token = exists.unsqueeze(-1)
-    return SampleOutput(
-        torch.where(has_token, tokens, -1),
-        None if logprobs is None else torch.where(has_token, logprobs, float("nan")),
-        torch.where(exists, status, torch.where(is_padding, 0, STATUS_NO_CANDIDATE)).int(),
-    )
+    output = without_rows(sample(dense), ~exists)
+    nothing = torch.where(slots.of_rows == -1, 0, STATUS_NO_CANDIDATE)
+    return output._replace(status=torch.where(exists, output.status, nothing).int())
 
 
 def _by_row(call: SampleCall, slots: ParamSlots) -> tuple[SampleCall, Tensor]:
@@ -317,15 +332,112 @@ def _by_row(call: SampleCall, slots: ParamSlots) -> tuple[SampleCall, Tensor]:
     )
 
 
-def _logprobs(call: SampleCall, tokens: Tensor, w: Tensor, s: Tensor) -> Tensor | None:
-    if call.logprobs is None:
-        return None
-    index = tokens.clamp(min=0)
-    if call.logprobs == "processed":
-        result = w.gather(-1, index).double().log() - s.double().log().unsqueeze(-1)
-    else:
-        result = raw_logprobs(call.logits).gather(-1, index)
-    return result.masked_fill(tokens < 0, float("nan")).to(torch.float32)
+def _first_ids(x: Tensor, keep: Tensor, count: int) -> Tensor:
+    """The first ids of the order of step 7 among those that are kept, int64 ``(rows, count)``.
+
+    Where there are fewer, -1.
+    """
+    order = torch.sort(torch.where(keep, x, -_INF), dim=-1, descending=True, stable=True).indices
+    order = torch.nn.functional.pad(order[:, :count], (0, max(0, count - order.shape[1])))
+    place = torch.arange(count, device=x.device)
+    return torch.where(place < keep.sum(-1, keepdim=True), order, -1)
+
+
+def _given_ids(wanted: Wanted, x: Tensor) -> Tensor | None:
+    """The ids whose logprobs are asked for, int64 ``(rows, n)``."""
+    ids = wanted.token_ids
+    return None if ids is None else ids.to(torch.int64).expand(x.shape[0], -1)
+
+
+def _token_logprobs(
+    wanted: Wanted, tokens: Tensor, x: Tensor, listed: Tensor, logprobs: Tensor
+) -> TokenLogprobs:
+    """The logprobs of one kind.
+
+    Args:
+        wanted: what the call asks for.
+        tokens: the drawn ones, ``(rows, num_samples)``.
+        x: float32 ``(rows, V)``, the logits that give the order.
+        listed: bool ``(rows, V)``, the tokens that have a rank.
+        logprobs: float64 ``(rows, V)``.
+    """
+    vocab_size = x.shape[1]
+
+    def of(ids: Tensor) -> Tensor:
+        inside = (ids >= 0) & (ids < vocab_size)
+        found = logprobs.gather(-1, torch.where(inside, ids, 0))
+        return torch.where(inside, found, torch.nan).to(torch.float32)
+
+    ids = _given_ids(wanted, x)
+    result = TokenLogprobs(of(tokens), id_logprobs=None if ids is None else of(ids))
+    if wanted.top_logprobs is None:
+        return result
+
+    rank_of = torch.full((*x.shape[:-1], vocab_size + 1), -1, dtype=torch.int32, device=x.device)
+    order = _first_ids(x, listed, vocab_size)
+    rank = torch.arange(1, vocab_size + 1, dtype=torch.int32, device=x.device).expand_as(order)
+    # What has no rank is scattered into the column behind the vocabulary, which no id reads.
+    rank_of.scatter_(-1, torch.where(order < 0, vocab_size, order), rank)
+
+    def ranks(ids: Tensor) -> Tensor:
+        inside = (ids >= 0) & (ids < vocab_size)
+        return torch.where(inside, rank_of.gather(-1, torch.where(inside, ids, 0)), -1)
+
+    top = _first_ids(x, listed, wanted.top_logprobs)
+    return result._replace(
+        ranks=ranks(tokens),
+        top_ids=top.to(torch.int32),
+        top_logprobs=of(top),
+        id_ranks=None if ids is None else ranks(ids),
+    )
+
+
+def _processed(wanted: Wanted, tokens: Tensor, x: Tensor, keep: Tensor, w: Tensor) -> TokenLogprobs:
+    """Logprobs of the distribution that the tokens were drawn from; ``w`` is 0 where not kept."""
+    logprobs = w.double().log() - w.sum(-1, keepdim=True).double().log()
+    return _token_logprobs(wanted, tokens, x, keep, logprobs)
+
+
+def _raw(wanted: Wanted, tokens: Tensor, logits: Tensor) -> TokenLogprobs:
+    """Logprobs of the softmax of the logits of step 1, in whose order a NaN counts as -inf."""
+    x = logits.to(torch.float32)
+    x = torch.where(x.isnan(), -_INF, x + 0.0)
+    return _token_logprobs(wanted, tokens, x, x > -_INF, raw_logprobs(logits))
+
+
+def _kept_results(wanted: Wanted, tokens: Tensor, x: Tensor, keep: Tensor, w: Tensor) -> KeptSet:
+    """The kept set in the form that is asked for; ``w`` is 0 where a token is not kept."""
+    vocab_size = x.shape[1]
+
+    def masses(ids: Tensor) -> Tensor:
+        inside = (ids >= 0) & (ids < vocab_size)
+        return torch.where(inside, w.gather(-1, torch.where(inside, ids, 0)), 0)
+
+    count, ids = keep.sum(-1), _given_ids(wanted, x)
+    kept = KeptSet(
+        counts=count.to(torch.int32),
+        total=w.sum(-1),
+        masses=masses(tokens),
+        id_masses=None if ids is None else masses(ids),
+    )
+    if wanted.kept == "mask":
+        return kept._replace(mask=pack_bits(keep, -(-vocab_size // 32)))
+    if wanted.kept == "ids":
+        ids = _first_ids(x, keep, wanted.max_kept_ids)
+        fits = (count <= wanted.max_kept_ids).unsqueeze(-1)
+        return kept._replace(ids=torch.where(fits, ids, -1).to(torch.int32))
+    order = _first_ids(x, keep, vocab_size)
+    first, last = order[:, :1], order.gather(-1, (count - 1).clamp(min=0).unsqueeze(-1))
+
+    def logit(ids: Tensor) -> Tensor:
+        return x.gather(-1, ids.clamp(min=0)).squeeze(-1)
+
+    return kept._replace(
+        first_id=first.squeeze(-1).to(torch.int32),
+        first_logit=logit(first),
+        last_id=last.squeeze(-1).to(torch.int32),
+        last_logit=logit(last),
+    )
 
 
 def raw_logprobs(logits: Tensor) -> Tensor:

@@ -6,12 +6,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llm_sampling import backends, ops
-from llm_sampling.backends.base import Logprobs, SampleOutput
-from llm_sampling.calls import ExtraIds, Params, make_call
+from llm_sampling import backends, checks, ops
+from llm_sampling.calls import ExtraIds, Params, check_logits, make_call
 from llm_sampling.history import TokenHistory
 from llm_sampling.masks import Mask
+from llm_sampling.results import (
+    KeptForm,
+    Logprobs,
+    SampleOutput,
+    ScoreOutput,
+    TokenIds,
+    score_of,
+)
 from llm_sampling.table import RequestTable
+from llm_sampling.tensors import token_ids
 
 
 def sample(
@@ -27,6 +35,10 @@ def sample(
     extra_output_ids: ExtraIds | None = None,
     num_samples: int = 1,
     logprobs: Logprobs | None = None,
+    top_logprobs: int | None = None,
+    logprob_token_ids: TokenIds | None = None,
+    kept: KeptForm | None = None,
+    max_kept_ids: int | None = None,
     backend: str = "auto",
     check: bool | None = None,
 ) -> SampleOutput:
@@ -74,15 +86,26 @@ def sample(
         num_samples: how many tokens to draw from each row, independently; draw 0 is the token of
             ``num_samples=1``.
         logprobs: None; "processed": of the distribution that the token was drawn from; "raw": of
-            ``softmax(logits)`` without penalties, temperature or filters. Natural logarithms.
+            ``softmax(logits)`` without penalties, temperature or filters; or both in a sequence.
+            Natural logarithms.
+        top_logprobs: how many tokens each kind of logprobs lists, 0 .. 1024, the best ones first;
+            0 lists none and gives the ranks of the tokens alone. None: neither lists nor ranks.
+        logprob_token_ids: token ids whose logprobs are returned too: a list for all rows, or a list
+            for each row (padded with -1), or an integer tensor ``(n,)`` or ``(rows, n)``. An id
+            outside of the vocabulary is padding.
+        kept: None; or a form in which the kept set is returned, with its mass and that of the
+            tokens: a token bitmask ("mask"), the ids in their order ("ids"), or the first and the
+            last token of it ("ends").
+        max_kept_ids: how many ids ``kept="ids"`` lists, 1 .. 1024; a row that keeps more lists
+            none, and gives their number. Default: 256.
         backend: a name in :data:`llm_sampling.backends.BACKENDS`, which runs or raises, or "auto".
         check: raise for rows with NaN, +inf or no candidate. Default: True for logits on the CPU,
             False where it would wait for the device.
 
     Returns:
-        ``SampleOutput(tokens, logprobs, status)``: tokens int64 and logprobs float32 (or None),
-        both ``(rows,)``, or ``(rows, num_samples)`` where ``num_samples`` > 1; status int32
-        ``(rows,)``.
+        ``SampleOutput(tokens, logprobs, status, processed, raw, kept)``: tokens int64 and logprobs
+        float32 (or None), both ``(rows,)``, or ``(rows, num_samples)`` where ``num_samples`` > 1;
+        status int32 ``(rows,)``; the lists of each kind of logprobs; the kept set.
 
     Raises:
         ValueError: an argument is out of its range, or shapes, dtypes or devices disagree; the
@@ -101,10 +124,15 @@ def sample(
         and positions is None
         and text_positions is None
         and extra_output_ids is None
+        and logprob_token_ids is None
+        and (logprobs is None or isinstance(logprobs, (str, tuple)))
         and (record is True or record is False)
         and isinstance(logits, Tensor)
     ):
-        asked = logits.dtype, record, num_samples, logprobs, check, backend
+        asked = (
+            *(logits.dtype, record, num_samples, check, backend),
+            *(logprobs, top_logprobs, kept, max_kept_ids),
+        )
         output = params.run_prepared(asked, logits, slots, allowed_mask)
         if output is not None:
             return output
@@ -115,12 +143,16 @@ def sample(
         allowed_mask=allowed_mask,
         positions=positions,
         num_samples=num_samples,
-        logprobs=logprobs,
         check=check,
         slots=slots,
         text_positions=text_positions,
         record=record,
         extra_output_ids=extra_output_ids,
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        logprob_token_ids=logprob_token_ids,
+        kept=kept,
+        max_kept_ids=max_kept_ids,
     )
     if call.param_slots is None and ops.is_needed(call):
         return ops.sample(call, backend)
@@ -128,6 +160,85 @@ def sample(
     if not isinstance(params, RequestTable):
         return module.sample(call)
     return params.run(module, call, asked)
+
+
+def score(
+    logits: Tensor,
+    tokens: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    params: Params,
+    slots: Sequence[int] | Tensor | None = None,
+    *,
+    history: TokenHistory | None = None,
+    allowed_mask: Mask | None = None,
+    extra_output_ids: ExtraIds | None = None,
+    logprobs: Logprobs = "processed",
+    top_logprobs: int = 0,
+    kept: KeptForm | None = None,
+    max_kept_ids: int | None = None,
+    backend: str = "auto",
+    check: bool | None = None,
+) -> ScoreOutput:
+    """The logprobs and ranks of given tokens, as :func:`sample` has them; nothing is drawn.
+
+    So prompts are scored, and so a trainer asks how likely the tokens of a sampler were.
+
+    Args:
+        logits: as for :func:`sample`, and so are the others: one row for each place of a text.
+        tokens: the tokens to score: ``(rows,)``, one for each row, or ``(rows, n)``; integers in
+            lists or a tensor on the logits' device. An id outside of the vocabulary is padding,
+            whose logprob is NaN and whose rank is -1.
+        params: positions and seeds do not matter here.
+        slots: as for :func:`sample`.
+        history: needed where a penalty is on.
+        allowed_mask: the tokens that may be drawn.
+        extra_output_ids: ids that come next in each row's output.
+        logprobs: "processed", "raw" or both in a sequence. A token that no draw can give has the
+            processed logprob -inf.
+        top_logprobs: how many tokens each kind lists, 0 .. 1024.
+        kept: as for :func:`sample`; ``masses`` are those of the given tokens.
+        max_kept_ids: as for :func:`sample`.
+        backend: a name or "auto".
+        check: as for :func:`sample`.
+
+    Returns:
+        ``ScoreOutput(logprobs, ranks, status, processed, raw, kept)``: logprobs float32 and ranks
+        int32 of the shape of ``tokens``; status int32 ``(rows,)``; the lists of each kind; the kept
+        set.
+
+    Raises:
+        ValueError, InvalidLogitsError, RuntimeError: as :func:`sample`.
+
+    Example:
+        >>> logprobs = score(logits[:-1], prompt_ids[1:], SamplingParams(), logprobs="raw").logprobs
+    """
+    rows = check_logits(logits).shape[0]
+    rule = f"integers ({rows},) or ({rows}, n)"
+    ids = token_ids("tokens", tokens, rule, logits.device)
+    if ids.dim() not in (1, 2) or ids.shape[0] != rows:
+        raise ValueError(f"tokens must be {rule}, got shape {tuple(ids.shape)}")
+    if logprobs is None:
+        raise checks.refusal("logprobs", '"processed", "raw", or both in a sequence', logprobs)
+    top_logprobs = checks.integer_at_least("top_logprobs", top_logprobs, 0)
+    call = make_call(
+        logits,
+        params,
+        history=history,
+        allowed_mask=allowed_mask,
+        seeded=False,
+        slots=slots,
+        extra_output_ids=extra_output_ids,
+        check=check,
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        logprob_token_ids=ids.unsqueeze(-1) if ids.dim() == 1 else ids,
+        kept=kept,
+        max_kept_ids=max_kept_ids,
+    )
+    if call.param_slots is None and ops.is_needed(call):
+        output = ops.sample(call, backend)
+    else:
+        output = backends.resolve(backend, call.logits.device).sample(call)
+    return score_of(output, call.wanted.logprobs[0], ids.shape)
 
 
 def filter_logits(

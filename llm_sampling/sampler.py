@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling import checks
-from llm_sampling.backends.base import Logprobs, SampleCall, SampleOutput, Step
+from llm_sampling.backends.base import SampleCall, Step
 from llm_sampling.calls import check_draws, check_history, check_logits, check_windows
 from llm_sampling.growing_table import GrowingTable
 from llm_sampling.history import (
@@ -36,6 +36,7 @@ from llm_sampling.params import (
     plain,
     seeds_of,
 )
+from llm_sampling.results import KeptForm, Logprobs, SampleOutput, wanted
 from llm_sampling.table import array_of
 from llm_sampling.tensors import (
     is_readable_as_it_is,
@@ -49,7 +50,7 @@ from llm_sampling.tensors import (
 
 #: The entries of a ``state_dict``.
 _STATE = frozenset(
-    {"vocab_size", "num_samples", "logprobs", "check", "params", "is_kept"}
+    {"vocab_size", "num_samples", "results", "check", "params", "is_kept"}
     | {"seed", "position", "history"}
 )
 
@@ -101,7 +102,10 @@ class Sampler:
             ``penalty_last_n``, need them.
         num_samples: draws per row; more than 1 only without penalties, since a history follows one
             token per row. Each call advances the positions by one.
-        logprobs: None, "processed" or "raw", as for :func:`llm_sampling.sample`.
+        logprobs: as for :func:`llm_sampling.sample`, and so are ``top_logprobs``, ``kept`` and
+            ``max_kept_ids``.
+        logprob_token_ids: token ids whose logprobs every step returns for each row: a list, or a
+            tensor ``(n,)``.
         backend: as for :func:`llm_sampling.sample`.
         device: the logits' device. Default: the history's, else the CPU.
         check: as for :func:`llm_sampling.sample`. When a call raises InvalidLogitsError no row has
@@ -125,6 +129,10 @@ class Sampler:
         max_length: int | None = None,
         num_samples: int = 1,
         logprobs: Logprobs | None = None,
+        top_logprobs: int | None = None,
+        logprob_token_ids: Sequence[int] | Tensor | None = None,
+        kept: KeptForm | None = None,
+        max_kept_ids: int | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         check: bool | None = None,
@@ -134,8 +142,15 @@ class Sampler:
             device = history.device if isinstance(history, TokenHistory) else "cpu"
         self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         self.vocab_size = vocab_size
-        self.num_samples = check_draws(num_samples, logprobs, check)
-        self.logprobs = logprobs
+        self.num_samples = check_draws(num_samples, check)
+        self._results: dict[str, Any] = {
+            "logprobs": logprobs,
+            "top_logprobs": top_logprobs,
+            "logprob_token_ids": _list_for_all_rows(logprob_token_ids),
+            "kept": kept,
+            "max_kept_ids": max_kept_ids,
+        }
+        wanted(0, self.device, **self._results)
         self.check = self.device.type == "cpu" if check is None else check
         self._backend_name = backend
         rows = list_of_params(params, 1)
@@ -318,7 +333,7 @@ class Sampler:
             history=history if self.num_samples == 1 else None,
             allowed_mask=None,
             num_samples=self.num_samples,
-            logprobs=self.logprobs,
+            wanted=wanted(logits.shape[0], self.device, **self._results),
             check=self.check,
             advance=True,
             param_slots=param_slots,
@@ -529,7 +544,7 @@ class Sampler:
         return {
             "vocab_size": self.vocab_size,
             "num_samples": self.num_samples,
-            "logprobs": self.logprobs,
+            "results": dict(self._results),
             "check": self.check,
             "params": [*map(plain, self.params)],
             "is_kept": [*map(table.is_kept, places)],
@@ -575,7 +590,7 @@ class Sampler:
                 vocab_size=vocab_size,
                 history=history,
                 num_samples=state["num_samples"],
-                logprobs=state["logprobs"],
+                **checks.mapping_with("results", state["results"], ()),
                 backend=backend,
                 device=seed.device,
                 check=state["check"],
@@ -585,6 +600,13 @@ class Sampler:
 
     def __reduce__(self) -> tuple[object, ...]:
         return _restored, (type(self), self.state_dict(), self._backend_name)
+
+
+def _list_for_all_rows(ids: object) -> list[int] | None:
+    """``logprob_token_ids`` of a Sampler, whose rows come and go."""
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()
+    return None if ids is None else checks.token_ids("logprob_token_ids", ids)
 
 
 def _window_of(params: SamplingParams, keeps_ids: bool) -> int:

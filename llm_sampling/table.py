@@ -21,14 +21,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling import backends, checks
-from llm_sampling.backends.base import (
-    BackendModule,
-    ParamSlots,
-    PositionOf,
-    SampleCall,
-    SampleOutput,
-    Step,
-)
+from llm_sampling.backends.base import BackendModule, ParamSlots, PositionOf, SampleCall, Step
 from llm_sampling.history import (
     HistoryUpdate,
     Text,
@@ -57,6 +50,7 @@ from llm_sampling.params import (
     kernel_flags,
     plain,
 )
+from llm_sampling.results import SampleOutput
 from llm_sampling.tensors import (
     is_readable_as_it_is,
     is_watched,

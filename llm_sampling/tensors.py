@@ -7,13 +7,15 @@ wrappers around it, or of a tracer that watches. Every tensor of a call comes th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from llm_sampling import checks
 
 # Bound here, because a prepared call asks them in every step.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -113,6 +115,43 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def token_ids(name: str, given: object, rule: str, device: torch.device) -> Tensor:
+    """Token ids of rows as contiguous int32, as the kernels read them.
+
+    A number that no int32 holds becomes one that is no token's id either.
+
+    Args:
+        name: of the argument, for messages.
+        given: int32 or int64 on ``device``; a list of ids, or a list of ids for each row, which are
+            padded with -1 to the same length.
+        rule: what the argument must be, for messages.
+        device: of the result.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(given, Tensor):
+        ids = readable(name, given)
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise checks.refusal(name, rule, ids.dtype)
+        if ids.device != device:
+            raise ValueError(f"{name} must be on the logits' device {device}, got {ids.device}")
+    else:
+        if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+            raise checks.refusal(name, rule, given)
+        if given and all(map(checks.is_integer, given)):
+            ids = torch.tensor(checks.token_ids(name, given), dtype=torch.int64, device="cpu")
+        else:
+            lists = [checks.token_ids(f"{name}[{row}]", of_row) for row, of_row in enumerate(given)]
+            width = max(map(len, lists), default=0)
+            padded = [[*of_row, *[-1] * (width - len(of_row))] for of_row in lists]
+            ids = torch.tensor(padded, dtype=torch.int64, device="cpu").view(len(lists), width)
+        ids = to_device(ids, device)
+    if ids.dtype == torch.int64:
+        ids = ids.clamp(-1, 2**31 - 1).to(torch.int32)
+    return ids.contiguous()
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from cases import Batch, Case, build, threads
 from torch import Tensor
 
 from llm_sampling import BatchParams, SamplingParams, filter_logits, sample
-from llm_sampling.backends.base import Logprobs
+from llm_sampling.results import Kind
 
 LOGPROB_TOLERANCE = 1e-5
 NUM_SAMPLES = 8
@@ -27,10 +27,10 @@ class Result:
     first_token: Tensor
     status: Tensor
     filtered: Tensor
-    logprobs: dict[Logprobs, Tensor]
+    logprobs: dict[Kind, Tensor]
 
 
-def run(batch: Batch, backend: str, logprobs: Sequence[Logprobs]) -> Result:
+def run(batch: Batch, backend: str, logprobs: Sequence[Kind]) -> Result:
     """Return all outputs that are compared.
 
     The reference gets one thread and a backend two: the many small torch operations of the
@@ -40,13 +40,13 @@ def run(batch: Batch, backend: str, logprobs: Sequence[Logprobs]) -> Result:
         return _run(batch, backend, logprobs)
 
 
-def _run(batch: Batch, backend: str, logprobs: Sequence[Logprobs]) -> Result:
+def _run(batch: Batch, backend: str, logprobs: Sequence[Kind]) -> Result:
     params = BatchParams.from_list(
         batch.params, positions=batch.positions, device=batch.logits.device
     )
 
-    def draw(num_samples: int, kind: Logprobs | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        return sample(
+    def draw(num_samples: int, kind: Kind | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        tokens, logprobs, status, *_ = sample(
             batch.logits,
             params,
             history=batch.history,
@@ -56,6 +56,7 @@ def _run(batch: Batch, backend: str, logprobs: Sequence[Logprobs]) -> Result:
             backend=backend,
             check=False,
         )
+        return tokens, logprobs, status
 
     drawn = {kind: draw(NUM_SAMPLES, kind) for kind in logprobs}
     tokens, _, status = next(iter(drawn.values())) if drawn else draw(NUM_SAMPLES, None)
@@ -148,7 +149,7 @@ def build_all(
 def assert_parity(
     batches: Iterable[Batch],
     backend: str,
-    logprobs: Sequence[Logprobs] = ("processed",),
+    logprobs: Sequence[Kind] = ("processed",),
 ) -> None:
     """Compare the backend with the reference, and check that it does not modify its inputs."""
     for batch in batches:

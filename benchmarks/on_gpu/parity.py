@@ -19,7 +19,7 @@ from benchmarks.on_gpu.logits import make_logits
 from benchmarks.on_gpu.results import Results, label, verdict_of
 from benchmarks.on_gpu.setting import Deadline, Setting, Shape
 from llm_sampling import RequestTable, SamplingParams, TokenHistory, sample
-from llm_sampling.backends.base import SampleOutput
+from llm_sampling.results import SampleOutput
 
 #: The rows take these in turn; seven and the four inputs below meet in all ways.
 MIXED = (

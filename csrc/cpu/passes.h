@@ -175,6 +175,60 @@ LLM_SAMPLING_CLONES int64_t scan_kept_count(
   return count;
 }
 
+// Writes a bitmask of the tokens that are kept.
+LLM_SAMPLING_CLONES void scan_kept_bits(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    Threshold threshold,
+    const float* tile_max,
+    uint32_t* mask
+) {
+  constexpr int kWords = kTile / 32;
+  alignas(64) float buffer[kTile];
+  const int64_t words = (row.vocab_size + 31) / 32;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    uint32_t bits[kWords] = {};
+    if (tile_max[tile] >= threshold.value) {
+      const float* y = load_tile(row, tile, buffer);
+      alignas(64) uint8_t kept[kTile];
+      for (int32_t j = 0; j < kTile; ++j) kept[j] = is_kept(threshold, tile * kTile, y[j], j);
+      for (int i = 0; i < kTile / 8; ++i) {
+        uint64_t bytes;
+        memcpy(&bytes, kept + 8 * i, 8);
+        // Moves the lowest bit of byte k to bit 56 + k.
+        bits[i / 4] |= static_cast<uint32_t>(bytes * 0x0102040810204080u >> 56) << i % 4 * 8;
+      }
+    }
+    const int64_t first = tile * kWords;
+    std::copy_n(bits, std::min<int64_t>(kWords, words - first), mask + first);
+  }
+}
+
+// The last token of the order that is kept: its logit and its id, which is -1 if there is none.
+LLM_SAMPLING_CLONES Threshold
+find_last(const Row& row, Threshold threshold, const float* tile_max, int64_t tiles) {
+  alignas(64) float buffer[kTile];
+  Threshold last = {kInfinity, -1};
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    if (!(tile_max[tile] >= threshold.value)) continue;
+    const float* y = load_tile(row, tile, buffer);
+    float least = kInfinity;
+    for (int32_t j = 0; j < kTile; ++j) {
+      const float x = is_kept(threshold, tile * kTile, y[j], j) ? y[j] : kInfinity;
+      least = x < least ? x : least;
+    }
+    if (!(least <= last.value)) continue;
+    last.value = least;
+    for (int32_t j = 0; j < kTile; ++j) {
+      if (y[j] == least && is_kept(threshold, tile * kTile, y[j], j)) {
+        last.last_id = tile * kTile + j;
+      }
+    }
+  }
+  return last;
+}
+
 // The mass of each kept token of a tile, 0 for the others, as float32.
 LLM_SAMPLING_CLONES void tile_kept_masses(
     const Row& row,

@@ -36,6 +36,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <new>
 #include <thread>
@@ -48,6 +49,7 @@
 #include "../validate.h"
 #include "history.h"
 #include "passes.h"
+#include "results.h"
 #include "select.h"
 #include "thread_pool.h"
 #include "tile.h"
@@ -83,6 +85,7 @@ struct Workspace {
   Buffer<int64_t> tile_mass, tile_kept, candidate_w, weights;
   Buffer<Bias> biases;
   Buffer<uint32_t> candidate_id, keys, seen;
+  Buffer<uint64_t> codes;
   Buffer<int32_t> bias_ids, bins;
   Histogram histogram;
   Replaced replaced;
@@ -121,33 +124,13 @@ RowParams read_params(const LlmSamplingArgs& args, int64_t row, int64_t index) {
   return params;
 }
 
-// Where one row's results go; NULL for a result that is not wanted.
-struct RowResults {
-  int64_t* tokens;
-  float* logprobs;
-  int32_t* status;
-  float* filtered;
-
-  void write_no_token(int64_t draws) const {
-    std::fill_n(tokens, draws, -1);
-    if (logprobs != nullptr) std::fill_n(logprobs, draws, kNan);
-  }
-};
-
-RowResults find_results(const LlmSamplingArgs& args, int64_t row) {
-  RowResults results = {};
-  if (args.tokens != nullptr) {
-    results.tokens = args.tokens + row * args.num_samples;
-    results.status = args.status + row;
-  }
-  if (args.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE) {
-    results.logprobs = args.logprobs + row * args.num_samples;
-  }
-  if (args.filtered != nullptr) results.filtered = args.filtered + row * args.filtered_stride;
-  return results;
-}
-
 // ---- One row -------------------------------------------------------------------------------------
+
+// A token with its logit.
+struct Ranked {
+  float x;
+  int64_t id;
+};
 
 class RowSampler {
  public:
@@ -177,7 +160,11 @@ class RowSampler {
     if (results_.filtered != nullptr) write_filtered_logits();
     if (results_.tokens == nullptr) return;
     draw();
-    if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) write_raw_logprobs();
+    if ((status_ & LLM_SAMPLING_STATUS_NO_CANDIDATE) == 0) {
+      if (is_wanted(results_.processed)) write_processed();
+      if (is_wanted(results_.kept)) write_kept_set();
+      if (is_wanted(results_.raw)) write_raw();  // the last one: it changes the row
+    }
     *results_.status = status_;
   }
 
@@ -210,12 +197,21 @@ class RowSampler {
 
   int64_t total(const int64_t* tile_mass) const;
   int64_t mass_of_row();
-  int64_t count_kept();
+  int64_t count_until(Threshold threshold);
 
   void write_filtered_logits();
   void draw();
   void draw_nothing();
-  void write_raw_logprobs();
+  void write_processed();
+  void write_kept_set();
+  void write_kept_mask();
+  void write_kept_ends();
+  void write_raw();
+  template <typename F>
+  void write_lists(const LlmSamplingLogprobs& out, const F& logprob);
+  bool find_listed(int64_t id, float& x);
+  int32_t rank(Ranked token);
+  int64_t list_first(int64_t count);
 
   // Calls part(begin, end) for ranges of tiles that together are all tiles, on all threads.
   template <typename F>
@@ -587,15 +583,17 @@ void RowSampler::keep_flat_nucleus(float guess, float lowest_kept) {
   // A token's mass is at most 2^42, so the kept set has at least target / 2^42 tokens. Mostly that is enough,
   // and they need not be counted.
   const int64_t at_least = params_.min_tokens_to_keep;
-  if (at_least > target >> 42 && count_kept() < at_least) return keep_first_of_row(at_least);
+  if (at_least > target >> 42 && count_until(threshold_) < at_least)
+    return keep_first_of_row(at_least);
   if (lowest_kept > threshold_.value) keep_from(lowest_kept);
 }
 
-int64_t RowSampler::count_kept() {
+// How many tokens of the row come up to a threshold in the order.
+int64_t RowSampler::count_until(Threshold threshold) {
   std::atomic<int64_t> sum{0};
   over_tiles([&](int64_t begin, int64_t end) {
     sum.fetch_add(
-        scan_kept_count(row_, begin, end, threshold_, tile_max_),
+        scan_kept_count(row_, begin, end, threshold, tile_max_),
         std::memory_order_relaxed
     );
   });
@@ -744,7 +742,7 @@ void RowSampler::write_filtered_logits() {
 
 void RowSampler::draw_nothing() {
   status_ |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
-  results_.write_no_token(args_.num_samples);
+  results_.write_nothing();
 }
 
 void RowSampler::draw() {
@@ -776,16 +774,106 @@ void RowSampler::draw() {
       token = part * kTile + j;
     }
     results_.tokens[sample] = token;
-    if (results_.logprobs != nullptr) {
+    if (results_.kept.masses != nullptr) results_.kept.masses[sample] = w;
+    if (results_.processed.logprobs != nullptr) {
       const double share = std::log(static_cast<double>(w)) - std::log(static_cast<double>(mass_));
-      results_.logprobs[sample] = static_cast<float>(share);
+      results_.processed.logprobs[sample] = static_cast<float>(share);
     }
   }
 }
 
-// The log-softmax of step 1's logits, by masses at temperature 1.
-void RowSampler::write_raw_logprobs() {
-  if (results_.tokens[0] < 0) return;  // draw() has written NaN
+// ---- Lists, ranks, and the kept set ----------------------------------------------------------------
+
+// Until write_raw() they are those of the kept set: of the candidates, or of what the threshold keeps of row_.
+
+// Whether a token has a rank, and its logit.
+bool RowSampler::find_listed(int64_t id, float& x) {
+  if (id < 0 || id >= row_.vocab_size) return false;
+  if (candidates_are_kept_) {
+    uint32_t* end = candidates_.id + candidates_.size;
+    const uint32_t* place = std::lower_bound(candidates_.id, end, static_cast<uint32_t>(id));
+    if (place == end || *place != id) return false;
+    x = candidates_.x[place - candidates_.id] + 0.0f;
+    return true;
+  }
+  alignas(64) float buffer[kTile];
+  const int64_t tile = id / kTile;
+  const auto j = static_cast<int32_t>(id % kTile);
+  x = read_once(load_tile(row_, tile, buffer)[j]) + 0.0f;
+  return is_kept(threshold_, tile * kTile, x, j);
+}
+
+int32_t RowSampler::rank(Ranked token) {
+  if (!candidates_are_kept_) return static_cast<int32_t>(count_until({token.x, token.id}));
+  int32_t before = 1;
+  for (int64_t i = 0; i < candidates_.size; ++i) {
+    const float x = candidates_.x[i];
+    before += (x > token.x) | ((x == token.x) & (candidates_.id[i] < token.id));
+  }
+  return before;
+}
+
+// Leaves the first tokens of the order, `count` or all there are, in ws_.codes: their order keys, then their
+// ids with all bits inverted, so that larger codes come first. Returns how many they are.
+int64_t RowSampler::list_first(int64_t count) {
+  if (count == 0) return 0;
+  if (!candidates_are_kept_) {
+    gather(row_, std::max(bound_of_kth_logit(count), threshold_.value));
+    drop_after_first(count);
+  }
+  uint64_t* codes = ws_.codes.at_least(candidates_.size);
+  int64_t size = 0;
+  for (int64_t i = 0; i < candidates_.size; ++i) {
+    const uint32_t id = candidates_.id[i];
+    const bool is_past = candidates_.x[i] == threshold_.value && id > threshold_.last_id;
+    codes[size] = uint64_t{order_key(candidates_.x[i])} << 32 | ~id;
+    size += !is_past;
+  }
+  count = std::min(count, size);
+  std::partial_sort(codes, codes + count, codes + size, std::greater<uint64_t>());
+  return count;
+}
+
+// Writes the ranks of the tokens, the first tokens of the order, and what there is of the ids that the caller
+// has named. logprob(x) is the logprob of a logit.
+template <typename F>
+void RowSampler::write_lists(const LlmSamplingLogprobs& out, const F& logprob) {
+  for (int64_t i = 0; out.ranks != nullptr && i < results_.draws; ++i) {
+    const int64_t token = read_once(results_.tokens[i]);  // another thread may overwrite it
+    float x;
+    out.ranks[i] = find_listed(token, x) ? rank({x, token}) : -1;
+  }
+  const int64_t top = out.top_ids != nullptr ? results_.top : 0;
+  const int64_t listed = list_first(top);
+  for (int64_t i = 0; i < top; ++i) {
+    const uint64_t code = i < listed ? ws_.codes.at_least(0)[i] : 0;
+    const float x = from_order_key(static_cast<uint32_t>(code >> 32));
+    out.top_ids[i] = i < listed ? static_cast<int32_t>(~static_cast<uint32_t>(code)) : -1;
+    out.top_logprobs[i] = i < listed ? logprob(x) : kNan;
+  }
+  const bool has_ids = out.id_logprobs != nullptr || out.id_ranks != nullptr;
+  for (int64_t i = 0; has_ids && i < results_.ids; ++i) {
+    const int64_t id = read_once(results_.token_ids[i]);
+    const bool is_padding = id < 0 || id >= row_.vocab_size;
+    float x;
+    const bool is_listed = find_listed(id, x);
+    if (out.id_logprobs != nullptr) {
+      out.id_logprobs[i] = is_listed ? logprob(x) : is_padding ? kNan : -kInfinity;
+    }
+    if (out.id_ranks != nullptr) out.id_ranks[i] = is_listed ? rank({x, id}) : -1;
+  }
+}
+
+void RowSampler::write_processed() {
+  const double log_mass = std::log(static_cast<double>(mass_));
+  write_lists(results_.processed, [&](float x) {
+    const double w = static_cast<double>(mass(depth(x, row_.m, row_.scale)));
+    return static_cast<float>(std::log(w) - log_mass);
+  });
+}
+
+// Lists are those of step 1's logits, and logprobs those of their masses at temperature 1.
+void RowSampler::write_raw() {
   Row& row = row_;
   if (!row.is_raw()) {
     row.bias_count = 0;
@@ -796,15 +884,71 @@ void RowSampler::write_raw_logprobs() {
     row.m = find_max(tile_max_, tiles_) + 0.0f;
   }
   row.scale = depth_scale(1.0f);
+  candidates_are_kept_ = false;
+  threshold_ = {kLowest, kEveryId};
   const double log_mass = std::log(static_cast<double>(mass_of_row())) - 42.0 * std::log(2.0);
-  alignas(64) float buffer[kTile];
-  for (int32_t sample = 0; sample < args_.num_samples; ++sample) {
-    const int64_t token = read_once(results_.tokens[sample]);
-    if (token < 0 || token >= row.vocab_size) continue;  // another thread has overwritten it
-    const float x = load_tile(row, token / kTile, buffer)[token % kTile];
+  const auto logprob = [&](float x) {
     const double below = x == row.m ? 0.0 : static_cast<double>(x) - static_cast<double>(row.m);
-    results_.logprobs[sample] = static_cast<float>(below - log_mass);
+    return static_cast<float>(below - log_mass);
+  };
+  const LlmSamplingLogprobs& out = results_.raw;
+  for (int64_t i = 0; out.logprobs != nullptr && i < results_.draws; ++i) {
+    float x;
+    const bool is_listed = find_listed(read_once(results_.tokens[i]), x);
+    out.logprobs[i] = is_listed ? logprob(x) : -kInfinity;
   }
+  write_lists(out, logprob);
+}
+
+void RowSampler::write_kept_set() {
+  const LlmSamplingKept& out = results_.kept;
+  if (out.total != nullptr) *out.total = mass_;
+  for (int64_t i = 0; out.id_masses != nullptr && i < results_.ids; ++i) {
+    float x;
+    const bool is_kept = find_listed(read_once(results_.token_ids[i]), x);
+    out.id_masses[i] = is_kept ? static_cast<int64_t>(mass(depth(x, row_.m, row_.scale))) : 0;
+  }
+  if (out.mask != nullptr) write_kept_mask();
+  if (out.counts != nullptr || out.ids != nullptr) {
+    const int64_t count = candidates_are_kept_ ? candidates_.size : count_until(threshold_);
+    if (out.counts != nullptr) *out.counts = static_cast<int32_t>(count);
+    const int64_t listed = out.ids != nullptr && count <= out.max_ids ? list_first(count) : 0;
+    for (int64_t i = 0; out.ids != nullptr && i < out.max_ids; ++i) {
+      const uint64_t code = i < listed ? ws_.codes.at_least(0)[i] : 0;
+      out.ids[i] = i < listed ? static_cast<int32_t>(~static_cast<uint32_t>(code)) : -1;
+    }
+  }
+  if (out.first_id != nullptr || out.last_id != nullptr) write_kept_ends();
+}
+
+void RowSampler::write_kept_mask() {
+  auto* mask = reinterpret_cast<uint32_t*>(results_.kept.mask);
+  if (!candidates_are_kept_) {
+    return over_tiles([&](int64_t begin, int64_t end) {
+      scan_kept_bits(row_, begin, end, threshold_, tile_max_, mask);
+    });
+  }
+  std::fill_n(mask, results_.words, 0);
+  for (int64_t i = 0; i < candidates_.size; ++i) {
+    mask[candidates_.id[i] >> 5] |= uint32_t{1} << (candidates_.id[i] & 31);
+  }
+}
+
+// The first and the last token that is kept.
+void RowSampler::write_kept_ends() {
+  const LlmSamplingKept& out = results_.kept;
+  Threshold last = threshold_;
+  if (last.last_id == kEveryId) last = find_last(row_, threshold_, tile_max_, tiles_);
+  if (out.last_id != nullptr) *out.last_id = static_cast<int32_t>(last.last_id);
+  if (out.last_logit != nullptr) *out.last_logit = last.value + 0.0f;
+  if (!candidates_are_kept_) gather(row_, row_.m);
+  const int64_t size = candidates_.size;
+  const int64_t first = std::find(candidates_.x, candidates_.x + size, row_.m) - candidates_.x;
+  const bool is_found = first < size;  // unless another thread has changed the row
+  if (out.first_id != nullptr) {
+    *out.first_id = is_found ? static_cast<int32_t>(candidates_.id[first]) : -1;
+  }
+  if (out.first_logit != nullptr) *out.first_logit = row_.m;
 }
 
 // ---- The batch -----------------------------------------------------------------------------------
@@ -866,7 +1010,7 @@ void write_nothing(const LlmSamplingArgs& args, int64_t row, int32_t status) {
   const RowResults results = find_results(args, row);
   if (results.filtered != nullptr) std::fill_n(results.filtered, args.vocab_size, -kInfinity);
   if (results.tokens == nullptr) return;
-  results.write_no_token(args.num_samples);
+  results.write_nothing();
   *results.status = status;
 }
 

@@ -132,15 +132,14 @@ __device__ void RowSampler<kDtype, kLayout>::write(int draw, int token, int64_t 
     drew_ = true;
     token_ = token;
   }
-  if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE) return;
-  float logprob = kNan;
-  if (token >= 0 && args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_PROCESSED) {
-    logprob = logf(static_cast<float>(w) / static_cast<float>(total));
-  } else if (token >= 0) {
-    const float x = raw_logit(token);
-    logprob = (x == raw_m_ ? 0.0f : x - raw_m_) - raw_log_sum_;
+  if (args_.processed.logprobs != nullptr) {
+    const float share = static_cast<float>(w) / static_cast<float>(total);
+    args_.processed.logprobs[place] = token >= 0 ? logf(share) : kNan;
   }
-  args_.logprobs[place] = logprob;
+  if (args_.raw.logprobs != nullptr) {
+    const float x = token >= 0 ? raw_logit(token) : kNan;
+    args_.raw.logprobs[place] = (x == raw_m_ ? 0.0f : x - raw_m_) - raw_log_sum_;
+  }
 }
 
 // A token's logit after step 1.
@@ -199,7 +198,8 @@ __device__ void RowSampler<kDtype, kLayout>::write_nothing(int64_t index) {
   const int64_t place = int64_t{index_} * args_.num_samples;
   for (int64_t draw = first; draw < args_.num_samples; draw += threads) {
     args_.tokens[place + draw] = -1;
-    if (args_.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE) args_.logprobs[place + draw] = kNan;
+    if (args_.processed.logprobs != nullptr) args_.processed.logprobs[place + draw] = kNan;
+    if (args_.raw.logprobs != nullptr) args_.raw.logprobs[place + draw] = kNan;
   }
   if (first != 0) return;
   args_.status[index_] =

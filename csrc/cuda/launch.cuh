@@ -170,8 +170,7 @@ inline Launch choose_launch(
 
 // Whether the rows of a call may be split. Filtered logits and raw logprobs need all tokens of a row once more.
 inline bool can_split(const LlmSamplingArgs& args) {
-  return args.workspace != nullptr && args.filtered == nullptr &&
-         args.logprobs_mode != LLM_SAMPLING_LOGPROBS_RAW;
+  return args.workspace != nullptr && args.filtered == nullptr && args.raw.logprobs == nullptr;
 }
 
 // Whether a call has nothing but logits and the parameters of each row, and draws one token without its logprob.
@@ -179,7 +178,7 @@ inline bool can_split(const LlmSamplingArgs& args) {
 inline bool is_plain(const LlmSamplingArgs& args) {
   return args.param_slots == nullptr && args.logit_bias_offsets == nullptr &&
          args.allowed_mask == nullptr && args.seen == nullptr && args.text == nullptr &&
-         args.num_samples == 1 && args.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE;
+         args.num_samples == 1 && args.processed.logprobs == nullptr;
 }
 
 // The arguments of a plain call, with constants in place of what such a call does not have, so that the compiler
@@ -193,7 +192,7 @@ LLM_SAMPLING_FN LlmSamplingArgs plain(LlmSamplingArgs args) {
   args.windows = nullptr;
   args.extra_output = nullptr;
   args.num_samples = 1;
-  args.logprobs_mode = LLM_SAMPLING_LOGPROBS_NONE;
+  args.processed.logprobs = args.raw.logprobs = nullptr;
   return args;
 }
 

@@ -85,7 +85,7 @@ __device__ void RowSampler<kDtype, kLayout>::run() {
 
   if (args_.filtered != nullptr) write_filtered();
   if (args_.tokens != nullptr) {
-    if (args_.logprobs_mode == LLM_SAMPLING_LOGPROBS_RAW) find_raw_sum();
+    if (args_.raw.logprobs != nullptr) find_raw_sum();
     draw();  // 14 draw
   }
 

@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import first_use
-from llm_sampling.backends.base import (
-    BackendModule,
-    SampleCall,
-    SampleOutput,
-    Size,
-    Step,
-    described,
-)
+from llm_sampling.backends.base import BackendModule, SampleCall, Size, Step, described
 from llm_sampling.backends.first_use import SelfTest
 from llm_sampling.history import HistoryUpdate
+from llm_sampling.results import SampleOutput
 
 _Result = TypeVar("_Result")
 

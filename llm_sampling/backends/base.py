@@ -12,11 +12,7 @@ from torch import Tensor
 
 from llm_sampling.history import HistoryUpdate, TokenHistory
 from llm_sampling.params import BatchParams
-
-Logprobs = Literal["processed", "raw"]
-
-#: The values of ``logprobs`` -> their number in every kernel.
-LOGPROBS_MODES = {None: 0, "processed": 1, "raw": 2}
+from llm_sampling.results import NOTHING, SampleOutput, Wanted, output_of, without_rows
 
 PositionOf = Literal["row", "slot", "text"]
 
@@ -32,23 +28,6 @@ MAX_EXTRA_OUTPUT = 64
 
 #: The process that imported the package; one with another id was forked from it.
 IMPORTED_BY = os.getpid()
-
-
-class SampleOutput(NamedTuple):
-    """What :func:`llm_sampling.sample` returns.
-
-    Attributes:
-        tokens: int64 ``(rows,)``, or ``(rows, num_samples)`` when ``num_samples`` > 1; -1 in a row
-            without candidates.
-        logprobs: float32 natural logarithms of the shape of ``tokens`` (NaN where the token is -1),
-            or None if not asked for.
-        status: int32 ``(rows,)``, a set of bits: 1 NaN seen, 2 no candidate, 4 +inf seen, 8 no room
-            for the row's token in the text of its history.
-    """
-
-    tokens: Tensor
-    logprobs: Tensor | None
-    status: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +79,7 @@ class SampleCall:
         history: penalty state of the same rows, or None.
         allowed_mask: int32 ``(rows, ceil(vocab_size / 32))``, last stride 1, or None.
         num_samples: draws per row.
-        logprobs: which distribution the tokens' logprobs come from, or None.
+        wanted: what is returned besides tokens and status.
         check: raise :class:`InvalidLogitsError` if any status is not 0.
         advance: after the draw add each row's token to the history and 1 to its position, in place,
             unless ``check`` raises. Rows of ``param_slots`` that share a slot are left out.
@@ -117,7 +96,7 @@ class SampleCall:
     history: TokenHistory | None
     allowed_mask: Tensor | None
     num_samples: int = 1
-    logprobs: Logprobs | None = None
+    wanted: Wanted = NOTHING
     check: bool = False
     advance: bool = False
     param_slots: ParamSlots | None = None
@@ -219,15 +198,20 @@ def with_slots(call: SampleCall, slots: Tensor | None) -> SampleCall:
 def make_results(call: SampleCall, rows: int | None = None) -> SampleOutput:
     """Memory for the results of a call, or of one with another number of rows."""
     rows = call.logits.shape[0] if rows is None else rows
-    device = call.logits.device
-    shape = (rows,) if call.num_samples == 1 else (rows, call.num_samples)
-    return SampleOutput(
-        tokens=torch.empty(shape, dtype=torch.int64, device=device),
-        logprobs=None
-        if call.logprobs is None
-        else torch.empty(shape, dtype=torch.float32, device=device),
-        status=torch.empty(rows, dtype=torch.int32, device=device),
-    )
+
+    def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=call.logits.device)
+
+    return output_of(call.wanted, rows, call.num_samples, call.logits.shape[1], take)
+
+
+def refuse_more(call: SampleCall, backend: str) -> None:
+    """A RuntimeError if a call asks for more than a kernel returns."""
+    if call.wanted.is_more:
+        raise RuntimeError(
+            f"backend {backend!r} returns tokens, and their logprobs of one kind: top_logprobs, "
+            "logprob_token_ids, kept and two kinds need another one"
+        )
 
 
 def check_state(call: SampleCall) -> None:
@@ -263,13 +247,8 @@ def without_full_rows(call: SampleCall, output: SampleOutput) -> SampleOutput:
     is_full = is_text_full(call)
     if is_full is None:
         return output
-    tokens, logprobs, status = output
-    of_row = is_full.view(-1, *[1] * (tokens.dim() - 1))
-    return SampleOutput(
-        torch.where(of_row, -1, tokens),
-        None if logprobs is None else torch.where(of_row, torch.nan, logprobs),
-        torch.where(is_full, STATUS_TEXT_FULL, status),
-    )
+    output = without_rows(output, is_full)
+    return output._replace(status=torch.where(is_full, STATUS_TEXT_FULL, output.status))
 
 
 def advance(call: SampleCall, output: SampleOutput) -> None:

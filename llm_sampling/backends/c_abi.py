@@ -7,20 +7,30 @@ import ctypes
 import torch
 from torch import Tensor
 
-from llm_sampling.backends.base import (
-    LOGPROBS_MODES,
-    POSITION_MODES,
-    ParamSlots,
-    SampleCall,
-    SampleOutput,
-)
+from llm_sampling.backends.base import POSITION_MODES, ParamSlots, SampleCall
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
 from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.results import KeptSet, SampleOutput, TokenLogprobs
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NEVER, _ALWAYS, _IF_ALL_VALID = 0, 1, 2
+
+
+class LogprobsArgs(ctypes.Structure):
+    """``LlmSamplingLogprobs``: the addresses of a :class:`TokenLogprobs`."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in TokenLogprobs._fields)
+
+
+class KeptArgs(ctypes.Structure):
+    """``LlmSamplingKept``: the addresses of a :class:`KeptSet`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in KeptSet._fields),
+        ("max_ids", ctypes.c_int64),
+    )
 
 
 class SampleArgs(ctypes.Structure):
@@ -33,7 +43,7 @@ class SampleArgs(ctypes.Structure):
         ("vocab_size", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("num_samples", ctypes.c_int32),
-        ("logprobs_mode", ctypes.c_int32),
+        ("num_top_logprobs", ctypes.c_int32),
         ("advance", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
         ("position_of", ctypes.c_int32),
@@ -63,10 +73,15 @@ class SampleArgs(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("num_slots", ctypes.c_int64),
         ("tokens", ctypes.c_void_p),
-        ("logprobs", ctypes.c_void_p),
         ("status", ctypes.c_void_p),
         ("filtered", ctypes.c_void_p),
         ("filtered_stride", ctypes.c_int64),
+        ("processed", LogprobsArgs),
+        ("raw", LogprobsArgs),
+        ("kept", KeptArgs),
+        ("token_ids", ctypes.c_void_p),
+        ("token_ids_stride", ctypes.c_int64),
+        ("num_token_ids", ctypes.c_int64),
         ("param_slots", ctypes.c_void_p),
         ("num_param_slots", ctypes.c_int64),
         ("logit_bias_counts", ctypes.c_void_p),
@@ -127,7 +142,7 @@ def make_args(call: SampleCall) -> SampleArgs:
         vocab_size=call.logits.shape[1],
         dtype=DTYPES[call.logits.dtype],
         num_samples=call.num_samples,
-        logprobs_mode=LOGPROBS_MODES[call.logprobs],
+        num_top_logprobs=call.wanted.top_logprobs or 0,
         advance=_NEVER if not call.advance else _IF_ALL_VALID if call.check else _ALWAYS,
         num_threads=torch.get_num_threads(),
     )
@@ -146,6 +161,11 @@ def make_args(call: SampleCall) -> SampleArgs:
         args.slots = call.history.slots.data_ptr()
     if call.record is not None:
         args.record = call.record.data_ptr()
+    if call.wanted.token_ids is not None:
+        args.token_ids = call.wanted.token_ids.data_ptr()
+        of_rows, args.num_token_ids = call.wanted.token_ids.shape
+        args.token_ids_stride = args.num_token_ids if of_rows > 1 else 0
+    args.kept.max_ids = call.wanted.max_kept_ids
     if call.extra_output is not None:
         args.extra_output = call.extra_output.data_ptr()
         args.num_extra_output = call.extra_output.shape[1]
@@ -215,8 +235,18 @@ def set_history(args: SampleArgs | HistoryUpdateArgs, history: TokenHistory) -> 
 
 def set_results(args: SampleArgs, output: SampleOutput) -> None:
     """Point the struct at the results' memory."""
-    tokens, logprobs, status = output
-    args.tokens = tokens.data_ptr()
-    args.status = status.data_ptr()
-    if logprobs is not None:
-        args.logprobs = logprobs.data_ptr()
+    args.tokens = output.tokens.data_ptr()
+    args.status = output.status.data_ptr()
+    if output.processed is not None:
+        _set_addresses(args.processed, output.processed)
+    if output.raw is not None:
+        _set_addresses(args.raw, output.raw)
+    if output.kept is not None:
+        _set_addresses(args.kept, output.kept)
+
+
+def _set_addresses(args: ctypes.Structure, results: TokenLogprobs | KeptSet) -> None:
+    """Point a part of the struct at the results with the same names."""
+    for name, tensor in zip(results._fields, results, strict=True):
+        if tensor is not None:
+            setattr(args, name, tensor.data_ptr())

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import SOME_SIZES, SampleCall, SampleOutput, Size, Step
+from llm_sampling.backends.base import SOME_SIZES, SampleCall, Size, Step
 from llm_sampling.history import HistoryUpdate
+from llm_sampling.results import SampleOutput
 
 DEVICE_TYPES = frozenset({"cpu"})
 

@@ -11,17 +11,10 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import (
-    LOGPROBS_MODES,
-    SampleCall,
-    SampleOutput,
-    Size,
-    Step,
-    settle,
-    with_slots,
-)
+from llm_sampling.backends.base import SampleCall, Size, Step, refuse_more, settle, with_slots
 from llm_sampling.backends.c_abi import DTYPES, HistoryUpdateArgs, SampleArgs
 from llm_sampling.history import HistoryUpdate
+from llm_sampling.results import SampleOutput
 
 DEVICE_TYPES = frozenset({"cuda"})
 
@@ -95,7 +88,7 @@ def known_sizes(device: torch.device) -> Sequence[Size]:
 
 def _make_workspace(args: SampleArgs, device: torch.device) -> Tensor | None:
     """Memory with which few rows are divided among more blocks, or None where it is of no use."""
-    if args.filtered or args.logprobs_mode == LOGPROBS_MODES["raw"]:
+    if args.filtered or args.raw.logprobs:
         return None  # for these, all tokens of a row are looked at once more
     size = ctypes.c_int64()
     rows, vocab_size = ctypes.c_int64(args.rows), ctypes.c_int64(args.vocab_size)
@@ -115,6 +108,7 @@ def _unchecked(call: SampleCall) -> SampleCall:
 
 def sample(call: SampleCall) -> SampleOutput:
     """Draw tokens in one launch."""
+    refuse_more(call, "cuda")
     return settle(call, native.sample(_unchecked(call), _run_on(call.logits.device)))
 
 
@@ -125,6 +119,7 @@ def filter_logits(call: SampleCall) -> Tensor:
 
 def prepare(call: SampleCall) -> Step:
     """Keep what the kernel is called with between steps."""
+    refuse_more(call, "cuda")
     launch = native.prepare(_unchecked(call), _run_on(call.logits.device))
 
     def step(

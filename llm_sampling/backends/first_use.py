@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import known_rows
-from llm_sampling.backends.base import BackendModule, SampleCall, SampleOutput, Size, described
+from llm_sampling.backends.base import BackendModule, SampleCall, Size, described
 from llm_sampling.backends.known_rows import KINDS, Kind, KnownRows
+from llm_sampling.results import SampleOutput
 from llm_sampling.tensors import is_pretended
 
 #: The environment variable that leaves the tests at first use out where it is "0".

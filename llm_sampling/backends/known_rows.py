@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llm_sampling.backends.base import SampleCall, SampleOutput
+from llm_sampling.backends.base import SampleCall
 from llm_sampling.history import TokenHistory
 from llm_sampling.masks import pack_mask
 from llm_sampling.params import BatchParams, SamplingParams
+from llm_sampling.results import SampleOutput
 
 #: How many tokens matter, and so the smallest vocabulary.
 TOKENS = 96

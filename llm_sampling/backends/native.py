@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor, get_num_threads
 from llm_sampling.backends.base import (
     IMPORTED_BY,
     SampleCall,
-    SampleOutput,
     Step,
     check_state,
     make_results,
@@ -33,6 +31,7 @@ from llm_sampling.backends.c_abi import (
     set_results,
 )
 from llm_sampling.history import HistoryUpdate, Text, TokenHistory
+from llm_sampling.results import SampleOutput, output_of, tensors_of
 
 
 class Library:
@@ -250,20 +249,29 @@ def _make_many(call: SampleCall, rows: int) -> list[SampleOutput]:
     On the CPU those of many steps are allocated together, which takes a third of the time.
     Elsewhere each step has an allocation of its own, because a captured graph must own its memory.
     """
-    like = make_results(call, rows)
-    if like.tokens.device.type != "cpu":
-        return [like]
-    steps = max(1, min(256, 2**16 // max(1, like.tokens.numel())))
+    if call.logits.device.type != "cpu":
+        return [make_results(call, rows)]
+    like = tensors_of(make_results(call, rows))
+    steps = max(1, min(256, 2**16 // max(1, max(tensor.numel() for tensor in like))))
     with torch.inference_mode(False):  # a later step may run outside of inference mode
         # "Unsafe" parts are independent for autograd: one that a graph has saved stays valid when
         # another is changed in place.
-        parts = [
-            itertools.repeat(None)
-            if x is None
-            else x.new_empty(steps * len(x), *x.shape[1:]).unsafe_split_with_sizes([len(x)] * steps)
-            for x in like
-        ]
-    return list(map(_as_output, zip(*parts, strict=False)))
+        parts = zip(
+            *(
+                x.new_empty(steps * len(x), *x.shape[1:]).unsafe_split_with_sizes([len(x)] * steps)
+                for x in like
+            ),
+            strict=True,
+        )
+    size = rows, call.num_samples, call.logits.shape[1]
+    if len(like) == 2:  # the same as below, in a tenth of the time
+        return [_as_output((tokens, None, status, None, None, None)) for tokens, status in parts]
+
+    def step_of(tensors: tuple[Tensor, ...]) -> SampleOutput:
+        taken = iter(tensors)
+        return output_of(call.wanted, *size, lambda shape, dtype: next(taken))
+
+    return list(map(step_of, parts))
 
 
 #: ``SampleOutput._make`` without its check of the length.

@@ -13,7 +13,6 @@ from llm_sampling import reference
 from llm_sampling.backends.base import (
     SOME_SIZES,
     SampleCall,
-    SampleOutput,
     Size,
     Step,
     advance,
@@ -23,6 +22,7 @@ from llm_sampling.backends.base import (
     without_full_rows,
 )
 from llm_sampling.history import HistoryUpdate, apply_update
+from llm_sampling.results import SampleOutput, without_draws
 
 DEVICE_TYPES = None
 
@@ -38,11 +38,7 @@ def sample(call: SampleCall) -> SampleOutput:
     if call.check:
         raise_on_status(output.status)
     if call.num_samples == 1:
-        output = SampleOutput(
-            output.tokens.squeeze(-1),
-            None if output.logprobs is None else output.logprobs.squeeze(-1),
-            output.status,
-        )
+        output = without_draws(output)
     if call.advance:
         advance(call, output)
     return output

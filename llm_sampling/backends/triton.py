@@ -17,21 +17,21 @@ from torch import Tensor
 
 from llm_sampling.backends import first_use
 from llm_sampling.backends.base import (
-    LOGPROBS_MODES,
     POSITION_MODES,
     SOME_SIZES,
     ParamSlots,
     SampleCall,
-    SampleOutput,
     Size,
     Step,
     check_state,
     described,
     make_results,
+    refuse_more,
     settle,
     with_slots,
 )
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
+from llm_sampling.results import SampleOutput
 
 #: The oldest Triton that the kernel is for.
 OLDEST = (3, 4)
@@ -232,9 +232,13 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+#: The logprobs of tokens that a call asks for -> their number in the kernel.
+_LOGPROBS = {(): 0, ("processed",): 1, ("raw",): 2}
+
+
 def _has_extras(call: SampleCall, *, filter_only: bool) -> bool:
     has_more = call.history is not None or call.allowed_mask is not None or call.has_bias
-    return has_more or call.logprobs == "raw" or filter_only
+    return has_more or "raw" in call.wanted.logprobs or filter_only
 
 
 def _splits(call: SampleCall, *, filter_only: bool) -> bool:
@@ -244,7 +248,7 @@ def _splits(call: SampleCall, *, filter_only: bool) -> bool:
     logits take a pass over all tokens, which one program does.
     """
     may_be = call.batch.all_greedy or call.batch.any_filter
-    return may_be and call.logprobs != "raw" and not filter_only
+    return may_be and "raw" not in call.wanted.logprobs and not filter_only
 
 
 def _launch_for(call: SampleCall, *, filter_only: bool = False) -> Launch:
@@ -371,7 +375,7 @@ def _config(call: SampleCall, launch: Launch, *, filter_only: bool) -> _Config:
         has_bias=call.has_bias,
         any_random=not batch.all_greedy,
         any_filter=batch.any_filter,
-        logprobs=0 if filter_only else LOGPROBS_MODES[call.logprobs],
+        logprobs=0 if filter_only else _LOGPROBS[call.wanted.logprobs],
         position_of=0 if slots is None else POSITION_MODES[slots.position_of],
         any_output_scope=batch.any_output_scope and history is not None,
         has_windows=_has_windows(call),
@@ -465,7 +469,7 @@ def _start(
             workspace,
             workspace.stride(0),
             () if counters is None else counters,
-            () if output is None else tuple(() if x is None else x for x in output),
+            () if output is None else tuple(() if x is None else x for x in output[:3]),
             filtered,
             0 if filtered is None else filtered.stride(0),
             call.num_samples,
@@ -478,6 +482,7 @@ def _start(
 def _sample(
     call: SampleCall, launch: Launch, workspace: Tensor, counters: Tensor | None
 ) -> SampleOutput:
+    refuse_more(call, "triton")
     output = make_results(call)
     _run(call, launch, workspace, counters, output, None)
     return settle(call, output)

@@ -19,13 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_sampling.backends.base import (
-    InvalidLogitsError,
-    Logprobs,
-    SampleOutput,
-    raise_on_status,
-    status_reasons,
-)
+from llm_sampling.backends.base import InvalidLogitsError, raise_on_status, status_reasons
 from llm_sampling.checks import integer_at_least, token_ids, true_or_false
 from llm_sampling.generation.config import check_config
 from llm_sampling.generation.prompts import Prompts, check_holds_integers, padded, prompt_ids
@@ -49,6 +43,7 @@ from llm_sampling.generation.rows import (
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.history import check_vocab_size
 from llm_sampling.params import SamplingParams
+from llm_sampling.results import Kind, SampleOutput
 from llm_sampling.sampler import Sampler
 
 #: What a :class:`Step` reports for a row that has ended.
@@ -176,7 +171,7 @@ def generate_stream(
     stop_token_ids: Collection[int] | Sequence[Collection[int] | None] = (),
     eos_token_ids: Collection[int] | None = None,
     ignore_eos: bool = False,
-    logprobs: Logprobs | Sequence[Logprobs | None] | None = None,
+    logprobs: Kind | Sequence[Kind | None] | None = None,
     position: int | Sequence[int] | None = None,
     output_ids: Sequence[Sequence[int]] | None = None,
     check: bool = False,

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_sampling.backends.base import Logprobs, SampleOutput
 from llm_sampling.checks import integer_at_least, refusal, token_ids
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.generation.text import TextDecoder
 from llm_sampling.history import Ids, TokenHistory
 from llm_sampling.params import SamplingParams, as_int64, checked_position, list_of_params
 from llm_sampling.reference import philox, raw_logprobs
+from llm_sampling.results import Kind, SampleOutput
 from llm_sampling.sampler import Sampler
 
 FinishReason = Literal["stop", "length", "error"]
@@ -91,12 +91,12 @@ def counts_of_prompts(name: str, given: object, prompts: int, least: int) -> lis
     return for_each_prompt(name, given, prompts, lambda name, n: integer_at_least(name, n, least))
 
 
-def logprobs_of_prompts(given: object, prompts: int) -> list[Logprobs | None]:
+def logprobs_of_prompts(given: object, prompts: int) -> list[Kind | None]:
     """``logprobs`` for each prompt; see :func:`for_each_prompt`."""
     return for_each_prompt("logprobs", given, prompts, _checked_logprobs)
 
 
-def _checked_logprobs(name: str, kind: object) -> Logprobs | None:
+def _checked_logprobs(name: str, kind: object) -> Kind | None:
     if kind not in (None, "processed", "raw"):
         raise refusal(name, 'None, "processed" or "raw"', kind)
     return kind
@@ -214,7 +214,7 @@ def new_sampler(
     *,
     vocab_size: int,
     device: torch.device,
-    logprobs: Logprobs | None,
+    logprobs: Kind | None,
     backend: str,
     max_new_tokens: int,
 ) -> Sampler:
@@ -260,10 +260,10 @@ class RowLogprobs:
     """
 
     def __init__(
-        self, kinds: Sequence[Logprobs | None], device: torch.device, *, is_model: bool
+        self, kinds: Sequence[Kind | None], device: torch.device, *, is_model: bool
     ) -> None:
         wanted = {*kinds} - {None}
-        self.of_sampler: Logprobs | None = None
+        self.of_sampler: Kind | None = None
         if wanted == {"raw"} and is_model:
             self.of_sampler = "raw"
         elif "processed" in wanted:

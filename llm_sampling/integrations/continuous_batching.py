@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from llm_sampling import backends
-from llm_sampling.backends.base import Logprobs
 from llm_sampling.checks import integer_at_least, refusal, true_or_false
 from llm_sampling.generation.config import (
     AS_PROCESSORS,
@@ -49,6 +48,7 @@ from llm_sampling.integrations.engine import (
     fresh_seed,
 )
 from llm_sampling.params import SamplingParams
+from llm_sampling.results import Kind
 from llm_sampling.sample import sample
 from llm_sampling.table import RequestTable
 
@@ -663,7 +663,7 @@ class Requests:
             the token was drawn from, which for a greedy row is the logits' softmax, or None.
         """
         slots, places, recording = numbers
-        kind: Logprobs | None = "processed" if logprobs else None
+        kind: Kind | None = "processed" if logprobs else None
         output = sample(
             logits,
             self._table,

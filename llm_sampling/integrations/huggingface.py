@@ -30,7 +30,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils.generic import ModelOutput
 
 from llm_sampling.backends import check_name
-from llm_sampling.backends.base import Logprobs, raise_on_status, status_reasons
+from llm_sampling.backends.base import raise_on_status, status_reasons
 from llm_sampling.checks import integer, refusal, true_or_false
 from llm_sampling.generation.config import (
     AS_PROCESSORS,
@@ -68,6 +68,7 @@ from llm_sampling.integrations.generate_call import (
     unfinished_rows,
 )
 from llm_sampling.params import BatchParams, SamplingParams
+from llm_sampling.results import Kind
 from llm_sampling.sample import filter_logits
 from llm_sampling.sampler import Sampler
 
@@ -171,7 +172,7 @@ class _Prompts:
         logits: Tensor,
         rows: _Rows,
         call: GenerateCall | None,
-        logprobs: Logprobs | None,
+        logprobs: Kind | None,
         backend: str,
     ) -> Sampler:
         """A new Sampler for the prompts ``input_ids``."""
@@ -307,7 +308,7 @@ def _check_neighbours(
     own: LogitsProcessor,
     processors: LogitsProcessorList,
     call: GenerateCall | None,
-    logprobs: Collection[Logprobs | None],
+    logprobs: Collection[Kind | None],
 ) -> None:
     """A ValueError if another processor of the list would lose its meaning, or ours would.
 
@@ -399,7 +400,7 @@ class FusedLogitsProcessor(LogitsProcessor):
         *,
         attention_mask: Tensor | None = None,
         pad_token_id: int | None = None,
-        logprobs: Logprobs | Sequence[Logprobs | None] | None = None,
+        logprobs: Kind | Sequence[Kind | None] | None = None,
         position: int | Sequence[int] | None = None,
         output_ids: Sequence[Sequence[int]] | None = None,
         backend: str = "auto",
@@ -615,7 +616,7 @@ def fused_generate(
     generation_config: GenerationConfig | None = None,
     synced_gpus: bool = False,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
-    logprobs: Logprobs | Sequence[Logprobs | None] | None = None,
+    logprobs: Kind | Sequence[Kind | None] | None = None,
     stop: Stop | Sequence[Stop] = None,
     stop_limit: int = 1,
     stop_tokenizer: Any = None,

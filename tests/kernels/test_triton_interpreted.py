@@ -25,7 +25,8 @@ from llm_sampling import (
 )
 from llm_sampling.backends import triton as backend
 from llm_sampling.backends import triton_kernel as kernel
-from llm_sampling.backends.base import SampleCall, SampleOutput
+from llm_sampling.backends.base import SampleCall
+from llm_sampling.results import SampleOutput
 
 pytestmark = pytest.mark.usefixtures("triton_alone")
 

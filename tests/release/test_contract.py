@@ -44,8 +44,9 @@ DERIVED = {"unseeded", "position", *FLAGS}
 
 #: The layers of the package. A module may import only modules of the layers above its own.
 LAYERS = (
-    ("version", "checks", "tensors", "backends.triton_kernel"),
-    ("fields", "history", "backends.triton_history"),
+    ("version", "checks", "backends.triton_kernel"),
+    ("tensors",),
+    ("fields", "history", "results", "backends.triton_history"),
     ("params", "masks"),
     ("backends.base",),
     ("backends.known_rows",),

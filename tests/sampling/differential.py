@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling import SamplingParams, TokenHistory, backends, filter_logits, sample
-from llm_sampling.backends.base import Logprobs
+from llm_sampling.results import Kind
 from llm_sampling.fields import OFF_VALUES
 
 INF, NAN = math.inf, math.nan
@@ -52,7 +52,7 @@ class Rows:
     allowed: Tensor | None  # bool, (rows, vocab_size)
     positions: tuple[int, ...]
     num_samples: int
-    logprobs: Logprobs | None
+    logprobs: Kind | None
     around: tuple[int, int]  # how many NaN lie before and after each row in memory
 
     @property

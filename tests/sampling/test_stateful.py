@@ -58,9 +58,10 @@ from llm_sampling import (
     sample,
 )
 from llm_sampling.backends import base
-from llm_sampling.backends.base import Logprobs, SampleCall
+from llm_sampling.backends.base import SampleCall
 from llm_sampling.growing_table import GrowingTable
 from llm_sampling.history import HistoryUpdate, selection
+from llm_sampling.results import Kind
 
 # ---- A history -----------------------------------------------------------------------------------
 
@@ -314,7 +315,7 @@ class Decoding(RuleBasedStateMachine):
         given: bool,
         before: int,
         num_samples: int,
-        logprobs: Logprobs | None,
+        logprobs: Kind | None,
         check: bool,
         torch_seed: int,
         max_length: int | None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling import backends
-from llm_sampling.backends.base import SampleCall, SampleOutput, Step
+from llm_sampling.backends.base import SampleCall, Step
 from llm_sampling.calls import check_logits
 from llm_sampling.history import TokenHistory
 from llm_sampling.integrations.engine import (
@@ -37,6 +37,7 @@ from llm_sampling.integrations.vllm.both import (
     why_not_here,
 )
 from llm_sampling.params import BatchParams, SamplingParams
+from llm_sampling.results import SampleOutput
 from llm_sampling.sample import filter_logits
 from llm_sampling.table import RequestTable
 
