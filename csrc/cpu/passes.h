@@ -3,6 +3,7 @@
 #define LLM_SAMPLING_CPU_PASSES_H_
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "simd_x86.h"
@@ -153,80 +154,6 @@ LLM_SAMPLING_CLONES void scan_split_mass(
     tile_mass[tile] = join_halves(high[0], low[0]);
     tile_kept[tile] = join_halves(high[1], low[1]);
   }
-}
-
-// How many tokens are kept.
-LLM_SAMPLING_CLONES int64_t scan_kept_count(
-    const Row& row,
-    int64_t begin,
-    int64_t end,
-    Threshold threshold,
-    const float* tile_max
-) {
-  alignas(64) float buffer[kTile];
-  int64_t count = 0;
-  for (int64_t tile = begin; tile < end; ++tile) {
-    if (!(tile_max[tile] >= threshold.value)) continue;
-    const float* y = load_tile(row, tile, buffer);
-    int32_t inside = 0;
-    for (int32_t j = 0; j < kTile; ++j) inside += is_kept(threshold, tile * kTile, y[j], j);
-    count += inside;
-  }
-  return count;
-}
-
-// Writes a bitmask of the tokens that are kept.
-LLM_SAMPLING_CLONES void scan_kept_bits(
-    const Row& row,
-    int64_t begin,
-    int64_t end,
-    Threshold threshold,
-    const float* tile_max,
-    uint32_t* mask
-) {
-  constexpr int kWords = kTile / 32;
-  alignas(64) float buffer[kTile];
-  const int64_t words = (row.vocab_size + 31) / 32;
-  for (int64_t tile = begin; tile < end; ++tile) {
-    uint32_t bits[kWords] = {};
-    if (tile_max[tile] >= threshold.value) {
-      const float* y = load_tile(row, tile, buffer);
-      alignas(64) uint8_t kept[kTile];
-      for (int32_t j = 0; j < kTile; ++j) kept[j] = is_kept(threshold, tile * kTile, y[j], j);
-      for (int i = 0; i < kTile / 8; ++i) {
-        uint64_t bytes;
-        memcpy(&bytes, kept + 8 * i, 8);
-        // Moves the lowest bit of byte k to bit 56 + k.
-        bits[i / 4] |= static_cast<uint32_t>(bytes * 0x0102040810204080u >> 56) << i % 4 * 8;
-      }
-    }
-    const int64_t first = tile * kWords;
-    std::copy_n(bits, std::min<int64_t>(kWords, words - first), mask + first);
-  }
-}
-
-// The last token of the order that is kept: its logit and its id, which is -1 if there is none.
-LLM_SAMPLING_CLONES Threshold
-find_last(const Row& row, Threshold threshold, const float* tile_max, int64_t tiles) {
-  alignas(64) float buffer[kTile];
-  Threshold last = {kInfinity, -1};
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    if (!(tile_max[tile] >= threshold.value)) continue;
-    const float* y = load_tile(row, tile, buffer);
-    float least = kInfinity;
-    for (int32_t j = 0; j < kTile; ++j) {
-      const float x = is_kept(threshold, tile * kTile, y[j], j) ? y[j] : kInfinity;
-      least = x < least ? x : least;
-    }
-    if (!(least <= last.value)) continue;
-    last.value = least;
-    for (int32_t j = 0; j < kTile; ++j) {
-      if (y[j] == least && is_kept(threshold, tile * kTile, y[j], j)) {
-        last.last_id = tile * kTile + j;
-      }
-    }
-  }
-  return last;
 }
 
 // The mass of each kept token of a tile, 0 for the others, as float32.
@@ -418,6 +345,119 @@ LLM_SAMPLING_CLONES int64_t append_band(
     } while (bits != 0);
   }
   return size;
+}
+
+// A threshold in one tile: the tokens with a logit of at least `low` are kept, but for those that equal it and
+// come after place `last`.
+struct TileThreshold {
+  float low;
+  int last;
+
+  TileThreshold(const Threshold& threshold, int64_t tile) : low(threshold.value), last(kTile) {
+    const int64_t at = threshold.last_id - tile * kTile;
+    if (at >= kTile - 1) return;
+    if (at >= 0) {
+      last = static_cast<int>(at);
+    } else {  // no equal one is kept, and nothing is larger than +inf
+      low = low < kInfinity ? std::nextafter(low, kInfinity) : kNan;
+    }
+  }
+
+  bool cuts_ties() const { return last < kTile; }
+
+  // The bits of the tokens of the tile that are cut.
+  void cut_bits(const float* y, uint64_t* cut) const {
+    band_bits(y, low, low, cut);
+    for (int word = 0; word < kTile / 64; ++word) {
+      const int kept = last + 1 - word * 64;
+      if (kept >= 64) cut[word] = 0;
+      if (kept > 0 && kept < 64) cut[word] &= ~uint64_t{0} << kept;
+    }
+  }
+};
+
+// How many tokens are kept.
+LLM_SAMPLING_CLONES int64_t scan_kept_count(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    Threshold threshold,
+    const float* tile_max
+) {
+  alignas(64) float buffer[kTile];
+  int64_t count = 0;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    if (!(tile_max[tile] >= threshold.value)) continue;
+    const float* y = load_tile(row, tile, buffer);
+    const TileThreshold kept(threshold, tile);
+    const float low = kept.low;
+    int32_t inside = 0;
+    for (int j = 0; j < kTile; ++j) inside += y[j] >= low;
+    count += inside;
+    if (kept.cuts_ties()) {
+      uint64_t cut[kTile / 64];
+      kept.cut_bits(y, cut);
+      for (const uint64_t bits : cut) count -= __builtin_popcountll(bits);
+    }
+  }
+  return count;
+}
+
+// Writes a bitmask of the tokens that are kept.
+LLM_SAMPLING_CLONES void scan_kept_bits(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    Threshold threshold,
+    const float* tile_max,
+    uint32_t* mask
+) {
+  constexpr int kWords = kTile / 32;
+  alignas(64) float buffer[kTile];
+  const int64_t words = (row.vocab_size + 31) / 32;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    uint64_t bits[kTile / 64] = {};
+    if (tile_max[tile] >= threshold.value) {
+      const float* y = load_tile(row, tile, buffer);
+      const TileThreshold kept(threshold, tile);
+      band_bits(y, kept.low, kInfinity, bits);
+      if (kept.cuts_ties()) {
+        uint64_t cut[kTile / 64];
+        kept.cut_bits(y, cut);
+        for (int word = 0; word < kTile / 64; ++word) bits[word] &= ~cut[word];
+      }
+    }
+    const int64_t first = tile * kWords;
+    for (int64_t word = first; word < std::min(words, first + kWords); ++word) {
+      mask[word] = static_cast<uint32_t>(bits[(word - first) / 2] >> (word - first) % 2 * 32);
+    }
+  }
+}
+
+// The last token of the order whose logit is at least `low`: its logit and its id, which is -1 if there is
+// none.
+LLM_SAMPLING_CLONES Threshold
+find_last(const Row& row, float low, const float* tile_max, int64_t tiles) {
+  alignas(64) float buffer[kTile];
+  Threshold last = {kInfinity, -1};
+  int64_t found = -1;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    if (!(tile_max[tile] >= low)) continue;
+    const float* y = load_tile(row, tile, buffer);
+    alignas(64) float x[kTile];
+    for (int j = 0; j < kTile; ++j) x[j] = y[j] >= low ? y[j] : kInfinity;
+    float least, most;
+    find_min_max(x, kTile, least, most);
+    if (least > last.value) continue;
+    last.value = least;
+    found = tile;
+  }
+  if (found < 0) return last;
+  const float* y = load_tile(row, found, buffer);
+  for (int j = 0; j < kTile; ++j) {
+    if (y[j] == last.value) last.last_id = found * kTile + j;
+  }
+  return last;
 }
 
 // Writes x / temperature for kept tokens, -inf for the others; (x - m) / temperature if the quotient of the

@@ -187,6 +187,7 @@ class RowSampler {
 
   float bound_of_kth_logit(int64_t k);
   void clear_candidates();
+  Threshold last_candidate() const;
   int64_t gather(const Row& row, float from, float to = kInfinity);
   void drop_below(float bound);
   void drop_after(CandidateThreshold threshold);
@@ -236,6 +237,9 @@ class RowSampler {
   int64_t mass_ = 0;
   bool candidates_are_kept_ = false;
   int64_t* tile_kept_ = nullptr;
+  // Whether the candidates are the first tokens of the order, up to first_end_.
+  bool candidates_are_first_ = false;
+  Threshold first_end_ = {};
 };
 
 template <typename F>
@@ -469,14 +473,9 @@ void RowSampler::keep_from(float lowest_kept) {
 
 // The candidates are the kept set.
 void RowSampler::keep_candidates() {
-  candidates_are_kept_ = true;
+  candidates_are_kept_ = candidates_are_first_ = true;
   mass_ = weigh_candidates();
-  if (mass_ == 0) return;
-  float most;
-  find_min_max(candidates_.x, candidates_.size, threshold_.value, most);
-  int64_t last = candidates_.size - 1;
-  while (candidates_.x[last] > threshold_.value) --last;
-  threshold_.last_id = candidates_.id[last];
+  if (mass_ > 0) threshold_ = first_end_ = last_candidate();
 }
 
 // ---- Kept sets: the nucleus of a row without top-k -------------------------------------------------
@@ -628,6 +627,7 @@ void RowSampler::clear_candidates() {
   candidates_.id = ws_.candidate_id.at_least(row_.vocab_size);
   candidates_.w = nullptr;
   candidates_.size = 0;
+  candidates_are_first_ = false;
 }
 
 // Lists the tokens with from <= logit <= to as the candidates, and returns how many there are.
@@ -639,6 +639,17 @@ int64_t RowSampler::gather(const Row& row, float from, float to) {
         append_band(row, tile, from, to, candidates_.x, candidates_.id, candidates_.size);
   }
   return candidates_.size;
+}
+
+// The last candidate of the order. There must be one.
+Threshold RowSampler::last_candidate() const {
+  Threshold last;
+  float most;
+  find_min_max(candidates_.x, candidates_.size, last.value, most);
+  int64_t i = candidates_.size - 1;
+  while (candidates_.x[i] > last.value) --i;
+  last.last_id = candidates_.id[i];
+  return last;
 }
 
 // Drops the candidates below a bound. Masses have to be computed again.
@@ -784,42 +795,53 @@ void RowSampler::draw() {
 
 // ---- Lists, ranks, and the kept set ----------------------------------------------------------------
 
-// Until write_raw() they are those of the kept set: of the candidates, or of what the threshold keeps of row_.
+// They are those of the tokens of row_ that threshold_ keeps. The candidates are looked at first: where they
+// are the first tokens of the order, they mostly are all that is asked for.
 
 // Whether a token has a rank, and its logit.
 bool RowSampler::find_listed(int64_t id, float& x) {
   if (id < 0 || id >= row_.vocab_size) return false;
-  if (candidates_are_kept_) {
+  const auto is_listed = [&] {
+    return x > threshold_.value || (x == threshold_.value && id <= threshold_.last_id);
+  };
+  if (candidates_are_first_) {
     uint32_t* end = candidates_.id + candidates_.size;
     const uint32_t* place = std::lower_bound(candidates_.id, end, static_cast<uint32_t>(id));
-    if (place == end || *place != id) return false;
-    x = candidates_.x[place - candidates_.id] + 0.0f;
-    return true;
+    if (place != end && *place == id) {
+      x = candidates_.x[place - candidates_.id] + 0.0f;
+      return is_listed();
+    }
+    if (candidates_are_kept_) return false;
   }
   alignas(64) float buffer[kTile];
-  const int64_t tile = id / kTile;
-  const auto j = static_cast<int32_t>(id % kTile);
-  x = read_once(load_tile(row_, tile, buffer)[j]) + 0.0f;
-  return is_kept(threshold_, tile * kTile, x, j);
+  x = read_once(load_tile(row_, id / kTile, buffer)[id % kTile]) + 0.0f;
+  return is_listed();
 }
 
 int32_t RowSampler::rank(Ranked token) {
-  if (!candidates_are_kept_) return static_cast<int32_t>(count_until({token.x, token.id}));
-  int32_t before = 1;
+  const bool is_first =
+      token.x > first_end_.value || (token.x == first_end_.value && token.id <= first_end_.last_id);
+  if (!(candidates_are_first_ && is_first)) {
+    return static_cast<int32_t>(count_until({token.x, token.id}));
+  }
+  int32_t rank = 1;
   for (int64_t i = 0; i < candidates_.size; ++i) {
     const float x = candidates_.x[i];
-    before += (x > token.x) | ((x == token.x) & (candidates_.id[i] < token.id));
+    rank += (x > token.x) | ((x == token.x) & (candidates_.id[i] < token.id));
   }
-  return before;
+  return rank;
 }
 
 // Leaves the first tokens of the order, `count` or all there are, in ws_.codes: their order keys, then their
 // ids with all bits inverted, so that larger codes come first. Returns how many they are.
 int64_t RowSampler::list_first(int64_t count) {
   if (count == 0) return 0;
-  if (!candidates_are_kept_) {
+  if (!candidates_are_first_ || (candidates_.size < count && !candidates_are_kept_)) {
     gather(row_, std::max(bound_of_kth_logit(count), threshold_.value));
+    if (candidates_.size == 0) return 0;  // another thread has changed the row
     drop_after_first(count);
+    candidates_are_first_ = true;
+    first_end_ = last_candidate();
   }
   uint64_t* codes = ws_.codes.at_least(candidates_.size);
   int64_t size = 0;
@@ -830,19 +852,18 @@ int64_t RowSampler::list_first(int64_t count) {
     size += !is_past;
   }
   count = std::min(count, size);
-  std::partial_sort(codes, codes + count, codes + size, std::greater<uint64_t>());
+  if (4 * count < size) {
+    std::partial_sort(codes, codes + count, codes + size, std::greater<uint64_t>());
+  } else {
+    std::sort(codes, codes + size, std::greater<uint64_t>());
+  }
   return count;
 }
 
-// Writes the ranks of the tokens, the first tokens of the order, and what there is of the ids that the caller
+// Writes the first tokens of the order, the ranks of the tokens, and what there is of the ids that the caller
 // has named. logprob(x) is the logprob of a logit.
 template <typename F>
 void RowSampler::write_lists(const LlmSamplingLogprobs& out, const F& logprob) {
-  for (int64_t i = 0; out.ranks != nullptr && i < results_.draws; ++i) {
-    const int64_t token = read_once(results_.tokens[i]);  // another thread may overwrite it
-    float x;
-    out.ranks[i] = find_listed(token, x) ? rank({x, token}) : -1;
-  }
   const int64_t top = out.top_ids != nullptr ? results_.top : 0;
   const int64_t listed = list_first(top);
   for (int64_t i = 0; i < top; ++i) {
@@ -850,6 +871,11 @@ void RowSampler::write_lists(const LlmSamplingLogprobs& out, const F& logprob) {
     const float x = from_order_key(static_cast<uint32_t>(code >> 32));
     out.top_ids[i] = i < listed ? static_cast<int32_t>(~static_cast<uint32_t>(code)) : -1;
     out.top_logprobs[i] = i < listed ? logprob(x) : kNan;
+  }
+  for (int64_t i = 0; out.ranks != nullptr && i < results_.draws; ++i) {
+    const int64_t token = read_once(results_.tokens[i]);  // another thread may overwrite it
+    float x;
+    out.ranks[i] = find_listed(token, x) ? rank({x, token}) : -1;
   }
   const bool has_ids = out.id_logprobs != nullptr || out.id_ranks != nullptr;
   for (int64_t i = 0; has_ids && i < results_.ids; ++i) {
@@ -875,7 +901,10 @@ void RowSampler::write_processed() {
 // Lists are those of step 1's logits, and logprobs those of their masses at temperature 1.
 void RowSampler::write_raw() {
   Row& row = row_;
+  candidates_are_kept_ = false;
+  threshold_ = {kLowest, kEveryId};
   if (!row.is_raw()) {
+    candidates_are_first_ = false;
     row.bias_count = 0;
     row.allowed = row.seen = nullptr;
     over_tiles([&](int64_t begin, int64_t end) {
@@ -884,8 +913,6 @@ void RowSampler::write_raw() {
     row.m = find_max(tile_max_, tiles_) + 0.0f;
   }
   row.scale = depth_scale(1.0f);
-  candidates_are_kept_ = false;
-  threshold_ = {kLowest, kEveryId};
   const double log_mass = std::log(static_cast<double>(mass_of_row())) - 42.0 * std::log(2.0);
   const auto logprob = [&](float x) {
     const double below = x == row.m ? 0.0 : static_cast<double>(x) - static_cast<double>(row.m);
@@ -938,7 +965,7 @@ void RowSampler::write_kept_mask() {
 void RowSampler::write_kept_ends() {
   const LlmSamplingKept& out = results_.kept;
   Threshold last = threshold_;
-  if (last.last_id == kEveryId) last = find_last(row_, threshold_, tile_max_, tiles_);
+  if (last.last_id == kEveryId) last = find_last(row_, threshold_.value, tile_max_, tiles_);
   if (out.last_id != nullptr) *out.last_id = static_cast<int32_t>(last.last_id);
   if (out.last_logit != nullptr) *out.last_logit = last.value + 0.0f;
   if (!candidates_are_kept_) gather(row_, row_.m);
