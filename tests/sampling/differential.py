@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from llm_sampling import SamplingParams, TokenHistory, backends, filter_logits, sample
-from llm_sampling.results import Kind
 from llm_sampling.fields import OFF_VALUES
+from llm_sampling.results import Kind
 
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16)
