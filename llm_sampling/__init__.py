@@ -12,7 +12,7 @@ from llm_sampling.backends import backend_info
 from llm_sampling.backends.base import InvalidLogitsError
 from llm_sampling.distributed import sample_sharded
 from llm_sampling.history import TokenHistory
-from llm_sampling.masks import pack_mask
+from llm_sampling.masks import pack_mask, unpack_mask
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.results import KeptSet, SampleOutput, ScoreOutput, TokenLogprobs
 from llm_sampling.sample import filter_logits, sample, score
@@ -40,4 +40,5 @@ __all__ = [
     "sample",
     "sample_sharded",
     "score",
+    "unpack_mask",
 ]

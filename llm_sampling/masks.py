@@ -53,6 +53,38 @@ def pack_mask(
     return _packed("allowed", allowed, check_vocab_size(vocab_size), device)
 
 
+def unpack_mask(mask: Tensor, vocab_size: int) -> Tensor:
+    """The bits of a token bitmask, such as ``kept.mask`` of a result, as bools.
+
+    Args:
+        mask: int32 ``(rows, words)``, with at least ``ceil(vocab_size / 32)`` words.
+        vocab_size: the number of tokens.
+
+    Returns:
+        bool ``(rows, vocab_size)`` on the mask's device.
+
+    Raises:
+        ValueError: another dtype, another number of dimensions, or fewer words.
+
+    Example:
+        >>> kept = unpack_mask(sample(logits, params, kept="mask").kept.mask, logits.shape[1])
+    """
+    mask, vocab_size = readable("mask", mask), check_vocab_size(vocab_size)
+    words = -(-vocab_size // 32)
+    if mask.dtype != torch.int32 or mask.dim() != 2 or mask.shape[1] < words:
+        raise ValueError(
+            f"mask must be int32 of shape (rows, words) with words >= {words}, "
+            f"got {mask.dtype} of {tuple(mask.shape)}"
+        )
+    return unpacked(mask, vocab_size)
+
+
+def unpacked(words: Tensor, vocab_size: int) -> Tensor:
+    """The same for a bitmask that has been checked."""
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :vocab_size].bool()
+
+
 def _packed(
     name: str, allowed: object, vocab_size: int, device: torch.device | str | None
 ) -> Tensor:

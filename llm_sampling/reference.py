@@ -20,7 +20,7 @@ from llm_sampling.backends.base import (
 )
 from llm_sampling.fields import SCOPES
 from llm_sampling.history import TokenHistory, bits_and_counts
-from llm_sampling.masks import pack_bits
+from llm_sampling.masks import pack_bits, unpacked
 from llm_sampling.params import KERNEL_TENSORS, BatchParams
 from llm_sampling.results import (
     KeptSet,
@@ -46,12 +46,6 @@ _POLYNOMIAL = tuple(
 _LOG2_E = float.fromhex("0x1.715476p+0")
 
 
-def _bits(words: Tensor, vocab_size: int) -> Tensor:
-    """Unpack int32 words ``(rows, ceil(V / 32))`` to bool ``(rows, V)``, lowest bit first."""
-    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :vocab_size].bool()
-
-
 def seen_and_counts(history: TokenHistory, extra: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which tokens the histories of rows hold, and how often their output does.
 
@@ -64,13 +58,13 @@ def seen_and_counts(history: TokenHistory, extra: Tensor | None) -> tuple[Tensor
     """
     slots, vocab_size, text = history.slots.to(torch.int64), history.vocab_size, history.text
     count = history.counts[slots]
-    seen = _bits(history.seen[slots], vocab_size)
+    seen = unpacked(history.seen[slots], vocab_size)
     if extra is None:
         return seen, count
     is_id = (extra >= 0) & (extra < vocab_size)
     if text is None or text.windows is None:
         words, more = bits_and_counts(extra, is_id, is_id, vocab_size)
-        return seen | _bits(words, vocab_size), count + more
+        return seen | unpacked(words, vocab_size), count + more
     # The ids move the window: what counts is the end of text and ids together.
     length = text.lengths[slots].unsqueeze(1)
     begin = text.window_begin(slots, (length + is_id.sum(1, keepdim=True)).squeeze(1)).unsqueeze(1)
@@ -84,7 +78,7 @@ def seen_and_counts(history: TokenHistory, extra: Tensor | None) -> tuple[Tensor
         torch.cat([is_output, in_extra], 1),
         vocab_size,
     )
-    return _bits(words, vocab_size), count
+    return unpacked(words, vocab_size), count
 
 
 def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
@@ -104,7 +98,7 @@ def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
     banned = bias == -_INF
     x = x.index_put((place[0][banned], place[1][banned]), bias[banned])
     if call.allowed_mask is not None:
-        x = torch.where(_bits(call.allowed_mask, vocab_size), x, -_INF)
+        x = torch.where(unpacked(call.allowed_mask, vocab_size), x, -_INF)
 
     if history is not None:
         seen, count = seen_and_counts(history, call.extra_output)
