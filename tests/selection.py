@@ -50,6 +50,8 @@ SOME = {
     "test_cuda_emulated.py::test_layouts": Some(2),
     "test_cuda_emulation.py::test_right_kernels": Some(7),
     "test_known_rows.py::test_the_answers_are_those_of_the_reference": Some(3),
+    "test_results.py::test_covering_cases": Some(25),
+    "test_results.py::test_vllm_ranks_kernel": Some(17),
     "test_self_test.py::test_broken_kernels_are_refused": Some(wrong=()),
     "test_cuda_split.py::test_no_block_samples_such_a_row_alone": Some(parts=(7,)),
     "test_cuda_split.py::test_what_is_wrong_is_seen": Some(wrong=()),
