@@ -23,6 +23,7 @@ from llm_sampling import (
 from llm_sampling.calls import make_call
 from llm_sampling.history import STATE_TENSORS, Text
 from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.results import tensors_of
 
 V = 70
 PARAMS = [
@@ -56,6 +57,13 @@ def _inputs(logits, params, history=None, mask=None):
     return ops._inputs(call)
 
 
+def _options(**given):
+    """Return the op's arguments after its inputs; by default nothing but tokens is asked for."""
+    options = {"token_ids": None, "num_samples": 1, "logprobs": (), "top_logprobs": None}
+    options |= {"kept": None, "max_kept_ids": 0, "check": False, "backend": "auto"} | given
+    return tuple(options[name] for name in ops._OPTIONS)
+
+
 def _assert_equal(got, expected):
     torch.testing.assert_close(tuple(got), tuple(expected), rtol=0, atol=0, equal_nan=True)
 
@@ -76,15 +84,24 @@ INPUTS = {
 }
 
 
-# (num_samples, logprobs), used in turn by the inputs
-OPTIONS = [(1, None), (3, "processed"), (1, "raw"), (2, None)]
+#: What is asked for, used in turn by the inputs.
+OPTIONS = [
+    {},
+    {"num_samples": 3, "logprobs": ("processed",), "kept": "mask"},
+    {"logprobs": ("raw",), "top_logprobs": 4},
+    {"num_samples": 2, "kept": "ids", "max_kept_ids": 5},
+    {"logprobs": ("raw", "processed"), "top_logprobs": 2, "kept": "ends"},
+]
 
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_opcheck_sample(backend, logits, history, name):
     inputs = INPUTS[name](logits, history)
     options = OPTIONS[list(INPUTS).index(name) % len(OPTIONS)]
-    torch.library.opcheck(torch.ops.llm_sampling.sample.default, (*inputs, *options, True, backend))
+    if "logprobs" in options:
+        options = {**options, "token_ids": torch.tensor([[1, 99]], dtype=torch.int32)}
+    options = _options(**options, check=True, backend=backend)
+    torch.library.opcheck(torch.ops.llm_sampling.sample.default, (*inputs, *options))
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -98,10 +115,11 @@ def test_opcheck_with_a_gradient(backend, logits, history, logprobs):
     inputs = list(INPUTS["batch"](logits, history))
     inputs[0] = logits.requires_grad_()
     op = torch.ops.llm_sampling.sample.default
-    torch.library.opcheck(op, (*inputs, 1, logprobs, True, backend))
+    kinds = () if logprobs is None else (logprobs,)
+    options = _options(logprobs=kinds, check=True, backend=backend)
+    torch.library.opcheck(op, (*inputs, *options))
     torch.library.opcheck(torch.ops.llm_sampling.filter_logits.default, (*inputs, backend))
-    tokens, values, status = op(*inputs, 1, logprobs, True, backend)
-    assert not any(x.requires_grad for x in (tokens, values, status))
+    assert not any(x.requires_grad for x in op(*inputs, *options))
 
 
 def test_opcheck_pack():
@@ -136,7 +154,7 @@ def test_the_op_looks_at_its_inputs(backend, logits, history, name):
     """It can be called without the functions that check arguments; no kernel checks them all."""
     schema = torch.ops.llm_sampling.sample.default._schema
     names = [argument.name for argument in schema.arguments]
-    inputs = (*_inputs(logits, BATCH, history, MASK), 1, None, False, backend)
+    inputs = (*_inputs(logits, BATCH, history, MASK), *_options(backend=backend))
     changed, message = BAD_INPUTS[name]
     values = dict(zip(names, inputs, strict=True)) | changed
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
@@ -144,15 +162,14 @@ def test_the_op_looks_at_its_inputs(backend, logits, history, name):
 
 
 def test_the_op_is_the_function(backend, logits, history):
-    for num_samples, logprobs in ((1, None), (4, "processed"), (2, "raw")):
-        options = {"num_samples": num_samples, "logprobs": logprobs, "backend": backend}
-        expected = sample(logits, BATCH, history=history, allowed_mask=MASK, **options)
-        tokens, values, status = torch.ops.llm_sampling.sample(
-            *_inputs(logits, BATCH, history, MASK), num_samples, logprobs, False, backend
+    for options in OPTIONS:
+        options = {"backend": backend, **options}
+        given = {**options, "logprobs": options.get("logprobs")}
+        expected = sample(logits, BATCH, history=history, allowed_mask=MASK, **given)
+        found = torch.ops.llm_sampling.sample(
+            *_inputs(logits, BATCH, history, MASK), *_options(**options)
         )
-        _assert_equal((tokens, status), (expected.tokens, expected.status))
-        if logprobs is not None:
-            _assert_equal([values], [expected.logprobs])
+        _assert_equal(found, tensors_of(expected))
     filtered = torch.ops.llm_sampling.filter_logits(*_inputs(logits, BATCH, history, MASK), backend)
     _assert_equal(
         [filtered],
@@ -164,10 +181,10 @@ def test_the_op_is_the_function(backend, logits, history):
 @pytest.mark.parametrize(
     ("num_samples", "logprobs", "shapes"),
     [
-        (1, None, [(5,), (0,), (5,)]),
-        (1, "raw", [(5,), (5,), (5,)]),
-        (3, None, [(5, 3), (0,), (5,)]),
-        (3, "processed", [(5, 3), (5, 3), (5,)]),
+        (1, (), [(5,), (5,)]),
+        (1, ("raw",), [(5,), (5,), (5,)]),
+        (3, (), [(5, 3), (5,)]),
+        (3, ("processed",), [(5, 3), (5,), (5, 3)]),
     ],
     ids=str,
 )
@@ -177,9 +194,11 @@ def test_fake_shapes(dtype, num_samples, logprobs, shapes):
     nothing = [None] * (len(STATE_TENSORS) + len(Text._fields) + 2)
     flags = [True] * len(ops._BATCH_FLAGS)
     inputs = (torch.empty(5, V, dtype=dtype, device="meta"), *fields, *nothing, *flags)
-    results = torch.ops.llm_sampling.sample(*inputs, num_samples, logprobs, False, "auto")
+    options = _options(num_samples=num_samples, logprobs=logprobs)
+    results = torch.ops.llm_sampling.sample(*inputs, *options)
     assert [tuple(result.shape) for result in results] == shapes
-    assert [result.dtype for result in results] == [torch.int64, torch.float32, torch.int32]
+    dtypes = [torch.int64, torch.int32, torch.float32]
+    assert [result.dtype for result in results] == dtypes[: len(shapes)]
     assert all(result.device.type == "meta" for result in results)
     filtered = torch.ops.llm_sampling.filter_logits(*inputs, "auto")
     assert (tuple(filtered.shape), filtered.dtype) == ((5, V), torch.float32)
@@ -202,8 +221,8 @@ FUNCTIONS = {
     "positions": lambda x, h: drawn(x, PARAMS, history=h, positions=[9, 2**63, 1, 0]),
     "lengths": lambda x, h: drawn(x, PARAMS, history=h, positions=h.lengths + 3),
     "logprobs": lambda x, h: (
-        *sample(x, BATCH, history=h, logprobs="processed"),
-        *sample(x, BATCH, history=h, num_samples=2, logprobs="raw"),
+        *sample(x, BATCH, history=h, logprobs="processed")[:3],
+        *sample(x, BATCH, history=h, num_samples=2, logprobs="raw")[:3],
     ),
     "status": lambda x, h: drawn(
         torch.where(x == x[2].amax(), torch.inf, x), BATCH, history=h, check=False
@@ -238,7 +257,7 @@ def test_compiled_is_eager_on_every_backend(backend, logits, history, num_sample
     def function(logits):
         options = {"history": history, "allowed_mask": MASK, "backend": backend}
         output = sample(logits, BATCH, num_samples=num_samples, logprobs="raw", **options)
-        return (*output, filter_logits(logits, BATCH, **options))
+        return (*output[:3], filter_logits(logits, BATCH, **options))
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     _assert_equal(compiled(logits), function(logits))
