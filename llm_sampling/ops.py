@@ -8,7 +8,7 @@ require one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from llm_sampling.calls import make_call
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import STATE_TENSORS, Text, TokenHistory
 from llm_sampling.params import DTYPES, KERNEL_TENSORS, BatchParams
-from llm_sampling.results import SampleOutput, Wanted, output_of, tensors_of
+from llm_sampling.results import Kind, SampleOutput, Wanted, output_of, tensors_of
 from llm_sampling.tensors import is_traced, is_wrapper
 
 _TEXT_TENSORS = tuple(f"text_{name}" for name in Text._fields)
@@ -40,7 +40,13 @@ _INPUTS = ", ".join(
 )
 _LIBRARY = torch.library.Library("llm_sampling", "DEF")
 _LIBRARY.define(
-    f"sample({_INPUTS}, Tensor? token_ids, int num_samples, str[] logprobs, int? top_logprobs, "
+    f"sample({_INPUTS}, int num_samples, str? logprobs, bool check, str backend) "
+    "-> (Tensor tokens, Tensor logprobs, Tensor status)"
+)
+# Where more is returned: the tensors of results.tensors_of. torch.func.vmap cannot call an op that
+# returns a list, so it is another one. The kinds of logprobs are separated by commas.
+_LIBRARY.define(
+    f"sample_more({_INPUTS}, Tensor? token_ids, int num_samples, str logprobs, int? top_logprobs, "
     "str? kept, int max_kept_ids, bool check, str backend) -> Tensor[]"
 )
 _LIBRARY.define(f"filter_logits({_INPUTS}, str backend) -> Tensor")
@@ -90,7 +96,26 @@ def _call(inputs: Sequence[Any], **options: Any) -> SampleCall:
     )
 
 
-#: The arguments of the op "sample" after its inputs.
+def _sample(*args):  # type: ignore[no-untyped-def]
+    *inputs, num_samples, logprobs, check, backend = args
+    call = _call(inputs, num_samples=num_samples, logprobs=logprobs, check=check)
+    output = backends.resolve(backend, call.logits.device).sample(call)
+    no_logprobs = call.logits.new_empty(0, dtype=torch.float32)
+    return output.tokens, no_logprobs if output.logprobs is None else output.logprobs, output.status
+
+
+def _sample_fake(*args):  # type: ignore[no-untyped-def]
+    logits, num_samples, logprobs = args[0], args[-4], args[-3]
+    rows = logits.shape[0]
+    shape = (rows,) if num_samples == 1 else (rows, num_samples)
+    return (
+        logits.new_empty(shape, dtype=torch.int64),
+        logits.new_empty((0,) if logprobs is None else shape, dtype=torch.float32),
+        logits.new_empty((rows,), dtype=torch.int32),
+    )
+
+
+#: The arguments of ``sample_more`` after its inputs.
 _OPTIONS = (
     *("token_ids", "num_samples", "logprobs", "top_logprobs", "kept", "max_kept_ids"),
     *("check", "backend"),
@@ -100,35 +125,39 @@ _OPTIONS = (
 def _options(call: SampleCall, backend: str) -> tuple[Any, ...]:
     asked = call.wanted
     return (
-        *(asked.token_ids, call.num_samples, asked.logprobs, asked.top_logprobs),
+        *(asked.token_ids, call.num_samples, ",".join(asked.logprobs), asked.top_logprobs),
         *(asked.kept, asked.max_kept_ids, call.check, backend),
     )
 
 
-def _sample(*args):  # type: ignore[no-untyped-def]
+def _kinds(names: str) -> tuple[Kind, ...]:
+    """The kinds of logprobs of ``sample_more``; another name is refused when they are checked."""
+    return tuple(cast("list[Kind]", names.split(","))) if names else ()
+
+
+def _sample_more(*args):  # type: ignore[no-untyped-def]
     inputs = args[: -len(_OPTIONS)]
     options = dict(zip(_OPTIONS, args[-len(_OPTIONS) :], strict=True))
     backend = options.pop("backend")
     call = _call(
         inputs,
         logprob_token_ids=options.pop("token_ids"),
-        logprobs=options.pop("logprobs") or None,
+        logprobs=_kinds(options.pop("logprobs")) or None,
         max_kept_ids=options.pop("max_kept_ids") or None,
         **options,
     )
     return tensors_of(backends.resolve(backend, call.logits.device).sample(call))
 
 
-def _sample_fake(*args):  # type: ignore[no-untyped-def]
+def _sample_more_fake(*args):  # type: ignore[no-untyped-def]
     logits: Tensor = args[0]
     token_ids, num_samples, logprobs, top_logprobs, kept, max_kept_ids, *_ = args[-len(_OPTIONS) :]
-    wanted = Wanted(tuple(logprobs), top_logprobs, token_ids, kept, max_kept_ids)
-    rows, vocab_size = logits.shape
+    wanted = Wanted(_kinds(logprobs), top_logprobs, token_ids, kept, max_kept_ids)
 
     def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return logits.new_empty(shape, dtype=dtype)
 
-    return tensors_of(output_of(wanted, rows, num_samples, vocab_size, take))
+    return tensors_of(output_of(wanted, logits.shape[0], num_samples, logits.shape[1], take))
 
 
 def _filter_logits(*args):  # type: ignore[no-untyped-def]
@@ -167,6 +196,7 @@ def _without_gradient(name: str) -> Callable[..., Any]:
 
 for _name, _kernel, _fake in (
     ("sample", _sample, _sample_fake),
+    ("sample_more", _sample_more, _sample_more_fake),
     ("filter_logits", _filter_logits, _filter_logits_fake),
     ("pack", _pack, _pack_fake),
 ):
@@ -205,12 +235,23 @@ def _run(op: Callable[..., _Result], call: SampleCall, backend: str, *options: o
 
 def sample(call: SampleCall, backend: str) -> SampleOutput:
     """``sample`` as one op of a graph."""
-    op = torch.ops.llm_sampling.sample
-    tensors: list[Tensor] = _run(op, call, backend, *_options(call, backend))
-    taken = iter(tensors)
-    rows, vocab_size = call.logits.shape
-    size = rows, call.num_samples, vocab_size
-    return output_of(call.wanted, *size, lambda shape, dtype: next(taken))
+    if call.wanted.is_more:
+        more = torch.ops.llm_sampling.sample_more
+        tensors = iter(_run(more, call, backend, *_options(call, backend)))
+    else:
+        (kind,) = call.wanted.logprobs or (None,)
+        op = torch.ops.llm_sampling.sample
+        tokens, logprobs, status = _run(
+            op, call, backend, call.num_samples, kind, call.check, backend
+        )
+        tensors = iter((tokens, status, logprobs))
+
+    def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor: Tensor = next(tensors)
+        return tensor
+
+    rows, vocab_size = call.logits.shape  # which may be symbols
+    return output_of(call.wanted, rows, call.num_samples, vocab_size, take)
 
 
 def filter_logits(call: SampleCall, backend: str) -> Tensor:

@@ -234,7 +234,7 @@ def _token_ids(given: object, rows: int, device: torch.device) -> Tensor:
     name = "logprob_token_ids"
     rule = f"integers, the same for all rows or some for each of the {rows} rows"
     ids = token_ids(name, given, rule, device)
-    if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != rows):
+    if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] not in (1, rows)):
         raise ValueError(f"{name} must be {rule}, got shape {tuple(ids.shape)}")
     return ids if ids.dim() == 2 else ids.unsqueeze(0)
 

@@ -91,8 +91,8 @@ def sample(
         top_logprobs: how many tokens each kind of logprobs lists, 0 .. 1024, the best ones first;
             0 lists none and gives the ranks of the tokens alone. None: neither lists nor ranks.
         logprob_token_ids: token ids whose logprobs are returned too: a list for all rows, or a list
-            for each row (padded with -1), or an integer tensor ``(n,)`` or ``(rows, n)``. An id
-            outside of the vocabulary is padding.
+            for each row (padded with -1), or an integer tensor ``(n,)`` or ``(rows, n)``. A list of
+            one row is for all rows. An id outside of the vocabulary is padding.
         kept: None; or a form in which the kept set is returned, with its mass and that of the
             tokens: a token bitmask ("mask"), the ids in their order ("ids"), or the first and the
             last token of it ("ends").

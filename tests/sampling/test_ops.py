@@ -57,13 +57,6 @@ def _inputs(logits, params, history=None, mask=None):
     return ops._inputs(call)
 
 
-def _options(**given):
-    """Return the op's arguments after its inputs; by default nothing but tokens is asked for."""
-    options = {"token_ids": None, "num_samples": 1, "logprobs": (), "top_logprobs": None}
-    options |= {"kept": None, "max_kept_ids": 0, "check": False, "backend": "auto"} | given
-    return tuple(options[name] for name in ops._OPTIONS)
-
-
 def _assert_equal(got, expected):
     torch.testing.assert_close(tuple(got), tuple(expected), rtol=0, atol=0, equal_nan=True)
 
@@ -84,24 +77,15 @@ INPUTS = {
 }
 
 
-#: What is asked for, used in turn by the inputs.
-OPTIONS = [
-    {},
-    {"num_samples": 3, "logprobs": ("processed",), "kept": "mask"},
-    {"logprobs": ("raw",), "top_logprobs": 4},
-    {"num_samples": 2, "kept": "ids", "max_kept_ids": 5},
-    {"logprobs": ("raw", "processed"), "top_logprobs": 2, "kept": "ends"},
-]
+# (num_samples, logprobs), used in turn by the inputs
+OPTIONS = [(1, None), (3, "processed"), (1, "raw"), (2, None)]
 
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_opcheck_sample(backend, logits, history, name):
     inputs = INPUTS[name](logits, history)
     options = OPTIONS[list(INPUTS).index(name) % len(OPTIONS)]
-    if "logprobs" in options:
-        options = {**options, "token_ids": torch.tensor([[1, 99]], dtype=torch.int32)}
-    options = _options(**options, check=True, backend=backend)
-    torch.library.opcheck(torch.ops.llm_sampling.sample.default, (*inputs, *options))
+    torch.library.opcheck(torch.ops.llm_sampling.sample.default, (*inputs, *options, True, backend))
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -115,11 +99,76 @@ def test_opcheck_with_a_gradient(backend, logits, history, logprobs):
     inputs = list(INPUTS["batch"](logits, history))
     inputs[0] = logits.requires_grad_()
     op = torch.ops.llm_sampling.sample.default
-    kinds = () if logprobs is None else (logprobs,)
-    options = _options(logprobs=kinds, check=True, backend=backend)
-    torch.library.opcheck(op, (*inputs, *options))
+    torch.library.opcheck(op, (*inputs, 1, logprobs, True, backend))
     torch.library.opcheck(torch.ops.llm_sampling.filter_logits.default, (*inputs, backend))
-    assert not any(x.requires_grad for x in op(*inputs, *options))
+    tokens, values, status = op(*inputs, 1, logprobs, True, backend)
+    assert not any(x.requires_grad for x in (tokens, values, status))
+
+
+#: What ``sample_more`` is asked for.
+MORE = {
+    "top": {"logprobs": ("raw",), "top_logprobs": 4},
+    "mask": {"num_samples": 3, "logprobs": ("processed",), "kept": "mask"},
+    "ids": {"num_samples": 2, "kept": "ids", "max_kept_ids": 5},
+    "all": {
+        "logprobs": ("raw", "processed"),
+        "top_logprobs": 2,
+        "kept": "ends",
+        "logprob_token_ids": torch.tensor([[1, 30]], dtype=torch.int32),
+    },
+}
+
+
+def _more_inputs(logits, params, backend, history=None, mask=None, **options):
+    """Return the arguments of ``sample_more``, with those of results."""
+    call = make_call(logits, params, history=history, allowed_mask=mask, check=False, **options)
+    return *ops._inputs(call), *ops._options(call, backend)
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_opcheck_sample_more(backend, logits, history, name):
+    inputs = _more_inputs(logits.requires_grad_(), BATCH, backend, history, MASK, **MORE[name])
+    torch.library.opcheck(torch.ops.llm_sampling.sample_more.default, inputs)
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_the_op_that_returns_more_is_the_function(backend, logits, history, name):
+    found = torch.ops.llm_sampling.sample_more(
+        *_more_inputs(logits, BATCH, backend, history, MASK, **MORE[name])
+    )
+    expected = sample(
+        logits, BATCH, history=history, allowed_mask=MASK, backend=backend, **MORE[name]
+    )
+    _assert_equal(found, tensors_of(expected))
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_fake_results(logits, name):
+    """Shapes and dtypes on the meta device are those of the results."""
+    batch = BatchParams.from_list([SamplingParams(top_p=0.9, seed=1)] * 4, positions=[0] * 4)
+    expected = tensors_of(sample(logits, batch, backend="torch", **MORE[name]))
+    inputs = [
+        x.to("meta") if isinstance(x, torch.Tensor) else x
+        for x in _more_inputs(logits, batch, "auto", **MORE[name])
+    ]
+    found = torch.ops.llm_sampling.sample_more(*inputs)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
+    assert all(x.device.type == "meta" for x in found)
+
+
+def test_the_op_that_returns_more_looks_at_its_options(backend, logits):
+    names = [a.name for a in torch.ops.llm_sampling.sample_more.default._schema.arguments]
+    inputs = _more_inputs(logits, SamplingParams(seed=1), backend, **MORE["all"])
+    for changed, message in (
+        ({"logprobs": "raw,other"}, "logprobs must be"),
+        ({"top_logprobs": -1}, "top_logprobs must be"),
+        ({"kept": "set"}, "kept must be"),
+        ({"max_kept_ids": 5}, "max_kept_ids needs"),
+        ({"token_ids": torch.zeros(3, 1).int()}, "logprob_token_ids must be"),
+    ):
+        values = dict(zip(names, inputs, strict=True)) | changed
+        with pytest.raises(ValueError, match=message):
+            torch.ops.llm_sampling.sample_more(*values.values())
 
 
 def test_opcheck_pack():
@@ -154,7 +203,7 @@ def test_the_op_looks_at_its_inputs(backend, logits, history, name):
     """It can be called without the functions that check arguments; no kernel checks them all."""
     schema = torch.ops.llm_sampling.sample.default._schema
     names = [argument.name for argument in schema.arguments]
-    inputs = (*_inputs(logits, BATCH, history, MASK), *_options(backend=backend))
+    inputs = (*_inputs(logits, BATCH, history, MASK), 1, None, False, backend)
     changed, message = BAD_INPUTS[name]
     values = dict(zip(names, inputs, strict=True)) | changed
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
@@ -162,14 +211,15 @@ def test_the_op_looks_at_its_inputs(backend, logits, history, name):
 
 
 def test_the_op_is_the_function(backend, logits, history):
-    for options in OPTIONS:
-        options = {"backend": backend, **options}
-        given = {**options, "logprobs": options.get("logprobs")}
-        expected = sample(logits, BATCH, history=history, allowed_mask=MASK, **given)
-        found = torch.ops.llm_sampling.sample(
-            *_inputs(logits, BATCH, history, MASK), *_options(**options)
+    for num_samples, logprobs in ((1, None), (4, "processed"), (2, "raw")):
+        options = {"num_samples": num_samples, "logprobs": logprobs, "backend": backend}
+        expected = sample(logits, BATCH, history=history, allowed_mask=MASK, **options)
+        tokens, values, status = torch.ops.llm_sampling.sample(
+            *_inputs(logits, BATCH, history, MASK), num_samples, logprobs, False, backend
         )
-        _assert_equal(found, tensors_of(expected))
+        _assert_equal((tokens, status), (expected.tokens, expected.status))
+        if logprobs is not None:
+            _assert_equal([values], [expected.logprobs])
     filtered = torch.ops.llm_sampling.filter_logits(*_inputs(logits, BATCH, history, MASK), backend)
     _assert_equal(
         [filtered],
@@ -181,10 +231,10 @@ def test_the_op_is_the_function(backend, logits, history):
 @pytest.mark.parametrize(
     ("num_samples", "logprobs", "shapes"),
     [
-        (1, (), [(5,), (5,)]),
-        (1, ("raw",), [(5,), (5,), (5,)]),
-        (3, (), [(5, 3), (5,)]),
-        (3, ("processed",), [(5, 3), (5,), (5, 3)]),
+        (1, None, [(5,), (0,), (5,)]),
+        (1, "raw", [(5,), (5,), (5,)]),
+        (3, None, [(5, 3), (0,), (5,)]),
+        (3, "processed", [(5, 3), (5, 3), (5,)]),
     ],
     ids=str,
 )
@@ -194,11 +244,9 @@ def test_fake_shapes(dtype, num_samples, logprobs, shapes):
     nothing = [None] * (len(STATE_TENSORS) + len(Text._fields) + 2)
     flags = [True] * len(ops._BATCH_FLAGS)
     inputs = (torch.empty(5, V, dtype=dtype, device="meta"), *fields, *nothing, *flags)
-    options = _options(num_samples=num_samples, logprobs=logprobs)
-    results = torch.ops.llm_sampling.sample(*inputs, *options)
+    results = torch.ops.llm_sampling.sample(*inputs, num_samples, logprobs, False, "auto")
     assert [tuple(result.shape) for result in results] == shapes
-    dtypes = [torch.int64, torch.int32, torch.float32]
-    assert [result.dtype for result in results] == dtypes[: len(shapes)]
+    assert [result.dtype for result in results] == [torch.int64, torch.float32, torch.int32]
     assert all(result.device.type == "meta" for result in results)
     filtered = torch.ops.llm_sampling.filter_logits(*inputs, "auto")
     assert (tuple(filtered.shape), filtered.dtype) == ((5, V), torch.float32)
@@ -545,7 +593,7 @@ def test_export(backend, logits, history):
 class Exported(torch.nn.Module):
     def forward(self, logits, batch, history):
         output = sample(logits, batch, history=history, logprobs="processed", check=False)
-        return (*output, filter_logits(logits, batch, history=history))
+        return (*output[:3], filter_logits(logits, batch, history=history))
 
 
 @pytest.mark.parametrize("strict", [False, True])
