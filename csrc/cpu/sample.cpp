@@ -330,7 +330,8 @@ void RowSampler::find_maxima(const Row& row) {
   tile_max_ = ws_.tile_max.at_least(tiles_);
   std::atomic<bool> nan{false};
   over_tiles([&](int64_t begin, int64_t end) {
-    if (scan_maxima(row, begin, end, stripe_max_, tile_max_) && has_nan(row, begin, end)) {
+    const auto scan = row.allowed == nullptr ? scan_maxima : scan_masked_maxima;
+    if (scan(row, begin, end, stripe_max_, tile_max_) && has_nan(row, begin, end)) {
       nan.store(true, std::memory_order_relaxed);
     }
   });
