@@ -25,7 +25,7 @@ INLINE bool holds_nan(const float* sums) {
   return nan;
 }
 
-// Writes the maximum of every stripe and every tile. Returns true if a logit may be NaN, which is when a sum
+// Writes the maximum of every stripe and every tile of a row without a mask. Returns true if a logit may be NaN, which is when a sum
 // of logits is NaN: +inf plus -inf is NaN too.
 LLM_SAMPLING_CLONES bool scan_maxima(
     const Row& row,

@@ -1,5 +1,5 @@
-// Two loops over a tile, written with intrinsics for x86-64, because the compiler's code for them would limit
-// the kernel's speed. Beside each is the same loop in plain C++, which is its definition and what other CPUs
+// Three loops over a tile, written with intrinsics for x86-64, because the compiler's code for them would
+// limit the kernel's speed. Beside each is the same loop in plain C++, which is its definition and what other CPUs
 // run.
 #ifndef LLM_SAMPLING_CPU_SIMD_X86_H_
 #define LLM_SAMPLING_CPU_SIMD_X86_H_
