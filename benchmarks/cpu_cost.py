@@ -77,7 +77,6 @@ INSTRUCTION_SETS = ("x86-64-v3", "x86-64-v2")
 MASK_GOALS: Mapping[str, float] = dict.fromkeys(
     (
         "half",
-        "half, NaN and inf under it",
         "all",
         "1",
         "5",
@@ -96,7 +95,6 @@ MASK_GOALS: Mapping[str, float] = dict.fromkeys(
     ),
     2.0,
 ) | {"half": 1.2}
-HOSTILE = "half, NaN and inf under it"
 #: The case in which a mask that bans the best tokens leaves a row whose kept set is much larger.
 #: Its masked rows are counted once more without a mask, with -inf in place of what is banned.
 EXPLAINED = "min-p-0.05"
@@ -134,7 +132,7 @@ def make_mask(name: str, logits: Tensor) -> Tensor:
 
     kind, _, number = name.rpartition(" ")
     count = int(number.replace(",", "")) if number[0].isdigit() else 1
-    if name in ("half", HOSTILE):
+    if name == "half":
         return some(size // 2)
     if kind == "":
         return ids >= 0 if name == "all" else some(count)
@@ -167,8 +165,6 @@ def masked_parts() -> Iterator[tuple[dict[str, str], Callable[[int], object], in
         ]
         for mask in MASK_GOALS
     }
-    hidden = torch.where(torch.arange(VOCAB_SIZE) % 2 == 0, torch.nan, torch.inf)
-    hostile = [row.where(made, hidden) for row, made in zip(rows, allowed[HOSTILE], strict=True)]
     none = [None] * len(rows)
     for dtype in DTYPES:
         for case in MASKED_CASES:
@@ -176,8 +172,7 @@ def masked_parts() -> Iterator[tuple[dict[str, str], Callable[[int], object], in
             yield names, _call(case, dtype, rows, none), len(rows)
             for mask in MASK_GOALS:
                 names = {"dtype": dtype, "case": case, "mask": mask, "how": "mask"}
-                logits = hostile if mask == HOSTILE else rows
-                yield names, _call(case, dtype, logits, words[mask]), len(rows)
+                yield names, _call(case, dtype, rows, words[mask]), len(rows)
                 if case == EXPLAINED:
                     call = _call(case, dtype, infinite[mask], none)
                     yield names | {"how": "-inf"}, call, len(rows)

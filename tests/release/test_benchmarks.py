@@ -776,7 +776,7 @@ def test_masks_that_are_counted():
     masks = {name: cpu_cost.make_mask(name, logits) for name in cpu_cost.MASK_GOALS}
     allowed = {name: int(mask.sum()) for name, mask in masks.items()}
     assert allowed == {
-        **{"half": 1000, "half, NaN and inf under it": 1000, "all": 2000},
+        **{"half": 1000, "all": 2000},
         **{"1": 1, "5": 5, "100": 100, "2,000": 2000, "all but 100": 1900},
         **{"alternating words": 992, "alternating tokens": 1000, "last tile": 2000 - 3 * 512},
         **{"lower half": 1000, "lowest 100": 100, "all but the best": 1999},
