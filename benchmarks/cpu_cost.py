@@ -1,11 +1,13 @@
 """Counts the instructions of the CPU kernel, by function, with Valgrind's callgrind.
 
 ``python -m benchmarks.cpu_cost --json FILE`` writes FILE, and beside it a table with the suffix
-``.md``. It needs ``valgrind`` (3.19 is known to work) and takes two minutes. A build gives the same
-counts on every run; another compiler, or other flags of Python's own build, give others.
+``.md``. It needs ``valgrind`` (3.19 is known to work) and a C++ compiler, and takes five minutes. A
+build gives the same counts on every run; another compiler, or other flags of Python's own build,
+give others.
 
 Valgrind does not support AVX-512, so these are the AVX2 loops with 8 floats a vector, and counts
-are given per 8 tokens of the row. A count is not a time, but it bounds the time from below: a core
+are given per 8 tokens of the row. Rows with masks are counted for SSE4.2 too, with the kernel built
+for each of the two alone. A count is not a time, but it bounds the time from below: a core
 retires four to six instructions a cycle, and half of those that compute a mass can run on only two
 or three of its ports.
 """
@@ -21,16 +23,21 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases import CASES
 from benchmarks.inputs import make_buffers, make_inputs
 from benchmarks.providers import AMAX, PROVIDERS, SOFTMAX, Task, sampler_of
 from benchmarks.timing import ROOT, command_line, environment, write_result
+from llm_sampling import Sampler
+from llm_sampling.backends import cpu
+from llm_sampling.masks import pack_mask
 
 VOCAB_SIZE = 128256
 LANES = 8
@@ -51,7 +58,46 @@ SHOWN = {
         "full-chain",
     ),
 }
-OBJECTS = {"libllm_sampling_cpu.so", "libtorch_cpu.so", "libsleef.so"}
+KERNEL = "libllm_sampling_cpu.so"
+OBJECTS = {KERNEL, "libtorch_cpu.so", "libsleef.so"}
+
+#: The cases and dtypes that are counted with masks; the rows are those of the input "model".
+MASKED_CASES = (
+    "greedy",
+    "top-k-50",
+    "top-p-0.9",
+    "top-k-50-top-p-0.9",
+    "temperature-0.8",
+    "min-p-0.05",
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: The instruction sets of the kernel's clones that Valgrind can run, without AVX-512.
+INSTRUCTION_SETS = ("x86-64-v3", "x86-64-v2")
+#: The masks, and how many times the instructions of the same call without one each may take.
+MASK_GOALS: Mapping[str, float] = dict.fromkeys(
+    (
+        "half",
+        "all",
+        "1",
+        "5",
+        "100",
+        "2,000",
+        "alternating words",
+        "alternating tokens",
+        "all but 100",
+        "last tile",
+        "lower half",
+        "lowest 100",
+        "all but the best",
+        "all but the best 50",
+        "all but the best 2,000",
+        "all but the best 20,000",
+    ),
+    2.0,
+) | {"half": 1.2}
+#: The case in which a mask that bans the best tokens leaves a row whose kept set is much larger.
+#: Its masked rows are counted once more without a mask, with -inf in place of what is banned.
+EXPLAINED = "min-p-0.05"
 #: A function of the C library that nothing else calls; callgrind writes a file before each call.
 MARK = "getpgid"
 
@@ -72,10 +118,85 @@ def parts() -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
                 yield names, PROVIDERS[provider].build(task).call, len(buffers)
 
 
-def count() -> None:
-    """Make the calls of every part between two marks. This runs under callgrind."""
+def make_mask(name: str, logits: Tensor) -> Tensor:
+    """Return which tokens a mask of MASK_GOALS allows in a row of logits, as bool."""
+    size = len(logits)
+    ids = torch.arange(size)
+    rank = logits.argsort(descending=True).argsort()  # 0 for the best token
+
+    def some(number: int) -> Tensor:
+        chosen = torch.zeros(size, dtype=torch.bool)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(number))
+        chosen[order[:number]] = True
+        return chosen
+
+    kind, _, number = name.rpartition(" ")
+    count = int(number.replace(",", "")) if number[0].isdigit() else 1
+    if name == "half":
+        return some(size // 2)
+    if kind == "":
+        return ids >= 0 if name == "all" else some(count)
+    if kind == "alternating":
+        return ids // {"words": 32, "tokens": 1}[number] % 2 == 1
+    if kind == "all but":
+        return ~some(count)
+    if name == "last tile":
+        return ids // 512 == (size - 1) // 512
+    if name == "lower half":
+        return rank >= size // 2
+    if kind == "lowest":
+        return rank >= size - count
+    assert kind in ("all but the", "all but the best"), name
+    return rank >= count
+
+
+def masked_parts() -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
+    """Yield such parts for every case of MASKED_CASES with each mask, and with none.
+
+    Where it explains the cost there is a third one: no mask, and -inf in place of what is banned.
+    """
+    rows = [buffer[0] for buffer in make_buffers("model", 1, VOCAB_SIZE)[:CALLS]]
+    allowed = {mask: [make_mask(mask, row) for row in rows] for mask in MASK_GOALS}
+    words = {mask: [pack_mask(made, VOCAB_SIZE) for made in allowed[mask]] for mask in MASK_GOALS}
+    infinite = {
+        mask: [
+            row.masked_fill(~made, -torch.inf)
+            for row, made in zip(rows, allowed[mask], strict=True)
+        ]
+        for mask in MASK_GOALS
+    }
+    none = [None] * len(rows)
+    for dtype in DTYPES:
+        for case in MASKED_CASES:
+            names = {"dtype": dtype, "case": case, "mask": "", "how": "none"}
+            yield names, _call(case, dtype, rows, none), len(rows)
+            for mask in MASK_GOALS:
+                names = {"dtype": dtype, "case": case, "mask": mask, "how": "mask"}
+                yield names, _call(case, dtype, rows, words[mask]), len(rows)
+                if case == EXPLAINED:
+                    call = _call(case, dtype, infinite[mask], none)
+                    yield names | {"how": "-inf"}, call, len(rows)
+
+
+def _call(
+    case: str, dtype: str, rows: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> Callable[[int], object]:
+    sampler = Sampler(CASES[case].row_params(1), vocab_size=VOCAB_SIZE, backend="cpu")
+    logits = [row.to(DTYPES[dtype])[None] for row in rows]
+    return lambda i: sampler(logits[i], allowed_mask=masks[i])
+
+
+def count(masked: bool, library: Path | None) -> None:
+    """Make the calls of every part between two marks. This runs under callgrind.
+
+    Args:
+        masked: whether the parts are those with masks.
+        library: the kernel, if it is not the package's own.
+    """
     torch.set_num_threads(1)
-    for names, call, buffers in parts():
+    if library is not None:
+        cpu.LIBRARY.path = library
+    for names, call, buffers in masked_parts() if masked else parts():
         for buffer in range(buffers):  # a first call may prepare something
             call(buffer)
         mark()
@@ -85,8 +206,8 @@ def count() -> None:
         print(json.dumps(names | {"calls": buffers}), flush=True)
 
 
-def functions(profile: str) -> Counter[str]:
-    """Return the instructions of each function of OBJECTS, from the text of a callgrind file."""
+def functions(profile: str, objects: Collection[str] = OBJECTS) -> Counter[str]:
+    """Return the instructions of each function of libraries, from the text of a callgrind file."""
     names: dict[tuple[str, str], str] = {}
     found: Counter[str] = Counter()
     place = {"ob": "", "fn": ""}
@@ -100,7 +221,7 @@ def functions(profile: str) -> Counter[str]:
         elif line.startswith("calls="):
             inclusive = True  # the next line counts the callee, which has lines of its own
         elif re.match(r"[+*\d-]", line):
-            if not inclusive and Path(place["ob"]).name in OBJECTS:
+            if not inclusive and Path(place["ob"]).name in objects:
                 found[_short(place["fn"])] += int(line.split()[-1])
             inclusive = False
     return found
@@ -114,8 +235,8 @@ def _short(name: str) -> str:
     return name.split("(")[0].rpartition("::")[2].strip()
 
 
-def run() -> list[dict[str, Any]]:
-    """Return every part with its instructions per LANES tokens."""
+def run(*options: str, objects: Collection[str] = OBJECTS) -> list[dict[str, Any]]:
+    """Return every part with its instructions per LANES tokens; ``options`` are for count()."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         raise SystemExit("cpu_cost needs valgrind: apt install valgrind")
@@ -125,6 +246,7 @@ def run() -> list[dict[str, Any]]:
             [
                 *(valgrind, "--tool=callgrind", f"--callgrind-out-file={profile}"),
                 *(f"--dump-before={MARK}", sys.executable, "-m", "benchmarks.cpu_cost", "--count"),
+                *options,
             ],
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -136,10 +258,74 @@ def run() -> list[dict[str, Any]]:
             # A part has two marks, and the file of its first one counts its preparation.
             text = Path(f"{profile}.{2 * number + 2}").read_text(encoding="utf-8")
             per = LANES / (VOCAB_SIZE * line.pop("calls"))
-            counts = {name: per * ir for name, ir in functions(text).most_common()}
+            counts = {name: per * ir for name, ir in functions(text, objects).most_common()}
             line["total"] = round(sum(counts.values()), 2)
             line["functions"] = {name: round(n, 2) for name, n in counts.items() if n >= 0.05}
     return lines
+
+
+def build_for(instruction_set: str, folder: Path) -> Path:
+    """Build the kernel for one instruction set alone, by the flags of setup.py."""
+    clones = "'-DLLM_SAMPLING_CLONES=__attribute__((noinline))'"
+    flags = {"CFLAGS": f"-march={instruction_set} {clones}", "LLM_SAMPLING_CUDA": "0"}
+    subprocess.run(
+        [
+            *(sys.executable, "setup.py", "-q", "build_ext"),
+            *(f"--build-lib={folder}", f"--build-temp={folder}"),
+        ],
+        cwd=ROOT,
+        env=os.environ | flags,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return folder / "llm_sampling/lib" / KERNEL
+
+
+def run_masked(instruction_set: str) -> list[dict[str, Any]]:
+    """Return every masked case: its instructions per LANES tokens, and their ratio to no mask's."""
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        library = build_for(instruction_set, Path(folder))
+        found = run("--masked", f"--library={library}", objects={KERNEL})
+    total = {(line["dtype"], line["case"], line["mask"], line["how"]): line for line in found}
+    for dtype, case, mask, how in total:
+        if how != "mask":
+            continue
+        unmasked = total[dtype, case, "", "none"]["total"]
+        masked = total[dtype, case, mask, "mask"]["total"]
+        line = {"instruction_set": instruction_set, "dtype": dtype, "case": case, "mask": mask}
+        line |= {"unmasked": unmasked, "masked": masked, "limit": MASK_GOALS[mask]}
+        line["ratio"] = round(masked / unmasked, 3)
+        if case == EXPLAINED:
+            infinite = total[dtype, case, mask, "-inf"]["total"]
+            line["ratio_of_infinite"] = round(infinite / unmasked, 3)
+        lines.append(line)
+    return lines
+
+
+def masked_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the table of the masks in Markdown, with a column for each mask."""
+    text = (
+        "Rows of `model` with an `allowed_mask`: how many times the instructions of the same call "
+        "without one. The goal is at most 1.2 for `half`, a random half of the tokens, and at most "
+        "2 for every other mask. A miss is bold, with what the call takes without a mask where the "
+        "banned logits are -inf.\n\n"
+    )
+    text += f"| instructions | dtype | case | per {LANES} tokens | {' | '.join(MASK_GOALS)} |\n"
+    text += f"|---|---|---|--:|{'--:|' * len(MASK_GOALS)}\n"
+    for first in range(0, len(lines), len(MASK_GOALS)):
+        row = lines[first : first + len(MASK_GOALS)]
+        line = row[0]
+        text += f"| {line['instruction_set']} | {line['dtype']} | {line['case']} "
+        text += f"| {line['unmasked']:.1f} | {' | '.join(map(_ratio, row))} |\n"
+    return text
+
+
+def _ratio(line: dict[str, Any]) -> str:
+    if line["ratio"] <= line["limit"]:
+        return f"{line['ratio']:.2f}"
+    more = f" ({line['ratio_of_infinite']:.2f})" if "ratio_of_infinite" in line else ""
+    return f"**{line['ratio']:.2f}**{more}"
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -161,16 +347,22 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Instructions of the CPU kernel, by function.")
     parser.add_argument("--json", type=Path, help="write the results here, and a table beside it")
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--masked", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.count:
-        count()
+        count(options.masked, options.library)
         return 0
-    lines = run()
+    with ThreadPoolExecutor() as pool:  # the load of a machine changes no count
+        whole = pool.submit(run)
+        masked = [line for found in pool.map(run_masked, INSTRUCTION_SETS) for line in found]
+        lines = whole.result()
     command = command_line("cpu_cost", argv)
     text = f"`{command}`, V = {VOCAB_SIZE:,}, one row, float32\n\n{table(lines)}"
+    text += f"\n{masked_table(masked)}"
     print(text)
-    report = {"command": command, "environment": environment(argv), "lines": lines}
-    write_result(options.json, report, text)
+    report = {"command": command, "environment": environment(argv)}
+    write_result(options.json, report | {"lines": lines, "masks": masked}, text)
     return 0
 
 

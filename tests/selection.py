@@ -78,6 +78,11 @@ SOME = {
     "test_triton_compile.py::"
     "test_an_odd_vocabulary_in_aligned_rows_is_loaded_16_bytes_at_a_time": Some(5),
     "test_cpu_paths.py::test_best_tokens_that_are_penalised": Some(3),
+    "test_cpu_paths.py::test_masks_and_what_is_under_them": Some(7),
+    "test_cpu_paths.py::test_masks_with_penalties_and_biases": Some(5),
+    "test_cpu_paths.py::test_masked_logits_at_every_alignment": Some(4),
+    "test_cpu_paths.py::test_one_mask_for_all_rows_and_raw_logprobs": Some(3),
+    "test_cpu_paths.py::test_masks_in_every_instruction_set": Some(instructions=()),
     "test_vectors_family.py::test_case": Some(3),
     "test_vectors_family.py::test_the_same_after_other_ids_were_taken_away": Some(3),
     "test_histories.py::test_updates": Some(5),

@@ -12,7 +12,21 @@
 namespace llm_sampling {
 namespace {
 
-// Writes the maximum of every stripe and every tile. Returns true if a logit may be NaN, which is when a sum
+// The largest of a tile's stripe maxima, halved three times, so that each step is one vector operation.
+INLINE float largest(const float* stripes) {
+  float best[kStripes / 2];
+  for (int j = 0; j < 8; ++j) best[j] = std::max(stripes[j], stripes[j + 8]);
+  for (int j = 0; j < 4; ++j) best[j] = std::max(best[j], best[j + 4]);
+  return std::max(std::max(best[0], best[1]), std::max(best[2], best[3]));
+}
+
+INLINE bool holds_nan(const float* sums) {
+  bool nan = false;
+  for (int j = 0; j < kStripes * 2; ++j) nan |= sums[j] != sums[j];
+  return nan;
+}
+
+// Writes the maximum of every stripe and every tile of a row without a mask. Returns true if a logit may be NaN, which is when a sum
 // of logits is NaN: +inf plus -inf is NaN too.
 LLM_SAMPLING_CLONES bool scan_maxima(
     const Row& row,
@@ -25,16 +39,40 @@ LLM_SAMPLING_CLONES bool scan_maxima(
   alignas(64) float sums[kStripes * 2] = {};
   for (int64_t tile = begin; tile < end; ++tile) {
     float* stripes = stripe_max + tile * kStripes;
-    tile_maxima(load_tile(row, tile, buffer), stripes, sums);
-    // Halved three times, so that each step is one vector operation.
-    float best[kStripes / 2];
-    for (int j = 0; j < 8; ++j) best[j] = std::max(stripes[j], stripes[j + 8]);
-    for (int j = 0; j < 4; ++j) best[j] = std::max(best[j], best[j + 4]);
-    tile_max[tile] = std::max(std::max(best[0], best[1]), std::max(best[2], best[3]));
+    tile_maxima(load_tile_unmasked(row, tile, buffer), stripes, sums);
+    tile_max[tile] = largest(stripes);
   }
-  bool nan = false;
-  for (int j = 0; j < kStripes * 2; ++j) nan |= sums[j] != sums[j];
-  return nan;
+  return holds_nan(sums);
+}
+
+// The same of the allowed tokens alone, of a row that has a mask.
+LLM_SAMPLING_CLONES bool scan_masked_maxima(
+    const Row& row,
+    int64_t begin,
+    int64_t end,
+    float* stripe_max,
+    float* tile_max
+) {
+  alignas(64) float buffer[kTile];
+  alignas(64) float sums[kStripes * 2] = {};
+  uint32_t mask_buffer[kMaskWords];
+  for (int64_t tile = begin; tile < end; ++tile) {
+    float* stripes = stripe_max + tile * kStripes;
+    const TileMask mask = tile_mask(row, tile, mask_buffer);
+    if (mask.bans_all) {
+      std::fill_n(stripes, kStripes, -kInfinity);
+      tile_max[tile] = -kInfinity;
+      continue;
+    }
+    const float* y = load_tile_unmasked(row, tile, buffer);
+    if (mask.words == nullptr) {
+      tile_maxima(y, stripes, sums);
+    } else {
+      masked_tile_maxima(y, mask.words, stripes, sums);
+    }
+    tile_max[tile] = largest(stripes);
+  }
+  return holds_nan(sums);
 }
 
 // Whether a logit is NaN.
@@ -53,8 +91,8 @@ INLINE bool is_massless(const Row& row, float tile_max) {
   return !(depth(tile_max, row.m, row.scale) < kMassless);
 }
 
-// The scaled masses of a tile.
-INLINE void scaled_masses(const Row& row, const float* y, float* __restrict scaled) {
+// The scaled masses of a tile, 0 for banned tokens. `y` are its logits without the mask.
+INLINE void scaled_masses(const Row& row, int64_t tile, const float* y, float* __restrict scaled) {
   alignas(64) float fraction[kTile];
   alignas(64) int32_t exponent[kTile];
   if (row.m < kInfinity && row.scale < kInfinity) {
@@ -67,6 +105,9 @@ INLINE void scaled_masses(const Row& row, const float* y, float* __restrict scal
     }
   }
   for (int j = 0; j < kTile; ++j) scaled[j] = scaled_mass(fraction[j], exponent[j]);
+  uint32_t mask_buffer[kMaskWords];
+  const TileMask mask = tile_mask(row, tile, mask_buffer);
+  if (mask.words != nullptr) replace_banned(mask.words, 0.0f, scaled);
 }
 
 INLINE int64_t sum_masses(const float* scaled) {
@@ -95,7 +136,7 @@ LLM_SAMPLING_CLONES void scan_mass(
   for (int64_t tile = begin; tile < end; ++tile) {
     tile_mass[tile] = 0;
     if (is_massless(row, tile_max[tile])) continue;
-    scaled_masses(row, load_tile(row, tile, buffer), scaled);
+    scaled_masses(row, tile, load_tile_unmasked(row, tile, buffer), scaled);
     tile_mass[tile] = sum_masses(scaled);
   }
 }
@@ -114,8 +155,8 @@ LLM_SAMPLING_CLONES void scan_kept_mass(
   for (int64_t tile = begin; tile < end; ++tile) {
     tile_kept[tile] = 0;
     if (!(tile_max[tile] >= threshold.value) || is_massless(row, tile_max[tile])) continue;
-    const float* y = load_tile(row, tile, buffer);
-    scaled_masses(row, y, scaled);
+    const float* y = load_tile_unmasked(row, tile, buffer);
+    scaled_masses(row, tile, y, scaled);
     for (int32_t j = 0; j < kTile; ++j) {
       scaled[j] = is_kept(threshold, tile * kTile, y[j], j) ? scaled[j] : 0.0f;
     }
@@ -138,8 +179,8 @@ LLM_SAMPLING_CLONES void scan_split_mass(
   for (int64_t tile = begin; tile < end; ++tile) {
     tile_mass[tile] = tile_kept[tile] = 0;
     if (is_massless(row, tile_max[tile])) continue;
-    const float* y = load_tile(row, tile, buffer);
-    scaled_masses(row, y, scaled);
+    const float* y = load_tile_unmasked(row, tile, buffer);
+    scaled_masses(row, tile, y, scaled);
     static_assert(kTile <= kMaxSummedHalves, "the sums of a tile's halves fit an int32");
     int32_t high[2] = {};
     int32_t low[2] = {};
@@ -164,8 +205,8 @@ LLM_SAMPLING_CLONES void tile_kept_masses(
     float* w
 ) {
   alignas(64) float buffer[kTile];
-  const float* y = load_tile(row, tile, buffer);
-  scaled_masses(row, y, w);
+  const float* y = load_tile_unmasked(row, tile, buffer);
+  scaled_masses(row, tile, y, w);
   for (int32_t j = 0; j < kTile; ++j) {
     const float whole = __builtin_truncf(w[j] * 0x1p21f);
     w[j] = is_kept(threshold, tile * kTile, y[j], j) ? whole : 0.0f;
@@ -234,13 +275,20 @@ struct Probe {
 
 LLM_SAMPLING_CLONES void take_probe(const Row& row, const float* stripe_max, Probe& out) {
   alignas(64) float buffer[kTile];
+  uint32_t mask_buffer[kMaskWords];
   const int64_t tiles = row.tiles();
   float* other = out.depth[1];
   for (int64_t tile = 0; tile < tiles; tile += 2) {
     // Another 16 neighbours in each tile, one of each stripe.
-    const float* y = load_tile(row, tile, buffer) + tile * 7 % kStripeTokens * kStripes;
+    const int64_t first = tile * 7 % kStripeTokens * kStripes;
+    const float* y = load_tile_unmasked(row, tile, buffer) + first;
     const float* top = stripe_max + tile * kStripes;
     for (int j = 0; j < kStripes; ++j) other[j] = y[j] < top[j] ? y[j] : -kInfinity;
+    const TileMask mask = tile_mask(row, tile, mask_buffer);
+    if (mask.words != nullptr) {
+      const uint32_t bits = mask.words[first / 32] >> first % 32;
+      for (int j = 0; j < kStripes; ++j) other[j] = (bits & kBit[j]) != 0 ? other[j] : -kInfinity;
+    }
     other += kStripes;
   }
   out.size[0] = tiles * kStripes;
@@ -326,8 +374,15 @@ LLM_SAMPLING_CLONES int64_t append_band(
 ) {
   alignas(64) float buffer[kTile];
   uint64_t inside[kTile / 64];
-  const float* y = load_tile(row, tile, buffer);
+  const float* y = load_tile_unmasked(row, tile, buffer);
   band_bits(y, low, high, inside);
+  uint32_t mask_buffer[kMaskWords];
+  const TileMask mask = tile_mask(row, tile, mask_buffer);
+  if (mask.words != nullptr) {
+    for (int i = 0; i < kTile / 64; ++i) {
+      inside[i] &= mask.words[2 * i] | static_cast<uint64_t>(mask.words[2 * i + 1]) << 32;
+    }
+  }
   // Collect the words that have bits without a branch, which the CPU could not predict.
   int words[kTile / 64 + 1];
   int number = 0;

@@ -1,10 +1,11 @@
 // The CPU kernel. The arithmetic is in ../semantics.h, and steps have the numbers of docs/semantics.md.
-// tile.h: the logits of a row after steps 1 to 5. passes.h: the vectorised loops over tiles (two of them in
+// tile.h: the logits of a row after steps 1 to 5. passes.h: the vectorised loops over tiles (three of them in
 // simd_x86.h). select.h: selection among candidates, and estimates. thread_pool.h: threads.
 //
 // Work: one thread owns a row; if there are fewer rows than threads, each row is split over threads by tiles.
 // A row is read in tiles of 512 tokens. Steps 1 to 5 write a tile to 2 KiB of the stack, or read it in place
-// if they change nothing. There is no copy of the row.
+// if they change nothing. There is no copy of the row. A mask takes no copy: maxima are of the allowed tokens,
+// and masses and lists of candidates are cut to them. A tile without an allowed token is not read.
 //
 // Passes over the row:
 //   maxima       Every row: the maximum of each tile and of each of its 16 stripes (tokens with the same
@@ -330,7 +331,8 @@ void RowSampler::find_maxima(const Row& row) {
   tile_max_ = ws_.tile_max.at_least(tiles_);
   std::atomic<bool> nan{false};
   over_tiles([&](int64_t begin, int64_t end) {
-    if (scan_maxima(row, begin, end, stripe_max_, tile_max_) && has_nan(row, begin, end)) {
+    const auto scan = row.allowed == nullptr ? scan_maxima : scan_masked_maxima;
+    if (scan(row, begin, end, stripe_max_, tile_max_) && has_nan(row, begin, end)) {
       nan.store(true, std::memory_order_relaxed);
     }
   });

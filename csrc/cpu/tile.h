@@ -31,6 +31,7 @@ namespace {
 constexpr int kTile = 512;    // tokens
 constexpr int kStripes = 16;  // stripe i of a tile is its tokens j with j mod 16 == i
 constexpr int kStripeTokens = kTile / kStripes;
+constexpr int kMaskWords = kTile / 32;
 
 // One row's logits, and all that steps 1 to 5 and 9 need.
 struct Row {
@@ -77,12 +78,45 @@ INLINE void add_bias(const Row& row, int64_t begin, int count, float* y) {
   }
 }
 
-INLINE void mask_out(const uint32_t* allowed, int count, float* __restrict y) {
-  for (int w = 0; w * 32 < count; ++w) {
-    const uint32_t bits = allowed[w];
-    if (bits == 0xffffffffu) continue;
-    float* z = y + w * 32;  // may reach past count, but not past the tile
-    for (int j = 0; j < 32; ++j) z[j] = (bits >> j & 1) != 0 ? z[j] : -kInfinity;
+// The mask of a tile.
+struct TileMask {
+  const uint32_t* words;  // kMaskWords of them; NULL if every token is allowed
+  bool bans_all;
+};
+
+// The mask of a tile; past the row's end nothing is allowed. `buffer` is for a tile that the row ends in.
+INLINE TileMask tile_mask(const Row& row, int64_t tile, uint32_t* buffer) {
+  if (row.allowed == nullptr) return {nullptr, false};
+  const uint32_t* words = row.allowed + tile * kMaskWords;
+  const int64_t left = row.vocab_size - tile * kTile;
+  if (left < kTile) {
+    std::fill(std::copy_n(words, (left + 31) / 32, buffer), buffer + kMaskWords, 0);
+    words = buffer;
+  }
+  const uint32_t first = words[0];
+  if (first != 0 && first != 0xffffffffu) return {words, false};
+  uint32_t differing = 0;
+  for (int i = 0; i < kMaskWords; ++i) differing |= words[i] ^ first;
+  if (differing != 0) return {words, false};
+  return {first == 0 ? words : nullptr, first == 0};
+}
+
+// 1 << j. As a table, since SSE2 and NEON test many bits at once, but SSE2 cannot shift by many numbers.
+constexpr uint32_t kBit[32] = {
+    1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,
+    1u << 8,  1u << 9,  1u << 10, 1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15,
+    1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21, 1u << 22, 1u << 23,
+    1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31,
+};
+
+// Replaces the values of a tile's banned tokens.
+INLINE void replace_banned(const uint32_t* allowed, float replacement, float* __restrict y) {
+  for (int word = 0; word < kMaskWords; ++word) {
+    const uint32_t bits = allowed[word];
+    for (int j = 0; j < 32; ++j) {
+      const float x = y[word * 32 + j];
+      y[word * 32 + j] = (bits & kBit[j]) != 0 ? x : replacement;
+    }
   }
 }
 
@@ -155,15 +189,17 @@ INLINE void penalise_candidates(const Row& row, float* x, const uint32_t* id, in
   }
 }
 
-// The 512 logits of a tile after steps 1 to 5, -inf past the row's end. They are written to `buffer`, or
-// returned in place if they are float32 and steps 2 to 5 change nothing: then another thread may change them
-// between two loads.
-INLINE const float* load_tile(const Row& row, int64_t tile, float* __restrict buffer) {
+// The 512 logits of a tile after steps 1 to 5 without the mask, -inf past the row's end. They are written to
+// `buffer`, or returned in place if they are float32 and nothing changes them: then another thread may change
+// them between two loads. A mask may be applied afterwards, since no bias and no penalty changes -inf.
+INLINE const float* load_tile_unmasked(const Row& row, int64_t tile, float* __restrict buffer) {
   const int64_t begin = tile * kTile;
   const int count = static_cast<int>(std::min<int64_t>(kTile, row.vocab_size - begin));
   switch (row.dtype) {  // 1 widen
     case LLM_SAMPLING_FLOAT32:
-      if (count == kTile && row.is_raw()) return static_cast<const float*>(row.logits) + begin;
+      if (count == kTile && row.bias_count == 0 && row.seen == nullptr) {
+        return static_cast<const float*>(row.logits) + begin;
+      }
       widen<float, same>(row.logits, begin, count, buffer);
       break;
     case LLM_SAMPLING_FLOAT16:
@@ -173,9 +209,19 @@ INLINE const float* load_tile(const Row& row, int64_t tile, float* __restrict bu
       widen<uint16_t, widen_bfloat16>(row.logits, begin, count, buffer);
   }
   for (int j = count; j < kTile; ++j) buffer[j] = -kInfinity;
-  if (row.bias_count > 0) add_bias(row, begin, count, buffer);                    // 2 bias
-  if (row.allowed != nullptr) mask_out(row.allowed + begin / 32, count, buffer);  // 2 mask
+  if (row.bias_count > 0) add_bias(row, begin, count, buffer);   // 2 bias
   if (row.seen != nullptr) penalise(row, begin, count, buffer);  // 3 to 5 penalties
+  return buffer;
+}
+
+// The same logits with the mask: after all of steps 1 to 5.
+INLINE const float* load_tile(const Row& row, int64_t tile, float* __restrict buffer) {
+  uint32_t mask_buffer[kMaskWords];
+  const TileMask mask = tile_mask(row, tile, mask_buffer);
+  const float* y = load_tile_unmasked(row, tile, buffer);
+  if (mask.words == nullptr) return y;
+  if (y != buffer) std::copy_n(y, kTile, buffer);
+  replace_banned(mask.words, -kInfinity, buffer);  // 2 mask
   return buffer;
 }
 

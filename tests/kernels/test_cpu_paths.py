@@ -1,14 +1,21 @@
 """Rows for which the CPU kernel has a path of its own; each result must equal the reference's.
 
 Penalties on candidates only: rows whose best tokens the penalties push below the bound, and rows
-that must not take this path. Top-p: rows that mislead the probe from which it estimates.
+that must not take this path. Top-p: rows that mislead the probe from which it estimates. Masks: a
+tile of 512 tokens that is allowed, banned, or both, and what is under the mask.
 """
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from llm_sampling import BatchParams, SamplingParams, TokenHistory, filter_logits, sample
-from llm_sampling.backends import BACKENDS
+from llm_sampling.backends import BACKENDS, cpu, native
+from llm_sampling.masks import pack_mask
 
 pytestmark = pytest.mark.skipif(
     BACKENDS["cpu"].why_unavailable(torch.device("cpu")) is not None, reason="there is no kernel"
@@ -21,7 +28,10 @@ def generator():
 
 
 def assert_equal(logits, params, prompts=None, outputs=None, **options):
-    """Tokens, status and kept sets equal the reference's, on one thread and on several."""
+    """Tokens, status and kept sets equal the reference's, on one thread and on several.
+
+    Returns the reference's tokens and status.
+    """
     rows, vocab_size = logits.shape
     params = [params] * rows if isinstance(params, SamplingParams) else params
     batch = BatchParams.from_list(params, positions=range(rows))
@@ -50,6 +60,7 @@ def assert_equal(logits, params, prompts=None, outputs=None, **options):
         assert torch.equal(own_kept > -torch.inf, kept > -torch.inf)
         if expected.logprobs is not None:
             torch.testing.assert_close(output.logprobs, expected.logprobs, equal_nan=True)
+    return expected
 
 
 def best(logits, number):
@@ -270,3 +281,139 @@ def test_min_tokens_to_keep(trick, at_least):
     logits = TRICKS[trick](2, 5003)
     for options in ({"top_p": 0.3}, {"top_p": 0.9, "min_p": 0.3}, {"top_k": 5, "top_p": 0.5}):
         assert_equal(logits, SamplingParams(min_tokens_to_keep=at_least, **options, seed=3))
+
+
+# ---- Masks ---------------------------------------------------------------------------------------
+
+
+def some(vocab_size, number, seed=0):
+    """So many tokens, anywhere."""
+    chosen = torch.zeros(vocab_size, dtype=torch.bool)
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))
+    chosen[order[:number]] = True
+    return chosen
+
+
+#: A mask's name to a function of the vocabulary's ids and their ranks, 0 for the best token.
+MASKS = {
+    "half": lambda ids, rank: some(len(ids), len(ids) // 2),
+    "all": lambda ids, rank: ids >= 0,
+    "none": lambda ids, rank: ids < 0,
+    "one": lambda ids, rank: some(len(ids), 1),
+    "five": lambda ids, rank: some(len(ids), 5),
+    "100": lambda ids, rank: some(len(ids), 100),
+    "2,000": lambda ids, rank: some(len(ids), 2000),
+    "alternating words": lambda ids, rank: ids // 32 % 2 == 1,
+    "alternating tiles": lambda ids, rank: ids // 512 % 2 == 1,
+    "alternating tokens": lambda ids, rank: ids % 2 == 0,
+    "one stripe": lambda ids, rank: ids % 16 == 7,
+    "all but a few": lambda ids, rank: ~some(len(ids), 5),
+    "the last tile": lambda ids, rank: ids // 512 == ids[-1] // 512,
+    "the last token": lambda ids, rank: ids == ids[-1],
+    "the lower half": lambda ids, rank: rank >= len(ids) // 2,
+    "the lowest": lambda ids, rank: rank >= len(ids) - 3,
+    "all but the best": lambda ids, rank: rank > 0,
+    "all but the best 50": lambda ids, rank: rank >= 50,
+}
+#: What a tile's end may lie beside: the end of a word, of a tile, and neither.
+MASKED_SIZES = (31, 512, 1000, 5003)
+MASKED_CHAINS = CHAINS | {"no filter": {}, "min-p alone": {"min_p": 0.1}}
+
+
+def make_masks(logits):
+    """Every mask for a row of logits: bool ``(len(MASKS), vocab_size)``."""
+    ids = torch.arange(len(logits))
+    rank = logits.nan_to_num(-torch.inf).argsort(descending=True).argsort()
+    return torch.stack([make(ids, rank) for make in MASKS.values()])
+
+
+def with_random_bits_past_the_end(mask, vocab_size):
+    """The mask's words, whose bits past the vocabulary mean nothing, in rows of an odd stride."""
+    words = pack_mask(mask, vocab_size)
+    noise = torch.randint(-(2**31), 2**31, (len(words), words.shape[1] + 2), generator=generator())
+    buffer = noise.int()
+    buffer[:, 1:-1] = words
+    if vocab_size % 32:
+        past = -(1 << vocab_size % 32)
+        buffer[:, -2] = (buffer[:, -2] & ~past) | (noise[:, -2].int() & past)
+    return buffer[:, 1:-1]
+
+
+def assert_masks_agree(params, dtype, **history):
+    for vocab_size in MASKED_SIZES:
+        row = (3 * torch.randn(vocab_size, generator=generator())).to(dtype)
+        allowed = make_masks(row)
+        words = with_random_bits_past_the_end(allowed, vocab_size)
+        clean = row.repeat(len(MASKS), 1)
+        hidden = clean.clone()  # NaN and +inf under the mask alone
+        hidden[:, ::2] = hidden[:, ::2].masked_fill(~allowed[:, ::2], torch.nan)
+        hidden[:, 1::2] = hidden[:, 1::2].masked_fill(~allowed[:, 1::2], torch.inf)
+        beside = hidden.clone()  # and a few beside it
+        beside[:, 5::97] = torch.nan
+        beside[1::2, 7::101] = torch.inf
+        options = {"logprobs": "processed", "allowed_mask": words} | history
+        expected = assert_equal(clean, params, **options)
+        unseen = assert_equal(hidden, params, **options)
+        assert torch.equal(unseen.tokens, expected.tokens)
+        assert torch.equal(unseen.status, expected.status)
+        assert (assert_equal(beside, params, **options).status > 2).any() or vocab_size == 31
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chain", MASKED_CHAINS)
+def test_masks_and_what_is_under_them(chain, dtype):
+    assert_masks_agree(SamplingParams(**MASKED_CHAINS[chain], seed=3), dtype)
+
+
+@pytest.mark.parametrize("chain", MASKED_CHAINS)
+def test_masks_with_penalties_and_biases(chain):
+    """Among the biases one that bans an allowed token, and one that would raise a banned one."""
+    params = SamplingParams(
+        **MASKED_CHAINS[chain],
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        logit_bias={0: -torch.inf, 1: 20.0, 2: 30.0, 30: -1.0},
+        seed=3,
+    )
+    ids = [list(range(0, 30, 2))] * len(MASKS)
+    assert_masks_agree(params, torch.float32, prompts=ids, outputs=ids)
+
+
+@pytest.mark.parametrize("chain", MASKED_CHAINS)
+def test_one_mask_for_all_rows_and_raw_logprobs(chain):
+    params = SamplingParams(**MASKED_CHAINS[chain], seed=3)
+    logits = 3 * torch.randn(4, 5003, generator=generator())
+    for number in (5, 2500):
+        mask = pack_mask(some(5003, number), 5003)
+        assert_equal(logits, params, allowed_mask=mask, logprobs="raw")
+        assert_equal(logits, params, allowed_mask=mask.expand(4, -1), logprobs="raw")
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_masked_logits_at_every_alignment(start):
+    """SSE's operands in memory must be aligned, and a row of logits need not be."""
+    logits = torch.randn(5 * 5003, generator=generator())[start : start + 4 * 5003].view(4, 5003)
+    mask = pack_mask(some(5003, 2500), 5003)
+    for chain in MASKED_CHAINS.values():
+        assert_equal(logits, SamplingParams(**chain, seed=3), allowed_mask=mask)
+
+
+@pytest.mark.parametrize("instructions", ["x86-64-v3", "x86-64-v2", "x86-64"])
+def test_masks_in_every_instruction_set(instructions, tmp_path, monkeypatch):
+    """Those that the machine's own takes the place of where the kernel chooses."""
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        pytest.skip("these are instruction sets of x86-64")
+    if instructions == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this machine has no AVX2")
+    library = native.Library("cpu")
+    library.path = tmp_path / "kernel.so"
+    flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
+    flags += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+    flags += [f"-march={instructions}", "-DLLM_SAMPLING_CLONES=__attribute__((noinline))"]
+    source = Path(__file__).parents[2] / "csrc/cpu/sample.cpp"
+    subprocess.run(["c++", *flags, "-o", library.path, source, "-ldl"], check=True)
+    monkeypatch.setattr(cpu, "LIBRARY", library)
+    for chain in ("greedy", "all", "no top-k", "no filter", "min-p alone"):
+        assert_masks_agree(SamplingParams(**MASKED_CHAINS[chain], seed=3), torch.float32)
+    for start in range(4):
+        test_masked_logits_at_every_alignment(start)

@@ -24,8 +24,9 @@ MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # AddressSanitizer then also sees what lies between the size of a vector and its capacity.
 MEMORY += ["-D_GLIBCXX_SANITIZE_VECTOR"]
 #: The race that ThreadSanitizer must not report, by the functions that write and read the logits.
-#: load_tile is the only reader where logits are bfloat16. float32 logits are read in place, in
-#: functions that also use memory of the kernel's own, whose races must not be hidden.
+#: load_tile, with or without the mask, is the only reader where logits are bfloat16. float32 logits
+#: are read in place, in functions that also use memory of the kernel's own, whose races must not be
+#: hidden.
 SUPPRESSED = "race:overwrite_logits\nrace:load_tile\n"
 #: The exit status of a process in which ThreadSanitizer has found a race.
 RACE_FOUND = 66
