@@ -139,8 +139,10 @@ def assert_same_results(expected: SampleOutput, output: SampleOutput) -> None:
     got = dict(named_results(output))
     for path, tensor in named_results(expected):
         tensor, own = tensor.reshape(got[path].shape), got[path]
-        tolerance = 1e-5 if "logprobs" in path else 0.0
-        assert torch.allclose(own, tensor, rtol=0, atol=tolerance, equal_nan=True), path
+        if "logprobs" in path:
+            assert torch.allclose(own, tensor, rtol=0, atol=1e-5, equal_nan=True), path
+        else:
+            assert torch.equal(unchecked.bits(own), unchecked.bits(tensor)), path
 
 
 def memory(call: SampleCall, output: SampleOutput, *others: Tensor) -> list[list[int]]:

@@ -19,6 +19,7 @@
 
 #include "../../../csrc/cpu/sample.cpp"
 #include "noise.h"
+#include "result_arrays.h"
 
 using namespace llm_sampling;
 
@@ -211,69 +212,15 @@ struct Field {
   }
 #define FIELD(name) FIELD_OF(LlmSamplingArgs, name)
 
-// How many elements of a result each row has.
-enum class Width { kOne, kDraws, kTop, kIds, kListed, kWords };
-
-// A result besides tokens, status and filtered logits.
-struct Result {
-  size_t offset, size;  // of its pointer, and of an element
-  Width width;
-};
-
-#define RESULT(name, width) \
-  Result { offsetof(LlmSamplingArgs, name), sizeof(*std::declval<LlmSamplingArgs&>().name), width }
-
-constexpr Result kResults[] = {
-    RESULT(processed.logprobs, Width::kDraws),  RESULT(processed.ranks, Width::kDraws),
-    RESULT(processed.top_ids, Width::kTop),     RESULT(processed.top_logprobs, Width::kTop),
-    RESULT(processed.id_logprobs, Width::kIds), RESULT(processed.id_ranks, Width::kIds),
-    RESULT(raw.logprobs, Width::kDraws),        RESULT(raw.ranks, Width::kDraws),
-    RESULT(raw.top_ids, Width::kTop),           RESULT(raw.top_logprobs, Width::kTop),
-    RESULT(raw.id_logprobs, Width::kIds),       RESULT(raw.id_ranks, Width::kIds),
-    RESULT(kept.counts, Width::kOne),           RESULT(kept.total, Width::kOne),
-    RESULT(kept.masses, Width::kDraws),         RESULT(kept.id_masses, Width::kIds),
-    RESULT(kept.mask, Width::kWords),           RESULT(kept.ids, Width::kListed),
-    RESULT(kept.first_id, Width::kOne),         RESULT(kept.first_logit, Width::kOne),
-    RESULT(kept.last_id, Width::kOne),          RESULT(kept.last_logit, Width::kOne),
-};
-constexpr size_t kResultCount = std::size(kResults);
-
-int64_t width_of(const LlmSamplingArgs& a, Width width) {
-  switch (width) {
-    case Width::kOne:
-      return 1;
-    case Width::kDraws:
-      return a.num_samples;
-    case Width::kTop:
-      return a.num_top_logprobs;
-    case Width::kIds:
-      return a.num_token_ids;
-    case Width::kListed:
-      return a.kept.max_ids;
-    default:
-      return (a.vocab_size + 31) / 32;
-  }
-}
-
-void* pointer_of(const LlmSamplingArgs& a, const Result& result) {
-  void* pointer;
-  std::memcpy(&pointer, reinterpret_cast<const char*>(&a) + result.offset, sizeof(pointer));
-  return pointer;
-}
-
-void set_pointer(LlmSamplingArgs& a, const Result& result, void* pointer) {
-  std::memcpy(reinterpret_cast<char*>(&a) + result.offset, &pointer, sizeof(pointer));
-}
-
 // Floats are kept as bits, so that a NaN equals itself.
 struct Outputs {
   std::vector<int64_t> tokens;
   std::vector<int32_t> status;
   std::vector<uint32_t> filtered;
-  std::array<std::vector<uint8_t>, kResultCount> results;
+  ResultArrays results;
   bool operator==(const Outputs& other) const {
     return tokens == other.tokens && status == other.status && filtered == other.filtered &&
-           results == other.results;
+           results.bytes() == other.results.bytes();
   }
 };
 
@@ -587,8 +534,7 @@ struct Case {
       out.status.assign(static_cast<size_t>(args.rows), -7);
     }
     for (size_t i = 0; i < kResultCount; ++i) {
-      const size_t width = static_cast<size_t>(args.rows * width_of(args, kResults[i].width));
-      if (wanted[i]) out.results[i].assign(width * kResults[i].size, 0x55);
+      if (wanted[i]) out.results.add(args, i);
     }
     if (filters) out.filtered.assign(extent(args.filtered_stride, args.vocab_size), 7);
     return out;
@@ -610,9 +556,7 @@ struct Case {
       a.tokens = out.tokens.data();
       a.status = out.status.data();
     }
-    for (size_t i = 0; i < kResultCount; ++i) {
-      if (!out.results[i].empty()) set_pointer(a, kResults[i], out.results[i].data());
-    }
+    out.results.put_into(a);
     if (filters) a.filtered = reinterpret_cast<float*>(out.filtered.data());
     return a;
   }
@@ -1270,7 +1214,7 @@ bool shares_a_byte(const LlmSamplingArgs& a) {
   add(true, a.tokens, 1, draws_of_all, 0);
   add(true, a.status, 1, draws ? a.rows : 0, 0);
   for (const Result& result : kResults) {
-    const int64_t size = a.rows * width_of(a, result.width) * static_cast<int64_t>(result.size);
+    const int64_t size = a.rows * width_of(a, result) * static_cast<int64_t>(result.size);
     add(true, static_cast<const char*>(pointer_of(a, result)), 1, size, 0);
   }
   add(false, a.token_ids, a.rows, a.num_token_ids, a.token_ids_stride);
