@@ -599,8 +599,8 @@ int64_t index_of(const LlmSamplingArgs& a, int64_t row) {
 // Calls holds(element) for each of a row's elements of a result that is wanted.
 template <typename T, typename F>
 bool all_of_row(const T* values, int64_t row, int64_t width, const F& holds) {
-  const T* begin = values + row * width;
-  return values == nullptr || std::all_of(begin, begin + width, holds);
+  if (values == nullptr) return true;
+  return std::all_of(values + row * width, values + (row + 1) * width, holds);
 }
 
 // Compares the results of a row without a token with the definition.
