@@ -3,7 +3,8 @@
 //
 // A call is an LlmSamplingArgs in which every pointer is the size of its array in bytes instead, or 0 for NULL.
 // The arrays that the kernel reads follow in the order of kArrays. The answer on stdout is the returned code, an
-// int32_t, and the arrays that the kernel writes, those of kResults last. The exit status is 0 if stdin ended after a call.
+// int32_t, and the arrays that the kernel writes, those of kResults last. The exit status is 0 if stdin ended
+// after a call.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
