@@ -166,7 +166,7 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
   const bool has_text = a.position_of == LLM_SAMPLING_POSITION_OF_TEXT;
   Regions regions;
   over_results(a, [&](const auto* result, int64_t width) {
-    regions.add(region(result, a.rows * width));
+    if (result != nullptr) regions.add(region(result, a.rows * width));
   });
   regions.add({
       region(a.tokens, a.tokens != nullptr ? a.rows * a.num_samples : 0),
@@ -309,13 +309,15 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   }
   const bool draws = a.tokens != nullptr;
   const bool advances = a.advance != LLM_SAMPLING_ADVANCE_NEVER;
-  bool has_results = false;
+  bool has_results = false, are_addressable = true;
   uintptr_t addresses = 0;
-  over_results(a, [&](const auto* result, int64_t) {
+  over_results(a, [&](const auto* result, int64_t width) {
     has_results |= result != nullptr;
+    are_addressable &= result == nullptr || is_addressable(a.rows, width, width);
     // Results of 8 bytes must be aligned to 8, all others to 4.
     addresses |= reinterpret_cast<uintptr_t>(result) * (8 / sizeof(*result));
   });
+  if (!are_addressable) return LLM_SAMPLING_BAD_SIZE;
   if (!draws && (advances || has_results || a.filtered == nullptr)) {
     return LLM_SAMPLING_NULL_POINTER;
   }

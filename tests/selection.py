@@ -186,6 +186,7 @@ LONG = {
     "test_golden.py::test_fused_multiply_adds_of_arm_are_reported",
     "test_races.py::test_another_race_is_reported",
     "test_races.py::test_memory_that_changes_during_a_call[all]",
+    "test_races.py::test_memory_that_changes_during_a_call[results]",
     "test_races.py::test_the_race_on_the_logits_is_the_only_one",
     "test_races.py::test_the_race_on_the_logits_is_there",
     "test_on_gpu.py::test_the_dry_run",

@@ -61,10 +61,15 @@ inline bool is_wanted(const LlmSamplingLogprobs& of) {
          of.id_logprobs != nullptr || of.id_ranks != nullptr;
 }
 
+inline bool has_ends(const LlmSamplingKept& kept) {
+  return kept.first_id != nullptr || kept.first_logit != nullptr || kept.last_id != nullptr ||
+         kept.last_logit != nullptr;
+}
+
+// Apart from the masses of the tokens, which are written when they are drawn.
 inline bool is_wanted(const LlmSamplingKept& kept) {
   return kept.counts != nullptr || kept.total != nullptr || kept.id_masses != nullptr ||
-         kept.mask != nullptr || kept.ids != nullptr || kept.first_id != nullptr ||
-         kept.last_id != nullptr;
+         kept.mask != nullptr || kept.ids != nullptr || has_ends(kept);
 }
 
 inline RowResults find_results(const LlmSamplingArgs& args, int64_t row) {

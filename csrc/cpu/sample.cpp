@@ -947,7 +947,7 @@ void RowSampler::write_kept_set() {
       out.ids[i] = i < listed ? static_cast<int32_t>(~static_cast<uint32_t>(code)) : -1;
     }
   }
-  if (out.first_id != nullptr || out.last_id != nullptr) write_kept_ends();
+  if (has_ends(out)) write_kept_ends();
 }
 
 void RowSampler::write_kept_mask() {

@@ -6,8 +6,9 @@ import ctypes
 import dataclasses
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,6 +20,14 @@ from llm_sampling.backends import base, c_abi, cpu
 from llm_sampling.backends.base import SampleCall
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, UpdateKind, apply_update
 from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.results import (
+    KeptForm,
+    KeptSet,
+    SampleOutput,
+    TokenLogprobs,
+    Wanted,
+    tensors_of,
+)
 
 ROOT = Path(__file__).parents[2]
 EXACT = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
@@ -31,8 +40,16 @@ needs_kernel = pytest.mark.skipif(
 )
 
 
+#: Every result besides tokens, status and filtered logits, as a path within the struct.
+RESULTS = (
+    *(f"{kind}.{name}" for kind in ("processed", "raw") for name in TokenLogprobs._fields),
+    *(f"kept.{name}" for name in KeptSet._fields),
+)
+
+
 @pytest.fixture
 def call() -> SampleCall:
+    """A call that asks for every result, and that has padding among its ids."""
     batch = BatchParams.from_list(
         [
             SamplingParams(
@@ -51,24 +68,93 @@ def call() -> SampleCall:
         batch=batch,
         history=TokenHistory.from_ids([[1], [2]], [[3], []], 40),
         allowed_mask=torch.full((2, 2), -1, dtype=torch.int32),
-        logprobs="raw",
+        wanted=Wanted(
+            ("raw", "processed"),
+            4,
+            torch.tensor([[39, -1, 5], [40, 1, 39]], dtype=torch.int32),
+            "ids",
+            5,
+        ),
         advance=True,
     )
 
 
-def filled(call: SampleCall) -> tuple[c_abi.SampleArgs, object]:
+def with_every_form(call: SampleCall, run: Callable[[SampleCall], SampleOutput]) -> SampleOutput:
+    """What a function gives for a call, with the kept set in all of its forms at once."""
+    wanted = call.wanted
+    output = run(call)
+    if wanted.kept is None or output.kept is None:
+        return output
+    kept = output.kept
+    for form in get_args(KeptForm):
+        other = run(dataclasses.replace(call, wanted=dataclasses.replace(wanted, kept=form))).kept
+        kept = kept._replace(**{k: v for k, v in other._asdict().items() if v is not None})
+    return output._replace(kept=kept)
+
+
+def judged(call: SampleCall) -> SampleOutput:
+    """The reference's results; the call's state stays as it is."""
+    history = None if call.history is None else call.history.clone()
+    return with_every_form(dataclasses.replace(call, history=history), reference.sample)
+
+
+def filled(call: SampleCall) -> tuple[c_abi.SampleArgs, SampleOutput]:
+    """The struct of a call, and its results, which hold what the kernel never writes."""
     struct = c_abi.make_args(call)
-    output = base.make_results(call)
-    output.tokens.fill_(-7)
+    output = with_every_form(call, base.make_results)
+    for tensor in tensors_of(output):
+        tensor.fill_(-7)
     c_abi.set_results(struct, output)
     return struct, output
 
 
-def memory(call: SampleCall, output: object) -> list[list[int]]:
+def owner(root: Any, path: str) -> tuple[Any, str]:
+    """The part of a struct or of an output that has the last name of a path."""
+    *parts, name = path.split(".")
+    for part in parts:
+        root = getattr(root, part)
+    return root, name
+
+
+def value_at(root: Any, path: str) -> Any:
+    return getattr(*owner(root, path))
+
+
+def put(struct: ctypes.Structure, path: str, value: object) -> None:
+    setattr(*owner(struct, path), value)
+
+
+def named_results(output: SampleOutput) -> Iterator[tuple[str, Tensor]]:
+    """The results of RESULTS, with their paths, and the tokens."""
+    yield "tokens", output.tokens
+    for path in RESULTS:
+        part, name = path.split(".")
+        tensor = getattr(getattr(output, part), name, None)
+        if tensor is not None:
+            yield path, tensor
+
+
+def is_same(path: str, own: Tensor, expected: Tensor) -> bool:
+    """Whether a result is the expected one: logprobs are close, all others equal."""
+    expected = expected.view(own.shape)
+    if "logprobs" in path:
+        return torch.allclose(own, expected, rtol=0, atol=1e-5, equal_nan=True)
+    return torch.equal(unchecked.bits(own), unchecked.bits(expected))
+
+
+def assert_same_results(expected: SampleOutput, output: SampleOutput) -> None:
+    assert output.status.tolist() == expected.status.tolist()
+    got = dict(named_results(output))
+    for path, tensor in named_results(expected):
+        assert is_same(path, got[path], tensor), path
+
+
+def memory(call: SampleCall, output: SampleOutput, *others: Tensor) -> list[list[int]]:
     """The bytes of every tensor of a call, which compare equal also where a float is NaN."""
     tensors = [getattr(call.batch, name) for name in KERNEL_TENSORS]
-    tensors += [call.logits, call.allowed_mask, *output]
+    tensors += [call.logits, call.allowed_mask, *tensors_of(output), *others]
     tensors += history_tensors(call.history)
+    tensors += [call.wanted.token_ids] if call.wanted.token_ids is not None else []
     tensors += [x for x in (call.record, call.extra_output) if x is not None]
     return bytes_of(tensors)
 
@@ -89,13 +175,17 @@ def run(struct: c_abi.SampleArgs) -> int:
 def setting(**fields: object) -> Callable[[c_abi.SampleArgs], None]:
     def change(struct: c_abi.SampleArgs) -> None:
         for name, value in fields.items():
-            setattr(struct, name, value)
+            put(struct, name, value)
 
     return change
 
 
 def shifting(name: str, by: int) -> Callable[[c_abi.SampleArgs], None]:
-    return lambda struct: setattr(struct, name, getattr(struct, name) + by)
+    return lambda struct: put(struct, name, value_at(struct, name) + by)
+
+
+#: Nothing that a call returns besides its tokens.
+NO_RESULTS = dict.fromkeys(RESULTS)
 
 
 POINTERS = (
@@ -109,15 +199,33 @@ POINTERS = (
     "lengths",
     "slots",
     "status",
-    "logprobs",
+    "token_ids",
+    # The ids of a list and their logprobs go together.
+    *(f"{kind}.{name}" for kind in ("processed", "raw") for name in ("top_ids", "top_logprobs")),
 )
+#: The sizes of results, each with numbers that are out of its range.
+BAD_SIZES = {
+    "num_top_logprobs": (-1, 1025, -(2**31), 2**31 - 1),
+    "kept.max_ids": (-1, 1025, -(2**63), 2**31, 2**63 - 1),
+    "num_token_ids": (-1, -(2**63), 2**58, 2**63 - 1),
+}
+#: Rows of which the inputs are one and the same, so that only the results are too many.
+ONE_ROW = {"logits_stride": 0, "allowed_mask_stride": 0, "token_ids_stride": 0}
 
 BAD_STRUCTS = {
     "smaller": (setting(struct_size=8), BAD_STRUCT),
     "larger": (setting(struct_size=4096), BAD_STRUCT),
     "version 0": (setting(version=0), BAD_STRUCT),
     "version 1": (setting(version=1), BAD_STRUCT),
-    "version 3": (setting(version=3), BAD_STRUCT),
+    "version 2": (setting(version=2), BAD_STRUCT),
+    "version 4": (setting(version=4), BAD_STRUCT),
+    **{
+        f"no {name} and what follows": (
+            setting(struct_size=getattr(c_abi.SampleArgs, name).offset),
+            BAD_STRUCT,
+        )
+        for name in ("processed", "raw", "kept", "token_ids", "num_token_ids")
+    },
     "negative rows": (setting(rows=-1), BAD_SIZE),
     "more rows than there are addresses": (setting(rows=2**61), BAD_SIZE),
     "more offsets than there are addresses": (setting(rows=2**60 - 1, logits_stride=0), BAD_SIZE),
@@ -134,27 +242,58 @@ BAD_STRUCTS = {
     "more biases than there are addresses": (setting(logit_bias_size=2**62), BAD_SIZE),
     "dtype": (setting(dtype=3), BAD_OPTION),
     "negative dtype": (setting(dtype=-1), BAD_OPTION),
-    "logprobs": (setting(logprobs_mode=3), BAD_OPTION),
     "advance": (setting(advance=3), BAD_OPTION),
     "position_of": (setting(position_of=3), BAD_OPTION),
     "positions of slots without slots": (setting(position_of=1), BAD_OPTION),
     "positions in texts without slots": (setting(position_of=2), BAD_OPTION),
     "counts of biases without slots": (setting(logit_bias_counts=8), BAD_OPTION),
-    "nothing to do": (setting(tokens=None, advance=0, logprobs_mode=0), NULL_POINTER),
+    **{
+        f"{name} {value}": (setting(**{name: value}), BAD_SIZE)
+        for name, values in BAD_SIZES.items()
+        for value in values
+    },
+    "longer lists than there are addresses": (
+        setting(rows=2**50, num_top_logprobs=1024, **ONE_ROW),
+        BAD_SIZE,
+    ),
+    "more kept ids than there are addresses": (
+        setting(rows=2**50, **{"kept.max_ids": 1024}, **ONE_ROW),
+        BAD_SIZE,
+    ),
+    "more ids than there are addresses": (
+        setting(rows=2**50, num_token_ids=2**10, **ONE_ROW),
+        BAD_SIZE,
+    ),
+    "a longer mask than there are addresses": (
+        setting(rows=2**45, vocab_size=2**20, **ONE_ROW),
+        BAD_SIZE,
+    ),
+    "nothing to do": (setting(tokens=None, advance=0, **NO_RESULTS), NULL_POINTER),
     "advance without tokens": (setting(tokens=None), NULL_POINTER),
     **{f"no {name}": (setting(**{name: None}), NULL_POINTER) for name in POINTERS},
     "logits stride": (setting(logits_stride=-40), BAD_STRIDE),
     "mask stride": (setting(allowed_mask_stride=-2), BAD_STRIDE),
+    "stride of ids": (setting(token_ids_stride=-3), BAD_STRIDE),
     "seen stride": (setting(seen_stride=1), BAD_STRIDE),
     "counts stride": (setting(counts_stride=39), BAD_STRIDE),
     **{
         f"past all addresses: {name}": (setting(**{name: 2**61}), BAD_STRIDE)
-        for name in ("logits_stride", "allowed_mask_stride", "seen_stride", "counts_stride")
+        for name in (
+            *("logits_stride", "allowed_mask_stride", "seen_stride", "counts_stride"),
+            "token_ids_stride",
+        )
     },
     "more slots than there are addresses": (setting(num_slots=2**60), BAD_STRIDE),
     **{
         f"misaligned {name}": (shifting(name, 1), MISALIGNED)
-        for name in (*KERNEL_TENSORS, "logits", "seen", "allowed_mask", "tokens", "status")
+        for name in (
+            *(*KERNEL_TENSORS, "logits", "seen", "allowed_mask", "tokens", "status"),
+            *("token_ids", *RESULTS),
+        )
+    },
+    **{
+        f"{name} that is aligned to 4 bytes": (shifting(name, 4), MISALIGNED)
+        for name in ("kept.total", "kept.masses", "kept.id_masses")
     },
 }
 
@@ -238,13 +377,17 @@ def test_parameters_of_slots_that_no_row_names_are_not_checked(slots_call: Sampl
 @needs_kernel
 def test_a_caller_of_the_first_version_has_no_slots(call: SampleCall) -> None:
     """What lies behind the struct of a caller that was compiled earlier is not read."""
-    expected = reference.sample(dataclasses.replace(call, history=call.history.clone()))
+    # Such a caller does not know the scope of the repetition penalty either.
+    batch = dataclasses.replace(
+        call.batch, repetition_penalty_scope=torch.zeros_like(call.batch.repetition_penalty_scope)
+    )
+    expected = judged(dataclasses.replace(call, batch=batch))
     struct, output = filled(call)
     struct.struct_size = c_abi.SampleArgs.param_slots.offset
     for name in SLOT_POINTERS:
         setattr(struct, name, 8)
     assert run(struct) == 0
-    assert output.tokens.tolist() == expected.tokens.flatten().tolist()
+    assert_same_results(expected, output)
 
 
 BAD_PARAMETERS = {
@@ -308,36 +451,278 @@ def test_biases_beyond_those_of_all_rows_are_not_read(call: SampleCall) -> None:
     assert output.status.tolist() == [0, 0]
 
 
-# ---- Memory that is written overlaps nothing else ------------------------------------------------
+# ---- Results -------------------------------------------------------------------------------------
 
-WRITTEN = ("tokens", "logprobs", "status", "filtered", "position", "seen", "counts", "lengths")
-READ = ("logits", "allowed_mask", "slots", *(name for name in KERNEL_TENSORS if name != "position"))
+#: What a row without a token holds, where it is neither -1 nor NaN.
+ZERO = {"kept.counts", "kept.total", "kept.masses", "kept.id_masses", "kept.mask"}
 
 
-@pytest.fixture
-def struct_and_output(call: SampleCall) -> tuple[c_abi.SampleArgs, list[object]]:
-    """A valid struct that has every result, and all that must not change when it is refused."""
+def assert_nothing(output: SampleOutput, rows: list[int]) -> None:
+    """All results of these rows, and of no others, are those of a row without a token."""
+    for path, tensor in named_results(output):
+        for row, values in enumerate(tensor.reshape(len(output.status), -1)):
+            if values.is_floating_point():
+                nothing = bool(values.isnan().all())
+            else:
+                nothing = bool((values == (0 if path in ZERO else -1)).all())
+            assert nothing or row not in rows, (path, row)
+            if path in ("tokens", "kept.total", "kept.first_id"):
+                assert not nothing or row in rows, (path, row)
+
+
+@needs_kernel
+def test_every_result_at_once(call: SampleCall) -> None:
+    expected = judged(call)
+    struct, output = filled(call)
+    assert run(struct) == 0
+    assert_same_results(expected, output)
+    assert_nothing(output, [])
+
+
+@needs_kernel
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}, {}], ids=str)
+def test_each_result_alone(filters: dict[str, float]) -> None:
+    """It needs no other one but the tokens; what is NULL is not written."""
+    rows, vocab_size = 2, 700
+    batch = BatchParams.from_list(
+        [SamplingParams(temperature=t, seed=5, **filters) for t in (1.0, 50.0)], positions=[0, 7]
+    )
+    wanted = Wanted(
+        ("raw", "processed"),
+        4,
+        torch.tensor([[39, -1, 5]], dtype=torch.int32),
+        "ids",
+        1024,
+    )
+    logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(3)) * 2
+    call = SampleCall(logits, batch, None, None, num_samples=3, wanted=wanted)
+    expected = dict(named_results(judged(call)))
+    struct, output = filled(call)
+    assert run(struct) == 0
+    every = dict(named_results(output))
+    assert [*every] == ["tokens", *RESULTS]
+    for path in RESULTS:
+        kind = path.split(".")[0]
+        pair = [f"{kind}.top_ids", f"{kind}.top_logprobs"]
+        together = pair if path in pair else [path]
+        struct, output = filled(call)
+        setting(**{name: None for name in RESULTS if name not in together})(struct)
+        assert run(struct) == 0
+        for name, tensor in named_results(output):
+            if name in ("tokens", *together):
+                assert torch.equal(unchecked.bits(tensor), unchecked.bits(every[name])), name
+                assert is_same(name, tensor, expected[name]), name
+            else:
+                assert (tensor == -7).all(), (path, name)
+
+
+@needs_kernel
+@pytest.mark.parametrize("path", [None, *RESULTS])
+def test_results_need_tokens(call: SampleCall, path: str | None) -> None:
+    """Filtered logits do not."""
     struct, output = filled(call)
     filtered = torch.full((2, 40), 7.0)
     struct.filtered, struct.filtered_stride = filtered.data_ptr(), 40
-    return struct, [*output, filtered]
+    own = None if path is None else value_at(struct, path)
+    setting(tokens=None, status=None, advance=0, **NO_RESULTS)(struct)
+    if path is None:
+        assert run(struct) == 0
+        return
+    put(struct, path, own)
+    before = memory(call, output, filtered)
+    assert run(struct) == NULL_POINTER
+    assert memory(call, output, filtered) == before
+
+
+@needs_kernel
+def test_sizes_of_0(call: SampleCall) -> None:
+    """A list of no ids needs no memory, and what is there is not written."""
+    struct, output = filled(call)
+    struct.num_top_logprobs = struct.num_token_ids = struct.kept.max_ids = 0
+    struct.token_ids = None
+    expected = judged(call)
+    assert run(struct) == 0
+    assert output.tokens.tolist() == expected.tokens.flatten().tolist()
+    lists = {"top_ids", "top_logprobs", "id_logprobs", "id_ranks", "id_masses", "ids"}
+    for path, tensor in named_results(output):
+        assert (tensor == -7).all() == (path.split(".")[-1] in lists), path
+
+
+@needs_kernel
+def test_the_longest_lists(call: SampleCall) -> None:
+    """They are longer than the vocabulary, so the rest is padding."""
+    longest = dataclasses.replace(call.wanted, top_logprobs=1024, max_kept_ids=1024)
+    call = dataclasses.replace(call, wanted=longest)
+    expected = judged(call)
+    struct, output = filled(call)
+    assert run(struct) == 0
+    assert_same_results(expected, output)
+    assert output.raw.top_ids[:, 39].min() >= 0
+    assert (output.raw.top_ids[:, 40:] == -1).all()
+    assert output.kept.ids.shape == (2, 1024)
+
+
+HOSTILE_IDS = [-(2**31), 2**31 - 1, 40, -1, 0, 39, 39, 41]
+
+
+@needs_kernel
+def test_ids_outside_of_the_vocabulary_are_padding(call: SampleCall) -> None:
+    ids = torch.tensor([HOSTILE_IDS, HOSTILE_IDS[::-1]], dtype=torch.int32)
+    call = dataclasses.replace(call, wanted=dataclasses.replace(call.wanted, token_ids=ids))
+    expected = judged(call)
+    struct, output = filled(call)
+    assert run(struct) == 0
+    assert_same_results(expected, output)
+    is_padding = (ids < 0) | (ids >= 40)
+    for of_kind in (output.raw, output.processed):
+        assert torch.equal(of_kind.id_logprobs.isnan(), is_padding)
+        assert (of_kind.id_ranks[is_padding] == -1).all()
+    assert (output.kept.id_masses[is_padding] == 0).all()
+    assert (output.raw.id_ranks[~is_padding] > 0).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("stride", [0, 1, 3, 4])
+def test_rows_of_ids_may_overlap(call: SampleCall, stride: int) -> None:
+    """With a stride of 0 all rows have the same ids; nothing behind the last row's is read."""
+    memory_of_ids = torch.tensor([39, 38, 37, 36, 35, 34, 33], dtype=torch.int32)
+    ids = torch.stack([memory_of_ids[row * stride : row * stride + 3] for row in range(2)])
+    own = dataclasses.replace(call.wanted, token_ids=ids.contiguous())
+    call = dataclasses.replace(call, wanted=own)
+    expected = judged(call)
+    struct, output = filled(call)
+    struct.token_ids, struct.token_ids_stride = memory_of_ids.data_ptr(), stride
+    assert run(struct) == 0
+    assert_same_results(expected, output)
+
+    # Behind the last row's ids there may be a result.
+    room = torch.full((16,), -9, dtype=torch.int32)
+    room[: stride + 3] = memory_of_ids[: stride + 3]
+    struct.token_ids = room.data_ptr()
+    struct.status = room.data_ptr() + 4 * (stride + 3)
+    call.batch.position.copy_(torch.tensor([0, 7]))
+    assert run(struct) == 0
+    struct.status -= 4
+    assert run(struct) == OVERLAP
+
+
+@needs_kernel
+def test_a_row_without_a_token(slots_call: SampleCall) -> None:
+    """Padding, a slot that does not exist, and no candidate."""
+    slots = dataclasses.replace(
+        slots_call.param_slots, of_rows=torch.tensor([-1, 2, 0, 1], dtype=torch.int32)
+    )
+    logits = torch.arange(160.0).reshape(4, 40)
+    logits[2] = -torch.inf
+    call = dataclasses.replace(
+        slots_call,
+        logits=logits,
+        history=slots_call.history.with_slots(torch.tensor([0, 1, 0, 1], dtype=torch.int32)),
+        allowed_mask=None,
+        param_slots=slots,
+        batch=dataclasses.replace(slots_call.batch, position=torch.arange(4)),
+        wanted=dataclasses.replace(
+            slots_call.wanted, token_ids=torch.tensor([HOSTILE_IDS], dtype=torch.int32)
+        ),
+        advance=False,
+    )
+    expected = judged(call)
+    struct, output = filled(call)
+    assert run(struct) == 0
+    assert_same_results(expected, output)
+    assert_nothing(output, [0, 1, 2])
+    assert output.status.tolist() == [0, *[base.STATUS_NO_CANDIDATE] * 2, 0]
+
+
+# ---- Memory that is written overlaps nothing else ------------------------------------------------
+
+WRITTEN = ("tokens", "status", "filtered", "position", "seen", "counts", "lengths")
+READ = (
+    *("logits", "allowed_mask", "slots", "token_ids"),
+    *(name for name in KERNEL_TENSORS if name != "position"),
+)
+
+
+Filled = tuple[c_abi.SampleArgs, SampleOutput, Tensor]
+
+
+@pytest.fixture
+def struct_and_output(call: SampleCall) -> Filled:
+    """A valid struct that has every result, the results, and the filtered logits."""
+    struct, output = filled(call)
+    filtered = torch.full((2, 40), 7.0)
+    struct.filtered, struct.filtered_stride = filtered.data_ptr(), 40
+    return struct, output, filtered
 
 
 @needs_kernel
 @pytest.mark.parametrize("other", [*WRITTEN, *READ])
 @pytest.mark.parametrize("written", WRITTEN)
 def test_what_is_written_overlaps_nothing_else(
-    call: SampleCall,
-    struct_and_output: tuple[c_abi.SampleArgs, list[object]],
-    written: str,
-    other: str,
+    call: SampleCall, struct_and_output: Filled, written: str, other: str
 ) -> None:
-    struct, output = struct_and_output
+    struct, output, filtered = struct_and_output
     if other != written:
         setattr(struct, written, getattr(struct, other))
-    before = memory(call, output)
+    before = memory(call, output, filtered)
     assert run(struct) == (OVERLAP if other != written else 0)
-    assert (memory(call, output) == before) == (other != written)
+    assert (memory(call, output, filtered) == before) == (other != written)
+
+
+@needs_kernel
+@pytest.mark.parametrize("written", RESULTS)
+def test_a_result_overlaps_nothing_else(
+    call: SampleCall, struct_and_output: Filled, written: str
+) -> None:
+    """Neither another result nor what is read or advanced."""
+    struct, output, filtered = struct_and_output
+    before = memory(call, output, filtered)
+    own = value_at(struct, written)
+    for other in (*WRITTEN, *READ, *RESULTS):
+        if other == written:
+            continue
+        put(struct, written, value_at(struct, other))
+        assert run(struct) == OVERLAP, other
+    assert memory(call, output, filtered) == before
+    put(struct, written, own)
+    assert run(struct) == 0
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("path", "other"),
+    [
+        (path, other)
+        for path in RESULTS
+        for other in ("logits", "tokens", "token_ids", "kept.mask")
+        if path != other
+    ],
+)
+def test_the_first_and_the_last_byte_of_a_result_count(
+    call: SampleCall, path: str, other: str
+) -> None:
+    """A result may end where other memory begins, and begin where that ends."""
+    struct, output = filled(call)
+    struct.advance = 0
+    inputs = {"logits": call.logits, "token_ids": call.wanted.token_ids}
+    there = inputs[other] if other in inputs else value_at(output, other)
+    result = value_at(output, path)
+    size, there_size = (tensor.numel() * tensor.itemsize for tensor in (result, there))
+    room = torch.zeros(100, dtype=torch.int64)
+    begin = room.data_ptr() + 160
+    end = begin + there_size
+    room.view(torch.uint8)[160 : 160 + there_size] = there.flatten().view(torch.uint8)
+    put(struct, other, begin)
+    for place, code in (
+        (begin - size, 0),
+        (begin - size + result.itemsize, OVERLAP),
+        (end - result.itemsize, OVERLAP),
+        (end, 0),
+    ):
+        put(struct, path, place)
+        before = room.clone()
+        assert run(struct) == code, place - begin
+        assert torch.equal(room, before) == (code != 0)
 
 
 @needs_kernel
@@ -358,14 +743,10 @@ def test_what_is_written_overlaps_nothing_else(
     ],
 )
 def test_the_first_and_the_last_byte_count(
-    call: SampleCall,
-    struct_and_output: tuple[c_abi.SampleArgs, list[object]],
-    written: str,
-    shift: int,
-    code: int,
+    call: SampleCall, struct_and_output: Filled, written: str, shift: int, code: int
 ) -> None:
     """The logits take 320 bytes; a result before or behind them may touch them."""
-    struct, _ = struct_and_output
+    struct, *_outputs = struct_and_output
     room = torch.full((240,), 9.0)
     logits = room[80:160].view(2, 40)
     logits.copy_(call.logits)
@@ -392,15 +773,11 @@ def test_the_first_and_the_last_byte_count(
     ],
 )
 def test_rows_between_each_other_s_rows(
-    call: SampleCall,
-    struct_and_output: tuple[c_abi.SampleArgs, list[object]],
-    stride: int,
-    shift: int,
-    code: int,
+    call: SampleCall, struct_and_output: Filled, stride: int, shift: int, code: int
 ) -> None:
-    struct, output = struct_and_output
+    struct, _output, own = struct_and_output
     assert run(struct) == 0
-    expected = output[-1].clone()
+    expected = own.clone()
     call.batch.position.copy_(torch.tensor([0, 7]))
     before_the_step = TokenHistory.from_ids([[1], [2]], [[3], []], 40)
     call.history.seen.copy_(before_the_step.seen)
@@ -451,22 +828,22 @@ def test_rows_of_another_stride_are_not_told_apart(call: SampleCall) -> None:
 
 
 @needs_kernel
-def test_a_single_row_has_any_stride(
-    call: SampleCall, struct_and_output: tuple[c_abi.SampleArgs, list[object]]
-) -> None:
+def test_a_single_row_has_any_stride(call: SampleCall, struct_and_output: Filled) -> None:
     """No second row begins there, so the stride is not multiplied either."""
-    struct, output = struct_and_output
+    struct, output, own = struct_and_output
     struct.rows = 1
     struct.logits_stride = struct.allowed_mask_stride = struct.filtered_stride = 2**63 - 1
+    struct.token_ids_stride = 2**63 - 1
     assert run(struct) == 0
-    filtered = output[-1].clone()
+    assert output.raw.id_logprobs[0].isnan().tolist() == [False, True, False]
+    filtered = own.clone()
     call.batch.position[0] = 0
     before_the_step = TokenHistory.from_ids([[1]], [[3]], 40)
     call.history.seen[:1].copy_(before_the_step.seen)
     call.history.counts[:1].copy_(before_the_step.counts)
     struct.logits_stride = struct.allowed_mask_stride = struct.filtered_stride = 40
     assert run(struct) == 0
-    assert torch.equal(filtered[0], output[-1][0])
+    assert torch.equal(filtered[0], own[0])
 
 
 @needs_kernel
@@ -493,9 +870,9 @@ def test_rows_that_advance_share_no_slot(slots: list[int]) -> None:
     logits = torch.arange(120.0).reshape(3, 40)
     call = SampleCall(logits, batch, history, torch.full((3, 2), -1).int(), advance=True)
     struct, output = filled(call)
-    before = memory(call, output[::2])  # there are no logprobs
+    before = memory(call, output)
     assert run(struct) == OVERLAP
-    assert memory(call, output[::2]) == before
+    assert memory(call, output) == before
     struct.advance = 0
     assert run(struct) == 0
     history.slots.copy_(torch.tensor([2, 0, 1]))  # in any order
@@ -724,7 +1101,8 @@ def test_a_full_text_draws_nothing_unless_its_row_is_not_recorded(text_call: Sam
     assert output.status.tolist() == [base.STATUS_TEXT_FULL, 0]
     assert output.tokens[0] == -1
     assert output.tokens[1] >= 0
-    assert output.logprobs.isnan().tolist() == [True, False]
+    assert_nothing(output, [0])
+    assert not output.raw.logprobs[1].isnan()
     assert filtered[0].isneginf().all()
     assert bytes_of(history_tensors(text_call.history)) == before
     assert text_call.batch.position.tolist() == [0, 7]
@@ -807,7 +1185,7 @@ BAD_UPDATES: dict[str, tuple[dict[str, object], int]] = {
         f"{size} bytes": ({"struct_size": size}, BAD_STRUCT)
         for size in (0, 8, ctypes.sizeof(c_abi.HistoryUpdateArgs) - 8, 4096, 2**32 - 1)
     },
-    **{f"version {n}": ({"version": n}, BAD_STRUCT) for n in (0, 1, 3)},
+    **{f"version {n}": ({"version": n}, BAD_STRUCT) for n in (0, 1, 2, 4)},
     "negative rows": ({"rows": -1}, BAD_SIZE),
     "more rows than there are addresses": ({"rows": 2**62}, BAD_SIZE),
     "the most rows": ({"rows": 2**63 - 1}, BAD_SIZE),
@@ -1120,9 +1498,11 @@ def test_the_oldest_instruction_set_gives_the_same_tokens(tmp_path: Path) -> Non
         SamplingParams(top_k=50, seed=3),
     ]
     batch = BatchParams.from_list([p for p in params for _ in range(4)], positions=range(12))
-    call = SampleCall(rows, batch, None, None, num_samples=8, logprobs="processed")
-    expected = cpu.sample(call)
+    ids = torch.tensor([[-1, 0, 7, 50_256]], dtype=torch.int32)
+    wanted = Wanted(("processed", "raw"), 20, ids, "ids", 1024)
+    call = SampleCall(rows, batch, None, None, num_samples=8, wanted=wanted)
+    expected = with_every_form(call, cpu.sample)
     struct, output = filled(call)
     assert own(ctypes.byref(struct)) == 0
-    assert torch.equal(output.tokens, expected.tokens)
-    assert torch.equal(output.status, expected.status)
+    for tensor, other in zip(tensors_of(output), tensors_of(expected), strict=True):
+        assert torch.equal(unchecked.bits(tensor), unchecked.bits(other.view(tensor.shape)))

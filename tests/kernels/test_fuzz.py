@@ -88,6 +88,57 @@ BROKEN = {
         "window_of(history, length)",
         "FAILED: ",
     ),
+    "a rank that is off by one": (
+        "sample.cpp",
+        "int32_t before = 1;",
+        "int32_t before = 0;",
+        "FAILED: rank",
+    ),
+    "a list whose equal logits are in no order": (
+        "sample.cpp",
+        "std::greater<uint64_t>()",
+        "[](uint64_t a, uint64_t b) { return a >> 32 > b >> 32; }",
+        "FAILED: ",
+    ),
+    "a list of tokens that are not kept": (
+        "sample.cpp",
+        "size += !is_past;",
+        "++size;",
+        "FAILED: an id of the list",
+    ),
+    "logprobs of raw logits at the row's temperature": (
+        "sample.cpp",
+        "  row.scale = depth_scale(1.0f);\n",
+        "",
+        "FAILED: logprob",
+    ),
+    "a bit of the mask past the vocabulary": (
+        "passes.h",
+        "kept[j] = is_kept(threshold, tile * kTile, y[j], j);",
+        "kept[j] = tile * kTile + j >= row.vocab_size || "
+        "is_kept(threshold, tile * kTile, y[j], j);",
+        "FAILED: the mask",
+    ),
+    "kept ids of which there are too many": (
+        "sample.cpp",
+        "count <= out.max_ids ? list_first(count) : 0",
+        "true ? list_first(std::min(count, out.max_ids)) : 0",
+        "FAILED: a kept id",
+    ),
+    "the ends of the kept set in each other's place": (
+        "results.h",
+        "      advanced(kept.first_id, row),\n      advanced(kept.first_logit, row),\n"
+        "      advanced(kept.last_id, row),\n      advanced(kept.last_logit, row),\n",
+        "      advanced(kept.last_id, row),\n      advanced(kept.last_logit, row),\n"
+        "      advanced(kept.first_id, row),\n      advanced(kept.first_logit, row),\n",
+        "FAILED: the ",
+    ),
+    "the logit of an end that is asked for without its id": (
+        "results.h",
+        "kept.first_id != nullptr || kept.first_logit != nullptr ||",
+        "kept.first_id != nullptr ||",
+        "FAILED: the first kept logit",
+    ),
     "an update of a slot that does not exist": (
         "history.h",
         "if (slot >= 0 && slot < update.num_slots)",

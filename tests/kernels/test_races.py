@@ -96,15 +96,18 @@ def with_thread_sanitizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return start
 
 
-@pytest.mark.parametrize("mode", ["logits", "all"])
+@pytest.mark.parametrize("mode", ["logits", "all", "results"])
 def test_memory_that_changes_during_a_call(with_address_sanitizer: Path, mode: str) -> None:
-    """The mode all also overwrites mask, history, texts, biases, slots and parameters."""
+    """The mode all also overwrites mask, history, texts, biases, slots, parameters and ids.
+
+    The mode results overwrites tokens and status while they are written.
+    """
     assert_all_is_well(run(with_address_sanitizer, mode, SECONDS))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3, 4])
-@pytest.mark.parametrize("mode", ["logits", "all"])
+@pytest.mark.parametrize("mode", ["logits", "all", "results"])
 def test_memory_that_changes_during_many_calls(
     with_address_sanitizer: Path, mode: str, seed: int
 ) -> None:
@@ -234,6 +237,18 @@ GUARDS = {
         "cpu/history.h",
         "if (id >= 0 && id < history.vocab_size) next[valid++] = id;",
         "next[valid++] = id;",
+    ),
+    "a token of which the rank is looked for": (
+        "results",
+        "cpu/sample.cpp",
+        "  if (id < 0 || id >= row_.vocab_size) return false;\n",
+        "",
+    ),
+    "a first token that is no longer there": (
+        "logits",
+        "cpu/sample.cpp",
+        "const bool is_found = first < size;",
+        "const bool is_found = true;",
     ),
     "a window that is read once": (
         "all",

@@ -8,14 +8,15 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 import llm_sampling
-from llm_sampling import BatchParams, SamplingParams, history
+from llm_sampling import BatchParams, SamplingParams, history, results
 from llm_sampling.backends import BACKENDS, base, c_abi
 from llm_sampling.backends.base import SampleCall
 from llm_sampling.fields import FIELDS, OFF_VALUES
@@ -270,7 +271,10 @@ def header():
 
 
 def struct_fields(struct="LlmSamplingArgs"):
-    """Return the C type of each field of a struct, in order, without const."""
+    """Return the C type of each field of a struct, in order, without const.
+
+    A field that is a struct itself has its name as the type.
+    """
     body = re.search(rf"struct {struct} \{{(.*?)\}} {struct};", header(), re.DOTALL)[1]
     found = {}
     for declaration in body.split(";"):
@@ -310,19 +314,64 @@ def test_pointers_are_what_a_batch_has():
     assert sorted(KERNEL_TENSORS) == sorted(tensors)
 
 
-@pytest.mark.parametrize(
-    ("struct", "own"),
-    [("LlmSamplingArgs", c_abi.SampleArgs), ("LlmSamplingUpdate", c_abi.HistoryUpdateArgs)],
-)
-def test_ctypes_struct_is_the_header_s(struct, own):
+#: The structs of the header and their own classes of ctypes.
+STRUCTS = {
+    "LlmSamplingArgs": c_abi.SampleArgs,
+    "LlmSamplingUpdate": c_abi.HistoryUpdateArgs,
+    "LlmSamplingLogprobs": c_abi.LogprobsArgs,
+    "LlmSamplingKept": c_abi.KeptArgs,
+}
+
+
+def test_every_struct_of_the_header_has_a_class():
+    assert sorted(re.findall(r"typedef struct (\w+)", header())) == sorted(STRUCTS)
+
+
+@pytest.mark.parametrize("struct", STRUCTS)
+def test_ctypes_struct_is_the_header_s(struct):
+    kinds = {**C_TYPES, **STRUCTS}
     expected = [
-        (name, ctypes.c_void_p if type_.endswith("*") else C_TYPES[type_])
+        (name, ctypes.c_void_p if type_.endswith("*") else kinds[type_])
         for name, type_ in struct_fields(struct).items()
     ]
-    assert [tuple(field) for field in own._fields_] == expected
+    assert [tuple(field) for field in STRUCTS[struct]._fields_] == expected
 
 
-@pytest.mark.parametrize("own", [c_abi.SampleArgs, c_abi.HistoryUpdateArgs])
+#: The structs inside of LlmSamplingArgs, and what holds the tensors that they point to.
+PARTS = {
+    "processed": ("LlmSamplingLogprobs", results.TokenLogprobs),
+    "raw": ("LlmSamplingLogprobs", results.TokenLogprobs),
+    "kept": ("LlmSamplingKept", results.KeptSet),
+}
+ALL_RESULTS = results.Wanted(
+    ("processed", "raw"), 4, torch.tensor([[5, 6, 7]], dtype=torch.int32), "ids", 9
+)
+
+
+def filled_with_results(wanted):
+    """Return the struct of a call with the addresses of its results, and the results."""
+    batch = BatchParams.from_list([SamplingParams(seed=0)], positions=[0])
+    call = SampleCall(torch.zeros(1, 8), batch, None, None, wanted=wanted)
+    args, output = c_abi.make_args(call), base.make_results(call)
+    c_abi.set_results(args, output)
+    return args, output
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_results_have_the_names_and_dtypes_of_the_header(part):
+    struct, tensors = PARTS[part]
+    pointers = {name: type_ for name, type_ in struct_fields(struct).items() if type_.endswith("*")}
+    assert list(pointers) == list(tensors._fields)
+    found = {}
+    for form in get_args(results.KeptForm):
+        _, output = filled_with_results(replace(ALL_RESULTS, kept=form))
+        for name, tensor in getattr(output, part)._asdict().items():
+            if tensor is not None:
+                found[name] = C_DTYPES[tensor.dtype] + "*"
+    assert found == pointers
+
+
+@pytest.mark.parametrize("own", STRUCTS.values(), ids=STRUCTS.keys())
 def test_no_field_has_padding_before_it(own):
     """The struct is then the same for every compiler that has these types."""
     end = 0
@@ -349,6 +398,7 @@ def test_header_and_python_have_the_same_constants():
     assert constant("STATUS_POS_INF") == base.STATUS_POS_INF
     assert constant("STATUS_TEXT_FULL") == base.STATUS_TEXT_FULL
     assert constant("MAX_EXTRA_OUTPUT") == base.MAX_EXTRA_OUTPUT
+    assert constant("MAX_LISTED") == results.MAX_LISTED
 
 
 def test_header_and_python_number_updates_and_positions_alike():
@@ -368,9 +418,29 @@ def test_header_and_python_number_dtypes_alike(dtype):
     assert filled(dtype).dtype == constant(str(dtype).removeprefix("torch.").upper())
 
 
-@pytest.mark.parametrize("logprobs", [None, "processed", "raw"])
-def test_header_and_python_number_logprobs_alike(logprobs):
-    assert filled(logprobs=logprobs).logprobs_mode == constant(f"LOGPROBS_{logprobs}".upper())
+def test_sizes_of_results_are_those_that_are_wanted():
+    args = filled(wanted=ALL_RESULTS)
+    assert (args.num_top_logprobs, args.kept.max_ids, args.num_token_ids) == (4, 9, 3)
+    assert args.token_ids == ALL_RESULTS.token_ids.data_ptr()
+    assert args.token_ids_stride == 0  # one row of ids is for all rows
+    nothing = filled()
+    assert (nothing.num_top_logprobs, nothing.kept.max_ids, nothing.num_token_ids) == (0, 0, 0)
+    assert nothing.token_ids is None
+
+
+@pytest.mark.parametrize("kinds", [("processed",), ("raw",), ("raw", "processed"), ()], ids=str)
+@pytest.mark.parametrize("form", [None, *get_args(results.KeptForm)])
+def test_every_result_has_its_address(kinds, form):
+    """Each is in the part and in the field of its name; what is not wanted is NULL."""
+    args, output = filled_with_results(replace(ALL_RESULTS, logprobs=kinds, kept=form))
+    assert (args.tokens, args.status) == (output.tokens.data_ptr(), output.status.data_ptr())
+    for part, (_, fields_of) in PARTS.items():
+        tensors = getattr(output, part)
+        assert (tensors is None) == (part not in (*kinds, form and "kept"))
+        for name in fields_of._fields:
+            tensor = getattr(tensors, name, None)
+            address = None if tensor is None else tensor.data_ptr()
+            assert getattr(getattr(args, part), name) == address, (part, name)
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ from llm_sampling import SamplingParams, TokenHistory, reference, sample
 from llm_sampling.backends import base, c_abi
 from llm_sampling.backends.base import SampleCall, SampleOutput
 from llm_sampling.calls import make_call
+from llm_sampling.results import KeptForm, Wanted
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/sampling/golden"
@@ -471,18 +472,38 @@ MACHINES = {
 }
 
 
+def pointers(
+    struct: ctypes.Structure, prefix: str = ""
+) -> Iterator[tuple[ctypes.Structure, str, str]]:
+    """Yield each pointer that is not NULL: its struct, its name there, and the path to it."""
+    for name, kind in struct._fields_:  # type: ignore[misc]
+        if issubclass(kind, ctypes.Structure):
+            yield from pointers(getattr(struct, name), f"{name}.")
+        elif kind is ctypes.c_void_p and getattr(struct, name):
+            yield struct, name, prefix + name
+
+
+def results_by_path(output: SampleOutput, filtered: Tensor) -> dict[str, Tensor]:
+    """Return the results that there are by their paths in the struct, in its order."""
+    found = {"tokens": output.tokens, "status": output.status, "filtered": filtered}
+    for part in ("processed", "raw", "kept"):
+        values = getattr(output, part)
+        named = {} if values is None else values._asdict()
+        found |= {f"{part}.{name}": x for name, x in named.items() if x is not None}
+    return found
+
+
 def packed(call: SampleCall, struct: c_abi.SampleArgs, results: dict[str, Tensor]) -> bytes:
     """Return a call in the form that golden_runner.cpp reads: sizes for pointers, then arrays."""
     history = {} if call.history is None else vars(call.history)
     tensors = {"logits": call.logits, "allowed_mask": call.allowed_mask, **vars(call.batch)}
+    tensors["token_ids"] = call.wanted.token_ids
     arrays = []
-    for name, kind in struct._fields_:
-        if kind is not ctypes.c_void_p or not getattr(struct, name):
-            continue
-        tensor = results[name] if name in results else {**tensors, **history}[name]
+    for own, name, path in pointers(struct):
+        tensor = results[path] if path in results else {**tensors, **history}[path]
         assert tensor.is_contiguous()
-        setattr(struct, name, tensor.numel() * tensor.itemsize or None)
-        if name not in results:
+        setattr(own, name, tensor.numel() * tensor.itemsize or None)
+        if path not in results:
             arrays.append(tensor.view(torch.uint8).numpy().tobytes())
     return b"".join([bytes(struct), *arrays])
 
@@ -499,8 +520,8 @@ class Runner:
         assert len(options) == len(FLAGS) - (without is not None)
         compile_with([compiler, *options, "-static", "-o", program, *sources, "-ldl"])
 
-    def __call__(self, calls: Sequence[SampleCall]) -> list[tuple[SampleOutput, Tensor]]:
-        """Return the results and the filtered logits of each call; one process runs them all."""
+    def __call__(self, calls: Sequence[SampleCall]) -> list[dict[str, Tensor]]:
+        """Return the results of each call by their paths; one process runs them all."""
         asked, expected = [], []
         for call in calls:
             struct, output = c_abi.make_args(call), base.make_results(call)
@@ -508,7 +529,7 @@ class Runner:
             c_abi.set_results(struct, output)
             struct.filtered, struct.filtered_stride = filtered.data_ptr(), filtered.shape[1]
             struct.num_threads = 2
-            results = {"tokens": output.tokens, "status": output.status, "filtered": filtered}
+            results = results_by_path(output, filtered)
             asked.append(packed(call, struct, results))
             expected.append(results)
         done = subprocess.run(
@@ -516,59 +537,84 @@ class Runner:
         )
         assert done.returncode == 0, done.stderr.decode()
         answer = io.BytesIO(done.stdout)
-        found = []
         for results in expected:
             assert int.from_bytes(answer.read(4), sys.byteorder) == 0
             for tensor in results.values():
                 read = answer.readinto(tensor.view(torch.uint8).numpy())
                 assert read == tensor.numel() * tensor.itemsize
-            output = SampleOutput(results["tokens"], None, results["status"])
-            found.append((output, results["filtered"]))
         assert not answer.read()
-        return found
+        return expected
 
 
-def differences_on(
-    run: Runner,
-    calls: list[tuple[Question, SampleCall]],
-    golden: list[Golden],
-    recorded: Answers,
-) -> list[str]:
-    """Return a description of each case whose answers or filtered logits differ in a program."""
-    found = run([call for _, call in calls])
-    results = iter(found)
-    other = differences(golden, answers(calls, lambda call: next(results)[0]), recorded)
+Asked = list[tuple[Question, SampleCall, dict[str, Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def asked(calls: list[tuple[Question, SampleCall]]) -> Asked:
+    """Return the calls with all that a call can return, and the results of the reference.
+
+    A third of the calls has each form of the kept set.
+    """
+    forms = get_args(KeptForm)
+    found = []
     with threads(1):
-        for (question, call), (_, filtered) in zip(calls, found, strict=True):
-            expected = reference.filter_logits(call)
-            if not torch.equal(filtered.view(torch.int32), expected.view(torch.int32)):
-                other.append(f"filtered logits of {', '.join(map(str, question.rows))}")
+        for number, (question, call) in enumerate(calls):
+            v = call.logits.shape[1]
+            ids = torch.tensor([[-1, 0, v // 2, v - 1, v]], dtype=torch.int32)
+            form = forms[number % len(forms)]
+            wanted = Wanted(("processed", "raw"), 20, ids, form, 64 if form == "ids" else 0)
+            call = replace(call, wanted=wanted)
+            expected = results_by_path(reference.sample(call), reference.filter_logits(call))
+            found.append((question, call, expected))
+    return found
+
+
+def is_same(path: str, own: Tensor, expected: Tensor) -> bool:
+    """Return whether a result is the reference's: logprobs are close, all others equal."""
+    expected = expected.view(own.shape)
+    if "logprobs" in path:
+        return torch.allclose(own, expected, rtol=0, atol=1e-5, equal_nan=True)
+    return torch.equal(own.view(torch.uint8), expected.view(torch.uint8))
+
+
+def differences_on(run: Runner, asked: Asked, golden: list[Golden], recorded: Answers) -> list[str]:
+    """Return a description of each case whose answers or other results differ in a program."""
+    found = run([call for _, call, _ in asked])
+    results = iter(found)
+
+    def draw(call: SampleCall) -> SampleOutput:
+        own = next(results)
+        return SampleOutput(own["tokens"], None, own["status"])
+
+    other = differences(golden, answers([(q, call) for q, call, _ in asked], draw), recorded)
+    for (question, _, expected), own in zip(asked, found, strict=True):
+        assert list(own) == list(expected)
+        for path, tensor in own.items():
+            if not is_same(path, tensor, expected[path]):
+                other.append(f"{path} of {', '.join(map(str, question.rows))}")
     return other
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_a_program_for_every_machine_gives_them(
-    machine: str,
-    calls: list[tuple[Question, SampleCall]],
-    golden: list[Golden],
-    recorded: Answers,
-    tmp_path: Path,
+    machine: str, asked: Asked, golden: list[Golden], recorded: Answers, tmp_path: Path
 ) -> None:
-    """So does the kernel without Python, on this machine and on an emulated ARM processor."""
-    assert differences_on(Runner(machine, tmp_path), calls, golden, recorded) == []
+    """So does the kernel without Python, on this machine and on an emulated ARM processor.
+
+    All other results are the reference's.
+    """
+    assert differences_on(Runner(machine, tmp_path), asked, golden, recorded) == []
 
 
 def test_fused_multiply_adds_of_arm_are_reported(
-    calls: list[tuple[Question, SampleCall]],
-    golden: list[Golden],
-    recorded: Answers,
-    tmp_path: Path,
+    asked: Asked, golden: list[Golden], recorded: Answers, tmp_path: Path
 ) -> None:
     """Every aarch64 has them, and without the option of setup.py the compiler uses them."""
     run = Runner("aarch64", tmp_path, without="-ffp-contract=off")
-    wrong = differences_on(run, calls, golden, recorded)
+    wrong = differences_on(run, asked, golden, recorded)
     assert any("recorded" in line for line in wrong)
-    assert any("filtered" in line for line in wrong)
+    for path in ("filtered", "kept.total", "kept.id_masses"):
+        assert any(line.startswith(path) for line in wrong), path
 
 
 @pytest.mark.parametrize("case", [0, 1, 500, CASES - 1])

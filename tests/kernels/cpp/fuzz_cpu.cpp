@@ -8,15 +8,18 @@
 // description of a batch, and a change of one byte is a small change of the batch. Rows are too long to be
 // stored in an input: a few bytes choose a shape, a seed and some values.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "../../../csrc/cpu/sample.cpp"
 #include "noise.h"
+#include "result_arrays.h"
 
 using namespace llm_sampling;
 
@@ -117,7 +120,7 @@ struct Inputs {
   std::vector<int32_t> mask;
   std::vector<int32_t> param_slots, bias_counts;
   std::vector<int64_t> prompt_lengths;
-  std::vector<int32_t> windows, scope, extra;
+  std::vector<int32_t> windows, scope, extra, token_ids;
   std::vector<int64_t> text_prompt_lengths;
   std::vector<uint8_t> record;
 };
@@ -196,14 +199,28 @@ void make_ids(Noise& noise, std::vector<T>& ids, int64_t vocab_size, bool all_va
   }
 }
 
+// A field of a struct, which may be one of a struct inside of it.
+struct Field {
+  size_t offset, size;
+  bool is_pointer;
+};
+
+#define FIELD_OF(Struct, name)                                         \
+  Field {                                                              \
+    offsetof(Struct, name), sizeof(std::declval<Struct&>().name),      \
+        std::is_pointer<decltype(std::declval<Struct&>().name)>::value \
+  }
+#define FIELD(name) FIELD_OF(LlmSamplingArgs, name)
+
 // Floats are kept as bits, so that a NaN equals itself.
 struct Outputs {
   std::vector<int64_t> tokens;
   std::vector<int32_t> status;
-  std::vector<uint32_t> logprobs, filtered;
+  std::vector<uint32_t> filtered;
+  ResultArrays results;
   bool operator==(const Outputs& other) const {
-    return tokens == other.tokens && status == other.status && logprobs == other.logprobs &&
-           filtered == other.filtered;
+    return tokens == other.tokens && status == other.status && filtered == other.filtered &&
+           results.bytes() == other.results.bytes();
   }
 };
 
@@ -263,7 +280,7 @@ struct Case {
     a.rows = 1 + bytes.below(a.vocab_size < 5000 ? 4 : 2);
     a.dtype = static_cast<int32_t>(bytes.below(3));
     a.num_samples = 1 + static_cast<int32_t>(bytes.below(3));
-    a.logprobs_mode = static_cast<int32_t>(bytes.below(3));
+    const uint8_t results = bytes.take<uint8_t>();
     a.advance = static_cast<int32_t>(bytes.below(3));
     a.num_threads = bytes.one_of({1, 2, 5});
     const uint8_t parts = bytes.take<uint8_t>();
@@ -351,10 +368,11 @@ struct Case {
     if (parts & 8) a.filtered_stride = a.vocab_size + (strides >> 6 & 1);
     if ((parts & 24) == 24) {  // filter_logits
       a.num_samples = 1;
-      a.logprobs_mode = a.advance = 0;
+      a.advance = 0;
     }
     draws = (parts & 24) != 24;
     filters = (parts & 8) != 0;
+    ask_for_results(results);
     if (parts & 32) put_into_slots(bytes);
     if ((parts & 64) == 0) return;
     if (!inputs.slots.empty()) put_texts(bytes);
@@ -366,6 +384,29 @@ struct Case {
         inputs.record.push_back(bytes.one_of<uint8_t>({0, 1, 2, 255}));
       }
       a.record = inputs.record.data();
+    }
+  }
+
+  // Chooses results, by chance or all of them, and the ids that some of them are for.
+  void ask_for_results(uint8_t how) {
+    if (how % 4 == 0) return;
+    LlmSamplingArgs& a = args;
+    Noise noise(how);
+    constexpr int32_t kTops[] = {0, 1, 2, 5, 20, 300, LLM_SAMPLING_MAX_LISTED};
+    constexpr int64_t kMostKept[] = {0, 1, 2, 30, 300, LLM_SAMPLING_MAX_LISTED};
+    constexpr int64_t kIdNumbers[] = {0, 1, 3, 17};
+    a.num_top_logprobs = kTops[noise.below(std::size(kTops))];
+    a.kept.max_ids = kMostKept[noise.below(std::size(kMostKept))];
+    a.num_token_ids = kIdNumbers[noise.below(std::size(kIdNumbers))];
+    a.token_ids_stride = noise.below(3) == 0 ? 0 : a.num_token_ids + noise.below(2);
+    inputs.token_ids.resize(extent(a.token_ids_stride, a.num_token_ids));
+    make_ids(noise, inputs.token_ids, a.vocab_size, false);
+    a.token_ids = inputs.token_ids.data();
+    for (size_t i = 0; draws && i < kResultCount; ++i) {
+      wanted[i] = how % 4 == 1 || noise.below(2) == 0;
+      // The ids of a list and their logprobs go together.
+      const bool is_pair = i > 0 && kResults[i].width == Width::kTop;
+      if (is_pair && kResults[i - 1].width == Width::kTop) wanted[i] = wanted[i - 1];
     }
   }
 
@@ -478,6 +519,7 @@ struct Case {
 
   bool draws = true;
   bool filters = false;
+  std::array<bool, kResultCount> wanted = {};
 
   size_t extent(int64_t stride, int64_t width) const {
     return static_cast<size_t>((args.rows - 1) * stride + width);
@@ -490,7 +532,9 @@ struct Case {
     if (draws) {
       out.tokens.assign(draws_of_all, -7);
       out.status.assign(static_cast<size_t>(args.rows), -7);
-      if (args.logprobs_mode != LLM_SAMPLING_LOGPROBS_NONE) out.logprobs.assign(draws_of_all, 7);
+    }
+    for (size_t i = 0; i < kResultCount; ++i) {
+      if (wanted[i]) out.results.add(args, i);
     }
     if (filters) out.filtered.assign(extent(args.filtered_stride, args.vocab_size), 7);
     return out;
@@ -512,7 +556,7 @@ struct Case {
       a.tokens = out.tokens.data();
       a.status = out.status.data();
     }
-    if (!out.logprobs.empty()) a.logprobs = reinterpret_cast<float*>(out.logprobs.data());
+    out.results.put_into(a);
     if (filters) a.filtered = reinterpret_cast<float*>(out.filtered.data());
     return a;
   }
@@ -533,12 +577,16 @@ struct Case {
 
 // ---- Valid batches: the steps, one by one --------------------------------------------------------
 
-bool is_close(uint32_t bits, double expected) {
-  const double value = bit_cast<float>(bits);
+bool is_close(float value, double exact) {
+  const float expected = static_cast<float>(exact);
   if (expected != expected || std::isinf(expected)) {
     return value == expected || (value != value && expected != expected);
   }
-  return std::abs(value - expected) <= 1e-5 + 1e-6 * std::abs(expected);
+  return std::abs(value - expected) <= 1e-5f + 1e-6f * std::abs(expected);
+}
+
+bool is_same(float value, float expected) {
+  return bit_cast<uint32_t>(value) == bit_cast<uint32_t>(expected);
 }
 
 // The index of a row's parameters; below 0 for a row that has none, -1 if it is padding.
@@ -548,18 +596,148 @@ int64_t index_of(const LlmSamplingArgs& a, int64_t row) {
   return slot >= -1 && slot < a.num_param_slots ? slot : -2;
 }
 
-// Compares the results of a row without parameters with the definition.
-void check_nothing(const LlmSamplingArgs& a, const Outputs& out, int64_t row, int32_t status) {
+// Calls holds(element) for each of a row's elements of a result that is wanted.
+template <typename T, typename F>
+bool all_of_row(const T* values, int64_t row, int64_t width, const F& holds) {
+  if (values == nullptr) return true;
+  return std::all_of(values + row * width, values + (row + 1) * width, holds);
+}
+
+// Compares the results of a row without a token with the definition.
+void check_nothing(const LlmSamplingArgs& a, int64_t row, int32_t status) {
   for (int64_t i = 0; a.filtered != nullptr && i < a.vocab_size; ++i) {
     require(a.filtered[row * a.filtered_stride + i] == -kInfinity, "filtered logits of nothing");
   }
   if (a.tokens == nullptr) return;
   require(a.status[row] == status, "the status of nothing");
-  for (int64_t at = row * a.num_samples; at < (row + 1) * a.num_samples; ++at) {
-    require(a.tokens[at] == -1, "the token of nothing");
-    if (a.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE) continue;
-    require(is_close(out.logprobs[at], NAN), "the logprob of nothing");
+  const auto is_zero = [](int64_t value) { return value == 0; };
+  const auto is_none = [](int64_t value) { return value == -1; };
+  const auto is_nan = [](float value) { return value != value; };
+  const int64_t draws = a.num_samples, top = a.num_top_logprobs, ids = a.num_token_ids;
+  require(all_of_row(a.tokens, row, draws, is_none), "the tokens of nothing");
+  for (const LlmSamplingLogprobs* of : {&a.processed, &a.raw}) {
+    require(
+        all_of_row(of->logprobs, row, draws, is_nan) && all_of_row(of->ranks, row, draws, is_none),
+        "logprobs and ranks of nothing"
+    );
+    require(
+        all_of_row(of->top_ids, row, top, is_none) &&
+            all_of_row(of->top_logprobs, row, top, is_nan),
+        "the list of nothing"
+    );
+    require(
+        all_of_row(of->id_logprobs, row, ids, is_nan) &&
+            all_of_row(of->id_ranks, row, ids, is_none),
+        "logprobs and ranks of ids where there is nothing"
+    );
   }
+  const LlmSamplingKept& kept = a.kept;
+  require(
+      all_of_row(kept.counts, row, 1, is_zero) && all_of_row(kept.total, row, 1, is_zero) &&
+          all_of_row(kept.masses, row, draws, is_zero) &&
+          all_of_row(kept.id_masses, row, ids, is_zero) &&
+          all_of_row(kept.mask, row, (a.vocab_size + 31) / 32, is_zero),
+      "the numbers of a kept set of nothing"
+  );
+  require(
+      all_of_row(kept.ids, row, kept.max_ids, is_none) &&
+          all_of_row(kept.first_id, row, 1, is_none) && all_of_row(kept.last_id, row, 1, is_none) &&
+          all_of_row(kept.first_logit, row, 1, is_nan) &&
+          all_of_row(kept.last_logit, row, 1, is_nan),
+      "the ids of a kept set of nothing"
+  );
+}
+
+// The rank of each token of an order, from 1; -1 for those that are not in it.
+std::vector<int32_t> ranks_of(const std::vector<int64_t>& order, int64_t vocab_size) {
+  std::vector<int32_t> ranks(static_cast<size_t>(vocab_size), -1);
+  int32_t rank = 0;
+  for (int64_t id : order) ranks[static_cast<size_t>(id)] = ++rank;
+  return ranks;
+}
+
+// Compares the logprobs of one kind with those of all tokens, of which `order` has those that have a rank.
+void check_logprobs(
+    const LlmSamplingArgs& a,
+    const LlmSamplingLogprobs& of,
+    int64_t row,
+    const std::vector<int64_t>& order,
+    const std::vector<double>& logprobs
+) {
+  const std::vector<int32_t> ranks = ranks_of(order, a.vocab_size);
+  const int64_t draws = a.num_samples, top = a.num_top_logprobs, ids = a.num_token_ids;
+  for (int64_t at = row * draws; at < (row + 1) * draws; ++at) {
+    const size_t token = static_cast<size_t>(a.tokens[at]);
+    require(of.logprobs == nullptr || is_close(of.logprobs[at], logprobs[token]), "logprob");
+    require(of.ranks == nullptr || of.ranks[at] == ranks[token], "rank");
+  }
+  for (int64_t i = 0; of.top_ids != nullptr && i < top; ++i) {
+    const bool is_there = i < static_cast<int64_t>(order.size());
+    const int64_t id = is_there ? order[static_cast<size_t>(i)] : -1;
+    const double logprob = is_there ? logprobs[static_cast<size_t>(id)] : NAN;
+    require(of.top_ids[row * top + i] == id, "an id of the list");
+    require(is_close(of.top_logprobs[row * top + i], logprob), "a logprob of the list");
+  }
+  for (int64_t i = 0; i < ids; ++i) {
+    const int64_t id = a.token_ids[row * a.token_ids_stride + i], at = row * ids + i;
+    const bool is_padding = id < 0 || id >= a.vocab_size;
+    const double logprob = is_padding ? NAN : logprobs[static_cast<size_t>(id)];
+    const int32_t rank = is_padding ? -1 : ranks[static_cast<size_t>(id)];
+    require(of.id_logprobs == nullptr || is_close(of.id_logprobs[at], logprob), "logprob of an id");
+    require(of.id_ranks == nullptr || of.id_ranks[at] == rank, "rank of an id");
+  }
+}
+
+// Compares the results of a kept set with its tokens, in their order. w has the masses of all tokens, and x
+// their logits.
+void check_kept(
+    const LlmSamplingArgs& a,
+    int64_t row,
+    const std::vector<int64_t>& order,
+    const std::vector<int64_t>& w,
+    const std::vector<float>& x
+) {
+  const LlmSamplingKept& kept = a.kept;
+  const int64_t v = a.vocab_size, draws = a.num_samples, ids = a.num_token_ids;
+  const int64_t count = static_cast<int64_t>(order.size());
+  int64_t total = 0;
+  std::vector<int32_t> mask(static_cast<size_t>((v + 31) / 32));
+  for (int64_t id : order) {
+    total += w[static_cast<size_t>(id)];
+    set_bit_of(mask.data(), id);
+  }
+  require(kept.counts == nullptr || kept.counts[row] == count, "the number of kept tokens");
+  require(kept.total == nullptr || kept.total[row] == total, "the mass of the kept set");
+  for (int64_t at = row * draws; kept.masses != nullptr && at < (row + 1) * draws; ++at) {
+    require(kept.masses[at] == w[static_cast<size_t>(a.tokens[at])], "the mass of a token");
+  }
+  for (int64_t i = 0; kept.id_masses != nullptr && i < ids; ++i) {
+    const int64_t id = a.token_ids[row * a.token_ids_stride + i];
+    const bool is_kept = id >= 0 && id < v && has_bit(mask.data(), id);
+    const int64_t expected = is_kept ? w[static_cast<size_t>(id)] : 0;
+    require(kept.id_masses[row * ids + i] == expected, "the mass of an id");
+  }
+  const int64_t words = static_cast<int64_t>(mask.size());
+  require(
+      kept.mask == nullptr || std::equal(mask.begin(), mask.end(), kept.mask + row * words),
+      "the mask of kept tokens"
+  );
+  for (int64_t i = 0; kept.ids != nullptr && i < kept.max_ids; ++i) {
+    const bool is_listed = count <= kept.max_ids && i < count;
+    const int64_t expected = is_listed ? order[static_cast<size_t>(i)] : -1;
+    require(kept.ids[row * kept.max_ids + i] == expected, "a kept id");
+  }
+  const size_t first = static_cast<size_t>(order.front()), last = static_cast<size_t>(order.back());
+  require(kept.first_id == nullptr || kept.first_id[row] == order.front(), "the first kept id");
+  require(kept.last_id == nullptr || kept.last_id[row] == order.back(), "the last kept id");
+  require(
+      kept.first_logit == nullptr || is_same(kept.first_logit[row], x[first]),
+      "the first kept logit"
+  );
+  require(
+      kept.last_logit == nullptr || is_same(kept.last_logit[row], x[last]),
+      "the last kept logit"
+  );
 }
 
 // Whether a row with parameters is to be recorded.
@@ -598,16 +776,35 @@ struct Counted {
   }
 };
 
+// Compares the raw logprobs of a row with the softmax of its logits of step 1.
+void check_raw_logprobs(const LlmSamplingArgs& a, int64_t row, const std::vector<float>& logits) {
+  std::vector<int64_t> order;
+  for (int64_t i = 0; i < a.vocab_size; ++i) {
+    if (logits[i] > -kInfinity) order.push_back(i);
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+    return logits[i] > logits[j];
+  });
+  const double most = logits[order[0]];
+  // So that equal infinities are 0 below each other.
+  const auto below = [&](int64_t i) { return logits[i] == most ? 0.0 : logits[i] - most; };
+  double sum = 0;
+  for (int64_t i : order) sum += std::exp(below(i));
+  std::vector<double> logprobs(logits.size(), -HUGE_VAL);
+  for (int64_t i : order) logprobs[i] = below(i) - std::log(sum);
+  check_logprobs(a, a.raw, row, order, logprobs);
+}
+
 // Compares the results of one row with the definition.
 void check_row(const Case& batch, const LlmSamplingArgs& a, const Outputs& out, int64_t row) {
   const int64_t v = a.vocab_size;
   const int64_t index = index_of(a, row);
   if (index < 0) {
-    return check_nothing(a, out, row, index == -1 ? 0 : LLM_SAMPLING_STATUS_NO_CANDIDATE);
+    return check_nothing(a, row, index == -1 ? 0 : LLM_SAMPLING_STATUS_NO_CANDIDATE);
   }
   if (a.text != nullptr && is_to_be_recorded(a, row) &&
       a.text_lengths[a.slots[row]] >= a.max_text_length) {
-    return check_nothing(a, out, row, LLM_SAMPLING_STATUS_TEXT_FULL);
+    return check_nothing(a, row, LLM_SAMPLING_STATUS_TEXT_FULL);
   }
   std::vector<float> x(static_cast<size_t>(v));
   for (int64_t i = 0; i < v; ++i) {  // 1 widen
@@ -656,7 +853,7 @@ void check_row(const Case& batch, const LlmSamplingArgs& a, const Outputs& out, 
     if (x[i] == kInfinity) status |= LLM_SAMPLING_STATUS_POS_INF;
     if (x[i] > -kInfinity) kept.push_back(i);
   }
-  if (kept.empty()) status |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
+  if (kept.empty()) return check_nothing(a, row, status | LLM_SAMPLING_STATUS_NO_CANDIDATE);
   std::stable_sort(kept.begin(), kept.end(), [&](int64_t i, int64_t j) {
     return x[i] > x[j];
   });  // 7 order
@@ -667,10 +864,10 @@ void check_row(const Case& batch, const LlmSamplingArgs& a, const Outputs& out, 
   const auto keep = [&](size_t size, size_t at_least) {
     kept.resize(std::min(kept.size(), std::max(size, at_least)));
   };
-  if (greedy && !kept.empty()) {  // 8 greedy
+  if (greedy) {  // 8 greedy
     keep(1, 1);
-    w[kept[0]] = 1;
-  } else if (!kept.empty()) {
+    w[kept[0]] = int64_t{1} << 42;
+  } else {
     const size_t at_least = static_cast<size_t>(a.min_tokens_to_keep[index]);
     const float m = x[kept[0]];
     const float scale = depth_scale(temperature);
@@ -690,16 +887,13 @@ void check_row(const Case& batch, const LlmSamplingArgs& a, const Outputs& out, 
       keep(size, at_least);
     }
   }
+  const std::vector<int64_t> order = kept;
   std::sort(kept.begin(), kept.end());
 
   if (a.filtered != nullptr) {
     std::vector<float> expected(static_cast<size_t>(v), -kInfinity);
     const float divisor = greedy ? 1.0f : temperature;
-    const float m = kept.empty()
-                        ? 0.0f
-                        : x[*std::max_element(kept.begin(), kept.end(), [&](int64_t i, int64_t j) {
-                            return x[i] < x[j];
-                          })];
+    const float m = x[order[0]];
     for (int64_t i : kept) {
       const float divided = std::isfinite(m / divisor) ? x[i] / divisor
                             : x[i] == m                ? 0.0f
@@ -716,11 +910,6 @@ void check_row(const Case& batch, const LlmSamplingArgs& a, const Outputs& out, 
   require(a.status[row] == status, "status");
   int64_t s = 0;
   for (int64_t i : kept) s += w[i];
-  double raw_max = -HUGE_VAL, raw_sum = 0;
-  for (float value : raw) raw_max = value > raw_max ? value : raw_max;
-  for (float value : raw) {
-    if (value == value) raw_sum += value == raw_max ? 1.0 : std::exp(value - raw_max);
-  }
   for (int32_t draw = 0; draw < a.num_samples; ++draw) {  // 14 draw
     int64_t expected = -1;
     const uint64_t seed = static_cast<uint64_t>(a.seed[index]);
@@ -736,18 +925,15 @@ void check_row(const Case& batch, const LlmSamplingArgs& a, const Outputs& out, 
         break;
       }
     }
-    const int64_t at = row * a.num_samples + draw;
-    require(a.tokens[at] == expected, "token");
-    if (a.logprobs_mode == LLM_SAMPLING_LOGPROBS_NONE) continue;
-    double logprob = NAN;
-    if (expected >= 0 && a.logprobs_mode == LLM_SAMPLING_LOGPROBS_PROCESSED) {
-      logprob = std::log(static_cast<double>(w[expected])) - std::log(static_cast<double>(s));
-    } else if (expected >= 0) {
-      const double value = raw[expected];
-      logprob = (value == raw_max ? 0.0 : value - raw_max) - std::log(raw_sum);
-    }
-    require(is_close(out.logprobs[at], logprob), "logprob");
+    require(a.tokens[row * a.num_samples + draw] == expected, "token");
   }
+  check_kept(a, row, order, w, x);
+  std::vector<double> logprobs(static_cast<size_t>(v), -HUGE_VAL);
+  for (int64_t i : order) {
+    logprobs[i] = std::log(static_cast<double>(w[i])) - std::log(static_cast<double>(s));
+  }
+  check_logprobs(a, a.processed, row, order, logprobs);
+  check_raw_logprobs(a, row, raw);
 }
 
 // Whether the parameters belong to slots, and another row names a slot of this row.
@@ -824,17 +1010,6 @@ void run_good(const Case& batch) {
 
 // ---- Structs that break the contract -------------------------------------------------------------
 
-struct Field {
-  size_t offset, size;
-  bool is_pointer;
-};
-
-#define FIELD_OF(Struct, name)                                                                   \
-  Field {                                                                                        \
-    offsetof(Struct, name), sizeof(Struct::name), std::is_pointer<decltype(Struct::name)>::value \
-  }
-#define FIELD(name) FIELD_OF(LlmSamplingArgs, name)
-
 // The bytes of an input choose a field by its place here, so a new field takes the place of an old one or is
 // the last: then the corpus keeps its meaning.
 constexpr Field kFields[] = {
@@ -844,7 +1019,7 @@ constexpr Field kFields[] = {
     FIELD(vocab_size),
     FIELD(dtype),
     FIELD(num_samples),
-    FIELD(logprobs_mode),
+    FIELD(num_top_logprobs),
     FIELD(advance),
     FIELD(num_threads),
     FIELD(position_of),
@@ -874,7 +1049,7 @@ constexpr Field kFields[] = {
     FIELD(slots),
     FIELD(num_slots),
     FIELD(tokens),
-    FIELD(logprobs),
+    FIELD(processed.logprobs),
     FIELD(status),
     FIELD(filtered),
     FIELD(filtered_stride),
@@ -893,6 +1068,31 @@ constexpr Field kFields[] = {
     FIELD(num_extra_output),
     FIELD(workspace),
     FIELD(workspace_bytes),
+    FIELD(processed.ranks),
+    FIELD(processed.top_ids),
+    FIELD(processed.top_logprobs),
+    FIELD(processed.id_logprobs),
+    FIELD(processed.id_ranks),
+    FIELD(raw.logprobs),
+    FIELD(raw.ranks),
+    FIELD(raw.top_ids),
+    FIELD(raw.top_logprobs),
+    FIELD(raw.id_logprobs),
+    FIELD(raw.id_ranks),
+    FIELD(kept.counts),
+    FIELD(kept.total),
+    FIELD(kept.masses),
+    FIELD(kept.id_masses),
+    FIELD(kept.mask),
+    FIELD(kept.ids),
+    FIELD(kept.first_id),
+    FIELD(kept.first_logit),
+    FIELD(kept.last_id),
+    FIELD(kept.last_logit),
+    FIELD(kept.max_ids),
+    FIELD(token_ids),
+    FIELD(token_ids_stride),
+    FIELD(num_token_ids),
 };
 
 #define UPDATE_FIELD(name) FIELD_OF(LlmSamplingUpdate, name)
@@ -935,6 +1135,7 @@ bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
   };
   const LlmSamplingArgs& was = batch.args;
   const Wide words = (static_cast<Wide>(a.vocab_size) + 31) / 32;
+  const Wide was_words = (static_cast<Wide>(was.vocab_size) + 31) / 32;
   const size_t rows = static_cast<size_t>(was.rows);
   const size_t draws = rows * static_cast<size_t>(was.num_samples);
   const size_t elements = was.dtype == LLM_SAMPLING_FLOAT32 || a.dtype != LLM_SAMPLING_FLOAT32
@@ -949,7 +1150,10 @@ bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
          a.logit_bias_size <= was.logit_bias_size && a.num_param_slots <= was.num_param_slots &&
          positions <= batch.state.position.size() &&
          (a.text == nullptr || a.max_text_length <= was.max_text_length) &&
-         a.num_extra_output <= was.num_extra_output &&
+         a.num_extra_output <= was.num_extra_output && a.num_top_logprobs <= was.num_top_logprobs &&
+         a.kept.max_ids <= was.kept.max_ids && a.num_token_ids <= was.num_token_ids &&
+         (a.kept.mask == nullptr || words <= was_words) &&
+         holds(a.token_ids, a.token_ids_stride, a.num_token_ids, batch.inputs.token_ids.size()) &&
          holds(a.logits, a.logits_stride, a.vocab_size, elements) &&
          holds(a.allowed_mask, a.allowed_mask_stride, words, batch.inputs.mask.size()) &&
          holds(
@@ -1009,7 +1213,11 @@ bool shares_a_byte(const LlmSamplingArgs& a) {
   const int64_t draws_of_all = draws ? a.rows * a.num_samples : 0;
   add(true, a.tokens, 1, draws_of_all, 0);
   add(true, a.status, 1, draws ? a.rows : 0, 0);
-  add(true, a.logprobs, 1, a.logprobs_mode != 0 ? draws_of_all : 0, 0);
+  for (const Result& result : kResults) {
+    const int64_t size = a.rows * width_of(a, result) * static_cast<int64_t>(result.size);
+    add(true, static_cast<const char*>(pointer_of(a, result)), 1, size, 0);
+  }
+  add(false, a.token_ids, a.rows, a.num_token_ids, a.token_ids_stride);
   add(true, a.filtered, a.rows, v, a.filtered_stride);
   const bool has_slots = a.param_slots != nullptr;
   const int64_t params = has_slots ? a.num_param_slots : a.rows;

@@ -3,15 +3,18 @@
 //
 // A call is an LlmSamplingArgs in which every pointer is the size of its array in bytes instead, or 0 for NULL.
 // The arrays that the kernel reads follow in the order of kArrays. The answer on stdout is the returned code, an
-// int32_t, and the arrays that the kernel writes. The exit status is 0 if stdin ended after a call.
+// int32_t, and the arrays that the kernel writes, those of kResults last. The exit status is 0 if stdin ended
+// after a call.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <vector>
 
 #include "../../../csrc/llm_sampling.h"
+#include "result_arrays.h"
 
 namespace {
 
@@ -21,7 +24,7 @@ struct Array {
 };
 
 #define ARGUMENT(name) {offsetof(LlmSamplingArgs, name), false}
-#define RESULT(name) {offsetof(LlmSamplingArgs, name), true}
+#define OUTPUT(name) {offsetof(LlmSamplingArgs, name), true}
 
 constexpr Array kArrays[] = {
     ARGUMENT(logits),
@@ -43,16 +46,23 @@ constexpr Array kArrays[] = {
     ARGUMENT(counts),
     ARGUMENT(lengths),
     ARGUMENT(slots),
-    RESULT(tokens),
-    RESULT(logprobs),
-    RESULT(status),
-    RESULT(filtered),
+    ARGUMENT(token_ids),
+    OUTPUT(tokens),
+    OUTPUT(status),
+    OUTPUT(filtered),
 };
 
-bool answer(LlmSamplingArgs& args) {
+// kArrays, and then the other results.
+std::vector<Array> all_arrays() {
+  std::vector<Array> arrays(std::begin(kArrays), std::end(kArrays));
+  for (const Result& result : kResults) arrays.push_back({result.offset, true});
+  return arrays;
+}
+
+bool answer(LlmSamplingArgs& args, const std::vector<Array>& arrays) {
   std::vector<std::unique_ptr<char[]>> memory;
   std::vector<uint64_t> sizes;
-  for (const Array& array : kArrays) {
+  for (const Array& array : arrays) {
     char* field = reinterpret_cast<char*>(&args) + array.field;
     uint64_t size;
     std::memcpy(&size, field, sizeof size);
@@ -70,7 +80,7 @@ bool answer(LlmSamplingArgs& args) {
   const int32_t code = llm_sampling_cpu(&args);
   bool written = std::fwrite(&code, sizeof code, 1, stdout) == 1;
   for (size_t i = 0; i < sizes.size(); ++i) {
-    if (kArrays[i].is_result)
+    if (arrays[i].is_result)
       written &= std::fwrite(memory[i].get(), 1, sizes[i], stdout) == sizes[i];
   }
   return written;
@@ -80,10 +90,11 @@ bool answer(LlmSamplingArgs& args) {
 
 int main() {
   static_assert(sizeof(void*) == sizeof(uint64_t), "a pointer has the place of a size");
+  const std::vector<Array> arrays = all_arrays();
   LlmSamplingArgs args;
   size_t read;
   while ((read = std::fread(&args, 1, sizeof args, stdin)) == sizeof args) {
-    if (!answer(args)) return 1;
+    if (!answer(args, arrays)) return 1;
   }
   return read != 0 || std::fflush(stdout) != 0;
 }

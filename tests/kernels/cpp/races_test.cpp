@@ -1,10 +1,11 @@
 // The CPU kernel while another thread overwrites the memory that it reads, which no caller should do. A race
 // may change a token. It must not make the kernel leave the memory of the struct, which AddressSanitizer sees,
-// run for ever, or return a token that is not in -1 .. V-1.
+// run for ever, or return a token, an id or a rank that no row has.
 //
 //   races_test logits SECONDS SEED ONE_IN     overwrites the logits alone
 //   races_test few SECONDS SEED ONE_IN        overwrites a few bfloat16 logits now and then
-//   races_test all SECONDS SEED ONE_IN        also mask, history, texts, biases, slots and parameters
+//   races_test all SECONDS SEED ONE_IN        also mask, history, texts, biases, slots, parameters and ids
+//   races_test results SECONDS SEED ONE_IN    overwrites logits, and tokens and status as they are written
 //
 // Of the combinations of parameters, sizes, dtypes and threads every ONE_IN-th is run, for SECONDS in all.
 // The exit status is 0 if all results are well-formed; "N calls" is then printed.
@@ -23,6 +24,7 @@
 #include "../../../csrc/llm_sampling.h"
 #include "noise.h"
 #include "parameters.h"
+#include "result_arrays.h"
 
 namespace {
 
@@ -38,44 +40,45 @@ struct Kind {
   const char* name;
   Filters filters;  // penalties have a history
   bool biased, masked, filtered;
-  int32_t logprobs, samples;
+  bool results;  // kTokens or kAll
+  int32_t samples;
   bool by_slot = false;  // whether the parameters belong to slots
   bool has_text =
       false;  // whether ids are kept in order, with windows, and some count for one call
 };
 
-constexpr int32_t kNone = LLM_SAMPLING_LOGPROBS_NONE;
-constexpr int32_t kProcessed = LLM_SAMPLING_LOGPROBS_PROCESSED;
-constexpr int32_t kRaw = LLM_SAMPLING_LOGPROBS_RAW;
+// What a call returns besides filtered logits.
+constexpr bool kTokens = false, kAll = true;
+
 constexpr Kind kKinds[] = {
-    {"greedy", {0.0f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kNone, 1},
-    {"greedy, penalised", {0.0f, 0, 1.0f, 0.0f, 1, 1.2f, 0.1f}, false, false, true, kRaw, 1},
-    {"no filter", {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kProcessed, 3},
-    {"a bias", {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, true, false, true, kRaw, 1},
-    {"top-k", {0.8f, 40, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kNone, 1},
-    {"top-k, penalised", {0.8f, 40, 0.9f, 0.0f, 1, 1.2f, 0.1f}, false, false, true, kProcessed, 2},
-    {"top-p", {0.8f, 0, 0.9f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kNone, 1},
-    {"top-p, raw", {0.8f, 0, 0.5f, 0.0f, 1, 1.0f, 0.0f}, false, false, true, kRaw, 3},
-    {"top-p, hot", {1e3f, 0, 0.99f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kNone, 2},
-    {"top-p, many", {0.8f, 0, 0.1f, 0.0f, 3000, 1.0f, 0.0f}, false, false, true, kNone, 1},
-    {"top-p, min-p", {0.8f, 0, 0.9f, 0.1f, 5, 1.0f, 0.0f}, false, false, false, kNone, 1},
-    {"min-p", {0.8f, 0, 1.0f, 0.1f, 1, 1.0f, 0.0f}, false, false, false, kProcessed, 1},
-    {"min-p, flat", {1e3f, 0, 1.0f, 1e-3f, 1, 1.0f, 0.0f}, false, false, true, kNone, 1},
-    {"all", {1.3f, 400, 0.9f, 0.01f, 3, 0.8f, -0.5f}, true, true, true, kRaw, 2},
-    {"all but top-k", {0.7f, 0, 0.9f, 0.01f, 3, 1.2f, 0.5f}, true, true, true, kProcessed, 2},
-    {"top-k, by slot", {0.8f, 40, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, true, kNone, 1, true},
-    {"all, by slot", {1.3f, 400, 0.9f, 0.01f, 3, 0.8f, -0.5f}, true, true, true, kRaw, 2, true},
-    {"text", {0.8f, 0, 0.9f, 0.0f, 1, 1.2f, 0.1f}, false, false, true, kNone, 1, false, true},
+    {"greedy", {0.0f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kTokens, 1},
+    {"greedy, penalised", {0.0f, 0, 1.0f, 0.0f, 1, 1.2f, 0.1f}, false, false, true, kAll, 1},
+    {"no filter", {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kAll, 3},
+    {"a bias", {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, true, false, true, kAll, 1},
+    {"top-k", {0.8f, 40, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kTokens, 1},
+    {"top-k, penalised", {0.8f, 40, 0.9f, 0.0f, 1, 1.2f, 0.1f}, false, false, true, kAll, 2},
+    {"top-p", {0.8f, 0, 0.9f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kTokens, 1},
+    {"top-p, raw", {0.8f, 0, 0.5f, 0.0f, 1, 1.0f, 0.0f}, false, false, true, kAll, 3},
+    {"top-p, hot", {1e3f, 0, 0.99f, 0.0f, 1, 1.0f, 0.0f}, false, false, false, kAll, 2},
+    {"top-p, many", {0.8f, 0, 0.1f, 0.0f, 3000, 1.0f, 0.0f}, false, false, true, kAll, 1},
+    {"top-p, min-p", {0.8f, 0, 0.9f, 0.1f, 5, 1.0f, 0.0f}, false, false, false, kAll, 1},
+    {"min-p", {0.8f, 0, 1.0f, 0.1f, 1, 1.0f, 0.0f}, false, false, false, kAll, 1},
+    {"min-p, flat", {1e3f, 0, 1.0f, 1e-3f, 1, 1.0f, 0.0f}, false, false, true, kAll, 1},
+    {"all", {1.3f, 400, 0.9f, 0.01f, 3, 0.8f, -0.5f}, true, true, true, kAll, 2},
+    {"all but top-k", {0.7f, 0, 0.9f, 0.01f, 3, 1.2f, 0.5f}, true, true, true, kAll, 2},
+    {"top-k, by slot", {0.8f, 40, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, true, kAll, 1, true},
+    {"all, by slot", {1.3f, 400, 0.9f, 0.01f, 3, 0.8f, -0.5f}, true, true, true, kAll, 2, true},
+    {"text", {0.8f, 0, 0.9f, 0.0f, 1, 1.2f, 0.1f}, false, false, true, kTokens, 1, false, true},
     {"text, top-k",
      {0.8f, 40, 1.0f, 0.0f, 1, 1.2f, 0.1f},
      false,
      true,
      false,
-     kNone,
+     kAll,
      1,
      false,
      true},
-    {"text, by slot", {1.3f, 0, 0.9f, 0.0f, 1, 0.8f, -0.5f}, true, true, true, kRaw, 2, true, true},
+    {"text, by slot", {1.3f, 0, 0.9f, 0.0f, 1, 0.8f, -0.5f}, true, true, true, kAll, 2, true, true},
 };
 
 // One row of logits for the writer to choose from.
@@ -131,10 +134,11 @@ struct Batch {
   std::vector<float> logits, values;
   std::vector<uint16_t> narrow_logits;
   std::vector<int32_t> slots, mask, seen, counts, ids, status, param_slots, bias_counts;
-  std::vector<int32_t> text, windows, extra, scope;
+  std::vector<int32_t> text, windows, extra, scope, token_ids;
   std::vector<uint8_t> record;
   std::vector<int64_t> lengths, offsets, tokens, text_lengths, text_prompt_lengths;
-  std::vector<float> logprobs, filtered;
+  std::vector<float> filtered;
+  ResultArrays others;
   LlmSamplingArgs args = {};
 
   Batch(const Kind& kind, int64_t vocab_size, bool narrow, int32_t threads, Noise& noise)
@@ -144,7 +148,6 @@ struct Batch {
         parameters(kRows, kind.filters),
         status(kRows),
         tokens(kRows * kind.samples),
-        logprobs(tokens.size()),
         filtered(kind.filtered ? kRows * (vocab_size + 1) - 1 : 0) {
     for (int which = 0; which < kPatterns; ++which) {
       patterns.push_back(make_pattern(which, static_cast<size_t>(vocab_size), noise));
@@ -167,7 +170,6 @@ struct Batch {
     args.vocab_size = vocab_size;
     args.dtype = narrow ? LLM_SAMPLING_BFLOAT16 : LLM_SAMPLING_FLOAT32;
     args.num_samples = kind.samples;
-    args.logprobs_mode = kind.logprobs;
     args.advance = LLM_SAMPLING_ADVANCE_ALWAYS;
     args.num_threads = threads;
     args.logits = narrow ? static_cast<const void*>(narrow_logits.data()) : logits.data();
@@ -236,9 +238,19 @@ struct Batch {
     }
     args.tokens = tokens.data();
     args.status = status.data();
-    args.logprobs = kind.logprobs == kNone ? nullptr : logprobs.data();
     args.filtered = kind.filtered ? filtered.data() : nullptr;
     args.filtered_stride = vocab_size + 1;
+    if (kind.results == kTokens) return;
+    args.num_top_logprobs = 30;
+    args.kept.max_ids = 300;
+    args.num_token_ids = 4;
+    for (int64_t i = 0; i < kRows * args.num_token_ids; ++i) {
+      token_ids.push_back(static_cast<int32_t>(noise.below(vocab_size)));
+    }
+    args.token_ids = token_ids.data();
+    args.token_ids_stride = args.num_token_ids;
+    others.add_all(args);
+    others.put_into(args);
   }
 
   static uint16_t to_bfloat16(float x) {
@@ -302,7 +314,7 @@ void overwrite_others(Batch& b, Noise& noise) {
   const int32_t windows[] = {0, 1, 63, 64, 65, 128, kMost, 1 << 20, -1, INT32_MAX, INT32_MIN};
   const uint8_t records[] = {0, 1, 255};
   const int32_t scopes[] = {0, 1};  // others are refused
-  switch (noise.below(b.text.empty() ? 17 : 24)) {
+  switch (noise.below(b.text.empty() ? 18 : 25)) {
     case 0:
       return disturb(b.mask, words, noise);
     case 1:
@@ -335,23 +347,34 @@ void overwrite_others(Batch& b, Noise& noise) {
       return disturb(b.param_slots, slots, noise);
     case 15:
       return disturb(b.bias_counts, numbers, noise);
-    case 17:
-      return disturb(b.text, ids, noise);
+    case 16:
+      return disturb(b.token_ids, ids, noise);
     case 18:
-      return disturb(b.text_lengths, lengths, noise);
+      return disturb(b.text, ids, noise);
     case 19:
-      return disturb(b.text_prompt_lengths, lengths, noise);
+      return disturb(b.text_lengths, lengths, noise);
     case 20:
-      return disturb(b.windows, windows, noise);
+      return disturb(b.text_prompt_lengths, lengths, noise);
     case 21:
-      return disturb(b.extra, ids, noise);
+      return disturb(b.windows, windows, noise);
     case 22:
-      return disturb(b.record, records, noise);
+      return disturb(b.extra, ids, noise);
     case 23:
+      return disturb(b.record, records, noise);
+    case 24:
       return disturb(b.scope, scopes, noise);
     default:
       return disturb(b.parameters.min_tokens_to_keep, numbers, noise);
   }
+}
+
+// Overwrites results that the kernel reads again.
+void overwrite_results(Batch& b, Noise& noise) {
+  const int64_t v = b.vocab_size;
+  const int64_t tokens[] = {0, v / 2, v - 1, v, v + 600, -1, -600, INT64_MAX, INT64_MIN};
+  const int32_t numbers[] = {0, 1, 2, -1, INT32_MAX, INT32_MIN};
+  if (noise.below(4) == 0) return disturb(b.status, numbers, noise);
+  disturb(b.tokens, tokens, noise);
 }
 
 // ---- The caller ----------------------------------------------------------------------------------
@@ -362,7 +385,43 @@ void overwrite_others(Batch& b, Noise& noise) {
   std::_Exit(1);
 }
 
-void call(const Kind& kind, Batch& batch, bool is_valid) {
+// Whether all elements of a row of a result are in least .. most.
+template <typename T>
+bool is_within(const T* values, int64_t row, int64_t width, int64_t least, int64_t most) {
+  const T* begin = values + row * width;
+  return std::all_of(begin, begin + width, [=](T x) { return x >= least && x <= most; });
+}
+
+// Checks that a row's ids, ranks, numbers and masses are some that a row can have.
+void check_results(const Kind& kind, const Batch& batch, int64_t row) {
+  const LlmSamplingArgs& a = batch.args;
+  const int64_t v = a.vocab_size, draws = a.num_samples, ids = a.num_token_ids;
+  for (const LlmSamplingLogprobs* of : {&a.processed, &a.raw}) {
+    if (!is_within(of->ranks, row, draws, -1, v) || !is_within(of->id_ranks, row, ids, -1, v)) {
+      fail(kind, batch, "no rank of the row");
+    }
+    if (!is_within(of->top_ids, row, a.num_top_logprobs, -1, v - 1)) {
+      fail(kind, batch, "no id of the row in a list");
+    }
+  }
+  const LlmSamplingKept& kept = a.kept;
+  constexpr int64_t kMostMass = int64_t{1} << 42;
+  if (!is_within(kept.counts, row, 1, 0, v) || !is_within(kept.total, row, 1, 0, v * kMostMass) ||
+      !is_within(kept.masses, row, draws, 0, kMostMass) ||
+      !is_within(kept.id_masses, row, ids, 0, kMostMass)) {
+    fail(kind, batch, "no number or mass of the row");
+  }
+  if (!is_within(kept.ids, row, kept.max_ids, -1, v - 1) ||
+      !is_within(kept.first_id, row, 1, -1, v - 1) || !is_within(kept.last_id, row, 1, -1, v - 1)) {
+    fail(kind, batch, "no id of the row in the kept set");
+  }
+  const uint32_t last = static_cast<uint32_t>(kept.mask[(row + 1) * batch.words - 1]);
+  if (v % 32 != 0 && last >> v % 32 != 0) fail(kind, batch, "a bit past the vocabulary");
+}
+
+// With `is_valid` nothing but logits and results changes. Tokens and status that another thread has overwritten
+// are not looked at.
+void call(const Kind& kind, Batch& batch, bool is_valid, bool has_own_tokens) {
   constexpr int64_t kUntouched = -7;
   std::fill(batch.tokens.begin(), batch.tokens.end(), kUntouched);
   std::fill(batch.status.begin(), batch.status.end(), -7);
@@ -382,7 +441,10 @@ void call(const Kind& kind, Batch& batch, bool is_valid) {
     }
     return;
   }
-  for (int64_t row = 0; row < kRows; ++row) {
+  for (int64_t row = 0; kind.results == kAll && row < kRows; ++row) {
+    check_results(kind, batch, row);
+  }
+  for (int64_t row = 0; has_own_tokens && row < kRows; ++row) {
     const int32_t status = batch.status[row];
     const bool is_full = status == LLM_SAMPLING_STATUS_TEXT_FULL;
     if (status < 0 || (status > 7 && !(is_full && kind.has_text))) {
@@ -409,6 +471,7 @@ int main(int argc, char** argv) {
   if (argc != 5) return 2;
   const bool all = std::string(argv[1]) == "all";
   const bool few = std::string(argv[1]) == "few";
+  const bool results = std::string(argv[1]) == "results";
   Noise noise(std::strtoull(argv[3], nullptr, 10));
   struct Combination {
     const Kind* kind;
@@ -443,11 +506,12 @@ int main(int argc, char** argv) {
         // ThreadSanitizer takes long for each access in a race, and must see some.
         if (few) std::this_thread::sleep_for(std::chrono::milliseconds(1));
         if (all) overwrite_others(batch, own);
+        if (results) overwrite_results(batch, own);
       }
     });
     const auto end = Clock::now() + slice;
     do {
-      call(*c.kind, batch, !all);
+      call(*c.kind, batch, !all, !results);
       ++calls;
     } while (Clock::now() < end);
     is_over.store(true, std::memory_order_relaxed);

@@ -14,6 +14,7 @@
 
 #include "../../../csrc/llm_sampling.h"
 #include "parameters.h"
+#include "result_arrays.h"
 
 #ifdef OPENMP
 static std::atomic<int> teams{0};
@@ -43,44 +44,37 @@ struct Kind {
   bool flat;        // false: few tokens have most of the mass
   Filters filters;  // penalties have a history
   bool masked, filtered;
-  int32_t logprobs, samples;
+  bool results;  // kTokens or kAll
+  int32_t samples;
 };
+
+// What a call returns besides filtered logits.
+constexpr bool kTokens = false, kAll = true;
 
 // Calls that together take every path of the kernel, for one row, which is split over threads, and for
 // several rows.
 constexpr Kind kKinds[] = {
-    {1, true, {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
-    {1, true, {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.1f}, true, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
-    {1, true, {0.8f, 0, 0.9f, 0.0f, 1, 1.0f, 0.0f}, false, true, LLM_SAMPLING_LOGPROBS_RAW, 7},
-    {1, true, {0.8f, 0, 0.1f, 0.0f, 30000, 1.0f, 0.0f}, false, true, LLM_SAMPLING_LOGPROBS_NONE, 1},
-    {1,
-     true,
-     {0.8f, 0, 1.0f, 1e-9f, 1, 1.2f, 0.0f},
-     false,
-     true,
-     LLM_SAMPLING_LOGPROBS_PROCESSED,
-     1},
-    {1, false, {0.8f, 0, 0.9f, 0.0f, 1, 1.2f, 0.1f}, true, false, LLM_SAMPLING_LOGPROBS_RAW, 1},
-    {1, false, {0.8f, 50, 0.9f, 0.05f, 1, 1.2f, 0.1f}, false, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
-    {1, false, {0.8f, 1, 1.0f, 0.0f, 1, 0.8f, 0.0f}, true, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
-    {3, true, {0.8f, 0, 0.9f, 0.0f, 1, 1.2f, 0.1f}, false, true, LLM_SAMPLING_LOGPROBS_RAW, 1},
-    {8, false, {0.8f, 50, 0.9f, 0.05f, 1, 1.2f, 0.1f}, true, false, LLM_SAMPLING_LOGPROBS_NONE, 1},
-    {8,
-     true,
-     {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f},
-     false,
-     false,
-     LLM_SAMPLING_LOGPROBS_PROCESSED,
-     3},
+    {1, true, {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, kTokens, 1},
+    {1, true, {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.1f}, true, true, kAll, 1},
+    {1, true, {0.8f, 0, 0.9f, 0.0f, 1, 1.0f, 0.0f}, false, true, kAll, 7},
+    {1, true, {0.8f, 0, 0.1f, 0.0f, 30000, 1.0f, 0.0f}, false, true, kAll, 1},
+    {1, true, {0.8f, 0, 1.0f, 1e-9f, 1, 1.2f, 0.0f}, false, true, kAll, 1},
+    {1, false, {0.8f, 0, 0.9f, 0.0f, 1, 1.2f, 0.1f}, true, false, kAll, 1},
+    {1, false, {0.8f, 50, 0.9f, 0.05f, 1, 1.2f, 0.1f}, false, true, kAll, 1},
+    {1, false, {0.8f, 1, 1.0f, 0.0f, 1, 0.8f, 0.0f}, true, false, kTokens, 1},
+    {3, true, {0.8f, 0, 0.9f, 0.0f, 1, 1.2f, 0.1f}, false, true, kAll, 1},
+    {8, false, {0.8f, 50, 0.9f, 0.05f, 1, 1.2f, 0.1f}, true, false, kAll, 1},
+    {8, true, {0.8f, 0, 1.0f, 0.0f, 1, 1.0f, 0.0f}, false, false, kAll, 3},
 };
 constexpr int kKindCount = sizeof(kKinds) / sizeof(kKinds[0]);
 
 // The rows and the state of one caller.
 struct Step {
   Parameters parameters;
-  std::vector<int32_t> slots, mask, seen, counts, status;
+  std::vector<int32_t> slots, mask, seen, counts, status, token_ids;
   std::vector<int64_t> lengths, tokens;
-  std::vector<float> logprobs, filtered;
+  std::vector<float> filtered;
+  ResultArrays others;
   LlmSamplingArgs args = {};
 
   Step(const Kind& kind, const std::vector<float>& logits, int32_t threads)
@@ -89,9 +83,9 @@ struct Step {
         seen(kind.rows * kWords, 0x11111111),
         counts(kind.rows * kVocabSize, 1),
         status(kind.rows, -1),
+        token_ids({0, -1, kVocabSize / 2, kVocabSize - 1, kVocabSize}),
         lengths(kind.rows, 0),
         tokens(kind.rows * kind.samples, -1),
-        logprobs(tokens.size(), 1.0f),
         filtered(kind.filtered ? kind.rows * kVocabSize : 0, 1.0f) {
     for (int32_t row = 0; row < kind.rows; ++row) slots.push_back(row);
     args.struct_size = sizeof(args);
@@ -99,7 +93,6 @@ struct Step {
     args.rows = kind.rows;
     args.vocab_size = kVocabSize;
     args.num_samples = kind.samples;
-    args.logprobs_mode = kind.logprobs;
     args.advance = LLM_SAMPLING_ADVANCE_ALWAYS;
     args.num_threads = threads;
     args.logits = logits.data();
@@ -120,9 +113,15 @@ struct Step {
     }
     args.tokens = tokens.data();
     args.status = status.data();
-    args.logprobs = kind.logprobs == LLM_SAMPLING_LOGPROBS_NONE ? nullptr : logprobs.data();
     args.filtered = kind.filtered ? filtered.data() : nullptr;
     args.filtered_stride = kVocabSize;
+    if (kind.results == kTokens) return;
+    args.num_top_logprobs = 20;
+    args.kept.max_ids = 100;
+    args.token_ids = token_ids.data();
+    args.num_token_ids = static_cast<int64_t>(token_ids.size());
+    others.add_all(args);
+    others.put_into(args);
   }
 
   // Runs kSteps steps and returns the bits of all their results; nothing if a step fails.
@@ -139,8 +138,8 @@ struct Step {
       if (llm_sampling_cpu(&args) != LLM_SAMPLING_OK) return {};
       append(tokens);
       append(status);
-      append(logprobs);
       append(filtered);
+      for (const std::vector<uint8_t>& bytes : others.bytes()) append(bytes);
     }
     return results;
   }
