@@ -7,7 +7,8 @@ give others.
 
 Valgrind does not support AVX-512, so these are the AVX2 loops with 8 floats a vector, and counts
 are given per 8 tokens of the row. Rows with masks are counted for SSE4.2 too, with the kernel built
-for each of the two alone. A count is not a time, but it bounds the time from below: a core
+for each of the two alone. What the results of a call cost is counted with the logarithms of the C
+library. A count is not a time, but it bounds the time from below: a core
 retires four to six instructions a cycle, and half of those that compute a mass can run on only two
 or three of its ports.
 """
@@ -60,6 +61,7 @@ SHOWN = {
 }
 KERNEL = "libllm_sampling_cpu.so"
 OBJECTS = {KERNEL, "libtorch_cpu.so", "libsleef.so"}
+LOGARITHMS = "libm.so.6"
 
 #: The cases and dtypes that are counted with masks; the rows are those of the input "model".
 MASKED_CASES = (
@@ -98,6 +100,25 @@ MASK_GOALS: Mapping[str, float] = dict.fromkeys(
 #: The case in which a mask that bans the best tokens leaves a row whose kept set is much larger.
 #: Its masked rows are counted once more without a mask, with -inf in place of what is banned.
 EXPLAINED = "min-p-0.05"
+#: What calls return besides tokens -> the options of the Sampler.
+RESULTS: Mapping[str, dict[str, Any]] = {
+    "tokens": {},
+    "processed": {"logprobs": "processed"},
+    "raw": {"logprobs": "raw"},
+    "top 20 processed": {"logprobs": "processed", "top_logprobs": 20},
+    "top 20 raw": {"logprobs": "raw", "top_logprobs": 20},
+    "kept ids": {"kept": "ids"},
+    "kept mask": {"kept": "mask"},
+    "kept ends": {"kept": "ends"},
+}
+RESULT_CASES = ("top-k-50", "top-p-0.9", "temperature-0.8")
+#: Result -> what it is compared with, and which part of the instructions of a call for tokens it may
+#: take more than that; these are goals for the first of RESULT_CASES.
+RESULT_GOALS: Mapping[str, tuple[str, float]] = {
+    "top 20 processed": ("tokens", 0.10),
+    "top 20 raw": ("raw", 0.10),
+    "kept ids": ("tokens", 0.05),
+}
 #: A function of the C library that nothing else calls; callgrind writes a file before each call.
 MARK = "getpgid"
 
@@ -186,17 +207,34 @@ def _call(
     return lambda i: sampler(logits[i], allowed_mask=masks[i])
 
 
-def count(masked: bool, library: Path | None) -> None:
+def result_parts() -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
+    """Yield such parts for every case of RESULT_CASES with each of RESULTS."""
+    for name in INPUTS:
+        buffers = make_buffers(name, 1, VOCAB_SIZE)[:CALLS]
+        for case in RESULT_CASES:
+            for result, options in RESULTS.items():
+                sampler = Sampler(
+                    CASES[case].row_params(1), vocab_size=VOCAB_SIZE, backend="cpu", **options
+                )
+                names = {"input": name, "case": case, "result": result}
+                yield names, lambda i, call=sampler, of=buffers: call(of[i]), len(buffers)
+
+
+#: What is counted -> its parts.
+PARTS = {"whole": parts, "masked": masked_parts, "results": result_parts}
+
+
+def count(what: str, library: Path | None) -> None:
     """Make the calls of every part between two marks. This runs under callgrind.
 
     Args:
-        masked: whether the parts are those with masks.
+        what: one of PARTS.
         library: the kernel, if it is not the package's own.
     """
     torch.set_num_threads(1)
     if library is not None:
         cpu.LIBRARY.path = library
-    for names, call, buffers in masked_parts() if masked else parts():
+    for names, call, buffers in PARTS[what]():
         for buffer in range(buffers):  # a first call may prepare something
             call(buffer)
         mark()
@@ -235,8 +273,11 @@ def _short(name: str) -> str:
     return name.split("(")[0].rpartition("::")[2].strip()
 
 
-def run(*options: str, objects: Collection[str] = OBJECTS) -> list[dict[str, Any]]:
-    """Return every part with its instructions per LANES tokens; ``options`` are for count()."""
+def run(what: str, *options: str, objects: Collection[str] = OBJECTS) -> list[dict[str, Any]]:
+    """Return every part with its instructions per LANES tokens.
+
+    ``what`` is one of PARTS, and ``options`` are for count().
+    """
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         raise SystemExit("cpu_cost needs valgrind: apt install valgrind")
@@ -245,8 +286,8 @@ def run(*options: str, objects: Collection[str] = OBJECTS) -> list[dict[str, Any
         done = subprocess.run(
             [
                 *(valgrind, "--tool=callgrind", f"--callgrind-out-file={profile}"),
-                *(f"--dump-before={MARK}", sys.executable, "-m", "benchmarks.cpu_cost", "--count"),
-                *options,
+                *(f"--dump-before={MARK}", sys.executable, "-m", "benchmarks.cpu_cost"),
+                *("--count", what, *options),
             ],
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -286,7 +327,7 @@ def run_masked(instruction_set: str) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         library = build_for(instruction_set, Path(folder))
-        found = run("--masked", f"--library={library}", objects={KERNEL})
+        found = run("masked", f"--library={library}", objects={KERNEL})
     total = {(line["dtype"], line["case"], line["mask"], line["how"]): line for line in found}
     for dtype, case, mask, how in total:
         if how != "mask":
@@ -301,6 +342,38 @@ def run_masked(instruction_set: str) -> list[dict[str, Any]]:
             line["ratio_of_infinite"] = round(infinite / unmasked, 3)
         lines.append(line)
     return lines
+
+
+def run_results() -> list[dict[str, Any]]:
+    """Return every result's instructions, and what it takes more as a part of those of tokens."""
+    found = run("results", objects={*OBJECTS, LOGARITHMS})
+    total = {(line["input"], line["case"], line["result"]): line["total"] for line in found}
+    lines = []
+    for (name, case, result), instructions in total.items():
+        base, _ = RESULT_GOALS.get(result, ("tokens", 0.0))
+        more = (instructions - total[name, case, base]) / total[name, case, "tokens"]
+        line = {"input": name, "case": case, "result": result, "total": instructions}
+        lines.append(line | {"more": round(more, 4)})
+    return lines
+
+
+def results_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the table of the results in Markdown, with a column for each result."""
+    text = (
+        "What calls return besides tokens, in percent of the instructions of the call for tokens. "
+        "The goal for top-k-50 is at most 10 % for the top 20 processed logprobs, 10 % for the top "
+        "20 raw ones over the raw logprob of the token, and 5 % for the kept ids.\n\n"
+    )
+    shown = [result for result in RESULTS if result != "tokens"]
+    heads = [f"{result}, over raw" if result == "top 20 raw" else result for result in shown]
+    text += f"| input | case | per {LANES} tokens | {' | '.join(heads)} |\n"
+    text += f"|---|---|--:|{'--:|' * len(shown)}\n"
+    for first in range(0, len(lines), len(RESULTS)):
+        row = {line["result"]: line for line in lines[first : first + len(RESULTS)]}
+        line = row["tokens"]
+        cells = " | ".join(f"{row[result]['more']:+.1%}" for result in shown)
+        text += f"| {line['input']} | {line['case']} | {line['total']:.1f} | {cells} |\n"
+    return text
 
 
 def masked_table(lines: Sequence[dict[str, Any]]) -> str:
@@ -346,23 +419,23 @@ def main(argv: Sequence[str]) -> int:
     """Print the report, and write it to files on request."""
     parser = argparse.ArgumentParser(description="Instructions of the CPU kernel, by function.")
     parser.add_argument("--json", type=Path, help="write the results here, and a table beside it")
-    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--masked", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--count", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.count:
-        count(options.masked, options.library)
+        count(options.count, options.library)
         return 0
     with ThreadPoolExecutor() as pool:  # the load of a machine changes no count
-        whole = pool.submit(run)
+        whole, of_results = pool.submit(run, "whole"), pool.submit(run_results)
         masked = [line for found in pool.map(run_masked, INSTRUCTION_SETS) for line in found]
-        lines = whole.result()
+        lines, results = whole.result(), of_results.result()
     command = command_line("cpu_cost", argv)
     text = f"`{command}`, V = {VOCAB_SIZE:,}, one row, float32\n\n{table(lines)}"
-    text += f"\n{masked_table(masked)}"
+    text += f"\n{results_table(results)}\n{masked_table(masked)}"
     print(text)
     report = {"command": command, "environment": environment(argv)}
-    write_result(options.json, report | {"lines": lines, "masks": masked}, text)
+    found = {"lines": lines, "results": results, "masks": masked}
+    write_result(options.json, report | found, text)
     return 0
 
 

@@ -789,6 +789,24 @@ def test_masks_that_are_counted():
     assert set(cpu_cost.MASKED_CASES) <= set(CASES)
 
 
+def test_results_cost_what_they_may():
+    """The goals for lists of logprobs and kept ids, which cpu_cost.py counts."""
+    results = json.loads((ROOT / "benchmarks/results/cpu-cost.json").read_text("utf-8"))
+    lines = results["results"]
+    wanted = itertools.product(cpu_cost.INPUTS, cpu_cost.RESULT_CASES, cpu_cost.RESULTS)
+    assert [(line["input"], line["case"], line["result"]) for line in lines] == list(wanted)
+    found = {(line["input"], line["case"], line["result"]): line for line in lines}
+    for name in cpu_cost.INPUTS:
+        plain = found[name, "top-k-50", "tokens"]["total"]
+        for result, (base, most) in cpu_cost.RESULT_GOALS.items():
+            line = found[name, "top-k-50", result]
+            more = (line["total"] - found[name, "top-k-50", base]["total"]) / plain
+            assert line["more"] == pytest.approx(more, abs=1e-3)
+            assert 0 < more <= most, line
+    table = (ROOT / "benchmarks/results/cpu-cost.md").read_text("utf-8")
+    assert f"\n{cpu_cost.results_table(lines)}\n" in table
+
+
 def test_masks_cost_what_they_may():
     """The goals that cpu_cost.py counts; what misses them is named here, and nothing else does.
 
