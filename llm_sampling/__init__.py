@@ -16,6 +16,7 @@ from llm_sampling.masks import pack_mask
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.sample import filter_logits, sample
 from llm_sampling.sampler import Sampler
+from llm_sampling.step_masks import MaskRow, MaskStep
 from llm_sampling.table import RequestTable
 from llm_sampling.version import VERSION
 
@@ -24,6 +25,8 @@ __version__ = VERSION
 __all__ = [
     "BatchParams",
     "InvalidLogitsError",
+    "MaskRow",
+    "MaskStep",
     "RequestTable",
     "SampleOutput",
     "Sampler",

@@ -52,7 +52,7 @@ LAYERS = (
     ("backends.first_use",),
     ("backends", "reference", "backends.c_abi"),
     ("backends.native", "table"),
-    ("calls",),
+    ("calls", "step_masks"),
     ("ops",),
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
     ("growing_table", "distributed"),
