@@ -623,8 +623,8 @@ class Sampler:
 
         It consists of tensors, numbers, strings, lists and dicts, so that ``torch.save`` and
         ``torch.load(weights_only=True)`` can store it. All are copies: later steps do not change
-        them. A history has ``4 * vocab_size`` bytes for each of its slots. The state has what a mask
-        callback has not been told yet, and not the callback's own state.
+        them. A history has ``4 * vocab_size`` bytes for each of its slots. What a mask callback has
+        not been told yet is in it, and not the callback's own state.
         """
         self._check_history()
         history, table, places = self._slots.history, self._table, self._places

@@ -1,6 +1,6 @@
 """The callback that says before each step which tokens may be drawn, as a grammar does.
 
-    Sampler -> MaskStep -> callback -> a mask, forced tokens -> the bitmask of all rows
+Sampler -> MaskStep -> callback -> a mask, forced tokens -> the bitmask of all rows
 """
 
 from __future__ import annotations
@@ -119,7 +119,6 @@ class _Row(NamedTuple):
         kept = self.tokens[: len(self.tokens) - untold]
         return self._replace(tokens=kept, taken=self.taken + number - untold, forced=())
 
-
     def ended(self) -> _Row:
         return self._replace(has_ended=True)
 
@@ -203,7 +202,9 @@ class StepMasks:
         found = checks.mapping_with("masks", state, _STATE)
         if not isinstance(found["rows"], list) or len(found["rows"]) != len(self.rows):
             raise checks.refusal("masks", f"of {len(self.rows)} rows", found["rows"])
-        self.rows = [_row_of(checks.mapping_with("masks", row, _ROW_STATE)) for row in found["rows"]]
+        self.rows = [
+            _row_of(checks.mapping_with("masks", row, _ROW_STATE)) for row in found["rows"]
+        ]
         self._asked = frozenset(checks.token_ids("masks", found["asked"]))
         self.next_id = checks.integer_at_least("masks", found["next_id"], len(self.rows))
 

@@ -63,7 +63,7 @@ LAYERS = (
     ("generation.loop", "generation.models"),
     ("generation",),
     ("integrations", "tools"),
-    ("integrations.generate_call", "integrations.engine"),
+    ("integrations.generate_call", "integrations.engine", "integrations.grammar"),
     ("integrations.huggingface", "integrations.continuous_batching"),
     ("integrations.sglang", "integrations.vllm.both"),
     ("integrations.transformers_serve", "integrations.vllm.v1", "integrations.vllm.v2"),
@@ -87,7 +87,7 @@ LAYERS = (
 #: Packages that ``import llm_sampling`` must not import, because they are optional or slow.
 HEAVY = (
     *("triton", "transformers", "typer", "rich", "gguf", "accelerate", "scipy"),
-    *("optuna", "matplotlib", "sqlalchemy", "vllm", "sglang"),
+    *("optuna", "matplotlib", "sqlalchemy", "vllm", "sglang", "xgrammar", "llguidance"),
 )
 
 

@@ -276,7 +276,7 @@ def test_a_rollback_forgets_what_was_forced(backend: str) -> None:
 
 def test_all_rows_are_forced(backend: str) -> None:
     """Then there is no row to ask for."""
-    callback = Forcing(dict.fromkeys(range(4), [1, 2]))
+    callback = Forcing({row: [1, 2] for row in range(4)})
     sampler = Sampler(PARAMS, vocab_size=V, allowed_mask=callback, backend=backend)
     assert sampler(logits_of(0)).tokens.tolist() == [1] * 4
     assert sampler(logits_of(1)).tokens.tolist() == [2] * 4
@@ -288,12 +288,16 @@ def test_all_rows_are_forced(backend: str) -> None:
 
 @pytest.mark.parametrize("wrong", [[[1]], torch.ones(4, V, dtype=torch.bool), 5, "x"], ids=repr)
 def test_what_is_no_callback(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="^allowed_mask must be None or a callback that takes a M"):
+    with pytest.raises(
+        ValueError, match=r"^allowed_mask must be None or a callback that takes a M"
+    ):
         Sampler(PARAMS, vocab_size=V, allowed_mask=wrong)
 
 
 def test_several_draws_have_no_callback() -> None:
-    with pytest.raises(ValueError, match="^num_samples must be 1 where allowed_mask is a callback"):
+    with pytest.raises(
+        ValueError, match=r"^num_samples must be 1 where allowed_mask is a callback"
+    ):
         Sampler(PARAMS, vocab_size=V, num_samples=2, allowed_mask=Recorder())
 
 
@@ -301,9 +305,9 @@ def test_several_draws_have_no_callback() -> None:
 def test_what_needs_a_callback(name: str) -> None:
     sampler = Sampler(PARAMS, vocab_size=V)
     assert sampler.allowed_mask is None
-    with pytest.raises(ValueError, match=f"^{name} needs a Sampler with a callback"):
+    with pytest.raises(ValueError, match=rf"^{name} needs a Sampler with a callback"):
         getattr(sampler, name)
-    with pytest.raises(ValueError, match="^end needs a Sampler with a callback"):
+    with pytest.raises(ValueError, match=r"^end needs a Sampler with a callback"):
         sampler.end([0])
 
 
@@ -363,7 +367,7 @@ def test_wrong_answers(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, RuntimeError])
 def test_a_callback_that_raises(backend: str, error: type[BaseException]) -> None:
-    """The Sampler is as it was, the callback is told the same again, and the tokens are the same."""
+    """The Sampler is as it was, and the callback is told the same again."""
     recorder = Recorder({0: [4]})
     fails = False
 
@@ -466,10 +470,10 @@ def test_a_state_has_what_was_not_told(backend: str) -> None:
 def test_a_state_needs_a_callback() -> None:
     sampler = Sampler(PARAMS, vocab_size=V, allowed_mask=free)
     state = sampler.state_dict()
-    with pytest.raises(ValueError, match="^a state with masks needs a Sampler with a callback"):
+    with pytest.raises(ValueError, match=r"^a state with masks needs a Sampler with a callback"):
         Sampler.from_state_dict(state)
     for wrong in ({}, {**state["masks"], "rows": []}, {**state["masks"], "rows": [{}] * 4}, 5):
-        with pytest.raises(ValueError, match="^masks must be"):
+        with pytest.raises(ValueError, match=r"^masks must be"):
             Sampler.from_state_dict({**state, "masks": wrong}, allowed_mask=free)
 
 
