@@ -168,7 +168,7 @@ def _source(kind: Kind, value: object) -> str:
         if not isinstance(value, str):
             raise checks.refusal(kind, "a text, or a list of a text or None for each prompt", value)
         return value
-    rule = "a JSON schema (a dict, or its JSON), or a list of one or None for each prompt"
+    rule = "a JSON schema (a dict, or its JSON)"
     try:
         schema = json.loads(value) if isinstance(value, str) else value
         if isinstance(schema, Mapping):

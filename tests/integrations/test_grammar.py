@@ -412,9 +412,7 @@ def test_stream(engine: str, tiny_llama: Any) -> None:
     rows = [[step.tokens[row] for step in steps if step.tokens[row] >= 0] for row in (0, 1)]
     assert re.fullmatch("[a-f]{3,5}", BYTES.decode(rows[0][:-1]))
     assert re.fullmatch("[0-9]{2}", BYTES.decode(rows[1][:-1]))
-    with pytest.raises(
-        ValueError, match=r"^allowed_mask must be None where the sampler has a call"
-    ):
+    with pytest.raises(ValueError, match=r"^allowed_mask must be None where the sampler has"):
         stream(model, torch.tensor([[1], [2]]), sampler, max_new_tokens=1, allowed_mask=masks)
 
 
@@ -539,9 +537,7 @@ def test_what_is_checked_without_a_tokenizer(engine: str) -> None:
     grammar.check(engine, json_schema=SCHEMA)
     grammar.check(engine, regex=REGEX)
     grammar.check(engine, grammar=GRAMMARS[engine])
-    with pytest.raises(
-        ValueError, match=r"^engine must be 'xgrammar' or 'llguidance', got 'outlin"
-    ):
+    with pytest.raises(ValueError, match=r"^engine must be 'xgrammar' or 'llguidance', got 'outl"):
         grammar.check("outlines", regex="a")  # type: ignore[arg-type]
 
 
@@ -557,9 +553,7 @@ def test_a_list_has_one_for_each_prompt(engine: str) -> None:
         with pytest.raises(ValueError, match=f"^{message}$"):
             texts(masks, 2)
     sampler = Sampler(params(2), vocab_size=V, allowed_mask=make(engine, regex=["a"]))
-    with pytest.raises(
-        ValueError, match=r"^regex must have one for each prompt, and there is none"
-    ):
+    with pytest.raises(ValueError, match=r"^regex must have one for each prompt, and there is"):
         sampler(torch.zeros(2, V))
     with pytest.raises(ValueError, match=r"^append needs a grammar for each prompt"):
         make(engine, regex="a").append("b")

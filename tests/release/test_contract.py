@@ -76,7 +76,7 @@ LAYERS = (
     ("tools.tuning.objectives", "tools.tuning.report"),
     ("tools.explain", "tools.tuning"),
     ("tools.cli.console",),
-    ("tools.cli.running",),
+    ("tools.cli.constraint", "tools.cli.running"),
     ("tools.cli.options",),
     ("tools.cli.explain", "tools.cli.generate", "tools.cli.info", "tools.cli.tune"),
     ("tools.cli.chat",),

@@ -105,6 +105,7 @@ KNOWN = {
     ("backends.native.Library._loaded", "ctypes.CDLL"),
     ("tools.cli.console.hold_closed_descriptors", "os.open"),  # the null device
     ("tools.cli.console._discard", "os.open"),  # the null device
+    ("tools.cli.constraint.read_schema", "path.open"),
     ("tools.cli.explain._explain", "new.write_text"),
     ("tools.files.check_writable", "os.open"),  # without changing the file
     ("tools.files.check_folder", "folder.mkdir"),

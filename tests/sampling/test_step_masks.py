@@ -288,16 +288,12 @@ def test_all_rows_are_forced(backend: str) -> None:
 
 @pytest.mark.parametrize("wrong", [[[1]], torch.ones(4, V, dtype=torch.bool), 5, "x"], ids=repr)
 def test_what_is_no_callback(wrong: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"^allowed_mask must be None or a callback that takes a M"
-    ):
+    with pytest.raises(ValueError, match=r"^allowed_mask must be None or a callback that takes"):
         Sampler(PARAMS, vocab_size=V, allowed_mask=wrong)
 
 
 def test_several_draws_have_no_callback() -> None:
-    with pytest.raises(
-        ValueError, match=r"^num_samples must be 1 where allowed_mask is a callback"
-    ):
+    with pytest.raises(ValueError, match=r"^num_samples must be 1 where allowed_mask is"):
         Sampler(PARAMS, vocab_size=V, num_samples=2, allowed_mask=Recorder())
 
 
