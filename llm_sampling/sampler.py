@@ -109,7 +109,8 @@ class Sampler:
             advanced.
         allowed_mask: a callback that says before each step which tokens may be drawn. It takes a
             :class:`MaskStep` and returns a mask for the rows that it names, or None. What it raises
-            leaves the Sampler as it was. Each call then waits for the tokens of the one before.
+            leaves the Sampler as it was. Each call then waits for the tokens of the one before. The
+            callback may not be told the tokens of a call that Ctrl-C ends.
 
     Raises:
         ValueError: an argument is out of its range, or shapes disagree.

@@ -568,8 +568,8 @@ def _jump(sampler: Sampler, ended: Sequence[bool], most: int) -> list[list[int]]
     """
     forced = sampler.forced
     going = [row for row, done in enumerate(ended) if not done]
-    count = min([most, *(len(forced[row]) for row in going)])
-    if count == 0 or not going:
+    count = min([most, *(len(forced[row]) for row in going)]) if going else 0
+    if count == 0:
         return [[] for _ in ended]
     for row in going:
         sampler.extend(row, forced[row][:count])

@@ -14,10 +14,11 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -199,6 +200,9 @@ class _Matcher(Protocol):
     def forced(self) -> list[int]:
         """The tokens of the text that is certain to follow."""
 
+    def copy(self) -> _Matcher:
+        """Another matcher that stands in the same place."""
+
 
 class _Vocabulary(Protocol):
     """A tokenizer as an engine has it.
@@ -275,11 +279,9 @@ _PARSERS: Mapping[str, Callable[[Kind, str, bool], Any]] = {
 class _XgrammarVocabulary:
     def __init__(self, tokenizer: Any) -> None:
         self._engine = _engine("xgrammar")
-        # Stop tokens are allowed by GrammarMasks; without one here xgrammar guesses some.
-        end = tokenizer.eos_token_id
-        info = self._engine.TokenizerInfo.from_huggingface(
-            tokenizer, stop_token_ids=[0 if end is None else end]
-        )
+        with warnings.catch_warnings():  # about stop tokens, which GrammarMasks takes care of
+            warnings.simplefilter("ignore")
+            info = self._engine.TokenizerInfo.from_huggingface(tokenizer)
         self.size: int = info.vocab_size
         self._compiler = self._engine.GrammarCompiler(info, max_threads=torch.get_num_threads())
 
@@ -312,12 +314,18 @@ class _XgrammarMatcher:
     def forced(self) -> list[int]:
         return list(self._matcher.find_jump_forward_tokens())
 
+    def copy(self) -> _XgrammarMatcher:
+        return _XgrammarMatcher(self._matcher.fork())
+
 
 class _LlguidanceVocabulary:
     def __init__(self, tokenizer: Any) -> None:
         self._engine = _engine("llguidance")
-        self._tokenizer = importlib.import_module("llguidance.hf").from_tokenizer(tokenizer)
+        make = importlib.import_module("llguidance.hf").from_tokenizer
+        self._tokenizer = make(tokenizer)
         self.size: int = self._tokenizer.vocab_size
+        if tokenizer.eos_token_id is None:  # llguidance would take token 0, which is text
+            self._tokenizer = make(tokenizer, n_vocab=self.size + 1, eos_token=self.size)
 
     def compile(self, kind: Kind, source: str, any_whitespace: bool) -> Callable[[], _Matcher]:
         parsed = _llguidance_of(kind, source, any_whitespace)
@@ -351,6 +359,9 @@ class _LlguidanceMatcher:
 
     def forced(self) -> list[int]:
         return list(self._matcher.compute_ff_tokens())
+
+    def copy(self) -> _LlguidanceMatcher:
+        return _LlguidanceMatcher(self._matcher.deep_copy())
 
 
 _VOCABULARIES: Mapping[str, Callable[[Any], _Vocabulary]] = {
@@ -390,6 +401,12 @@ class _Row:
         self.tokens: list[int] = []
         self.past = 0
 
+    def copy(self) -> _Row:
+        """Another row with the same tokens."""
+        other = _Row(self.matcher.copy())
+        other.tokens, other.past = list(self.tokens), self.past
+        return other
+
     def take_away(self, number: int) -> list[int]:
         """Forget the last tokens; returns them."""
         kept = len(self.tokens) - number
@@ -419,6 +436,9 @@ class GrammarMasks:
     raises a ValueError.
 
     One object serves one Sampler or loop at a time, and any number of them one after the other.
+    ``copy.deepcopy`` copies it with where its rows stand, as it is part of a Sampler that is
+    copied; it cannot be pickled.
+
     Made by :func:`xgrammar` and :func:`llguidance`.
     """
 
@@ -448,7 +468,7 @@ class GrammarMasks:
         self._starts = [self._compiled(source) for source in sources]
         size = self._vocabulary.size
         self._words: Words = np.zeros(-(-size // 32), dtype=np.int32)
-        self._usable = _bits([token for token in range(size) if token not in self._banned], size)
+        self._usable = _all_but(self._banned, size)
         self._rows: dict[int, _Row] = {}
 
     def append(self, source: Schema | None) -> None:
@@ -463,6 +483,16 @@ class GrammarMasks:
         if self._is_one:
             raise ValueError("append needs a grammar for each prompt, and there is one for all")
         self._starts.append(self._compiled(None if source is None else _source(self._kind, source)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GrammarMasks:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other._starts, other._words = list(self._starts), self._words.copy()
+        other._rows = {id: row.copy() for id, row in self._rows.items()}
+        return other
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("a GrammarMasks cannot be pickled, since its matchers cannot")
 
     def _compiled(self, source: str | None) -> Callable[[], _Matcher] | None:
         if source is None:
@@ -503,7 +533,7 @@ class GrammarMasks:
                     row, ends = rows[told.id], self._ends_of(told)
                     step.forced[place].extend(self._forced(row, ends, step.vocab_size))
                     if not step.forced[place]:
-                        self._fill(words[place], row, ends, step.vocab_size)
+                        self._fill(words[place], row, ends)
         except BaseException:
             for row, told, taken, length in undo:
                 row.take_away(len(row.tokens) - length)
@@ -533,7 +563,13 @@ class GrammarMasks:
         return self._rows[told.id]
 
     def _ends_of(self, told: MaskRow) -> tuple[int, ...]:
-        return self._ends if self._are_given or not told.ends else told.ends
+        ends = self._ends if self._are_given or not told.ends else told.ends
+        if not ends:
+            raise ValueError(
+                "end_token_ids must be given where neither the loop nor the tokenizer has an end "
+                "token"
+            )
+        return ends
 
     def _forced(self, row: _Row, ends: Collection[int], vocab_size: int) -> list[int]:
         """The tokens that a row is certain to get, as far as they can be drawn."""
@@ -546,7 +582,7 @@ class GrammarMasks:
             forced.append(token)
         return forced
 
-    def _fill(self, words: Words, row: _Row, ends: Collection[int], vocab_size: int) -> None:
+    def _fill(self, words: Words, row: _Row, ends: Collection[int]) -> None:
         """Clear the bits of the tokens that a row must not draw."""
         words[:] = 0
         if not row.past:
@@ -554,14 +590,17 @@ class GrammarMasks:
             self._words &= self._usable
             width = min(len(words), len(self._words))
             words[:width] = self._words[:width]
-        of_ends = _bits([token for token in ends if token < vocab_size], vocab_size)
-        words &= ~of_ends
-        if row.past or row.matcher.is_complete():
-            words |= of_ends
+        is_complete = row.past > 0 or row.matcher.is_complete()
+        bits = words.view(np.uint32)
+        for token in ends:
+            if token < 32 * len(words):  # what is past the logits' width is dropped
+                bit = np.uint32(1 << (token & 31))
+                bits[token >> 5] = bits[token >> 5] & ~bit | (bit if is_complete else 0)
 
 
-def _bits(tokens: Sequence[int], size: int) -> Words:
-    """A row of a bitmask in which the bits of these tokens are set."""
+def _all_but(banned: Collection[int], size: int) -> Words:
+    """A row of a bitmask in which the bits of all tokens but those are set."""
     bits = np.zeros(-(-size // 32) * 32, dtype=np.uint8)
-    bits[list(tokens)] = 1
+    bits[:size] = 1
+    bits[[token for token in banned if token < size]] = 0
     return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)

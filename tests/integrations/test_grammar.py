@@ -6,9 +6,12 @@ to its grammar because of the masks alone.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import pickle
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -591,3 +594,30 @@ def test_a_callback_that_raises_ends_the_loop() -> None:
 
     with pytest.raises(LookupError, match="nothing to say"):
         texts(callback)
+
+
+def test_a_copy_stands_where_it_stood(engine: str) -> None:
+    masks = make(engine, regex="[a-f]{4}[0-9]{4}")
+    sampler = Sampler(params(1), vocab_size=V, allowed_mask=masks)
+    ids: list[list[int]] = [[]]
+    run(sampler, ids, 3)
+    other, others = copy.deepcopy(sampler), copy.deepcopy(ids)
+    run(sampler, ids, 6)
+    run(other, others, 6)
+    assert ids == others
+    assert other.allowed_mask is not masks
+    with pytest.raises(TypeError, match=r"^a GrammarMasks cannot be pickled"):
+        pickle.dumps(sampler)
+
+
+def test_a_tokenizer_without_an_end(engine: str) -> None:
+    tokenizer = copy.deepcopy(BYTES)
+    tokenizer.eos_token = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masks = make(engine, tokenizer, regex="[!-~]{4}")
+    with pytest.raises(ValueError, match=r"^end_token_ids must be given where neither"):
+        Sampler(params(1), vocab_size=V, allowed_mask=masks)(torch.zeros(1, V))
+    for one in texts(masks, 2, eos_token_ids=[3]):
+        assert one.token_ids[4:] == [3]
+        assert re.fullmatch("[!-~]{4}", BYTES.decode(one.token_ids[:4]))
