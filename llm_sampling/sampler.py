@@ -109,8 +109,9 @@ class Sampler:
             advanced.
         allowed_mask: a callback that says before each step which tokens may be drawn. It takes a
             :class:`MaskStep` and returns a mask for the rows that it names, or None. What it raises
-            leaves the Sampler as it was. Each call then waits for the tokens of the one before. The
-            callback may not be told the tokens of a call that Ctrl-C ends.
+            leaves the Sampler as it was. Each call then waits for the tokens of the one before.
+            Where Ctrl-C ends a call while it draws, nobody knows its tokens, and the next call is a
+            RuntimeError.
 
     Raises:
         ValueError: an argument is out of its range, or shapes disagree.

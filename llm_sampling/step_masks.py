@@ -21,7 +21,7 @@ from llm_sampling.tensors import not_of_inference_mode
 _CPU = torch.device("cpu")
 #: The entries of a state, and those of each of its rows.
 _STATE = frozenset({"rows", "asked", "next_id"})
-_ROW_STATE = frozenset({"id", "is_new", "tokens", "taken", "forced", "has_ended"})
+_ROW_STATE = frozenset({"id", "is_new", "start", "tokens", "forced", "has_ended"})
 
 
 class MaskRow(NamedTuple):
@@ -33,19 +33,20 @@ class MaskRow(NamedTuple):
             prompt.
         prompt: the index of the prompt that the row continues; in a Sampler, its ``id``.
         is_new: whether the callback has not been asked for this row before.
+        start: the place of ``tokens`` in the row's output, in which it has been told those before.
+            What it has been told from there on does not hold any more: it was taken away by a
+            rollback, or the callback has raised an error and is told again.
         tokens: what the row has got since the callback was last asked for it, in order: the token
             that it drew, those that were forced, and those that were added without a draw. Where
             the row is new, the tokens of its output so far, as far as the loop was given them.
-        taken: how many of the tokens that the callback knew were taken away since then, by a
-            rollback. They were the last ones, and ``tokens`` come in their place.
         ends: the tokens that end the row, as far as the loop knows them; empty in a Sampler.
     """
 
     id: int
     prompt: int
     is_new: bool
+    start: int
     tokens: tuple[int, ...]
-    taken: int = 0
     ends: tuple[int, ...] = ()
 
 
@@ -97,8 +98,8 @@ class _Row(NamedTuple):
 
     id: int
     is_new: bool = True
+    start: int = 0
     tokens: tuple[int, ...] = ()
-    taken: int = 0
     forced: tuple[int, ...] = ()
     has_ended: bool = False
 
@@ -117,7 +118,11 @@ class _Row(NamedTuple):
         """The row without its last tokens."""
         untold = min(number, len(self.tokens))
         kept = self.tokens[: len(self.tokens) - untold]
-        return self._replace(tokens=kept, taken=self.taken + number - untold, forced=())
+        return self._replace(start=self.start - (number - untold), tokens=kept, forced=())
+
+    def told(self) -> _Row:
+        """The row when the callback knows its tokens."""
+        return self._replace(is_new=False, start=self.start + len(self.tokens), tokens=())
 
     def ended(self) -> _Row:
         return self._replace(has_ended=True)
@@ -147,6 +152,8 @@ class StepMasks:
         self._asked: frozenset[int] = frozenset()
         #: The ids of the rows of the last step, and its tokens, which may still be on a device.
         self._drawn: tuple[list[int], Tensor] | None = None
+        #: Whether a step has begun whose tokens are not in ``_drawn``.
+        self._is_drawing = False
         self._buffer = self._free_rows(rows)
 
     def around(self, step: Step) -> Step:
@@ -158,9 +165,15 @@ class StepMasks:
             own = self._before()
             if own is not None:
                 allowed_mask = own if allowed_mask is None else own & allowed_mask
-            output = step(logits, allowed_mask, slots)
-            # a copy, since the caller may change the tensor
-            self._drawn = [row.id for row in self.rows], output.tokens.clone()
+            ids = [row.id for row in self.rows]
+            self._is_drawing = True
+            try:
+                output = step(logits, allowed_mask, slots)
+            except Exception:  # which leaves all rows where they are
+                self._is_drawing = False
+                raise
+            tokens = output.tokens.clone()  # the caller may change the tensor
+            self._drawn, self._is_drawing = (ids, tokens), False
             return output
 
         return run
@@ -209,7 +222,16 @@ class StepMasks:
         self.next_id = checks.integer_at_least("masks", found["next_id"], len(self.rows))
 
     def _take_drawn(self) -> None:
-        """Wait for the tokens of the last step, and count them among those of their rows."""
+        """Wait for the tokens of the last step, and count them among those of their rows.
+
+        Raises:
+            RuntimeError: the last step was interrupted.
+        """
+        if self._is_drawing:
+            raise RuntimeError(
+                "the mask callback cannot be told what the interrupted call before this one has "
+                "drawn: make a new Sampler, or give this one a callback by set_allowed_mask"
+            )
         if self._drawn is None:
             return
         ids, tokens = self._drawn
@@ -255,7 +277,7 @@ class StepMasks:
         bitmask = self._buffer[: len(asked)].fill_(-1)
         step = MaskStep(
             rows=tuple(
-                MaskRow(row.id, row.id, row.is_new, row.tokens, row.taken)
+                MaskRow(row.id, row.id, row.is_new, row.start, row.tokens)
                 for row in map(rows.__getitem__, asked)
             ),
             ended=tuple(sorted(self._asked - going_ids)),
@@ -266,7 +288,7 @@ class StepMasks:
         mask = self.callback(step)
         told = list(rows)
         for index in asked:
-            told[index] = rows[index]._replace(is_new=False, tokens=(), taken=0)
+            told[index] = rows[index].told()
         known = self._asked & going_ids | {rows[index].id for index in asked}
         self.rows, self._asked = told, known
         packed = self._packed(mask, bitmask, len(asked))
@@ -323,8 +345,8 @@ def _row_of(state: Mapping[str, Any]) -> _Row:
     return _Row(
         id=checks.integer_at_least("id", state["id"], 0),
         is_new=checks.true_or_false("is_new", state["is_new"]),
+        start=checks.integer("start", state["start"]),
         tokens=tuple(checks.token_ids("tokens", state["tokens"])),
-        taken=checks.integer_at_least("taken", state["taken"], 0),
         forced=tuple(checks.token_ids("forced", state["forced"])),
         has_ended=checks.true_or_false("has_ended", state["has_ended"]),
     )

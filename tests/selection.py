@@ -195,6 +195,7 @@ LONG = {
     "test_supply.py::test_the_sdist_is_what_git_has",
     "test_supply.py::test_the_wheel_has_the_package_alone",
     "test_supply.py::test_the_wheel_installs_without_an_index_and_draws",
+    "test_allowed_mask.py::test_a_history_that_grows_in_fused_generate",
     "test_cli.py::test_a_chat_that_no_longer_fits_ends",
     "test_cli_hostile.py::test_a_closed_descriptor_is_not_left_to_the_next_file",
     "test_cli_hostile.py::test_bytes_of_utf8_are_read_where_the_locale_has_ascii_alone",

@@ -387,6 +387,7 @@ def callback_of_prompts(
         rows = tuple(
             row._replace(
                 prompt=row.id // sequences,
+                start=0 if row.is_new else row.start + len(outputs[row.id]),
                 tokens=(*outputs[row.id], *row.tokens) if row.is_new else row.tokens,
                 ends=of_rows[row.id],
             )

@@ -321,11 +321,15 @@ class _XgrammarMatcher:
 class _LlguidanceVocabulary:
     def __init__(self, tokenizer: Any) -> None:
         self._engine = _engine("llguidance")
-        make = importlib.import_module("llguidance.hf").from_tokenizer
-        self._tokenizer = make(tokenizer)
+        end, special = tokenizer.eos_token_id, _special_tokens(tokenizer)
+        if end is None and not special:
+            raise checks.refusal("tokenizer", "one with an end or special token", tokenizer)
+        self._tokenizer = importlib.import_module("llguidance.hf").from_tokenizer(
+            # without one llguidance would take token 0, which is text
+            tokenizer,
+            eos_token=min(special) if end is None else end,
+        )
         self.size: int = self._tokenizer.vocab_size
-        if tokenizer.eos_token_id is None:  # llguidance would take token 0, which is text
-            self._tokenizer = make(tokenizer, n_vocab=self.size + 1, eos_token=self.size)
 
     def compile(self, kind: Kind, source: str, any_whitespace: bool) -> Callable[[], _Matcher]:
         parsed = _llguidance_of(kind, source, any_whitespace)
@@ -375,6 +379,11 @@ _KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], _Vocabulary]] = (
 )
 
 
+def _special_tokens(tokenizer: Any) -> frozenset[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {token for token, its in added if its.special}
+
+
 def _vocabulary(engine: EngineName, tokenizer: Any) -> _Vocabulary:
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise checks.refusal("tokenizer", "a fast tokenizer of transformers", tokenizer)
@@ -407,15 +416,13 @@ class _Row:
         other.tokens, other.past = list(self.tokens), self.past
         return other
 
-    def take_away(self, number: int) -> list[int]:
-        """Forget the last tokens; returns them."""
-        kept = len(self.tokens) - number
-        taken, of_end = self.tokens[kept:], min(number, self.past)
+    def take_away(self, number: int) -> None:
+        """Forget the last tokens."""
+        of_end = min(number, self.past)
         if number > of_end:
             self.matcher.rollback(number - of_end)
-        del self.tokens[kept:]
+        del self.tokens[len(self.tokens) - number :]
         self.past -= of_end
-        return taken
 
     def add(self, token: int, ends: Collection[int], banned: Collection[int]) -> bool:
         """Go on with a token; False, and nothing changes, if it is not allowed."""
@@ -460,9 +467,7 @@ class GrammarMasks:
             end = tokenizer.eos_token_id
             end_token_ids = [] if end is None else [end]
         self._ends = tuple(sorted(checks.token_ids("end_token_ids", end_token_ids)))
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {token for token, content in added.items() if content.special}
-        self._banned = frozenset({*special, *tokenizer.all_special_ids})
+        self._banned = _special_tokens(tokenizer)
         self._is_one = isinstance(given.sources, str)
         sources = [given.sources] if isinstance(given.sources, str) else given.sources
         self._starts = [self._compiled(source) for source in sources]
@@ -504,7 +509,7 @@ class GrammarMasks:
 
         Raises:
             ValueError: there is not a grammar for each prompt, or a row has got a token that its
-                grammar does not allow. Then nothing has changed.
+                grammar does not allow.
             RuntimeError: llguidance has reached a limit of its parser.
         """
         count = len(self._starts)
@@ -513,33 +518,22 @@ class GrammarMasks:
                 f"{self._kind} must have one for each of {step.prompts} prompts, got {count}"
             )
         rows: dict[int, _Row] = {}
-        undo: list[tuple[_Row, MaskRow, list[int], int]] = []
-        try:
-            for told in step.rows:
-                if (row := self._row(told)) is None:
-                    continue
-                rows[told.id] = row
-                undo.append((row, told, row.take_away(told.taken), len(row.tokens)))
-                ends = self._ends_of(told)
-                for token in told.tokens:
-                    if not row.add(token, ends, self._banned):
-                        raise ValueError(
-                            f"row {told.id} has got token {token}, which its grammar does not "
-                            "allow there"
-                        )
-            words = step.bitmask.numpy()
-            for place, told in enumerate(step.rows):
-                if told.id in rows:
-                    row, ends = rows[told.id], self._ends_of(told)
-                    step.forced[place].extend(self._forced(row, ends, step.vocab_size))
-                    if not step.forced[place]:
-                        self._fill(words[place], row, ends)
-        except BaseException:
-            for row, told, taken, length in undo:
-                row.take_away(len(row.tokens) - length)
-                for token in taken:
-                    row.add(token, self._ends_of(told), ())
-            raise
+        words = step.bitmask.numpy()
+        for place, told in enumerate(step.rows):
+            row = self._row(told)
+            if row is None:
+                continue
+            rows[told.id], ends = row, self._ends_of(told)
+            row.take_away(len(row.tokens) - told.start)
+            for token in told.tokens:
+                if not row.add(token, ends, self._banned):
+                    raise ValueError(
+                        f"row {told.id} has got token {token}, which its grammar does not allow "
+                        "there"
+                    )
+            step.forced[place].extend(self._forced(row, ends, step.vocab_size))
+            if not step.forced[place]:
+                self._fill(words[place], row, ends)
         self._rows = {
             **{id: row for id, row in self._rows.items() if id not in step.ended},
             **rows,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import llm_sampling
-from llm_sampling import Sampler, SamplingParams, TokenHistory, generation
+from llm_sampling import MaskStep, Sampler, SamplingParams, TokenHistory, generation
 from llm_sampling.backends import cpu
 from llm_sampling.tools import cli
 
@@ -282,6 +282,50 @@ def test_a_step_that_is_interrupted_anywhere(before: int) -> None:
             wrong[place] = repr(error)
     assert wrong == {}
     assert reached == {0, 1}
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason="the CPU kernel is not built")
+def test_a_step_with_a_callback_that_is_interrupted_anywhere() -> None:
+    """The callback is told every token that was drawn, or the next call is an error."""
+    rows = [LOGITS[2 * step : 2 * step + 2] for step in range(6)]
+
+    def no_token_twice(step: MaskStep) -> Tensor:
+        for index, row in enumerate(step.rows):
+            output = outputs.setdefault(row.id, [])
+            output[row.start :] = row.tokens
+            for token in output:
+                step.bitmask[index, token // 32] &= ~(1 << token % 32)
+        return step.bitmask
+
+    def drawn(sampler: Sampler, steps: list[Tensor]) -> list[list[int]]:
+        return [sampler(logits).tokens.tolist() for logits in steps]
+
+    def new() -> Sampler:
+        sampler = new_sampler()
+        sampler.set_allowed_mask(no_token_twice)
+        outputs.clear()
+        return sampler
+
+    outputs: dict[int, list[int]] = {}
+    expected = drawn(new(), rows)
+    wrong, ends = {}, set()
+    for instruction in itertools.count(1):
+        sampler = new()
+        drawn(sampler, rows[:1])
+        interrupt = Interrupt(instruction, only_after_calls=True)
+        place = interrupted_at(interrupt, functools.partial(sampler, rows[1]))
+        if not place:
+            break
+        done = int(sampler.positions[0])
+        try:
+            assert drawn(sampler, rows[done:]) == expected[done:]
+            ends.add(done)
+        except RuntimeError as error:
+            ends.add(str(error)[:17])
+        except Exception as error:
+            wrong[place] = repr(error)
+    assert wrong == {}
+    assert ends == {1, 2, "the mask callback"}
 
 
 CHANGES: dict[str, Callable[[Sampler], object]] = {
