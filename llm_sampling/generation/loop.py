@@ -526,7 +526,8 @@ def _draws(
     """
     cache: Any = None
     ended: Sequence[bool] | None = None
-    may_jump = row_logprobs is None or not row_logprobs.any_raw
+    has_callback = sampler.allowed_mask is not None
+    may_jump = has_callback and not (row_logprobs is not None and row_logprobs.any_raw)
     step = 0
     while step < max_new_tokens:
         start = time.perf_counter()
@@ -534,6 +535,8 @@ def _draws(
         with torch.inference_mode():
             logits, cache = forward(input_ids, cache)
         model_done = time.perf_counter()
+        if has_callback and ended is not None:
+            sampler.end([row for row, done in enumerate(ended) if done])
         drawn = _drawn(sampler, logits, masks[step] if step < len(masks) else None, ended)
         tokens, status = torch.stack([drawn.tokens, drawn.status]).tolist()
         logprobs = None
@@ -544,18 +547,14 @@ def _draws(
         step += 1
         # The model gets some token for a row that has none, whose logits are not looked at again.
         input_ids = drawn.tokens.clamp(min=0).unsqueeze(-1)
-        if sampler.allowed_mask is None or ended is None:
-            continue
-        sampler.end([row for row, done in enumerate(ended) if done])
-        if not may_jump or step < len(masks):
-            continue
-        forced = _jump(sampler, ended, max_new_tokens - step)
-        for column in zip(*forced, strict=True):
-            none = [0] * len(column)
-            ended = yield _Draw(list(column), none, logprobs and [0.0] * len(column), 0.0, 0.0)
-            step += 1
-        sampler.end([row for row, done in enumerate(ended or ()) if done])
-        input_ids = torch.cat([input_ids, input_ids.new_tensor(forced)], dim=1)
+        if may_jump and ended is not None and step >= len(masks):
+            forced = _jump(sampler, ended, max_new_tokens - step)
+            certain = None if logprobs is None else [0.0] * len(tokens)
+            for tokens in forced:
+                ended = yield _Draw(tokens, [0] * len(tokens), certain, 0.0, 0.0)
+            step += len(forced)
+            if forced:
+                input_ids = torch.cat([input_ids, input_ids.new_tensor(forced).T], dim=1)
 
 
 def _jump(sampler: Sampler, ended: Sequence[bool], most: int) -> list[list[int]]:
@@ -564,16 +563,18 @@ def _jump(sampler: Sampler, ended: Sequence[bool], most: int) -> list[list[int]]
     All rows of a model's call have the same number of tokens.
 
     Returns:
-        The tokens of each row; those of a row that has ended are 0.
+        For each such step the tokens of the rows; those of a row that has ended are 0.
     """
-    forced = sampler.forced
+    of_rows = sampler.forced
     going = [row for row, done in enumerate(ended) if not done]
-    count = min([most, *(len(forced[row]) for row in going)]) if going else 0
-    if count == 0:
-        return [[] for _ in ended]
-    for row in going:
-        sampler.extend(row, forced[row][:count])
-    return [[0] * count if done else [*forced[row][:count]] for row, done in enumerate(ended)]
+    count = min([most, *(len(of_rows[row]) for row in going)]) if going else 0
+    if count > 0:
+        for row in going:
+            sampler.extend(row, of_rows[row][:count])
+    return [
+        [0 if done else forced[step] for forced, done in zip(of_rows, ended, strict=True)]
+        for step in range(count)
+    ]
 
 
 def _drawn(

@@ -466,7 +466,8 @@ class GrammarMasks:
         if end_token_ids is None:
             end = tokenizer.eos_token_id
             end_token_ids = [] if end is None else [end]
-        self._ends = tuple(sorted(checks.token_ids("end_token_ids", end_token_ids)))
+        ends = checks.token_ids("end_token_ids", end_token_ids)
+        self._ends = tuple(checks.integer_at_least("end_token_ids", token, 0) for token in ends)
         self._banned = _special_tokens(tokenizer)
         self._is_one = isinstance(given.sources, str)
         sources = [given.sources] if isinstance(given.sources, str) else given.sources

@@ -506,6 +506,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a flag": ({"regex": "a", "jump_forward": 1}, "jump_forward must be True or False, got 1"),
     "spaces": ({"regex": "a", "any_whitespace": None}, "any_whitespace must be True or False"),
     "ends": ({"regex": "a", "end_token_ids": "x"}, "end_token_ids must be a collection of token"),
+    "a negative end": (
+        {"regex": "a", "end_token_ids": [-1]},
+        "end_token_ids must be an integer >= 0, got -1",
+    ),
     "an open group": ({"regex": "("}, "regex must be one that ENGINE can compile: "),
     "a wrong range": ({"regex": [None, "[z-a]"]}, "regex must be one that ENGINE can compile: "),
     "lookahead": ({"regex": "(?=a)b"}, "regex must be one that ENGINE can compile: "),
@@ -621,3 +625,21 @@ def test_a_tokenizer_without_an_end(engine: str) -> None:
     for one in texts(masks, 2, eos_token_ids=[3]):
         assert one.token_ids[4:] == [3]
         assert re.fullmatch("[!-~]{4}", BYTES.decode(one.token_ids[:4]))
+
+
+@pytest.mark.parametrize("token", [V, 299])
+def test_an_appended_token_that_the_tokenizer_does_not_have(engine: str, token: int) -> None:
+    masks = make(engine, regex="[!-~]*")
+    sampler = Sampler(params(1), vocab_size=300, allowed_mask=masks)
+    sampler.extend(0, [token])
+    with pytest.raises(ValueError, match=f"^row 0 has got token {token}, which its grammar"):
+        sampler(torch.zeros(1, 300))
+    sampler.rollback(0, 1)
+    assert 33 <= BYTES.decode(sampler(torch.zeros(1, 300)).tokens.tolist()).encode()[0] <= 126
+
+
+def test_an_end_token_inside_of_a_text_is_refused(engine: str) -> None:
+    sampler = Sampler(params(1), vocab_size=V, allowed_mask=make(engine, regex="abc"))
+    sampler.extend(0, [*BYTES("ab")["input_ids"], END])
+    with pytest.raises(ValueError, match=f"^row 0 has got token {END}, which its grammar"):
+        sampler(torch.zeros(1, V))
