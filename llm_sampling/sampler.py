@@ -463,7 +463,7 @@ class Sampler:
         history: TokenHistory | None,
         masks: tuple[list[Any], int] | None,
     ) -> None:
-        """Let the rows have these slots, this history, and this place in the StepMasks.
+        """Let the rows have these slots and this history, and the StepMasks these rows and next id.
 
         Everything that can fail comes first. Python handles Ctrl-C after a call, so nothing is
         called between the assignments: rows and history change together or not at all.

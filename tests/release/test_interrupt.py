@@ -336,17 +336,19 @@ CHANGES: dict[str, Callable[[Sampler], object]] = {
 
 
 @pytest.mark.skipif(cpu.why_unavailable() is not None, reason="the CPU kernel is not built")
-@pytest.mark.parametrize("has_history", [True, False], ids=["penalties", "none"])
+@pytest.mark.parametrize("kind", ["penalties", "none", "a callback"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_rows_that_fails_anywhere(change: str, has_history: bool) -> None:
+def test_a_change_of_rows_that_fails_anywhere(change: str, kind: str) -> None:
     """A change of rows that fails at any instruction is done completely or not at all.
 
     Rows, history and positions change together, whether Ctrl-C or an error of a call ended it.
     """
 
     def started() -> Sampler:
-        params = PARAMS if has_history else [SamplingParams(seed=seed) for seed in (1, 2)]
+        params = PARAMS if kind == "penalties" else [SamplingParams(seed=seed) for seed in (1, 2)]
         sampler = Sampler(params, vocab_size=VOCAB_SIZE)
+        if kind == "a callback":
+            sampler.set_allowed_mask(lambda step: [[row.id, 40 + row.id] for row in step.rows])
         for step in range(3):
             sampler(LOGITS[2 * step : 2 * step + 2])
         return sampler
