@@ -205,6 +205,7 @@ LONG = {
     "test_cli_explain.py::test_a_reader_that_has_gone[explain]",
     "test_explain_page.py::test_the_page_keeps_what_sample_keeps[real-sized]",
     "test_explain_page.py::test_the_page_keeps_what_sample_keeps[ties]",
+    "test_interrupt.py::test_a_step_with_a_callback_that_is_interrupted_anywhere",
     "test_interrupt.py::test_a_command_that_is_started_with_ctrl_c_ignored_keeps_it_ignored",
     "test_load.py::test_a_data_loader_whose_workers_sample[spawn]",
     "test_tune_training.py::test_a_resumed_search_keeps_its_finished_trials",
