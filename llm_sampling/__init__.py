@@ -17,6 +17,7 @@ from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.results import KeptSet, SampleOutput, ScoreOutput, TokenLogprobs
 from llm_sampling.sample import filter_logits, sample, score
 from llm_sampling.sampler import Sampler
+from llm_sampling.step_masks import MaskRow, MaskStep
 from llm_sampling.table import RequestTable
 from llm_sampling.version import VERSION
 
@@ -26,6 +27,8 @@ __all__ = [
     "BatchParams",
     "InvalidLogitsError",
     "KeptSet",
+    "MaskRow",
+    "MaskStep",
     "RequestTable",
     "SampleOutput",
     "Sampler",

@@ -37,6 +37,7 @@ from llm_sampling.params import (
     seeds_of,
 )
 from llm_sampling.results import KeptForm, Logprobs, SampleOutput, wanted
+from llm_sampling.step_masks import MaskCallback, StepMasks, check_callback
 from llm_sampling.table import array_of
 from llm_sampling.tensors import (
     is_readable_as_it_is,
@@ -110,6 +111,11 @@ class Sampler:
         device: the logits' device. Default: the history's, else the CPU.
         check: as for :func:`llm_sampling.sample`. When a call raises InvalidLogitsError no row has
             advanced.
+        allowed_mask: a callback that says before each step which tokens may be drawn. It takes a
+            :class:`MaskStep` and returns a mask for the rows that it names, or None. What it raises
+            leaves the Sampler as it was. Each call then waits for the tokens of the one before.
+            Where Ctrl-C ends a call while it draws, nobody knows its tokens, and the next call is a
+            RuntimeError.
 
     Raises:
         ValueError: an argument is out of its range, or shapes disagree.
@@ -136,6 +142,7 @@ class Sampler:
         backend: str = "auto",
         device: torch.device | str | None = None,
         check: bool | None = None,
+        allowed_mask: MaskCallback | None = None,
     ) -> None:
         vocab_size = check_vocab_size(vocab_size)
         if device is None:
@@ -170,6 +177,7 @@ class Sampler:
         if history is not None and history.is_view:
             raise ValueError("history must be one that can be changed, got a read-only view")
         self._refuse_draws(batch.needs_history)
+        self._masks = self._masks_of(allowed_mask, len(rows))
         slots = list(range(len(rows))) if history is None else history.slots.tolist()
         table = GrowingTable(
             vocab_size=vocab_size, history=history, backend=backend, device=self.device
@@ -198,6 +206,17 @@ class Sampler:
                 "num_samples must be 1 where a penalty is on, since a history follows one token "
                 f"per row, got {self.num_samples}"
             )
+
+    def _masks_of(self, callback: MaskCallback | None, rows: int) -> StepMasks | None:
+        check_callback(callback)
+        if callback is None:
+            return None
+        if self.num_samples > 1:
+            raise ValueError(
+                "num_samples must be 1 where allowed_mask is a callback, which follows one token "
+                f"per row, got {self.num_samples}"
+            )
+        return StepMasks(callback, rows, self.vocab_size, self.device)
 
     @property
     def turns(self) -> tuple[Turn, Turn]:
@@ -229,13 +248,44 @@ class Sampler:
         """The seeds of the rows, in [0, 2^64), with those that rows without a seed have got."""
         return tuple(self._table.seed(slot) % 2**64 for slot in self._places)
 
+    @property
+    def allowed_mask(self) -> MaskCallback | None:
+        """The callback that is asked before each step, or None."""
+        return None if self._masks is None else self._masks.callback
+
+    @property
+    def row_ids(self) -> tuple[int, ...]:
+        """The ids by which the mask callback knows the rows.
+
+        Raises:
+            ValueError: the Sampler has no callback.
+        """
+        return tuple(row.id for row in self._with_callback("row_ids").rows)
+
+    @property
+    def forced(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens that the mask callback has forced and that each row has still to get.
+
+        Without :meth:`extend` they come one in each call. Waits for the device.
+
+        Raises:
+            ValueError: the Sampler has no callback.
+        """
+        return tuple(self._with_callback("forced").forced)
+
+    def _with_callback(self, name: str) -> StepMasks:
+        if self._masks is None:
+            raise ValueError(f"{name} needs a Sampler with a callback, allowed_mask")
+        return self._masks
+
     def __call__(self, logits: Tensor, *, allowed_mask: Mask | None = None) -> SampleOutput:
         """Draw one token (or ``num_samples``) per row and advance.
 
         Args:
             logits: ``(rows, vocab_size)`` on the Sampler's device, as for
                 :func:`llm_sampling.sample`.
-            allowed_mask: this step's mask, as for :func:`llm_sampling.sample`.
+            allowed_mask: this step's mask, as for :func:`llm_sampling.sample`. Beside a callback, a
+                token must be allowed by both.
 
         Raises:
             ValueError: another shape, dtype or device, or a tensor that is traced or wrapped; or
@@ -338,7 +388,8 @@ class Sampler:
             advance=True,
             param_slots=param_slots,
         )
-        self._step = self._table.module.prepare(call.without_logits())
+        step = self._table.module.prepare(call.without_logits())
+        self._step = step if self._masks is None else self._masks.around(step)
         self._step_batch, self._dtype = batch, logits.dtype
         self._new_slots = None
 
@@ -377,9 +428,13 @@ class Sampler:
             if history is not None:
                 self._table.check_room(history, prompt + output)
                 window = _window_of(params, history.text is not None)
+            masks = None
+            if self._masks is not None:
+                ids = valid_ids("output_ids", output, self.vocab_size)
+                masks = self._masks.with_row(ids.tolist())
             slot = self._table.free_slot(history, self._places)
             self._table.put(slot, params, prompt, output, history, window)
-            self._arrange([*self._places, slot], history)
+            self._arrange([*self._places, slot], history, masks)
         return self.rows - 1
 
     @alone
@@ -408,7 +463,8 @@ class Sampler:
             self._check_history()
             places = [self._places[row] for row in rows]
             gone = set(self._places).difference(places)
-            self._arrange(places, self._slots.history)
+            masks = None if self._masks is None else self._masks.selected(rows)
+            self._arrange(places, self._slots.history, masks)
             self._table.leave(gone)
 
     def _slots_of(self, places: list[int]) -> Tensor:
@@ -416,8 +472,13 @@ class Sampler:
             return torch.empty(0, dtype=torch.int32, device=self.device)
         return to_device(torch.frombuffer(array("i", places), dtype=torch.int32), self.device)
 
-    def _arrange(self, places: list[int], history: TokenHistory | None) -> None:
-        """Let the rows have these slots, and this history.
+    def _arrange(
+        self,
+        places: list[int],
+        history: TokenHistory | None,
+        masks: tuple[list[Any], int] | None,
+    ) -> None:
+        """Let the rows have these slots and this history, and the StepMasks these rows and next id.
 
         Everything that can fail comes first. Python handles Ctrl-C after a call, so nothing is
         called between the assignments: rows and history change together or not at all.
@@ -429,8 +490,11 @@ class Sampler:
         step = self._step if history is self._slots.history else None
         attributes = {} if history is None else vars(history)  # history.slots cannot be assigned
         of_table = vars(self._table)
+        of_masks = {} if self._masks is None else vars(self._masks)
+        of_callback, next_id = ([], 0) if masks is None else masks
         attributes["slots"] = slots
         of_table["_history"] = history
+        of_masks["rows"], of_masks["next_id"] = of_callback, next_id
         self._places, self._slots, self._turns = places, known, turns
         self._new_slots, self._shape, self._step = known.values, shape, step
 
@@ -498,11 +562,18 @@ class Sampler:
         """
         self._check_history()
         position, history = self._table.positions_of_slots, self._slots.history
+        told: list[Any] = []
+        if self._masks is not None:
+            ids = valid_ids("tokens", tokens, self.vocab_size).tolist()
+            place = checked_row(row, self.rows)
+            told = self._masks.changed({place}, lambda known: known.got(tuple(ids)))
         if history is None or self.num_samples > 1:
             slot = self._places[checked_row(row, self.rows)]
             position[slot] += len(valid_ids("tokens", tokens, self.vocab_size))
         else:
             self._table.module.update_history(history.extension(row, tokens, position))
+        if self._masks is not None:
+            self._masks.rows = told
 
     @alone
     def rollback(self, row: int, num_tokens: int) -> None:
@@ -521,6 +592,11 @@ class Sampler:
         """
         self._check_history()
         position, history = self._table.positions_of_slots, self._slots.history
+        told: list[Any] = []
+        if self._masks is not None:
+            number = checks.integer_at_least("num_tokens", num_tokens, 0)
+            place = checked_row(row, self.rows)
+            told = self._masks.changed({place}, lambda known: known.lost(number))
         if history is None or self.num_samples > 1:
             slot = self._places[checked_row(row, self.rows)]
             number = checks.integer_at_least("num_tokens", num_tokens, 0)
@@ -530,6 +606,33 @@ class Sampler:
             position[slot] -= number
         else:
             self._table.module.update_history(history.reduction(row, num_tokens, position))
+        if self._masks is not None:
+            self._masks.rows = told
+
+    @alone
+    def set_allowed_mask(self, callback: MaskCallback | None) -> None:
+        """Replace the mask callback from the next step on; None for none.
+
+        The rows are new to it, are numbered from 0, and what they have got so far it is not told.
+
+        Raises:
+            ValueError: ``callback`` is not callable, or ``num_samples`` is not 1.
+        """
+        self._masks, self._step = self._masks_of(callback, self.rows), None
+
+    @alone
+    def end(self, rows: Sequence[int]) -> None:
+        """Do not ask the mask callback for rows any more: they have ended, and stay in the batch.
+
+        They go on drawing, from all tokens, until they are removed. Rows that have ended before may
+        be among them. Waits for the device.
+
+        Raises:
+            ValueError: a row does not exist or is named twice, or the Sampler has no callback.
+        """
+        masks = self._with_callback("end")
+        places = set(selection(rows, self.rows).tolist())
+        masks.rows = masks.changed(places, lambda known: known.ended())
 
     @alone
     def state_dict(self) -> dict[str, Any]:
@@ -537,7 +640,8 @@ class Sampler:
 
         It consists of tensors, numbers, strings, lists and dicts, so that ``torch.save`` and
         ``torch.load(weights_only=True)`` can store it. All are copies: later steps do not change
-        them. A history has ``4 * vocab_size`` bytes for each of its slots.
+        them. A history has ``4 * vocab_size`` bytes for each of its slots. What a mask callback has
+        not been told yet is in it, and not the callback's own state.
         """
         self._check_history()
         history, table, places = self._slots.history, self._table, self._places
@@ -551,6 +655,7 @@ class Sampler:
             "seed": torch.tensor([*map(table.seed, places)], dtype=torch.int64, device=self.device),
             "position": self.positions,
             "history": None if history is None else state_of(history),
+            "masks": None if self._masks is None else self._masks.state(),
         }
 
     @classmethod
@@ -560,6 +665,7 @@ class Sampler:
         *,
         backend: str = "auto",
         device: torch.device | str | None = None,
+        allowed_mask: MaskCallback | None = None,
     ) -> Sampler:
         """A Sampler that goes on where the one whose ``state_dict`` this is stood.
 
@@ -569,9 +675,12 @@ class Sampler:
             state: what :meth:`state_dict` has returned; it is not changed.
             backend: as for :class:`Sampler`.
             device: the logits' device. Default: that of the state's tensors.
+            allowed_mask: as for :class:`Sampler`. Where the Sampler had a callback, this one must
+                know all that that one was told.
 
         Raises:
-            ValueError, TypeError: an entry is missing or is not as :meth:`state_dict` makes it.
+            ValueError, TypeError: an entry is missing or is not as :meth:`state_dict` makes it; or
+                the Sampler had a callback, and none is given.
             RuntimeError: the named backend cannot run here.
         """
         checks.mapping_with("state", state, _STATE)
@@ -594,12 +703,15 @@ class Sampler:
                 backend=backend,
                 device=seed.device,
                 check=state["check"],
+                allowed_mask=allowed_mask,
             )
+        if state.get("masks") is not None:
+            sampler._with_callback("a state with masks").restore(state["masks"])
         sampler._table.put_rows(sampler._places, params, seed.tolist(), is_kept, position)
         return sampler
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _restored, (type(self), self.state_dict(), self._backend_name)
+        return _restored, (type(self), self.state_dict(), self._backend_name, self.allowed_mask)
 
 
 def _list_for_all_rows(ids: object) -> list[int] | None:
@@ -620,5 +732,7 @@ def _windows_of(rows: Sequence[SamplingParams], keeps_ids: bool) -> list[int] | 
     return windows if any(window >= 0 for window in windows) else None
 
 
-def _restored(kind: type[Sampler], state: Mapping[str, Any], backend: str) -> Sampler:
-    return kind.from_state_dict(state, backend=backend)
+def _restored(
+    kind: type[Sampler], state: Mapping[str, Any], backend: str, callback: MaskCallback | None
+) -> Sampler:
+    return kind.from_state_dict(state, backend=backend, allowed_mask=callback)

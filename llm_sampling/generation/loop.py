@@ -10,6 +10,7 @@ tokenizer.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ from llm_sampling.generation.rows import (
     RowLogprobs,
     RowText,
     Stop,
+    callback_of_prompts,
     counts_of_prompts,
     declared_ids,
     logprobs_of_prompts,
@@ -45,6 +47,7 @@ from llm_sampling.history import check_vocab_size
 from llm_sampling.params import SamplingParams
 from llm_sampling.results import Kind, SampleOutput
 from llm_sampling.sampler import Sampler
+from llm_sampling.step_masks import MaskCallback, check_callback
 
 #: What a :class:`Step` reports for a row that has ended.
 NO_TOKEN = -1
@@ -176,6 +179,7 @@ def generate_stream(
     output_ids: Sequence[Sequence[int]] | None = None,
     check: bool = False,
     backend: str = "auto",
+    allowed_mask: MaskCallback | None = None,
 ) -> Iterator[Chunk]:
     """Generate a text for each prompt, and give its pieces as they come.
 
@@ -194,7 +198,7 @@ def generate_stream(
         model: a Hugging Face causal LM, or any callable ``model(input_ids, cache)`` that returns
             logits ``(rows, vocab_size)``, or a tuple of those and the cache for its next call.
             input_ids are int64: first all prompts ``(rows, length)`` and None, then the last tokens
-            ``(rows, 1)``.
+            ``(rows, 1)``, or several where ``allowed_mask`` has forced some in all rows.
         prompts: texts, for which ``tokenizer`` is needed; or lists of ids; or int64 ``(rows,
             length)``; or what a tokenizer returns, ``input_ids`` with an ``attention_mask``, padded
             on the left. Those of unequal length are padded here; a callable gets equal ones only.
@@ -225,6 +229,10 @@ def generate_stream(
         check: whether a row whose logits hold NaN or +inf, or leave it without a token, raises an
             error. By default it ends, with the ``finish_reason`` "error", and the others go on.
         backend: as for :class:`~llm_sampling.Sampler`.
+        allowed_mask: a callback that is asked before each step which tokens may be drawn, as for
+            :class:`~llm_sampling.Sampler`; rows that have ended it is not asked for. Tokens that it
+            forces in all rows that go on are given to the model in one call, unless "raw" logprobs
+            are asked for; other forced tokens come one in each step.
 
     Yields:
         A :class:`Chunk` for each row that goes on, in each step; the last of a row has a
@@ -262,6 +270,7 @@ def generate_stream(
     vocab_size = _vocab_size(language_model, vocab_size)
     _check_prompts("prompts", requests, vocab_size)
     _check_prompts("output_ids", outputs, vocab_size)
+    check_callback(allowed_mask)
     stops = stops_of_prompts(stop, len(requests))
     config = getattr(language_model, "generation_config", None)
     check_config(config, takes_stop_strings=stop is not None)
@@ -293,6 +302,9 @@ def generate_stream(
         lengths = sorted({len(text) for text in texts})
         raise ValueError(f"prompts must be of one length for a callable, got {lengths}")
     row_logprobs = RowLogprobs([kinds[place] for place in places], device, is_model=True)
+    if allowed_mask is not None:
+        written = [outputs[place] for place in places]
+        allowed_mask = callback_of_prompts(allowed_mask, n, written, [row.ends for row in rows])
     sampler = new_sampler(
         params_of_sequences(params, n),
         lambda: ([requests[place] for place in places], [outputs[place] for place in places]),
@@ -302,6 +314,7 @@ def generate_stream(
         logprobs=row_logprobs.of_sampler,
         backend=backend,
         max_new_tokens=max(most),
+        allowed_mask=allowed_mask,
     )
     forward = (
         _callable_forward(model)
@@ -321,6 +334,7 @@ def stream(
     *,
     max_new_tokens: int,
     eos_token_ids: Collection[int] = (),
+    allowed_mask: MaskCallback | None = None,
 ) -> Iterator[Step]:
     """Generate tokens step by step: the whole prompt once, then one token per row on the KV cache.
 
@@ -335,6 +349,8 @@ def stream(
             these prompts: where a penalty is on, its history holds their ids.
         max_new_tokens: at least 1.
         eos_token_ids: the tokens that end a row.
+        allowed_mask: as for :func:`generate_stream`. The Sampler gets it, and must not have a
+            callback of its own beside it.
 
     Raises:
         ValueError: an argument is out of its range, or the model keeps no KV cache.
@@ -368,6 +384,12 @@ def stream(
             f"got {sampler.rows}"
         )
     ends = frozenset(token_ids("eos_token_ids", eos_token_ids))
+    check_callback(allowed_mask)
+    if allowed_mask is not None:
+        if sampler.allowed_mask is not None:
+            raise ValueError("allowed_mask must be None where the sampler has a callback")
+        rows = sampler.rows
+        sampler.set_allowed_mask(callback_of_prompts(allowed_mask, 1, [()] * rows, [ends] * rows))
     draws = _draws(_module_forward(model, None), input_ids, sampler, max_new_tokens)
     return _steps(draws, input_ids.shape[0], ends)
 
@@ -435,7 +457,7 @@ def _module_forward(model: torch.nn.Module, attention_mask: Tensor | None) -> Fo
         nonlocal mask
         if mask is not None:
             if cache is not None:
-                mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+                mask = torch.cat([mask, torch.ones_like(input_ids)], dim=1)
             options["attention_mask"] = mask
             if "position_ids" in known:
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -499,12 +521,17 @@ def _draws(
     """
     cache: Any = None
     ended: Sequence[bool] | None = None
-    for step in range(max_new_tokens):
+    has_callback = sampler.allowed_mask is not None
+    may_jump = has_callback and not (row_logprobs is not None and row_logprobs.any_raw)
+    step = 0
+    while step < max_new_tokens:
         start = time.perf_counter()
         # Entered for each call: around the yield it would also hold for the caller's code.
         with torch.inference_mode():
             logits, cache = forward(input_ids, cache)
         model_done = time.perf_counter()
+        if has_callback and ended is not None:
+            sampler.end([row for row, done in enumerate(ended) if done])
         drawn = _drawn(sampler, logits, masks[step] if step < len(masks) else None, ended)
         tokens, status = torch.stack([drawn.tokens, drawn.status]).tolist()
         logprobs = None
@@ -512,8 +539,37 @@ def _draws(
             logprobs = found.tolist()
         sampler_done = time.perf_counter()
         ended = yield _Draw(tokens, status, logprobs, model_done - start, sampler_done - model_done)
+        step += 1
         # The model gets some token for a row that has none, whose logits are not looked at again.
         input_ids = drawn.tokens.clamp(min=0).unsqueeze(-1)
+        if may_jump and ended is not None and step >= len(masks):
+            forced = _jump(sampler, ended, max_new_tokens - step)
+            certain = None if logprobs is None else [0.0] * len(tokens)
+            for tokens in forced:
+                ended = yield _Draw(tokens, [0] * len(tokens), certain, 0.0, 0.0)
+            step += len(forced)
+            if forced:
+                input_ids = torch.cat([input_ids, input_ids.new_tensor(forced).T], dim=1)
+
+
+def _jump(sampler: Sampler, ended: Sequence[bool], most: int) -> list[list[int]]:
+    """Append the forced tokens that all rows that go on have, at most so many, without a draw.
+
+    All rows of a model's call have the same number of tokens.
+
+    Returns:
+        For each such step the tokens of the rows; those of a row that has ended are 0.
+    """
+    of_rows = sampler.forced
+    going = [row for row, done in enumerate(ended) if not done]
+    count = min([most, *(len(of_rows[row]) for row in going)]) if going else 0
+    if count > 0:
+        for row in going:
+            sampler.extend(row, of_rows[row][:count])
+    return [
+        [0 if done else forced[step] for forced, done in zip(of_rows, ended, strict=True)]
+        for step in range(count)
+    ]
 
 
 def _drawn(
@@ -551,11 +607,15 @@ def _steps(
 
 
 def _chunks(
-    draws: Iterator[_Draw], rows: Sequence[Row], has_logprobs: Sequence[bool], check: bool
+    draws: Generator[_Draw, Sequence[bool] | None, None],
+    rows: Sequence[Row],
+    has_logprobs: Sequence[bool],
+    check: bool,
 ) -> Iterator[Chunk]:
     """The chunks of :func:`generate_stream`, until all rows have ended."""
     going = list(range(len(rows)))
-    for step, draw in enumerate(draws, 1):
+    draw = next(draws)
+    for step in itertools.count(1):
         if check and any(draw.status[index] for index in going):
             statuses = [bits if index in going else 0 for index, bits in enumerate(draw.status)]
             raise_on_status(torch.tensor(statuses))
@@ -584,6 +644,7 @@ def _chunks(
             )
         if not going:
             return
+        draw = draws.send([row.finish_reason is not None for row in rows])
 
 
 def _completion(chunks: list[Chunk]) -> Completion:

@@ -18,10 +18,12 @@ from llm_sampling.checks import integer_at_least, refusal, token_ids
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.generation.text import TextDecoder
 from llm_sampling.history import Ids, TokenHistory
+from llm_sampling.masks import Mask
 from llm_sampling.params import SamplingParams, as_int64, checked_position, list_of_params
 from llm_sampling.reference import philox, raw_logprobs
 from llm_sampling.results import Kind, SampleOutput
 from llm_sampling.sampler import Sampler
+from llm_sampling.step_masks import MaskCallback, MaskStep
 
 FinishReason = Literal["stop", "length", "error"]
 #: The stop strings of a text.
@@ -217,6 +219,7 @@ def new_sampler(
     logprobs: Kind | None,
     backend: str,
     max_new_tokens: int,
+    allowed_mask: MaskCallback | None = None,
 ) -> Sampler:
     """A Sampler of these rows at these positions, with the history of :func:`prompt_history`.
 
@@ -230,6 +233,7 @@ def new_sampler(
         backend=backend,
         device=device,
         check=False,
+        allowed_mask=allowed_mask,
     )
     if any(positions) or sampler.history is not None:
         for row, position in enumerate(positions):
@@ -257,6 +261,7 @@ class RowLogprobs:
 
     Attributes:
         of_sampler: the kind that the Sampler gives.
+        any_raw: whether a row asks for "raw".
     """
 
     def __init__(
@@ -268,7 +273,8 @@ class RowLogprobs:
             self.of_sampler = "raw"
         elif "processed" in wanted:
             self.of_sampler = "processed"
-        self._adds_raw = "raw" in wanted and self.of_sampler != "raw"
+        self.any_raw = "raw" in wanted
+        self._adds_raw = self.any_raw and self.of_sampler != "raw"
         self._is_raw = torch.tensor([kind == "raw" for kind in kinds], device=device)
         self._is_none = None
         if wanted and None in kinds:
@@ -359,6 +365,37 @@ def masks_without_ends(rows: Sequence[Row], sampler: Sampler) -> list[Tensor]:
         mask = torch.where((least > start)[:, None], without, -1)
         masks += [mask] * (stop - start)
     return masks
+
+
+def callback_of_prompts(
+    callback: MaskCallback,
+    sequences: int,
+    outputs: Sequence[Sequence[int]],
+    ends: Sequence[Collection[int]],
+) -> MaskCallback:
+    """A mask callback that is told what a loop knows of its rows.
+
+    Args:
+        callback: the user's.
+        sequences: how many rows each prompt has.
+        outputs: the tokens that each row's text has already.
+        ends: the tokens that end each row.
+    """
+    of_rows = [tuple(sorted(row_ends)) for row_ends in ends]
+
+    def ask(step: MaskStep) -> Mask | None:
+        rows = tuple(
+            row._replace(
+                prompt=row.id // sequences,
+                start=0 if row.is_new else row.start + len(outputs[row.id]),
+                tokens=(*outputs[row.id], *row.tokens) if row.is_new else row.tokens,
+                ends=of_rows[row.id],
+            )
+            for row in step.rows
+        )
+        return callback(replace(step, rows=rows, prompts=len(outputs) // sequences))
+
+    return ask
 
 
 class RowText:

@@ -46,6 +46,7 @@ from llm_sampling.generation.rows import (
     RowLogprobs,
     RowText,
     Stop,
+    callback_of_prompts,
     counts_of_prompts,
     logprobs_of_prompts,
     masks_without_ends,
@@ -71,6 +72,7 @@ from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.results import Kind
 from llm_sampling.sample import filter_logits
 from llm_sampling.sampler import Sampler
+from llm_sampling.step_masks import MaskCallback, check_callback
 
 #: How many new tokens of a row with ``penalty_last_n`` there is room for at first. A processor is
 #: not told how many will come, so that the room is doubled whenever it is used up.
@@ -174,6 +176,7 @@ class _Prompts:
         call: GenerateCall | None,
         logprobs: Kind | None,
         backend: str,
+        allowed_mask: MaskCallback | None = None,
     ) -> Sampler:
         """A new Sampler for the prompts ``input_ids``."""
         return new_sampler(
@@ -185,6 +188,7 @@ class _Prompts:
             logprobs=logprobs,
             backend=backend,
             max_new_tokens=_FIRST_ROOM,
+            allowed_mask=allowed_mask,
         )
 
     def ids(
@@ -245,7 +249,7 @@ def _with_room(sampler: Sampler, length: int, backend: str) -> Sampler:
         return sampler
     state = sampler.state_dict()
     state["history"]["text"]["ids"] = _twice_as_wide(text.ids)
-    return Sampler.from_state_dict(state, backend=backend)
+    return Sampler.from_state_dict(state, backend=backend, allowed_mask=sampler.allowed_mask)
 
 
 def _twice_as_wide(ids: Tensor) -> Tensor:
@@ -627,6 +631,7 @@ def fused_generate(
     output_ids: Sequence[Sequence[int]] | None = None,
     check: bool = False,
     backend: str = "auto",
+    allowed_mask: MaskCallback | None = None,
     **model_kwargs: Any,
 ) -> Tensor | FusedGenerateOutput:
     """The loop of ``model.generate``, with one fused call a step.
@@ -671,6 +676,8 @@ def fused_generate(
             error. By default it ends, the others go on, and its finish reason is "error"; without
             ``return_dict_in_generate`` a RuntimeWarning names it.
         backend: as for :func:`llm_sampling.sample`.
+        allowed_mask: a callback that is asked before each step which tokens may be drawn, as for
+            :func:`llm_sampling.generation.generate_stream`. Forced tokens come one in each step.
         **model_kwargs: given by ``generate``, for the model.
 
     Returns:
@@ -691,6 +698,7 @@ def fused_generate(
     call = generate_call()
     _refuse_unsupported(config, synced_gpus, call)
     true_or_false("check", check)
+    check_callback(allowed_mask)
     processors = _other_processors(logits_processor or LogitsProcessorList(), call)
     prompts = _Prompts(
         # generate has filled in its defaults, so that None is off here
@@ -718,6 +726,10 @@ def fused_generate(
         lambda: prompts.unpadded(input_ids, None),
         input_ids.shape[1],
     )
+    if allowed_mask is not None:
+        allowed_mask = callback_of_prompts(
+            allowed_mask, rows.sequences, rows.outputs, rows.of_each(ends.tokens)
+        )
     criteria = stopping_criteria or StoppingCriteriaList()
     rows_may_end = ends.rows or any(hasattr(one, "eos_token_id") for one in criteria)
     pad = config._pad_token_tensor if rows_may_end else None
@@ -743,7 +755,9 @@ def fused_generate(
                 scores = processors(input_ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
             if sampler is None:
                 of_sampler = row_logprobs.of_sampler
-                sampler = prompts.sampler(input_ids, scores, rows, None, of_sampler, backend)
+                sampler = prompts.sampler(
+                    input_ids, scores, rows, None, of_sampler, backend, allowed_mask
+                )
                 masks = masks_without_ends(ends.rows, sampler)
             sampler = _with_room(sampler, input_ids.shape[1] + 1, backend)
             step = input_ids.shape[1] - prompt_length
@@ -774,6 +788,8 @@ def fused_generate(
             is_going = [row not in ended and bool(more) for row, more in enumerate(goes_on)]
             if ended:
                 going = torch.tensor(is_going, device=going.device)
+            if allowed_mask is not None:
+                sampler.end([row for row, goes in enumerate(is_going) if not goes])
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
@@ -804,6 +820,7 @@ class _Ends:
 
     Attributes:
         rows: of each row; empty if nothing besides can end one.
+        tokens: the tokens that end the rows of each prompt.
     """
 
     def __init__(
@@ -830,6 +847,7 @@ class _Ends:
         if has_stop and tokenizer is None:
             raise ValueError("stop_tokenizer must be given for stop")
         ids = stop_ids_of_prompts(stop_token_ids, rows.prompts)
+        self.tokens = [{*self._eos, *own} for own in ids]
         most: list[int | None] = [None] * rows.prompts
         if max_tokens is not None:
             counts = counts_of_prompts("max_tokens", max_tokens, rows.prompts, 1)

@@ -44,6 +44,7 @@ class Script(Sampler):
 
     num_samples = 1
     rows = 0
+    allowed_mask = None
 
     def __init__(self, steps, seconds=0.0):
         self.steps = iter(steps)

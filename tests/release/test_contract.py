@@ -54,7 +54,7 @@ LAYERS = (
     ("backends.first_use",),
     ("backends", "reference", "backends.c_abi"),
     ("backends.native", "table"),
-    ("calls",),
+    ("calls", "step_masks"),
     ("ops",),
     ("backends.cpu", "backends.cuda", "backends.torch", "backends.triton", "sample"),
     ("growing_table", "distributed"),
@@ -65,7 +65,7 @@ LAYERS = (
     ("generation.loop", "generation.models"),
     ("generation",),
     ("integrations", "tools"),
-    ("integrations.generate_call", "integrations.engine"),
+    ("integrations.generate_call", "integrations.engine", "integrations.grammar"),
     ("integrations.huggingface", "integrations.continuous_batching"),
     ("integrations.sglang", "integrations.vllm.both"),
     ("integrations.transformers_serve", "integrations.vllm.v1", "integrations.vllm.v2"),
@@ -78,7 +78,7 @@ LAYERS = (
     ("tools.tuning.objectives", "tools.tuning.report"),
     ("tools.explain", "tools.tuning"),
     ("tools.cli.console",),
-    ("tools.cli.running",),
+    ("tools.cli.constraint", "tools.cli.running"),
     ("tools.cli.options",),
     ("tools.cli.explain", "tools.cli.generate", "tools.cli.info", "tools.cli.tune"),
     ("tools.cli.chat",),
@@ -89,7 +89,7 @@ LAYERS = (
 #: Packages that ``import llm_sampling`` must not import, because they are optional or slow.
 HEAVY = (
     *("triton", "transformers", "typer", "rich", "gguf", "accelerate", "scipy"),
-    *("optuna", "matplotlib", "sqlalchemy", "vllm", "sglang"),
+    *("optuna", "matplotlib", "sqlalchemy", "vllm", "sglang", "xgrammar", "llguidance"),
 )
 
 

@@ -53,6 +53,7 @@ PUBLIC: dict[str, Sequence[str]] = {
     "llm_sampling.generation": generation.__all__,
     "llm_sampling.generation.models": own_names(models),
     "llm_sampling.integrations.continuous_batching": ["fused_continuous_batching"],
+    "llm_sampling.integrations.grammar": ["GrammarMasks", "check", "llguidance", "xgrammar"],
     "llm_sampling.integrations.sglang": ["register"],
     "llm_sampling.integrations.vllm": ["register"],
     "llm_sampling.tools.explain": explain.__all__,

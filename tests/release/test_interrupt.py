@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import llm_sampling
-from llm_sampling import Sampler, SamplingParams, TokenHistory, generation
+from llm_sampling import MaskStep, Sampler, SamplingParams, TokenHistory, generation
 from llm_sampling.backends import cpu
 from llm_sampling.tools import cli
 
@@ -284,6 +284,50 @@ def test_a_step_that_is_interrupted_anywhere(before: int) -> None:
     assert reached == {0, 1}
 
 
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason="the CPU kernel is not built")
+def test_a_step_with_a_callback_that_is_interrupted_anywhere() -> None:
+    """The callback is told every token that was drawn, or the next call is an error."""
+    rows = [LOGITS[2 * step : 2 * step + 2] for step in range(6)]
+
+    def no_token_twice(step: MaskStep) -> Tensor:
+        for index, row in enumerate(step.rows):
+            output = outputs.setdefault(row.id, [])
+            output[row.start :] = row.tokens
+            for token in output:
+                step.bitmask[index, token // 32] &= ~(1 << token % 32)
+        return step.bitmask
+
+    def drawn(sampler: Sampler, steps: list[Tensor]) -> list[list[int]]:
+        return [sampler(logits).tokens.tolist() for logits in steps]
+
+    def new() -> Sampler:
+        sampler = new_sampler()
+        sampler.set_allowed_mask(no_token_twice)
+        outputs.clear()
+        return sampler
+
+    outputs: dict[int, list[int]] = {}
+    expected = drawn(new(), rows)
+    wrong, ends = {}, set()
+    for instruction in itertools.count(1):
+        sampler = new()
+        drawn(sampler, rows[:1])
+        interrupt = Interrupt(instruction, only_after_calls=True)
+        place = interrupted_at(interrupt, functools.partial(sampler, rows[1]))
+        if not place:
+            break
+        done = int(sampler.positions[0])
+        try:
+            assert drawn(sampler, rows[done:]) == expected[done:]
+            ends.add(done)
+        except RuntimeError as error:
+            ends.add(str(error)[:17])
+        except Exception as error:
+            wrong[place] = repr(error)
+    assert wrong == {}
+    assert ends == {1, 2, "the mask callback"}
+
+
 CHANGES: dict[str, Callable[[Sampler], object]] = {
     "add": lambda sampler: sampler.add(PARAMS[0], prompt_ids=[7, 8], output_ids=[9]),
     "reorder": lambda sampler: sampler.reorder([1, 0]),
@@ -292,17 +336,19 @@ CHANGES: dict[str, Callable[[Sampler], object]] = {
 
 
 @pytest.mark.skipif(cpu.why_unavailable() is not None, reason="the CPU kernel is not built")
-@pytest.mark.parametrize("has_history", [True, False], ids=["penalties", "none"])
+@pytest.mark.parametrize("kind", ["penalties", "none", "a callback"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_rows_that_fails_anywhere(change: str, has_history: bool) -> None:
+def test_a_change_of_rows_that_fails_anywhere(change: str, kind: str) -> None:
     """A change of rows that fails at any instruction is done completely or not at all.
 
     Rows, history and positions change together, whether Ctrl-C or an error of a call ended it.
     """
 
     def started() -> Sampler:
-        params = PARAMS if has_history else [SamplingParams(seed=seed) for seed in (1, 2)]
+        params = PARAMS if kind == "penalties" else [SamplingParams(seed=seed) for seed in (1, 2)]
         sampler = Sampler(params, vocab_size=VOCAB_SIZE)
+        if kind == "a callback":
+            sampler.set_allowed_mask(lambda step: [[row.id, 40 + row.id] for row in step.rows])
         for step in range(3):
             sampler(LOGITS[2 * step : 2 * step + 2])
         return sampler

@@ -105,6 +105,7 @@ KNOWN = {
     ("backends.native.Library._loaded", "ctypes.CDLL"),
     ("tools.cli.console.hold_closed_descriptors", "os.open"),  # the null device
     ("tools.cli.console._discard", "os.open"),  # the null device
+    ("tools.cli.constraint.read_schema", "path.open"),
     ("tools.cli.explain._explain", "new.write_text"),
     ("tools.files.check_writable", "os.open"),  # without changing the file
     ("tools.files.check_folder", "folder.mkdir"),
@@ -114,6 +115,9 @@ KNOWN = {
     ("tools.files.replacing", "new.unlink"),  # of a file that it has made itself
     ("tools.explain.page.page", "_TEMPLATE.read_text"),
     ("integrations.engine.find", "importlib.import_module"),  # only of engines' modules
+    ("integrations.grammar._engine", "importlib.import_module"),  # xgrammar or llguidance
+    ("integrations.grammar._LlguidanceVocabulary.__init__", "importlib.import_module"),
+    ("integrations.grammar._source", "json.loads"),  # a JSON schema
     ("generation.models.check_path", "path.open"),
     ("generation.models.load", "transformers.AutoTokenizer.from_pretrained"),
     ("generation.models.load", "transformers.AutoModelForCausalLM.from_pretrained"),

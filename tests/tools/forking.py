@@ -173,6 +173,9 @@ def _serve() -> None:
         import optuna.storages
         import optuna.visualization.matplotlib  # noqa: F401
         import sqlalchemy.dialects.sqlite  # noqa: F401
+    with contextlib.suppress(ModuleNotFoundError):
+        import llguidance.hf  # noqa: F401
+        import xgrammar  # noqa: F401
     transformers.AutoTokenizer  # noqa: B018 - it is imported when it is named
     transformers.AutoModelForCausalLM  # noqa: B018
 

@@ -88,6 +88,14 @@ def storage(url: str, line: str | re.Pattern[str], code: int = 2, ends: str = UN
     return Row([*TUNE, "--storage", url], code, line, ends)
 
 
+NO_SCHEMA = re.escape("json_schema must be a JSON schema (a dict, or its JSON)")
+
+
+def schema(path: str, rule: str) -> Row:
+    """A row of a schema that cannot be read."""
+    return Row(["generate", "x", "--json-schema", path], 2, f"json_schema {path!r} {rule}")
+
+
 ROWS: dict[str, Row] = {
     # ---- words
     "no command": Row([], 2, "the following arguments are required: COMMAND"),
@@ -171,6 +179,76 @@ ROWS: dict[str, Row] = {
         2,
         f"stop_id must name tokens in 0 .. 256, got {'9' * 30}",
         LATE,
+    ),
+    "a schema that is not there": schema("none", "cannot be read: No such file or directory"),
+    "a folder for a schema": schema("folder", "is not a file"),
+    "a FIFO for a schema": schema("fifo", "is not a file"),
+    "a socket for a schema": schema("socket", "is not a file"),
+    "an endless schema": schema("/dev/zero", "is not a file"),
+    "a link to itself for a schema": schema(
+        "loop", "cannot be read: Too many levels of symbolic links"
+    ),
+    "a schema of a long name": schema("n" * 300, "cannot be read: File name too long"),
+    "a schema that is no text": schema(
+        "latin.json", "must be valid UTF-8: invalid continuation byte"
+    ),
+    "an empty schema": Row(
+        ["generate", "x", "--json-schema", "empty"], 2, re.compile(f"{NO_SCHEMA}: Expecting .*")
+    ),
+    "a schema that is no JSON": Row(
+        ["chat", "--json-schema", "text"], 2, re.compile(f"{NO_SCHEMA}: Expecting .*")
+    ),
+    "a schema of brackets": Row(
+        ["generate", "x", "--json-schema", "deep.json"], 2, re.compile(f"{NO_SCHEMA}: maximum .*")
+    ),
+    "a list for a schema": Row(
+        ["generate", "x", "--json-schema", "list.json"], 2, re.compile(rf"{NO_SCHEMA}, got '\[5\]'")
+    ),
+    "a schema of no known type": Row(
+        ["generate", "x", "--json-schema", "type.json"],
+        2,
+        'json_schema must be one that xgrammar can compile: Unsupported type "x"',
+    ),
+    "a schema of no known type in a chat": Row(
+        ["chat", "--json-schema", "type.json", "--grammar-engine", "llguidance"],
+        2,
+        "json_schema must be one that llguidance can compile: Invalid type: x",
+    ),
+    "a schema and a regular expression": Row(
+        ["generate", "x", "--json-schema", "type.json", "--regex", "a"],
+        2,
+        "json_schema and regex must not be given together",
+    ),
+    "an open regular expression": Row(
+        ["generate", "x", "--regex", "("],
+        2,
+        re.compile("regex must be one that xgrammar can compile: .*parenthesis is not closed.*"),
+    ),
+    "an open regular expression in a chat": Row(
+        ["chat", "--regex", "(\x1b", "--grammar-engine", "llguidance"],
+        2,
+        re.compile("regex must be one that llguidance can compile: .*unclosed group.*"),
+    ),
+    "a regular expression that is no text": Row(
+        ["generate", "x", "--regex", b"\xff"],
+        2,
+        "argument --regex: must be valid UTF-8, got '\\udcff'",
+    ),
+    "an engine that nobody has": Row(
+        ["generate", "x", "--regex", "a", "--grammar-engine", "y"],
+        2,
+        re.compile("argument --grammar-engine: invalid choice: 'y'.*"),
+    ),
+    "an engine alone": Row(
+        ["chat", "--grammar-engine", "llguidance"],
+        2,
+        "grammar_engine needs json_schema or regex, got 'llguidance' alone",
+    ),
+    "a regular expression that goes on": Row(
+        ["generate", "x", "--regex", "a", "--ignore-eos"],
+        2,
+        "ignore_eos must not be given beside json_schema or regex: after such a text there is "
+        "nothing but its end token",
     ),
     "two prompts on one stdin": Row(
         ["generate", "-", "x", "-"],
@@ -494,6 +572,13 @@ ROWS: dict[str, Row] = {
     "info": Row(["info"], 0, None, WRITTEN),
     "JSON of Japanese": Row(["generate", "日本", *MODEL, "--json"], 0, None, WRITTEN),
     "a chat in Japanese": Row(["chat", *MODEL], 0, None, WRITTEN, stdin="日本\n".encode()),
+    "a regular expression": Row(["generate", "x", *MODEL, "--regex", "[ab]{2}"], 0, None, WRITTEN),
+    "a schema": Row(
+        ["generate", "x", *MODEL, "--json-schema", "digit.json", "--grammar-engine", "llguidance"],
+        0,
+        None,
+        WRITTEN,
+    ),
     "Japanese explained": Row(["explain", "日本", *MODEL], 0, None, WRITTEN),
     "a search": Row([*TUNE, "--storage", "sqlite:///made.db"], 0, None, WRITTEN),
 }
@@ -512,6 +597,11 @@ def place(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     os.chdir(before)
     (folder / "loop").symlink_to("loop")
     (folder / "empty").write_bytes(b"")
+    (folder / "latin.json").write_bytes(b'{"const": "\xe9"}')
+    (folder / "deep.json").write_bytes(b"[" * 100_000)
+    (folder / "list.json").write_bytes(b"[5]")
+    (folder / "type.json").write_bytes(b'{"type": "x"}')
+    (folder / "digit.json").write_bytes(b'{"enum": [1, 2]}')
     sqlite3.connect(folder / "there.db").execute("CREATE TABLE t (x)").connection.close()
     (folder / "text").write_text("no database\n" * 500)
     for name in ("folder", "folder.png", "occupied/report.html"):
@@ -592,6 +682,9 @@ def run_row(process: ForkingProcess, row: Row, folder: Path, stdout: str | None)
     if row.argv[:1] == ["tune"] and row.ends != EARLY:
         for package in cli.TUNE_PACKAGES:
             pytest.importorskip(package, reason="needs the extra 'tune'")
+    if {"--json-schema", "--regex"}.intersection(map(str, row.argv)):
+        for package in ("xgrammar", "llguidance"):
+            pytest.importorskip(package, reason="needs the extra 'grammar'")
     (folder / ".stdin").write_bytes(row.stdin)
     streams = {"stdin": str(folder / ".stdin"), "stdout": stdout} | row.streams
     return process.run(encoded(row.argv), folder, **streams)
@@ -1088,6 +1181,20 @@ def test_a_chat_knows_its_system_message(utf8: ForkingProcess, place: Path) -> N
     assert told != run_in(place, utf8, ["chat", *options], "hi\n")
     empty = run_in(place, utf8, ["chat", *options, "--system", ""], "hi\n")
     assert empty == run_in(place, utf8, ["generate", "[][hi]", *options])
+
+
+@pytest.mark.parametrize("engine", ["xgrammar", "llguidance"])
+def test_texts_conform(engine: str, utf8: ForkingProcess, place: Path) -> None:
+    pytest.importorskip(engine, reason="needs the extra 'grammar'")
+    options = [*MODEL, "--max-new-tokens", "9", "--seed", "1", "--grammar-engine", engine]
+    out = run_in(place, utf8, ["generate", "x", *options, "--n", "3", "--regex", "[xyz]{2,4}"])
+    assert re.fullmatch("([xyz]{2,4}\n\n?){3}", out)
+    out = run_in(place, utf8, ["generate", "x", *options, "--json-schema", "digit.json", "--json"])
+    line = json.loads(out)
+    assert (json.loads(line["text"]) in (1, 2), line["finish_reason"]) == (True, "stop")
+    answers = run_in(place, utf8, ["chat", *options, "--regex", "yes|no"], "x\ny\nz\n").split()
+    assert len(answers) == 3
+    assert {*answers} <= {"yes", "no"}
 
 
 def test_stop_ids_end_a_text(utf8: ForkingProcess, place: Path) -> None:

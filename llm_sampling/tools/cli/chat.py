@@ -12,6 +12,8 @@ from llm_sampling import SamplingParams, generation
 from llm_sampling.tools.cli import console
 from llm_sampling.tools.cli.generate import Request, Tally, print_text, stream, write_texts
 from llm_sampling.tools.cli.options import (
+    constraint,
+    constraint_options,
     length_options,
     request_of,
     running,
@@ -35,7 +37,12 @@ def add_parser(commands: Commands) -> None:
         help="Talk with a language model.",
         description="Talk with a language model: it answers each line of the input, and knows "
         "those before.",
-        parents=[sampling_options(), length_options(), running_options()],
+        parents=[
+            sampling_options(),
+            length_options(),
+            constraint_options(),
+            running_options(),
+        ],
     )
     parser.add_argument(
         "--system",
@@ -68,6 +75,7 @@ def make_request(options: argparse.Namespace) -> ChatRequest:
         n=1,
         as_json=False,
         params=sampling_params(options),
+        constraint=constraint(options),
         on=running(options),
     )
 

@@ -16,10 +16,13 @@ from llm_sampling import SamplingParams, checks, generation
 from llm_sampling.generation import models
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.tools.cli import console
+from llm_sampling.tools.cli.constraint import Constraint
 from llm_sampling.tools.cli.options import (
     FLAG,
     INTEGER,
     check_texts,
+    constraint,
+    constraint_options,
     length_options,
     request_of,
     running,
@@ -61,6 +64,7 @@ class Request:
     include_stop: bool
     ignore_eos: bool
     as_json: bool
+    constraint: Constraint | None
     on: Running
 
     def __post_init__(self) -> None:
@@ -83,7 +87,12 @@ def add_parser(commands: Commands) -> None:
         "generate",
         help="Continue each PROMPT with a language model.",
         description="Continue each PROMPT with a language model, token by token, on the CPU.",
-        parents=[sampling_options(), length_options(), running_options()],
+        parents=[
+            sampling_options(),
+            length_options(),
+            constraint_options(),
+            running_options(),
+        ],
     )
     add = parser.add_argument
     add(
@@ -118,6 +127,7 @@ def make_request(options: argparse.Namespace) -> Request:
         options,
         from_stdin=read[0] if read else None,
         params=sampling_params(options),
+        constraint=constraint(options),
         on=running(options),
     )
 
@@ -163,6 +173,7 @@ def stream(
 
     Without stop texts of its own a request has those of the model's generation config.
     """
+    masks = None if request.constraint is None else request.constraint.masks(language_model)
     declared = getattr(language_model.model.generation_config, "stop_strings", None)
     return generation.generate_stream(
         language_model.model,
@@ -180,6 +191,7 @@ def stream(
         eos_token_ids=language_model.eos_token_ids,
         ignore_eos=request.ignore_eos,
         backend=request.on.backend,
+        allowed_mask=masks,
     )
 
 

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 from llm_sampling import SamplingParams, backends, checks
 from llm_sampling.fields import FIELDS
 from llm_sampling.generation import models
+from llm_sampling.integrations import grammar
 from llm_sampling.tools.cli import console
+from llm_sampling.tools.cli.constraint import Constraint, read_schema
 from llm_sampling.tools.cli.running import Running
 
 if TYPE_CHECKING:
@@ -209,6 +211,50 @@ def length_options() -> Parser:
     add("--include-stop", **FLAG, help="Write the stop text too.")
     add("--ignore-eos", **FLAG, help="Go on after the model's end token.")
     return parser
+
+
+def constraint_options() -> Parser:
+    """What a text must conform to."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("what a text must conform to (needs the extra 'grammar')")
+    group.add_argument(
+        "--json-schema",
+        type=Path,
+        metavar="FILE",
+        help="Write JSON that conforms to the JSON schema in this file.",
+    )
+    group.add_argument(
+        "--regex", type=text, metavar="REGEX", help="Write a text that matches this, as a whole."
+    )
+    group.add_argument(
+        "--grammar-engine",
+        choices=grammar.ENGINES,
+        help=f"What makes the masks. Default: {grammar.ENGINES[0]}.",
+    )
+    return parser
+
+
+def constraint(options: argparse.Namespace) -> Constraint | None:
+    """What :func:`constraint_options` has read; None if there is none.
+
+    Raises:
+        ModuleNotFoundError: the engine is not installed.
+        ValueError: a value cannot be honoured.
+    """
+    path, regex, engine = options.json_schema, options.regex, options.grammar_engine
+    if path is None and regex is None:
+        if engine is not None:
+            raise ValueError(f"grammar_engine needs json_schema or regex, got {engine!r} alone")
+        return None
+    if path is not None and regex is not None:
+        raise ValueError("json_schema and regex must not be given together")
+    if options.ignore_eos:
+        raise ValueError(
+            "ignore_eos must not be given beside json_schema or regex: after such a text there is "
+            "nothing but its end token"
+        )
+    schema = None if path is None else read_schema(path)
+    return Constraint(schema, regex, grammar.ENGINES[0] if engine is None else engine)
 
 
 def running_options() -> Parser:
