@@ -112,8 +112,8 @@ RESULTS: Mapping[str, dict[str, Any]] = {
     "kept ends": {"kept": "ends"},
 }
 RESULT_CASES = ("top-k-50", "top-p-0.9", "temperature-0.8")
-#: Result -> what it is compared with, and how much more it may take, as a part of the instructions of
-#: a call for tokens; these are goals for the first of RESULT_CASES.
+#: Result -> what it is compared with, and how much more it may take, as a part of the instructions
+#: of a call for tokens; these are goals for the first of RESULT_CASES.
 RESULT_GOALS: Mapping[str, tuple[str, float]] = {
     "top 20 processed": ("tokens", 0.10),
     "top 20 raw": ("raw", 0.10),

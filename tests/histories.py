@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llm_sampling import BatchParams, SamplingParams, TokenHistory, backends
-from llm_sampling.backends.base import BackendModule, ParamSlots, SampleCall, SampleOutput
+from llm_sampling.backends.base import BackendModule, ParamSlots, SampleCall
 from llm_sampling.history import HistoryUpdate, Text, UpdateKind
+from llm_sampling.results import SampleOutput
 
 TORCH = backends.resolve("torch", torch.device("cpu"))
 

@@ -36,9 +36,9 @@ from torch import Tensor
 
 from llm_sampling import SamplingParams, TokenHistory, reference, sample
 from llm_sampling.backends import base, c_abi
-from llm_sampling.backends.base import SampleCall, SampleOutput
+from llm_sampling.backends.base import SampleCall
 from llm_sampling.calls import make_call
-from llm_sampling.results import KeptForm, Wanted
+from llm_sampling.results import KeptForm, SampleOutput, Wanted
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/sampling/golden"

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from llm_sampling import backends
 from llm_sampling.backends import c_abi, native
-from llm_sampling.backends.base import SampleCall, SampleOutput, Step
+from llm_sampling.backends.base import SampleCall, Step
 from llm_sampling.history import HistoryUpdate
+from llm_sampling.results import SampleOutput
 
 FOLDER = Path(__file__).parent
 #: -ffp-contract=off corresponds to nvcc's -fmad=false.
