@@ -66,6 +66,9 @@ SOME = {
     "test_three_ways.py::test_the_three_ways_agree": Some(examples=(20,)),
     "test_three_ways.py::test_a_wrong_way_is_seen": Some(wrong=()),
     "test_triton_compile.py::test_every_kind_of_call_compiles": Some(7),
+    "test_triton_compile.py::test_every_result_compiles": Some(
+        kind=("filtered + kept mask",), arch=("sm_90",)
+    ),
     "test_triton_compile.py::test_amds_other_families_compile": Some(kind=()),
     "test_triton_compile.py::test_every_history_compiles": Some(7),
     "test_triton_compile.py::test_every_update_compiles": Some(7),
@@ -122,6 +125,11 @@ SOME_INTERPRETED = {
     "test_triton_interpreted.py::test_hostile_values": Some(12),
     "test_triton_known_rows.py::test_the_same_kernel_answers_known_rows": Some(6),
     "test_triton_known_rows.py::test_a_broken_kernel_is_refused": Some(3),
+    "test_results.py::test_covering_cases": Some(vocab_size=(33,)),
+    "test_triton_results.py::test_small_tiles": Some(12),
+    "test_triton_results.py::test_ties": Some(8),
+    "test_triton_results.py::test_split_rows": Some(4),
+    "test_triton_results.py::test_logits_that_change": Some(14),
     "test_triton_split.py::test_parity": Some(parts=()),
     "test_triton_split.py::test_steps_of_a_sampler": Some(2),
     "test_triton_split.py::test_parity_of_hard_rows": Some(9),
