@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from llm_sampling.backends.base import (
 )
 from llm_sampling.history import HistoryUpdate, Text, UpdateKind
 from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.results import NOTHING, Wanted
 
 NAN, INF = math.nan, math.inf
 LEAST, MOST = -(2**31), 2**31 - 1
@@ -78,6 +80,21 @@ class Guards:
         inside.copy_(tensor)
         self.held.append((memory, memory.clone()))
         return inside
+
+    def put_results(self, results: Any) -> Any:
+        """The results of a call, or a part of them, with each tensor in a guard of its own."""
+        placed: dict[int, Tensor] = {}  # some tensors are results by two names
+
+        def put(value: Any) -> Any:
+            if value is None:
+                return None
+            if not isinstance(value, Tensor):
+                return type(value)(*map(put, value))
+            if id(value) not in placed:
+                placed[id(value)] = self.put(value)
+            return placed[id(value)]
+
+        return put(results)
 
     def assert_whole(self) -> None:
         """No element around any of the tensors has changed."""
@@ -184,7 +201,7 @@ def hostile_call(
         held,  # type: ignore[arg-type]
         None,
         num_samples=1,
-        logprobs="processed",
+        wanted=Wanted(("processed",)),
         advance=True,
         param_slots=param_slots,
         record=guards.put(some((0, 1, 1), slots).to(torch.uint8)).view(torch.bool),
@@ -205,7 +222,7 @@ def call_at(temperatures: tuple[float, ...]) -> SampleCall:
 
 def to_filter(call: SampleCall) -> SampleCall:
     """The same call for filter_logits."""
-    return replace(call, logprobs=None, advance=False, record=None)
+    return replace(call, wanted=NOTHING, advance=False, record=None)
 
 
 def assert_defined(
@@ -215,7 +232,7 @@ def assert_defined(
 
     Rows of padding are -1, and their status is 0.
     """
-    tokens, _, status = output
+    tokens, status = output.tokens, output.status
     assert ((tokens >= -1) & (tokens < vocab_size)).all(), tokens
     is_full = status == STATUS_TEXT_FULL
     assert ((status >= 0) & (status < 8) | is_full).all(), status
@@ -282,7 +299,7 @@ def assert_hostile_texts_do_no_harm(backend: BackendModule, vocab_size: int, see
             batch,
             history,  # type: ignore[arg-type]
             None,
-            logprobs="processed",
+            wanted=Wanted(("processed",)),
             advance=True,
             record=guards.put(record.to(torch.uint8)).view(torch.bool),
             extra_output=guards.put(torch.tensor(ids, dtype=torch.int32)),
@@ -381,7 +398,7 @@ def changing_call(
         TokenHistory.from_ids([[]] * rows, [[]] * rows, vocab_size),
         None,
         num_samples=1,
-        logprobs="raw",
+        wanted=Wanted(("raw",)),
         advance=True,
     )
     return call, list(moments) * len(each)

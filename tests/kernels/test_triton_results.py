@@ -105,7 +105,7 @@ def test_lists_that_end_within_ties(launches):
     x = torch.zeros(1, 300)
     x[0, [7, 130, 131, 290]] = 2.0
     x[0, ::9] += 1.0
-    for number in (1, 2, 3, 4, 5, 20, 64):
+    for number in (1, 3, 4, 5, 40):
         options = {"logprobs": ("processed", "raw"), "top_logprobs": number, "check": False}
         for params in ({}, {"top_k": 3}, {"top_k": 200}, {"min_p": 0.3}):
             wanted, got = (
