@@ -28,6 +28,8 @@ The bandwidth is that of the data sheet, and latencies were measured where nothi
 Reads of the row: greedy 1; unfiltered 2; top-p 2, with a nucleus that fits the candidates; top-k 1,
 and the columns that are read again, at most k * 1.125 + 16 of those of a tile. For top-p, the
 NUCLEUS * 1.125 + 16 columns are read from copies: they cost instructions, but no read of the row.
+With top-k, lists of the kept set take no read; the raw list of 20 tokens and the rank of the drawn
+one take 2, and at most 20 * 1.125 + 16 columns.
 
 The first read of a row comes from memory, and so do later ones unless the L2 cache holds all rows
 that run at a time; otherwise they have the latency of that cache and need no bandwidth of memory.
@@ -100,9 +102,25 @@ KINDS = (
     "filtered + history + text + window + scope + extra output + split",
     "filtered + mask + split",
 )
+#: Calls that ask for more, which are shown in one dtype.
+MORE_KINDS = (
+    "filtered + processed logprobs + lists",
+    "filtered + raw logprobs + lists",
+    "filtered + kept ids",
+    "filtered + kept mask",
+)
 #: What the floor is worked out for: cases and their kinds, sizes, and rows.
 CASES = {"greedy": "greedy", "unfiltered": "unfiltered"}
 CASES |= {"top-k 50": "filtered", "top-p 0.9": "filtered"}
+#: The same for calls that ask for more, on the last device and in the last dtype of FLOORS alone,
+#: and one vocabulary size.
+TOP = 20
+MORE_CASES = {
+    f"top-k 50, {name}": kind
+    for name, kind in zip(
+        (f"top {TOP} processed", f"top {TOP} raw", "kept ids", "kept mask"), MORE_KINDS, strict=True
+    )
+}
 #: Where, and for which dtypes.
 FLOORS = ((A100, ("bfloat16",)), (RTX_4090, ("bfloat16",)), (H100, ("float32", "bfloat16")))
 #: Of these, the cases whose rows are split where rows are few.
@@ -136,6 +154,7 @@ def compile_launch(arch: str, kernel: Any, *args: Any, **kwargs: Any) -> Any:
 def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
     """The kernel that the wrapper launches for such a call, and how."""
     kind, dtype, size, rows, stride, processors = variant
+    parts = kind.split(" + ")
     params = SamplingParams(
         temperature=0.0 if kind.startswith("greedy") else 0.7,
         top_p=0.9 if kind.startswith("filter") else 1.0,
@@ -159,8 +178,11 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
         torch.zeros(few, stride or size, dtype=getattr(torch, dtype))[:, :size],
         params,
         history=history,
-        allowed_mask=torch.zeros(few, words, dtype=torch.int32) if "mask" in kind else None,
-        logprobs=next((mode for mode in ("processed", "raw") if f"{mode} logprobs" in kind), None),
+        allowed_mask=torch.zeros(few, words, dtype=torch.int32) if "mask" in parts else None,
+        logprobs=[mode for mode in ("processed", "raw") if f"{mode} logprobs" in parts] or None,
+        top_logprobs=TOP if "lists" in parts else None,
+        logprob_token_ids=[0] * 5 if "named ids" in parts else None,
+        kept=next((form for form in wrapper.KEPT_FORMS if f"kept {form}" in parts), None),
         check=False,
     )
     call = replace(
@@ -192,6 +214,8 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
 #: Name: the statement, a call that none below has, and which field of Launch is its tokens.
 LOOPS = {
     "maxima": ("for", "_processed_and_flags", "tile"),
+    "kept": ("for", "_packed_words", "candidates"),
+    "ranks": ("for", "_processed_codes", "candidates"),
     "search": ("for", "_packed_counts", "candidates"),
     "gather": ("while", "_append", "candidates"),
     "collect": ("for", "_append", "candidates"),
@@ -300,7 +324,8 @@ def find_loops(
             raise ValueError(f"{name}: {tokens} tokens of {itemsize} bytes, but loads of {loads}")
         counts = count_spills(inside), count_fused(inside)
         loop = Loop(tokens, len(inside), sum(loads), min(loads), *counts)
-        loops[f"{name} 2" if name in loops else name] = loop
+        before = sum(other.split()[0] == name for other in loops)
+        loops[f"{name} {before + 1}" if before else name] = loop
     return loops
 
 
@@ -392,12 +417,13 @@ def broken_rules(variant: Variant, arch: str, cost: Cost) -> list[str]:
 
 def variant_of_case(case: str, dtype: str, vocab_size: int, rows: int, device: Device) -> Variant:
     """What the wrapper launches for such a case."""
-    kind, processors = CASES[case], device.processors
+    kind, processors = (CASES | MORE_CASES)[case], device.processors
     launch = wrapper.choose_launch(
         vocab_size,
         rows,
         getattr(torch, dtype),
-        splits=kind != "unfiltered",
+        extras=" + " in kind,
+        splits=kind != "unfiltered" and "raw" not in kind,
         processors=processors,
     )
     kind += " + split" * (launch.parts > 1)
@@ -407,20 +433,26 @@ def variant_of_case(case: str, dtype: str, vocab_size: int, rows: int, device: D
 def floor(case: str, variant: Variant, device: Device, cost: Cost) -> dict[str, Any]:
     """The least time of a call, by the formula at the top of this file."""
     launch, loops, itemsize = cost.launch, cost.loops, DTYPES[variant.dtype]
-    parts = launch.parts if case in SPLIT_CASES else 1
+    params, _, more = case.partition(", ")
+    parts = launch.parts if params in SPLIT_CASES else 1
     tiles = -(-variant.vocab_size // launch.tile)
     of_program = min(-(-tiles // parts) * launch.tile, variant.vocab_size)
     again = {"top-k 50": 50, "top-p 0.9": launch.nucleus}
     reads = {"maxima": 1.0}
-    if case in ("unfiltered", "top-p 0.9"):
+    if params in ("unfiltered", "top-p 0.9"):
         reads["mass"] = 1.0
+    if "raw" in more:
+        reads |= {"raw": 1.0, "ranks": 1.0}
     of_row = sum(reads.values())
-    if case in again:
+    if params in again:
         # the second loop is that of a row which is not split, in a kernel that can split rows
         gather = "gather 2" if launch.parts > parts else "gather"
-        reads[gather] = (again[case] * 1.125 + 16) / launch.tile
-    if case == "top-k 50":
+        reads[gather] = (again[params] * 1.125 + 16) / launch.tile
+    if params == "top-k 50":
         of_row += reads["gather"]
+    if "raw" in more:
+        reads["gather 2"] = (TOP * 1.125 + 16) / launch.tile
+        of_row += reads["gather 2"]
     programs = cost.programs(device)
     busiest = -(-variant.rows * parts // device.processors)
     at_once = min(variant.rows, max(1, programs * device.processors // parts))
@@ -454,8 +486,13 @@ def tables(
     others: list[Any] = []
     instructions: list[Any] = []
     bounds: dict[str, list[Any]] = {}
-    twice = "maxima", "mass", "mass 2", "gather", "gather 2"
-    names = [*twice, *(name for name in LOOPS if name not in twice)]
+    seen = {name for _, _, cost in costs for name in cost.loops}
+    first = "maxima", "mass", "gather"
+    names = [
+        name
+        for loop in [*first, *(name for name in LOOPS if name not in first)]
+        for name in sorted(name for name in seen if name.split()[0] == loop)
+    ]
     for variant, arch, cost in costs:
         key = variant.kind, variant.dtype
         is_amd = arch.startswith("gfx")
@@ -507,6 +544,8 @@ def main(argv: Sequence[str]) -> int:
         for arch in TARGETS
     ]
     jobs += [(Variant(kind, "bfloat16"), arch) for kind in kinds[:6] for arch in OTHERS]
+    if not options.quick:
+        jobs += [(Variant(kind, "bfloat16"), arch) for kind in MORE_KINDS for arch in TARGETS]
     costs = [(*job, cost) for job, cost in zip(jobs, measure_all(jobs), strict=True)]
     judged = [cost for cost in costs if cost[1] in TARGETS]
     broken = [reason for cost in judged for reason in broken_rules(*cost)]
@@ -522,6 +561,13 @@ def main(argv: Sequence[str]) -> int:
         for dtype in of_device
         for rows in ROWS
     ]
+    if not options.quick:
+        device, (*_, dtype) = FLOORS[-1]
+        cases += [
+            (case, variant_of_case(case, dtype, 128256, rows, device), device)
+            for case in MORE_CASES
+            for rows in ROWS
+        ]
     found = measure_all([(variant, device.arch) for _, variant, device in cases])
     floors = [floor(*case, cost) for case, cost in zip(cases, found, strict=True)]
     lines = [{**variant._asdict(), "arch": arch, **asdict(cost)} for variant, arch, cost in costs]

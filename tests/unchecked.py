@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,21 @@ class Guards:
         inside.copy_(tensor)
         self.held.append((memory, memory.clone()))
         return inside
+
+    def put_results(self, results: Any) -> Any:
+        """The results of a call, or a part of them, with each tensor in a guard of its own."""
+        placed: dict[int, Tensor] = {}  # some tensors are results by two names
+
+        def put(value: Any) -> Any:
+            if value is None:
+                return None
+            if not isinstance(value, Tensor):
+                return type(value)(*map(put, value))
+            if id(value) not in placed:
+                placed[id(value)] = self.put(value)
+            return placed[id(value)]
+
+        return put(results)
 
     def assert_whole(self) -> None:
         """No element around any of the tensors has changed."""

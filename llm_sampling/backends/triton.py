@@ -26,12 +26,11 @@ from llm_sampling.backends.base import (
     check_state,
     described,
     make_results,
-    refuse_more,
     settle,
     with_slots,
 )
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
-from llm_sampling.results import SampleOutput
+from llm_sampling.results import SampleOutput, TokenLogprobs
 
 #: The oldest Triton that the kernel is for.
 OLDEST = (3, 4)
@@ -114,7 +113,10 @@ class _Config(NamedTuple):
         max_stored: how many columns may be stored while all tokens are weighed.
         align: a load's mask is the same for all logits from one multiple of it to the next.
         has_bias, any_random, any_filter: whether any row has a bias, draws, or has a filter.
-        logprobs: a value of LOGPROBS_MODES.
+        processed, raw: whether logprobs of this kind are asked for.
+        lists: whether ranks and the first tokens of the order are asked for.
+        has_ids: whether the caller has named ids.
+        kept: a value of KEPT_FORMS, or 0.
         position_of: a value of POSITION_MODES.
         any_output_scope: whether step 3 is for the tokens of the output alone in any row.
         has_windows: whether slots of the history have windows.
@@ -138,7 +140,11 @@ class _Config(NamedTuple):
     has_bias: bool
     any_random: bool
     any_filter: bool
-    logprobs: int
+    processed: bool
+    raw: bool
+    lists: bool
+    has_ids: bool
+    kept: int
     position_of: int
     any_output_scope: bool
     has_windows: bool
@@ -178,10 +184,14 @@ class Launch:
         """How many columns may be stored while all tokens are weighed."""
         return self.nucleus + self.nucleus // 4
 
+    def list_words(self) -> int:
+        """The int32 words that a list needs: chosen columns, candidates."""
+        return self.tile + 2 * self.candidates
+
     def workspace(self, vocab_size: int) -> int:
-        """The int32 words that a row needs: chosen columns, candidates, stored columns."""
+        """The int32 words that a row needs: those of a list, stored columns."""
         tiles = -(-vocab_size // self.tile)
-        return self.tile + 2 * self.candidates + self.max_stored() * tiles
+        return self.list_words() + self.max_stored() * tiles
 
 
 def choose_launch(
@@ -199,8 +209,9 @@ def choose_launch(
         vocab_size: 1 .. 2^20.
         rows: how many.
         dtype: of the logits.
-        extras: whether there is a history, a mask or a bias, or raw logprobs or filtered logits are
-            asked for: their code needs registers, so that a program has half as many threads.
+        extras: whether there is a history, a mask or a bias, or filtered logits, raw logprobs,
+            lists or a kept set are asked for: their code needs registers, so that a program has
+            half as many threads.
         splits: whether rows may be split over several programs. They are where there are at least
             4 processors for each row and at least 16 tiles: into 4 to 16 parts of 2 tiles or more.
             With more parts, lists for a common top-k would not fit the candidates; where there is
@@ -232,13 +243,14 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-#: The logprobs of tokens that a call asks for -> their number in the kernel.
-_LOGPROBS = {(): 0, ("processed",): 1, ("raw",): 2}
+#: The forms of the kept set -> their numbers in the kernel.
+KEPT_FORMS = {"mask": 1, "ids": 2, "ends": 3}
 
 
 def _has_extras(call: SampleCall, *, filter_only: bool) -> bool:
     has_more = call.history is not None or call.allowed_mask is not None or call.has_bias
-    return has_more or "raw" in call.wanted.logprobs or filter_only
+    wanted = call.wanted
+    return has_more or "raw" in wanted.logprobs or wanted.is_more or filter_only
 
 
 def _splits(call: SampleCall, *, filter_only: bool) -> bool:
@@ -286,14 +298,16 @@ def _part_words(call: SampleCall, launch: Launch) -> tuple[int, int]:
     if launch.parts == 1:
         return words, words
     if call.batch.any_filter:
-        words += launch.tile + 2 * launch.candidates
+        words += launch.list_words()
     return words + 16, words  # a multiple of 16, as all else is
 
 
 def _workspace(call: SampleCall, launch: Launch) -> Tensor:
-    """Only filters, extra ids and parts need any."""
+    """Only filters, lists, extra ids and parts need any."""
     rows, vocab_size = call.logits.shape
-    words = launch.workspace(vocab_size) if call.batch.any_filter else 0
+    words = launch.list_words() if call.wanted.is_more else 0
+    if call.batch.any_filter:
+        words = launch.workspace(vocab_size)
     words += launch.parts * _part_words(call, launch)[0]
     return torch.empty(rows, words, dtype=torch.int32, device=call.logits.device)
 
@@ -346,6 +360,58 @@ def _by_slot(slots: ParamSlots) -> tuple[Any, ...]:
     return by_slot
 
 
+def _results(output: SampleOutput | None) -> tuple[Any, ...]:
+    """What a launch writes of its draws."""
+    if output is None:
+        return ()
+    kinds = (None if kind is None else kind.logprobs for kind in (output.processed, output.raw))
+    masses = None if output.kept is None else output.kept.masses
+    found = (output.tokens, *kinds, masses, output.status)
+    return tuple(() if x is None else x for x in found)
+
+
+def _lengths(call: SampleCall) -> tuple[int, int, int, int]:
+    """How many first tokens, named ids and kept ids a row has, and the stride of the named ids."""
+    wanted, ids = call.wanted, call.wanted.token_ids
+    number = 0 if ids is None else ids.shape[1]
+    stride = 0 if ids is None or ids.shape[0] == 1 else number
+    return wanted.top_logprobs or 0, number, wanted.max_kept_ids, stride
+
+
+def _more(call: SampleCall, config: _Config, output: SampleOutput | None) -> tuple[Any, ...]:
+    """What else a launch writes."""
+    kernel, wanted = _load().kernel, call.wanted
+    assert kernel is not None
+    if output is None or not (config.lists or config.has_ids or config.kept):
+        return ()
+
+    def all_of(*tensors: Tensor | None) -> tuple[Any, ...]:
+        return tuple(() if x is None else x for x in tensors)
+
+    def lists(of: TokenLogprobs | None) -> tuple[Any, ...]:
+        if of is None:
+            return ()
+        found: tuple[Any, ...] = kernel.Lists(*all_of(*of[1:]))
+        return found
+
+    kept, ids = output.kept, wanted.token_ids
+    *lengths, stride = _lengths(call)
+    kept_set: tuple[Any, ...] = ()
+    if kept is not None:
+        forms = {"mask": (kept.mask,), "ids": (kept.ids,), "ends": kept[-4:]}
+        assert wanted.kept is not None
+        form = all_of(*forms[wanted.kept])
+        kept_set = kernel.Kept(kept.counts, kept.total, *all_of(kept.id_masses), form)
+    more: tuple[Any, ...] = kernel.More(
+        lists(output.processed),
+        lists(output.raw),
+        kept_set,
+        () if ids is None else (ids, stride),
+        *lengths,
+    )
+    return more
+
+
 def _advances(call: SampleCall) -> bool:
     """Whether the kernel itself advances positions and histories."""
     return call.advance and not call.check
@@ -356,7 +422,7 @@ def _logits_stride(logits: Tensor) -> int:
 
 
 def _config(call: SampleCall, launch: Launch, *, filter_only: bool) -> _Config:
-    batch, history, slots = call.batch, call.history, call.param_slots
+    batch, history, slots, wanted = call.batch, call.history, call.param_slots, call.wanted
     vocab_size, advance = call.logits.shape[1], _advances(call)
     tiles = -(-vocab_size // launch.tile)
     part_words, header = _part_words(call, launch)
@@ -375,7 +441,11 @@ def _config(call: SampleCall, launch: Launch, *, filter_only: bool) -> _Config:
         has_bias=call.has_bias,
         any_random=not batch.all_greedy,
         any_filter=batch.any_filter,
-        logprobs=0 if filter_only else _LOGPROBS[call.wanted.logprobs],
+        processed=not filter_only and "processed" in wanted.logprobs,
+        raw=not filter_only and "raw" in wanted.logprobs,
+        lists=not filter_only and wanted.top_logprobs is not None,
+        has_ids=not filter_only and wanted.token_ids is not None,
+        kept=0 if filter_only or wanted.kept is None else KEPT_FORMS[wanted.kept],
         position_of=0 if slots is None else POSITION_MODES[slots.position_of],
         any_output_scope=batch.any_output_scope and history is not None,
         has_windows=_has_windows(call),
@@ -397,7 +467,12 @@ def _check(call: SampleCall, launch: Launch, config: _Config, *, filter_only: bo
     """
     logits = call.logits
     has = tuple(x is None for x in (call.history, call.allowed_mask, call.param_slots, call.record))
-    of_numbers = logits.shape[1] % 16, _logits_stride(logits) % 16, call.num_samples == 1
+    of_numbers: tuple[object, ...] = (
+        logits.shape[1] % 16,
+        _logits_stride(logits) % 16,
+        call.num_samples == 1,
+        *((number == 1, number % 16) for number in _lengths(call)),
+    )
     key = (logits.device, logits.dtype, config, launch.num_warps, filter_only, *has, *of_numbers)
     if key in _checked or not first_use.is_wanted() or not first_use.is_possible(logits.device):
         return
@@ -469,7 +544,8 @@ def _start(
             workspace,
             workspace.stride(0),
             () if counters is None else counters,
-            () if output is None else tuple(() if x is None else x for x in output[:3]),
+            _results(output),
+            _more(call, config, output),
             filtered,
             0 if filtered is None else filtered.stride(0),
             call.num_samples,
@@ -482,7 +558,6 @@ def _start(
 def _sample(
     call: SampleCall, launch: Launch, workspace: Tensor, counters: Tensor | None
 ) -> SampleOutput:
-    refuse_more(call, "triton")
     output = make_results(call)
     _run(call, launch, workspace, counters, output, None)
     return settle(call, output)

@@ -40,6 +40,13 @@ Ids that count as output for this call alone change the bits and counts of a few
 they push out of a window included. A list of these tokens with their bits and counts is written
 into the workspace before pass 1, and steps 3 to 5 look at it wherever they read the history.
 
+Lists, ranks and the kept set follow the draw. Where the candidates hold the kept set, these are all
+that is looked at. Otherwise the first tokens of the order take pass 3, and pass 4 and one more read
+where there are too many candidates; every three ranks take 1 read, which counts the tokens that
+reach each of three codes; size, mask and last token of the kept set take 1 read together. Raw lists
+and ranks take the same reads of a row without bias, mask and history. What a row without a token
+has is written first, and nothing else if it has none or one of its draws has failed.
+
 Raw logprobs and the writing of filtered logits take 1 read each. So does a repetition penalty that
 meets a logit far from 1: pass 1 is repeated with a slower division.
 
@@ -48,9 +55,10 @@ not such a multiple, the last few logits of a row are held in registers and inse
 
 Hazards. The workspace is global memory that the threads of a program write and read: a barrier
 stands between, and another before the next writes. A masked position holds -inf, whose code is
-below every threshold and whose mass is 0. No program writes what one of another row uses: rows have
-slots of their own in a history that a call advances. (Rows without a penalty may share a slot in
-one of ``TokenHistory.among``, which is only read.)
+below every threshold and whose mass is 0. Threads that set bits of one word of a mask do so by
+atomic operations, whose order does not matter. No program writes what one of another row uses: rows
+have slots of their own in a history that a call advances. (Rows without a penalty may share a slot
+in one of ``TokenHistory.among``, which is only read.)
 
 Between the programs of a split row stands _arrive: its atomic addition releases the header and the
 list of a part, and acquires those of the parts that were counted before. The other parts have ended
@@ -85,6 +93,7 @@ _C3 = tl.constexpr(float.fromhex("-0x1.c4eb2cp-5"))
 _C4 = tl.constexpr(float.fromhex("0x1.2d4322p-7"))
 _C5 = tl.constexpr(float.fromhex("-0x1.eca6f0p-11"))
 _INF = tl.constexpr(float("inf"))
+_WHOLE = tl.constexpr(2**42)  # the mass of a row's largest logit
 # Pass 1 keeps these flags in the bits above a tile's number.
 _NAN_BIT = tl.constexpr(2**20)
 _DIVISION_BIT = tl.constexpr(2**21)
@@ -97,8 +106,9 @@ _NO_CANDIDATE = tl.constexpr(2)
 _POS_INF_SEEN = tl.constexpr(4)
 _TEXT_FULL = tl.constexpr(8)
 OUTPUT_SCOPE = tl.constexpr(1)
-PROCESSED = tl.constexpr(1)
-RAW = tl.constexpr(2)
+KEPT_MASK = tl.constexpr(1)
+KEPT_IDS = tl.constexpr(2)
+KEPT_ENDS = tl.constexpr(3)
 POSITION_OF_SLOT = tl.constexpr(1)
 POSITION_OF_TEXT = tl.constexpr(2)
 
@@ -142,9 +152,23 @@ Listed = namedtuple("Listed", "held low high n_high w_high")
 #: this key, and the candidates are all that do; held: how many they are, or more than fit.
 #: is_split: whether the row is split; if it is not, bound and held have no meaning.
 Merged = namedtuple("Merged", "is_split bound held")
-#: Where a row's tokens and logprobs go. logprobs: (a pointer,). raw, for raw logprobs: (a pointer
-#: to the logits, their maximum, their log sum).
-Output = namedtuple("Output", "tokens logprobs raw")
+#: Where a row's draws go. processed, for their processed logprobs: (a pointer,). raw, for raw ones:
+#: (a pointer, one to the logits, their maximum, their log sum). masses: (a pointer,).
+Output = namedtuple("Output", "tokens processed raw masses")
+#: Where all else goes, for all rows or for one. processed, raw: a Lists. kept: a Kept. token_ids:
+#: (a pointer, the stride of rows), the ids that the caller has named. num_top, num_ids and num_kept
+#: are how many first tokens, named ids and kept ids a row has.
+More = namedtuple("More", "processed raw kept token_ids num_top num_ids num_kept")
+#: Pointers to what there is of one kind besides the drawn tokens' logprobs.
+Lists = namedtuple("Lists", "ranks top_ids top_logprobs id_logprobs id_ranks")
+#: Pointers to what there is of the kept set besides the drawn tokens' masses. form: (mask,), (ids,)
+#: or (first_id, first_logit, last_id, last_logit).
+Kept = namedtuple("Kept", "counts total id_masses form")
+#: What lists and ranks are of: the tokens of a row that reach a threshold, in the order of step 7.
+#: best: the columns' maxima, or -inf where they are not known. m: the largest logit. total: the
+#: mass of the tokens. log_sum, of raw logprobs: (a value,). held: how many candidates there are;
+#: is_listed: whether these hold all of the tokens.
+Order = namedtuple("Order", "row threshold best m scale total log_sum held is_listed")
 
 
 @triton.jit
@@ -998,10 +1022,17 @@ def _kept(
 
 
 @triton.jit
-def _raw_log_sum(row, TILE: tl.constexpr):
-    """A read of the row: the largest raw logit m, and ln of the sum of exp(x - m)."""
+def _raw_log_sum(row, CONFIG: tl.constexpr):
+    """A read of the row: the largest raw logit m, and ln of the sum of exp(x - m).
+
+    The third value is each column's largest raw logit, or () where no list needs it.
+    """
+    TILE: tl.constexpr = CONFIG.tile
     m = tl.full((), -_INF, tl.float32)
     total = tl.zeros((), tl.float32)
+    best = ()
+    if CONFIG.lists:
+        best = tl.full([TILE], -_INF, tl.float32)
     for t in range(0, row.num_tiles):
         ids = t * TILE + tl.arange(0, TILE)
         x = _loaded(row, t * TILE, ids, ids < row.vocab_size)
@@ -1010,21 +1041,37 @@ def _raw_log_sum(row, TILE: tl.constexpr):
         total = total * tl.where(m == larger, 1.0, tl.exp(m - larger))
         total += tl.sum(tl.where(x == larger, 1.0, tl.exp(x - larger)), axis=0)
         m = larger
-    return m, tl.log(total)
+        if CONFIG.lists:
+            best = tl.maximum(best, x + 0.0)  # no -0.0, as in step 6
+    return m, tl.log(total), best
+
+
+@triton.jit
+def _raw_logprob(x, m, log_sum):
+    """The logprob of a raw logit that is no NaN."""
+    return tl.where(x == m, 0.0, x - m) - log_sum
+
+
+@triton.jit
+def _share(w, total):
+    """The logprob of a mass."""
+    return tl.log(tl.div_rn(w.to(tl.float32), total.to(tl.float32)))
 
 
 @triton.jit
 def _write(output, draw, token, w, total):
-    """A draw's token, and its logprob if asked for; -1 and NaN where there was no candidate."""
+    """A draw's token, and what is asked for of it; -1, NaN and 0 where there was no candidate."""
     tl.store(output.tokens + draw, token.to(tl.int64))
-    if len(output.logprobs) > 0:
-        if len(output.raw) > 0:
-            logits, raw_max, raw_log_sum = output.raw
-            x = _widened(tl.load(logits + tl.maximum(token, 0)))
-            logprob = tl.where(x == raw_max, 0.0, x - raw_max) - raw_log_sum
-        else:
-            logprob = tl.log(tl.div_rn(w.to(tl.float32), total.to(tl.float32)))
-        tl.store(output.logprobs[0] + draw, tl.where(token < 0, float("nan"), logprob))
+    if len(output.raw) > 0:
+        logprobs, logits, raw_max, raw_log_sum = output.raw
+        x = _widened(tl.load(logits + tl.maximum(token, 0)))
+        logprob = _raw_logprob(x, raw_max, raw_log_sum)
+        tl.store(logprobs + draw, tl.where(token < 0, float("nan"), logprob))
+    if len(output.processed) > 0:
+        logprob = _share(w, total)
+        tl.store(output.processed[0] + draw, tl.where(token < 0, float("nan"), logprob))
+    if len(output.masses) > 0:
+        tl.store(output.masses[0] + draw, tl.where(token < 0, 0, w))
 
 
 @triton.jit
@@ -1050,7 +1097,8 @@ def _draw_from_candidates(
 ):
     """14 draw, from the candidates that reach the threshold.
 
-    Returns the last draw's token, and the smallest of all draws, which is -1 where one has failed.
+    Returns the last draw's token; the smallest of all draws, which is -1 where one has failed; and
+    the mass that is drawn from.
     """
     codes, w = _candidates(workspace, held, m, scale, CAPACITY)
     place = tl.arange(0, CAPACITY)
@@ -1065,7 +1113,7 @@ def _draw_from_candidates(
         token, token_w = _first_beyond(running, r, ids, w)
         smallest = tl.minimum(smallest, token)
         _write(output, draw, token, token_w, total)
-    return token, smallest
+    return token, smallest, total
 
 
 @triton.jit
@@ -1074,8 +1122,7 @@ def _draw_by_tile(
 ):
     """14 draw, from all tokens that reach the threshold: first a tile, then a token of it.
 
-    ``masses`` are the tiles' masses of these tokens. Returns the last draw's token, and the
-    smallest of all draws, which is -1 where one has failed.
+    ``masses`` are the tiles' masses of these tokens. Returns what _draw_from_candidates does.
     """
     PIECE: tl.constexpr = CONFIG.candidates
     running = tl.cumsum(masses, axis=0)
@@ -1102,7 +1149,365 @@ def _draw_by_tile(
         token, token_w = _first_beyond(tl.cumsum(w, axis=0), r - before, ids, w)
         smallest = tl.minimum(smallest, token)
         _write(output, draw, token, token_w, total)
-    return token, smallest
+    return token, smallest, total
+
+
+# Lists, ranks, and the kept set
+
+
+@triton.jit
+def _fill(values, size, value):
+    """Store a value ``size`` times."""
+    for first in range(0, size, _SPAN):
+        place = first + tl.arange(0, _SPAN)
+        tl.store(values + place, value, mask=place < size)
+
+
+@triton.jit
+def _more_of_row(more, index, num_samples, vocab_size, CONFIG: tl.constexpr):
+    """Where the results of row ``index`` go."""
+    processed, raw, kept, token_ids, num_top, num_ids, num_kept = more
+    if CONFIG.processed:
+        processed = _lists_of_row(processed, index, num_samples, num_top, num_ids, CONFIG)
+    if CONFIG.raw:
+        raw = _lists_of_row(raw, index, num_samples, num_top, num_ids, CONFIG)
+    if CONFIG.has_ids:
+        ids, stride = token_ids
+        token_ids = (ids + index * stride,)
+    if CONFIG.kept > 0:
+        counts, total, id_masses, form = kept
+        if CONFIG.has_ids:
+            id_masses += index * num_ids
+        if CONFIG.kept == KEPT_MASK:
+            form = (form[0] + index * ((vocab_size + 31) // 32),)
+        elif CONFIG.kept == KEPT_IDS:
+            form = (form[0] + index * num_kept,)
+        else:
+            form = (form[0] + index, form[1] + index, form[2] + index, form[3] + index)
+        kept = Kept(counts + index, total + index, id_masses, form)
+    return More(processed, raw, kept, token_ids, num_top, num_ids, num_kept)
+
+
+@triton.jit
+def _lists_of_row(lists, index, num_samples, num_top, num_ids, CONFIG: tl.constexpr):
+    """Where the lists of row ``index`` go."""
+    ranks, top_ids, top_logprobs, id_logprobs, id_ranks = lists
+    if CONFIG.lists:
+        ranks += index * num_samples
+        top_ids += index * num_top
+        top_logprobs += index * num_top
+        if CONFIG.has_ids:
+            id_ranks += index * num_ids
+    if CONFIG.has_ids:
+        id_logprobs += index * num_ids
+    return Lists(ranks, top_ids, top_logprobs, id_logprobs, id_ranks)
+
+
+@triton.jit
+def _clear(more, num_samples, vocab_size, CONFIG: tl.constexpr):
+    """What a row without a token has: -1, NaN and 0 in all results but those of the draws."""
+    tl.debug_barrier()
+    if CONFIG.processed:
+        _clear_lists(more.processed, num_samples, more.num_top, more.num_ids, CONFIG)
+    if CONFIG.raw:
+        _clear_lists(more.raw, num_samples, more.num_top, more.num_ids, CONFIG)
+    if CONFIG.kept > 0:
+        tl.store(more.kept.counts, 0)
+        tl.store(more.kept.total, 0)
+        if CONFIG.has_ids:
+            _fill(more.kept.id_masses, more.num_ids, 0)
+        if CONFIG.kept == KEPT_MASK:
+            _fill(more.kept.form[0], (vocab_size + 31) // 32, 0)
+        elif CONFIG.kept == KEPT_IDS:
+            _fill(more.kept.form[0], more.num_kept, -1)
+        else:
+            first_id, first_logit, last_id, last_logit = more.kept.form
+            tl.store(first_id, -1)
+            tl.store(first_logit, float("nan"))
+            tl.store(last_id, -1)
+            tl.store(last_logit, float("nan"))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _clear_lists(lists, num_samples, num_top, num_ids, CONFIG: tl.constexpr):
+    """What a row without a token has of one kind, but for the draws' logprobs."""
+    if CONFIG.lists:
+        _fill(lists.ranks, num_samples, -1)
+        _fill(lists.top_ids, num_top, -1)
+        _fill(lists.top_logprobs, num_top, float("nan"))
+        if CONFIG.has_ids:
+            _fill(lists.id_ranks, num_ids, -1)
+    if CONFIG.has_ids:
+        _fill(lists.id_logprobs, num_ids, float("nan"))
+
+
+@triton.jit
+def _clear_draws(output, num_samples):
+    """No token, where one of the draws has failed."""
+    _fill(output.tokens, num_samples, -1)
+    if len(output.processed) > 0:
+        _fill(output.processed[0], num_samples, float("nan"))
+    if len(output.raw) > 0:
+        _fill(output.raw[0], num_samples, float("nan"))
+    if len(output.masses) > 0:
+        _fill(output.masses[0], num_samples, 0)
+
+
+@triton.jit
+def _processed_codes(row, first, SIZE: tl.constexpr):
+    """The codes of consecutive tokens; past the row, a code below every threshold."""
+    ids = first + tl.arange(0, SIZE)
+    return _code(_processed(row, first, ids, ids < row.vocab_size), ids)
+
+
+@triton.jit
+def _logprob(order, x):
+    """The logprob of a logit whose token reaches the threshold."""
+    if len(order.log_sum) > 0:
+        logprob = _raw_logprob(x, order.m, order.log_sum[0])
+    else:
+        logprob = _share(_mass(x, order.m, order.scale), order.total)
+    return logprob
+
+
+@triton.jit
+def _ranks(order, pivots, memory, CAPACITY: tl.constexpr):
+    """How many tokens reach each of three codes, packed: the rank of a token is that of its code.
+
+    None of the codes is below the threshold. It takes a read of the row, unless the candidates hold
+    all tokens of the order.
+    """
+    row = order.row
+    if order.is_listed:
+        codes, _ = _candidates(memory, order.held, order.m, order.scale, CAPACITY)
+        packed = _packed_counts(codes, pivots)
+    else:
+        packed = tl.zeros([CAPACITY], tl.int64)
+        for first in range(0, row.vocab_size, CAPACITY):
+            packed += _packed_counts(_processed_codes(row, first, CAPACITY), pivots)
+    return tl.sum(packed, axis=0)
+
+
+@triton.jit
+def _look_up(row, ids):
+    """Which of some ids exist, their logits and codes."""
+    exists = (ids >= 0) & (ids < row.vocab_size)
+    ids = tl.where(exists, ids, 0)
+    x = _processed(row, None, ids, exists)
+    return exists, x, _code(x, ids)
+
+
+@triton.jit
+def _write_asked(order, output, lists, masses, more, num_samples, memory, CONFIG: tl.constexpr):
+    """What there is of the drawn tokens and of the ids that the caller has named.
+
+    ``lists`` is () or that of the kind, ``masses`` () or a pointer to the masses of the ids. Three
+    tokens at a time share the read that counts their ranks.
+    """
+    WITH_RANKS: tl.constexpr = CONFIG.lists and len(lists) > 0
+    STEP: tl.constexpr = 3 if WITH_RANKS else _SPAN
+    lane = tl.arange(0, 4 if WITH_RANKS else _SPAN)
+    number = num_samples
+    if CONFIG.has_ids:
+        number += more.num_ids
+    for start in range(0 if WITH_RANKS else num_samples, number, STEP):
+        place = start + lane
+        is_draw = (place < num_samples) & (lane < STEP)
+        of_ids = place - num_samples
+        is_id = (of_ids >= 0) & (of_ids < more.num_ids) & (lane < STEP)
+        ids = tl.load(output.tokens + place, mask=is_draw, other=-1).to(tl.int32)
+        if CONFIG.has_ids:
+            ids = tl.where(is_id, tl.load(more.token_ids[0] + of_ids, mask=is_id, other=-1), ids)
+        exists, x, codes = _look_up(order.row, ids)
+        is_in = exists & (codes >= order.threshold)
+        if WITH_RANKS:
+            pivots = tl.where(is_in, codes, 0x7FFFFFFFFFFFFFFF)
+            p1 = tl.min(tl.where(lane == 0, pivots, 0x7FFFFFFFFFFFFFFF), axis=0)
+            p2 = tl.min(tl.where(lane == 1, pivots, 0x7FFFFFFFFFFFFFFF), axis=0)
+            p3 = tl.min(tl.where(lane == 2, pivots, 0x7FFFFFFFFFFFFFFF), axis=0)
+            packed = _ranks(order, (p1, p2, p3), memory, CONFIG.candidates)
+            ranks = ((packed >> (21 * lane)) & 0x1FFFFF).to(tl.int32)
+            ranks = tl.where(is_in, ranks, -1)
+            tl.store(lists.ranks + place, ranks, mask=is_draw)
+            if CONFIG.has_ids:
+                tl.store(lists.id_ranks + of_ids, ranks, mask=is_id)
+        if CONFIG.has_ids:
+            if len(lists) > 0:
+                logprobs = tl.where(is_in, _logprob(order, x), -_INF)
+                logprobs = tl.where(exists, logprobs, float("nan"))
+                tl.store(lists.id_logprobs + of_ids, logprobs, mask=is_id)
+            if len(masses) > 0:
+                w = tl.where(is_in, _mass(x, order.m, order.scale), 0)
+                tl.store(masses[0] + of_ids, w, mask=is_id)
+
+
+@triton.jit
+def _packed_words(bits):
+    """Words of 32 bits each, the lowest first."""
+    SIZE: tl.constexpr = bits.shape[0]
+    bit = tl.reshape(bits.to(tl.int32), [SIZE // 32, 32])
+    return tl.sum(bit << tl.arange(0, 32)[None, :], axis=1)
+
+
+@triton.jit
+def _write_kept_set(order, kept, first_best, memory, CONFIG: tl.constexpr):
+    """The kept set, but for its ids and for what there is of single tokens; how many tokens it has.
+
+    It takes a read of the row, unless the candidates hold the kept set.
+    """
+    CAPACITY: tl.constexpr = CONFIG.candidates
+    row = order.row
+    if order.is_listed:
+        codes, _ = _candidates(memory, order.held, order.m, order.scale, CAPACITY)
+        is_kept = codes >= order.threshold
+        counts = is_kept.to(tl.int32)
+        last = tl.where(is_kept, codes, 0x7FFFFFFFFFFFFFFF)
+        if CONFIG.kept == KEPT_MASK:
+            # the words are 0 before; several threads set bits of one word
+            ids = (codes & _LAST_ID).to(tl.int32) ^ _LAST_ID
+            words = kept.form[0] + (ids >> 5)
+            bit = tl.full([CAPACITY], 1, tl.int32) << (ids & 31)
+            tl.atomic_or(words, bit, mask=is_kept, sem="relaxed", scope="cta")
+    else:
+        counts = tl.zeros([CAPACITY], tl.int32)
+        last = tl.full([CAPACITY], 0x7FFFFFFFFFFFFFFF, tl.int64)
+        for first in range(0, row.vocab_size, CAPACITY):
+            codes = _processed_codes(row, first, CAPACITY)
+            is_kept = codes >= order.threshold
+            counts += is_kept.to(tl.int32)
+            if CONFIG.kept == KEPT_ENDS:
+                last = tl.minimum(last, tl.where(is_kept, codes, 0x7FFFFFFFFFFFFFFF))
+            if CONFIG.kept == KEPT_MASK:
+                place = first // 32 + tl.arange(0, CAPACITY // 32)
+                inside = place < (row.vocab_size + 31) // 32
+                tl.store(kept.form[0] + place, _packed_words(is_kept), mask=inside)
+    count = tl.sum(counts, axis=0)
+    tl.store(kept.counts, count)
+    tl.store(kept.total, order.total)
+    if CONFIG.kept == KEPT_ENDS:
+        first_id, first_logit, last_id, last_logit = kept.form
+        tl.store(first_id, first_best)
+        tl.store(first_logit, order.m)
+        code = tl.min(last, axis=0)
+        if count > 0:
+            tl.store(last_id, (code & _LAST_ID).to(tl.int32) ^ _LAST_ID)
+            tl.store(last_logit, _value(code >> _ID_BITS))
+    return count
+
+
+@triton.jit
+def _list_first(order, wanted, memory, CONFIG: tl.constexpr):
+    """The first tokens of an order, as many as are wanted, become the candidates; how many.
+
+    All of them do where there are fewer. Unless the candidates hold all tokens of the order, those
+    of pass 3 are taken, and pass 4 where they do not fit.
+    """
+    CAPACITY: tl.constexpr = CONFIG.candidates
+    row, m = order.row, order.m
+    none = tl.zeros((), tl.int64)
+    top = _first_code(_key(m).to(tl.int64) + 1)
+    bound = tl.full((), _LOWEST_KEY, tl.int32)
+    held = tl.zeros((), tl.int32) + order.held
+    low = order.threshold
+    target = tl.zeros((), tl.int64) + wanted
+    if order.is_listed:
+        codes, _w = _candidates(memory, held, m, order.scale, CAPACITY)
+        there = tl.sum((codes >= low).to(tl.int64), axis=0)
+        target = tl.maximum(tl.minimum(target, there), 1)
+    else:
+        keys = _key(order.best)
+        bound = _column_bound(keys, _key(m), wanted)
+        _, _, num_columns = _choose_columns(keys, bound, memory, CONFIG.tile)
+        tiles = (0, row.num_tiles)
+        held = _gather(row, tiles, memory, num_columns, bound, False, CONFIG)
+        is_there = (held > 0) & (held <= CAPACITY)
+        held = tl.where(is_there, held, 0)
+        low = tl.where(is_there, _first_code(bound), top)
+    listed = Listed(held, low, top, none, none)
+    goal = Goal(False, target, none, 0)
+    listed, codes, _w, threshold = _find(
+        row, memory, listed, bound, order.threshold, m, order.scale, goal, CAPACITY
+    )
+    threshold = tl.maximum(threshold, order.threshold)
+    if (listed.high == top) & (listed.low <= threshold):
+        x = _value(codes >> _ID_BITS)
+        ids = (codes & _LAST_ID).to(tl.int32) ^ _LAST_ID
+        tl.debug_barrier()
+        held = _append(memory, 0, x, ids, codes >= threshold, CAPACITY)
+        tl.debug_barrier()
+    else:
+        held = _collect(row, memory, threshold, top, CAPACITY)
+    return tl.minimum(held, CAPACITY)
+
+
+@triton.jit
+def _write_first(order, wanted, lists, num_top, kept_ids, num_kept, memory, CONFIG: tl.constexpr):
+    """The first tokens of an order, as many as are wanted, each at its place.
+
+    ``lists`` and ``kept_ids`` are () or where they go.
+    """
+    held = tl.zeros((), tl.int32)
+    if wanted > 0:
+        held = _list_first(order, wanted, memory, CONFIG)
+    some = tl.arange(0, 32)
+    others = tl.arange(0, 128)
+    for first in range(0, held, 32):
+        place = first + some
+        inside = place < held
+        ids = tl.load(memory.ids + place, mask=inside, other=0)
+        x = tl.load(memory.logits + place, mask=inside, other=0).to(tl.float32, bitcast=True)
+        codes = _code(x, ids)
+        before = tl.zeros([32], tl.int32)
+        for other in range(0, held, 128):
+            is_other = other + others < held
+            other_ids = tl.load(memory.ids + other + others, mask=is_other, other=0)
+            other_x = tl.load(memory.logits + other + others, mask=is_other, other=0)
+            other_codes = _code(other_x.to(tl.float32, bitcast=True), other_ids)
+            is_before = (other_codes[None, :] > codes[:, None]) & is_other[None, :]
+            before += tl.sum(is_before.to(tl.int32), axis=1)
+        if CONFIG.lists and len(lists) > 0:
+            is_top = inside & (before < num_top)
+            tl.store(lists.top_ids + before, ids, mask=is_top)
+            tl.store(lists.top_logprobs + before, _logprob(order, x), mask=is_top)
+        if len(kept_ids) > 0:
+            tl.store(kept_ids[0] + before, ids, mask=inside & (before < num_kept))
+
+
+@triton.jit
+def _write_processed(order, output, more, first_best, num_samples, memory, CONFIG: tl.constexpr):
+    """All results that are of the kept set."""
+    masses = ()
+    if (CONFIG.kept > 0) and CONFIG.has_ids:
+        masses = (more.kept.id_masses,)
+    lists = more.processed
+    HAS_LISTS: tl.constexpr = CONFIG.lists and CONFIG.processed
+    if CONFIG.has_ids or HAS_LISTS:
+        _write_asked(order, output, lists, masses, more, num_samples, memory, CONFIG)
+    wanted = tl.zeros((), tl.int32)
+    if HAS_LISTS:
+        wanted += more.num_top
+    kept_ids = ()
+    num_kept = 0
+    if CONFIG.kept > 0:
+        count = _write_kept_set(order, more.kept, first_best, memory, CONFIG)
+        if CONFIG.kept == KEPT_IDS:
+            kept_ids = more.kept.form
+            # where there are more than fit, none is listed
+            num_kept = tl.where(count <= more.num_kept, count, 0)
+            wanted = tl.maximum(wanted, num_kept)
+    if HAS_LISTS or CONFIG.kept == KEPT_IDS:
+        _write_first(order, wanted, lists, more.num_top, kept_ids, num_kept, memory, CONFIG)
+
+
+@triton.jit
+def _write_raw(order, output, more, num_samples, memory, CONFIG: tl.constexpr):
+    """All raw results but the draws' logprobs."""
+    if CONFIG.lists or CONFIG.has_ids:
+        _write_asked(order, output, more.raw, (), more, num_samples, memory, CONFIG)
+    if CONFIG.lists:
+        wanted = tl.zeros((), tl.int32) + more.num_top
+        _write_first(order, wanted, more.raw, more.num_top, (), 0, memory, CONFIG)
 
 
 # The history of a row
@@ -1451,6 +1856,7 @@ def sample_kernel(
     workspace_stride,
     counters,
     results,
+    more,
     filtered,
     filtered_stride,
     num_samples,
@@ -1462,8 +1868,8 @@ def sample_kernel(
 
     ``batch`` has a BatchParams' tensors by their names, and ``bias_size`` is the number of biases
     of all rows. ``by_slot`` is () or a BySlot. ``mask`` is (mask, stride), ``history`` a Histories,
-    ``record`` (a pointer to bytes,), ``results`` (tokens, logprobs, status). Without ``results``
-    the filtered logits are written.
+    ``record`` (a pointer to bytes,), ``results`` (tokens, processed logprobs, raw logprobs, masses,
+    status), ``more`` a More. Without ``results`` the filtered logits are written.
     """
     index = tl.program_id(0).to(tl.int64)
     params = index
@@ -1560,28 +1966,35 @@ def sample_kernel(
     is_empty = m == -_INF
     output = ()
     if len(results) > 0:
-        tokens, logprobs, status = results
+        tokens, logprobs, raw_logprobs, drawn_masses, status = results
         bits = tl.where((flags & _NAN_BIT) != 0, _NAN_SEEN, 0)
         bits += is_empty.to(tl.int32) * status_of_nothing
         bits += (m == _INF).to(tl.int32) * _POS_INF_SEEN
         tl.store(status + index, bits)
         first_draw = index * num_samples
-        if CONFIG.logprobs:
+        if CONFIG.processed:
             logprobs = (logprobs + first_draw,)
         raw = ()
-        if CONFIG.logprobs == RAW:
-            raw_max, raw_log_sum = _raw_log_sum(row, CONFIG.tile)
-            raw = (row.logits, raw_max, raw_log_sum)
-        output = Output(tokens + first_draw, logprobs, raw)
+        if CONFIG.raw:
+            raw_logprobs += first_draw
+            raw_max, raw_log_sum, raw_best = _raw_log_sum(row, CONFIG)
+            raw = (raw_logprobs, row.logits, raw_max, raw_log_sum)
+        if CONFIG.kept > 0:
+            drawn_masses = (drawn_masses + first_draw,)
+        output = Output(tokens + first_draw, logprobs, raw, drawn_masses)
 
     # 8 greedy: the first of the order; and a row without candidates
     token = tl.where(is_empty, -1, first_best)
     threshold = tl.where(is_empty, 0x7FFFFFFFFFFFFFFF, _code(m, first_best))
+    smallest = token
+    total = tl.full((), _WHOLE if len(more) > 0 else 1, tl.int64)
+    scale = tl.full((), 1.0, tl.float32)
+    held = tl.full((), 1, tl.int32)
+    is_listed = is_greedy
     if is_empty | is_greedy:
         if len(output) > 0:
-            one = tl.full((), 1, tl.int64)
             for draw in range(0, num_samples):
-                _write(output, draw, token, one, one)
+                _write(output, draw, token, total, total)
     elif CONFIG.any_random:
         scale = tl.div_rn(_LOG2_E, temperature)
         memory = _memory(workspace + CONFIG.parts * CONFIG.part_words, CONFIG)
@@ -1613,7 +2026,7 @@ def sample_kernel(
                 position += 1 - tl.load(by_slot.prompt_lengths[0] + params)
             random = (tl.load(batch.seed + params), position)
             if is_listed:
-                token, smallest = _draw_from_candidates(
+                token, smallest, total = _draw_from_candidates(
                     memory,
                     held,
                     threshold,
@@ -1625,12 +2038,41 @@ def sample_kernel(
                     CONFIG.candidates,
                 )
             else:
-                token, smallest = _draw_by_tile(
+                token, smallest, total = _draw_by_tile(
                     row, masses, threshold, m, scale, random, num_samples, output, CONFIG
                 )
             if smallest < 0:
                 # the thread that stores is the one that has stored the bits above
                 tl.store(status + index, tl.load(status + index) | _NO_CANDIDATE)
+
+    if len(more) > 0:
+        of_row = _more_of_row(more, index, num_samples, vocab_size, CONFIG)
+        _clear(of_row, num_samples, vocab_size, CONFIG)
+        if smallest < 0:
+            token = tl.full((), -1, tl.int32)
+            _clear_draws(output, num_samples)
+        else:
+            memory = _memory(workspace + CONFIG.parts * CONFIG.part_words, CONFIG)
+            if is_greedy:
+                # the only candidate
+                tl.debug_barrier()
+                tl.store(memory.logits, m.to(tl.int32, bitcast=True))
+                tl.store(memory.ids, first_best)
+                tl.debug_barrier()
+            if CONFIG.processed or (CONFIG.kept > 0):
+                if CONFIG.parts > 1:
+                    # the maxima of a part are not those of the row
+                    best = tl.where(is_split, -_INF, best)
+                order = Order(row, threshold, best, m, scale, total, (), held, is_listed)
+                _write_processed(order, output, of_row, first_best, num_samples, memory, CONFIG)
+            if CONFIG.raw:
+                raw_row = Row(row.logits, row.tail, row.vocab_size, row.num_tiles, (), (), (), ())
+                lowest = _first_code(tl.full((), _LOWEST_KEY, tl.int64))
+                log_sum = (raw_log_sum,)
+                order = Order(
+                    raw_row, lowest, raw_best, raw_max + 0.0, 1.0, total, log_sum, 0, False
+                )
+                _write_raw(order, output, of_row, num_samples, memory, CONFIG)
 
     if len(output) == 0:
         _write_filtered(

@@ -111,10 +111,14 @@ def test_parts_of_a_launch(vocab_size, rows, options, parts):
         {"history": TokenHistory.from_ids([[0]], vocab_size=40), "params": PENALTY},
         {"allowed_mask": torch.full((1, 2), -1, dtype=torch.int32)},
         {"logprobs": "raw"},
+        {"logprobs": ("raw", "processed")},
+        {"logprobs": "processed", "top_logprobs": 1},
+        {"logprobs": "processed", "logprob_token_ids": [3]},
+        {"kept": "mask"},
         {"params": SamplingParams(logit_bias={3: 1.0})},
         {"filter_only": True},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: " ".join(options),
 )
 def test_extras_that_need_a_launch_with_fewer_threads(options):
     """Each of these alone is an extra; processed logprobs are none."""
@@ -127,10 +131,11 @@ def test_extras_that_need_a_launch_with_fewer_threads(options):
     assert not has_extras(logprobs="processed")
 
 
-def test_kernel_numbers_logprobs_and_status_as_the_table_does():
+def test_kernel_numbers_kept_sets_and_status_as_the_wrapper_does():
     kernel = pytest.importorskip("llm_sampling.backends.triton_kernel", exc_type=ImportError)
-    assert kernel.PROCESSED.value == base.LOGPROBS_MODES["processed"]
-    assert kernel.RAW.value == base.LOGPROBS_MODES["raw"]
+    for name in ("mask", "ids", "ends"):
+        number = getattr(kernel, f"KEPT_{name.upper()}").value
+        assert number == triton_backend.KEPT_FORMS[name]
     assert kernel._NAN_SEEN.value == base.STATUS_NAN
     assert kernel._NO_CANDIDATE.value == base.STATUS_NO_CANDIDATE
     assert kernel._POS_INF_SEEN.value == base.STATUS_POS_INF
@@ -290,10 +295,12 @@ INTERPRETED_FILES = {
         2,
         4,
     ),
+    "sampling/test_results.py": ("triton", 15, 40),
     "sampling/test_table.py": ("triton", 4, 5),
     "sampling/test_vectors.py": ("triton", 30, 300),
     "kernels/test_triton_interpreted.py": ("triton", 140, 10),
     "kernels/test_triton_known_rows.py": ("triton", 4, 15),
+    "kernels/test_triton_results.py": ("triton", 20, 50),
     "kernels/test_triton_split.py": ("triton", 15, 70),
 }
 
@@ -422,6 +429,52 @@ def test_a_wrong_split_is_seen(tmp_path, text, wrong, expression):
     """A part is lost, or anything else that one program must know of another one."""
     pytest.importorskip("triton")
     printed = fail_with_a_wrong_kernel(tmp_path, text, wrong, "test_triton_split", expression)
+    assert re.search("AssertionError|Segmentation fault", printed), printed
+
+
+@pytest.mark.skipif(bool(INTERPRETED), reason="this process is one of those that the test starts")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "wrong", "expression"),
+    [
+        ("other_codes[None, :] > codes[:, None]", "other_x[None, :] > x[:, None]", "within_ties"),
+        (
+            "ranks = tl.where(is_in, ranks, -1)",
+            "ranks = tl.where(is_in, ranks + 1, -1)",
+            "ids_that",
+        ),
+        ("bit << tl.arange(0, 32)[None, :]", "bit << (31 - tl.arange(0, 32))[None, :]", "a_table"),
+        ("tl.int32) << (ids & 31)\n", "tl.int32) << (31 - (ids & 31))\n", "a_table"),
+        (
+            "Row(row.logits, row.tail, row.vocab_size, row.num_tiles, (), (), (), ())",
+            "row",
+            "a_table and raw",
+        ),
+        ("best = tl.where(is_split, -_INF, best)", "pass", "do_not_fit"),
+        ("raw_best, raw_max + 0.0", "raw_best, raw_max", "zeros"),
+        ("best = tl.maximum(best, x + 0.0)", "best = tl.maximum(best, x)", "zeros"),
+        ("            _clear_draws(output, num_samples)", "            pass", "leaves_nothing"),
+        (
+            "        if smallest < 0:\n            token",
+            "        if smallest < -1:\n            token",
+            "nothing",
+        ),
+        ("exists = (ids >= 0) & (ids < row.vocab_size)", "exists = ids == ids", "ids_that"),
+        ("exists = (ids >= 0) & (ids < row.vocab_size)", "exists = ids >= 0", "ids_that"),
+        ("tl.where(count <= more.num_kept, count, 0)", "count", "small_tiles and ids"),
+        ("tl.maximum(threshold, order.threshold)", "threshold", "within_ties"),
+    ],
+    ids=[
+        *("order of ties", "rank", "order of bits", "order of a candidate's bits"),
+        *("processed for raw", "maxima of a part", "largest of -0.0", "maxima of -0.0"),
+        *("draws that are left", "lists that are left", "an id below", "an id above"),
+        *("too many kept ids", "beyond the kept set"),
+    ],
+)
+def test_wrong_results_are_seen(tmp_path, text, wrong, expression):
+    """A list, a rank or a mask that is not the reference's."""
+    pytest.importorskip("triton")
+    printed = fail_with_a_wrong_kernel(tmp_path, text, wrong, "test_triton_results", expression)
     assert re.search("AssertionError|Segmentation fault", printed), printed
 
 

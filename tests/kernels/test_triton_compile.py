@@ -52,6 +52,34 @@ def test_every_kind_of_call_compiles(kind, arch):
         assert triton_cost.count_fma(compiled.asm["ptx"]) == 0
 
 
+#: Calls with every form of every result, a kind or a history beside them.
+RESULTS = (
+    *triton_cost.MORE_KINDS,
+    "filtered + kept ends + split",
+    "filtered + processed logprobs + lists + named ids + kept ids + split",
+    "greedy + processed logprobs + raw logprobs + lists + kept ends",
+    "unfiltered + processed logprobs + lists + named ids + kept mask",
+    "filtered + history + mask + bias + advance + processed logprobs + raw logprobs + lists"
+    " + named ids + kept ends",
+)
+
+
+@needs_lines
+@pytest.mark.parametrize("arch", triton_cost.TARGETS)
+@pytest.mark.parametrize("kind", RESULTS)
+def test_every_result_compiles(kind, arch):
+    """Registers are spilled in none of the loops over the row, and at all in none of MORE_KINDS."""
+    variant = Variant(kind, "bfloat16")
+    cost = measure(variant, arch)
+    broken = broken_rules(variant, arch, cost)
+    if kind not in triton_cost.MORE_KINDS:
+        broken = [reason for reason in broken if "spilled registers" not in reason]
+    assert broken == []
+    assert not any(loop.spills for loop in cost.loops.values())
+    if arch != "gfx942":
+        assert "maxima" in cost.loops
+
+
 #: Parts of kinds: every field of a history that a call may have.
 HISTORIES = (
     "text + record + advance",

@@ -17,6 +17,7 @@ from llm_sampling.backends import first_use, known_rows
 from llm_sampling.backends import triton as backend
 from llm_sampling.backends import triton_kernel as kernel
 from llm_sampling.backends.base import ParamSlots, SampleCall
+from llm_sampling.results import Wanted
 
 pytestmark = pytest.mark.usefixtures("triton_alone")
 ROWS, V = 2, 150
@@ -86,7 +87,14 @@ CALLS = {
     "a vocabulary of one": lambda: make_call(vocab_size=1),
     "bfloat16": lambda: make_call(dtype=torch.bfloat16),
     "mask": lambda: make_call(allowed_mask=WORDS),
-    "logprobs": lambda: make_call(logprobs="raw"),
+    "logprobs": lambda: make_call(wanted=Wanted(("raw",))),
+    "lists": lambda: make_call(
+        wanted=Wanted(("processed", "raw"), 3, torch.tensor([[4, 149]] * ROWS).int(), "ends")
+    ),
+    "ids of one row": lambda: make_call(
+        rows=1, wanted=Wanted(("raw",), 1, torch.tensor([[4]]).int(), "ids", 16)
+    ),
+    "kept mask": lambda: make_call(greedy=True, wanted=Wanted(kept="mask")),
     "many draws": lambda: make_call(num_samples=3),
     "history": lambda: make_call(history=history_of(), advance=True),
     "window": lambda: make_call(history=history_of(windows=True), advance=True),

@@ -19,7 +19,7 @@ from parity import assert_parity, build_all
 from llm_sampling import RequestTable, Sampler, SamplingParams, TokenHistory, sample
 from llm_sampling.backends import triton as backend
 from llm_sampling.backends import triton_kernel as kernel
-from llm_sampling.results import SampleOutput
+from llm_sampling.results import NOTHING, SampleOutput
 
 pytestmark = pytest.mark.usefixtures("triton_alone")
 
@@ -337,11 +337,7 @@ def guard(monkeypatch):
             return None if made is None else guards.put(made)
 
         monkeypatch.setattr(
-            backend,
-            "make_results",
-            lambda call: SampleOutput(
-                *(x if x is None else guards.put(x) for x in make_results(call))
-            ),
+            backend, "make_results", lambda call: guards.put_results(make_results(call))
         )
         for name in ("_workspace", "_counters"):
             make = functools.partial(guarded, make=getattr(backend, name))
@@ -390,7 +386,7 @@ def test_whatever_is_in_a_header(split, most_steps, guard, monkeypatch, what, va
     monkeypatch.setattr(kernel, "_append", count)
     monkeypatch.setattr(kernel, "_merged_lists", merge_and_count)
     call, _ = unchecked.changing_call(450, (1,), torch.float32)
-    call = replace(call, logprobs=None)
+    call = replace(call, wanted=NOTHING)
     guards = unchecked.Guards(torch.nan)
     guard(guards)
     workspace = backend._workspace
@@ -451,7 +447,7 @@ def test_logits_that_change(split, most_steps, guard, monkeypatch, change, at):
     monkeypatch.setattr(kernel, "_row", start_counting)
     monkeypatch.setattr(kernel, "_loaded", load)
     call, _ = unchecked.changing_call(450, (1,), torch.float32)
-    call = replace(call, logprobs=None)
+    call = replace(call, wanted=NOTHING)
     guards = unchecked.Guards(torch.nan)
     guard(guards)
     output = backend.sample(call)
