@@ -12,6 +12,7 @@ from torch import Tensor
 from llm_sampling import BatchParams, SamplingParams, TokenHistory, backends
 from llm_sampling.backends.base import BackendModule, ParamSlots, SampleCall, SampleOutput
 from llm_sampling.history import HistoryUpdate, Text, UpdateKind
+from llm_sampling.results import NOTHING, Wanted
 
 TORCH = backends.resolve("torch", torch.device("cpu"))
 
@@ -220,7 +221,7 @@ def drawings(
             batch=batch,
             history=history,
             allowed_mask=None,
-            logprobs=("processed", "raw", None)[turn % 3],
+            wanted=(Wanted(("processed",)), Wanted(("raw",)), NOTHING)[turn % 3],
             advance=True,
             record=None if record is None else record.to(device),
             extra_output=None if extra is None else extra.to(device),
@@ -275,7 +276,7 @@ def assert_drawings(
     """Check results, filtered logits, and the state after calls that record."""
     for drawing in drawings(kind, vocab_size, seed, device, turns):
         call, judged = drawing.call, drawing.judged
-        to_filter = {"logprobs": None, "advance": False, "record": None}
+        to_filter = {"wanted": NOTHING, "advance": False, "record": None}
         filtered = backend.filter_logits(replace(call, **to_filter)).cpu()
         wanted = TORCH.filter_logits(replace(judged, **to_filter))
         assert torch.equal(filtered.view(torch.int32), wanted.view(torch.int32))

@@ -23,6 +23,7 @@ from llm_sampling.backends.base import (
 from llm_sampling.calls import make_call
 from llm_sampling.history import HistoryUpdate, apply_update
 from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.results import KINDS, Wanted
 
 #: In place of the number of a case: a row of padding, and one whose slot does not exist.
 PADDING, OUTSIDE = -1, -2
@@ -138,8 +139,8 @@ def assert_by_slot(
         wanted = run(batch, "torch", ("processed", "raw"))
         tokens = made.expected(wanted.tokens, -1, -1)
         status = made.expected(wanted.status, 0, STATUS_NO_CANDIDATE)
-        for kind in ("processed", "raw"):
-            call = replace(made.call, num_samples=NUM_SAMPLES, logprobs=kind)
+        for kind in KINDS:
+            call = replace(made.call, num_samples=NUM_SAMPLES, wanted=Wanted((kind,)))
             drawn = backend.sample(call)
             assert torch.equal(drawn.tokens.cpu(), tokens)
             assert torch.equal(drawn.status.cpu(), status)

@@ -23,6 +23,7 @@ from llm_sampling.backends.base import (
 )
 from llm_sampling.history import HistoryUpdate, Text, UpdateKind
 from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.results import NOTHING, Wanted
 
 NAN, INF = math.nan, math.inf
 LEAST, MOST = -(2**31), 2**31 - 1
@@ -184,7 +185,7 @@ def hostile_call(
         held,  # type: ignore[arg-type]
         None,
         num_samples=1,
-        logprobs="processed",
+        wanted=Wanted(("processed",)),
         advance=True,
         param_slots=param_slots,
         record=guards.put(some((0, 1, 1), slots).to(torch.uint8)).view(torch.bool),
@@ -205,7 +206,7 @@ def call_at(temperatures: tuple[float, ...]) -> SampleCall:
 
 def to_filter(call: SampleCall) -> SampleCall:
     """The same call for filter_logits."""
-    return replace(call, logprobs=None, advance=False, record=None)
+    return replace(call, wanted=NOTHING, advance=False, record=None)
 
 
 def assert_defined(
@@ -215,7 +216,7 @@ def assert_defined(
 
     Rows of padding are -1, and their status is 0.
     """
-    tokens, _, status = output
+    tokens, status = output.tokens, output.status
     assert ((tokens >= -1) & (tokens < vocab_size)).all(), tokens
     is_full = status == STATUS_TEXT_FULL
     assert ((status >= 0) & (status < 8) | is_full).all(), status
@@ -282,7 +283,7 @@ def assert_hostile_texts_do_no_harm(backend: BackendModule, vocab_size: int, see
             batch,
             history,  # type: ignore[arg-type]
             None,
-            logprobs="processed",
+            wanted=Wanted(("processed",)),
             advance=True,
             record=guards.put(record.to(torch.uint8)).view(torch.bool),
             extra_output=guards.put(torch.tensor(ids, dtype=torch.int32)),
@@ -381,7 +382,7 @@ def changing_call(
         TokenHistory.from_ids([[]] * rows, [[]] * rows, vocab_size),
         None,
         num_samples=1,
-        logprobs="raw",
+        wanted=Wanted(("raw",)),
         advance=True,
     )
     return call, list(moments) * len(each)

@@ -99,6 +99,13 @@ __device__ bool RowSampler<kDtype, kLayout>::find_maxima() {
   } else {
     any_nan |= find_tile_maxima<false>();
   }
+  join_maxima(any_nan);
+  return any_nan;
+}
+
+// The largest logit and the smallest maximum of all threads' maxima, and whether any has seen a NaN.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::join_maxima(bool& any_nan) {
   float least = kInfinity;
 #pragma unroll
   for (int half = 0; half < kMaxima; ++half) {
@@ -109,7 +116,6 @@ __device__ bool RowSampler<kDtype, kLayout>::find_maxima() {
   cluster_.find_limits(largest_key, least_key, any_nan);
   m_ = from_order_key(largest_key);
   if (threadIdx.x == 0) shared_.least_maximum = from_order_key(least_key);
-  return any_nan;
 }
 
 template <int kDtype, Layout kLayout>
