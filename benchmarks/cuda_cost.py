@@ -194,7 +194,7 @@ PASSES = {
     "filtered": ("write_filtered", "over_vecs(", ""),
 }
 #: The statement by which a block of a split row samples it alone.
-ALONE = "RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).template run<kMore>();"
+ALONE = "RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run("
 #: The statements that write lists: of the kept set, and of the raw logits.
 LISTS = {
     "processed lists": "  if (wants_processed(args_)) {",

@@ -89,23 +89,18 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::prefetch_later(
 
 // Finds the largest logit of the row, of each tile, and of each thread (kMaxima of them), and the smallest of
 // the threads' maxima. Returns whether a logit is NaN.
+// kRaw: of rows that neither a bias, nor a mask, nor a penalty changes any more.
 template <int kDtype, Layout kLayout>
+template <bool kRaw>
 __device__ bool RowSampler<kDtype, kLayout>::find_maxima() {
-  is_scored_ = has_scores(part());
+  is_scored_ = !kRaw && has_scores(part());
   bool any_nan = is_scored_ && score();
   const bool has_unscored = row_.seen.words != nullptr && !is_scored_;
-  if (!row_.has_bias_or_mask() && !has_unscored) {
+  if (kRaw || (!row_.has_bias_or_mask() && !has_unscored)) {
     any_nan |= find_tile_maxima<true>();
   } else {
     any_nan |= find_tile_maxima<false>();
   }
-  join_maxima(any_nan);
-  return any_nan;
-}
-
-// The largest logit and the smallest maximum of all threads' maxima, and whether any has seen a NaN.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::join_maxima(bool& any_nan) {
   float least = kInfinity;
 #pragma unroll
   for (int half = 0; half < kMaxima; ++half) {
@@ -116,6 +111,7 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::join_maxima(bool& a
   cluster_.find_limits(largest_key, least_key, any_nan);
   m_ = from_order_key(largest_key);
   if (threadIdx.x == 0) shared_.least_maximum = from_order_key(least_key);
+  return any_nan;
 }
 
 template <int kDtype, Layout kLayout>

@@ -107,8 +107,7 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::list_raw() {
     wait_for_copies();
   }
   __syncthreads();
-  bool any_nan = find_tile_maxima<true>();
-  join_maxima(any_nan);
+  find_maxima<true>();
 }
 
 // ---- the first tokens of the order, and the size of the kept set ----

@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "../history.h"
 #include "../llm_sampling.h"
 #include "../rows.h"
@@ -183,13 +185,23 @@ class RowSampler {
     copy_ = after + tiles_bytes(vecs);
   }
 
-  // kMore: it writes the results of results.cuh too.
-  template <bool kMore>
-  __device__ __forceinline__ void run();
-  template <bool kMore>
-  __device__ __forceinline__ bool run_part(const Workspace& workspace, int parts);
+  // With a true argument it writes the results of results.cuh too. That is too much code for the compiler to inline it
+  // unless it must; where it need not, it is left to it.
+  __device__ void run(std::false_type) { run_as<false>(); }
+  __device__ __forceinline__ void run(std::true_type) { run_as<true>(); }
+  __device__ bool run_part(const Workspace& workspace, int parts, std::false_type) {
+    return run_part_as<false>(workspace, parts);
+  }
+  __device__ __forceinline__ bool run_part(const Workspace& workspace, int parts, std::true_type) {
+    return run_part_as<true>(workspace, parts);
+  }
 
  private:
+  template <bool kMore>
+  __device__ __forceinline__ void run_as();
+  template <bool kMore>
+  __device__ __forceinline__ bool run_part_as(const Workspace& workspace, int parts);
+
   static constexpr bool kCopied = kLayout != Layout::kInPlace;
   static constexpr bool kIsSplit = kLayout == Layout::kSplit;
   using LogitWord = Unsigned<kLogitBytes<kDtype>>;
@@ -235,8 +247,8 @@ class RowSampler {
   template <typename Visit>
   __device__ __forceinline__ void visit_round(int round, int count, const Visit& visit) const;
   __device__ __forceinline__ void prefetch_later(int local, int count) const;
+  template <bool kRaw = false>
   __device__ bool find_maxima();
-  __device__ __forceinline__ void join_maxima(bool& any_nan);
   __device__ void write_status(bool any_nan);
   template <bool kPlain>
   __device__ __forceinline__ bool find_tile_maxima();

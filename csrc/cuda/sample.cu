@@ -68,7 +68,7 @@ namespace llm_sampling {
 
 template <int kDtype, Layout kLayout>
 template <bool kMore>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::run() {
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::run_as() {
   const int64_t param_index = find_parameters();
   if (param_index < 0) {
     if constexpr (kMore) write_no_more(index_);
@@ -110,7 +110,7 @@ template <int kDtype, bool kCopied, bool kMore>
 __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Plan plan) {
   const int row = static_cast<int>(blockIdx.x) / cluster_size();
   constexpr Layout kLayout = kCopied ? Layout::kCopied : Layout::kInPlace;
-  RowSampler<kDtype, kLayout>(plan.args, plan.vecs, row).template run<kMore>();
+  RowSampler<kDtype, kLayout>(plan.args, plan.vecs, row).run(std::bool_constant<kMore>());
 }
 
 // The same for split rows, where there are no clusters. With kIsPlain it is for the calls of is_plain() alone.
@@ -122,9 +122,9 @@ __global__ void __launch_bounds__(kThreads, 2) split_kernel(const Plan plan) {
   LlmSamplingArgs args = kIsPlain ? plain(plan.args) : plan.args;
   args.filtered = nullptr;  // it is, see can_split(); here the compiler knows it too
   RowSampler<kDtype, Layout::kSplit> sampler(args, plan.vecs, row, part);
-  if (sampler.template run_part<kMore>(plan.workspace, plan.parts)) return;
+  if (sampler.run_part(plan.workspace, plan.parts, std::bool_constant<kMore>())) return;
   __syncthreads();
-  RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).template run<kMore>();
+  RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run(std::bool_constant<kMore>());
 #else
   __trap();
 #endif

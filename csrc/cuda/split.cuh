@@ -64,7 +64,7 @@ __device__ __forceinline__ int count_listed(int wanted) {
 // Samples a row, or the block's part of it. Returns false if this block must sample the row alone.
 template <int kDtype, Layout kLayout>
 template <bool kMore>
-__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::run_part(
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::run_part_as(
     const Workspace& workspace,
     int parts
 ) {
