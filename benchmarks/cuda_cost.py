@@ -63,18 +63,20 @@ class Kernel(NamedTuple):
     """An instance of a kernel.
 
     It has a dtype, and parts of rows that are copied or not; is for rows that are split or not, and
-    then for plain calls alone or not.
+    then for plain calls alone or not; and returns lists, ranks and kept sets or not.
     """
 
     dtype: str
     copied: bool
     is_split: bool = False
     is_plain: bool = False
+    has_more: bool = False
 
     def __str__(self) -> str:
         """For a table."""
         kind = ", split" if self.is_split else ", copied" if self.copied else ""
-        return f"{self.dtype}{kind}{', plain' if self.is_plain else ''}"
+        calls = ", plain" if self.is_plain else ", lists" if self.has_more else ""
+        return f"{self.dtype}{kind}{calls}"
 
 
 def compile_cubin(arch: str, flags: Sequence[str] = FLAGS, csrc: Path = CSRC) -> bytes:
@@ -103,16 +105,16 @@ def library_cubins(library: Path) -> dict[str, bytes]:
 
 
 #: The mangled names of the kernels.
-KERNELS = r"(sample|split)_kernelILi(\d)ELb(\d)E"
+KERNELS = r"(sample|split)_kernelILi(\d)ELb(\d)ELb(\d)E"
 
 
 def kernel_of(name: str) -> Kernel:
     """The kernel that has this mangled name."""
-    kind, number, flag = re.search(KERNELS, name).groups()  # type: ignore[union-attr]
+    kind, number, flag, more = re.search(KERNELS, name).groups()  # type: ignore[union-attr]
     dtype = list(DTYPES)[int(number)]
     if kind == "sample":
-        return Kernel(dtype, copied=flag == "1")
-    return Kernel(dtype, copied=True, is_split=True, is_plain=flag == "1")
+        return Kernel(dtype, copied=flag == "1", has_more=more == "1")
+    return Kernel(dtype, True, is_split=True, is_plain=flag == "1", has_more=more == "1")
 
 
 class Usage(NamedTuple):
@@ -192,7 +194,12 @@ PASSES = {
     "filtered": ("write_filtered", "over_vecs(", ""),
 }
 #: The statement by which a block of a split row samples it alone.
-ALONE = "RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run();"
+ALONE = "RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run("
+#: The statements that write lists: of the kept set, and of the raw logits.
+LISTS = {
+    "processed lists": "  if (wants_processed(args_)) {",
+    "raw lists": "    if (wants_raw(args_)) {",
+}
 #: The passes that load vecs of logits.
 LOGIT_PASSES = ("copy", "maxima", "first", "collect", "search", "weigh", "filtered")
 #: What only some rows execute: a file, and a text in it. The text begins with a line that opens a
@@ -211,7 +218,10 @@ SIDES = {
         ("candidates.cuh", "    if (wanted == 0 || load_relaxed("),
         ("candidates.cuh", "  const unsigned place = atomicAdd(&shared_.appended"),
     ],
-    "logprob": [("draw.cuh", "  float logprob = kNan;\n")],
+    "logprob": [
+        ("draw.cuh", "  if (args_.processed.logprobs != nullptr) {\n    const float share"),
+        ("draw.cuh", "  if (args_.raw.logprobs != nullptr) {\n    const float x"),
+    ],
     "one token": [("draw.cuh", "  if (is_empty || is_greedy) {\n")],
     "all": [("passes.cuh", "    if (all) {\n")],
     "kept": [
@@ -283,6 +293,9 @@ def source() -> Source:
     start = texts[SOURCE.name].index(ALONE)
     line = texts[SOURCE.name].count("\n", 0, start) + 1
     functions["alone"] = [Place(SOURCE.name, range(line, line + 1))]
+    results = texts["results.cuh"]
+    for name, statement in LISTS.items():
+        functions[name] = [Place("results.cuh", block_at(results, results.index(statement)))]
     return Source(functions, passes, sides)
 
 
@@ -321,6 +334,12 @@ def left_out(case: Case, *, copied: bool) -> set[str]:
     names |= {"write_nothing", "write_filtered", "find_raw_sum", "raw_logit", "copy_edge"}
     names |= {"find_sharing_row", "find_leaving_id", "advance", "record"}
     names |= {"list_overrides", "override_counts", "times_of"}
+    names |= {"survey", "narrow", "count_reaching", "list_raw", "write_no_more"}
+    names |= {"write_mask"} if case.kept != "mask" else set()
+    names |= {"raw lists"} if not case.is_raw else {"processed lists"}
+    names |= {"write_more"} if not case.has_more else set()
+    if case.is_raw:
+        names -= {"find_raw_sum", "raw_logit"}
     draws_candidates = bool(case.candidates) and not case.searches
     return names.union(
         {"find_kept", "find_listed", "gather"} if case.is_greedy else {"find_first", "one token"},
@@ -406,6 +425,8 @@ def measure(cubin: bytes, arch: str) -> dict[Kernel, Cost]:
             if {"find_listed", "narrow"} <= functions:
                 parts[-1].add("search")  # the part's list is what was guessed
                 where = None
+            if "write_more" in functions:
+                where = None  # its passes are other copies of those that come before it
             # Only the code that samples a row alone weighs; what a mass takes is read there.
             is_alone = kernel.is_split and "alone" in parts[-1]
             if place in skipped:
@@ -496,14 +517,17 @@ def predict(
     launch = choose_launch(rows, vocab_size, itemsize, device.arch)
     is_split = launch.joined == "last block"
     chain_of: type[Chain] = Chain
-    if is_split and (case.weighs or case.searches):
+    if is_split and case.is_raw:
+        launch = choose_launch(rows, vocab_size, itemsize, device.arch, has_workspace=False)
+        is_split = False
+    elif is_split and (case.weighs or case.searches):
         chain_of = type("AfterParts", (AloneChain,), {"parts": launch.blocks})
         launch = choose_launch(rows, vocab_size, itemsize, device.arch, has_workspace=False)
         is_split = False
     elif is_split:
         chain_of = SplitChain
-    is_plain = is_split and case.history == 0
-    cost = costs[Kernel(dtype, launch.copied, is_split, is_plain)]
+    is_plain = is_split and case.history == 0 and not case.has_more
+    cost = costs[Kernel(dtype, launch.copied, is_split, is_plain, case.has_more)]
     call = Call(case, cost, launch, device, LOWER, rows, vocab_size, itemsize)
     return {"dtype": dtype, **gpu_model.predict(call, chain_of)}
 

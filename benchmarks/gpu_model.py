@@ -286,6 +286,14 @@ class Case:
     searches: int = 0  # passes of the search
     history: int = 0  # seen tokens
     has_depth_cut: bool = False
+    listed: int = 0  # tokens of a list, and the ranks of the drawn ones
+    is_raw: bool = False  # whether they are those of the raw logits
+    kept: Literal["", "ids", "mask"] = ""
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a call has results beside tokens and status."""
+        return bool(self.listed or self.kept)
 
 
 CASES = (
@@ -296,6 +304,10 @@ CASES = (
     Case("top-p 0.9, flat", candidates=(300,), weighs=True, searches=5),
     Case("top-k 50 + top-p 0.9", candidates=(60,)),
     Case("all parameters", candidates=(60,), history=4096, has_depth_cut=True),
+    Case("top-k 50, 20 processed logprobs", candidates=(60,), listed=20),
+    Case("top-k 50, 20 raw logprobs", candidates=(60,), listed=20, is_raw=True),
+    Case("top-k 50, kept ids", candidates=(60,), kept="ids"),
+    Case("top-k 50, kept mask", candidates=(60,), kept="mask"),
 )
 
 # How long a call takes
@@ -667,6 +679,35 @@ class Chain:
             self.code(self.passes["weigh"]["all"].all)
             self.steps(5 * WIDE + 2)
 
+    def find_raw_sum(self) -> None:
+        """Two passes that read global memory, whether there is a copy or not."""
+        latency, of_round = self.call.device.l2_cycles, self.launch.threads * 8 * self.call.itemsize
+        for _ in range(2):
+            load = float(latency), of_round / BLOCK_BYTES_PER_CYCLE
+            self.loop(self.mix("raw"), self.rounds, load=load)
+            self.combine()
+
+    def write_more(self) -> None:
+        """Lists, ranks and the kept set of a row whose candidates hold them."""
+        case = self.case
+        self.sync()
+        self.combine()
+        self.barrier()
+        if case.kept == "mask":
+            words = self.call.vocab_size / 32 / self.launch.threads / self.launch.blocks
+            self.steps(math.ceil(words))
+            self.sync()
+            self.search_sorted(1)
+        if case.kept:
+            self.search_sorted(1)
+            self.barrier()
+        self.search_sorted(1)
+        self.mass()
+        self.process_any()
+        self.steps(math.log2(64))  # a search among the candidates
+        self.combine()
+        self.sync()
+
     def hand_over(self, of_block: int) -> None:
         """From a block's last write of its list to the last block's having read all lists.
 
@@ -697,7 +738,11 @@ class Chain:
             self.combine()
         else:
             self.find_kept()
+        if self.case.is_raw:
+            self.find_raw_sum()
         self.draw()
+        if self.case.has_more:
+            self.write_more()
 
 
 class SplitChain(Chain):
@@ -773,6 +818,8 @@ class SplitChain(Chain):
                 self.search_sorted(1)
                 self.mass()
         self.draw()
+        if case.has_more:
+            self.write_more()
 
 
 class AloneChain(Chain):

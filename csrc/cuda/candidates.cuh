@@ -68,8 +68,10 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::clear_bins() {
   __syncthreads();
 }
 
-// Finds the first bin with which the bins of all blocks hold as many as wanted; kBins if they do not.
+// Finds the first bin with which the bins of all blocks hold as many as wanted; kBins if they do not. kHeld: it
+// also says how many they hold without it and with it.
 template <int kDtype, Layout kLayout>
+template <bool kHeld>
 __device__ __forceinline__ int RowSampler<kDtype, kLayout>::find_bin(int64_t wanted) {
   const int own = static_cast<int>(threadIdx.x) * 2;
   int counts[2] = {0, 0};
@@ -83,7 +85,7 @@ __device__ __forceinline__ int RowSampler<kDtype, kLayout>::find_bin(int64_t wan
   // All bins before it hold fewer than wanted.
   const int bin =
       __syncthreads_count(reached - counts[1] < wanted) + __syncthreads_count(reached < wanted);
-  if constexpr (kIsSplit) {
+  if constexpr (kHeld) {
     if (own == bin / 2 * 2) {
       shared_.held_before = reached - counts[1] - (bin % 2 == 0 ? counts[0] : 0);
       shared_.held_with = reached - (bin % 2 == 0 ? counts[1] : 0);
@@ -91,6 +93,41 @@ __device__ __forceinline__ int RowSampler<kDtype, kLayout>::find_bin(int64_t wan
     __syncthreads();
   }
   return bin;
+}
+
+// Returns a code between `low` and `high` from which on there are, below `high`, at least as many codes as wanted
+// and at most `most`, or else `low`.
+// Each iteration divides a range of codes evenly into bins, and goes on with the bin in which there are enough,
+// as long as there are too many with all of that bin.
+template <int kDtype, Layout kLayout>
+template <typename OverCodes>
+__device__ __forceinline__ uint64_t RowSampler<kDtype, kLayout>::narrow(
+    uint64_t low,
+    uint64_t high,
+    int wanted,
+    int most,
+    const OverCodes& over_codes
+) {
+  int above = 0;  // codes from `high` on
+#pragma unroll 1
+  while (true) {
+    const int bits = 64 - __clzll(static_cast<long long>(high - low - 1));
+    const int shift = bits > kBinBits ? bits - kBinBits : 0;
+    clear_bins();
+    over_codes(low, [&](uint64_t code) {
+      const uint64_t below = high - 1 - code;
+      if (below < high - low) atomicAdd(&shared_.bins[below >> shift], 1u);
+    });
+    cluster_.sync();
+    const int bin = find_bin<true>(wanted - above);
+    if (!kIsSplit) cluster_.sync();  // no block reads this one's bins any more
+    if (bin == kBins) return low;    // there are fewer
+    const uint64_t below = static_cast<uint64_t>(bin + 1) << shift;
+    low = below < high - low ? high - below : low;
+    if (shift == 0 || above + shared_.held_with <= most) return low;
+    high -= static_cast<uint64_t>(bin) << shift;
+    above += shared_.held_before;
+  }
 }
 
 // Makes all tokens of a range the candidates, sorted, in every block. If the range has more than

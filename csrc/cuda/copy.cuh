@@ -122,13 +122,14 @@ __device__ const int32_t* RowSampler<kDtype, kLayout>::locate_bits(
 // ---- the copy ----
 
 template <int kDtype, Layout kLayout>
+template <int kUnrolled>
 __device__ void RowSampler<kDtype, kLayout>::copy_logits(int vecs) {
   if (vecs == 0) return;
   const unsigned char* from = row_.aligned + static_cast<int64_t>(first_vec_) * kVecBytes;
   const int thread = static_cast<int>(threadIdx.x);
   const int whole = row_.is_whole(first_vec_) ? 0 : 1;
   const int end = row_.is_whole(first_vec_ + vecs - 1) ? vecs : vecs - 1;
-#pragma unroll(kIsSplit ? 2 : 4)
+#pragma unroll(kUnrolled)
   for (int local = whole + thread; local < end; local += kThreads) {
 #pragma unroll
     for (int i = 0; i < kVecBytes; i += 16) {

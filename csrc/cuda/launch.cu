@@ -57,7 +57,7 @@ cudaError_t make_ready(
     bool& clusters
 ) {
   enum { kUnknown, kWithout, kWith };
-  static std::atomic<int> known[kRemembered][kDtypes * kLayouts * 2];
+  static std::atomic<int> known[kRemembered][kDtypes * kLayouts * kCalls];
   const bool is_remembered = index < kRemembered;
   int state = is_remembered ? known[index][number].load(std::memory_order_acquire) : kUnknown;
   if (state == kUnknown) {
@@ -134,7 +134,7 @@ cudaError_t find_launch(
     int64_t vocab_size,
     int32_t dtype,
     bool has_workspace,
-    bool is_plain,
+    Calls calls,
     cudaStream_t stream,
     Launch& launch,
     SampleKernel& kernel
@@ -149,9 +149,10 @@ cudaError_t find_launch(
   while (true) {
     launch = choose_launch(rows, vocab_size, logit_bytes, splits, device);
     const Layout layout = layout_of(launch);
-    kernel = find_kernel(dtype, layout, is_plain);
+    kernel = find_kernel(dtype, layout, calls);
     bool clusters = false;
-    const int number = 2 * (kLayouts * dtype + static_cast<int>(layout)) + (is_plain ? 1 : 0);
+    const int number =
+        kCalls * (kLayouts * dtype + static_cast<int>(layout)) + static_cast<int>(calls);
     error = make_ready(kernel, number, index, device, clusters);
     if (error != cudaSuccess) return error;
     if (device.most_blocks == 1) return cudaSuccess;
@@ -180,7 +181,7 @@ int32_t run(const LlmSamplingArgs& args, cudaStream_t stream) {
       args.vocab_size,
       args.dtype,
       can_split(args),
-      is_plain(args),
+      calls_of(args),
       stream,
       launch,
       kernel
@@ -201,7 +202,9 @@ int32_t find_launch_of(int64_t rows, int64_t vocab_size, int32_t dtype, Launch& 
   }
   if (dtype < LLM_SAMPLING_FLOAT32 || dtype > LLM_SAMPLING_BFLOAT16) return LLM_SAMPLING_BAD_OPTION;
   SampleKernel kernel = nullptr;
-  return code_of_cuda(find_launch(rows, vocab_size, dtype, true, false, nullptr, launch, kernel));
+  return code_of_cuda(
+      find_launch(rows, vocab_size, dtype, true, Calls::kUsual, nullptr, launch, kernel)
+  );
 }
 
 int32_t update(const LlmSamplingUpdate& update, cudaStream_t stream) {

@@ -69,8 +69,17 @@ struct Plan {
 
 using SampleKernel = void (*)(const Plan);
 
-// The kernel for a dtype, in sample.cu. For split rows there is another one for plain calls, see is_plain().
-SampleKernel find_kernel(int32_t dtype, Layout layout, bool is_plain);
+// The calls that a kernel is for. Those that need little have the least code to read; what few calls ask for is
+// no part of the others' kernels.
+enum class Calls {
+  kUsual,
+  kPlain,  // see is_plain(): a kernel of their own for split rows
+  kMore    // see has_more()
+};
+constexpr int kCalls = 3;
+
+// The kernel for a dtype, in sample.cu.
+SampleKernel find_kernel(int32_t dtype, Layout layout, Calls calls);
 
 using UpdateKernel = void (*)(const LlmSamplingUpdate);
 
@@ -168,9 +177,29 @@ inline Launch choose_launch(
   return split.shared_bytes <= device.shared_bytes ? split : launch;
 }
 
-// Whether the rows of a call may be split. Filtered logits and raw logprobs need all tokens of a row once more.
+// Whether a call asks for more of a kind of logprobs than those of the drawn tokens.
+LLM_SAMPLING_FN bool wants_lists(const LlmSamplingLogprobs& of) {
+  return of.ranks != nullptr || of.top_ids != nullptr || of.id_logprobs != nullptr ||
+         of.id_ranks != nullptr;
+}
+LLM_SAMPLING_FN bool wants_raw(const LlmSamplingArgs& args) { return wants_lists(args.raw); }
+LLM_SAMPLING_FN bool wants_processed(const LlmSamplingArgs& args) {
+  const LlmSamplingKept& kept = args.kept;
+  return wants_lists(args.processed) || kept.counts != nullptr || kept.total != nullptr ||
+         kept.masses != nullptr || kept.id_masses != nullptr || kept.mask != nullptr ||
+         kept.ids != nullptr || kept.first_id != nullptr || kept.first_logit != nullptr ||
+         kept.last_id != nullptr || kept.last_logit != nullptr;
+}
+
+// Whether a call asks for results beside tokens, status, their logprobs and filtered logits, see results.cuh.
+inline bool has_more(const LlmSamplingArgs& args) {
+  return wants_processed(args) || wants_raw(args);
+}
+
+// Whether the rows of a call may be split. Filtered logits and all that is raw need all tokens of a row once more.
 inline bool can_split(const LlmSamplingArgs& args) {
-  return args.workspace != nullptr && args.filtered == nullptr && args.raw.logprobs == nullptr;
+  return args.workspace != nullptr && args.filtered == nullptr && args.raw.logprobs == nullptr &&
+         !wants_raw(args);
 }
 
 // Whether a call has nothing but logits and the parameters of each row, and draws one token without its logprob.
@@ -178,7 +207,12 @@ inline bool can_split(const LlmSamplingArgs& args) {
 inline bool is_plain(const LlmSamplingArgs& args) {
   return args.param_slots == nullptr && args.logit_bias_offsets == nullptr &&
          args.allowed_mask == nullptr && args.seen == nullptr && args.text == nullptr &&
-         args.num_samples == 1 && args.processed.logprobs == nullptr;
+         args.num_samples == 1 && args.processed.logprobs == nullptr && !has_more(args);
+}
+
+inline Calls calls_of(const LlmSamplingArgs& args) {
+  if (has_more(args)) return Calls::kMore;
+  return is_plain(args) ? Calls::kPlain : Calls::kUsual;
 }
 
 // The arguments of a plain call, with constants in place of what such a call does not have, so that the compiler

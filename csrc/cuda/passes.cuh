@@ -89,12 +89,14 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::prefetch_later(
 
 // Finds the largest logit of the row, of each tile, and of each thread (kMaxima of them), and the smallest of
 // the threads' maxima. Returns whether a logit is NaN.
+// kRaw: of rows that neither a bias, nor a mask, nor a penalty changes any more.
 template <int kDtype, Layout kLayout>
+template <bool kRaw>
 __device__ bool RowSampler<kDtype, kLayout>::find_maxima() {
-  is_scored_ = has_scores(part());
+  is_scored_ = !kRaw && has_scores(part());
   bool any_nan = is_scored_ && score();
   const bool has_unscored = row_.seen.words != nullptr && !is_scored_;
-  if (!row_.has_bias_or_mask() && !has_unscored) {
+  if (kRaw || (!row_.has_bias_or_mask() && !has_unscored)) {
     any_nan |= find_tile_maxima<true>();
   } else {
     any_nan |= find_tile_maxima<false>();

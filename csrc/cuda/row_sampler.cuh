@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "../history.h"
 #include "../llm_sampling.h"
 #include "../rows.h"
@@ -20,7 +22,10 @@ constexpr int kAbreast = 16;         // candidates that one iteration of compare
 constexpr int kProbed = 256;         // tokens of a probe
 constexpr int kMaxima = 2;           // maxima that each thread keeps
 constexpr int kBins = 2 * kThreads;
+constexpr int kBinBits = 9;
+static_assert(kBins == 1 << kBinBits, "narrow() divides a range by bits");
 constexpr uint64_t kNoCode = 0;
+constexpr int kCounted = 4;  // ranks that one pass finds
 static_assert(
     kMaxCandidates % kAbreast == 0 && kProbed % kAbreast == 0,
     "compare_all reads whole multiples of kAbreast"
@@ -109,6 +114,15 @@ struct Lists {
   int listed;  // codes of each part, or places for them
 };
 
+// What results.cuh knows; written by thread 0, but for `counted`.
+struct Order {
+  int64_t kept_mass;           // of the kept set
+  float raw_m, raw_log_sum;    // as the class has them
+  int number;                  // codes of the order
+  uint64_t last;               // the last of them
+  uint64_t counted[kCounted];  // codes whose ranks a pass finds; written by the first threads
+};
+
 // The fixed part of a block's shared memory.
 struct Shared {
   Cluster::Memory cluster;
@@ -148,6 +162,7 @@ struct Shared {
   };
   // Histogram of the maxima of this block's threads, or of the codes of a split row.
   uint32_t bins[kBins];
+  Order order;
 };
 static_assert(sizeof(Shared) <= kFixedBytes, "launch.cuh reserves kFixedBytes for it");
 
@@ -170,10 +185,23 @@ class RowSampler {
     copy_ = after + tiles_bytes(vecs);
   }
 
-  __device__ void run();
-  __device__ bool run_part(const Workspace& workspace, int parts);
+  // With a true argument it writes the results of results.cuh too. That is too much code for the compiler to inline it
+  // unless it must; where it need not, it is left to it.
+  __device__ void run(std::false_type) { run_as<false>(); }
+  __device__ __forceinline__ void run(std::true_type) { run_as<true>(); }
+  __device__ bool run_part(const Workspace& workspace, int parts, std::false_type) {
+    return run_part_as<false>(workspace, parts);
+  }
+  __device__ __forceinline__ bool run_part(const Workspace& workspace, int parts, std::true_type) {
+    return run_part_as<true>(workspace, parts);
+  }
 
  private:
+  template <bool kMore>
+  __device__ __forceinline__ void run_as();
+  template <bool kMore>
+  __device__ __forceinline__ bool run_part_as(const Workspace& workspace, int parts);
+
   static constexpr bool kCopied = kLayout != Layout::kInPlace;
   static constexpr bool kIsSplit = kLayout == Layout::kSplit;
   using LogitWord = Unsigned<kLogitBytes<kDtype>>;
@@ -187,6 +215,7 @@ class RowSampler {
   __device__ int locate_logits();
   __device__ void read_parameters(int64_t index, int vecs);
   __device__ const int32_t* locate_bits(int64_t slot, const Penalties& penalties);
+  template <int kUnrolled = kIsSplit ? 2 : 4>
   __device__ void copy_logits(int vecs);
   __device__ void copy_edge(unsigned char* to, const unsigned char* from, int first) const;
   __device__ void copy_bits(int vecs);
@@ -218,6 +247,7 @@ class RowSampler {
   template <typename Visit>
   __device__ __forceinline__ void visit_round(int round, int count, const Visit& visit) const;
   __device__ __forceinline__ void prefetch_later(int local, int count) const;
+  template <bool kRaw = false>
   __device__ bool find_maxima();
   __device__ void write_status(bool any_nan);
   template <bool kPlain>
@@ -232,7 +262,11 @@ class RowSampler {
   // candidates.cuh: the short list from which thresholds and tokens are chosen
   __device__ bool guess_range(const Filters& filters, int nucleus, Range& range);
   __device__ __forceinline__ void clear_bins();
+  template <bool kHeld = kIsSplit>
   __device__ __forceinline__ int find_bin(int64_t wanted);
+  template <typename OverCodes>
+  __device__ __forceinline__ uint64_t
+  narrow(uint64_t low, uint64_t high, int wanted, int most, const OverCodes& over_codes);
   __device__ __forceinline__ void collect(const Range& range);
   template <typename Visit>
   __device__ __forceinline__ void over_codes(uint64_t low, const Visit& visit) const;
@@ -267,11 +301,9 @@ class RowSampler {
   __device__ void make_list(const Lists& lists);
   __device__ uint64_t find_listed(const Lists& lists);
   __device__ __forceinline__ bool is_last(uint32_t* counter, int parts);
+  template <bool kMore>
   __device__ bool finish(const Lists& lists);
   __device__ void gather(const Lists& lists, uint64_t bound);
-  template <typename OverCodes>
-  __device__ __forceinline__ uint64_t
-  narrow(uint64_t low, int wanted, int most, const OverCodes& over_codes);
 
   // draw.cuh: step 14 and the other results
   __device__ void draw();
@@ -287,6 +319,27 @@ class RowSampler {
   __device__ __forceinline__ void find_leaving_id();
   __device__ __forceinline__ void advance();
   __device__ void record();
+
+  // results.cuh: lists, ranks, and the kept set
+  __device__ __forceinline__ void keep_mass();
+  __device__ void write_more();
+  __device__ __forceinline__ bool has_all_tokens();
+  __device__ __forceinline__ void hold_first();
+  __device__ __forceinline__ void list_raw();
+  template <bool kRaw>
+  __device__ __forceinline__ float logprob_of(float x) const;
+  __device__ __forceinline__ void survey(bool has_last);
+  template <bool kRaw>
+  __device__ __forceinline__ void write_first();
+  __device__ __forceinline__ void write_mask();
+  __device__ __forceinline__ uint64_t code_of_item(int64_t item) const;
+  __device__ __forceinline__ void count_reaching(uint64_t (&codes)[kCounted]);
+  template <bool kRaw>
+  __device__ __forceinline__ void write_ids();
+  template <typename T>
+  __device__ __forceinline__ void fill(T* values, int64_t row, int64_t size, T value) const;
+  __device__ __forceinline__ void fill_lists(const LlmSamplingLogprobs& of, int64_t row) const;
+  __device__ __forceinline__ void write_no_more(int64_t row) const;
 
   const LlmSamplingArgs& args_;
   const int index_;  // of the row

@@ -25,6 +25,13 @@
 //   weigh            where the candidates do not hold the kept set: the mass of its tokens in each tile.
 //   write_filtered   where the caller asks for filtered logits.
 //   find_raw_sum     where the caller asks for raw logprobs: two passes over global memory.
+// In the kernels for calls that ask for more, see results.cuh:
+//   survey           the kept set's size and last token, where the candidates do not hold it.
+//   write_mask       the kept set's bits, where the candidates do not hold it.
+//   narrow, collect  long lists, and those whose first range has too many tokens: histograms, then candidates.
+//   count_reaching   the ranks of tokens that are not among the candidates, four in a pass.
+//   list_raw         raw lists of rows with a bias, a mask or a penalty: the part is copied again, and its maxima are
+//                    found again.
 // A pass is inlined where it is called. Steps that share a pass are iterations of one loop, because each
 // call would add the whole of its code to the kernel.
 //
@@ -52,6 +59,7 @@
 #include "draw.cuh"
 #include "launch.cuh"
 #include "passes.cuh"
+#include "results.cuh"
 #include "row_sampler.cuh"
 #include "select.cuh"
 #include "split.cuh"
@@ -59,9 +67,13 @@
 namespace llm_sampling {
 
 template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::run() {
+template <bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout>::run_as() {
   const int64_t param_index = find_parameters();
-  if (param_index < 0) return write_nothing(param_index);
+  if (param_index < 0) {
+    if constexpr (kMore) write_no_more(index_);
+    return write_nothing(param_index);
+  }
   find_sharing_row();
   cluster_.arrive();
   const int vecs = locate_logits();
@@ -85,22 +97,24 @@ __device__ void RowSampler<kDtype, kLayout>::run() {
 
   if (args_.filtered != nullptr) write_filtered();
   if (args_.tokens != nullptr) {
-    if (args_.raw.logprobs != nullptr) find_raw_sum();
+    if (args_.raw.logprobs != nullptr || (kMore && wants_raw(args_))) find_raw_sum();
+    if constexpr (kMore) keep_mass();
     draw();  // 14 draw
+    if constexpr (kMore) write_more();
   }
 
   advance();
 }
 
-template <int kDtype, bool kCopied>
+template <int kDtype, bool kCopied, bool kMore>
 __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Plan plan) {
   const int row = static_cast<int>(blockIdx.x) / cluster_size();
   constexpr Layout kLayout = kCopied ? Layout::kCopied : Layout::kInPlace;
-  RowSampler<kDtype, kLayout>(plan.args, plan.vecs, row).run();
+  RowSampler<kDtype, kLayout>(plan.args, plan.vecs, row).run(std::bool_constant<kMore>());
 }
 
 // The same for split rows, where there are no clusters. With kIsPlain it is for the calls of is_plain() alone.
-template <int kDtype, bool kIsPlain>
+template <int kDtype, bool kIsPlain, bool kMore>
 __global__ void __launch_bounds__(kThreads, 2) split_kernel(const Plan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
   const int row = static_cast<int>(blockIdx.y);
@@ -108,29 +122,37 @@ __global__ void __launch_bounds__(kThreads, 2) split_kernel(const Plan plan) {
   LlmSamplingArgs args = kIsPlain ? plain(plan.args) : plan.args;
   args.filtered = nullptr;  // it is, see can_split(); here the compiler knows it too
   RowSampler<kDtype, Layout::kSplit> sampler(args, plan.vecs, row, part);
-  if (sampler.run_part(plan.workspace, plan.parts)) return;
+  if (sampler.run_part(plan.workspace, plan.parts, std::bool_constant<kMore>())) return;
   __syncthreads();
-  RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run();
+  RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run(std::bool_constant<kMore>());
 #else
   __trap();
 #endif
 }
 
 template <int kDtype>
-SampleKernel find_kernel_of(Layout layout, bool is_plain) {
-  if (layout == Layout::kInPlace) return sample_kernel<kDtype, false>;
-  if (layout == Layout::kCopied) return sample_kernel<kDtype, true>;
-  return is_plain ? split_kernel<kDtype, true> : split_kernel<kDtype, false>;
+SampleKernel find_kernel_of(Layout layout, Calls calls) {
+  const bool more = calls == Calls::kMore;
+  switch (layout) {
+    case Layout::kInPlace:
+      return more ? sample_kernel<kDtype, false, true> : sample_kernel<kDtype, false, false>;
+    case Layout::kCopied:
+      return more ? sample_kernel<kDtype, true, true> : sample_kernel<kDtype, true, false>;
+    default:
+      if (more) return split_kernel<kDtype, false, true>;
+      return calls == Calls::kPlain ? split_kernel<kDtype, true, false>
+                                    : split_kernel<kDtype, false, false>;
+  }
 }
 
-SampleKernel find_kernel(int32_t dtype, Layout layout, bool is_plain) {
+SampleKernel find_kernel(int32_t dtype, Layout layout, Calls calls) {
   switch (dtype) {
     case LLM_SAMPLING_FLOAT32:
-      return find_kernel_of<LLM_SAMPLING_FLOAT32>(layout, is_plain);
+      return find_kernel_of<LLM_SAMPLING_FLOAT32>(layout, calls);
     case LLM_SAMPLING_FLOAT16:
-      return find_kernel_of<LLM_SAMPLING_FLOAT16>(layout, is_plain);
+      return find_kernel_of<LLM_SAMPLING_FLOAT16>(layout, calls);
     default:
-      return find_kernel_of<LLM_SAMPLING_BFLOAT16>(layout, is_plain);
+      return find_kernel_of<LLM_SAMPLING_BFLOAT16>(layout, calls);
   }
 }
 

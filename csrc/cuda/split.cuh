@@ -27,6 +27,7 @@
 #include "copy.cuh"
 #include "draw.cuh"
 #include "passes.cuh"
+#include "results.cuh"
 #include "row_sampler.cuh"
 #include "select.cuh"
 
@@ -35,8 +36,6 @@ namespace llm_sampling {
 static_assert(kMaxListed <= kThreads, "a thread writes a code of a list");
 constexpr int kMostWanted = 192;    // tokens that a part may be asked for
 constexpr int kListedAtDepth = 64;  // the same, where a cut by depth is the only filter
-constexpr int kBinBits = 9;
-static_assert(kBins == 1 << kBinBits, "a code's distance has a bin");
 
 // How many of its first tokens each part must list; 0 if the row cannot be finished from lists.
 template <int kDtype, Layout kLayout>
@@ -64,7 +63,11 @@ __device__ __forceinline__ int count_listed(int wanted) {
 
 // Samples a row, or the block's part of it. Returns false if this block must sample the row alone.
 template <int kDtype, Layout kLayout>
-__device__ bool RowSampler<kDtype, kLayout>::run_part(const Workspace& workspace, int parts) {
+template <bool kMore>
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::run_part_as(
+    const Workspace& workspace,
+    int parts
+) {
   const int64_t first = int64_t{index_} * parts;
   Lists lists = {workspace.headers + first, workspace.codes + first * kMaxListed, parts, 0, 0};
   const int64_t param_index = find_parameters();
@@ -83,9 +86,10 @@ __device__ bool RowSampler<kDtype, kLayout>::run_part(const Workspace& workspace
   if (!is_last(counter, parts)) return true;
   if (param_index < 0) {
     write_nothing(param_index);
+    if constexpr (kMore) write_no_more(index_);
     return true;
   }
-  return lists.wanted > 0 && finish(lists);
+  return lists.wanted > 0 && finish<kMore>(lists);
 }
 
 // Writes the part's list. Of a greedy row it has no codes, because the header has the only one.
@@ -139,7 +143,8 @@ __device__ uint64_t RowSampler<kDtype, kLayout>::find_listed(const Lists& lists)
     __syncthreads();
     if (threadIdx.x == 0) shared_.appended = 0;
     const auto over_part = [&](uint64_t low, const auto& visit) { over_codes(low, visit); };
-    range.low = narrow(kLowestCode, lists.wanted, lists.listed, over_part);
+    range.low =
+        narrow(kLowestCode, first_code(order_key(m_) + 1), lists.wanted, lists.listed, over_part);
   }
 }
 
@@ -158,6 +163,7 @@ __device__ __forceinline__ bool RowSampler<kDtype, kLayout>::is_last(uint32_t* c
 // Finishes the row. Returns false, and has written nothing but the status, if the lists do not hold what the
 // row keeps.
 template <int kDtype, Layout kLayout>
+template <bool kMore>
 __device__ bool RowSampler<kDtype, kLayout>::finish(const Lists& lists) {
   static_assert(kMaxParts <= kWarpSize, "each lane reads a header");
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -196,7 +202,9 @@ __device__ bool RowSampler<kDtype, kLayout>::finish(const Lists& lists) {
       if (!in_candidates_) return false;
     }
   }
+  if constexpr (kMore) keep_mass();
   draw();
+  if constexpr (kMore) write_more();
   advance();
   return true;
 }
@@ -219,7 +227,7 @@ __device__ void RowSampler<kDtype, kLayout>::gather(const Lists& lists, uint64_t
   const Filters filters = this->filters();
   const uint64_t least = bound > kLowestCode ? bound : kLowestCode;
   const int wanted = filters.has_top_k ? filters.max_kept : filters.min_kept;
-  uint64_t low = narrow(least, wanted, kMaxCandidates, over_lists);
+  uint64_t low = narrow(least, first_code(order_key(m_) + 1), wanted, kMaxCandidates, over_lists);
   if (!filters.has_top_k) {
     const uint64_t deepest = first_code(key_at_depth(filters.depth_cut));
     low = low < deepest ? low : deepest > least ? deepest : least;
@@ -230,39 +238,6 @@ __device__ void RowSampler<kDtype, kLayout>::gather(const Lists& lists, uint64_t
     if (code >= low) append(code);
   });
   share({low, first_code(order_key(m_) + 1), 0, 0});
-}
-
-// Returns a code from which on there are at least as many codes as wanted, and at most `most`, or else `low`.
-// Each iteration divides a range of codes evenly into bins, and goes on with the bin in which there are enough,
-// as long as there are too many with all of that bin.
-template <int kDtype, Layout kLayout>
-template <typename OverCodes>
-__device__ __forceinline__ uint64_t RowSampler<kDtype, kLayout>::narrow(
-    uint64_t low,
-    int wanted,
-    int most,
-    const OverCodes& over_codes
-) {
-  uint64_t high = first_code(order_key(m_) + 1);
-  int above = 0;  // codes from `high` on
-#pragma unroll 1
-  while (true) {
-    const int bits = 64 - __clzll(static_cast<long long>(high - low - 1));
-    const int shift = bits > kBinBits ? bits - kBinBits : 0;
-    clear_bins();
-    over_codes(low, [&](uint64_t code) {
-      const uint64_t below = high - 1 - code;
-      if (below < high - low) atomicAdd(&shared_.bins[below >> shift], 1u);
-    });
-    __syncthreads();
-    const int bin = find_bin(wanted - above);
-    if (bin == kBins) return low;  // there are fewer
-    const uint64_t below = static_cast<uint64_t>(bin + 1) << shift;
-    low = below < high - low ? high - below : low;
-    if (shift == 0 || above + shared_.held_with <= most) return low;
-    high -= static_cast<uint64_t>(bin) << shift;
-    above += shared_.held_before;
-  }
 }
 
 }  // namespace llm_sampling

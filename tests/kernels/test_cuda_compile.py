@@ -23,10 +23,17 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
     pytest.mark.skipif(sass.find_tool("nvdisasm") is None, reason="there is no nvdisasm"),
 ]
-KERNELS = {Kernel(dtype, copied) for dtype in cuda_cost.DTYPES for copied in (True, False)}
+KERNELS = {
+    Kernel(dtype, copied, has_more=has_more)
+    for dtype in cuda_cost.DTYPES
+    for copied in (True, False)
+    for has_more in (True, False)
+}
 #: Those that devices without clusters have too.
 SPLIT = {
-    Kernel(dtype, True, True, is_plain) for dtype in cuda_cost.DTYPES for is_plain in (True, False)
+    Kernel(dtype, True, True, *calls)
+    for dtype in cuda_cost.DTYPES
+    for calls in ((True, False), (False, False), (False, True))
 }
 #: The passes over a copy of the history.
 OF_HISTORY = {"bits", "places", "score"}

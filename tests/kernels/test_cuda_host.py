@@ -43,6 +43,7 @@ class Launch(NamedTuple):
 
 
 SPLIT, PLAIN_SPLIT = 2, 3
+MORE_IN_PLACE, MORE_SPLIT = 4, 6
 A100 = {"major": 8, "processors": 108, "shared_bytes": 163 * 1024, "ptx_version": 80}
 RTX_4090 = {"major": 8, "processors": 128, "shared_bytes": 99 * 1024, "ptx_version": 80}
 H100 = {"major": 9, "processors": 132, "shared_bytes": 227 * 1024, "ptx_version": 90}
@@ -310,6 +311,23 @@ def test_only_a_plain_call_takes_the_kernel_for_plain_calls(host):
     table.set(0, SamplingParams(seed=1))
     slots = torch.zeros(1, dtype=torch.int32)
     assert kernel_of(table, slots=slots) == SPLIT
+
+
+def test_a_call_for_more_results_takes_a_kernel_of_its_own(host):
+    host.use(**A100)
+
+    def launch_of(**options):
+        args = host.with_workspace(host.args(1, 128256, **options))
+        assert host.run(args) == 0
+        launch = host.launches()[-1]
+        return launch.kernel, launch.blocks
+
+    assert launch_of(logprobs="processed", top_logprobs=0) == (MORE_SPLIT, 32)
+    assert launch_of(kept="mask") == (MORE_SPLIT, 32)
+    assert launch_of(logprobs="processed", logprob_token_ids=[1]) == (MORE_SPLIT, 32)
+    # All tokens of the row are looked at once more.
+    assert launch_of(logprobs="raw", top_logprobs=2) == (MORE_IN_PLACE, 1)
+    assert launch_of(logprobs=("processed", "raw"), kept="ids") == (MORE_IN_PLACE, 1)
 
 
 def test_without_a_workspace_no_row_is_split(host):

@@ -22,7 +22,8 @@ import backend as emulation
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 #: What a block does that must sample its row alone, and a token that tells of it.
-ALONE = "  RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run();\n"
+ALONE = "  RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row)"
+ALONE += ".run(std::bool_constant<kMore>());\n"
 TOLD = "  if (threadIdx.x == 0) plan.args.tokens[int64_t{row} * plan.args.num_samples] = -7;\n"
 #: Of rows that are finished from lists. The best tokens of the last one are equal, and all in one
 #: part.
@@ -101,7 +102,7 @@ def test_a_list_is_guessed_right(monkeypatch, tmp_path, is_plain):
 
     The best tokens of the others have logits on both sides of 0.
     """
-    text = "    range.low = narrow(kLowestCode"
+    text = "    range.low =\n        narrow(kLowestCode"
     library = emulation.build(tmp_path, planted=(text, "    return kNoCode;\n" + text))
     name = emulation.install(monkeypatch, library, emulation.Launch(2, True, True))
     assert wrong_rows(name, FINISHED, is_plain) == [(8 if is_plain else len(FINISHED)) - 1]
@@ -173,7 +174,7 @@ def is_ordered(text):
 
 
 def test_a_list_is_released_and_acquired(ptx):
-    assert len(ptx) == 6
+    assert len(ptx) == 9
     for text in ptx.values():
         assert text.count(COUNT) == 1
         assert is_ordered(text)

@@ -19,7 +19,7 @@ from parity import assert_parity, build_all
 from llm_sampling import RequestTable, Sampler, SamplingParams, TokenHistory, sample
 from llm_sampling.backends import triton as backend
 from llm_sampling.backends import triton_kernel as kernel
-from llm_sampling.results import NOTHING, SampleOutput
+from llm_sampling.results import NOTHING
 
 pytestmark = pytest.mark.usefixtures("triton_alone")
 

@@ -62,7 +62,7 @@ const char* llm_sampling_cuda_emulated(
       std::swap_ranges(logits, logits + args->vocab_size * logit_bytes, others);
     };
   }
-  const SampleKernel kernel = find_kernel(args->dtype, layout_of(launch), is_plain(*args));
+  const SampleKernel kernel = find_kernel(args->dtype, layout_of(launch), calls_of(*args));
   failure = cuda_emulation::run(emulated, kernel, plan);
   return failure.c_str();
 }

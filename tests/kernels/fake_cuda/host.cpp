@@ -14,15 +14,17 @@ void update_kernel(const LlmSamplingUpdate update) { static_cast<void>(update); 
 
 }  // namespace
 
-// By dtype: in place, copied, split, split for plain calls.
-static const SampleKernel kernels[3][4] = {
-    {kernel<0>, kernel<1>, kernel<2>, kernel<3>},
-    {kernel<4>, kernel<5>, kernel<6>, kernel<7>},
-    {kernel<8>, kernel<9>, kernel<10>, kernel<11>}
+// By dtype: in place, copied, split, split for plain calls; then the first three for calls with more results.
+constexpr int kKernels = 7;
+static const SampleKernel kernels[3][kKernels] = {
+    {kernel<0>, kernel<1>, kernel<2>, kernel<3>, kernel<4>, kernel<5>, kernel<6>},
+    {kernel<7>, kernel<8>, kernel<9>, kernel<10>, kernel<11>, kernel<12>, kernel<13>},
+    {kernel<14>, kernel<15>, kernel<16>, kernel<17>, kernel<18>, kernel<19>, kernel<20>}
 };
-SampleKernel find_kernel(int32_t dtype, Layout layout, bool is_plain) {
-  const bool is_other = layout == Layout::kSplit && is_plain;
-  return kernels[dtype][static_cast<int>(layout) + (is_other ? 1 : 0)];
+SampleKernel find_kernel(int32_t dtype, Layout layout, Calls calls) {
+  const auto place = static_cast<int>(layout);
+  if (calls == Calls::kMore) return kernels[dtype][4 + place];
+  return kernels[dtype][place + (layout == Layout::kSplit && calls == Calls::kPlain ? 1 : 0)];
 }
 UpdateKernel find_update_kernel() { return update_kernel; }
 
@@ -50,7 +52,7 @@ void fake_cuda_launch(int32_t number, int32_t* values) {
   values[1] = launch.cluster;
   values[2] = launch.shared_bytes;
   for (const auto& of_dtype : llm_sampling::kernels) {
-    for (int place = 0; place < 4; ++place) {
+    for (int place = 0; place < llm_sampling::kKernels; ++place) {
       if (reinterpret_cast<const void*>(of_dtype[place]) == launch.kernel) values[3] = place;
     }
   }
