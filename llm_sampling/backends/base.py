@@ -205,15 +205,6 @@ def make_results(call: SampleCall, rows: int | None = None) -> SampleOutput:
     return output_of(call.wanted, rows, call.num_samples, call.logits.shape[1], take)
 
 
-def refuse_more(call: SampleCall, backend: str) -> None:
-    """A RuntimeError if a call asks for more than a kernel returns."""
-    if call.wanted.is_more:
-        raise RuntimeError(
-            f"backend {backend!r} returns tokens, and their logprobs of one kind: top_logprobs, "
-            "logprob_token_ids, kept and two kinds need another one"
-        )
-
-
 def check_state(call: SampleCall) -> None:
     """A ValueError if the history of a prepared call no longer fits it."""
     if call.history is None:
