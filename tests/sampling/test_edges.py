@@ -19,6 +19,7 @@ from llm_sampling import (
 )
 from llm_sampling import backends as table
 from llm_sampling.backends import BACKENDS
+from llm_sampling.results import tensors_of
 
 INF, NAN = float("inf"), float("nan")
 V = 40
@@ -717,7 +718,7 @@ def test_logits_with_a_gradient(backend):
     logits = _logits().requires_grad_()
     for kind in (None, "processed", "raw"):
         output = sample(logits, MIXED, history=_history(), logprobs=kind, backend=backend)
-        assert not any(t.requires_grad for t in output if t is not None)
+        assert not any(t.requires_grad for t in tensors_of(output))
     assert not filter_logits(logits, MIXED, history=_history(), backend=backend).requires_grad
     assert logits.requires_grad
     assert logits.grad is None

@@ -8,6 +8,7 @@ import torch
 
 from llm_sampling import InvalidLogitsError, Sampler, SamplingParams, TokenHistory, sample
 from llm_sampling.backends import BACKENDS
+from llm_sampling.results import tensors_of
 
 INF = float("inf")
 V = 37
@@ -299,9 +300,8 @@ def test_the_results_of_two_steps_are_independent(backend, logprobs, rows):
     outputs = [sampler(logits) for logits in _logits(13, rows, steps=70)]
     loss = sum(embedding(output.tokens).sum() for output in outputs[::2])
     for output in outputs[1::2]:
-        for result in output:
-            if result is not None:
-                result.zero_()
+        for result in tensors_of(output):
+            result.zero_()
     loss.backward()
     counts = torch.zeros(V).index_add_(
         0, torch.cat([output.tokens for output in outputs[::2]]), torch.ones(35 * rows)
@@ -681,11 +681,11 @@ def test_results_of_earlier_steps_stay(backend):
     sampler = Sampler(PLAIN, vocab_size=V, backend=backend, logprobs="raw")
     steps = _logits(22, rows=3)
     outputs = [sampler(logits) for logits in steps]
-    kept = [tuple(tensor.clone() for tensor in output) for output in outputs]
+    kept = [[tensor.clone() for tensor in tensors_of(output)] for output in outputs]
     for logits in steps:
         sampler(logits)
     for output, copies in zip(outputs, kept, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(output, copies, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(tensors_of(output), copies, strict=True))
 
 
 # Rows without a seed
@@ -729,7 +729,7 @@ def test_a_step_leaves_the_generator_alone(backend):
         ({"vocab_size": True}, "vocab_size must be an integer, got True"),
         ({"num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
         ({"num_samples": True}, "num_samples must be an integer >= 1, got True"),
-        ({"logprobs": "x"}, 'logprobs must be None, "processed" or "raw", got \'x\''),
+        ({"logprobs": "x"}, 'logprobs must be None, "processed", "raw", or both'),
         (
             {"backend": "x"},
             f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got 'x'",
