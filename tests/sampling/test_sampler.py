@@ -729,7 +729,10 @@ def test_a_step_leaves_the_generator_alone(backend):
         ({"vocab_size": True}, "vocab_size must be an integer, got True"),
         ({"num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
         ({"num_samples": True}, "num_samples must be an integer >= 1, got True"),
-        ({"logprobs": "x"}, 'logprobs must be None, "processed", "raw", or both'),
+        (
+            {"logprobs": "x"},
+            'logprobs must be None, "processed", "raw", or both of them in a sequence, got \'x\'',
+        ),
         (
             {"backend": "x"},
             f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got 'x'",
