@@ -153,7 +153,7 @@ def test_multiply_adds_are_seen(compile_with):
 
 @pytest.mark.slow
 def test_spills_are_seen(compile_with):
-    bounds = "__launch_bounds__(kThreads, %d)"
+    bounds = "kMore ? kBlocksWithLists : %d"
     found = cuda_cost.measure(compile_with("sample.cu", bounds % 2, bounds % 4), "sm_90")
     assert "spilled registers" in all_broken(found)
 
@@ -407,7 +407,7 @@ def test_what_is_committed_has_every_device_and_what_others_measured():
         "TokenSpeed, top-k": (1.6, 1.7),
         "FlashInfer, gvr_2": (1.0, 1.3),
     }
-    assert max(above) == 1.0
+    assert max(above) == 1.1
 
 
 # The devices that the library has code for
