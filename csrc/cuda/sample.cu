@@ -106,18 +106,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::run_as() {
   advance();
 }
 
-// How many blocks share a multiprocessor. On sm_120 the kernels that return lists would need two registers more
-// than there are for two.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kBlocksWithLists = 1;
-#else
-constexpr int kBlocksWithLists = 2;
-#endif
-
 template <int kDtype, bool kCopied, bool kMore>
-__global__ void __launch_bounds__(kThreads, kMore ? kBlocksWithLists : 2) sample_kernel(
-    const Plan plan
-) {
+__global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Plan plan) {
   const int row = static_cast<int>(blockIdx.x) / cluster_size();
   constexpr Layout kLayout = kCopied ? Layout::kCopied : Layout::kInPlace;
   RowSampler<kDtype, kLayout>(plan.args, plan.vecs, row).run(std::bool_constant<kMore>());

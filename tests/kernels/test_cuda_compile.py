@@ -153,7 +153,7 @@ def test_multiply_adds_are_seen(compile_with):
 
 @pytest.mark.slow
 def test_spills_are_seen(compile_with):
-    bounds = "kMore ? kBlocksWithLists : %d"
+    bounds = "__launch_bounds__(kThreads, %d)"
     found = cuda_cost.measure(compile_with("sample.cu", bounds % 2, bounds % 4), "sm_90")
     assert "spilled registers" in all_broken(found)
 
