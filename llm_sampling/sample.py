@@ -211,7 +211,8 @@ def score(
     Example:
         >>> logprobs = score(logits[:-1], prompt_ids[1:], SamplingParams(), logprobs="raw").logprobs
     """
-    rows = check_logits(logits).shape[0]
+    logits = check_logits(logits)
+    rows = logits.shape[0]
     rule = f"integers ({rows},) or ({rows}, n)"
     ids = token_ids("tokens", tokens, rule, logits.device)
     if ids.dim() not in (1, 2) or ids.shape[0] != rows:

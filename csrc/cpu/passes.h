@@ -26,8 +26,8 @@ INLINE bool holds_nan(const float* sums) {
   return nan;
 }
 
-// Writes the maximum of every stripe and every tile of a row without a mask. Returns true if a logit may be NaN, which is when a sum
-// of logits is NaN: +inf plus -inf is NaN too.
+// Writes the maximum of every stripe and every tile of a row without a mask. Returns true if a logit may be
+// NaN, which is when a sum of logits is NaN: +inf plus -inf is NaN too.
 LLM_SAMPLING_CLONES bool scan_maxima(
     const Row& row,
     int64_t begin,

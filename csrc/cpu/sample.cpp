@@ -800,30 +800,25 @@ void RowSampler::draw() {
 // They are those of the tokens of row_ that threshold_ keeps. The candidates are looked at first: where they
 // are the first tokens of the order, they mostly are all that is asked for.
 
-// Whether a token has a rank, and its logit.
+// Returns whether a token has a rank; x is its logit then.
 bool RowSampler::find_listed(int64_t id, float& x) {
   if (id < 0 || id >= row_.vocab_size) return false;
-  const auto is_listed = [&] {
-    return x > threshold_.value || (x == threshold_.value && id <= threshold_.last_id);
-  };
   if (candidates_are_first_) {
     uint32_t* end = candidates_.id + candidates_.size;
     const uint32_t* place = std::lower_bound(candidates_.id, end, static_cast<uint32_t>(id));
     if (place != end && *place == id) {
       x = candidates_.x[place - candidates_.id] + 0.0f;
-      return is_listed();
+      return threshold_.keeps(x, id);
     }
     if (candidates_are_kept_) return false;
   }
   alignas(64) float buffer[kTile];
   x = read_once(load_tile(row_, id / kTile, buffer)[id % kTile]) + 0.0f;
-  return is_listed();
+  return threshold_.keeps(x, id);
 }
 
 int32_t RowSampler::rank(Ranked token) {
-  const bool is_first =
-      token.x > first_end_.value || (token.x == first_end_.value && token.id <= first_end_.last_id);
-  if (!(candidates_are_first_ && is_first)) {
+  if (!(candidates_are_first_ && first_end_.keeps(token.x, token.id))) {
     return static_cast<int32_t>(count_until({token.x, token.id}));
   }
   int32_t rank = 1;
@@ -849,15 +844,15 @@ int64_t RowSampler::list_first(int64_t count) {
   int64_t size = 0;
   for (int64_t i = 0; i < candidates_.size; ++i) {
     const uint32_t id = candidates_.id[i];
-    const bool is_past = candidates_.x[i] == threshold_.value && id > threshold_.last_id;
     codes[size] = uint64_t{order_key(candidates_.x[i])} << 32 | ~id;
-    size += !is_past;
+    size += threshold_.keeps(candidates_.x[i], id);
   }
   count = std::min(count, size);
+  const auto comes_first = std::greater<uint64_t>();
   if (4 * count < size) {
-    std::partial_sort(codes, codes + count, codes + size, std::greater<uint64_t>());
+    std::partial_sort(codes, codes + count, codes + size, comes_first);
   } else {
-    std::sort(codes, codes + size, std::greater<uint64_t>());
+    std::sort(codes, codes + size, comes_first);
   }
   return count;
 }

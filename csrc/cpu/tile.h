@@ -232,6 +232,8 @@ INLINE const float* load_tile(const Row& row, int64_t tile, float* __restrict bu
 struct Threshold {
   float value;
   int64_t last_id;
+
+  bool keeps(float x, int64_t id) const { return (x > value) | ((x == value) & (id <= last_id)); }
 };
 
 constexpr int64_t kEveryId = INT64_MAX;  // a last_id that keeps all logits equal to the value

@@ -102,7 +102,7 @@ BROKEN = {
     ),
     "a list of tokens that are not kept": (
         "sample.cpp",
-        "size += !is_past;",
+        "size += threshold_.keeps(candidates_.x[i], id);",
         "++size;",
         "FAILED: an id of the list",
     ),

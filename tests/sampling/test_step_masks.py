@@ -175,7 +175,7 @@ def test_rows_that_have_ended_are_not_asked_for(backend: str) -> None:
     assert callback.ended[-1] == (1, 3)
     sampler.end([0, 2])
     sampler(logits_of(2))
-    assert len(callback.told) == 2  # nobody is left to ask for
+    assert len(callback.told) == 2  # no row is left that needs a mask
 
 
 @pytest.mark.parametrize("max_length", [None, 50])
