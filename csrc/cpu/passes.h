@@ -420,13 +420,17 @@ struct TileThreshold {
 
   bool cuts_ties() const { return last < kTile; }
 
-  // The bits of the tokens of the tile that are cut.
-  void cut_bits(const float* y, uint64_t* cut) const {
-    band_bits(y, low, low, cut);
+  // The bits of the tokens of the tile that are kept. Another thread may overwrite y between its two uses; a
+  // difference of two counts could then be negative.
+  void kept_bits(const float* y, uint64_t* kept) const {
+    band_bits(y, low, kInfinity, kept);
+    if (!cuts_ties()) return;
+    uint64_t ties[kTile / 64];
+    band_bits(y, low, low, ties);
     for (int word = 0; word < kTile / 64; ++word) {
-      const int kept = last + 1 - word * 64;
-      if (kept >= 64) cut[word] = 0;
-      if (kept > 0 && kept < 64) cut[word] &= ~uint64_t{0} << kept;
+      const int before_cut = last + 1 - word * 64;  // tokens of the word that are not cut
+      if (before_cut >= 64) continue;
+      kept[word] &= ~(before_cut > 0 ? ties[word] & ~uint64_t{0} << before_cut : ties[word]);
     }
   }
 };
@@ -445,14 +449,14 @@ LLM_SAMPLING_CLONES int64_t scan_kept_count(
     if (!(tile_max[tile] >= threshold.value)) continue;
     const float* y = load_tile(row, tile, buffer);
     const TileThreshold kept(threshold, tile);
-    const float low = kept.low;
-    int32_t inside = 0;
-    for (int j = 0; j < kTile; ++j) inside += y[j] >= low;
-    count += inside;
     if (kept.cuts_ties()) {
-      uint64_t cut[kTile / 64];
-      kept.cut_bits(y, cut);
-      for (const uint64_t bits : cut) count -= __builtin_popcountll(bits);
+      uint64_t bits[kTile / 64];
+      kept.kept_bits(y, bits);
+      for (const uint64_t word : bits) count += __builtin_popcountll(word);
+    } else {
+      int32_t inside = 0;
+      for (int j = 0; j < kTile; ++j) inside += y[j] >= kept.low;
+      count += inside;
     }
   }
   return count;
@@ -475,12 +479,7 @@ LLM_SAMPLING_CLONES void scan_kept_bits(
     if (tile_max[tile] >= threshold.value) {
       const float* y = load_tile(row, tile, buffer);
       const TileThreshold kept(threshold, tile);
-      band_bits(y, kept.low, kInfinity, bits);
-      if (kept.cuts_ties()) {
-        uint64_t cut[kTile / 64];
-        kept.cut_bits(y, cut);
-        for (int word = 0; word < kTile / 64; ++word) bits[word] &= ~cut[word];
-      }
+      kept.kept_bits(y, bits);
     }
     const int64_t first = tile * kWords;
     for (int64_t word = first; word < std::min(words, first + kWords); ++word) {
