@@ -25,6 +25,18 @@ __device__ __forceinline__ unsigned char* dynamic_shared() { return dynamic_shar
 
 // ---- a thread and a warp ----
 
+// threadIdx.x, but what depends on it is worked out anew at each use: the compiler keeps no register for it from one
+// pass to a later one.
+__device__ __forceinline__ int own_thread() {
+#ifdef __CUDA_ARCH__
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
 // Binary search: the number of leading i in [0, count) for which holds(i) is true.
 template <typename Holds>
 __device__ __forceinline__ int count_leading(int count, const Holds& holds) {
@@ -234,8 +246,9 @@ class Cluster {
 
   // The largest of one key and the smallest of another of all threads, and whether a flag of any is set.
   __device__ void find_limits(uint32_t& largest, uint32_t& smallest, bool& flag) {
-    const int lane = threadIdx.x % kWarpSize;
-    const int warp = threadIdx.x / kWarpSize;
+    const int thread = own_thread();
+    const int lane = thread % kWarpSize;
+    const int warp = thread / kWarpSize;
     const auto join = [&] {
       largest = __reduce_max_sync(kWholeWarp, largest);
       smallest = __reduce_min_sync(kWholeWarp, smallest);

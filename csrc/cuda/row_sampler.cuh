@@ -114,6 +114,16 @@ struct Lists {
   int listed;  // codes of each part, or places for them
 };
 
+// Where a search of the row is. All threads need it after each pass, and have no registers to keep it in meanwhile.
+struct Search {
+  Range range;
+  int count;           // of the tokens that reach range.low, or more
+  uint64_t pivots[3];  // rising
+
+  __device__ __forceinline__ void narrow(const uint64_t (&sums)[4], int64_t target, bool by_mass);
+  __device__ __forceinline__ void split();
+};
+
 // What results.cuh knows; written by thread 0, but for `counted`.
 struct Order {
   int64_t kept_mass;           // of the kept set
@@ -160,8 +170,11 @@ struct Shared {
       int64_t running[kMaxCandidates];  // running masses of `sorted`; for a draw, see draw.cuh
     };
   };
-  // Histogram of the maxima of this block's threads, or of the codes of a split row.
-  uint32_t bins[kBins];
+  union {
+    // Histogram of the maxima of this block's threads, or of the codes of a split row.
+    uint32_t bins[kBins];
+    Search search;  // written by thread 0
+  };
   Order order;
 };
 static_assert(sizeof(Shared) <= kFixedBytes, "launch.cuh reserves kFixedBytes for it");
@@ -294,7 +307,6 @@ class RowSampler {
   __device__ uint32_t key_at_depth(float depth_cut) const;
   __device__ Range search(int64_t target, bool by_mass, uint64_t lowest);
   __device__ void probe(int64_t target, bool by_mass, uint64_t lowest, uint64_t (&pivots)[3]);
-  __device__ static void split(uint64_t low, uint64_t high, uint64_t (&pivots)[3]);
 
   // split.cuh: a row without a cluster
   __device__ __forceinline__ int count_wanted() const;

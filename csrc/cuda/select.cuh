@@ -146,12 +146,18 @@ __device__ uint32_t RowSampler<kDtype, kLayout>::key_at_depth(float depth_cut) c
 template <int kDtype, Layout kLayout>
 __device__ Range
 RowSampler<kDtype, kLayout>::search(int64_t target, bool by_mass, uint64_t lowest) {
-  Range range = {lowest, first_code(order_key(m_) + 1), 0, 0};
-  int count = row_.vocab_size;  // of those that reach range.low, or more
-  uint64_t pivots[3];
-  probe(target, by_mass, lowest, pivots);
-  cluster_.broadcast(pivots);
-  while (count - range.count_above > kMaxCandidates && range.high - range.low > kMaxCandidates) {
+  uint64_t first[3];
+  probe(target, by_mass, lowest, first);
+  cluster_.broadcast(first);
+  if (threadIdx.x == 0) {
+    const Range range = {lowest, first_code(order_key(m_) + 1), 0, 0};
+    shared_.search = {range, row_.vocab_size, {first[0], first[1], first[2]}};
+  }
+  __syncthreads();
+  const Range& range = shared_.search.range;
+  const uint64_t (&pivots)[3] = shared_.search.pivots;
+  while (shared_.search.count - range.count_above > kMaxCandidates &&
+         range.high - range.low > kMaxCandidates) {
     const Threshold thresholds[3] = {
         Threshold(pivots[0]),
         Threshold(pivots[1]),
@@ -173,22 +179,32 @@ RowSampler<kDtype, kLayout>::search(int64_t target, bool by_mass, uint64_t lowes
       }
     });
     cluster_.combine(sums, Add());
-    // The largest pivot that reaches the target is the new lower end, and the next one the upper end.
-    for (int p = 0; p < 3; ++p) {
-      const int n = static_cast<int>(sums[3] >> (21 * p) & 0x1fffff);
-      const int64_t w = static_cast<int64_t>(sums[p]);
-      if (pivots[p] >= range.high) break;  // a probed logit was above the maximum
-      if ((by_mass ? w : n) >= target) {
-        range.low = pivots[p];
-        count = n;
-      } else {
-        range = {range.low, pivots[p], n, w};
-        break;
-      }
-    }
-    split(range.low, range.high, pivots);
+    if (threadIdx.x == 0) shared_.search.narrow(sums, target, by_mass);
+    __syncthreads();
   }
   return range;
+}
+
+// The largest pivot that reaches the target is the new lower end, and the next one the upper end.
+__device__ __forceinline__ void Search::narrow(
+    const uint64_t (&sums)[4],
+    int64_t target,
+    bool by_mass
+) {
+#pragma unroll
+  for (int p = 0; p < 3; ++p) {
+    const int n = static_cast<int>(sums[3] >> (21 * p) & 0x1fffff);
+    const int64_t w = static_cast<int64_t>(sums[p]);
+    if (pivots[p] >= range.high) break;  // a probed logit was above the maximum
+    if ((by_mass ? w : n) >= target) {
+      range.low = pivots[p];
+      count = n;
+    } else {
+      range = {range.low, pivots[p], n, w};
+      break;
+    }
+  }
+  split();
 }
 
 // A statistical probe: three codes, rising, around the one at which kProbed tokens, evenly spaced in the
@@ -242,12 +258,9 @@ __device__ void RowSampler<kDtype, kLayout>::probe(
 // Three rising codes that split a range: at both thirds of the logits and at half of the keys, or, where
 // there are few keys, at the quarters of the codes. The thirds need few passes for the bulk of a usual
 // row, and the halves of the keys limit the passes for any row.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::split(
-    uint64_t low,
-    uint64_t high,
-    uint64_t (&pivots)[3]
-) {
+__device__ __forceinline__ void Search::split() {
+  const uint64_t low = range.low;
+  const uint64_t high = range.high;
   const uint64_t size = high - low;
   const uint32_t low_key = static_cast<uint32_t>(low >> 20);
   const uint32_t high_key = static_cast<uint32_t>((high - 1) >> 20);

@@ -561,7 +561,7 @@ def test_reading_beyond_the_row_is_seen(tmp_path, text, wrong, expression):
             "depth(x, m_, scale_)",
             "that_change and infinite and often and 1",
         ),
-        ("  cluster_.broadcast(pivots);\n", "", "that_change and nothing and often and 8"),
+        ("  cluster_.broadcast(first);\n", "", "that_change and nothing and often and 8"),
         ("threshold_ == kNoCode || ", "", "that_change and nothing and 1"),
         (" || total == 0;", ";", "that_change and nothing and 1"),
         (
