@@ -192,13 +192,13 @@ def wanted(
         if value is not None and not kinds:
             raise ValueError(f'{name} needs logprobs, "processed", "raw" or both, got None')
     if top_logprobs is not None:
-        top_logprobs = _length("top_logprobs", top_logprobs, 0)
+        top_logprobs = list_length("top_logprobs", top_logprobs, 0)
     if kept is not None and kept not in _FORMS:
         raise checks.refusal("kept", 'None, "mask", "ids" or "ends"', kept)
     if max_kept_ids is not None:
         if kept != "ids":
             raise ValueError(f'max_kept_ids needs kept="ids", got kept={kept!r}')
-        max_kept_ids = _length("max_kept_ids", max_kept_ids, 1)
+        max_kept_ids = list_length("max_kept_ids", max_kept_ids, 1)
     return Wanted(
         kinds,
         top_logprobs,
@@ -221,8 +221,8 @@ def kinds_of(logprobs: object) -> tuple[Kind, ...]:
     return tuple(given)
 
 
-def _length(name: str, value: object, least: int) -> int:
-    """The length of a row's list."""
+def list_length(name: str, value: object, least: int) -> int:
+    """The length of a row's list, at least ``least``; a ValueError if it is not one."""
     number = checks.integer_at_least(name, value, least)
     if number > MAX_LISTED:
         raise checks.refusal(name, f"at most {MAX_LISTED}", value)

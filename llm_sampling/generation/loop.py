@@ -26,6 +26,7 @@ from llm_sampling.generation.config import check_config
 from llm_sampling.generation.prompts import Prompts, check_holds_integers, padded, prompt_ids
 from llm_sampling.generation.rows import (
     FinishReason,
+    Listed,
     Row,
     RowLogprobs,
     RowText,
@@ -41,6 +42,7 @@ from llm_sampling.generation.rows import (
     starts_of_prompts,
     stop_ids_of_prompts,
     stops_of_prompts,
+    top_logprobs_of_prompts,
 )
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.history import check_vocab_size
@@ -51,6 +53,8 @@ from llm_sampling.step_masks import MaskCallback, check_callback
 
 #: What a :class:`Step` reports for a row that has ended.
 NO_TOKEN = -1
+#: The rank where there is no token.
+NO_RANK = -1
 
 #: Token ids and a cache in, logits ``(rows, vocab_size)`` and the new cache out.
 Forward = Callable[[Tensor, Any], tuple[Tensor, Any]]
@@ -65,6 +69,11 @@ class Chunk:
         token: the token that it drew, an end token included; -1 where the row ends in an error.
         text: the text that became certain; None without a tokenizer.
         logprob: natural logarithm of the token's probability; None if not asked for.
+        rank: the token's place in the order, from 1, as in
+            :class:`~llm_sampling.results.TokenLogprobs`; -1 where there is no token; None if
+            ``top_logprobs`` was not given.
+        top_logprobs: the first tokens of the order, from the best on, with their logprobs; fewer
+            than asked for where no more have one; None if not asked for.
         finish_reason: None while the row goes on; "stop" after an end token or a stop string;
             "length" after ``max_new_tokens``; "error" where the model's logits for the row hold NaN
             or +inf, or leave it without a token.
@@ -80,6 +89,8 @@ class Chunk:
     token: int
     text: str | None
     logprob: float | None
+    rank: int | None
+    top_logprobs: dict[int, float] | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     step: int
@@ -98,6 +109,8 @@ class Completion:
             string.
         logprobs: of each token; None if not asked for.
         finish_reason: as that of :class:`Chunk`, and so is ``stop_reason``.
+        ranks: of each token; None if ``top_logprobs`` was not given.
+        top_logprobs: what the :class:`Chunk` of each token lists; None if not asked for.
     """
 
     text: str | None
@@ -105,6 +118,8 @@ class Completion:
     logprobs: list[float] | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    ranks: list[int] | None = None
+    top_logprobs: list[dict[int, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +190,7 @@ def generate_stream(
     eos_token_ids: Collection[int] | None = None,
     ignore_eos: bool = False,
     logprobs: Kind | Sequence[Kind | None] | None = None,
+    top_logprobs: int | Sequence[int | None] | None = None,
     position: int | Sequence[int] | None = None,
     output_ids: Sequence[Sequence[int]] | None = None,
     check: bool = False,
@@ -187,8 +203,9 @@ def generate_stream(
     nothing but its logits, parameters, history, seed and position; but the model's own arithmetic
     may give a row other logits beside other rows, by its batch or its padding.
 
-    ``max_new_tokens``, ``min_new_tokens``, ``stop``, ``stop_token_ids``, ``logprobs`` and
-    ``position`` may be given for each prompt: a list of as many as there are prompts.
+    ``max_new_tokens``, ``min_new_tokens``, ``stop``, ``stop_token_ids``, ``logprobs``,
+    ``top_logprobs`` and ``position`` may be given for each prompt: a list of as many as there are
+    prompts.
 
     A generation config of the model contributes its end tokens alone. Its fields for temperature,
     ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty`` and lengths are not used, since
@@ -219,7 +236,10 @@ def generate_stream(
         eos_token_ids: tokens that end a row without a ``stop_reason``. Default: those of the
             model's generation config.
         ignore_eos: whether ``eos_token_ids`` are tokens like any other.
-        logprobs: as for :class:`~llm_sampling.Sampler`.
+        logprobs: "processed", "raw" or None, as for :func:`~llm_sampling.sample`.
+        top_logprobs: how many of the best tokens each step lists with their logprobs, besides the
+            rank of the token; they are of the kind that ``logprobs`` says. At most 1,024; 0 gives
+            ranks alone, None nothing.
         position: how many tokens each prompt's text has already, which chooses its random numbers:
             a text of 10 tokens is one of 5, and 5 more from position 5. Default: the number of
             ``output_ids``.
@@ -265,6 +285,7 @@ def generate_stream(
                 f"min_new_tokens must be at most {high}, which is max_new_tokens, got {low}"
             )
     kinds = logprobs_of_prompts(logprobs, len(requests))
+    counts = top_logprobs_of_prompts(top_logprobs, kinds)
     positions, outputs = starts_of_prompts(params, position, output_ids)
     language_model = _language_model(model)
     vocab_size = _vocab_size(language_model, vocab_size)
@@ -301,7 +322,12 @@ def generate_stream(
     if attention_mask is not None and language_model is None:
         lengths = sorted({len(text) for text in texts})
         raise ValueError(f"prompts must be of one length for a callable, got {lengths}")
-    row_logprobs = RowLogprobs([kinds[place] for place in places], device, is_model=True)
+    row_logprobs = RowLogprobs(
+        [kinds[place] for place in places],
+        device,
+        is_model=True,
+        counts=[counts[place] for place in places],
+    )
     if allowed_mask is not None:
         written = [outputs[place] for place in places]
         allowed_mask = callback_of_prompts(allowed_mask, n, written, [row.ends for row in rows])
@@ -312,6 +338,7 @@ def generate_stream(
         vocab_size=vocab_size,
         device=device,
         logprobs=row_logprobs.of_sampler,
+        top_logprobs=row_logprobs.top_logprobs,
         backend=backend,
         max_new_tokens=max(most),
         allowed_mask=allowed_mask,
@@ -492,11 +519,12 @@ def _callable_forward(model: Callable[..., Any]) -> Forward:
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """One token of each row, what is wrong with it, its logprob, and where the time went."""
+    """One token of each row, what is wrong with it, its logprobs, and where the time went."""
 
     tokens: list[int]
     status: list[int]
     logprobs: list[float] | None
+    listed: list[Listed | None] | None
     model_seconds: float
     sampler_seconds: float
 
@@ -517,7 +545,7 @@ def _draws(
         sampler: what draws.
         max_new_tokens: how many steps there are.
         masks: the ``allowed_mask`` of the first steps.
-        row_logprobs: makes the logprobs.
+        row_logprobs: makes the logprobs and lists.
     """
     cache: Any = None
     ended: Sequence[bool] | None = None
@@ -534,11 +562,14 @@ def _draws(
             sampler.end([row for row, done in enumerate(ended) if done])
         drawn = _drawn(sampler, logits, masks[step] if step < len(masks) else None, ended)
         tokens, status = torch.stack([drawn.tokens, drawn.status]).tolist()
-        logprobs = None
+        logprobs = listed = None
         if row_logprobs is not None and (found := row_logprobs(drawn, logits)) is not None:
             logprobs = found.tolist()
+            if row_logprobs.top_logprobs is not None:
+                listed = row_logprobs.top(drawn)
         sampler_done = time.perf_counter()
-        ended = yield _Draw(tokens, status, logprobs, model_done - start, sampler_done - model_done)
+        times = (model_done - start, sampler_done - model_done)
+        ended = yield _Draw(tokens, status, logprobs, listed, *times)
         step += 1
         # The model gets some token for a row that has none, whose logits are not looked at again.
         input_ids = drawn.tokens.clamp(min=0).unsqueeze(-1)
@@ -546,7 +577,9 @@ def _draws(
             forced = _jump(sampler, ended, max_new_tokens - step)
             certain = None if logprobs is None else [0.0] * len(tokens)
             for tokens in forced:
-                ended = yield _Draw(tokens, [0] * len(tokens), certain, 0.0, 0.0)
+                if row_logprobs is not None and listed is not None:
+                    listed = [row_logprobs.forced(token, row) for row, token in enumerate(tokens)]
+                ended = yield _Draw(tokens, [0] * len(tokens), certain, listed, 0.0, 0.0)
             step += len(forced)
             if forced:
                 input_ids = torch.cat([input_ids, input_ids.new_tensor(forced).T], dim=1)
@@ -624,11 +657,14 @@ def _chunks(
             logprob = None
             if draw.logprobs is not None and has_logprobs[index]:
                 logprob = draw.logprobs[index]
+            listed = None if draw.listed is None else draw.listed[index]
             if status == 0:
                 text = row.add(token)
             else:
                 token, text = NO_TOKEN, row.fail(status_reasons(status))
                 logprob = None if logprob is None else math.nan
+                listed = None if listed is None else (NO_RANK, {})
+            rank, top = (None, None) if listed is None else listed
             if row.finish_reason is not None:
                 going.remove(index)
             yield Chunk(
@@ -636,6 +672,8 @@ def _chunks(
                 token=token,
                 text=text,
                 logprob=logprob,
+                rank=rank,
+                top_logprobs=top,
                 finish_reason=row.finish_reason,
                 stop_reason=row.stop_reason,
                 step=step,
@@ -654,10 +692,14 @@ def _completion(chunks: list[Chunk]) -> Completion:
     texts = [chunk.text for chunk in chunks if chunk.text is not None]
     drawn = [chunk for chunk in chunks if chunk.token != NO_TOKEN]
     logprobs = [chunk.logprob for chunk in drawn if chunk.logprob is not None]
+    ranks = [chunk.rank for chunk in drawn if chunk.rank is not None]
+    top = [chunk.top_logprobs for chunk in drawn if chunk.top_logprobs is not None]
     return Completion(
         text=None if last.text is None else "".join(texts),
         token_ids=[chunk.token for chunk in drawn],
         logprobs=None if last.logprob is None else logprobs,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
+        ranks=None if last.rank is None else ranks,
+        top_logprobs=None if last.top_logprobs is None else top,
     )

@@ -21,7 +21,7 @@ from llm_sampling.history import Ids, TokenHistory
 from llm_sampling.masks import Mask
 from llm_sampling.params import SamplingParams, as_int64, checked_position, list_of_params
 from llm_sampling.reference import philox, raw_logprobs
-from llm_sampling.results import Kind, SampleOutput
+from llm_sampling.results import KINDS, Kind, SampleOutput, TokenLogprobs, list_length
 from llm_sampling.sampler import Sampler
 from llm_sampling.step_masks import MaskCallback, MaskStep
 
@@ -102,6 +102,23 @@ def _checked_logprobs(name: str, kind: object) -> Kind | None:
     if kind not in (None, "processed", "raw"):
         raise refusal(name, 'None, "processed" or "raw"', kind)
     return kind
+
+
+def top_logprobs_of_prompts(given: object, kinds: Sequence[Kind | None]) -> list[int | None]:
+    """``top_logprobs`` for each prompt; see :func:`for_each_prompt`.
+
+    Args:
+        given: the argument.
+        kinds: the ``logprobs`` of each prompt.
+    """
+    counts = for_each_prompt("top_logprobs", given, len(kinds), _checked_top_logprobs)
+    if any(count is not None and kind is None for kind, count in zip(kinds, counts, strict=True)):
+        raise ValueError('top_logprobs needs logprobs, "processed" or "raw", got None')
+    return counts
+
+
+def _checked_top_logprobs(name: str, count: object) -> int | None:
+    return None if count is None else list_length(name, count, 0)
 
 
 def stops_of_prompts(given: object, prompts: int) -> list[Any]:
@@ -216,9 +233,10 @@ def new_sampler(
     *,
     vocab_size: int,
     device: torch.device,
-    logprobs: Kind | None,
+    logprobs: Sequence[Kind] | None,
     backend: str,
     max_new_tokens: int,
+    top_logprobs: int | None = None,
     allowed_mask: MaskCallback | None = None,
 ) -> Sampler:
     """A Sampler of these rows at these positions, with the history of :func:`prompt_history`.
@@ -230,6 +248,7 @@ def new_sampler(
         vocab_size=vocab_size,
         history=prompt_history(params, ids, vocab_size, device, max_new_tokens),
         logprobs=logprobs,
+        top_logprobs=top_logprobs,
         backend=backend,
         device=device,
         check=False,
@@ -258,26 +277,32 @@ class RowLogprobs:
         kinds: None, "processed" or "raw" for each row.
         device: the logits' device.
         is_model: whether the logits that the Sampler gets are the model's own, which "raw" is of.
+        counts: how many tokens each row lists, None for no list and no rank; only where the logits
+            are the model's own.
 
     Attributes:
-        of_sampler: the kind that the Sampler gives.
+        of_sampler: the kinds that the Sampler gives, or None.
         any_raw: whether a row asks for "raw".
+        top_logprobs: how many tokens the Sampler lists; None: none, and no ranks.
     """
 
     def __init__(
-        self, kinds: Sequence[Kind | None], device: torch.device, *, is_model: bool
+        self,
+        kinds: Sequence[Kind | None],
+        device: torch.device,
+        *,
+        is_model: bool,
+        counts: Sequence[int | None] = (),
     ) -> None:
-        wanted = {*kinds} - {None}
-        self.of_sampler: Kind | None = None
-        if wanted == {"raw"} and is_model:
-            self.of_sampler = "raw"
-        elif "processed" in wanted:
-            self.of_sampler = "processed"
-        self.any_raw = "raw" in wanted
-        self._adds_raw = self.any_raw and self.of_sampler != "raw"
+        self.any_raw = "raw" in kinds
+        self._adds_raw = self.any_raw and not is_model
+        given = [kind for kind in KINDS if kind in kinds and (is_model or kind == "processed")]
+        self.of_sampler: list[Kind] | None = given or None
+        self._kinds, self._counts = kinds, counts
+        self.top_logprobs = max((n for n in counts if n is not None), default=None)
         self._is_raw = torch.tensor([kind == "raw" for kind in kinds], device=device)
         self._is_none = None
-        if wanted and None in kinds:
+        if any(kinds) and None in kinds:
             self._is_none = torch.tensor([kind is None for kind in kinds], device=device)
 
     def __call__(self, drawn: SampleOutput, logits: Tensor) -> Tensor | None:
@@ -287,15 +312,59 @@ class RowLogprobs:
             drawn: the Sampler's result.
             logits: the model's logits ``(rows, vocab_size)``.
         """
-        result = drawn.logprobs
+        processed = None if drawn.processed is None else drawn.processed.logprobs
+        raw = None if drawn.raw is None else drawn.raw.logprobs
         if self._adds_raw:
             tokens = drawn.tokens
             raw = raw_logprobs(logits).gather(-1, tokens.clamp(min=0)[:, None])[:, 0].float()
             raw = raw.masked_fill(tokens < 0, torch.nan)
-            result = raw if result is None else torch.where(self._is_raw, raw, result)
+        if processed is None or raw is None:
+            result = raw if processed is None else processed
+        else:
+            result = torch.where(self._is_raw, raw, processed)
         if result is None or self._is_none is None:
             return result
         return result.masked_fill(self._is_none, torch.nan)
+
+    def top(self, drawn: SampleOutput) -> list[Listed | None]:
+        """The rank of each row's token and its list; None for a row that asks for none.
+
+        ``drawn`` is the result of a Sampler with :attr:`top_logprobs`.
+        """
+        read = {kind: _read(found) for kind in KINDS if (found := getattr(drawn, kind)) is not None}
+        listed: list[Listed | None] = []
+        for row, (kind, count) in enumerate(zip(self._kinds, self._counts, strict=True)):
+            if kind is None or count is None:
+                listed.append(None)
+                continue
+            rank, ids, logprobs = read[kind][row]
+            places = zip(ids[:count], logprobs[:count], strict=True)
+            listed.append((rank, {id_: logprob for id_, logprob in places if id_ >= 0}))
+        return listed
+
+    def forced(self, token: int, row: int) -> Listed | None:
+        """The same for a token that was the only one that a row could draw."""
+        count = self._counts[row]
+        return None if count is None else (1, dict.fromkeys([token][:count], 0.0))
+
+
+#: The rank of a row's token, and the first tokens of the order with their logprobs.
+Listed = tuple[int, dict[int, float]]
+
+
+def _read(of_kind: TokenLogprobs) -> list[tuple[int, list[int], list[float]]]:
+    """For each row the rank of its token, the ids of its list and their logprobs, on the host."""
+    assert of_kind.ranks is not None
+    assert of_kind.top_ids is not None
+    assert of_kind.top_logprobs is not None
+    # float64 holds each of them exactly, and one tensor is waited for once
+    parts = (of_kind.ranks[:, None], of_kind.top_ids, of_kind.top_logprobs)
+    joined = torch.cat([part.double() for part in parts], dim=1)
+    count = of_kind.top_ids.shape[1]
+    return [
+        (int(values[0]), [int(id_) for id_ in values[1 : 1 + count]], values[1 + count :])
+        for values in joined.tolist()
+    ]
 
 
 @dataclass

@@ -174,7 +174,7 @@ class _Prompts:
         logits: Tensor,
         rows: _Rows,
         call: GenerateCall | None,
-        logprobs: Kind | None,
+        logprobs: Sequence[Kind] | None,
         backend: str,
         allowed_mask: MaskCallback | None = None,
     ) -> Sampler:

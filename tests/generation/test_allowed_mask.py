@@ -119,6 +119,22 @@ def test_forced_tokens_are_what_the_model_gets(backend: str) -> None:
     assert whole.widths == [2, *[1] * 11]
 
 
+def test_forced_tokens_have_lists(backend: str) -> None:
+    """A token that alone may be drawn has the rank 1, with or without a draw."""
+    options: dict[str, Any] = {"eos_token_ids": [], "backend": backend, "logprobs": "processed"}
+    model = Model()
+    done = texts(Callback(FORCED), model, **options, top_logprobs=[2, 0])
+    assert model.widths[:2] == [2, 3]
+    assert done[0].ranks is not None
+    assert done[0].ranks[:4] == [1] * 4
+    assert done[0].top_logprobs is not None
+    assert done[0].top_logprobs[:4] == [{30: 0.0}, {31: 0.0}, {32: 0.0}, {33: 0.0}]
+    assert done[1].top_logprobs == [{}] * 12
+    masked = texts(Callback({(0, 0): [30], (1, 0): [40]}), **options, top_logprobs=2)
+    assert masked[0].top_logprobs is not None
+    assert masked[0].top_logprobs[0] == {30: 0.0}
+
+
 def test_the_others_draw_what_they_draw_without(backend: str) -> None:
     forced = {(0, 0): [30, 31, 32, 33], (0, 6): [34]}
     done = texts(Callback(forced), eos_token_ids=[], backend=backend)

@@ -87,6 +87,29 @@ def test_tokens_are_those_of_sample_step_by_step():
         assert done == Completion(None, output, logprobs, "length", None)
 
 
+@pytest.mark.parametrize("kind", ["processed", "raw"])
+def test_lists_and_ranks_are_those_of_sample_step_by_step(kind):
+    params = replace(MIXED[4], top_k=7)
+    options = {"logprobs": kind, "top_logprobs": 9}
+    (done,) = generate(model, [[5, 6]], params, vocab_size=V, max_new_tokens=10, **options)
+    for position, token in enumerate(done.token_ids):
+        drawn = sample(
+            words([5, 6, *done.token_ids[:position]])[None],
+            params,
+            history=TokenHistory.from_ids([[5, 6]], [done.token_ids[:position]], V),
+            positions=[position],
+            **options,
+        )
+        found = getattr(drawn, kind)
+        assert done.ranks[position] == found.ranks.item()
+        length = 7 if kind == "processed" else 9
+        assert list(done.top_logprobs[position]) == found.top_ids[0, :length].tolist()
+        assert list(done.top_logprobs[position].values()) == found.top_logprobs[0, :length].tolist()
+        if done.ranks[position] <= length:
+            assert done.top_logprobs[position][token] == pytest.approx(done.logprobs[position])
+    assert len(set(done.ranks)) > 2
+
+
 def test_penalties_of_the_last_ids_are_those_of_a_history_that_ends_there():
     prompts = [[5, 6, 7, 8], [9, 9, 1, 1]]
     params = [
@@ -355,6 +378,7 @@ def test_each_prompt_has_its_own_options():
         "stop": [None, ["a", "b"], "c"],
         "stop_token_ids": [None, [20, 30], {40}],
         "logprobs": ["raw", None, "processed"],
+        "top_logprobs": [3, None, 0],
     }
     params = [replace(row, top_k=30) for row in MIXED[:3]]
     shared = {"vocab_size": V, "tokenizer": BYTES, "eos_token_ids": range(60, 90)}
@@ -364,13 +388,16 @@ def test_each_prompt_has_its_own_options():
         own["stop_token_ids"] = own["stop_token_ids"] or ()
         alone = generate(model, [prompts[row]], params[row], n=2, **own, **shared)
         for got, want in zip(together[2 * row : 2 * row + 2], alone, strict=True):
-            assert replace(got, logprobs=None) == replace(want, logprobs=None)
-            assert got.logprobs == (want.logprobs and pytest.approx(want.logprobs, abs=1e-5))
+            assert got == want
     assert {len(row.token_ids) for row in together} > {4}
-    assert together[2].logprobs is None
+    assert together[2].logprobs is together[2].ranks is together[2].top_logprobs is None
+    assert [len(best) for best in together[0].top_logprobs] == [3] * len(together[0].token_ids)
+    assert together[4].top_logprobs == [{}] * len(together[4].ranks)
+    each["top_logprobs"] = None
     for row, kind in ((0, "raw"), (4, "processed")):
         want = generate(model, prompts, params, n=2, **(each | {"logprobs": kind}), **shared)
-        assert together[row].logprobs == pytest.approx(want[row].logprobs, abs=1e-5)
+        assert together[row].logprobs == want[row].logprobs
+        assert want[row].ranks is want[row].top_logprobs is None
     assert together[0].logprobs != pytest.approx(together[4].logprobs[:4], abs=1e-2)
 
 
@@ -392,6 +419,11 @@ def test_each_prompt_has_its_own_options():
         ({"stop_token_ids": [[1], [V]]}, f"end tokens must be in 0 .. {V - 1}, got {V}"),
         ({"logprobs": ["raw"]}, "logprobs must have one for each of 2 prompts, got 1"),
         ({"logprobs": ["raw", "x"]}, 'logprobs must be None, "processed" or "raw", got \'x\''),
+        ({"top_logprobs": 3}, 'top_logprobs needs logprobs, "processed" or "raw", got None'),
+        ({"logprobs": ["raw", None], "top_logprobs": 3}, "top_logprobs needs logprobs"),
+        ({"logprobs": "raw", "top_logprobs": [3]}, "top_logprobs must have one for each of 2"),
+        ({"logprobs": "raw", "top_logprobs": -1}, "top_logprobs must be an integer >= 0, got -1"),
+        ({"logprobs": "raw", "top_logprobs": [1, 1025]}, "top_logprobs must be at most 1024"),
         ({"position": [1]}, "position must have one for each of 2 prompts, got 1"),
         ({"position": "1"}, "position must be integers, got '1'"),
         ({"position": 2**64}, "position must be in"),
@@ -469,12 +501,15 @@ def with_nan_in(row, step):
 
 def test_the_fault_of_a_row_ends_that_row_alone():
     options = {"vocab_size": V, "max_new_tokens": 8, "tokenizer": BYTES, "logprobs": "raw"}
+    options["top_logprobs"] = 2
     prompts = [[1, 2], [3, 4], [5, 6]]
     good = generate(model, prompts, MIXED[:3], **options)
     done = generate(with_nan_in(1, 4), prompts, MIXED[:3], **options)
     assert [done[0], done[2]] == [good[0], good[2]]
     assert done[1].token_ids == good[1].token_ids[:3]
     assert done[1].logprobs == good[1].logprobs[:3]
+    assert done[1].ranks == good[1].ranks[:3]
+    assert done[1].top_logprobs == good[1].top_logprobs[:3]
     assert good[1].text.startswith(done[1].text)
     assert (done[1].finish_reason, done[1].stop_reason) == ("error", "NaN in logits")
     with pytest.raises(InvalidLogitsError, match="NaN in logits in row 1"):
@@ -506,7 +541,10 @@ def test_a_row_that_fails_at_once(value, reason):
     assert (done.token_ids, done.logprobs, done.text) == ([], [], None)
     assert (done.finish_reason, done.stop_reason) == ("error", reason)
     (chunk,) = generate_stream(empty, [[1]], SamplingParams(), vocab_size=V)
-    assert (chunk.token, chunk.logprob) == (-1, None)
+    assert (chunk.token, chunk.logprob, chunk.rank, chunk.top_logprobs) == (-1, None, None, None)
+    lists = {"logprobs": "processed", "top_logprobs": 2}
+    (chunk,) = generate_stream(empty, [[1]], SamplingParams(), vocab_size=V, **lists)
+    assert (chunk.token, chunk.rank, chunk.top_logprobs) == (-1, -1, {})
 
 
 STOPS = ["<|im_end|>", "stop", "e nd"]
