@@ -260,6 +260,17 @@ SLOW_INTERPRETED = {
     "test_triton_interpreted.py::test_logits_that_change[triton-nothing is left-often]",
     "test_triton_interpreted.py::test_small_tiles[triton-torch.float32-aligned rows]",
     "test_triton_interpreted.py::test_small_tiles[triton-torch.float32-contiguous]",
+    "test_results.py::test_covering_cases[long-V513-bfloat16-triton]",
+    "test_results.py::test_covering_cases[raw-V513-bfloat16-triton]",
+    "test_results.py::test_covering_cases[processed-V513-bfloat16-triton]",
+    "test_results.py::test_covering_cases[both-V1000-float16-triton]",
+    "test_results.py::test_covering_cases[few-V1000-float16-triton]",
+    "test_results.py::test_covering_cases[ids-V1000-float16-triton]",
+    "test_results.py::test_covering_cases[processed-V128256-float16-triton]",
+    "test_results.py::test_covering_cases[raw-V128256-float16-triton]",
+    "test_results.py::test_covering_cases[few-V128256-float16-triton]",
+    "test_results.py::test_covering_cases[ids-V128256-float16-triton]",
+    "test_results.py::test_covering_cases[long-V128256-float16-triton]",
 }
 #: The tests with the most rows per backend -> the vocabulary sizes, or pairs of size and dtype,
 #: that Triton's interpreter runs. Their other cases get the marker slow for the interpreter.
