@@ -375,8 +375,9 @@ def results_table(
     """
     text = (
         f"What calls return besides tokens, in percent of the {of} of the call for tokens. "
-        "The goal for top-k-50 is at most 10 % for the top 20 processed logprobs, 10 % for the top "
-        "20 raw ones over the raw logprob of the token, and 5 % for the kept ids.\n\n"
+        "The goal for the instructions of top-k-50 is at most 10 % for the top 20 processed "
+        "logprobs, 10 % for the top 20 raw ones over the raw logprob of the token, and 5 % for the "
+        "kept ids.\n\n"
     )
     shown = [result for result in RESULTS if result != "tokens"]
     heads = [f"{result}, over raw" if result == "top 20 raw" else result for result in shown]
@@ -399,9 +400,9 @@ def masked_table(
     """
     text = (
         f"Rows of `model` with an `allowed_mask`: how many times the {of} of the same call "
-        "without one. The goal is at most 1.2 for `half`, a random half of the tokens, and at most "
-        "2 for every other mask. A miss is bold, with what the call takes without a mask where the "
-        "banned logits are -inf.\n\n"
+        "without one. The goal for instructions is at most 1.2 for `half`, a random half of the "
+        "tokens, and at most 2 for every other mask. What is above that is bold, with what the "
+        "call takes without a mask where the banned logits are -inf.\n\n"
     )
     names = [name for name in ("instruction_set", "dtype", "case") if name in lines[0]]
     heads = [name.replace("_", " ") for name in names]

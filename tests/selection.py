@@ -247,6 +247,16 @@ LONG_INTERPRETED = {
     "test_table.py::test_covering_cases_by_slot[V33-slot-triton]",
     "test_table.py::test_covering_cases_by_slot[V33-text-triton]",
 }
+#: "file::function" -> the rule for those of its other cases that -m sweep executes. What is left
+#: then gets the marker slow.
+SWEPT = {
+    "test_triton_compile.py::test_every_result_compiles": Some(arch=("sm_90",)),
+    "test_cuda_results.py::test_covering_cases": Some(5),
+    "test_cuda_results.py::test_logits_that_change": Some(5),
+    "test_cuda_results.py::test_layouts": Some(3),
+    "test_cuda_results.py::test_what_is_wrong_is_seen": Some(4),
+}
+SWEPT_INTERPRETED = {}
 #: The longest cases in the interpreter; other cases of the same tests run there.
 SLOW_INTERPRETED = {
     "test_triton_interpreted.py::test_logits_that_change[triton-far above-often]",
@@ -315,15 +325,25 @@ def mark(items):
             item.get_closest_marker(name) for name in ("slow", "large", "gpu", "vllm", "sglang")
         ):
             continue
-        some = (SOME_INTERPRETED if is_interpreted else SOME).get(function)
+        rules = (SOME_INTERPRETED, SWEPT_INTERPRETED) if is_interpreted else (SOME, SWEPT)
+        some, swept = (rule.get(function) for rule in rules)
         if some is not None and some.includes(params):
-            place = found[function, is_interpreted] = found.get((function, is_interpreted), -1) + 1
-            is_left = place % some.one_in != 0
+            is_left = not _is_next(found, (function, is_interpreted), some)
         else:
             long = LONG_INTERPRETED if is_interpreted else LONG
             is_left = some is not None or name in long
         if is_left:
-            item.add_marker(pytest.mark.sweep)
+            is_swept = swept is None or (
+                swept.includes(params)
+                and _is_next(found, (function, is_interpreted, "swept"), swept)
+            )
+            item.add_marker(pytest.mark.sweep if is_swept else pytest.mark.slow)
+
+
+def _is_next(found, of, some):
+    """Whether the next of the cases that a rule considers is one that it selects."""
+    place = found[of] = found.get(of, -1) + 1
+    return place % some.one_in == 0
 
 
 def _is_left_to_slow(name, params):
