@@ -256,7 +256,10 @@ SWEPT = {
     "test_cuda_results.py::test_layouts": Some(3),
     "test_cuda_results.py::test_what_is_wrong_is_seen": Some(4),
 }
-SWEPT_INTERPRETED = {}
+SWEPT_INTERPRETED = {
+    "test_triton_results.py::test_logits_that_change": Some(3),
+    "test_triton_results.py::test_small_tiles": Some(2),
+}
 #: The longest cases in the interpreter; other cases of the same tests run there.
 SLOW_INTERPRETED = {
     "test_triton_interpreted.py::test_logits_that_change[triton-far above-often]",
