@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.cpu_cost import (
     VOCAB_SIZE,
+    Part,
     compare_masks,
     compare_results,
     masked_parts,
@@ -41,9 +42,8 @@ from benchmarks.timing import (
     write_result,
 )
 
-#: The names by which the calls that are compared with each other differ.
+#: Calls that are compared with each other have the same names, apart from these.
 VARIANTS = {"result", "mask", "how"}
-Part = tuple[dict[str, str], Callable[[int], object], int]
 
 
 def run(parts: Iterable[Part], protocol: Protocol) -> list[dict[str, Any]]:

@@ -119,6 +119,8 @@ RESULT_GOALS: Mapping[str, tuple[str, float]] = {
     "top 20 raw": ("raw", 0.10),
     "kept ids": ("tokens", 0.05),
 }
+#: What is counted or timed: its names, its call, and the number of buffers to call it on.
+Part = tuple[dict[str, str], Callable[[int], object], int]
 #: A function of the C library that nothing else calls; callgrind writes a file before each call.
 MARK = "getpgid"
 
@@ -128,7 +130,7 @@ def mark() -> None:
     os.getpgid(0)
 
 
-def parts() -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
+def parts() -> Iterator[Part]:
     """Yield the names of each part, its call, and the number of buffers to call it on."""
     for name in INPUTS:
         buffers = make_buffers(name, 1, VOCAB_SIZE)[:CALLS]
@@ -173,7 +175,7 @@ def make_mask(name: str, logits: Tensor) -> Tensor:
 
 def masked_parts(
     calls: int | None = CALLS,
-) -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
+) -> Iterator[Part]:
     """Yield such parts for every case of MASKED_CASES with each mask, and with none.
 
     Where it explains the cost there is a third one: no mask, and -inf in place of what is banned.
@@ -212,7 +214,7 @@ def _call(
 
 def result_parts(
     calls: int | None = CALLS,
-) -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
+) -> Iterator[Part]:
     """Yield such parts for every case of RESULT_CASES with each of RESULTS."""
     for name in INPUTS:
         buffers = make_buffers(name, 1, VOCAB_SIZE)[:calls]

@@ -311,7 +311,7 @@ def tensors_of(output: SampleOutput) -> list[Tensor]:
 
 
 def outputs_of(wanted: Wanted, many: Iterable[tuple[Tensor, ...]]) -> list[SampleOutput]:
-    """An output of each tuple of tensors, which are in the order of :func:`tensors_of`.
+    """Make an output from each tuple of tensors, which has the order of :func:`tensors_of`.
 
     What is worked out here once would take microseconds in each step of a decode loop.
     """

@@ -800,7 +800,7 @@ void RowSampler::draw() {
 // They are those of the tokens of row_ that threshold_ keeps. The candidates are looked at first: where they
 // are the first tokens of the order, they mostly are all that is asked for.
 
-// Returns whether a token has a rank; x is its logit then.
+// Returns whether a token has a rank, and if so sets x to its logit.
 bool RowSampler::find_listed(int64_t id, float& x) {
   if (id < 0 || id >= row_.vocab_size) return false;
   if (candidates_are_first_) {

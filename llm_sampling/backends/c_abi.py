@@ -251,7 +251,7 @@ def words_of(args: SampleArgs) -> ctypes.Array[ctypes.c_uint64]:
 
 
 def result_places(output: SampleOutput) -> list[int]:
-    """The words for the addresses of an output's tensors, in the order of ``tensors_of``."""
+    """Which words of the struct hold the addresses of an output's tensors, by ``tensors_of``."""
     bytes_before = [SampleArgs.tokens.offset, SampleArgs.status.offset]
     for name, kind in (("processed", LogprobsArgs), ("raw", LogprobsArgs), ("kept", KeptArgs)):
         part = getattr(output, name)
