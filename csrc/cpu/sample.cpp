@@ -48,6 +48,7 @@
 #include "../rows.h"
 #include "../semantics.h"
 #include "../validate.h"
+#include "buffer.h"
 #include "history.h"
 #include "passes.h"
 #include "results.h"
@@ -57,23 +58,6 @@
 
 namespace llm_sampling {
 namespace {
-
-// Grow-only scratch memory; its contents are uninitialised.
-template <typename T>
-class Buffer {
- public:
-  T* at_least(int64_t size) {
-    if (size > size_) {
-      data_.reset(new T[static_cast<size_t>(size)]);
-      size_ = size;
-    }
-    return data_.get();
-  }
-
- private:
-  std::unique_ptr<T[]> data_;
-  int64_t size_ = 0;
-};
 
 struct Bias {
   int32_t id;
