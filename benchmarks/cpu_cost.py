@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,15 @@ def make_mask(name: str, logits: Tensor) -> Tensor:
     return rank >= count
 
 
-def masked_parts() -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
+def masked_parts(
+    calls: int | None = CALLS,
+) -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
     """Yield such parts for every case of MASKED_CASES with each mask, and with none.
 
     Where it explains the cost there is a third one: no mask, and -inf in place of what is banned.
+    ``calls`` is the number of buffers; None for all that are timed.
     """
-    rows = [buffer[0] for buffer in make_buffers("model", 1, VOCAB_SIZE)[:CALLS]]
+    rows = [buffer[0] for buffer in make_buffers("model", 1, VOCAB_SIZE)[:calls]]
     allowed = {mask: [make_mask(mask, row) for row in rows] for mask in MASK_GOALS}
     words = {mask: [pack_mask(made, VOCAB_SIZE) for made in allowed[mask]] for mask in MASK_GOALS}
     infinite = {
@@ -207,10 +210,12 @@ def _call(
     return lambda i: sampler(logits[i], allowed_mask=masks[i])
 
 
-def result_parts() -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
+def result_parts(
+    calls: int | None = CALLS,
+) -> Iterator[tuple[dict[str, str], Callable[[int], object], int]]:
     """Yield such parts for every case of RESULT_CASES with each of RESULTS."""
     for name in INPUTS:
-        buffers = make_buffers(name, 1, VOCAB_SIZE)[:CALLS]
+        buffers = make_buffers(name, 1, VOCAB_SIZE)[:calls]
         for case in RESULT_CASES:
             for result, options in RESULTS.items():
                 sampler = Sampler(
@@ -323,18 +328,23 @@ def build_for(instruction_set: str, folder: Path) -> Path:
 
 
 def run_masked(instruction_set: str) -> list[dict[str, Any]]:
-    """Return every masked case: its instructions per LANES tokens, and their ratio to no mask's."""
-    lines: list[dict[str, Any]] = []
+    """Count the masked cases with the kernel built for an instruction set."""
     with tempfile.TemporaryDirectory() as folder:
         library = build_for(instruction_set, Path(folder))
         found = run("masked", f"--library={library}", objects={KERNEL})
+    return [{"instruction_set": instruction_set} | line for line in compare_masks(found)]
+
+
+def compare_masks(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return every masked case with the ratio of its total to that without a mask."""
+    lines: list[dict[str, Any]] = []
     total = {(line["dtype"], line["case"], line["mask"], line["how"]): line for line in found}
     for dtype, case, mask, how in total:
         if how != "mask":
             continue
         unmasked = total[dtype, case, "", "none"]["total"]
         masked = total[dtype, case, mask, "mask"]["total"]
-        line = {"instruction_set": instruction_set, "dtype": dtype, "case": case, "mask": mask}
+        line = {"dtype": dtype, "case": case, "mask": mask}
         line |= {"unmasked": unmasked, "masked": masked, "limit": MASK_GOALS[mask]}
         line["ratio"] = round(masked / unmasked, 3)
         if case == EXPLAINED:
@@ -344,29 +354,34 @@ def run_masked(instruction_set: str) -> list[dict[str, Any]]:
     return lines
 
 
-def run_results() -> list[dict[str, Any]]:
-    """Return every result's instructions, and what it takes more as a part of those of tokens."""
-    found = run("results", objects={*OBJECTS, LOGARITHMS})
+def compare_results(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return every result's total, and what it takes more as a part of that of tokens alone."""
     total = {(line["input"], line["case"], line["result"]): line["total"] for line in found}
     lines = []
-    for (name, case, result), instructions in total.items():
+    for (name, case, result), taken in total.items():
         base, _ = RESULT_GOALS.get(result, ("tokens", 0.0))
-        more = (instructions - total[name, case, base]) / total[name, case, "tokens"]
-        line = {"input": name, "case": case, "result": result, "total": instructions}
+        more = (taken - total[name, case, base]) / total[name, case, "tokens"]
+        line = {"input": name, "case": case, "result": result, "total": taken}
         lines.append(line | {"more": round(more, 4)})
     return lines
 
 
-def results_table(lines: Sequence[dict[str, Any]]) -> str:
-    """Return the table of the results in Markdown, with a column for each result."""
+def results_table(
+    lines: Sequence[dict[str, Any]], of: str = "instructions", unit: str = f"per {LANES} tokens"
+) -> str:
+    """Return the table of the results in Markdown, with a column for each result.
+
+    ``of`` says what was counted or measured, and ``unit`` is the unit of its totals.
+    """
     text = (
-        "What calls return besides tokens, in percent of the instructions of the call for tokens. "
-        "The goal for top-k-50 is at most 10 % for the top 20 processed logprobs, 10 % for the top "
-        "20 raw ones over the raw logprob of the token, and 5 % for the kept ids.\n\n"
+        f"What calls return besides tokens, in percent of the {of} of the call for tokens. "
+        "The goal for the instructions of top-k-50 is at most 10 % for the top 20 processed "
+        "logprobs, 10 % for the top 20 raw ones over the raw logprob of the token, and 5 % for the "
+        "kept ids.\n\n"
     )
     shown = [result for result in RESULTS if result != "tokens"]
     heads = [f"{result}, over raw" if result == "top 20 raw" else result for result in shown]
-    text += f"| input | case | per {LANES} tokens | {' | '.join(heads)} |\n"
+    text += f"| input | case | {unit} | {' | '.join(heads)} |\n"
     text += f"|---|---|--:|{'--:|' * len(shown)}\n"
     for first in range(0, len(lines), len(RESULTS)):
         row = {line["result"]: line for line in lines[first : first + len(RESULTS)]}
@@ -376,20 +391,27 @@ def results_table(lines: Sequence[dict[str, Any]]) -> str:
     return text
 
 
-def masked_table(lines: Sequence[dict[str, Any]]) -> str:
-    """Return the table of the masks in Markdown, with a column for each mask."""
+def masked_table(
+    lines: Sequence[dict[str, Any]], of: str = "instructions", unit: str = f"per {LANES} tokens"
+) -> str:
+    """Return the table of the masks in Markdown, with a column for each mask.
+
+    ``of`` and ``unit`` are those of results_table().
+    """
     text = (
-        "Rows of `model` with an `allowed_mask`: how many times the instructions of the same call "
-        "without one. The goal is at most 1.2 for `half`, a random half of the tokens, and at most "
-        "2 for every other mask. A miss is bold, with what the call takes without a mask where the "
-        "banned logits are -inf.\n\n"
+        f"Rows of `model` with an `allowed_mask`: how many times the {of} of the same call "
+        "without one. The goal for instructions is at most 1.2 for `half`, a random half of the "
+        "tokens, and at most 2 for every other mask. What is above that is bold, with what the "
+        "call takes without a mask where the banned logits are -inf.\n\n"
     )
-    text += f"| instructions | dtype | case | per {LANES} tokens | {' | '.join(MASK_GOALS)} |\n"
-    text += f"|---|---|---|--:|{'--:|' * len(MASK_GOALS)}\n"
+    names = [name for name in ("instruction_set", "dtype", "case") if name in lines[0]]
+    heads = [name.replace("_", " ") for name in names]
+    text += f"| {' | '.join((*heads, unit, *MASK_GOALS))} |\n"
+    text += f"|{'---|' * len(names)}--:|{'--:|' * len(MASK_GOALS)}\n"
     for first in range(0, len(lines), len(MASK_GOALS)):
         row = lines[first : first + len(MASK_GOALS)]
         line = row[0]
-        text += f"| {line['instruction_set']} | {line['dtype']} | {line['case']} "
+        text += f"| {' | '.join(line[name] for name in names)} "
         text += f"| {line['unmasked']:.1f} | {' | '.join(map(_ratio, row))} |\n"
     return text
 
@@ -426,9 +448,10 @@ def main(argv: Sequence[str]) -> int:
         count(options.count, options.library)
         return 0
     with ThreadPoolExecutor() as pool:  # the load of a machine changes no count
-        whole, of_results = pool.submit(run, "whole"), pool.submit(run_results)
+        whole = pool.submit(run, "whole")
+        of_results = pool.submit(run, "results", objects={*OBJECTS, LOGARITHMS})
         masked = [line for found in pool.map(run_masked, INSTRUCTION_SETS) for line in found]
-        lines, results = whole.result(), of_results.result()
+        lines, results = whole.result(), compare_results(of_results.result())
     command = command_line("cpu_cost", argv)
     text = f"`{command}`, V = {VOCAB_SIZE:,}, one row, float32\n\n{table(lines)}"
     text += f"\n{results_table(results)}\n{masked_table(masked)}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_sampling import checks
 from llm_sampling.history import check_vocab_size
-from llm_sampling.tensors import readable
+from llm_sampling.tensors import is_readable_as_it_is, readable
 
 #: The forms of an ``allowed_mask``.
 Mask = Tensor | npt.NDArray[np.bool_] | npt.NDArray[np.int32] | Sequence[Collection[int] | None]
@@ -156,6 +156,9 @@ def check_mask(mask: object, rows: int, vocab_size: int, device: torch.device) -
     Raises:
         ValueError: it has another form, too few columns, another number of rows or another device.
     """
+    words = rows, -(-vocab_size // 32)
+    if not torch.compiler.is_compiling() and is_readable_as_it_is(mask, words, torch.int32, device):
+        return mask  # type: ignore[return-value]
     if isinstance(mask, Tensor) and mask.device != device:
         raise ValueError(f"allowed_mask must be on the logits' device {device}, got {mask.device}")
     packed = _packed("allowed_mask", mask, vocab_size, device)

@@ -247,6 +247,19 @@ LONG_INTERPRETED = {
     "test_table.py::test_covering_cases_by_slot[V33-slot-triton]",
     "test_table.py::test_covering_cases_by_slot[V33-text-triton]",
 }
+#: "file::function" -> the rule for those of its other cases that -m sweep executes. What is left
+#: then gets the marker slow.
+SWEPT = {
+    "test_triton_compile.py::test_every_result_compiles": Some(arch=("sm_90",)),
+    "test_cuda_results.py::test_covering_cases": Some(5),
+    "test_cuda_results.py::test_logits_that_change": Some(5),
+    "test_cuda_results.py::test_layouts": Some(3),
+    "test_cuda_results.py::test_what_is_wrong_is_seen": Some(4),
+}
+SWEPT_INTERPRETED = {
+    "test_triton_results.py::test_logits_that_change": Some(3),
+    "test_triton_results.py::test_small_tiles": Some(2),
+}
 #: The longest cases in the interpreter; other cases of the same tests run there.
 SLOW_INTERPRETED = {
     "test_triton_interpreted.py::test_logits_that_change[triton-far above-often]",
@@ -260,6 +273,17 @@ SLOW_INTERPRETED = {
     "test_triton_interpreted.py::test_logits_that_change[triton-nothing is left-often]",
     "test_triton_interpreted.py::test_small_tiles[triton-torch.float32-aligned rows]",
     "test_triton_interpreted.py::test_small_tiles[triton-torch.float32-contiguous]",
+    "test_results.py::test_covering_cases[long-V513-bfloat16-triton]",
+    "test_results.py::test_covering_cases[raw-V513-bfloat16-triton]",
+    "test_results.py::test_covering_cases[processed-V513-bfloat16-triton]",
+    "test_results.py::test_covering_cases[both-V1000-float16-triton]",
+    "test_results.py::test_covering_cases[few-V1000-float16-triton]",
+    "test_results.py::test_covering_cases[ids-V1000-float16-triton]",
+    "test_results.py::test_covering_cases[processed-V128256-float16-triton]",
+    "test_results.py::test_covering_cases[raw-V128256-float16-triton]",
+    "test_results.py::test_covering_cases[few-V128256-float16-triton]",
+    "test_results.py::test_covering_cases[ids-V128256-float16-triton]",
+    "test_results.py::test_covering_cases[long-V128256-float16-triton]",
 }
 #: The tests with the most rows per backend -> the vocabulary sizes, or pairs of size and dtype,
 #: that Triton's interpreter runs. Their other cases get the marker slow for the interpreter.
@@ -304,15 +328,25 @@ def mark(items):
             item.get_closest_marker(name) for name in ("slow", "large", "gpu", "vllm", "sglang")
         ):
             continue
-        some = (SOME_INTERPRETED if is_interpreted else SOME).get(function)
+        rules = (SOME_INTERPRETED, SWEPT_INTERPRETED) if is_interpreted else (SOME, SWEPT)
+        some, swept = (rule.get(function) for rule in rules)
         if some is not None and some.includes(params):
-            place = found[function, is_interpreted] = found.get((function, is_interpreted), -1) + 1
-            is_left = place % some.one_in != 0
+            is_left = not _is_next(found, (function, is_interpreted), some)
         else:
             long = LONG_INTERPRETED if is_interpreted else LONG
             is_left = some is not None or name in long
         if is_left:
-            item.add_marker(pytest.mark.sweep)
+            is_swept = swept is None or (
+                swept.includes(params)
+                and _is_next(found, (function, is_interpreted, "swept"), swept)
+            )
+            item.add_marker(pytest.mark.sweep if is_swept else pytest.mark.slow)
+
+
+def _is_next(found, of, some):
+    """Whether the next of the cases that a rule considers is one that it selects."""
+    place = found[of] = found.get(of, -1) + 1
+    return place % some.one_in == 0
 
 
 def _is_left_to_slow(name, params):

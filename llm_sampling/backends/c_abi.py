@@ -245,6 +245,25 @@ def set_results(args: SampleArgs, output: SampleOutput) -> None:
         _set_addresses(args.kept, output.kept)
 
 
+def words_of(args: SampleArgs) -> ctypes.Array[ctypes.c_uint64]:
+    """The struct's memory as words, in which a step of a decode loop changes addresses."""
+    return (ctypes.c_uint64 * (ctypes.sizeof(SampleArgs) // 8)).from_buffer(args)
+
+
+def result_places(output: SampleOutput) -> list[int]:
+    """The words for the addresses of an output's tensors, in the order of ``tensors_of``."""
+    bytes_before = [SampleArgs.tokens.offset, SampleArgs.status.offset]
+    for name, kind in (("processed", LogprobsArgs), ("raw", LogprobsArgs), ("kept", KeptArgs)):
+        part = getattr(output, name)
+        before = getattr(SampleArgs, name).offset
+        bytes_before += [
+            before + getattr(kind, field).offset
+            for field, tensor in zip(part._fields if part else (), part or (), strict=True)
+            if tensor is not None
+        ]
+    return [offset // 8 for offset in bytes_before]
+
+
 def _set_addresses(args: ctypes.Structure, results: TokenLogprobs | KeptSet) -> None:
     """Point a part of the struct at the results with the same names."""
     for name, tensor in zip(results._fields, results, strict=True):

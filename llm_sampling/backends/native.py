@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,12 +26,14 @@ from llm_sampling.backends.c_abi import (
     SampleArgs,
     make_args,
     make_update_args,
+    result_places,
     set_history,
     set_logits,
     set_results,
+    words_of,
 )
 from llm_sampling.history import HistoryUpdate, Text, TokenHistory
-from llm_sampling.results import SampleOutput, output_of, tensors_of
+from llm_sampling.results import SampleOutput, outputs_of, tensors_of
 
 
 class Library:
@@ -180,7 +182,8 @@ def prepare(call: SampleCall, run: Run) -> Step:
     check, rows = call.check, call.logits.shape[0]
     of_rows: Tensor | None = None
     is_on_host = call.logits.device.type == "cpu"
-    results: list[SampleOutput] = []
+    results: list[tuple[SampleOutput, Sequence[Tensor]]] = []  # with their tensors
+    words, places = words_of(args), result_places(make_results(call, 0))
     steps = 0  # with this number of rows
 
     def step(
@@ -205,9 +208,10 @@ def prepare(call: SampleCall, run: Run) -> Step:
                 steps = 0
         if not results:
             is_first, steps = steps == 0, steps + 1  # another number may follow
-            results.extend([make_results(call, rows)] if is_first else _make_many(call, rows))
-        output = results.pop()
-        set_results(args, output)
+            results.extend(_make_many(call, rows, most=1 if is_first else 256))
+        output, tensors = results.pop()
+        for place, tensor in zip(places, tensors, strict=True):
+            words[place] = tensor.data_ptr()
         run(args)
         if check and not (rows >= 64 and is_on_host and _is_zero(args.status, 4 * rows)):
             raise_on_status(output.status)
@@ -243,39 +247,34 @@ def _is_zero(address: int | None, size: int) -> bool:
     return ctypes.string_at(address or 0, size) == bytes(size)
 
 
-def _make_many(call: SampleCall, rows: int) -> list[SampleOutput]:
-    """Make result tensors for one step or more.
+def _make_many(
+    call: SampleCall, rows: int, most: int
+) -> list[tuple[SampleOutput, Sequence[Tensor]]]:
+    """Make result tensors for one step, or on the CPU for ``most`` or fewer.
 
     On the CPU those of many steps are allocated together, which takes a third of the time.
     Elsewhere each step has an allocation of its own, because a captured graph must own its memory.
     """
-    if call.logits.device.type != "cpu":
-        return [make_results(call, rows)]
-    like = tensors_of(make_results(call, rows))
-    steps = max(1, min(256, 2**16 // max(1, max(tensor.numel() for tensor in like))))
+    first = make_results(call, rows)
+    like = tensors_of(first)
+    if call.logits.device.type != "cpu" or most == 1:
+        return [(first, like)]
+    steps = max(1, min(most, 2**16 // max(1, max(tensor.numel() for tensor in like))))
     with torch.inference_mode(False):  # a later step may run outside of inference mode
         # "Unsafe" parts are independent for autograd: one that a graph has saved stays valid when
         # another is changed in place.
-        parts = zip(
-            *(
-                x.new_empty(steps * len(x), *x.shape[1:]).unsafe_split_with_sizes([len(x)] * steps)
-                for x in like
-            ),
-            strict=True,
+        parts = list(
+            zip(
+                *(
+                    x.new_empty(steps * len(x), *x.shape[1:]).unsafe_split_with_sizes(
+                        [len(x)] * steps
+                    )
+                    for x in like
+                ),
+                strict=True,
+            )
         )
-    size = rows, call.num_samples, call.logits.shape[1]
-    if len(like) == 2:  # the same as below, in a tenth of the time
-        return [_as_output((tokens, None, status, None, None, None)) for tokens, status in parts]
-
-    def step_of(tensors: tuple[Tensor, ...]) -> SampleOutput:
-        taken = iter(tensors)
-        return output_of(call.wanted, *size, lambda shape, dtype: next(taken))
-
-    return list(map(step_of, parts))
-
-
-#: ``SampleOutput._make`` without its check of the length.
-_as_output = functools.partial(tuple.__new__, SampleOutput)
+    return list(zip(outputs_of(call.wanted, parts), parts, strict=True))
 
 
 class _Held:

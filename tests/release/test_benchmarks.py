@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import (
+    additions,
     cpu_cost,
     environments,
     gpu_model,
@@ -717,6 +718,13 @@ def test_a_call_is_timed_alone_and_after_what_is_said():
     assert seen == [(what, buffer, count) for buffer, count, what in turns]
 
 
+def test_a_timing_of_additions_needs_a_turn(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        additions.main(["--rounds", "0"])
+    assert stopped.value.code == 2
+    assert "got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--threads", "1"], ["--calls", "0"]])
 def test_a_comparison_of_threads_needs_some(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -834,6 +842,41 @@ MISSED = {
     ("min-p-0.05", "all but the best 2,000"),
     ("min-p-0.05", "all but the best 20,000"),
 }
+
+
+def test_what_results_and_masks_add_to_a_call(tmp_path, capsys, monkeypatch):
+    for name in ("VOCAB_SIZE", "INPUTS", "RESULT_CASES", "MASKED_CASES", "DTYPES"):
+        few = {"VOCAB_SIZE": 21000, "DTYPES": {"float32": torch.float32}}
+        monkeypatch.setattr(cpu_cost, name, few.get(name) or getattr(cpu_cost, name)[-1:])
+    before = torch.get_num_threads()
+    path = tmp_path / "additions.json"
+    additions.main(["--rounds", "1", "--json", str(path)])
+    torch.set_num_threads(before)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["command"].startswith("python -m benchmarks.additions --rounds 1")
+    assert record["environment"]["threads"] == 1
+    assert [line["result"] for line in record["results"]] == list(cpu_cost.RESULTS)
+    assert [line["mask"] for line in record["masks"]] == list(cpu_cost.MASK_GOALS)
+    assert all(line["total"] > 0 for line in record["results"])
+    assert all(line["unmasked"] > 0 and line["masked"] > 0 for line in record["masks"])
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert text + "\n" == capsys.readouterr().out
+    assert "in percent of the time of the call for tokens" in text
+
+
+def test_what_is_added_is_compared_with_calls_of_the_same_case():
+    """A base that is slow in one case must not be compared with the results of another."""
+    parts = [
+        ({"input": name, "case": case, "result": result}, 1.0 + len(result) + 100 * (case == "b"))
+        for name in ("x", "y")
+        for case in ("a", "b")
+        for result in ("tokens", "raw", "top 20 raw")
+    ]
+    lines = cpu_cost.compare_results(names | {"total": total} for names, total in parts)
+    more = {(line["case"], line["result"]): line["more"] for line in lines}
+    assert more["a", "raw"] == pytest.approx(-3 / 7, abs=1e-3)
+    assert more["a", "top 20 raw"] == pytest.approx(7 / 7, abs=1e-3)  # over raw, of tokens
+    assert more["b", "top 20 raw"] == pytest.approx(7 / 107, abs=1e-3)
 
 
 def test_counting_instructions_needs_valgrind(monkeypatch):

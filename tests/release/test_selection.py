@@ -14,6 +14,8 @@ TABLES = (
     selection.SOME_INTERPRETED,
     selection.LONG,
     selection.LONG_INTERPRETED,
+    selection.SWEPT,
+    selection.SWEPT_INTERPRETED,
 )
 
 

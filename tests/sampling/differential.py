@@ -393,7 +393,8 @@ asked = {{"positions": {[*row.positions]}, "num_samples": {row.num_samples},
 for backend in ("torch", {backend!r}):
     drawn = sample(logits, params, **given, **asked, backend=backend)
     filtered = filter_logits(logits, params, **given, backend=backend)
-    print(backend, *(x if x is None else x.tolist() for x in (*drawn, filtered)))
+    values = (drawn.tokens, drawn.logprobs, drawn.status, filtered)
+    print(backend, *(x if x is None else x.tolist() for x in values))
 """
 
 
