@@ -142,6 +142,4 @@ def _match(seen: list[int], place: int) -> int:
 def _ends_with(seen: list[int], following: int, sequences: TokenSequences) -> bool:
     """Whether one of the sequences is complete where so many ids follow it."""
     end = len(seen) - following
-    return any(
-        0 < len(one) <= end and seen[end - len(one) : end] == list(one) for one in sequences
-    )
+    return any(0 < len(one) <= end and seen[end - len(one) : end] == list(one) for one in sequences)
