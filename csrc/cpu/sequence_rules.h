@@ -9,6 +9,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../history.h"
+#include "../llm_sampling.h"
+#include "../rows.h"
 #include "../semantics.h"
 #include "buffer.h"
 
@@ -17,15 +20,6 @@ namespace {
 
 constexpr int32_t kMaxExcess = 255;  // a match longer than allowed by more counts as longer by this
 constexpr float kMaxAmount = 0x1p100f;
-
-// What a record of token sequences is for.
-enum SequenceKind {
-  kBreakerIds = 0,  // each id is a breaker of DRY; in rising order
-  kBreaker = 1,     // the ids are a breaker of several tokens
-  kBadWord = 2,
-  kStopIds = 3,  // the ids that are banned until the output has min_tokens
-  kSequenceKinds
-};
 
 // Records, one after the other: a kind, the number of ids, and the ids.
 struct Sequences {
@@ -52,6 +46,22 @@ struct SequenceRules {
   int32_t min_tokens;
   Sequences sequences;
 };
+
+// The rules of a row; `index` is that of its parameters.
+inline SequenceRules read_rules(const LlmSamplingArgs& args, int64_t index) {
+  const Entries entries = sequence_entries(args, index);
+  const int32_t* sequences = args.sequences + entries.begin;
+  return {
+      std::max(read_once(args.dry_multiplier[index]), 0.0f),
+      read_once(args.dry_base[index]),
+      read_once(args.dry_allowed_length[index]),
+      read_once(args.dry_penalty_last_n[index]),
+      read_once(args.no_repeat_ngram_size[index]),
+      read_once(args.no_repeat_ngram_window[index]),
+      read_once(args.min_tokens[index]),
+      {sequences, sequences + entries.count},
+  };
+}
 
 // Prompt and output of a row: the ids of a text, and those that come after them for this call.
 class RowIds {
@@ -140,10 +150,10 @@ class PenaltyList {
     }
     const bool is_short = output_length + text.num_extra() < rules.min_tokens;
     rules.sequences.each([&](int32_t kind, const int32_t* ids, int64_t count) {
-      if (kind == kBadWord && count > 0 && text.end_with(ids, count - 1, 0)) {
+      if (kind == LLM_SAMPLING_BAD_WORD && count > 0 && text.end_with(ids, count - 1, 0)) {
         ban(read_once(ids[count - 1]));
       }
-      for (int64_t i = 0; kind == kStopIds && is_short && i < count; ++i) ban(read_once(ids[i]));
+      for (int64_t i = 0; kind == LLM_SAMPLING_STOP_IDS && is_short && i < count; ++i) ban(read_once(ids[i]));
     });
     finish(rules);
   }
@@ -214,9 +224,9 @@ class PenaltyList {
     for (int64_t following = 0; following < most; ++following) {
       bool is_end = false;
       sequences.each([&](int32_t kind, const int32_t* ids, int64_t count) {
-        if (kind == kBreakerIds) {
+        if (kind == LLM_SAMPLING_BREAKER_IDS) {
           is_end |= std::binary_search(ids, ids + count, last[following]);
-        } else if (kind == kBreaker && count > 0 && count <= size - following) {
+        } else if (kind == LLM_SAMPLING_BREAKER && count > 0 && count <= size - following) {
           is_end |= text.end_with(ids, count, following);
         }
       });
@@ -228,7 +238,7 @@ class PenaltyList {
   static bool is_breaker(const Sequences& sequences, int32_t id) {
     bool is_one = false;
     sequences.each([&](int32_t kind, const int32_t* ids, int64_t count) {
-      is_one |= kind == kBreakerIds && std::binary_search(ids, ids + count, id);
+      is_one |= kind == LLM_SAMPLING_BREAKER_IDS && std::binary_search(ids, ids + count, id);
     });
     return is_one;
   }
