@@ -186,7 +186,32 @@ typedef struct LlmSamplingArgs {
   // their own.
   void* workspace;
   int64_t workspace_bytes;  // at least what llm_sampling_cuda_workspace says
+
+  // Rules that look at the ids in order, like the other parameters; they need the text. NULL dry_multiplier: no
+  // row has one.
+  const float* dry_multiplier;
+  const float* dry_base;
+  const int32_t* dry_allowed_length;
+  const int32_t* dry_penalty_last_n;  // negative: all ids
+  const int32_t* no_repeat_ngram_size;
+  const int32_t* no_repeat_ngram_window;  // 0: all ids
+  const int32_t* min_tokens;
+
+  // Their token sequences, as sparse as the biases: records, one after the other, of a kind, the number of ids,
+  // and the ids. NULL offsets: there are none.
+  const int64_t* sequence_offsets;  // (rows + 1,), rising, each in 0 .. sequences_size
+  const int32_t* sequence_counts;   // (num_param_slots,), with param_slots
+  const int32_t* sequences;
+  int64_t sequences_size;
 } LlmSamplingArgs;
+
+// Kinds of the records of `sequences`.
+enum {
+  LLM_SAMPLING_BREAKER_IDS = 0,  // each id is a breaker of DRY; rising
+  LLM_SAMPLING_BREAKER = 1,      // the ids are a breaker of DRY
+  LLM_SAMPLING_BAD_WORD = 2,     // its last id is banned where the others are the end of the text
+  LLM_SAMPLING_STOP_IDS = 3      // banned until the output has min_tokens ids
+};
 
 // Values of LlmSamplingUpdate.kind: what happens to the history of a row's slot.
 enum {

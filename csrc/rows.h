@@ -49,22 +49,31 @@ LLM_SAMPLING_FN uint64_t position(const LlmSamplingArgs& args, int64_t row, int6
   return found + 1 - static_cast<uint64_t>(args.prompt_lengths[index]);
 }
 
-// The entries of the sparse bias that belong to an index of the parameters; their number fits an int32.
-struct BiasEntries {
+// A part of an array; its size fits an int32.
+struct Entries {
   int64_t begin, count;
 };
 
-LLM_SAMPLING_FN BiasEntries bias_entries(const LlmSamplingArgs& args, int64_t index) {
-  BiasEntries entries = {0, 0};
-  if (args.logit_bias_offsets != nullptr) {
-    const int64_t size = args.logit_bias_size;
-    entries.begin = limited(read_once(args.logit_bias_offsets[index]), 0, size);
-    const int64_t end = args.logit_bias_counts != nullptr
-                            ? entries.begin + read_once(args.logit_bias_counts[index])
-                            : read_once(args.logit_bias_offsets[index + 1]);
-    entries.count = limited(limited(end, entries.begin, size) - entries.begin, 0, INT32_MAX);
-  }
+// The part that belongs to an index of the parameters: from its offset on, `counts` of it, or up to the next
+// offset where there are no counts.
+LLM_SAMPLING_FN Entries
+entries_of(const int64_t* offsets, const int32_t* counts, int64_t size, int64_t index) {
+  Entries entries = {0, 0};
+  if (offsets == nullptr) return entries;
+  entries.begin = limited(read_once(offsets[index]), 0, size);
+  const int64_t end = counts != nullptr ? entries.begin + read_once(counts[index])
+                                        : read_once(offsets[index + 1]);
+  entries.count = limited(limited(end, entries.begin, size) - entries.begin, 0, INT32_MAX);
   return entries;
+}
+
+LLM_SAMPLING_FN Entries bias_entries(const LlmSamplingArgs& args, int64_t index) {
+  const int64_t size = args.logit_bias_size;
+  return entries_of(args.logit_bias_offsets, args.logit_bias_counts, size, index);
+}
+
+LLM_SAMPLING_FN Entries sequence_entries(const LlmSamplingArgs& args, int64_t index) {
+  return entries_of(args.sequence_offsets, args.sequence_counts, args.sequences_size, index);
 }
 
 }  // namespace llm_sampling

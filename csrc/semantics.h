@@ -59,6 +59,11 @@ LLM_SAMPLING_FN float biased(float x, float bias) {
   return bias == -kInfinity ? bias : sum;
 }
 
+// 5a the list: an infinite amount bans the token, whatever its logit is.
+LLM_SAMPLING_FN float lowered(float x, float amount) {
+  return amount == kInfinity ? -kInfinity : x - amount;
+}
+
 // 3 repetition penalty
 LLM_SAMPLING_FN float repetition(float x, float penalty) {
   const float divided = x / penalty;

@@ -48,32 +48,17 @@
 #include "../rows.h"
 #include "../semantics.h"
 #include "../validate.h"
+#include "buffer.h"
 #include "history.h"
 #include "passes.h"
 #include "results.h"
 #include "select.h"
+#include "sequence_rules.h"
 #include "thread_pool.h"
 #include "tile.h"
 
 namespace llm_sampling {
 namespace {
-
-// Grow-only scratch memory; its contents are uninitialised.
-template <typename T>
-class Buffer {
- public:
-  T* at_least(int64_t size) {
-    if (size > size_) {
-      data_.reset(new T[static_cast<size_t>(size)]);
-      size_ = size;
-    }
-    return data_.get();
-  }
-
- private:
-  std::unique_ptr<T[]> data_;
-  int64_t size_ = 0;
-};
 
 struct Bias {
   int32_t id;
@@ -90,6 +75,7 @@ struct Workspace {
   Buffer<int32_t> bias_ids, bins;
   Histogram histogram;
   Replaced replaced;
+  PenaltyList list;
 };
 
 // One row's parameters of steps 8 and 11 to 14. Those of steps 2 to 5 and 9 are in its Row.
@@ -171,6 +157,7 @@ class RowSampler {
 
  private:
   Row make_row(int64_t row, int64_t index);
+  void list_tokens(int64_t number, int64_t index, Row& row);
   void find_maxima(const Row& row);
   bool find_kept_penalising_late();
   void find_kept();
@@ -272,7 +259,7 @@ Row RowSampler::make_row(int64_t number, int64_t index) {
   row.vocab_size = args_.vocab_size;
   row.scale = depth_scale(params_.temperature);
 
-  const BiasEntries entries = bias_entries(args_, index);
+  const Entries entries = bias_entries(args_, index);
   row.bias_count = entries.count;
   if (entries.count > 0) {
     row.bias_ids = args_.logit_bias_ids + entries.begin;
@@ -322,7 +309,22 @@ Row RowSampler::make_row(int64_t number, int64_t index) {
       row.replaced = &ws_.replaced;
     }
   }
+  if (args_.dry_multiplier != nullptr && args_.text != nullptr) list_tokens(number, index, row);
   return row;
+}
+
+// 5a the list: makes it, and points the row at it.
+void RowSampler::list_tokens(int64_t number, int64_t index, Row& row) {
+  const SlotHistory history = slot_history(args_, history_slot(args_, number));
+  const int64_t length = text_length(history);
+  const int64_t extras = args_.extra_output != nullptr ? args_.num_extra_output : 0;
+  const int32_t* extra = args_.extra_output + number * extras;
+  const RowIds ids(history.text, length, extra, extras, row.vocab_size);
+  const int64_t output = std::max<int64_t>(length - std::max<int64_t>(history.prompt_length, 0), 0);
+  ws_.list.make(read_rules(args_, index), ids, output, row.vocab_size);
+  row.listed_ids = ws_.list.ids();
+  row.listed_amounts = ws_.list.amounts();
+  row.listed_count = ws_.list.size();
 }
 
 // Finds the maxima of stripes, tiles and the row, and whether a logit is NaN.
@@ -341,7 +343,7 @@ void RowSampler::find_maxima(const Row& row) {
 }
 
 // Steps 3 to 13 if top-k is on and the penalties can only lower logits. A token's logit before the penalties
-// is then an upper bound of its logit after them. So only the tokens whose logit was at or above some bound
+// is then an upper bound of its logit after them, and so it is with the list of step 5a before and after both. So only the tokens whose logit was at or above some bound
 // become candidates, and only they are penalised. If k of them are still at or above the bound, the first k
 // of the order are among them. The cost does not grow with the history. Returns false, with nothing kept,
 // if the conditions do not hold or too many tokens would have to be tried.
@@ -353,11 +355,14 @@ bool RowSampler::find_kept_penalising_late() {
 
   Row unpenalised = row_;
   unpenalised.seen = nullptr;
-  find_maxima(unpenalised);
+  find_maxima(unpenalised);  // with the list, under whose bans a NaN is not seen
+  Row unlisted = unpenalised;
+  unlisted.listed_count = 0;
   for (int64_t tried = k + k / 4 + 16; tried <= row_.vocab_size / 8; tried *= 4) {
     const float bound = bound_of_kth_logit(tried);
-    gather(unpenalised, bound);
+    gather(unlisted, bound);
     penalise_candidates(row_, candidates_.x, candidates_.id, candidates_.size);
+    lower_candidates(row_, candidates_.x, candidates_.id, candidates_.size);
     drop_below(bound);
     if (candidates_.size < k && bound > kLowest) continue;
     if (candidates_.size == 0) return true;
@@ -904,6 +909,7 @@ void RowSampler::write_raw() {
     candidates_are_first_ = false;
     row.bias_count = 0;
     row.allowed = row.seen = nullptr;
+    row.listed_count = 0;
     over_tiles([&](int64_t begin, int64_t end) {
       scan_maxima(row, begin, end, stripe_max_, tile_max_);
     });

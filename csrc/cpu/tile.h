@@ -49,11 +49,16 @@ struct Row {
   float repetition_penalty;
   float frequency_penalty;
   float presence_penalty;
+  const int32_t* listed_ids;    // of step 5a, rising
+  const float* listed_amounts;  // what is subtracted from their logits
+  int64_t listed_count;
   float m;      // the row's maximum (step 9), known after the first pass
   float scale;  // s of step 9
 
   // Whether steps 2 to 5 change nothing.
-  bool is_raw() const { return bias_count == 0 && allowed == nullptr && seen == nullptr; }
+  bool is_raw() const {
+    return bias_count == 0 && allowed == nullptr && seen == nullptr && listed_count == 0;
+  }
   int64_t tiles() const { return (vocab_size + kTile - 1) / kTile; }
 };
 
@@ -189,6 +194,43 @@ INLINE void penalise_candidates(const Row& row, float* x, const uint32_t* id, in
   }
 }
 
+// The listed tokens of a row from an id on.
+struct Listed {
+  const int32_t* id;
+  const int32_t* end;
+};
+
+INLINE Listed listed_from(const Row& row, int64_t begin) {
+  const int32_t* end = row.listed_ids + row.listed_count;
+  return {std::lower_bound(row.listed_ids, end, static_cast<int32_t>(begin)), end};
+}
+
+// Whether a tile has a listed token.
+INLINE bool has_listed(const Row& row, int64_t begin) {
+  if (row.listed_count == 0) return false;
+  const auto [first, end] = listed_from(row, begin);
+  return first != end && *first < begin + kTile;
+}
+
+// 5a the list, for a tile.
+INLINE void lower_listed(const Row& row, int64_t begin, int count, float* y) {
+  const auto [first, end] = listed_from(row, begin);
+  for (const int32_t* id = first; id != end && *id < begin + count; ++id) {
+    y[*id - begin] = lowered(y[*id - begin], row.listed_amounts[id - row.listed_ids]);
+  }
+}
+
+// 5a the list, for candidates, whose ids rise.
+INLINE void lower_candidates(const Row& row, float* x, const uint32_t* id, int64_t size) {
+  const int32_t* listed = row.listed_ids;
+  const int32_t* end = listed + row.listed_count;
+  for (int64_t i = 0; i < size && listed != end; ++i) {
+    listed = std::lower_bound(listed, end, static_cast<int32_t>(id[i]));
+    if (listed == end || static_cast<uint32_t>(*listed) != id[i]) continue;
+    x[i] = lowered(x[i], row.listed_amounts[listed - row.listed_ids]);
+  }
+}
+
 // The 512 logits of a tile after steps 1 to 5 without the mask, -inf past the row's end. They are written to
 // `buffer`, or returned in place if they are float32 and nothing changes them: then another thread may change
 // them between two loads. A mask may be applied afterwards, since no bias and no penalty changes -inf.
@@ -197,7 +239,8 @@ INLINE const float* load_tile_unmasked(const Row& row, int64_t tile, float* __re
   const int count = static_cast<int>(std::min<int64_t>(kTile, row.vocab_size - begin));
   switch (row.dtype) {  // 1 widen
     case LLM_SAMPLING_FLOAT32:
-      if (count == kTile && row.bias_count == 0 && row.seen == nullptr) {
+      if (count == kTile && row.bias_count == 0 && row.seen == nullptr &&
+          !has_listed(row, begin)) {
         return static_cast<const float*>(row.logits) + begin;
       }
       widen<float, same>(row.logits, begin, count, buffer);
@@ -211,6 +254,7 @@ INLINE const float* load_tile_unmasked(const Row& row, int64_t tile, float* __re
   for (int j = count; j < kTile; ++j) buffer[j] = -kInfinity;
   if (row.bias_count > 0) add_bias(row, begin, count, buffer);   // 2 bias
   if (row.seen != nullptr) penalise(row, begin, count, buffer);  // 3 to 5 penalties
+  if (row.listed_count > 0) lower_listed(row, begin, count, buffer);  // 5a
   return buffer;
 }
 

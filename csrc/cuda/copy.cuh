@@ -65,7 +65,7 @@ __device__ __forceinline__ float valid_temperature(float temperature) {
 // before the first barrier.
 template <int kDtype, Layout kLayout>
 __device__ void RowSampler<kDtype, kLayout>::read_parameters(int64_t index, int vecs) {
-  const BiasEntries biases = bias_entries(args_, index);
+  const Entries biases = bias_entries(args_, index);
   row_.bias_count = static_cast<int>(biases.count);
   const int64_t slot = args_.seen != nullptr ? history_slot(args_, index_) : 0;
   Penalties penalties = {

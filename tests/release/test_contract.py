@@ -45,7 +45,7 @@ DERIVED = {"unseeded", "position", *FLAGS}
 
 #: The layers of the package. A module may import only modules of the layers above its own.
 LAYERS = (
-    ("version", "checks", "backends.triton_kernel"),
+    ("version", "checks", "sequence_rules", "backends.triton_kernel"),
     ("tensors",),
     ("fields", "history", "results", "backends.triton_history"),
     ("params", "masks"),
