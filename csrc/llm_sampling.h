@@ -187,8 +187,9 @@ typedef struct LlmSamplingArgs {
   void* workspace;
   int64_t workspace_bytes;  // at least what llm_sampling_cuda_workspace says
 
-  // Rules that look at the ids in order, like the other parameters; they need the text. NULL dry_multiplier: no
-  // row has one.
+  // Rules that look at the history, like the other parameters: those of DRY, n-grams and bad words at its text,
+  // without which they see no ids, and min_tokens at `lengths`. They need seen. NULL dry_multiplier: no row has
+  // one.
   const float* dry_multiplier;
   const float* dry_base;
   const int32_t* dry_allowed_length;

@@ -55,6 +55,14 @@ inline bool all_parameters(const LlmSamplingArgs& a, const F& holds) {
          holds(a.min_tokens_to_keep);
 }
 
+// The same for the parameters of the rules that look at the history, of which a call has all or none.
+template <typename F>
+inline bool all_rules(const LlmSamplingArgs& a, const F& holds) {
+  return holds(a.dry_multiplier) && holds(a.dry_base) && holds(a.dry_allowed_length) &&
+         holds(a.dry_penalty_last_n) && holds(a.no_repeat_ngram_size) &&
+         holds(a.no_repeat_ngram_window) && holds(a.min_tokens);
+}
+
 // Whether the size in bytes of `rows` rows of `width` elements, `stride` elements apart, fits an int64. So does
 // that of one row more, as the bias offsets have.
 inline bool is_addressable(int64_t rows, int64_t stride, int64_t width) {
@@ -122,7 +130,7 @@ class Regions {
   }
 
  private:
-  Region of_[64];
+  Region of_[96];
   int count_ = 0;
 };
 
@@ -211,6 +219,13 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
       region(a.logit_bias_values, entries),
       region(a.slots, has_history ? a.rows : 0),
       region(a.token_ids, a.rows, a.num_token_ids, a.token_ids_stride),
+      region(a.sequence_offsets, params + (a.sequence_counts == nullptr)),
+      region(a.sequence_counts, params),
+      region(a.sequences, a.sequence_offsets != nullptr ? a.sequences_size : 0),
+  });
+  all_rules(a, [&](const auto* rule) {
+    regions.add(region(rule, params));
+    return true;
   });
   return regions.overlap(advances ? written_or_advanced : written);
 }
@@ -287,7 +302,8 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
       a.kept.max_ids > LLM_SAMPLING_MAX_LISTED || a.num_token_ids < 0 ||
       !is_addressable(a.rows, a.num_token_ids, a.num_token_ids) ||
       !is_addressable(1, a.workspace_bytes, a.workspace_bytes) ||
-      !is_addressable(1, a.logit_bias_size, a.logit_bias_size)) {
+      !is_addressable(1, a.logit_bias_size, a.logit_bias_size) || a.sequences_size < 0 ||
+      !is_addressable(1, a.sequences_size, a.sequences_size)) {
     return LLM_SAMPLING_BAD_SIZE;
   }
   if (a.dtype < LLM_SAMPLING_FLOAT32 || a.dtype > LLM_SAMPLING_BFLOAT16 ||
@@ -301,7 +317,8 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   const bool has_text = a.position_of == LLM_SAMPLING_POSITION_OF_TEXT;
   // Everything else that belongs to slots needs them.
   if (!by_slot &&
-      (a.position_of != LLM_SAMPLING_POSITION_OF_ROW || a.logit_bias_counts != nullptr)) {
+      (a.position_of != LLM_SAMPLING_POSITION_OF_ROW || a.logit_bias_counts != nullptr ||
+       a.sequence_counts != nullptr)) {
     return LLM_SAMPLING_BAD_OPTION;
   }
   if (by_slot && (a.num_param_slots < 1 || a.num_param_slots > INT32_MAX)) {
@@ -345,12 +362,21 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
         addresses % 8 == 0 && is_aligned(a.filtered) && is_aligned(a.text) &&
         is_aligned(a.text_lengths) && is_aligned(a.text_prompt_lengths) && is_aligned(a.windows) &&
         is_aligned(a.repetition_penalty_scope) && is_aligned(a.extra_output) &&
+        all_rules(a, [](const auto* p) { return is_aligned(p); }) &&
+        is_aligned(a.sequence_offsets) && is_aligned(a.sequence_counts) &&
+        is_aligned(a.sequences) &&
         is_aligned(static_cast<const uint64_t*>(a.workspace)))) {
     return LLM_SAMPLING_MISALIGNED;
   }
   if (a.logit_bias_offsets != nullptr && a.logit_bias_size > 0 &&
       (a.logit_bias_ids == nullptr || a.logit_bias_values == nullptr)) {
     return LLM_SAMPLING_NULL_POINTER;
+  }
+  if (a.dry_multiplier != nullptr) {
+    const bool has_all = all_rules(a, [](const auto* p) { return p != nullptr; });
+    const bool has_sequences = a.sequence_offsets == nullptr || a.sequences_size == 0 ||
+                               a.sequences != nullptr;
+    if (!has_all || !has_sequences || a.seen == nullptr) return LLM_SAMPLING_NULL_POINTER;
   }
   const int64_t words = (a.vocab_size + 31) / 32;
   // A stride of 0 repeats one row, which is allowed for inputs only.
@@ -434,7 +460,33 @@ inline int32_t check_slots(const LlmSamplingArgs& a) {
   return check_named_once(a.slots, a.rows, a.num_slots);
 }
 
-// Checks what the pointers of a struct that check_struct accepts point to: slots, bias offsets and values,
+// Checks the rules of a row that look at the history; `i` is the index of its parameters.
+inline int32_t check_rules(const LlmSamplingArgs& a, int64_t i) {
+  if (!(a.dry_multiplier[i] >= 0.0f && a.dry_multiplier[i] <= 100.0f && a.dry_base[i] >= 1.0f &&
+        a.dry_base[i] <= 100.0f && a.dry_allowed_length[i] >= 1 && a.dry_penalty_last_n[i] >= -1 &&
+        a.no_repeat_ngram_size[i] >= 0 && a.no_repeat_ngram_window[i] >= 0 &&
+        a.min_tokens[i] >= 0)) {
+    return LLM_SAMPLING_BAD_PARAMETER;
+  }
+  if (a.sequence_offsets == nullptr) return LLM_SAMPLING_OK;
+  const int64_t begin = read_once(a.sequence_offsets[i]);
+  if (begin < 0 || begin > a.sequences_size) return LLM_SAMPLING_BAD_SIZE;
+  const int64_t end = a.sequence_counts != nullptr ? begin + read_once(a.sequence_counts[i])
+                                                   : read_once(a.sequence_offsets[i + 1]);
+  if (end < begin || end > a.sequences_size) return LLM_SAMPLING_BAD_SIZE;
+  for (int64_t at = begin; at < end;) {
+    if (end - at < 2) return LLM_SAMPLING_BAD_PARAMETER;
+    const int32_t kind = read_once(a.sequences[at]), count = read_once(a.sequences[at + 1]);
+    if (kind < LLM_SAMPLING_BREAKER_IDS || kind > LLM_SAMPLING_STOP_IDS || count < 1 ||
+        count > end - at - 2) {
+      return LLM_SAMPLING_BAD_PARAMETER;
+    }
+    at += 2 + count;
+  }
+  return LLM_SAMPLING_OK;
+}
+
+// Checks what the pointers of a struct that check_struct accepts point to: slots, offsets, biases, sequences,
 // and the range of every parameter. It reads the arrays, so they must be in host memory.
 inline int32_t check_values(const LlmSamplingArgs& a) {
   if (a.seen != nullptr) {
@@ -455,6 +507,10 @@ inline int32_t check_values(const LlmSamplingArgs& a) {
     }
     if (a.repetition_penalty_scope != nullptr && (a.repetition_penalty_scope[i] & ~1) != 0) {
       return LLM_SAMPLING_BAD_PARAMETER;
+    }
+    if (a.dry_multiplier != nullptr) {
+      const int32_t code = check_rules(a, i);
+      if (code != LLM_SAMPLING_OK) return code;
     }
     if (a.logit_bias_offsets == nullptr) continue;
     const int64_t begin = read_once(a.logit_bias_offsets[i]);
@@ -481,8 +537,8 @@ inline const char* error_text(int32_t code) {
       return "the struct is NULL or of another size or version than this library's";
     case LLM_SAMPLING_BAD_SIZE:
       return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
-             "logit_bias_size, max_text_length, num_extra_output, num_token_ids, num_top_logprobs, "
-             "workspace_bytes, max_ids, a slot or a bias offset is out of range";
+             "logit_bias_size, sequences_size, max_text_length, num_extra_output, num_token_ids, num_top_logprobs, "
+             "workspace_bytes, max_ids, a slot or an offset is out of range";
     case LLM_SAMPLING_BAD_OPTION:
       return "dtype, advance, kind, id_bytes, position_of or reserved has an "
              "unknown value, or one that needs param_slots";
@@ -493,7 +549,7 @@ inline const char* error_text(int32_t code) {
     case LLM_SAMPLING_MISALIGNED:
       return "a pointer is not aligned to its type";
     case LLM_SAMPLING_BAD_PARAMETER:
-      return "a row's sampling parameter or a bias is out of range";
+      return "a row's sampling parameter, a bias or a record of sequences is out of range";
     case LLM_SAMPLING_OUT_OF_MEMORY:
       return "out of memory";
     case LLM_SAMPLING_OVERLAP:

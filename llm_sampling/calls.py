@@ -110,6 +110,7 @@ def make_call(
         batch = pack(params, rows, device)
         check_history(history, batch.needs_history, rows, vocab_size, device)
         check_windows(history, batch)
+        check_order(history, batch)
         batch = batch.seeded() if seeded else batch
         batch = replace(batch, position=position_of(positions, batch, history))
         history = history if batch.needs_history else None
@@ -155,7 +156,7 @@ def _extra_output(
     rows: int,
     device: torch.device,
 ) -> Tensor | None:
-    """``extra_output_ids`` as contiguous int32 ``(rows, n)``; None where no penalty needs them."""
+    """``extra_output_ids`` as contiguous int32 ``(rows, n)``; None where nothing needs them."""
     rule = f"integers, at most {MAX_EXTRA_OUTPUT} for each of the {rows} rows"
     name = "extra_output_ids"
     ids = token_ids(name, given, rule, device)
@@ -222,12 +223,13 @@ def check_history(
     vocab_size: int,
     device: torch.device,
 ) -> None:
-    """A ValueError if ``history`` does not fit, or is missing where a penalty needs it."""
+    """A ValueError if ``history`` does not fit, or is missing where it is needed."""
     if history is None:
         if is_needed:
             raise ValueError(
-                "history must be given where repetition_penalty, frequency_penalty or "
-                "presence_penalty is on; TokenHistory.from_ids builds one"
+                "history must be given where repetition_penalty, frequency_penalty, "
+                "presence_penalty, dry_multiplier, no_repeat_ngram_size, bad_words or min_tokens "
+                "is on; TokenHistory.from_ids builds one"
             )
         return
     if not isinstance(history, TokenHistory):
@@ -275,6 +277,17 @@ def check_windows(history: TokenHistory | None, batch: BatchParams) -> None:
                 f"history must have the penalty_last_n of the parameters, {asked} in row {row}, "
                 f"got one of {kept}"
             )
+
+
+def check_order(history: TokenHistory | None, batch: BatchParams) -> None:
+    """A ValueError if a rule looks at the ids in order, which ``history`` does not keep."""
+    if history is None or not batch.has_rules or not batch.any_ordered_rule:
+        return
+    if history.text is None:
+        raise ValueError(
+            "history must keep the ids in order where dry_multiplier, no_repeat_ngram_size or "
+            "bad_words is on: make it with max_length"
+        )
 
 
 def check_draws(num_samples: int, check: bool | None) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 
@@ -85,6 +85,39 @@ def token_ids(name: str, ids: object) -> list[int]:
     if not isinstance(ids, Collection) or isinstance(ids, (str, bytes)):
         raise refusal(name, "a collection of token ids", ids)
     return [integer(name, token, "integers") for token in ids]
+
+
+def token_sequence(name: str, ids: object, rule: str) -> tuple[int, ...]:
+    """``ids`` as a tuple of ints in [0, 2^31).
+
+    Raises:
+        ValueError: it is a string or not iterable, or holds something else; the message has
+            ``rule``.
+    """
+    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+        raise refusal(name, rule, ids)
+    checked = tuple(integer(name, token, rule) for token in ids)
+    for token in checked:
+        if not 0 <= token < 2**31:
+            raise refusal(name, rule, token)
+    return checked
+
+
+def token_sequences(name: str, sequences: object, rule: str) -> tuple[tuple[int, ...], ...]:
+    """``sequences`` as a tuple of tuples of ints in [0, 2^31), none of them empty.
+
+    Raises:
+        ValueError: it is something else; the message names the place.
+    """
+    if isinstance(sequences, (str, bytes, Mapping)) or not isinstance(sequences, Iterable):
+        raise refusal(name, rule, sequences)
+    checked = []
+    for place, ids in enumerate(sequences):
+        sequence = token_sequence(f"{name}[{place}]", ids, "token ids in [0, 2^31)")
+        if not sequence:
+            raise refusal(f"{name}[{place}]", "token ids, one at least", ids)
+        checked.append(sequence)
+    return tuple(checked)
 
 
 def mapping_with(name: str, value: object, keys: Collection[str]) -> Mapping[str, Any]:

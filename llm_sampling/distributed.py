@@ -56,7 +56,7 @@ from llm_sampling.checks import integer_at_least
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory, slice_bits
 from llm_sampling.masks import check_mask
-from llm_sampling.params import DTYPES, BatchParams, SamplingParams
+from llm_sampling.params import DTYPES, RULE_TENSORS, BatchParams, SamplingParams
 from llm_sampling.results import KINDS, Kind, SampleOutput, TokenLogprobs, Wanted, kinds_of
 from llm_sampling.tensors import is_pretended, is_wrapper
 
@@ -241,6 +241,11 @@ def _checked(
     rows, device = logits.shape[0], logits.device
     vocab_start = integer_at_least("vocab_start", vocab_start, 0)
     batch = pack(params, rows, device)
+    if batch.has_rules:
+        raise ValueError(
+            "params must have no dry_multiplier, no_repeat_ngram_size, bad_words of several ids "
+            "and min_tokens for sample_sharded"
+        )
     vocab_size = history.vocab_size if isinstance(history, TokenHistory) else 0
     check_history(history, batch.needs_history, rows, vocab_size, device)
     check_windows(history, batch)
@@ -423,6 +428,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 #: The tensors of a batch that steps 2 to 6 and 14 read.
 _NOT_FILTERING = {
     *(field.name for field in FIELDS.values() if field.kind in ("penalty", "scope", "seed")),
+    *RULE_TENSORS,
     *("logit_bias_offsets", "logit_bias_ids", "logit_bias_values", "unseeded", "position"),
 }
 _OFF_ROW = BatchParams.from_list([SamplingParams()])

@@ -26,8 +26,15 @@ _ROUNDED_TO_INF, _ROUNDED_TO_0 = 2.0**128 - 2.0**103, 2.0**-150
 
 #: What a parameter does to a row. "rank", "mass" and "depth" are the filters: the three ways to cut
 #: the order of the tokens. "floor" is the number of tokens that no filter goes below. "scope" says
-#: which ids a penalty is for.
-Kind = Literal["bias", "penalty", "scope", "scale", "rank", "mass", "depth", "floor", "seed"]
+#: which ids a penalty is for. "rule" and "sequences" are those of the rules that look at the ids in
+#: order: numbers, and token sequences.
+Kind = Literal[
+    *("bias", "penalty", "scope", "scale", "rank", "mass", "depth", "floor", "seed"),
+    *("rule", "sequences"),
+]
+
+#: What token sequences must be, in words.
+SEQUENCES = "a sequence of token sequences, each with an id in [0, 2^31) at least"
 
 #: The values of ``repetition_penalty_scope`` -> their number in every kernel.
 SCOPES = {"all": 0, "output": 1}
@@ -74,10 +81,11 @@ class Field:
         kind: what it does.
         off: the value at which it does nothing.
         rule: what a value must be, in words; a message reads "NAME must be RULE, got VALUE".
-        holds: whether a value keeps the rule; not for ``logit_bias``.
+        holds: whether a value keeps the rule; not for ``logit_bias`` and token sequences.
         holds_in_column: the same for a tensor of values that were rounded to float32, where
             rounding makes a difference.
-        dtype: of the column; None for ``logit_bias`` and ``seed``, which have none.
+        dtype: of the column; None for ``logit_bias``, ``seed`` and token sequences, which have
+            none.
         packed: the column where it does not hold the parameter's own value.
         choices: the strings that it may be; none where it is a number.
         range: the values that it may have, as the tables of the documentation print them.
@@ -313,6 +321,136 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 step="3, 4, 5",
                 meaning="the penalties are for the last so many ids of prompt and output",
                 help="The penalties are for the last so many tokens; -1 is all.",
+            ),
+            Field(
+                "dry_multiplier",
+                kind="rule",
+                off=0.0,
+                rule="in [0, 100]",
+                holds=lambda m: (m >= 0) & (m <= 100),
+                dtype=torch.float32,
+                range="[0, 100]",
+                off_text="0",
+                step="5a",
+                meaning="DRY: subtracted from tokens that would repeat an earlier sequence",
+                help="Subtract this, and more, from what would repeat a sequence; 0 is off.",
+            ),
+            Field(
+                "dry_base",
+                kind="rule",
+                off=1.75,
+                rule="in [1, 100]",
+                holds=lambda base: (base >= 1) & (base <= 100),
+                dtype=torch.float32,
+                range="[1, 100]",
+                off_text="1.75",
+                step="5a",
+                meaning="DRY: each further token of the repeated sequence multiplies it by this",
+                help="Multiply it by this for each further token of the repeated sequence.",
+            ),
+            Field(
+                "dry_allowed_length",
+                kind="rule",
+                off=2,
+                rule="an integer >= 1",
+                holds=lambda length: length >= 1,
+                dtype=torch.int32,
+                range="integer >= 1",
+                off_text="2",
+                step="5a",
+                meaning="DRY: shorter sequences may be repeated",
+                help="Shorter sequences than this many tokens may be repeated.",
+            ),
+            Field(
+                "dry_penalty_last_n",
+                kind="rule",
+                off=-1,
+                rule="an integer >= -1",
+                holds=lambda n: n >= -1,
+                dtype=torch.int32,
+                range="integer >= -1",
+                off_text="-1",
+                step="5a",
+                meaning="DRY: looks at the last so many ids of prompt and output",
+                help="DRY looks at the last so many tokens; -1 is all.",
+            ),
+            Field(
+                "dry_breakers",
+                kind="sequences",
+                off=None,
+                rule=SEQUENCES,
+                holds=lambda sequences: True,  # checks.token_sequences looks at every id
+                dtype=None,
+                range="token sequences",
+                off_text="None",
+                step="5a",
+                meaning="DRY: no repeated sequence goes across one of these",
+                help="No repeated sequence goes across this string; repeatable.",
+            ),
+            Field(
+                "no_repeat_ngram_size",
+                kind="rule",
+                off=0,
+                rule="an integer >= 0",
+                holds=lambda size: size >= 0,
+                dtype=torch.int32,
+                range="integer >= 0",
+                off_text="0",
+                step="5a",
+                meaning="no sequence of so many ids comes twice",
+                help="No sequence of so many tokens comes twice; 0 is off.",
+            ),
+            Field(
+                "no_repeat_ngram_window",
+                kind="rule",
+                off=0,
+                rule="an integer >= 0",
+                holds=lambda window: window >= 0,
+                dtype=torch.int32,
+                range="integer >= 0",
+                off_text="0",
+                step="5a",
+                meaning="that rule looks at the last so many ids of prompt and output",
+                help="That rule looks at the last so many tokens; 0 is all.",
+            ),
+            Field(
+                "bad_words",
+                kind="sequences",
+                off=None,
+                rule=SEQUENCES,
+                holds=lambda sequences: True,
+                dtype=None,
+                range="token sequences",
+                off_text="None",
+                step="5a",
+                meaning="none of these sequences is completed",
+                help="Never complete this string; repeatable.",
+            ),
+            Field(
+                "min_tokens",
+                kind="rule",
+                off=0,
+                rule="an integer >= 0",
+                holds=lambda n: n >= 0,
+                dtype=torch.int32,
+                range="integer >= 0",
+                off_text="0",
+                step="5a",
+                meaning="`stop_token_ids` are banned until the output has so many ids",
+                help="Do not end before so many tokens.",
+            ),
+            Field(
+                "stop_token_ids",
+                kind="sequences",
+                off=None,
+                rule="a sequence of token ids in [0, 2^31)",
+                holds=lambda ids: True,
+                dtype=None,
+                range="token ids",
+                off_text="None",
+                step="5a",
+                meaning="what `min_tokens` bans",
+                help="A token id that ends the text; repeatable.",
             ),
         )
     }

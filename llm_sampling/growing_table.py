@@ -6,20 +6,18 @@ import itertools
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from llm_sampling.backends.base import BackendModule, ParamSlots, PositionOf
 from llm_sampling.history import Moved, TokenHistory
-from llm_sampling.params import BatchParams, SamplingParams
+from llm_sampling.params import BIAS_TENSORS, SEQUENCE_TENSORS, BatchParams, SamplingParams
 from llm_sampling.table import EMPTY, Assignment, RequestTable, flags_of
 from llm_sampling.tensors import not_of_inference_mode
 
 
 class GrowingTable(RequestTable):
-    """The table of a Sampler, which takes as many requests, biases and penalties as come.
+    """The table of a Sampler, which takes as many requests, biases and sequences as come.
 
     Its tensors have other addresses after it has grown. Its history is the Sampler's, which others
     may share, and has windows of its own. The Sampler checks arguments and takes turns.
@@ -44,11 +42,12 @@ class GrowingTable(RequestTable):
             max(1, capacity),
             vocab_size=vocab_size,
             max_logit_bias=0,
+            max_sequence_ids=0,
             backend=backend,
             device=device,
         )
         self._history = history
-        self._is_bias_packed = True
+        self._is_packed = True
 
     @property
     def module(self) -> BackendModule:
@@ -166,28 +165,37 @@ class GrowingTable(RequestTable):
             state["_times_on"][on] = state["_times_on"].get(on, 0) + times
         state["_switches"] = self._switches
         state["batch"] = replace(state["batch"], **flags_of(self._switches))
-        vars(self).update(state, _is_bias_packed=False)
+        vars(self).update(state, _is_packed=False)
 
     def _check_bias(self, bias: Mapping[int, float]) -> None:
         """There may be any number of them."""
 
+    def _check_sequences(self, sequences: Sequence[int]) -> None:
+        """There may be any number of them."""
+
     def _write_bias(self, slot: int, bias: Mapping[int, float]) -> list[Assignment]:
+        return self._to_be_packed()
+
+    def _write_sequences(self, slot: int, sequences: Sequence[int]) -> list[Assignment]:
+        return self._to_be_packed()
+
+    def _to_be_packed(self) -> list[Assignment]:
         # flags that change too are in another batch, which is assigned after this one
-        changed = {"_is_bias_packed": False, "batch": replace(self.batch)}
+        changed = {"_is_packed": False, "batch": replace(self.batch)}
         return [(vars(self), name, value) for name, value in changed.items()]
 
     def batch_of(
         self, slots: Tensor, position: Tensor | None, position_of: PositionOf
     ) -> tuple[BatchParams, ParamSlots]:
         """What a kernel reads for rows with these slots."""
-        if not self._is_bias_packed:
-            self.batch = replace(self.batch, **self._packed_biases())
-            self._is_bias_packed = True
+        if not self._is_packed:
+            params = [EMPTY if of_slot is None else of_slot for of_slot in self._params]
+            packed = BatchParams.from_list(params, device=self.device)
+            biases = {name: getattr(packed, name) for name in BIAS_TENSORS}
+            sequences = {name: getattr(packed, name) for name in SEQUENCE_TENSORS}
+            if packed.has_rules:
+                self._rules = {**self._rules, **sequences}
+            rules = self._rules_if(packed.has_rules)
+            self.batch = replace(self.batch, **biases, **rules)
+            self._is_packed = True
         return super().batch_of(slots, position, position_of)
-
-    def _packed_biases(self) -> dict[str, Any]:
-        """The biases of all slots, one after the other."""
-        params = [EMPTY if of_slot is None else of_slot for of_slot in self._params]
-        batch = BatchParams.from_list(params, device=self.device)
-        names = "logit_bias_offsets", "logit_bias_ids", "logit_bias_values"
-        return {name: getattr(batch, name) for name in names}

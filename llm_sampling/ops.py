@@ -19,7 +19,7 @@ from llm_sampling.backends.base import SampleCall
 from llm_sampling.calls import make_call
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import STATE_TENSORS, Text, TokenHistory
-from llm_sampling.params import DTYPES, KERNEL_TENSORS, BatchParams
+from llm_sampling.params import DTYPES, KERNEL_TENSORS, RULE_TENSORS, BatchParams
 from llm_sampling.results import Kind, SampleOutput, Wanted, output_of, tensors_of
 from llm_sampling.tensors import is_traced, is_wrapper
 
@@ -30,7 +30,7 @@ _BATCH_FLAGS = ("all_greedy", "any_filter", "any_output_scope")
 _INPUTS = ", ".join(
     [
         "Tensor logits",
-        *(f"Tensor {name}" for name in KERNEL_TENSORS),
+        *(f"Tensor{'?' * (name in RULE_TENSORS)} {name}" for name in KERNEL_TENSORS),
         *(f"Tensor? {name}" for name in STATE_TENSORS),
         *(f"Tensor? {name}" for name in _TEXT_TENSORS),
         "Tensor? extra_output",
@@ -80,6 +80,7 @@ def _call(inputs: Sequence[Any], **options: Any) -> SampleCall:
         unseeded=None,
         needs_history=has_history,
         any_window=text.windows is not None,
+        any_ordered_rule=text.ids is not None,
         **dict(zip(_BATCH_FLAGS, inputs[-len(_BATCH_FLAGS) :], strict=True)),
     )
     history = None
@@ -264,7 +265,7 @@ def filter_logits(call: SampleCall, backend: str) -> Tensor:
 
 
 #: The flags on which a graph may depend; the others become the conservative ones.
-_FLAGS = ("needs_history", "any_window", *_BATCH_FLAGS)
+_FLAGS = ("needs_history", "any_window", "any_ordered_rule", *_BATCH_FLAGS)
 
 
 #: A name that another one continues comes after that one: torch.export replaces the names of inputs

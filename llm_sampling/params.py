@@ -19,6 +19,13 @@ from torch import Tensor
 from llm_sampling import checks
 from llm_sampling.checks import refusal
 from llm_sampling.fields import BIAS_VALUES, FIELDS, Column, Field, to_float32
+from llm_sampling.sequence_rules import (
+    BAD_WORD,
+    BREAKER_IDS,
+    STOP_IDS,
+    packed_sequences,
+    records_of,
+)
 from llm_sampling.tensors import (
     is_traced,
     is_wrapper,
@@ -38,6 +45,8 @@ _SCOPE, _WINDOW = (column for f, column in COLUMNS if f.kind == "scope")
 _FILTERS = tuple(column for f, column in COLUMNS if f.kind in ("rank", "mass", "depth"))
 #: The filters that ``min_tokens_to_keep`` may hold back; top-k's own number is at least that.
 _FLOORED = tuple(column for f, column in COLUMNS if f.kind in ("mass", "depth"))
+#: Those of the rules that look at the ids in order.
+RULE_COLUMNS = tuple(column for f, column in COLUMNS if f.kind == "rule")
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,8 @@ class SamplingParams:
     """How to draw a token from one row of logits. Frozen; every value is checked on construction.
 
     The steps apply in this order: ``logit_bias``, ``repetition_penalty``, ``frequency_penalty``,
-    ``presence_penalty``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, the draw.
-    ``None`` means "off" for every field, ``-1`` for ``top_k``; ints pass where floats are meant.
+    ``presence_penalty``, the rules that look at the ids in order (DRY, n-grams, bad words,
+    ``min_tokens``), ``temperature``, ``top_k``, ``top_p``, ``min_p``, the draw. ``None`` means "off" for every field, ``-1`` for ``top_k``; ints pass where floats are meant.
 
     Attributes:
         temperature: Divides the logits; finite and >= 0. 0 is greedy: the largest logit after the
@@ -74,6 +83,29 @@ class SamplingParams:
         penalty_last_n: All penalties are for the last so many ids of prompt and output together; an
             integer >= -1. At 0 they are for none. Off at -1, where they are for all. The history
             must keep its ids in order and have the same window.
+        dry_multiplier: DRY ("don't repeat yourself"). Where the last ids of prompt and output have
+            come before, the token that followed them then would repeat a sequence. Its logit is
+            lowered by ``dry_multiplier * dry_base ** (length - dry_allowed_length)``, where
+            ``length`` is that of the longest such sequence, at least ``dry_allowed_length``; in
+            [0, 100]. Off at 0. (github.com/oobabooga/text-generation-webui/pull/5677)
+        dry_base: In [1, 100].
+        dry_allowed_length: Sequences that are shorter may be repeated; an integer >= 1.
+        dry_penalty_last_n: DRY looks at the last so many ids of prompt and output together; an
+            integer >= -1. At -1 it looks at all.
+        dry_breakers: Token sequences, such as a new line, that no repeated sequence goes across.
+            The token of a breaker with a single token is not lowered.
+            :func:`llm_sampling.dry_breakers_from` makes them of strings.
+        no_repeat_ngram_size: No sequence of so many ids comes twice in prompt and output; an
+            integer >= 0. Off at 0.
+        no_repeat_ngram_window: That rule looks at the last so many ids; an integer >= 0. At 0 it
+            looks at all.
+        bad_words: Token sequences. The last id of one is banned where its other ids are the end of
+            prompt and output; that of a sequence with a single id is always banned.
+            :func:`llm_sampling.bad_words_from` makes them of strings.
+        min_tokens: While the output has fewer ids, ``stop_token_ids`` are banned; an integer >= 0.
+            Off at 0.
+        stop_token_ids: Token ids that ``min_tokens`` bans. :func:`llm_sampling.sample` ends no
+            text; :func:`llm_sampling.generation.generate` ends one after such an id.
 
     Raises:
         ValueError: a value is out of its range, NaN, infinite, a bool or not a number. The message
@@ -92,6 +124,16 @@ class SamplingParams:
     seed: int | None = None
     repetition_penalty_scope: Literal["all", "output"] = "all"
     penalty_last_n: int = -1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_breakers: Sequence[Sequence[int]] | None = None
+    no_repeat_ngram_size: int = 0
+    no_repeat_ngram_window: int = 0
+    bad_words: Sequence[Sequence[int]] | None = None
+    min_tokens: int = 0
+    stop_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for name, parameter in FIELDS.items():
@@ -100,6 +142,8 @@ class SamplingParams:
                 checked = parameter.off
             elif parameter.kind == "bias":
                 checked = _checked_bias(value)
+            elif parameter.kind == "sequences":
+                checked = _checked_sequences(parameter, value)
             else:
                 checked = parameter.checked(value)
             object.__setattr__(self, name, checked)
@@ -118,10 +162,50 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """Whether a penalty is on, so that the tokens so far matter."""
-        if torch.compiler.is_compiling():
+        """Whether a penalty or a rule is on for which the tokens so far matter."""
+        return self.has_penalty or self.has_rules
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the history must keep the ids in order, as it does where it has a max_length."""
+        return self._needs("order") or (self.has_window and self.has_penalty)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether a penalty is on."""
+        return self._needs("penalties")
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether a rule is on that looks at the history."""
+        return self._needs("rules")
+
+    def _needs(self, switch: str) -> bool:
+        """Whether one of the switches is on for which the tokens so far matter."""
+        if not torch.compiler.is_compiling():
+            return switch in self.packed.on
+        if switch == "penalties":
             return any(to_float32(getattr(self, c.name)) != c.off for c in _PENALTIES)
-        return "penalties" in self.packed.on
+        return self._looks_at_order() or (switch == "rules" and self._looks_at_length())
+
+    def _looks_at_order(self) -> bool:
+        return (
+            to_float32(self.dry_multiplier) != 0
+            or self.no_repeat_ngram_size > 0
+            or any(len(word) > 1 for word in self.bad_words or ())
+        )
+
+    def _looks_at_length(self) -> bool:
+        return self.min_tokens > 0 and bool(self.stop_token_ids)
+
+    @functools.cached_property
+    def bans(self) -> Mapping[int, float]:
+        """``logit_bias`` with a ban of every bad word that has a single id."""
+        alone = [word[0] for word in self.bad_words or () if len(word) == 1]
+        bias = self.logit_bias or {}
+        if not alone:
+            return bias
+        return dict(sorted({**bias, **dict.fromkeys(alone, -math.inf)}.items()))
 
     @property
     def has_window(self) -> bool:
@@ -136,9 +220,22 @@ class SamplingParams:
             values[place] = number_of(parameter, column, values[place])
         row = _ROW.unpack(_ROW.pack(*values))
         on = set(itertools.compress(_SWITCH_NAMES, map(operator.ne, _SWITCHED(row), _SWITCHED_OFF)))
-        if self.logit_bias:
+        if self.bans:
             on.add("bias")
+        if self._looks_at_order():
+            on |= {"order", "rules"}
+        if self._looks_at_length():
+            on.add("rules")
         return PackedRow(row, frozenset(on))
+
+    @functools.cached_property
+    def sequences(self) -> Sequence[int]:
+        """The token sequences of the rules that are on, as kernels read them."""
+        return packed_sequences(
+            (to_float32(self.dry_multiplier) != 0 and self.dry_breakers) or (),
+            [word for word in self.bad_words or () if len(word) > 1],
+            (self._looks_at_length() and self.stop_token_ids) or (),
+        )
 
 
 class PackedRow(NamedTuple):
@@ -146,7 +243,8 @@ class PackedRow(NamedTuple):
 
     Attributes:
         numbers: one for each of COLUMNS, in their order, rounded as the column rounds it.
-        on: which of SWITCHES it turns on, and "bias" where it has one.
+        on: which of SWITCHES it turns on, "bias" where it has one, "rules" where it has a rule that
+            looks at the history, and "order" where such a rule looks at the ids in order.
     """
 
     numbers: tuple[float, ...]
@@ -192,6 +290,14 @@ def _checked_bias(bias: object) -> LogitBias:
     return LogitBias(sorted(checked.items()))  # in the order of a pass over the row
 
 
+def _checked_sequences(parameter: Field, value: object) -> tuple[Any, ...] | None:
+    """Token sequences or ids as tuples; None where there are none."""
+    name, rule = parameter.name, parameter.rule
+    if name == "stop_token_ids":
+        return checks.token_sequence(name, value, rule) or None
+    return checks.token_sequences(name, value, rule) or None
+
+
 def list_of_params(
     params: object, rows: int, *, rule: str = "a SamplingParams or a sequence of them"
 ) -> list[SamplingParams]:
@@ -224,11 +330,23 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "logit_bias_offsets": torch.int64,
         "logit_bias_ids": torch.int32,
         BIAS_VALUES.name: BIAS_VALUES.dtype,
+        "sequence_offsets": torch.int64,
+        "sequences": torch.int32,
         "unseeded": torch.bool,
         "position": torch.int64,
     }
 )
 
+
+#: The tensors that have a part for each row and not an element, and where the parts begin.
+BIAS_TENSORS = ("logit_bias_offsets", "logit_bias_ids", BIAS_VALUES.name)
+SEQUENCE_TENSORS = ("sequence_offsets", "sequences")
+
+#: The tensors of the rules that look at the history: a BatchParams has all of them or none.
+RULE_TENSORS = (*(column.name for column in RULE_COLUMNS), *SEQUENCE_TENSORS)
+
+#: The tensors that a BatchParams may be without.
+_OPTIONAL = frozenset(("unseeded", "position", *RULE_TENSORS))
 
 #: The tensors that kernels read; the C struct and the ops hold each under the same name. Windows
 #: are those of the history.
@@ -285,9 +403,9 @@ _SWITCH_NAMES = [switch for switch, pairs in SWITCHES.items() for _ in pairs]
 
 
 def kernel_flags(is_on: Mapping[str, bool]) -> dict[str, bool]:
-    """The flags of a BatchParams that choose a kernel, by which of SWITCHES are on in any row."""
+    """The flags of a BatchParams that choose a kernel, by which switches are on in any row."""
     return {
-        "needs_history": is_on["penalties"],
+        "needs_history": is_on["penalties"] or is_on["rules"],
         "any_output_scope": is_on["output_scope"],
         "all_greedy": not is_on["random"],
         "any_filter": is_on["filters"],
@@ -295,13 +413,22 @@ def kernel_flags(is_on: Mapping[str, bool]) -> dict[str, bool]:
 
 
 def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The flags of a BatchParams with these columns, each with a number for each row."""
+    """The flags of a BatchParams with these columns, each with a number for each row.
+
+    Where there are the columns of rules, "sequences" has the packed token sequences of all rows.
+    """
     windows = columns[_WINDOW.name]
     is_on = {
         switch: False in [_all_are(columns[name], off) for name, off in pairs]
         for switch, pairs in SWITCHES.items()
     }
-    flags = kernel_flags(is_on)
+    has_rules = RULE_COLUMNS[0].name in columns
+    flags = kernel_flags({**is_on, "rules": has_rules})
+    flags["any_ordered_rule"] = has_rules and (
+        not _all_are(columns["dry_multiplier"], 0.0)
+        or not _all_are(columns["no_repeat_ngram_size"], 0)
+        or any(kind == BAD_WORD for kind, _ in records_of(columns["sequences"]))
+    )
     flags["any_window"] = any(
         columns[penalty.name][row] != penalty.off
         for row, window in enumerate(windows)
@@ -335,6 +462,7 @@ CONSERVATIVE_FLAGS: Mapping[str, Any] = MappingProxyType(
         "kept_at_most": 0,
         "any_output_scope": True,
         "any_window": True,
+        "any_ordered_rule": True,
         "any_top_k": True,
         "any_top_p": True,
         "any_floor": True,
@@ -344,11 +472,12 @@ CONSERVATIVE_FLAGS: Mapping[str, Any] = MappingProxyType(
 #: What a flag of a BatchParams must be that was built by hand.
 _FLAG_RULES: Mapping[str, str] = MappingProxyType(
     {
-        "needs_history": "True where a row has a penalty",
+        "needs_history": "True where a row has a penalty or a rule",
         "all_greedy": "False where a row has a temperature",
         "any_filter": "True where a row has a filter",
         "any_output_scope": 'True where a row has repetition_penalty_scope "output"',
         "any_window": "True where a row with a penalty has penalty_last_n",
+        "any_ordered_rule": "True where a row has a rule that looks at the ids in order",
         "kept_at_most": "0, or at least what top-k keeps in every row",
         "any_top_k": "True where a row has top_k or is greedy",
         "any_top_p": "True where a row has top_p",
@@ -376,10 +505,19 @@ class BatchParams:
         seed: int64, the seed's 64 bits; of no meaning where ``unseeded``.
         logit_bias_offsets: int64 ``(rows + 1,)``; row r owns entries ``offsets[r]`` up to
             ``offsets[r + 1] - 1``.
-        logit_bias_ids, logit_bias_values: int32 and float32 ``(entries,)``.
+        logit_bias_ids, logit_bias_values: int32 and float32 ``(entries,)``; bad words of a single
+            id are among them, as bans.
+        dry_multiplier, dry_base: float32; these and the following are None where no row has a rule
+            that looks at the history.
+        dry_allowed_length, dry_penalty_last_n, no_repeat_ngram_size, no_repeat_ngram_window,
+            min_tokens: int32.
+        sequence_offsets: int64 ``(rows + 1,)``; row r owns elements ``offsets[r]`` up to
+            ``offsets[r + 1] - 1`` of ``sequences``.
+        sequences: int32, the token sequences of the rules: records of a kind, the number of ids and
+            the ids, as :func:`llm_sampling.sequence_rules.packed_sequences` makes them.
         unseeded: bool, True where the row has no seed; None if every row has one.
         position: int64, how many tokens each request has produced so far; None if not given.
-        needs_history: whether any row has a penalty.
+        needs_history: whether any row has a penalty or a rule that looks at the history.
         all_greedy: whether every row has temperature 0.
         any_filter: whether any row has top-k, top-p or min-p.
         kept_at_most: no row's step 11 keeps more tokens than this; 0 if one may keep any number.
@@ -388,10 +526,11 @@ class BatchParams:
         any_floor: whether any row has top-p or min-p and a ``min_tokens_to_keep`` above 1.
         any_output_scope: whether any row has the ``repetition_penalty_scope`` "output".
         any_window: whether any row with a penalty has ``penalty_last_n``.
+        any_ordered_rule: whether any row has a rule that looks at the ids in order.
 
-    The nine flags are read on the host, to choose a kernel or the messages between ranks. Tensors
+    The ten flags are read on the host, to choose a kernel or the messages between ranks. Tensors
     may be changed in place, except under the replay of a captured graph, which reads no flag: build
-    it with conservative flags then, which are the defaults of the last six,
+    it with conservative flags then, which are the defaults of the last seven,
     ``needs_history=True``, ``all_greedy=False`` and ``any_filter=True``.
     """
 
@@ -420,6 +559,16 @@ class BatchParams:
     any_floor: bool = True
     any_output_scope: bool = True
     any_window: bool = True
+    any_ordered_rule: bool = True
+    dry_multiplier: Tensor | None = None
+    dry_base: Tensor | None = None
+    dry_allowed_length: Tensor | None = None
+    dry_penalty_last_n: Tensor | None = None
+    no_repeat_ngram_size: Tensor | None = None
+    no_repeat_ngram_window: Tensor | None = None
+    min_tokens: Tensor | None = None
+    sequence_offsets: Tensor | None = None
+    sequences: Tensor | None = None
 
     @classmethod
     def from_list(
@@ -464,6 +613,16 @@ class BatchParams:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.temperature.device
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether it has the tensors of the rules that look at the history."""
+        return self.dry_multiplier is not None
+
+    @property
+    def columns(self) -> list[Column]:
+        """The columns that it has."""
+        return [column for _, column in COLUMNS if getattr(self, column.name) is not None]
 
     def rows_with_penalties(self) -> list[bool]:
         """Whether each row has a penalty. Waits for the device."""
@@ -524,14 +683,23 @@ class BatchParams:
         is_plain = True
         rows = self.temperature.shape[0] if isinstance(self.temperature, Tensor) else 0
         entries = self.logit_bias_ids.shape[0] if isinstance(self.logit_bias_ids, Tensor) else 0
+        if len({getattr(self, name) is None for name in RULE_TENSORS}) > 1:
+            given = [name for name in RULE_TENSORS if getattr(self, name) is not None]
+            raise ValueError(
+                f"{', '.join(RULE_TENSORS)} must be given together or not at all, got {given}"
+            )
         for name, dtype in DTYPES.items():
             tensor = getattr(self, name)
-            if tensor is None and name in ("unseeded", "position"):
+            if tensor is None and name in _OPTIONAL:
                 continue
             is_plain &= not is_wrapper(writable(name, tensor))
             shape = (rows,)
-            if name.startswith("logit_bias"):
-                shape = (rows + 1,) if name == "logit_bias_offsets" else (entries,)
+            if name in ("logit_bias_offsets", "sequence_offsets"):
+                shape = (rows + 1,)
+            elif name.startswith("logit_bias"):
+                shape = (entries,)
+            elif name == "sequences":
+                shape = (tensor.numel(),)
             if tensor.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
             if tensor.dtype != dtype:
@@ -545,14 +713,18 @@ class BatchParams:
         return is_plain
 
     def _check_values(self) -> dict[str, list[float]]:
-        """Check the numbers, which are on the CPU. Returns the columns."""
-        for _, column in COLUMNS:
+        """Check the numbers, which are on the CPU. Returns the columns, and the sequences if any."""
+        for column in self.columns:
             column.check(getattr(self, column.name))
         BIAS_VALUES.check(self.logit_bias_values)
-        columns = {c.name: getattr(self, c.name).tolist() for _, c in COLUMNS}
-        offsets, entries = self.logit_bias_offsets.tolist(), self.logit_bias_ids.shape[0]
-        if offsets != sorted(offsets) or offsets[0] != 0 or offsets[-1] != entries:
-            raise refusal("logit_bias_offsets", f"ascending from 0 to {entries}", offsets)
+        columns = {c.name: getattr(self, c.name).tolist() for c in self.columns}
+        entries = self.logit_bias_ids.shape[0]
+        offsets = _checked_offsets("logit_bias_offsets", self.logit_bias_offsets, entries)
+        if self.sequences is not None:
+            columns["sequences"] = packed = self.sequences.tolist()
+            ends = _checked_offsets("sequence_offsets", self.sequence_offsets, len(packed))
+            for begin, end in itertools.pairwise(ends):
+                _check_records(packed[begin:end])
         ids = self.logit_bias_ids
         is_rising = ids[1:] > ids[:-1]
         is_rising[[end - 1 for end in offsets if 0 < end < entries]] = True  # another row's begin
@@ -629,7 +801,10 @@ def _pack(
         columns: dict[str, Sequence[Any]] = {}
         tensors: dict[str, Any] = {}
         rows = None if torch.compiler.is_dynamo_compiling() else [row.packed for row in params]
+        has_rules = any([row.has_rules for row in params])  # dynamo knows no generators here
         for place, (parameter, column) in enumerate(COLUMNS):
+            if parameter.kind == "rule" and not has_rules:
+                continue
             if rows is not None:
                 values = [row.numbers[place] for row in rows]
             else:
@@ -646,17 +821,17 @@ def _pack(
             columns[column.name] = values
             if column.name not in tensors:
                 tensors[column.name] = tensor(values, column.dtype)
-        biases: list[Mapping[int, float]] = [row.logit_bias or {} for row in params]
-        entries = [entry for bias in biases for entry in bias.items()]
+        entries = [entry for row in params for entry in row.bans.items()]
         ids = torch.tensor([i for i, _ in entries], dtype=torch.int32, device=device)
         bias = floats([x for _, x in entries])
-        if repeats is None:
-            ends = [0]
-            for mapping in biases:
-                ends.append(ends[-1] + len(mapping))
-            offsets = torch.tensor(ends, dtype=torch.int64, device=device)
-        else:
-            offsets = torch.arange(repeats + 1, dtype=torch.int64, device=device) * len(biases[0])
+        offsets = _offsets([len(row.bans) for row in params], repeats, device)
+        if has_rules:
+            columns["sequences"] = packed = [x for row in params for x in row.sequences]
+            lengths = [len(row.sequences) for row in params]
+            sequences = torch.tensor(packed, dtype=torch.int32, device=device)
+            tensors["sequence_offsets"] = _offsets(lengths, repeats, device)
+            tensors["sequences"] = sequences if repeats is None else sequences.repeat(repeats)
+        if repeats is not None:
             ids, bias = ids.repeat(repeats), bias.repeat(repeats)
         unseeded = [int(row.seed is None) for row in params]
         return BatchParams(
@@ -669,6 +844,40 @@ def _pack(
             position=None,
             **_flags(columns),
         )
+
+
+def _offsets(lengths: Sequence[int], repeats: int | None, device: torch.device) -> Tensor:
+    """Where each row's part begins, and where the last one ends; as ``_pack`` has its rows."""
+    if repeats is not None:
+        return torch.arange(repeats + 1, dtype=torch.int64, device=device) * lengths[0]
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return torch.tensor(ends, dtype=torch.int64, device=device)
+
+
+def _checked_offsets(name: str, offsets: Tensor | None, size: int) -> list[int]:
+    """The offsets as ints; a ValueError if they do not rise from 0 to ``size``."""
+    assert offsets is not None
+    values: list[int] = offsets.tolist()
+    if values != sorted(values) or values[0] != 0 or values[-1] != size:
+        raise refusal(name, f"ascending from 0 to {size}", values)
+    return values
+
+
+def _check_records(packed: Sequence[int]) -> None:
+    """A ValueError if a row's part of ``sequences`` is not as ``packed_sequences`` makes it."""
+    rule = "records of a kind, the number of ids (1 at least), and the ids"
+    place = 0
+    while place < len(packed):
+        kind, count = [*packed[place : place + 2], -1][:2]
+        end = place + 2 + count
+        ids = packed[place + 2 : end]
+        if not (0 <= kind <= STOP_IDS and count >= 1 and end <= len(packed) and min(ids) >= 0):
+            raise refusal("sequences", rule, packed[place:end])
+        if kind == BREAKER_IDS and [*ids] != sorted(set(ids)):
+            raise refusal("sequences", "breakers of a single id strictly ascending", ids)
+        place = end
 
 
 def int64_column(name: str, tensor: object, rows: int, device: torch.device | str | None) -> Tensor:

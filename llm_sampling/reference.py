@@ -21,7 +21,7 @@ from llm_sampling.backends.base import (
 from llm_sampling.fields import SCOPES
 from llm_sampling.history import TokenHistory, bits_and_counts
 from llm_sampling.masks import pack_bits, unpacked
-from llm_sampling.params import KERNEL_TENSORS, BatchParams
+from llm_sampling.params import BIAS_TENSORS, KERNEL_TENSORS, SEQUENCE_TENSORS, BatchParams
 from llm_sampling.results import (
     KeptSet,
     SampleOutput,
@@ -29,6 +29,7 @@ from llm_sampling.results import (
     Wanted,
     without_rows,
 )
+from llm_sampling.sequence_rules import NUMBERS, penalty_list, rules_of
 
 _INF = float("inf")
 _LOW32 = 0xFFFFFFFF
@@ -81,6 +82,35 @@ def seen_and_counts(history: TokenHistory, extra: Tensor | None) -> tuple[Tensor
     return unpacked(words, vocab_size), count
 
 
+def penalty_lists(call: SampleCall) -> list[dict[int, float]]:
+    """Step 5a: for each row, what is subtracted from which logits; inf is a ban.
+
+    Empty where no row has a rule that looks at the history.
+    """
+    batch, history = call.batch, call.history
+    if history is None or not batch.has_rules:
+        return []
+    rows, vocab_size = call.logits.shape
+    numbers = {name: getattr(batch, name).tolist() for name in NUMBERS}
+    assert batch.sequence_offsets is not None and batch.sequences is not None
+    offsets, sequences = batch.sequence_offsets.tolist(), batch.sequences.tolist()
+    slots, text = history.slots.tolist(), history.text
+    produced = history.lengths.tolist()
+    lists = []
+    for row in range(rows):
+        slot = slots[row]
+        extra = [] if call.extra_output is None else call.extra_output[row].tolist()
+        extra = [token for token in extra if 0 <= token < vocab_size]
+        ids = [] if text is None else text.ids[slot, : text.lengths[slot]].tolist()
+        rules = rules_of(
+            {name: values[row] for name, values in numbers.items()},
+            sequences[offsets[row] : offsets[row + 1]],
+        )
+        length = produced[slot] + len(extra)
+        lists.append(penalty_list(rules, [*ids, *extra], length, vocab_size))
+    return lists
+
+
 def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
     """Steps 1 to 6: float32 ``(rows, V)`` without NaN or -0.0; and, per row, was a NaN seen."""
     batch, history = call.batch, call.history
@@ -114,6 +144,11 @@ def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
         # 5 presence penalty: output
         b = batch.presence_penalty.unsqueeze(1)
         x = torch.where(produced, x - b, x)
+
+        # 5a what the rules that look at the sequence lower
+        for row, amounts in enumerate(penalty_lists(call)):
+            for token, amount in amounts.items():
+                x[row, token] = -_INF if amount == _INF else x[row, token] - amount
 
     # 6 canonical
     nan = x.isnan()
@@ -298,17 +333,16 @@ def _by_row(call: SampleCall, slots: ParamSlots) -> tuple[SampleCall, Tensor]:
     elif slots.prompt_lengths is not None:
         position = position + 1 - slots.prompt_lengths[slot]
 
+    by_slot = {*KERNEL_TENSORS} - {"position", *BIAS_TENSORS, *SEQUENCE_TENSORS}
     columns = {
-        name: getattr(batch, name)[slot]
-        for name in KERNEL_TENSORS
-        if name != "position" and not name.startswith("logit_bias")
+        name: tensor[slot] for name in by_slot if (tensor := getattr(batch, name)) is not None
     }
-    counts = slots.bias_counts[slot].to(torch.int64)
-    ends = counts.cumsum(0)
-    offsets = torch.cat([ends.new_zeros(1), ends])
-    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    entry = torch.arange(len(row), device=counts.device) - offsets[row]
-    entry = entry + batch.logit_bias_offsets[slot][row]
+    offsets, entry = _parts_of(batch.logit_bias_offsets, slots.bias_counts, slot)
+    if batch.has_rules:
+        assert batch.sequence_offsets is not None and batch.sequences is not None
+        assert slots.sequence_counts is not None
+        of_rows, place = _parts_of(batch.sequence_offsets, slots.sequence_counts, slot)
+        columns |= {"sequence_offsets": of_rows, "sequences": batch.sequences[place]}
     if history is not None:
         history = history.with_slots(torch.where(exists, history.slots, 0))
     dense = replace(
@@ -324,6 +358,20 @@ def _by_row(call: SampleCall, slots: ParamSlots) -> tuple[SampleCall, Tensor]:
         replace(call, logits=logits, batch=dense, history=history, param_slots=None),
         exists,
     )
+
+
+def _parts_of(offsets: Tensor, counts: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of slots in an array, one after the other.
+
+    Returns:
+        where each slot's part begins now, int64 ``(slots + 1,)``, and which elements they are.
+    """
+    counts = counts[slot].to(torch.int64)
+    ends = counts.cumsum(0)
+    begins = torch.cat([ends.new_zeros(1), ends])
+    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    place = torch.arange(len(row), device=counts.device) - begins[row]
+    return begins, place + offsets[slot][row]
 
 
 def _first_ids(x: Tensor, keep: Tensor, count: int) -> Tensor:

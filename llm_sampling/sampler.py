@@ -12,7 +12,13 @@ from torch import Tensor
 
 from llm_sampling import checks
 from llm_sampling.backends.base import SampleCall, Step
-from llm_sampling.calls import check_draws, check_history, check_logits, check_windows
+from llm_sampling.calls import (
+    check_draws,
+    check_history,
+    check_logits,
+    check_order,
+    check_windows,
+)
 from llm_sampling.growing_table import GrowingTable
 from llm_sampling.history import (
     TokenHistory,
@@ -97,12 +103,12 @@ class Sampler:
         history: the tokens so far, one row per row of ``params``; the Sampler goes on using and
             updating this very object. Its tokens may also be appended elsewhere, but its rows are
             the Sampler's: add, remove and reorder them here. Default: empty, kept only while a row
-            has a penalty, or where ``max_length`` is given.
+            has a penalty or a rule that looks at the history, or where ``max_length`` is given.
         max_length: keep the ids of each row in order, so many of prompt and output together, in the
-            history that is made here; :meth:`rollback` of rows with a penalty, and
-            ``penalty_last_n``, need them.
-        num_samples: draws per row; more than 1 only without penalties, since a history follows one
-            token per row. Each call advances the positions by one.
+            history that is made here; :meth:`rollback` of rows with a penalty, ``penalty_last_n``
+            and the rules that look at the ids in order need them.
+        num_samples: draws per row; more than 1 only without penalties and rules that look at the
+            history, since a history follows one token per row. Each call advances the positions by one.
         logprobs: as for :func:`llm_sampling.sample`, and so are ``top_logprobs``, ``kept`` and
             ``max_kept_ids``.
         logprob_token_ids: token ids whose logprobs every step returns for each row: a list, or a
@@ -174,6 +180,7 @@ class Sampler:
             raise ValueError(f"max_length must be None where history is given, got {max_length}")
         check_history(history, batch.needs_history, len(rows), vocab_size, self.device)
         check_windows(history, batch)
+        check_order(history, batch)
         if history is not None and history.is_view:
             raise ValueError("history must be one that can be changed, got a read-only view")
         self._refuse_draws(batch.needs_history)
@@ -203,8 +210,8 @@ class Sampler:
     def _refuse_draws(self, needs_history: bool) -> None:
         if needs_history and self.num_samples > 1:
             raise ValueError(
-                "num_samples must be 1 where a penalty is on, since a history follows one token "
-                f"per row, got {self.num_samples}"
+                "num_samples must be 1 where a penalty or a rule is on that looks at the history, "
+                f"which follows one token per row, got {self.num_samples}"
             )
 
     def _masks_of(self, callback: MaskCallback | None, rows: int) -> StepMasks | None:
@@ -419,8 +426,9 @@ class Sampler:
             output = array_of("output_ids", output_ids)
             self._check_history()
             history = self._slots.history
+            _refuse_order(params, history)
             if history is None and params.needs_history:
-                # the rows so far have no penalty, so what they have produced does not matter
+                # for the rows so far what they have produced does not matter
                 history = TokenHistory.empty(
                     self._table.capacity, self.vocab_size, device=self.device
                 )
@@ -509,9 +517,9 @@ class Sampler:
             params: its new parameters. Without a seed the row keeps the seed that it has.
 
         Raises:
-            ValueError: there is no such row; or ``params`` turn a penalty on, and the tokens of the
-                row so far were not kept, because no row had a penalty when they came; or they have
-                ``penalty_last_n``, and the ids are not kept in order (``max_length``).
+            ValueError: there is no such row; or ``params`` turn a penalty or a rule on, and the
+                tokens of the row so far were not kept, because no row had either when they came; or
+                they look at the ids in order, which are not kept (``max_length``).
         """
         row = checked_row(row, self.rows)
         if not isinstance(params, SamplingParams):
@@ -520,13 +528,14 @@ class Sampler:
         slot = self._places[row]
         if params.needs_history and not self._table.is_kept(slot):
             raise ValueError(
-                f"params must have no penalty where the row's history was not kept (row {row}): "
-                "give the Sampler a history at its start, or remove the row and add it again with "
-                "its prompt_ids and output_ids"
+                "params must have no penalty, and no rule that looks at the history, where the "
+                f"row's was not kept (row {row}): give the Sampler a history at its start, or "
+                "remove the row and add it again with its prompt_ids and output_ids"
             )
         with not_of_inference_mode():
             self._check_history()
             history, moved = self._slots.history, None
+            _refuse_order(params, history)
             if history is not None:
                 moved = history.with_window(row, _window_of(params, history.text is not None))
             self._table.replace_params(slot, params, moved)
@@ -719,6 +728,16 @@ def _list_for_all_rows(ids: object) -> list[int] | None:
     if isinstance(ids, Tensor):
         ids = ids.tolist()
     return None if ids is None else checks.token_ids("logprob_token_ids", ids)
+
+
+def _refuse_order(params: SamplingParams, history: TokenHistory | None) -> None:
+    """A ValueError if the parameters need the ids in order, which the history does not keep."""
+    if params.needs_text and (history is None or history.text is None):
+        raise ValueError(
+            "params must have no penalty_last_n, dry_multiplier, no_repeat_ngram_size or bad_words "
+            "where the ids are not kept in order: give the Sampler a max_length, or a history that "
+            f"has one, got {params}"
+        )
 
 
 def _window_of(params: SamplingParams, keeps_ids: bool) -> int:

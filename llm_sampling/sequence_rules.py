@@ -9,8 +9,9 @@ of lists give.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,21 +55,58 @@ class SequenceRules:
 #: What a record of token sequences is for, as the kernels number it.
 BREAKER_IDS, BREAKER, BAD_WORD, STOP_IDS = range(4)
 
+#: The fields of :class:`SequenceRules` that are numbers.
+NUMBERS = (
+    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
+    *("no_repeat_ngram_size", "no_repeat_ngram_window", "min_tokens"),
+)
 
-def packed_sequences(rules: SequenceRules) -> list[int]:
+
+def packed_sequences(
+    breakers: TokenSequences, bad_words: TokenSequences, stop_token_ids: Sequence[int]
+) -> list[int]:
     """The token sequences of a row as the kernels read them.
 
     Records, one after the other: a kind, the number of ids, and the ids. Breakers of a single token
     are one record, by rising id.
     """
-    alone = sorted({breaker[0] for breaker in rules.dry_breakers if len(breaker) == 1})
+    alone = sorted({breaker[0] for breaker in breakers if len(breaker) == 1})
     records = [
         (BREAKER_IDS, alone),
-        *((BREAKER, breaker) for breaker in rules.dry_breakers if len(breaker) > 1),
-        *((BAD_WORD, word) for word in rules.bad_words),
-        (STOP_IDS, rules.stop_token_ids),
+        *((BREAKER, breaker) for breaker in breakers if len(breaker) > 1),
+        *((BAD_WORD, word) for word in bad_words),
+        (STOP_IDS, stop_token_ids),
     ]
     return [number for kind, ids in records if ids for number in (kind, len(ids), *ids)]
+
+
+def records_of(packed: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """The records of :func:`packed_sequences`: a kind and ids each."""
+    place = 0
+    while len(packed) - place >= 2:
+        kind, count = packed[place], max(packed[place + 1], 0)
+        yield kind, list(packed[place + 2 : place + 2 + count])
+        place += 2 + count
+
+
+def rules_of(numbers: Mapping[str, float], packed: Sequence[int]) -> SequenceRules:
+    """The rules of a row, from its numbers by name and its packed token sequences."""
+    breakers: list[list[int]] = []
+    words: list[list[int]] = []
+    stop_ids: list[int] = []
+    for kind, ids in records_of(packed):
+        if kind == BREAKER_IDS:
+            breakers += [[token] for token in ids]
+        elif kind == BREAKER:
+            breakers.append(ids)
+        elif kind == BAD_WORD:
+            words.append(ids)
+        elif kind == STOP_IDS:
+            stop_ids += ids
+    values: dict[str, Any] = dict(numbers)
+    return SequenceRules(
+        **values, dry_breakers=breakers, bad_words=words, stop_token_ids=stop_ids
+    )
 
 
 def penalty_list(

@@ -40,6 +40,7 @@ from llm_sampling.masks import Mask, check_mask
 from llm_sampling.params import (
     COLUMNS,
     CONSERVATIVE_FLAGS,
+    RULE_COLUMNS,
     SWITCHES,
     BatchParams,
     SamplingParams,
@@ -61,14 +62,12 @@ from llm_sampling.tensors import (
 
 #: The entries of a ``state_dict``.
 _STATE = frozenset(
-    {"capacity", "vocab_size", "max_logit_bias", "params", "is_kept", "prompt_lengths"}
-    | {"position", "history"}
+    {"capacity", "vocab_size", "max_logit_bias", "max_sequence_ids", "params", "is_kept"}
+    | {"prompt_lengths", "position", "history"}
 )
 
 #: What is filled in where a request has no ids; memory must not be empty.
 _NO_IDS = array("q", [-1])
-
-_NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 #: How many prepared steps a table keeps.
 _MOST_STEPS = 8
@@ -103,8 +102,14 @@ class RequestTable:
             Then the engine sees to what a slot holds when a request comes: :meth:`set` without ids
             leaves it as it is.
         max_length: keep the ids of prompt and output in order too, so many of both together in each
-            slot, 4 bytes each; :meth:`rollback` and ``penalty_last_n`` need them.
-        max_logit_bias: how many biases a request may have; each takes 8 bytes of every slot.
+            slot, 4 bytes each; :meth:`rollback`, ``penalty_last_n`` and the rules that look at the
+            ids in order need them.
+        max_logit_bias: how many biases a request may have, bad words of a single id among them;
+            each takes 8 bytes of every slot.
+        max_sequence_ids: how many ids the token sequences of a request may have together, where
+            histories are kept: ``dry_breakers``, ``bad_words`` and ``stop_token_ids``. Each takes 4
+            bytes of every slot, and so do two numbers for each sequence, which count too. Breakers
+            of a single id are one sequence.
         backend: which one changes the histories; as for :func:`llm_sampling.sample`.
         device: the logits' device.
 
@@ -125,6 +130,8 @@ class RequestTable:
     batch: BatchParams
     _params: list[SamplingParams | None]
     _free: set[int]
+    #: The tensors of the batch by which kernels know rules that look at the history.
+    _rules: dict[str, Any]
     _is_kept: list[bool]
     #: Which switches each slot turns on, how many slots have each such set, and what is on in any.
     _on: list[frozenset[str]]
@@ -145,12 +152,15 @@ class RequestTable:
         history: bool | TokenHistory = False,
         max_length: int | None = None,
         max_logit_bias: int = 1024,
+        max_sequence_ids: int = 8192,
         backend: str = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
         self.capacity = checks.integer_at_least("capacity", capacity, 1)
         self.vocab_size = check_vocab_size(vocab_size)
         self.max_logit_bias = checks.integer_at_least("max_logit_bias", max_logit_bias, 0)
+        self.max_sequence_ids = checks.integer_at_least("max_sequence_ids", max_sequence_ids, 0)
+        self._has_sequences = history is not False
         self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         self._device_type = self.device.type
         if not isinstance(history, TokenHistory):
@@ -170,7 +180,8 @@ class RequestTable:
     def _state_of(self, capacity: int) -> dict[str, Any]:
         """The attributes of a table whose slots are all free, but for the histories."""
         dtypes = {column.name: column.dtype for _, column in COLUMNS}
-        dtypes |= {"seed": torch.int64, "prompt_length": torch.int64, "bias_count": torch.int32}
+        dtypes |= {"seed": torch.int64, "prompt_length": torch.int64}
+        dtypes |= {"bias_count": torch.int32, "sequence_count": torch.int32}
         numbers = _Mirrored(dtypes, capacity, self.device)
         columns = [numbers.on_host[name] for name in dtypes]
         for column, number in zip(columns, EMPTY.packed.numbers, strict=False):
@@ -178,6 +189,7 @@ class RequestTable:
         numbers.send()
         position = torch.zeros(capacity, dtype=torch.int64, device=self.device)
         of_columns: dict[str, Any] = {c.name: numbers.on_device[c.name] for _, c in COLUMNS}
+        rules = {column.name: of_columns.pop(column.name) for column in RULE_COLUMNS}
         batch = replace(
             BatchParams.from_list([EMPTY]),
             **of_columns,
@@ -201,6 +213,7 @@ class RequestTable:
             "_times_on": times_on,
             "_written": (*columns, *of_slots.values(), times_on, times_on),
             "_switches": empty,
+            "_rules": {**rules, **self._sequences_of(capacity)},
             "batch": replace(batch, **{**CONSERVATIVE_FLAGS, **flags_of(empty)}),
             "_steps": [],
             "_fill_on_cpu": None,
@@ -216,6 +229,13 @@ class RequestTable:
             "logit_bias_ids": self._biases.on_device["id"],
             "logit_bias_values": self._biases.on_device["value"],
         }
+
+    def _sequences_of(self, capacity: int) -> dict[str, Any]:
+        """No token sequences, with the same number of places for each slot."""
+        most = self.max_sequence_ids if self._has_sequences else 0
+        self._sequences = _Mirrored({"id": torch.int32}, capacity * most, self.device)
+        slots = torch.arange(capacity + 1, dtype=torch.int64, device=self.device)
+        return {"sequence_offsets": slots * most, "sequences": self._sequences.on_device["id"]}
 
     def _make_history(
         self, history: bool | TokenHistory, max_length: int | None
@@ -301,7 +321,7 @@ class RequestTable:
             slot: 0 .. ``capacity - 1``.
             params: the request's parameters. Without a seed it gets one from torch's default
                 generator, here.
-            prompt_ids: its prompt, which matters where a penalty is on.
+            prompt_ids: its prompt, which matters where a penalty or a rule is on.
             output_ids: the tokens that it has produced so far.
             prompt_length: the length of its prompt, for ``text_positions``. Default: the number of
                 ``prompt_ids``.
@@ -309,8 +329,8 @@ class RequestTable:
 
         Raises:
             ValueError: there is no such slot, an argument is out of its range, there are more than
-                ``max_logit_bias`` biases, more than ``max_length`` ids, or the table does not keep
-                what a penalty needs.
+                ``max_logit_bias`` biases, ``max_sequence_ids`` ids of sequences or ``max_length``
+                ids, or the table does not keep what a penalty or a rule needs.
         """
         slot = checked_row(slot, self.capacity, "slot")
         self._check_params(params)
@@ -375,25 +395,36 @@ class RequestTable:
             raise checks.refusal("params", "a SamplingParams", params)
         on = params.packed.on
         if "bias" in on:
-            self._check_bias(params.logit_bias or {})
-        if "penalties" not in on:
+            self._check_bias(params.bans)
+        if not params.needs_history:
             return
         if self._history is None:
             raise ValueError(
-                "params must have no penalty where no histories are kept: make the RequestTable "
-                f"with history=True, got {params}"
+                "params must have no penalty, and no rule that looks at the history, where no "
+                f"histories are kept: make the RequestTable with history=True, got {params}"
             )
-        if params.has_window and self._history.text is None:
+        if params.needs_text and self._history.text is None:
             raise ValueError(
-                "params must have no penalty_last_n where the ids are not kept in order: make the "
-                f"RequestTable with max_length, got {params}"
+                "params must have no penalty_last_n, dry_multiplier, no_repeat_ngram_size or "
+                "bad_words where the ids are not kept in order: make the RequestTable with "
+                f"max_length, got {params}"
             )
+        if "rules" in on:
+            self._check_sequences(params.sequences)
 
     def _check_bias(self, bias: Mapping[int, float]) -> None:
         if len(bias) > self.max_logit_bias:
             raise ValueError(
-                f"logit_bias must have at most max_logit_bias = {self.max_logit_bias} tokens, "
-                f"got {len(bias)}"
+                "logit_bias and bad_words of a single id must have at most max_logit_bias = "
+                f"{self.max_logit_bias} tokens, got {len(bias)}"
+            )
+
+    def _check_sequences(self, sequences: Sequence[int]) -> None:
+        if len(sequences) > self.max_sequence_ids:
+            raise ValueError(
+                "dry_breakers, bad_words and stop_token_ids must have at most max_sequence_ids = "
+                f"{self.max_sequence_ids} ids, with two more for each sequence, got "
+                f"{len(sequences)}"
             )
 
     @alone
@@ -406,17 +437,17 @@ class RequestTable:
 
         Raises:
             ValueError: there is no request in this slot, the table cannot hold the parameters, or
-                they turn a penalty on and the request's ids are not known, since it was set without
-                a penalty and without ``prompt_ids``.
+                they turn a penalty or a rule on and the request's ids are not known, since it was
+                set without either and without ``prompt_ids``.
         """
         old = self.params(slot)
         if old is None:
             raise checks.refusal("slot", "one with a request", slot)
         self._check_params(params)
-        if "penalties" in params.packed.on and not self._is_kept[slot]:
+        if params.needs_history and not self._is_kept[slot]:
             raise ValueError(
-                f"params must have no penalty where the history was not kept (slot {slot}): set "
-                "the request with its prompt_ids, or fill its slot"
+                "params must have no penalty, and no rule that looks at the history, where it was "
+                f"not kept (slot {slot}): set the request with its prompt_ids, or fill its slot"
             )
         self._replace_params(slot, params)
         text = None if self._history is None else self._history.text
@@ -477,8 +508,8 @@ class RequestTable:
             is_kept: whether its history has all of its ids.
             more: other assignments.
         """
-        numbers, on = (EMPTY if params is None else params).packed
-        bias = _NO_BIAS if params is None or params.logit_bias is None else params.logit_bias
+        given = EMPTY if params is None else params
+        (numbers, on), bias, sequences = given.packed, given.bans, given.sequences
         if seed is None:
             assert params is not None
             seed = int(fresh_seeds(1)) if params.seed is None else as_int64(params.seed)
@@ -488,10 +519,13 @@ class RequestTable:
             of_old, of_new = of_old - 1, of_new + 1
         targets = self._written
         keys = (*itertools.repeat(slot, len(targets) - 2), old, on)
-        values = (*numbers, seed, prompt_length, len(bias), params, is_kept, on, of_old, of_new)
+        counts = len(bias), len(sequences)
+        values = (*numbers, seed, prompt_length, *counts, params, is_kept, on, of_old, of_new)
         others = [*more]
         if bias or "bias" in old:
             others += self._write_bias(slot, bias)
+        if sequences or "rules" in old:
+            others += self._write_sequences(slot, sequences)
         if on != old and ((old and of_old == 0) or (on and of_new == 1)):
             others += self._changes_of_flags({**times, old: of_old, on: of_new})
         if not self._numbers.is_one:
@@ -515,12 +549,23 @@ class RequestTable:
         self._biases.send(start, stop)
         return []
 
+    def _write_sequences(self, slot: int, sequences: Sequence[int]) -> list[Assignment]:
+        """Write a slot's token sequences. Returns what else is to be assigned."""
+        start, stop = slot * self.max_sequence_ids, slot * self.max_sequence_ids + len(sequences)
+        self._sequences.on_host["id"][start:stop] = sequences
+        self._sequences.send(start, stop)
+        return []
+
+    def _rules_if(self, is_on: bool) -> dict[str, Any]:
+        """The tensors of a batch in which a slot has a rule that looks at the history, or none."""
+        return self._rules if is_on else dict.fromkeys(self._rules)
+
     def _changes_of_flags(self, times_on: Mapping[frozenset[str], int]) -> list[Assignment]:
         """What is to be assigned where so many slots turn on each set of switches."""
         switches = frozenset().union(*(on for on, times in times_on.items() if times))
         if switches == self._switches:
             return []
-        batch = replace(self.batch, **flags_of(switches))
+        batch = replace(self.batch, **flags_of(switches), **self._rules_if("rules" in switches))
         changed = {"_switches": switches, "batch": batch, "_steps": []}
         return [(vars(self), name, value) for name, value in changed.items()]
 
@@ -684,14 +729,18 @@ class RequestTable:
             self._numbers.send()
         batch, any_bias = self.batch, "bias" in self._switches
         if self._is_captured():
-            flags = {**CONSERVATIVE_FLAGS, "needs_history": self._history is not None}
-            batch = replace(batch, **flags)
+            has_history = self._history is not None
+            flags = {**CONSERVATIVE_FLAGS, "needs_history": has_history}
+            batch = replace(batch, **flags, **self._rules_if(has_history))
             any_bias |= self.max_logit_bias > 0
         if position is not None:
             batch = replace(batch, position=position)
         numbers = self._numbers.on_device
         lengths = numbers["prompt_length"] if position_of == "text" else None
-        by_slot = ParamSlots(slots, numbers["bias_count"], position_of, lengths, any_bias)
+        by_slot = ParamSlots(
+            *(slots, numbers["bias_count"], position_of, lengths, any_bias),
+            numbers["sequence_count"] if batch.has_rules else None,
+        )
         return batch, by_slot
 
     @alone
@@ -707,6 +756,7 @@ class RequestTable:
             "capacity": self.capacity,
             "vocab_size": self.vocab_size,
             "max_logit_bias": self.max_logit_bias,
+            "max_sequence_ids": self.max_sequence_ids,
             "params": [
                 None if (row := self.params(slot)) is None else plain(row)
                 for slot in range(self.capacity)
@@ -753,6 +803,7 @@ class RequestTable:
                 vocab_size=state["vocab_size"],
                 history=history,
                 max_logit_bias=state["max_logit_bias"],
+                max_sequence_ids=state["max_sequence_ids"],
                 backend=backend,
                 device=position.device,
             )
@@ -860,7 +911,7 @@ class RequestTable:
 
 def flags_of(switches: Collection[str]) -> dict[str, Any]:
     """The flags that choose a kernel where these switches are on in any slot."""
-    return kernel_flags({switch: switch in switches for switch in SWITCHES})
+    return kernel_flags({switch: switch in switches for switch in (*SWITCHES, "rules")})
 
 
 def _fill_of(history: TokenHistory, row: Tensor, ids: Tensor, position: Tensor) -> HistoryUpdate:

@@ -309,19 +309,18 @@ Row RowSampler::make_row(int64_t number, int64_t index) {
       row.replaced = &ws_.replaced;
     }
   }
-  if (args_.dry_multiplier != nullptr && args_.text != nullptr) list_tokens(number, index, row);
+  if (args_.dry_multiplier != nullptr) list_tokens(number, index, row);
   return row;
 }
 
-// 5a the list: makes it, and points the row at it.
+// Makes the list of step 5a, and points the row at it.
 void RowSampler::list_tokens(int64_t number, int64_t index, Row& row) {
   const SlotHistory history = slot_history(args_, history_slot(args_, number));
-  const int64_t length = text_length(history);
+  const int64_t length = history.text != nullptr ? text_length(history) : 0;
   const int64_t extras = args_.extra_output != nullptr ? args_.num_extra_output : 0;
   const int32_t* extra = args_.extra_output + number * extras;
   const RowIds ids(history.text, length, extra, extras, row.vocab_size);
-  const int64_t output = std::max<int64_t>(length - std::max<int64_t>(history.prompt_length, 0), 0);
-  ws_.list.make(read_rules(args_, index), ids, output, row.vocab_size);
+  ws_.list.make(read_rules(args_, index), ids, read_once(*history.length), row.vocab_size);
   row.listed_ids = ws_.list.ids();
   row.listed_amounts = ws_.list.amounts();
   row.listed_count = ws_.list.size();
@@ -342,11 +341,11 @@ void RowSampler::find_maxima(const Row& row) {
   row_.m = find_max(tile_max_, tiles_) + 0.0f;  // -0.0 becomes +0.0
 }
 
-// Steps 3 to 13 if top-k is on and the penalties can only lower logits. A token's logit before the penalties
-// is then an upper bound of its logit after them, and so it is with the list of step 5a before and after both. So only the tokens whose logit was at or above some bound
-// become candidates, and only they are penalised. If k of them are still at or above the bound, the first k
-// of the order are among them. The cost does not grow with the history. Returns false, with nothing kept,
-// if the conditions do not hold or too many tokens would have to be tried.
+// Steps 3 to 13 if top-k is on and the penalties can only lower logits, as the list of step 5a always does. A
+// token's logit before both is then an upper bound of its logit after them. So only the tokens whose logit was
+// at or above some bound become candidates, and only they are penalised. If k of them are still at or above the
+// bound, the first k of the order are among them. The cost does not grow with the history. Returns false, with
+// nothing kept, if the conditions do not hold or too many tokens would have to be tried.
 bool RowSampler::find_kept_penalising_late() {
   const int64_t k = params_.top_k;
   const bool lowers = row_.seen != nullptr && row_.repetition_penalty >= 1.0f &&

@@ -116,7 +116,7 @@ class PenaltyList {
   const float* amounts() const { return amounts_; }
   int64_t size() const { return size_; }
 
-  // `output_length` is that of the text's output, without the extra ids.
+  // `output_length` is that of the row's output, without the extra ids.
   void make(
       const SequenceRules& rules,
       const RowIds& text,

@@ -46,6 +46,8 @@ class ParamSlots:
             ``position[row] + 1 - prompt_lengths[slot]``, and is not advanced.
         prompt_lengths: int64 ``(slots,)``, or None where ``position_of`` is not "text".
         any_bias: whether any slot has a bias.
+        sequence_counts: int32 ``(slots,)``; slot s owns ``sequence_counts[s]`` elements of the
+            batch's ``sequences``, from ``sequence_offsets[s]`` on. None where the batch has none.
     """
 
     of_rows: Tensor
@@ -53,6 +55,7 @@ class ParamSlots:
     position_of: PositionOf = "row"
     prompt_lengths: Tensor | None = None
     any_bias: bool = True
+    sequence_counts: Tensor | None = None
 
     def exist(self) -> Tensor:
         """Whether each row's slot is one that there is; bool ``(rows,)``."""
@@ -182,6 +185,15 @@ def described(error: BaseException) -> str:
     if isinstance(error, ImportError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def refuse_rules(name: str, call: SampleCall) -> None:
+    """A RuntimeError for a backend whose kernels know no rules that look at the history."""
+    if call.history is not None and call.batch.has_rules:
+        raise RuntimeError(
+            f"backend {name!r} cannot run dry_multiplier, no_repeat_ngram_size, bad_words and "
+            'min_tokens; "cpu" and "torch" can'
+        )
 
 
 def with_slots(call: SampleCall, slots: Tensor | None) -> SampleCall:

@@ -97,6 +97,17 @@ class SampleArgs(ctypes.Structure):
         ("num_extra_output", ctypes.c_int64),
         ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_int64),
+        ("dry_multiplier", ctypes.c_void_p),
+        ("dry_base", ctypes.c_void_p),
+        ("dry_allowed_length", ctypes.c_void_p),
+        ("dry_penalty_last_n", ctypes.c_void_p),
+        ("no_repeat_ngram_size", ctypes.c_void_p),
+        ("no_repeat_ngram_window", ctypes.c_void_p),
+        ("min_tokens", ctypes.c_void_p),
+        ("sequence_offsets", ctypes.c_void_p),
+        ("sequence_counts", ctypes.c_void_p),
+        ("sequences", ctypes.c_void_p),
+        ("sequences_size", ctypes.c_int64),
     )
 
 
@@ -147,7 +158,11 @@ def make_args(call: SampleCall) -> SampleArgs:
         num_threads=torch.get_num_threads(),
     )
     for name in KERNEL_TENSORS:
-        setattr(args, name, getattr(call.batch, name).data_ptr())
+        tensor = getattr(call.batch, name)
+        if tensor is not None:
+            setattr(args, name, tensor.data_ptr())
+    if call.batch.sequences is not None:
+        args.sequences_size = call.batch.sequences.numel()
     args.logit_bias_size = call.batch.logit_bias_ids.numel()
     if not call.has_bias:
         args.logit_bias_offsets = None
@@ -200,6 +215,8 @@ def _set_param_slots(args: SampleArgs, slots: ParamSlots) -> None:
     args.param_slots = slots.of_rows.data_ptr()
     args.num_param_slots = slots.bias_counts.shape[0]
     args.logit_bias_counts = slots.bias_counts.data_ptr()
+    if slots.sequence_counts is not None:
+        args.sequence_counts = slots.sequence_counts.data_ptr()
     args.position_of = POSITION_MODES[slots.position_of]
     if slots.prompt_lengths is not None:
         args.prompt_lengths = slots.prompt_lengths.data_ptr()

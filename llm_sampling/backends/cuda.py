@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import SampleCall, Size, Step, settle, with_slots
+from llm_sampling.backends.base import SampleCall, Size, Step, refuse_rules, settle, with_slots
 from llm_sampling.backends.c_abi import DTYPES, HistoryUpdateArgs, SampleArgs
 from llm_sampling.history import HistoryUpdate
 from llm_sampling.results import SampleOutput
@@ -108,16 +108,19 @@ def _unchecked(call: SampleCall) -> SampleCall:
 
 def sample(call: SampleCall) -> SampleOutput:
     """Draw tokens in one launch."""
+    refuse_rules("cuda", call)
     return settle(call, native.sample(_unchecked(call), _run_on(call.logits.device)))
 
 
 def filter_logits(call: SampleCall) -> Tensor:
     """Filter in one launch."""
+    refuse_rules("cuda", call)
     return native.filter_logits(call, _run_on(call.logits.device))
 
 
 def prepare(call: SampleCall) -> Step:
     """Keep what the kernel is called with between steps."""
+    refuse_rules("cuda", call)
     launch = native.prepare(_unchecked(call), _run_on(call.logits.device))
 
     def step(

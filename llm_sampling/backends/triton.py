@@ -26,6 +26,7 @@ from llm_sampling.backends.base import (
     check_state,
     described,
     make_results,
+    refuse_rules,
     settle,
     with_slots,
 )
@@ -264,6 +265,7 @@ def _splits(call: SampleCall, *, filter_only: bool) -> bool:
 
 
 def _launch_for(call: SampleCall, *, filter_only: bool = False) -> Launch:
+    refuse_rules("triton", call)
     rows, vocab_size = call.logits.shape
     processors = _processors(call.logits.device.index) if call.logits.is_cuda else rows
     return choose_launch(
