@@ -61,8 +61,8 @@ entries_of(const int64_t* offsets, const int32_t* counts, int64_t size, int64_t 
   Entries entries = {0, 0};
   if (offsets == nullptr) return entries;
   entries.begin = limited(read_once(offsets[index]), 0, size);
-  const int64_t end = counts != nullptr ? entries.begin + read_once(counts[index])
-                                        : read_once(offsets[index + 1]);
+  const int64_t end =
+      counts != nullptr ? entries.begin + read_once(counts[index]) : read_once(offsets[index + 1]);
   entries.count = limited(limited(end, entries.begin, size) - entries.begin, 0, INT32_MAX);
   return entries;
 }

@@ -316,9 +316,8 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   const bool by_slot = a.param_slots != nullptr;
   const bool has_text = a.position_of == LLM_SAMPLING_POSITION_OF_TEXT;
   // Everything else that belongs to slots needs them.
-  if (!by_slot &&
-      (a.position_of != LLM_SAMPLING_POSITION_OF_ROW || a.logit_bias_counts != nullptr ||
-       a.sequence_counts != nullptr)) {
+  if (!by_slot && (a.position_of != LLM_SAMPLING_POSITION_OF_ROW ||
+                   a.logit_bias_counts != nullptr || a.sequence_counts != nullptr)) {
     return LLM_SAMPLING_BAD_OPTION;
   }
   if (by_slot && (a.num_param_slots < 1 || a.num_param_slots > INT32_MAX)) {
@@ -364,8 +363,7 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
         is_aligned(a.repetition_penalty_scope) && is_aligned(a.extra_output) &&
         all_rules(a, [](const auto* p) { return is_aligned(p); }) &&
         is_aligned(a.sequence_offsets) && is_aligned(a.sequence_counts) &&
-        is_aligned(a.sequences) &&
-        is_aligned(static_cast<const uint64_t*>(a.workspace)))) {
+        is_aligned(a.sequences) && is_aligned(static_cast<const uint64_t*>(a.workspace)))) {
     return LLM_SAMPLING_MISALIGNED;
   }
   if (a.logit_bias_offsets != nullptr && a.logit_bias_size > 0 &&
@@ -374,8 +372,8 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   }
   if (a.dry_multiplier != nullptr) {
     const bool has_all = all_rules(a, [](const auto* p) { return p != nullptr; });
-    const bool has_sequences = a.sequence_offsets == nullptr || a.sequences_size == 0 ||
-                               a.sequences != nullptr;
+    const bool has_sequences =
+        a.sequence_offsets == nullptr || a.sequences_size == 0 || a.sequences != nullptr;
     if (!has_all || !has_sequences || a.seen == nullptr) return LLM_SAMPLING_NULL_POINTER;
   }
   const int64_t words = (a.vocab_size + 31) / 32;
@@ -537,7 +535,8 @@ inline const char* error_text(int32_t code) {
       return "the struct is NULL or of another size or version than this library's";
     case LLM_SAMPLING_BAD_SIZE:
       return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
-             "logit_bias_size, sequences_size, max_text_length, num_extra_output, num_token_ids, num_top_logprobs, "
+             "logit_bias_size, sequences_size, max_text_length, num_extra_output, num_token_ids, "
+             "num_top_logprobs, "
              "workspace_bytes, max_ids, a slot or an offset is out of range";
     case LLM_SAMPLING_BAD_OPTION:
       return "dtype, advance, kind, id_bytes, position_of or reserved has an "

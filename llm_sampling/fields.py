@@ -29,8 +29,17 @@ _ROUNDED_TO_INF, _ROUNDED_TO_0 = 2.0**128 - 2.0**103, 2.0**-150
 #: which ids a penalty is for. "rule" and "sequences" are those of the rules that look at the ids in
 #: order: numbers, and token sequences.
 Kind = Literal[
-    *("bias", "penalty", "scope", "scale", "rank", "mass", "depth", "floor", "seed"),
-    *("rule", "sequences"),
+    "bias",
+    "penalty",
+    "scope",
+    "rule",
+    "sequences",
+    "scale",
+    "rank",
+    "mass",
+    "depth",
+    "floor",
+    "seed",
 ]
 
 #: What token sequences must be, in words.

@@ -6,6 +6,7 @@ import itertools
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+
 import torch
 from torch import Tensor
 

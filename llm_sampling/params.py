@@ -54,8 +54,9 @@ class SamplingParams:
     """How to draw a token from one row of logits. Frozen; every value is checked on construction.
 
     The steps apply in this order: ``logit_bias``, ``repetition_penalty``, ``frequency_penalty``,
-    ``presence_penalty``, the rules that look at the ids in order (DRY, n-grams, bad words,
-    ``min_tokens``), ``temperature``, ``top_k``, ``top_p``, ``min_p``, the draw. ``None`` means "off" for every field, ``-1`` for ``top_k``; ints pass where floats are meant.
+    ``presence_penalty``, the rules that look at the history (``dry_*``, ``no_repeat_ngram_*``,
+    ``bad_words``, ``min_tokens``), ``temperature``, ``top_k``, ``top_p``, ``min_p``, the draw.
+    ``None`` means "off" for every field, ``-1`` for ``top_k``; ints pass where floats are meant.
 
     Attributes:
         temperature: Divides the logits; finite and >= 0. 0 is greedy: the largest logit after the
@@ -150,6 +151,18 @@ class SamplingParams:
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         # made here, where torch.compile has not yet turned the seed into a symbol of 64 bits
         object.__setattr__(self, "_signed_seed", as_int64(self.seed or 0))
+        words = self.bad_words or ()
+        alone = [word[0] for word in words if len(word) == 1]
+        bans = self.logit_bias or {}
+        if alone:
+            bans = dict(sorted({**bans, **dict.fromkeys(alone, -math.inf)}.items()))
+        object.__setattr__(self, "_bans", bans)
+        sequences = packed_sequences(
+            (self.dry_multiplier != 0 and self.dry_breakers) or (),
+            [word for word in words if len(word) > 1],
+            (self._looks_at_length() and self.stop_token_ids) or (),
+        )
+        object.__setattr__(self, "_sequences", sequences)
         if not torch.compiler.is_compiling():
             self.packed  # noqa: B018  # worked out where the request comes, and not in a step
 
@@ -169,6 +182,11 @@ class SamplingParams:
     def needs_text(self) -> bool:
         """Whether the history must keep the ids in order, as it does where it has a max_length."""
         return self._needs("order") or (self.has_window and self.has_penalty)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether penalties are for the last ids only."""
+        return self.penalty_last_n != _WINDOW.off
 
     @property
     def has_penalty(self) -> bool:
@@ -198,19 +216,17 @@ class SamplingParams:
     def _looks_at_length(self) -> bool:
         return self.min_tokens > 0 and bool(self.stop_token_ids)
 
-    @functools.cached_property
+    @property
     def bans(self) -> Mapping[int, float]:
-        """``logit_bias`` with a ban of every bad word that has a single id."""
-        alone = [word[0] for word in self.bad_words or () if len(word) == 1]
-        bias = self.logit_bias or {}
-        if not alone:
-            return bias
-        return dict(sorted({**bias, **dict.fromkeys(alone, -math.inf)}.items()))
+        """``logit_bias`` by rising id, with a ban of every bad word that has a single id."""
+        bans: Mapping[int, float] = self._bans  # type: ignore[attr-defined]
+        return bans
 
     @property
-    def has_window(self) -> bool:
-        """Whether penalties are for the last ids only."""
-        return self.penalty_last_n != _WINDOW.off
+    def sequences(self) -> Sequence[int]:
+        """The token sequences of the rules that are on, as kernels read them."""
+        sequences: Sequence[int] = self._sequences  # type: ignore[attr-defined]
+        return sequences
 
     @functools.cached_property
     def packed(self) -> PackedRow:
@@ -227,15 +243,6 @@ class SamplingParams:
         if self._looks_at_length():
             on.add("rules")
         return PackedRow(row, frozenset(on))
-
-    @functools.cached_property
-    def sequences(self) -> Sequence[int]:
-        """The token sequences of the rules that are on, as kernels read them."""
-        return packed_sequences(
-            (to_float32(self.dry_multiplier) != 0 and self.dry_breakers) or (),
-            [word for word in self.bad_words or () if len(word) > 1],
-            (self._looks_at_length() and self.stop_token_ids) or (),
-        )
 
 
 class PackedRow(NamedTuple):
@@ -427,7 +434,7 @@ def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     flags["any_ordered_rule"] = has_rules and (
         not _all_are(columns["dry_multiplier"], 0.0)
         or not _all_are(columns["no_repeat_ngram_size"], 0)
-        or any(kind == BAD_WORD for kind, _ in records_of(columns["sequences"]))
+        or any(kind == BAD_WORD for kind, _ in records_of([*map(int, columns["sequences"])]))
     )
     flags["any_window"] = any(
         columns[penalty.name][row] != penalty.off
@@ -713,7 +720,7 @@ class BatchParams:
         return is_plain
 
     def _check_values(self) -> dict[str, list[float]]:
-        """Check the numbers, which are on the CPU. Returns the columns, and the sequences if any."""
+        """Check the numbers, which are on the CPU. Returns the columns, and the sequences."""
         for column in self.columns:
             column.check(getattr(self, column.name))
         BIAS_VALUES.check(self.logit_bias_values)
@@ -801,7 +808,7 @@ def _pack(
         columns: dict[str, Sequence[Any]] = {}
         tensors: dict[str, Any] = {}
         rows = None if torch.compiler.is_dynamo_compiling() else [row.packed for row in params]
-        has_rules = any([row.has_rules for row in params])  # dynamo knows no generators here
+        has_rules = any(row.has_rules for row in params)
         for place, (parameter, column) in enumerate(COLUMNS):
             if parameter.kind == "rule" and not has_rules:
                 continue

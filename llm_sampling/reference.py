@@ -92,7 +92,8 @@ def penalty_lists(call: SampleCall) -> list[dict[int, float]]:
         return []
     rows, vocab_size = call.logits.shape
     numbers = {name: getattr(batch, name).tolist() for name in NUMBERS}
-    assert batch.sequence_offsets is not None and batch.sequences is not None
+    assert batch.sequence_offsets is not None
+    assert batch.sequences is not None
     offsets, sequences = batch.sequence_offsets.tolist(), batch.sequences.tolist()
     slots, text = history.slots.tolist(), history.text
     produced = history.lengths.tolist()
@@ -146,9 +147,9 @@ def processed_logits(call: SampleCall) -> tuple[Tensor, Tensor]:
         x = torch.where(produced, x - b, x)
 
         # 5a what the rules that look at the sequence lower
-        for row, amounts in enumerate(penalty_lists(call)):
-            for token, amount in amounts.items():
-                x[row, token] = -_INF if amount == _INF else x[row, token] - amount
+        for i, amounts in enumerate(penalty_lists(call)):
+            for id_, amount in amounts.items():
+                x[i, id_] = -_INF if amount == _INF else x[i, id_] - amount
 
     # 6 canonical
     nan = x.isnan()
@@ -339,7 +340,8 @@ def _by_row(call: SampleCall, slots: ParamSlots) -> tuple[SampleCall, Tensor]:
     }
     offsets, entry = _parts_of(batch.logit_bias_offsets, slots.bias_counts, slot)
     if batch.has_rules:
-        assert batch.sequence_offsets is not None and batch.sequences is not None
+        assert batch.sequence_offsets is not None
+        assert batch.sequences is not None
         assert slots.sequence_counts is not None
         of_rows, place = _parts_of(batch.sequence_offsets, slots.sequence_counts, slot)
         columns |= {"sequence_offsets": of_rows, "sequences": batch.sequences[place]}

@@ -108,7 +108,8 @@ class Sampler:
             history that is made here; :meth:`rollback` of rows with a penalty, ``penalty_last_n``
             and the rules that look at the ids in order need them.
         num_samples: draws per row; more than 1 only without penalties and rules that look at the
-            history, since a history follows one token per row. Each call advances the positions by one.
+            history, since a history follows one token per row. Each call advances the positions by
+            one.
         logprobs: as for :func:`llm_sampling.sample`, and so are ``top_logprobs``, ``kept`` and
             ``max_kept_ids``.
         logprob_token_ids: token ids whose logprobs every step returns for each row: a list, or a

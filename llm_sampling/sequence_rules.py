@@ -104,9 +104,7 @@ def rules_of(numbers: Mapping[str, float], packed: Sequence[int]) -> SequenceRul
         elif kind == STOP_IDS:
             stop_ids += ids
     values: dict[str, Any] = dict(numbers)
-    return SequenceRules(
-        **values, dry_breakers=breakers, bad_words=words, stop_token_ids=stop_ids
-    )
+    return SequenceRules(**values, dry_breakers=breakers, bad_words=words, stop_token_ids=stop_ids)
 
 
 def penalty_list(

@@ -22,7 +22,7 @@ from llm_sampling.backends.base import (
 )
 from llm_sampling.calls import make_call
 from llm_sampling.history import HistoryUpdate, apply_update
-from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.params import BIAS_TENSORS, KERNEL_TENSORS, SEQUENCE_TENSORS
 from llm_sampling.results import KINDS, Wanted
 
 #: In place of the number of a case: a row of padding, and one whose slot does not exist.
@@ -93,12 +93,21 @@ def by_slot(batch: Batch, position_of: PositionOf, seed: int) -> BySlot:
     logits[(cases < 0).to(device), ::2] = torch.inf
 
     of_slots = torch.tensor(in_slot, device=device)
+    sparse = {"position", *BIAS_TENSORS, *SEQUENCE_TENSORS}
     parameters = {
-        name: getattr(dense.batch, name)[of_slots]
+        name: tensor[of_slots]
         for name in KERNEL_TENSORS
-        if not name.startswith("logit_bias") and name != "position"
+        if name not in sparse and (tensor := getattr(dense.batch, name)) is not None
     }
-    biases = [sorted((batch.params[case].logit_bias or {}).items()) for case in in_slot]
+    if dense.batch.has_rules:
+        packed = [batch.params[case].sequences for case in in_slot]
+        room = 1 + max(map(len, packed))
+        padded = [x for row in packed for x in [*row, *[3] * (room - len(row))]]
+        parameters |= {
+            "sequence_offsets": torch.arange(0, (capacity + 1) * room, room, device=device),
+            "sequences": torch.tensor(padded, device=device).int(),
+        }
+    biases = [sorted(batch.params[case].bans.items()) for case in in_slot]
     width = 1 + max(map(len, biases))
     entries = [entry for bias in biases for entry in [*bias, *[(0, 100.0)] * (width - len(bias))]]
     assert dense.batch.position is not None
@@ -125,6 +134,9 @@ def by_slot(batch: Batch, position_of: PositionOf, seed: int) -> BySlot:
             torch.tensor([len(bias) for bias in biases], device=device).int(),
             position_of,
             prompt_lengths if position_of == "text" else None,
+            sequence_counts=torch.tensor([len(row) for row in packed], device=device).int()
+            if dense.batch.has_rules
+            else None,
         ),
     )
     return BySlot(call, cases)

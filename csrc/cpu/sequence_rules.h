@@ -127,12 +127,10 @@ class PenaltyList {
     const int64_t of_dry =
         has_dry ? last_of(text.size(), rules.dry_penalty_last_n, rules.dry_penalty_last_n < 0) : 0;
     const int32_t ngram = rules.no_repeat_ngram_size;
-    const int64_t of_ngrams = ngram > 0 ? last_of(
-                                              text.size(),
-                                              rules.no_repeat_ngram_window,
-                                              rules.no_repeat_ngram_window <= 0
-                                          )
-                                        : 0;
+    const int64_t of_ngrams =
+        ngram > 0
+            ? last_of(text.size(), rules.no_repeat_ngram_window, rules.no_repeat_ngram_window <= 0)
+            : 0;
     const int64_t window = std::max(of_dry, of_ngrams);
     int32_t* last = last_.at_least(window);  // the last ids, in reverse
     matches_.at_least(window);
@@ -153,7 +151,8 @@ class PenaltyList {
       if (kind == LLM_SAMPLING_BAD_WORD && count > 0 && text.end_with(ids, count - 1, 0)) {
         ban(read_once(ids[count - 1]));
       }
-      for (int64_t i = 0; kind == LLM_SAMPLING_STOP_IDS && is_short && i < count; ++i) ban(read_once(ids[i]));
+      for (int64_t i = 0; kind == LLM_SAMPLING_STOP_IDS && is_short && i < count; ++i)
+        ban(read_once(ids[i]));
     });
     finish(rules);
   }

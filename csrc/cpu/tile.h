@@ -239,8 +239,7 @@ INLINE const float* load_tile_unmasked(const Row& row, int64_t tile, float* __re
   const int count = static_cast<int>(std::min<int64_t>(kTile, row.vocab_size - begin));
   switch (row.dtype) {  // 1 widen
     case LLM_SAMPLING_FLOAT32:
-      if (count == kTile && row.bias_count == 0 && row.seen == nullptr &&
-          !has_listed(row, begin)) {
+      if (count == kTile && row.bias_count == 0 && row.seen == nullptr && !has_listed(row, begin)) {
         return static_cast<const float*>(row.logits) + begin;
       }
       widen<float, same>(row.logits, begin, count, buffer);
@@ -252,8 +251,8 @@ INLINE const float* load_tile_unmasked(const Row& row, int64_t tile, float* __re
       widen<uint16_t, widen_bfloat16>(row.logits, begin, count, buffer);
   }
   for (int j = count; j < kTile; ++j) buffer[j] = -kInfinity;
-  if (row.bias_count > 0) add_bias(row, begin, count, buffer);   // 2 bias
-  if (row.seen != nullptr) penalise(row, begin, count, buffer);  // 3 to 5 penalties
+  if (row.bias_count > 0) add_bias(row, begin, count, buffer);        // 2 bias
+  if (row.seen != nullptr) penalise(row, begin, count, buffer);       // 3 to 5 penalties
   if (row.listed_count > 0) lower_listed(row, begin, count, buffer);  // 5a
   return buffer;
 }

@@ -316,7 +316,7 @@ BATCHES += [
     ),
     (
         {"presence_penalty": torch.ones(2)},
-        "needs_history must be True where a row has a penalty, got False",
+        "needs_history must be True where a row has a penalty or a rule, got False",
     ),
     ({"all_greedy": True}, "all_greedy must be False where a row has a temperature, got True"),
     (

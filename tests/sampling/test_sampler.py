@@ -756,8 +756,8 @@ def test_a_step_leaves_the_generator_alone(backend):
         ),
         (
             {"params": PARAMS, "num_samples": 2},
-            "num_samples must be 1 where a penalty is on, since a history follows one token per "
-            "row, got 2",
+            "num_samples must be 1 where a penalty or a rule is on that looks at the history, "
+            "which follows one token per row, got 2",
         ),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) else "",
@@ -769,7 +769,7 @@ def test_refused(options, message):
 
 def test_a_penalty_cannot_join_several_draws(backend):
     sampler = Sampler(PLAIN, vocab_size=V, num_samples=2, backend=backend)
-    with pytest.raises(ValueError, match="num_samples must be 1 where a penalty is on"):
+    with pytest.raises(ValueError, match="num_samples must be 1 where a penalty or a rule is on"):
         sampler.add(PARAMS[3])
     assert sampler.rows == 3
     assert sampler(torch.zeros(3, V)).tokens.shape == (3, 2)

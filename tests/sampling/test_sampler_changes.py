@@ -300,7 +300,10 @@ def test_parameters_that_change(backend):
 
 
 PENALTY = SamplingParams(presence_penalty=0.5)
-NOT_KEPT = "params must have no penalty where the row's history was not kept (row 0)"
+NOT_KEPT = (
+    "params must have no penalty, and no rule that looks at the history, where the row's was not "
+    "kept (row 0)"
+)
 
 
 def test_a_penalty_is_refused_where_the_history_was_not_kept(backend):
@@ -332,7 +335,7 @@ def test_a_penalty_is_refused_beside_several_draws(backend):
         num_samples=2,
         backend=backend,
     )
-    with pytest.raises(ValueError, match="num_samples must be 1 where a penalty is on"):
+    with pytest.raises(ValueError, match="num_samples must be 1 where a penalty or a rule is on"):
         sampler.set_params(0, PENALTY)
 
 
@@ -510,7 +513,7 @@ def test_a_copy_without_a_history(backend, params):
         other = make_copy(sampler)
         assert other.history is None
         assert tokens_of(other, steps) == tokens_of(make_copy(sampler), steps)
-    with pytest.raises(ValueError, match="num_samples must be 1 where a penalty is on"):
+    with pytest.raises(ValueError, match="num_samples must be 1 where a penalty or a rule is on"):
         other.add(PENALTY)
 
 

@@ -392,9 +392,13 @@ def test_parameters_changed_in_place_are_followed(backend: str) -> None:
 @pytest.mark.parametrize("name", DTYPES)
 def test_parameters_whose_memory_is_exchanged(backend: str, name: str) -> None:
     """Memory that no longer fits is refused after the first use too, whatever its values are."""
-    params = [SamplingParams(logit_bias={1: 1.0, 2: 1.0}), *PARAMS[1:]]
+    params = [
+        SamplingParams(logit_bias={1: 1.0, 2: 1.0}),
+        SamplingParams(dry_multiplier=1, dry_breakers=[[1], [2, 3]], bad_words=[[4, 5]]),
+        PARAMS[2],
+    ]
     batch = BatchParams.from_list(params, positions=[4, 4, 4])
-    history = TokenHistory.from_ids([[1], [2, 2], []], None, V)
+    history = TokenHistory.from_ids([[1], [2, 2], []], None, V, max_length=9)
     tensor: Tensor = getattr(batch, name)
     whole = tensor.clone()
     options: dict[str, Any] = {"history": history, "backend": backend}

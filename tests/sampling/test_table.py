@@ -519,7 +519,8 @@ def test_a_table_that_there_cannot_be(arguments: dict[str, Any], message: str) -
             0,
             SamplingParams(logit_bias={1: 1.0, 2: 1.0}),
             {},
-            "logit_bias must have at most max_logit_bias = 1 tokens, got 2",
+            "logit_bias and bad_words of a single id must have at most max_logit_bias = 1 tokens, "
+            "got 2",
         ),
         (0, PLAIN, {"prompt_ids": [1.5]}, "prompt_ids must hold one sequence of integer ids"),
         (0, PLAIN, {"output_ids": "ab"}, "output_ids must hold one sequence of integer ids"),

@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[Callable[[RequestTable], object], str]] = {
     "a dict": (lambda t: t.set(0, {"top_k": 5}), "params must be a SamplingParams"),  # type: ignore[arg-type]
     "many biases": (
         lambda t: t.set(0, SamplingParams(logit_bias=dict.fromkeys(range(99), 1.0))),
-        "logit_bias must have at most max_logit_bias = 80",
+        "logit_bias and bad_words of a single id must have at most max_logit_bias = 80",
     ),
     "half a token": (lambda t: t.set(0, SamplingParams(), output_ids=[0.5]), "output_ids must"),  # type: ignore[list-item]
     "a slot twice": (
