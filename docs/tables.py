@@ -6,6 +6,7 @@ where a file holds another table than this makes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,8 +32,9 @@ def of_readme() -> str:
 def of_semantics() -> str:
     """The steps of each parameter, in the order of the steps."""
 
-    def last_step(field: Field) -> int:
-        return int(field.step.split(", ")[-1])
+    def last_step(field: Field) -> tuple[int, str]:
+        number, letter = re.fullmatch(r"(\d+)(\w?)", field.step.split(", ")[-1]).groups()
+        return int(number), letter
 
     return table(
         ("name", "range", "off", "step"),

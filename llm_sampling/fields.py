@@ -394,7 +394,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 off_text="None",
                 step="5a",
                 meaning="DRY: no repeated sequence goes across one of these",
-                help="No repeated sequence goes across this string; repeatable.",
+                help="Token ids ID,ID,... that no repeated sequence goes across; repeatable.",
             ),
             Field(
                 "no_repeat_ngram_size",
@@ -433,7 +433,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 off_text="None",
                 step="5a",
                 meaning="none of these sequences is completed",
-                help="Never complete this string; repeatable.",
+                help="Token ids ID,ID,... that are never completed; repeatable.",
             ),
             Field(
                 "min_tokens",
@@ -446,7 +446,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 off_text="0",
                 step="5a",
                 meaning="`stop_token_ids` are banned until the output has so many ids",
-                help="Do not end before so many tokens.",
+                help="Ban --stop-token-ids until the text has so many tokens; 0 is off.",
             ),
             Field(
                 "stop_token_ids",
@@ -459,7 +459,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 off_text="None",
                 step="5a",
                 meaning="what `min_tokens` bans",
-                help="A token id that ends the text; repeatable.",
+                help="Token ids ID,ID,... that --min-tokens bans.",
             ),
         )
     }

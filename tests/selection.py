@@ -95,6 +95,7 @@ SOME = {
     "test_cpu_paths.py::test_masks_in_every_instruction_set": Some(instructions=()),
     "test_vectors_family.py::test_case": Some(3),
     "test_vectors_family.py::test_the_same_after_other_ids_were_taken_away": Some(3),
+    "test_rules.py::test_rows_are_those_of_the_reference": Some(7),
     "test_histories.py::test_updates": Some(5),
     "test_histories.py::test_drawings": Some(5),
     "test_parity.py::test_every_case": Some(7),

@@ -201,17 +201,18 @@ def prompt_history(
     Args:
         params: one a row.
         ids: gives the ids of each row's prompt without padding, and those of its output so far. It
-            is called only if a row has a penalty, because it may have to wait for the device.
+            is called only if a row has a penalty or a rule that looks at the history, because it
+            may have to wait for the device.
         vocab_size: the width of the logits.
         device: that of the logits.
-        max_new_tokens: how many tokens of each row there is room for, where a row has
-            ``penalty_last_n``; elsewhere there is room for any number.
+        max_new_tokens: how many tokens of each row there is room for, where a row needs the ids in
+            order; elsewhere there is room for any number.
     """
     rows = list(params)
     if not any(row.needs_history for row in rows):
         return None
     prompts, outputs = ids()
-    if not any(row.needs_history and row.has_window for row in rows):
+    if not any(row.needs_text for row in rows):
         return TokenHistory.from_ids(prompts, outputs, vocab_size, device=device)
     lengths = list(map(len, prompts))
     if outputs is not None:

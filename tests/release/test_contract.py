@@ -20,7 +20,7 @@ from llm_sampling import BatchParams, SamplingParams, history, results
 from llm_sampling.backends import BACKENDS, base, c_abi
 from llm_sampling.backends.base import SampleCall
 from llm_sampling.fields import FIELDS, OFF_VALUES
-from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.params import KERNEL_TENSORS, RULE_TENSORS, SEQUENCE_TENSORS
 from llm_sampling.tools import explain
 from llm_sampling.tools.cli.options import sampling_options
 
@@ -33,6 +33,7 @@ PARAMETERS = [f.name for f in fields(SamplingParams)]
 PIECES = {
     "logit_bias": ["logit_bias_offsets", "logit_bias_ids", "logit_bias_values"],
     **{f.name: [f.packed.name] for f in FIELDS.values() if f.packed is not None},
+    **{f.name: [*SEQUENCE_TENSORS] for f in FIELDS.values() if f.kind == "sequences"},
 }
 
 #: The same for parameters that kernels find in the history and not in BatchParams.
@@ -41,6 +42,7 @@ OF_THE_HISTORY = {"penalty_last_n": ["windows"]}
 #: The fields of BatchParams that are no parameters: flags, positions, and which rows have no seed.
 FLAGS = {"needs_history", "all_greedy", "any_filter"}
 FLAGS |= {"kept_at_most", "any_top_k", "any_top_p", "any_floor", "any_output_scope", "any_window"}
+FLAGS |= {"any_ordered_rule"}
 DERIVED = {"unseeded", "position", *FLAGS}
 
 #: The layers of the package. A module may import only modules of the layers above its own.
@@ -129,13 +131,10 @@ def test_command_line_has_every_parameter():
 
 
 def test_page_has_every_parameter_with_its_rule():
-    """The page of ``explain`` has every parameter except logit_bias and seed.
-
-    The page has no input for those two.
-    """
+    """The page of ``explain`` has an input for every parameter but those that it never changes."""
     template = read("llm_sampling/tools/data/explain.html")
     fields = template[template.index("const FIELDS = {") : template.index("const NUMBER")]
-    shown = [name for name in PARAMETERS if name not in ("logit_bias", "seed")]
+    shown = [n for n, f in FIELDS.items() if f.kind not in ("bias", "seed", "rule", "sequences")]
     assert re.findall(r"^  (\w+): \{", fields, re.MULTILINE) == shown
     page = explain.page(torch.zeros(1), ["a"], SamplingParams())
     data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
@@ -194,14 +193,18 @@ def test_tables_are_made_from_the_fields(path):
 
 FILTERS = ("rank", "mass", "depth")
 EVERY_KIND = ("bias", "penalty", "scope", "scale", *FILTERS, "floor", "seed")
+#: The rules that look at the history, which no kernel of a GPU knows.
+RULES = ("rule", "sequences")
 
 #: file or folder -> the kinds of parameters that it must name
 PLACES = {
-    "csrc/llm_sampling.h": EVERY_KIND,
-    "csrc/validate.h": EVERY_KIND,
+    "csrc/llm_sampling.h": (*EVERY_KIND, *RULES),
+    "csrc/validate.h": (*EVERY_KIND, *RULES),
+    "csrc/cpu/sequence_rules.h": ("rule",),
+    "llm_sampling/sequence_rules.py": RULES,
     "csrc/semantics.h": ("depth",),  # in the function depth_cut
     "llm_sampling/reference.py": EVERY_KIND,
-    "llm_sampling/backends/c_abi.py": EVERY_KIND,
+    "llm_sampling/backends/c_abi.py": (*EVERY_KIND, *RULES),
     "llm_sampling/backends/triton.py": EVERY_KIND,
     "llm_sampling/backends/triton_kernel.py": EVERY_KIND,
     # distributed.py gets the limit of min-p from reference.depth_cut.
@@ -210,9 +213,10 @@ PLACES = {
     "llm_sampling/integrations/vllm/both.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/integrations/sglang.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/tools/data/explain.html": ("penalty", "scope", "scale", *FILTERS, "floor"),
-    "docs/semantics.md": EVERY_KIND,
-    "docs/parameters.md": ("penalty", "scope", "scale", *FILTERS, "seed"),
-    "README.md": EVERY_KIND,
+    "docs/semantics.md": (*EVERY_KIND, *RULES),
+    "docs/parameters.md": ("penalty", "scope", "scale", *FILTERS, "seed", *RULES),
+    "README.md": (*EVERY_KIND, *RULES),
+    "tests/sampling/test_rules.py": RULES,
     "tests/cases.py": EVERY_KIND,
     "tests/strategies.py": EVERY_KIND,
     "tests/sampling/differential.py": EVERY_KIND,
@@ -301,7 +305,8 @@ def test_struct_has_every_parameter():
 
 
 def test_struct_reads_the_dtypes_that_a_batch_has():
-    batch = BatchParams.from_list([SamplingParams(logit_bias={1: 2})], positions=[0])
+    params = SamplingParams(logit_bias={1: 2}, dry_multiplier=1, dry_breakers=[[1]])
+    batch = BatchParams.from_list([params], positions=[0])
     struct = struct_fields()
     for name in KERNEL_TENSORS:
         assert struct[name] == C_DTYPES[getattr(batch, name).dtype] + "*", name
@@ -497,12 +502,15 @@ def test_cuda_s_kernel_takes_every_parameter():
         if re.search(rf"\b{name}\((?:args_|plan\.args)", kernel):
             read_by_it |= set(re.findall(r"\bargs\.(\w+)", body))
     not_a_kernel_s = {"struct_size", "version", "num_threads"}
+    # The backend refuses the rules that look at the history.
+    not_a_kernel_s |= {*RULE_TENSORS, "sequence_counts", "sequences_size"}
     assert set(struct_fields()) - not_a_kernel_s <= read_by_it
 
 
 def test_triton_s_kernel_reads_every_parameter():
     kernel = read("llm_sampling/backends/triton_kernel.py")
-    assert {*KERNEL_TENSORS} == set(re.findall(r"\bbatch\.(\w+)", kernel))
+    # The backend refuses the rules that look at the history.
+    assert {*KERNEL_TENSORS} - {*RULE_TENSORS} == set(re.findall(r"\bbatch\.(\w+)", kernel))
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,16 @@ def test_the_table_of_off_values_is_the_defaults():
         "seed": None,
         "repetition_penalty_scope": "all",
         "penalty_last_n": -1,
+        "dry_multiplier": 0.0,
+        "dry_base": 1.75,
+        "dry_allowed_length": 2,
+        "dry_penalty_last_n": -1,
+        "dry_breakers": None,
+        "no_repeat_ngram_size": 0,
+        "no_repeat_ngram_window": 0,
+        "bad_words": None,
+        "min_tokens": 0,
+        "stop_token_ids": None,
     }
     with pytest.raises(TypeError):
         OFF_VALUES["top_k"] = 50  # type: ignore[index]
@@ -369,10 +379,18 @@ def test_from_list():
         "presence_penalty": (torch.float32, floats([0, 0, -0.1, 0])),
         "top_k": (torch.int32, [0, 0, 40, 2**31 - 1]),
         "min_tokens_to_keep": (torch.int32, [1, 1, 2, 2**31 - 1]),
-        "logit_bias_offsets": (torch.int64, [0, 0, 0, 1, 3]),
-        # the ids of a row are in ascending order
-        "logit_bias_ids": (torch.int32, [3, 0, 9]),
-        "logit_bias_values": (torch.float32, floats([1.5, 0.1, -1])),
+        "logit_bias_offsets": (torch.int64, [0, 0, 0, 2, 4]),
+        # the ids of a row are in ascending order; a bad word of a single id is a ban
+        "logit_bias_ids": (torch.int32, [3, 5, 0, 9]),
+        "logit_bias_values": (torch.float32, floats([1.5, -INF, 0.1, -1])),
+        "dry_multiplier": (torch.float32, floats([0, 0, 0.8, 0])),
+        "dry_base": (torch.float32, floats([1.75, 1.75, 1.5, 1.75])),
+        "dry_allowed_length": (torch.int32, [2, 2, 3, 2]),
+        "no_repeat_ngram_size": (torch.int32, [0, 0, 4, 0]),
+        "min_tokens": (torch.int32, [0, 0, 12, 0]),
+        "sequence_offsets": (torch.int64, [0, 0, 0, 14, 14]),
+        # a kind, the number of ids, and the ids
+        "sequences": (torch.int32, [0, 1, 7, 1, 2, 1, 2, 2, 2, 6, 8, 3, 1, 9]),
         "unseeded": (torch.bool, [True, False, False, False]),
     }
     for name, (dtype, values) in expected.items():

@@ -1,12 +1,14 @@
-"""Does every backend give the answers of an independent program where penalties have a window?
+"""Does every backend give the answers of an independent program where the order of ids matters?
 
-tests/sampling/vectors_family.json holds them: rows whose history keeps its ids in order, with four
-draws each. The logprob is that of the first draw.
+tests/sampling/vectors_family.json holds them: rows with a window of the penalties, or with rules
+that look at the history, which keeps its ids in order; four draws each. The logprob is that of the
+first draw.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from llm_sampling import (
 )
 
 ROWS = json.loads(Path(__file__).with_name("vectors_family.json").read_text(encoding="utf-8"))
-NAMES = [f"{i}-{row['shape']}-V{row['vocab_size']}" for i, row in enumerate(ROWS)]
+NAMES = [f"{i}-{row['kind']}-{row['shape']}-V{row['vocab_size']}" for i, row in enumerate(ROWS)]
+#: The backends whose kernels know no rules that look at the history.
+WITHOUT_RULES = ("triton",)
 
 
 def logits_and_history(
@@ -42,15 +46,22 @@ def logits_and_history(
 
 
 def test_the_file_is_whole() -> None:
-    assert len(ROWS) == 20
-    assert {row["params"]["penalty_last_n"] for row in ROWS} == {0, 1, 5, 12}
+    kinds = Counter(row["kind"] for row in ROWS)
+    each = ("penalty_window", "dry", "no_repeat_ngram", "bad_words", "min_tokens")
+    assert kinds == {**dict.fromkeys(each, 20), "mixed": 1}
+    windows = [row for row in ROWS if row["kind"] == "penalty_window"]
+    assert {row["params"]["penalty_last_n"] for row in windows} == {0, 1, 5, 12}
     assert {row["status"] for row in ROWS} == {0, 2}
-    assert any(len(row["prompt"]) > 12 and row["output"] for row in ROWS)
+    assert any(len(row["prompt"]) > 12 and row["output"] for row in windows)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_case(backend: str, row: dict[str, Any]) -> None:
     logits, params, history = logits_and_history(row)
+    if params.has_rules and backend in WITHOUT_RULES:
+        with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run dry_multiplier"):
+            sample(logits, params, history=history, backend=backend)
+        return
     output = sample(
         logits,
         params,
@@ -83,6 +94,10 @@ def test_the_same_after_other_ids_were_taken_away(backend: str, row: dict[str, A
     sampler.extend(0, [0, 1, 0])
     sampler.rollback(0, 3)
     sampler.set_position(0, row["position"])
+    if params.has_rules and backend in WITHOUT_RULES:
+        with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run dry_multiplier"):
+            sampler(logits)
+        return
     assert sampler(logits).tokens.tolist() == row["tokens"][:1]
 
     ids = [*row["prompt"], *row["output"]]

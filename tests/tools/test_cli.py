@@ -48,6 +48,16 @@ FIELD_OPTIONS = {
     "seed": (["--seed", str(2**64 - 1)], 2**64 - 1),
     "repetition_penalty_scope": (["--repetition-penalty-scope", "output"], "output"),
     "penalty_last_n": (["--penalty-last-n", "64"], 64),
+    "dry_multiplier": (["--dry-multiplier", "0.75"], 0.75),
+    "dry_base": (["--dry-base", "1.5"], 1.5),
+    "dry_allowed_length": (["--dry-allowed-length", "3"], 3),
+    "dry_penalty_last_n": (["--dry-penalty-last-n", "512"], 512),
+    "dry_breakers": (["--dry-breakers", "5", "--dry-breakers", "6,7"], ((5,), (6, 7))),
+    "no_repeat_ngram_size": (["--no-repeat-ngram-size", "4"], 4),
+    "no_repeat_ngram_window": (["--no-repeat-ngram-window", "256"], 256),
+    "bad_words": (["--bad-words", "8,9"], ((8, 9),)),
+    "min_tokens": (["--min-tokens", "12"], 12),
+    "stop_token_ids": (["--stop-token-ids", "3,4", "--stop-token-ids", "5"], (3, 4, 5)),
 }
 
 
@@ -342,6 +352,9 @@ def test_chat_refuses_what_generate_refuses(run_chat):
         (["--seed", "-1"], ["seed must be an integer in [0, 2^64), or left out", "got -1"]),
         (["--logit-bias", "5"], ["logit_bias must be ID=BIAS, got '5'"]),
         (["--logit-bias", "x=1"], ["'x=1'"]),
+        (["--bad-words", "x"], ["bad_words must be ID,ID, got 'x'"]),
+        (["--dry-breakers", "1,"], ["dry_breakers must be ID,ID, got '1,'"]),
+        (["--stop-token-ids", "-1"], ["stop_token_ids", "-1"]),
         (["--logit-bias", "1=y"], ["'1=y'"]),
         (["--logit-bias", "1=500"], ["logit_bias", "500"]),
         (["--logit-bias", "1=2", "--logit-bias", "1=3"], ["logit_bias", "token 1 again"]),

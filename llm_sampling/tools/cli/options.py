@@ -128,7 +128,9 @@ def sampling_options() -> Parser:
             kind = {"choices": field.choices}
         elif field.kind == "bias":
             kind = {"action": "append", "metavar": "ID=BIAS"}
-        off = [] if field.kind == "bias" else field.off
+        elif field.kind == "sequences":
+            kind = {"action": "append", "metavar": "ID,ID"}
+        off = [] if field.kind in ("bias", "sequences") else field.off
         group.add_argument(f"--{name.replace('_', '-')}", **kind, default=off, help=field.help)
     return parser
 
@@ -141,6 +143,10 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
     """
     values = {name: getattr(options, name) for name in FIELDS}
     values["logit_bias"] = _parse_logit_bias(options.logit_bias)
+    for name in ("dry_breakers", "bad_words"):
+        values[name] = [_parse_ids(name, entry) for entry in values[name]]
+    stop_ids = [_parse_ids("stop_token_ids", entry) for entry in options.stop_token_ids]
+    values["stop_token_ids"] = [token for ids in stop_ids for token in ids]
     # Named here, since for SamplingParams "left out" is None; elsewhere -1 is a new one each time.
     if options.seed is not None and not 0 <= options.seed < 2**64:
         raise ValueError(
@@ -151,6 +157,18 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
         # Not left to torch's default generator, which begins with the same seed in every process.
         values["seed"] = secrets.randbits(32)
     return SamplingParams(**values)
+
+
+def _parse_ids(name: str, entry: str) -> list[int]:
+    """``"5,7"`` as token ids.
+
+    Raises:
+        ValueError: an entry has another form.
+    """
+    try:
+        return [int(token) for token in entry.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be ID,ID, got {entry!r}") from None
 
 
 def _parse_logit_bias(entries: Sequence[str]) -> dict[int, float] | None:

@@ -19,10 +19,15 @@ from torch import Tensor
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import SamplingParams
+from llm_sampling.reference import penalty_lists
 from llm_sampling.tools.explain.steps import check_text, check_texts, checked_call, visible
 
 #: The parameters that have a slider on the page.
-SETTINGS = tuple(name for name, field in FIELDS.items() if field.kind not in ("bias", "seed"))
+SETTINGS = tuple(
+    name
+    for name, field in FIELDS.items()
+    if field.kind not in ("bias", "seed", "rule", "sequences")
+)
 
 _TEMPLATE = Path(__file__).parent.parent / "data" / "explain.html"
 _DATA_MARK = "{{data}}"
@@ -43,7 +48,8 @@ def page(
     Args:
         logits: ``(vocab_size,)``, float32, float16 or bfloat16.
         texts: the text of each token, ``vocab_size`` of them.
-        params: the sliders' first positions; its ``logit_bias`` always applies.
+        params: the sliders' first positions; its ``logit_bias``, and the list of its rules that
+            look at the history, always apply.
         history: the history of one row, for the penalties; without it they change nothing. Where it
             keeps the ids in order (``max_length``) the page can change ``penalty_last_n`` too.
         prompt: shown at the top of the page.
@@ -56,6 +62,7 @@ def page(
     check_texts(texts, call.logits.shape[1])
     check_text("prompt", prompt)
     batch = call.batch
+    listed = (penalty_lists(call) or [{}])[0]
     bias = zip(batch.logit_bias_ids.tolist(), batch.logit_bias_values.tolist(), strict=True)
     data = {
         "prompt": prompt,
@@ -65,9 +72,10 @@ def page(
         "texts": [visible(text) for text in texts],
         "fields": {name: {"rule": FIELDS[name].rule, "off": FIELDS[name].off} for name in SETTINGS},
         "settings": {name: getattr(params, name) for name in SETTINGS},
-        # JSON has no inf: null is a min-p that is off, and the bias of a banned token.
+        # JSON has no inf: null is a min-p that is off, and what bans a token.
         "min_p_cut": _finite(batch.min_p_cut.item()),
         "bias": [[token, _finite(value)] for token, value in bias if token < len(texts)],
+        "list": [[token, _finite(amount)] for token, amount in listed.items()],
         **_history_of_one(history),
     }
     # JSON in ASCII without <, > and & cannot end the script element or start a comment.

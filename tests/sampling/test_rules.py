@@ -1,0 +1,381 @@
+"""Are rows with rules that look at the history those of the reference, in every kind of call?
+
+The rules are those of step 5a: DRY, n-grams, bad words and a least number of tokens. What the list
+of a row is, tests/sampling/test_sequence_rules.py and the answers of vectors_family.json say.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES
+from torch import Tensor
+
+from llm_sampling import (
+    BatchParams,
+    RequestTable,
+    Sampler,
+    SamplingParams,
+    TokenHistory,
+    filter_logits,
+    sample,
+)
+
+#: How many ids of the vocabulary the histories use, so that sequences come again.
+ALPHABET = 5
+MAX_LENGTH = 80
+ROWS = 12
+
+
+def rules(rng: random.Random, vocab_size: int) -> dict[str, Any]:
+    """Return parameters of the rules, each of which is off in some rows."""
+
+    def ids(least: int, most: int) -> list[int]:
+        return [rng.randrange(min(ALPHABET, vocab_size)) for _ in range(rng.randint(least, most))]
+
+    chosen: dict[str, Any] = {}
+    if rng.random() < 0.6:
+        chosen |= {
+            "dry_multiplier": rng.choice((0.5, 2.0, 100.0)),
+            "dry_base": rng.choice((1.0, 1.75, 3.0)),
+            "dry_allowed_length": rng.choice((1, 2, 5)),
+            "dry_penalty_last_n": rng.choice((-1, 0, 7, 1000)),
+            "dry_breakers": [ids(1, 3) for _ in range(rng.randint(0, 2))],
+        }
+    if rng.random() < 0.5:
+        chosen["no_repeat_ngram_size"] = rng.choice((1, 2, 4))
+        chosen["no_repeat_ngram_window"] = rng.choice((0, 9))
+    if rng.random() < 0.4:
+        chosen["bad_words"] = [ids(1, 2), ids(2, 3), [vocab_size + 3]]
+    if rng.random() < 0.4:
+        chosen["min_tokens"] = rng.choice((1, 1000))
+        chosen["stop_token_ids"] = [*ids(1, 3), rng.randrange(vocab_size)]
+    return chosen
+
+
+def others(rng: random.Random, vocab_size: int) -> dict[str, Any]:
+    """Return the other parameters of a row."""
+    chosen: dict[str, Any] = {"seed": rng.randrange(2**64)}
+    if rng.random() < 0.5:
+        chosen |= {
+            "repetition_penalty": rng.choice((1.0, 1.2, 0.8)),
+            "frequency_penalty": rng.choice((0.0, 0.3)),
+            "presence_penalty": rng.choice((0.0, 0.5, -0.5)),
+        }
+    chosen |= rng.choice(({}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0}))
+    if rng.random() < 0.3:
+        chosen["logit_bias"] = {rng.randrange(vocab_size): rng.choice((3.0, -math.inf))}
+    return chosen
+
+
+class Rows:
+    """Random rows of one vocabulary, whose histories repeat themselves."""
+
+    def __init__(self, seed: int, vocab_size: int, dtype: torch.dtype) -> None:
+        rng = random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
+        few = min(ALPHABET, vocab_size)
+        self.vocab_size = vocab_size
+        self.params = [
+            SamplingParams(**rules(rng, vocab_size), **others(rng, vocab_size)) for _ in range(ROWS)
+        ]
+        self.prompts = [rng.choices(range(few), k=rng.randint(0, 20)) for _ in range(ROWS)]
+        self.outputs = [rng.choices(range(few), k=rng.randint(0, 40)) for _ in range(ROWS)]
+        logits = torch.randn(ROWS, vocab_size, generator=generator) * 2
+        logits[:, :few] += 4  # what is listed matters
+        logits[rng.randrange(ROWS), :few] = rng.choice((math.nan, math.inf, -math.inf))
+        self.logits = logits.to(dtype)
+        self.mask = torch.rand(ROWS, vocab_size, generator=generator) < 0.7
+        self.extra = [rng.choices(range(-1, few), k=rng.randint(0, 4)) for _ in range(ROWS)]
+
+    def history(self) -> TokenHistory:
+        return TokenHistory.from_ids(
+            self.prompts, self.outputs, self.vocab_size, max_length=MAX_LENGTH
+        )
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Assert that two outputs have the same tokens, status, ranks and kept sets."""
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.status, other.status)
+    for kind in ("processed", "raw"):
+        assert torch.equal(getattr(one, kind).ranks, getattr(other, kind).ranks)
+        assert torch.equal(getattr(one, kind).top_ids, getattr(other, kind).top_ids)
+    assert torch.equal(one.kept.mask, other.kept.mask)
+    assert torch.equal(one.kept.total, other.kept.total)
+
+
+def results(rows: Rows, backend: str, logits: Tensor, **given: Any) -> Any:
+    return sample(
+        logits,
+        rows.params,
+        history=rows.history(),
+        num_samples=3,
+        logprobs=("processed", "raw"),
+        top_logprobs=5,
+        kept="mask",
+        check=False,
+        backend=backend,
+        **given,
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("vocab_size", [1, 7, 600, 5003])
+def test_rows_are_those_of_the_reference(vocab_size: int, seed: int) -> None:
+    rows = Rows(seed, vocab_size, DTYPES[seed % 3])
+    for given in (
+        {},
+        {"allowed_mask": rows.mask},
+        {"extra_output_ids": rows.extra},
+        {"allowed_mask": rows.mask, "extra_output_ids": rows.extra},
+    ):
+        assert_same(*(results(rows, backend, rows.logits, **given) for backend in ("cpu", "torch")))
+        filtered = [
+            filter_logits(
+                rows.logits, rows.params, history=rows.history(), backend=backend, **given
+            )
+            for backend in ("cpu", "torch")
+        ]
+        assert torch.equal(*filtered)
+
+
+def test_the_rows_have_every_kind_of_list() -> None:
+    """The rows above have lists that lower, that ban, and that are empty, and matter."""
+    changed = bans = empty = 0
+    for seed in range(40):
+        rows = Rows(seed, 600, torch.float32)
+        plain = [SamplingParams(seed=1) for _ in rows.params]
+        without = results_of_filter(rows, plain)
+        only = [
+            SamplingParams(
+                **{name: getattr(p, name) for name in rules_of_row if getattr(p, name) is not None}
+            )
+            for p in rows.params
+        ]
+        listed = results_of_filter(rows, only)
+        differ = (listed != without) & ~(listed.isnan() & without.isnan())
+        changed += int((differ & (listed > -math.inf)).any(-1).sum())
+        bans += int((differ & (listed == -math.inf)).any(-1).sum())
+        empty += int((~differ).all(-1).sum())
+    assert min(changed, bans, empty) > 40
+
+
+rules_of_row = (
+    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_breakers"),
+    *("no_repeat_ngram_size", "no_repeat_ngram_window", "bad_words"),
+    *("min_tokens", "stop_token_ids"),
+)
+
+
+def results_of_filter(rows: Rows, params: list[SamplingParams]) -> Tensor:
+    return filter_logits(rows.logits.nan_to_num(), params, history=rows.history())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_decode_loop_is_the_same_in_every_form(backend: str, seed: int) -> None:
+    """A Sampler, a table and calls with histories, while the texts grow, draw the same tokens."""
+    rows = Rows(seed, 50, torch.float32)
+    sampler = Sampler(
+        rows.params, vocab_size=50, history=rows.history(), backend=backend, check=False
+    )
+    table = RequestTable(
+        ROWS + 2, vocab_size=50, history=True, max_length=MAX_LENGTH, backend=backend
+    )
+    slots = [(3 * row + 1) % (ROWS + 2) for row in range(ROWS)]
+    assert len(set(slots)) == ROWS
+    for slot, params, prompt, output in zip(
+        slots, rows.params, rows.prompts, rows.outputs, strict=True
+    ):
+        table.set(slot, params, prompt_ids=prompt, output_ids=output)
+    history = rows.history()
+    generator = torch.Generator().manual_seed(seed)
+    for turn in range(12):
+        logits = torch.randn(ROWS, 50, generator=generator) * 2
+        logits[:, :ALPHABET] += 4
+        if turn == 5:  # one request is replaced
+            table.set(slots[2], SamplingParams(seed=4, dry_multiplier=3, dry_breakers=[[1], [2]]))
+            rows.params[2] = SamplingParams(seed=4, dry_multiplier=3, dry_breakers=[[1], [2]])
+            sampler.set_params(2, rows.params[2])
+            table.fill(
+                [slots[2]], history.text.ids[2:3], history.text.lengths[2:3], [len(rows.prompts[2])]
+            )
+        if turn == 8:
+            table = RequestTable.from_state_dict(table.state_dict(), backend=backend)
+            sampler = Sampler.from_state_dict(sampler.state_dict(), backend=backend)
+        drawn = sample(logits, rows.params, history=history, backend=backend, check=False)
+        assert torch.equal(sampler(logits).tokens, drawn.tokens)
+        by_slot = sample(logits, table, slots, record=True, backend=backend, check=False)
+        assert torch.equal(by_slot.tokens, drawn.tokens)
+        history.append(drawn.tokens)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_rows_of_a_sampler_come_and_go(backend: str) -> None:
+    """Rows with token sequences of other lengths move, and each goes on as it would alone."""
+    generator = torch.Generator().manual_seed(3)
+    steps = torch.randn(9, 1, 40, generator=generator) * 3
+    requests = [
+        SamplingParams(seed=row, no_repeat_ngram_size=2, bad_words=[[row, row + 1]] * row)
+        for row in range(5)
+    ]
+    alone = []
+    for params in requests:
+        sampler = Sampler(params, vocab_size=40, max_length=30, backend=backend)
+        alone.append([int(sampler(logits).tokens) for logits in steps])
+    sampler = Sampler(requests[:2], vocab_size=40, max_length=30, backend=backend)
+    here, got = [0, 1], {row: [] for row in range(5)}
+    for turn in range(30):
+        for row in [row for row in here if len(got[row]) == 9]:
+            sampler.remove([here.index(row)])
+            here.remove(row)
+        if turn % 3 == 1 and turn // 3 + 2 < 5:
+            row = turn // 3 + 2
+            sampler.add(requests[row])
+            here.append(row)
+        if turn == 4:
+            sampler.reorder(range(len(here))[::-1])
+            here.reverse()
+        if not here:
+            break
+        logits = torch.cat([steps[len(got[row])] for row in here])
+        for row, token in zip(here, sampler(logits).tokens.tolist(), strict=True):
+            got[row].append(token)
+    assert [got[row] for row in range(5)] == alone
+
+
+def test_a_bad_word_of_one_id_needs_no_history() -> None:
+    """It is a ban, like a bias of -inf, beside the biases of the row."""
+    params = SamplingParams(bad_words=[[3], [1]], logit_bias={1: 5.0, 2: 1.5})
+    assert not params.needs_history
+    batch = BatchParams.from_list([params])
+    assert not batch.has_rules
+    assert batch.logit_bias_ids.tolist() == [1, 2, 3]
+    assert batch.logit_bias_values.tolist() == [-math.inf, 1.5, -math.inf]
+    logits = torch.tensor([[0.0, math.nan, 0.0, math.inf]])
+    for backend in ("cpu", "torch"):
+        filtered = filter_logits(logits, params, backend=backend)
+        assert filtered.tolist() == [[0.0, -math.inf, 1.5, -math.inf]]
+
+
+def test_a_rule_that_asks_for_no_order_needs_no_text() -> None:
+    """``min_tokens`` asks how long the output is."""
+    params = SamplingParams(min_tokens=3, stop_token_ids=[0], temperature=0)
+    sampler = Sampler(params, vocab_size=2)
+    logits = torch.tensor([[1.0, 0.0]])
+    assert [int(sampler(logits).tokens) for _ in range(5)] == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dry_multiplier": 1},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words": [[1, 2]]},
+        {"min_tokens": 2, "stop_token_ids": [1]},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_without_a_history_a_rule_is_refused(given: dict[str, Any]) -> None:
+    params = SamplingParams(**given)
+    logits = torch.zeros(1, 5)
+    for call in (sample, filter_logits):
+        with pytest.raises(ValueError, match=r"history must be given where .*min_tokens is on"):
+            call(logits, params)
+    with pytest.raises(ValueError, match="make the RequestTable with history=True"):
+        RequestTable(1, vocab_size=5).set(0, params)
+    if "min_tokens" in given:
+        return
+    history = TokenHistory.from_ids([[1]], None, 5)
+    for call in (sample, filter_logits):
+        with pytest.raises(ValueError, match=r"must keep the ids in order where .*max_length"):
+            call(logits, params, history=history)
+    with pytest.raises(ValueError, match="make the RequestTable with max_length"):
+        RequestTable(1, vocab_size=5, history=True).set(0, params)
+    with pytest.raises(ValueError, match="keep the ids in order"):
+        Sampler(params, vocab_size=5)
+    sampler = Sampler(SamplingParams(frequency_penalty=1), vocab_size=5)
+    for change in (lambda: sampler.add(params), lambda: sampler.set_params(0, params)):
+        with pytest.raises(ValueError, match="give the Sampler a max_length"):
+            change()
+
+
+def test_more_sequences_than_a_table_has_room_for_are_refused() -> None:
+    table = RequestTable(1, vocab_size=9, history=True, max_length=4, max_sequence_ids=8)
+    fits = SamplingParams(dry_multiplier=1, dry_breakers=[[1], [2], [3, 4]], seed=1)
+    assert len(fits.sequences) == 8
+    table.set(0, fits)
+    more = SamplingParams(dry_multiplier=1, dry_breakers=[[1], [2], [3, 4], [5]])
+    with pytest.raises(ValueError, match=r"at most max_sequence_ids = 8 ids, .* got 9"):
+        table.set(0, more)
+    assert table.params(0) == fits
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("bad_words", "abc", "bad_words must be a sequence of token sequences"),
+        ("bad_words", ["abc"], "bad_words[0] must be token ids in [0, 2^31), got 'abc'"),
+        ("bad_words", [1], "bad_words[0] must be token ids in [0, 2^31), got 1"),
+        ("bad_words", [[1], []], "bad_words[1] must be token ids, one at least, got []"),
+        ("dry_breakers", [[1, -1]], "dry_breakers[0] must be token ids in [0, 2^31), got -1"),
+        ("dry_breakers", [[2**31]], "dry_breakers[0] must be token ids in [0, 2^31)"),
+        ("dry_breakers", [[True]], "dry_breakers[0] must be token ids in [0, 2^31), got True"),
+        ("dry_breakers", {1: 2}, "dry_breakers must be a sequence of token sequences"),
+        ("stop_token_ids", [[1]], "stop_token_ids must be a sequence of token ids in [0, 2^31)"),
+        ("stop_token_ids", 5, "stop_token_ids must be a sequence of token ids in [0, 2^31), got 5"),
+        ("stop_token_ids", "5", "stop_token_ids must be a sequence of token ids"),
+        ("dry_multiplier", 101, "dry_multiplier must be in [0, 100], got 101"),
+        ("dry_base", 0.5, "dry_base must be in [1, 100], got 0.5"),
+        ("dry_allowed_length", 0, "dry_allowed_length must be an integer >= 1, got 0"),
+        ("dry_penalty_last_n", -2, "dry_penalty_last_n must be an integer >= -1, got -2"),
+        ("no_repeat_ngram_size", -1, "no_repeat_ngram_size must be an integer >= 0, got -1"),
+        ("no_repeat_ngram_window", 1.5, "no_repeat_ngram_window must be an integer >= 0"),
+        ("min_tokens", -1, "min_tokens must be an integer >= 0, got -1"),
+    ],
+)
+def test_what_no_rule_can_be_is_refused(name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        SamplingParams(**{name: value})
+
+
+def by_hand(**changes: Any) -> BatchParams:
+    """Return a batch with a rule, parts of which are replaced by what nobody would pack."""
+    params = SamplingParams(dry_multiplier=1, dry_breakers=[[1], [2, 3]])
+    batch = BatchParams.from_list([params])
+    given = {name: getattr(batch, name) for name in BatchParams.__dataclass_fields__}
+    return BatchParams(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dry_base": None}, "must be given together or not at all"),
+        ({"sequences": None}, "must be given together or not at all"),
+        ({"dry_base": torch.tensor([0.5])}, r"dry_base\[0\] must be in \[1, 100\]"),
+        ({"min_tokens": torch.tensor([-1]).int()}, r"min_tokens\[0\] must be an integer >= 0"),
+        ({"min_tokens": torch.tensor([1])}, "min_tokens must be torch.int32"),
+        ({"sequence_offsets": torch.tensor([0, 5])}, "sequence_offsets must be ascending from 0"),
+        ({"sequences": torch.tensor([0, 9, 1, 1, 2, 2, 3]).int()}, "sequences must be records"),
+        ({"sequences": torch.tensor([4, 1, 1, 1, 2, 2, 3]).int()}, "sequences must be records"),
+        ({"sequences": torch.tensor([0, 1, 1, 1, 0, 2, 3]).int()}, "sequences must be records"),
+        ({"sequences": torch.tensor([0, 1, -1, 1, 2, 2, 3]).int()}, "sequences must be records"),
+        ({"sequences": torch.tensor([0, 5, 1, 3, 2, 2, 3]).int()}, "strictly ascending"),
+        ({"any_ordered_rule": False}, "any_ordered_rule must be True where a row has a rule"),
+        (
+            {"needs_history": False},
+            "needs_history must be True where a row has a penalty or a rule",
+        ),
+    ],
+)
+def test_a_batch_made_by_hand_is_looked_at(changes: dict[str, Any], message: str) -> None:
+    history = TokenHistory.from_ids([[1]], None, 5, max_length=3)
+    sample(torch.zeros(1, 5), by_hand(), history=history)
+    with pytest.raises(ValueError, match=message):
+        sample(torch.zeros(1, 5), by_hand(**changes), history=history)
