@@ -23,7 +23,7 @@ from llm_sampling.backends.base import (
     SampleOutput,
 )
 from llm_sampling.history import HistoryUpdate, Text, UpdateKind
-from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.params import KERNEL_TENSORS, RULE_TENSORS
 from llm_sampling.results import NOTHING, Wanted
 
 NAN, INF = math.nan, math.inf
@@ -154,7 +154,8 @@ def hostile_call(
         [SamplingParams(seed=s, logit_bias={1: 1.0, 5: -2.0}) for s in range(rows)],
         positions=[0] * rows,
     )
-    tensors = {name: getattr(batch, name).clone() for name in KERNEL_TENSORS}
+    names = [name for name in KERNEL_TENSORS if name not in RULE_TENSORS]
+    tensors = {name: getattr(batch, name).clone() for name in names}
     for row in range(rows):
         values = {name: chance.choice(HOSTILE[name]) for name in chance.sample(list(HOSTILE), 3)}
         for name, value in (FIRST_ROWS[row] if row < len(FIRST_ROWS) else values).items():
@@ -185,6 +186,7 @@ def hostile_call(
         extra = guards.put(torch.tensor(ids, dtype=torch.int32))
     logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
     flags = {"all_greedy": False, "any_filter": True, "any_output_scope": True}
+    flags |= {"has_rules": False, **dict.fromkeys(RULE_TENSORS)}  # type: ignore[dict-item]
     guarded = {name: guards.put(tensor) for name, tensor in tensors.items()}
     param_slots = None
     if seed % 2:

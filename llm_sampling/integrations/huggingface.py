@@ -522,7 +522,9 @@ class FusedLogitsWarper(LogitsProcessor):
         if input_ids is None:
             params = self._prompts.rows(scores.shape[0], None).params
             if any(row.needs_history for row in params):
-                raise ValueError("input_ids must be given where a penalty is on, got None")
+                raise ValueError(
+                    "input_ids must be given where params look at the history, got None"
+                )
             batch = BatchParams.from_list(params, device=scores.device)
             return filter_logits(scores, batch, backend=self._backend)
         _check_step(input_ids, scores)

@@ -1066,7 +1066,7 @@ def test_the_warper_takes_no_ids_where_it_needs_none():
     ids = torch.zeros(2, 1, dtype=torch.int64)
     got = FusedLogitsWarper(params)(None, scores)
     assert torch.equal(got, FusedLogitsWarper(params)(ids, scores))
-    with pytest.raises(ValueError, match="input_ids must be given where a penalty is on, got None"):
+    with pytest.raises(ValueError, match="input_ids must be given where params look at"):
         FusedLogitsWarper(EACH[:2])(None, scores)
     with pytest.raises(ValueError, match=r"input_ids must be a tensor \(rows, length\), got None"):
         FusedLogitsProcessor(params)(None, scores)

@@ -19,7 +19,7 @@ from llm_sampling import BatchParams, SamplingParams, TokenHistory, reference
 from llm_sampling.backends import base, c_abi, cpu
 from llm_sampling.backends.base import SampleCall
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, UpdateKind, apply_update
-from llm_sampling.params import KERNEL_TENSORS
+from llm_sampling.params import KERNEL_TENSORS, RULE_TENSORS
 from llm_sampling.results import (
     KeptForm,
     KeptSet,
@@ -58,6 +58,10 @@ def call() -> SampleCall:
                 repetition_penalty_scope="output",
                 logit_bias={1: 0.5},
                 seed=5,
+                dry_multiplier=0.8,
+                dry_allowed_length=1,
+                dry_breakers=[[3], [1, 2]],
+                bad_words=[[2, 39]],
             )
         ]
         * 2,
@@ -66,7 +70,7 @@ def call() -> SampleCall:
     return SampleCall(
         logits=torch.arange(80.0).reshape(2, 40),
         batch=batch,
-        history=TokenHistory.from_ids([[1], [2]], [[3], []], 40),
+        history=TokenHistory.from_ids([[1], [2]], [[3], []], 40, max_length=8),
         allowed_mask=torch.full((2, 2), -1, dtype=torch.int32),
         wanted=Wanted(
             ("raw", "processed"),
@@ -90,6 +94,11 @@ def with_every_form(call: SampleCall, run: Callable[[SampleCall], SampleOutput])
         other = run(dataclasses.replace(call, wanted=dataclasses.replace(wanted, kept=form))).kept
         kept = kept._replace(**{k: v for k, v in other._asdict().items() if v is not None})
     return output._replace(kept=kept)
+
+
+def without_rules(call: SampleCall) -> SampleCall:
+    batch = dataclasses.replace(call.batch, **dict.fromkeys(RULE_TENSORS))
+    return dataclasses.replace(call, batch=batch)
 
 
 def judged(call: SampleCall) -> SampleOutput:
@@ -151,7 +160,7 @@ def assert_same_results(expected: SampleOutput, output: SampleOutput) -> None:
 
 def memory(call: SampleCall, output: SampleOutput, *others: Tensor) -> list[list[int]]:
     """The bytes of every tensor of a call, which compare equal also where a float is NaN."""
-    tensors = [getattr(call.batch, name) for name in KERNEL_TENSORS]
+    tensors = [x for x in (getattr(call.batch, name) for name in KERNEL_TENSORS) if x is not None]
     tensors += [call.logits, call.allowed_mask, *tensors_of(output), *others]
     tensors += history_tensors(call.history)
     tensors += [call.wanted.token_ids] if call.wanted.token_ids is not None else []
@@ -192,7 +201,8 @@ POINTERS = (
     *(
         name
         for name in KERNEL_TENSORS
-        if name not in ("logit_bias_offsets", "repetition_penalty_scope")
+        if name not in ("logit_bias_offsets", "repetition_penalty_scope", "sequence_offsets")
+        and name != "dry_multiplier"  # without it a call has no rules
     ),
     "logits",
     "counts",
@@ -247,6 +257,11 @@ BAD_STRUCTS = {
     "positions of slots without slots": (setting(position_of=1), BAD_OPTION),
     "positions in texts without slots": (setting(position_of=2), BAD_OPTION),
     "counts of biases without slots": (setting(logit_bias_counts=8), BAD_OPTION),
+    "counts of sequences without slots": (setting(sequence_counts=8), BAD_OPTION),
+    "rules without a history": (setting(seen=None), NULL_POINTER),
+    "negative size of sequences": (setting(sequences_size=-1), BAD_SIZE),
+    "fewer elements than the offsets say": (setting(sequences_size=21), BAD_SIZE),
+    "more elements than there are addresses": (setting(sequences_size=2**62), BAD_SIZE),
     **{
         f"{name} {value}": (setting(**{name: value}), BAD_SIZE)
         for name, values in BAD_SIZES.items()
@@ -320,6 +335,7 @@ def slots_call(call: SampleCall) -> SampleCall:
         torch.tensor([1, 1], dtype=torch.int32),
         "text",
         torch.tensor([1, 1]),
+        sequence_counts=torch.tensor([11, 11], dtype=torch.int32),
     )
     return dataclasses.replace(call, param_slots=slots)
 
@@ -378,6 +394,7 @@ def test_parameters_of_slots_that_no_row_names_are_not_checked(slots_call: Sampl
 def test_a_caller_of_the_first_version_has_no_slots(call: SampleCall) -> None:
     """What lies behind the struct of a caller that was compiled earlier is not read."""
     # Such a caller does not know the scope of the repetition penalty either.
+    call = without_rules(call)
     batch = dataclasses.replace(
         call.batch, repetition_penalty_scope=torch.zeros_like(call.batch.repetition_penalty_scope)
     )
@@ -399,7 +416,60 @@ BAD_PARAMETERS = {
     "presence_penalty": (-2.5, float("-inf"), float("nan")),
     "min_tokens_to_keep": (0, -1),
     "repetition_penalty_scope": (-1, 2, 3, 2**31 - 1, -(2**31)),
+    "dry_multiplier": (-1.0, 101.0, float("inf"), float("nan")),
+    "dry_base": (0.5, 101.0, float("nan")),
+    "dry_allowed_length": (0, -1, -(2**31)),
+    "dry_penalty_last_n": (-2, -(2**31)),
+    "no_repeat_ngram_size": (-1, -(2**31)),
+    "no_repeat_ngram_window": (-1, -(2**31)),
+    "min_tokens": (-1, -(2**31)),
 }
+
+#: Elements of ``sequences`` of the first row, which has 11, that make no records.
+BAD_SEQUENCES = {
+    "no kind": ({0: -1}, BAD_PARAMETER),
+    "a kind that there is not": ({0: 4}, BAD_PARAMETER),
+    "no ids": ({1: 0}, BAD_PARAMETER),
+    "fewer than no ids": ({1: -(2**31)}, BAD_PARAMETER),
+    "one id more than there are": ({8: 3}, BAD_PARAMETER),
+    "more ids than there are": ({1: 2**31 - 1}, BAD_PARAMETER),
+    "half of a record at the end": ({1: 8}, BAD_PARAMETER),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(("changes", "code"), BAD_SEQUENCES.values(), ids=BAD_SEQUENCES)
+def test_bad_sequences_give_their_code(
+    call: SampleCall, changes: dict[int, int], code: int
+) -> None:
+    assert call.batch.sequences[:11].tolist() == [0, 1, 3, 1, 2, 1, 2, 2, 2, 2, 39]
+    for place, value in changes.items():
+        call.batch.sequences[place] = value
+    struct, output = filled(call)
+    before = memory(call, output)
+    assert run(struct) == code
+    assert memory(call, output) == before
+
+
+@needs_kernel
+@pytest.mark.parametrize("offsets", [[-1, 11, 22], [0, 23, 22], [5, 3, 22], [0, 11, 2**40]])
+def test_bad_offsets_of_sequences_give_their_code(call: SampleCall, offsets: list[int]) -> None:
+    call.batch.sequence_offsets.copy_(torch.tensor(offsets))
+    struct, _ = filled(call)
+    assert run(struct) == BAD_SIZE
+
+
+@needs_kernel
+def test_rules_without_a_text_see_no_ids(call: SampleCall) -> None:
+    """Only the length of the output is known."""
+    call.batch.min_tokens[:] = 2
+    call.batch.sequences[11:] = torch.tensor([3, 9, 31, 32, 33, 34, 35, 36, 37, 38, 39])
+    history = dataclasses.replace(call, history=TokenHistory.from_ids([[1], [2]], [[3], []], 40))
+    expected = judged(history)
+    struct, output = filled(history)
+    assert run(struct) == 0
+    assert_same_results(expected, output)
+    assert output.tokens[1] == 30
 
 
 @needs_kernel
@@ -779,9 +849,10 @@ def test_rows_between_each_other_s_rows(
     assert run(struct) == 0
     expected = own.clone()
     call.batch.position.copy_(torch.tensor([0, 7]))
-    before_the_step = TokenHistory.from_ids([[1], [2]], [[3], []], 40)
+    before_the_step = TokenHistory.from_ids([[1], [2]], [[3], []], 40, max_length=8)
     call.history.seen.copy_(before_the_step.seen)
     call.history.counts.copy_(before_the_step.counts)
+    call.history.text.lengths.copy_(before_the_step.text.lengths)
 
     room = torch.zeros(300)
     logits = room.as_strided((2, 40), (stride, 1))
@@ -1060,7 +1131,7 @@ def test_a_workspace_is_written(text_call: SampleCall, first: int, wanted: int) 
 
 @needs_kernel
 def test_a_caller_that_knows_no_text_has_none(call: SampleCall) -> None:
-    batch = dataclasses.replace(call.batch, any_output_scope=False)
+    batch = dataclasses.replace(without_rules(call).batch, any_output_scope=False)
     call = dataclasses.replace(call, batch=batch)
     others = dataclasses.replace(
         call,
@@ -1081,6 +1152,7 @@ def test_a_caller_that_knows_no_text_has_none(call: SampleCall) -> None:
 def test_a_size_without_what_it_is_the_size_of(call: SampleCall) -> None:
     """Without a text its length does not matter; ids for one call may be none."""
     struct, output = filled(call)
+    struct.text = None
     struct.max_text_length = 2**63 - 1
     struct.extra_output = call.history.slots.data_ptr()
     struct.text_lengths = struct.text_prompt_lengths = output.tokens.data_ptr()

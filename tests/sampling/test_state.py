@@ -406,9 +406,7 @@ def test_parameters_whose_memory_is_exchanged(backend: str, name: str) -> None:
     for wrong in (whole[:1].clone(), whole.repeat_interleave(2)[::2]):
         tensor.data = wrong
         for call in (sample, filter_logits):
-            with pytest.raises(
-                ValueError, match=r"^\w+ must (have shape|be contiguous|be ascending)"
-            ):
+            with pytest.raises(ValueError, match=r"^\w+ must (have shape|be (contiguous|asc))"):
                 call(steps(1)[0], batch, **options)  # type: ignore[operator]
     tensor.data = whole
     sample(steps(1)[0], batch, **options)

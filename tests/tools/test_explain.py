@@ -233,8 +233,9 @@ PLAIN = SamplingParams()
         ),
         (
             lambda: explain(torch.zeros(3), SamplingParams(presence_penalty=1)),
-            "history must be given where repetition_penalty, frequency_penalty or "
-            "presence_penalty is on; TokenHistory.from_ids builds one",
+            "history must be given where repetition_penalty, frequency_penalty, "
+            "presence_penalty, dry_multiplier, no_repeat_ngram_size, bad_words or min_tokens is "
+            "on; TokenHistory.from_ids builds one",
         ),
         (
             lambda: explain(

@@ -240,7 +240,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "short": ({"max_new_tokens": 3}, "max_new_tokens must be an integer >= 4, got 3"),
     "fixed": (
         {"fixed": {"beams": 3}},
-        "values must be of temperature, .*, seed, .*, penalty_last_n, max_new_tokens, got 'beams'",
+        "values must be of temperature, .*, seed, .*, max_new_tokens, got 'beams'",
     ),
     "fixed value": ({"fixed": {"top_p": 2}}, r"top_p must be in \(0, 1\], got 2"),
     "fixed length": (

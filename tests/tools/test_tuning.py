@@ -387,12 +387,21 @@ OUT_OF_RANGE = {
     "min_tokens_to_keep": (0, 3),
     "seed": (-1, 3),
     "penalty_last_n": (-2, 3),
+    "dry_multiplier": (0.0, 100.5),
+    "dry_base": (0.5, 2.0),
+    "dry_allowed_length": (0, 3),
+    "dry_penalty_last_n": (-2, 3),
+    "no_repeat_ngram_size": (-1, 3),
+    "no_repeat_ngram_window": (-1, 3),
+    "min_tokens": (-1, 3),
 }
-#: The fields whose values are no numbers.
+#: The fields whose values are mappings or sequences.
+OBJECTS = {"logit_bias", "dry_breakers", "bad_words", "stop_token_ids"}
+#: The fields whose values are strings.
 WORDS = {name for name, off in OFF_VALUES.items() if isinstance(off, str)}
 
 
-@pytest.mark.parametrize("field", sorted(set(OFF_VALUES) - {"logit_bias"} - WORDS))
+@pytest.mark.parametrize("field", sorted(set(OFF_VALUES) - OBJECTS - WORDS))
 @pytest.mark.parametrize("form", [lambda ends: Range(*ends), list], ids=["range", "list"])
 def test_fields_are_refused_in_the_words_of_sampling_params(
     field: str, form: Callable[[Any], Any]

@@ -24,7 +24,8 @@ FIELDS_OF_BOTH = {
 #: vLLM treats a temperature below this as greedy.
 _GREEDY_BELOW = 1e-5
 #: What no request of vLLM can ask for, so that :func:`params_of` leaves it off.
-_NOT_VLLMS = {f.name for f in FIELDS.values() if f.kind == "scope"}
+_NOT_VLLMS = {f.name for f in FIELDS.values() if f.kind in ("scope", "rule", "sequences")}
+_NOT_VLLMS -= {"bad_words", "min_tokens", "stop_token_ids"}  # which vLLM itself sees to
 
 
 def params_of(theirs: Any, seed: int | None = None) -> SamplingParams:

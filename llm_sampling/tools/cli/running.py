@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +94,14 @@ def check_fit(
             f"max_new_tokens must leave the prompt's {prompt_tokens} tokens room in the model's "
             f"context of {context}, got {max_new_tokens}"
         )
-    for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_id", stop_ids)):
+    named: dict[str, Iterable[int]] = {
+        "logit_bias": params.logit_bias or (),
+        "dry_breakers": itertools.chain(*(params.dry_breakers or ())),
+        "bad_words": itertools.chain(*(params.bad_words or ())),
+        "stop_token_ids": params.stop_token_ids or (),
+        "stop_id": stop_ids,
+    }
+    for name, ids in named.items():
         for token in ids:
             if not 0 <= token < language_model.vocab_size:
                 raise models.ModelError(

@@ -19,8 +19,13 @@ from torch import Tensor
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import SamplingParams
-from llm_sampling.reference import penalty_lists
-from llm_sampling.tools.explain.steps import check_text, check_texts, checked_call, visible
+from llm_sampling.tools.explain.steps import (
+    check_text,
+    check_texts,
+    checked_call,
+    list_of,
+    visible,
+)
 
 #: The parameters that have a slider on the page.
 SETTINGS = tuple(
@@ -62,7 +67,6 @@ def page(
     check_texts(texts, call.logits.shape[1])
     check_text("prompt", prompt)
     batch = call.batch
-    listed = (penalty_lists(call) or [{}])[0]
     bias = zip(batch.logit_bias_ids.tolist(), batch.logit_bias_values.tolist(), strict=True)
     data = {
         "prompt": prompt,
@@ -75,7 +79,7 @@ def page(
         # JSON has no inf: null is a min-p that is off, and what bans a token.
         "min_p_cut": _finite(batch.min_p_cut.item()),
         "bias": [[token, _finite(value)] for token, value in bias if token < len(texts)],
-        "list": [[token, _finite(amount)] for token, amount in listed.items()],
+        "list": [[token, _finite(amount)] for token, amount in list_of(call).items()],
         **_history_of_one(history),
     }
     # JSON in ASCII without <, > and & cannot end the script element or start a comment.

@@ -135,6 +135,12 @@ def checked_call(
     return call
 
 
+def list_of(call: SampleCall) -> dict[int, float]:
+    """The list of the only row: what its rules subtract from which logits; inf is a ban."""
+    lists = reference.penalty_lists(call)
+    return lists[0] if lists else {}
+
+
 def _cut_by(kept_after: Mapping[str, Tensor]) -> tuple[str | None, ...]:
     names = (None, *CUTS.values())
     code = torch.zeros_like(kept_after["raw"], dtype=torch.int64)
