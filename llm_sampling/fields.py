@@ -458,8 +458,8 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
                 range="token ids",
                 off_text="None",
                 step="5a",
-                meaning="what `min_tokens` bans",
-                help="Token ids ID,ID,... that --min-tokens bans.",
+                meaning="what `min_tokens` bans; `generate` ends a text there",
+                help="Token ids ID,ID,... that end the text, and that --min-tokens bans.",
             ),
         )
     }

@@ -5,7 +5,7 @@ Nothing here imports transformers: a config is any object with these attributes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llm_sampling.params import SamplingParams
@@ -58,6 +58,10 @@ NOT_SUPPORTED: Mapping[str, tuple[object, ...]] = {
 }
 
 
+#: Those of AS_PROCESSORS that :func:`rules_of_config` makes rules of.
+AS_RULES = ("no_repeat_ngram_size", "bad_words_ids", "min_new_tokens")
+
+
 def refuse_fields(
     config: Any, fields: Mapping[str, tuple[object, ...]], remedy: str | None = None
 ) -> None:
@@ -87,6 +91,26 @@ def check_config(config: Any, *, takes_stop_strings: bool) -> None:
     if not takes_stop_strings:
         refuse_fields(config, {"stop_strings": ([],)}, "pass them as stop, or stop=()")
     refuse_fields(config, {**AS_PROCESSORS, **NOT_SUPPORTED}, "set it to None there")
+
+
+def declared_ids(declared: int | Iterable[int] | None) -> list[int]:
+    """The ids of a config's ``eos_token_id``, which may be None, an id or several."""
+    if declared is None:
+        return []
+    return [declared] if isinstance(declared, int) else list(declared)
+
+
+def rules_of_config(config: Any) -> dict[str, Any]:
+    """The fields of :class:`~llm_sampling.SamplingParams` that stand for AS_RULES."""
+    end_ids = declared_ids(getattr(config, "eos_token_id", None))
+    words = getattr(config, "bad_words_ids", None) or ()
+    return {
+        "no_repeat_ngram_size": getattr(config, "no_repeat_ngram_size", None),
+        # as NoBadWordsLogitsProcessor, which bans no end token
+        "bad_words": [word for word in words if word not in [[token] for token in end_ids]],
+        "min_tokens": getattr(config, "min_new_tokens", None),
+        "stop_token_ids": end_ids,
+    }
 
 
 def params_of_config(config: Any, seed: int | None, top_k: int) -> SamplingParams:

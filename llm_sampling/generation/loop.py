@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llm_sampling.backends.base import InvalidLogitsError, raise_on_status, status_reasons
 from llm_sampling.checks import integer_at_least, token_ids, true_or_false
-from llm_sampling.generation.config import check_config
+from llm_sampling.generation.config import check_config, declared_ids
 from llm_sampling.generation.prompts import Prompts, check_holds_integers, padded, prompt_ids
 from llm_sampling.generation.rows import (
     FinishReason,
@@ -33,7 +33,6 @@ from llm_sampling.generation.rows import (
     Stop,
     callback_of_prompts,
     counts_of_prompts,
-    declared_ids,
     logprobs_of_prompts,
     masks_without_ends,
     new_sampler,
@@ -232,7 +231,8 @@ def generate_stream(
             each.
         stop_limit: the text ends at this occurrence, counted over all of ``stop``.
         include_stop_str_in_output: whether the text includes the stop string that ended it.
-        stop_token_ids: tokens that end a row. For each prompt: a list of collections.
+        stop_token_ids: tokens that end a row, besides those of its parameters. For each prompt: a
+            list of collections.
         eos_token_ids: tokens that end a row without a ``stop_reason``. Default: those of the
             model's generation config.
         ignore_eos: whether ``eos_token_ids`` are tokens like any other.
@@ -297,7 +297,10 @@ def generate_stream(
     check_config(config, takes_stop_strings=stop is not None)
     if eos_token_ids is None:
         eos_token_ids = _declared_eos(language_model)
-    stop_ids = stop_ids_of_prompts(stop_token_ids, len(requests))
+    given = stop_ids_of_prompts(stop_token_ids, len(requests))
+    stop_ids = [
+        [*ids, *(row.stop_token_ids or ())] for ids, row in zip(given, params, strict=True)
+    ]
     ends = [_end_tokens(eos_token_ids, ignore_eos, ids, vocab_size) for ids in stop_ids]
 
     places = [place for place in range(len(requests)) for _ in range(n)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_sampling.generation.rows import declared_ids
+from llm_sampling.generation.config import declared_ids
 
 #: The package that ships the default model, SmolLM2-135M-Instruct, as a GGUF file. Its declared
 #: dependencies compile llama.cpp and are not needed here.

@@ -261,13 +261,6 @@ def new_sampler(
     return sampler
 
 
-def declared_ids(declared: int | Iterable[int] | None) -> list[int]:
-    """The ids of a config's ``eos_token_id``, which may be None, an id or several."""
-    if declared is None:
-        return []
-    return [declared] if isinstance(declared, int) else list(declared)
-
-
 # ---- how a row ends, and what it gives ----
 
 

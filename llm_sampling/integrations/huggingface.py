@@ -20,7 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +34,12 @@ from llm_sampling.backends.base import raise_on_status, status_reasons
 from llm_sampling.checks import integer, refusal, true_or_false
 from llm_sampling.generation.config import (
     AS_PROCESSORS,
+    AS_RULES,
     NOT_SUPPORTED,
     REPLACED,
     params_of_config,
     refuse_fields,
+    rules_of_config,
 )
 from llm_sampling.generation.prompts import unpadded
 from llm_sampling.generation.rows import (
@@ -563,8 +565,9 @@ def params_from_generation_config(
     """The parameters that ``generate`` would sample with, given this config.
 
     A field that is None has ``generate``'s default: ``do_sample`` is off, which is greedy, and
-    where it is on ``top_k`` is 50. Fields about lengths and end tokens are ignored, since they are
-    no parameters of sampling; give them to ``generate``.
+    where it is on ``top_k`` is 50. ``no_repeat_ngram_size``, ``bad_words_ids`` and, with the end
+    tokens, ``min_new_tokens`` become the rules of the same meaning. Other fields about lengths are
+    ignored, since they are no parameters of sampling; give them to ``generate``.
 
     Args:
         config: a ``transformers.GenerationConfig``, such as ``model.generation_config``.
@@ -576,8 +579,9 @@ def params_from_generation_config(
     """
     if not isinstance(config, GenerationConfig):
         raise ValueError(f"config must be a GenerationConfig, got {type(config).__name__}")
-    refuse_fields(config, {**AS_PROCESSORS, **NOT_SUPPORTED})
-    return params_of_config(config, seed, top_k=50)
+    others = {name: off for name, off in AS_PROCESSORS.items() if name not in AS_RULES}
+    refuse_fields(config, {**others, **NOT_SUPPORTED})
+    return replace(params_of_config(config, seed, top_k=50), **rules_of_config(config))
 
 
 # ---- the whole loop ----

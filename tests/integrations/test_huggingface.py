@@ -1129,6 +1129,35 @@ def test_params_from_a_config():
     )
 
 
+def test_rules_from_a_config(model):
+    """Our loop with these parameters bans what generate bans with the config itself."""
+    asked = config(
+        no_repeat_ngram_size=2,
+        bad_words_ids=[[31], [5, 7], [3]],
+        min_new_tokens=8,
+        max_new_tokens=24,
+        eos_token_id=[3, *range(40, 97)],
+        pad_token_id=0,
+    )
+    params = params_from_generation_config(asked)
+    assert params == SamplingParams(
+        temperature=0,
+        no_repeat_ngram_size=2,
+        bad_words=[[31], [5, 7]],  # no end token is one
+        min_tokens=8,
+        stop_token_ids=[3, *range(40, 97)],
+    )
+    ids = torch.as_tensor(PROMPTS[0])[None]
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=asked)
+    done = generate(
+        model, PROMPTS[:1], params, max_new_tokens=24, eos_token_ids=[3, *range(40, 97)]
+    )
+    got, texts = [*done[0].token_ids], wanted[0, ids.shape[1] :].tolist()
+    assert len(got) >= 8
+    assert got == texts[: len(got)]
+    assert done[0].finish_reason == "length" or texts[len(got) :] in ([], [done[0].stop_reason])
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -1136,8 +1165,6 @@ def test_params_from_a_config():
         {"typical_p": 0.9},
         {"epsilon_cutoff": 3e-4},
         {"eta_cutoff": 3e-4},
-        {"no_repeat_ngram_size": 3},
-        {"bad_words_ids": [[1]]},
         {"suppress_tokens": [1]},
         {"guidance_scale": 1.5},
         {"penalty_alpha": 0.6},
