@@ -120,6 +120,32 @@ def token_sequences(name: str, sequences: object, rule: str) -> tuple[tuple[int,
     return tuple(checked)
 
 
+def strings(name: str, value: object, *, may_be_one: bool = False) -> list[str]:
+    """``value`` as a list of strings, none of them empty.
+
+    Args:
+        name: of the argument.
+        value: the argument.
+        may_be_one: whether a single string may be given as it is.
+
+    Raises:
+        ValueError: it is not a collection of strings, or one of them is empty.
+    """
+    rule = "a string or a collection of strings" if may_be_one else "a collection of strings"
+    given = [value] if isinstance(value, str) and may_be_one else value
+    if not isinstance(given, Collection) or isinstance(given, (str, bytes, bytearray, memoryview)):
+        raise refusal(name, rule, value)
+    try:
+        held = list(given)
+    except TypeError:  # an array of no dimensions
+        raise refusal(name, rule, value) from None
+    if not all(isinstance(string, str) for string in held):
+        raise refusal(name, rule, value)
+    if not all(held):
+        raise ValueError(f"{name} must have no empty string, got {value!r}")
+    return held
+
+
 def mapping_with(name: str, value: object, keys: Collection[str]) -> Mapping[str, Any]:
     """``value`` itself.
 

@@ -95,14 +95,14 @@ class SamplingParams:
             integer >= -1. At -1 it looks at all.
         dry_breakers: Token sequences, such as a new line, that no repeated sequence goes across.
             The token of a breaker with a single token is not lowered.
-            :func:`llm_sampling.dry_breakers_from` makes them of strings.
+            :func:`llm_sampling.generation.dry_breakers_from` makes them of strings.
         no_repeat_ngram_size: No sequence of so many ids comes twice in prompt and output; an
             integer >= 0. Off at 0.
         no_repeat_ngram_window: That rule looks at the last so many ids; an integer >= 0. At 0 it
             looks at all.
         bad_words: Token sequences. The last id of one is banned where its other ids are the end of
             prompt and output; that of a sequence with a single id is always banned.
-            :func:`llm_sampling.bad_words_from` makes them of strings.
+            :func:`llm_sampling.generation.bad_words_from` makes them of strings.
         min_tokens: While the output has fewer ids, ``stop_token_ids`` are banned; an integer >= 0.
             Off at 0.
         stop_token_ids: Token ids that ``min_tokens`` bans. :func:`llm_sampling.sample` ends no

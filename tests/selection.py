@@ -2,12 +2,15 @@
 
 The tables below name tests that run over many sizes, dtypes and layouts, and tests that take long.
 The cases that they leave out get the marker sweep and run with ``pytest -m sweep``. A test that
-has the marker slow, large, gpu or vllm keeps it and is not marked again.
+has one of the other markers of tests that are left out keeps it and is not marked again.
 """
 
 import pytest
 import torch
 from cases import INTERPRETED
+
+#: The markers with which a test is not marked again.
+NOT_SWEPT = ("slow", "large", "gpu", "vllm", "sglang", "llama_cpp")
 
 
 class Some:
@@ -325,9 +328,7 @@ def mark(items):
             name in SLOW_INTERPRETED or _is_left_to_slow(item.originalname, params)
         ):
             item.add_marker(pytest.mark.slow)
-        if any(
-            item.get_closest_marker(name) for name in ("slow", "large", "gpu", "vllm", "sglang")
-        ):
+        if any(map(item.get_closest_marker, NOT_SWEPT)):
             continue
         rules = (SOME_INTERPRETED, SWEPT_INTERPRETED) if is_interpreted else (SOME, SWEPT)
         some, swept = (rule.get(function) for rule in rules)

@@ -19,6 +19,7 @@ from llm_sampling.generation.loop import (
 from llm_sampling.generation.rows import seeded
 from llm_sampling.generation.stop_strings import StopStrings
 from llm_sampling.generation.text import TextDecoder
+from llm_sampling.generation.token_sequences import bad_words_from, dry_breakers_from
 
 __all__ = [
     "Chunk",
@@ -26,7 +27,9 @@ __all__ = [
     "Step",
     "StopStrings",
     "TextDecoder",
+    "bad_words_from",
     "completions",
+    "dry_breakers_from",
     "generate",
     "generate_stream",
     "seeded",

@@ -298,9 +298,7 @@ def generate_stream(
     if eos_token_ids is None:
         eos_token_ids = _declared_eos(language_model)
     given = stop_ids_of_prompts(stop_token_ids, len(requests))
-    stop_ids = [
-        [*ids, *(row.stop_token_ids or ())] for ids, row in zip(given, params, strict=True)
-    ]
+    stop_ids = [[*ids, *(row.stop_token_ids or ())] for ids, row in zip(given, params, strict=True)]
     ends = [_end_tokens(eos_token_ids, ignore_eos, ids, vocab_size) for ids in stop_ids]
 
     places = [place for place in range(len(requests)) for _ in range(n)]

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Collection
 from weakref import WeakValueDictionary
 
-from llm_sampling.checks import integer_at_least, refusal, true_or_false
+from llm_sampling import checks
 
 
 class StopStrings:
@@ -48,8 +48,8 @@ class StopStrings:
         self, stop: str | Collection[str] | None, *, stop_limit: int = 1, include: bool = False
     ) -> None:
         self._automaton = _automaton_of(_checked(stop))
-        self._occurrences_left = integer_at_least("stop_limit", stop_limit, 1)
-        self._include = true_or_false("include", include)
+        self._occurrences_left = checks.integer_at_least("stop_limit", stop_limit, 1)
+        self._include = checks.true_or_false("include", include)
         # The longest suffix of the text since the last occurrence that begins a stop string.
         self._node = _ROOT
         # How many characters have come. The last ``_held`` have not been returned; they are the
@@ -240,16 +240,4 @@ def _checked(stop: object) -> frozenset[str]:
     """The set of the stop strings; a ValueError if ``stop`` is something else."""
     if stop is None:
         return frozenset()
-    rule = "a string or a collection of strings"
-    strings = [stop] if isinstance(stop, str) else stop
-    if not isinstance(strings, Collection) or isinstance(strings, (bytes, bytearray, memoryview)):
-        raise refusal("stop", rule, stop)
-    try:
-        held = list(strings)
-    except TypeError:  # an array of no dimensions
-        raise refusal("stop", rule, stop) from None
-    if not all(isinstance(string, str) for string in held):
-        raise refusal("stop", rule, stop)
-    if not all(held):
-        raise ValueError(f"stop must have no empty string, got {stop!r}")
-    return frozenset(held)
+    return frozenset(checks.strings("stop", stop, may_be_one=True))

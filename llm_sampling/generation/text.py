@@ -20,6 +20,17 @@ _WINDOW = 8
 _CONTEXT = 4
 
 
+def byte_of(name: str, text: str) -> int | None:
+    """The byte that a token stands for in a tokenizer with ByteFallback; None for other tokens.
+
+    Args:
+        name: of the token.
+        text: what the tokenizer decodes the token alone to.
+    """
+    match = _BYTE_TOKEN.fullmatch(name)
+    return None if match is None or text == name else int(match[1], 16)
+
+
 class TextDecoder:
     """Turns one row's tokens into text, piece by piece, as they come.
 
@@ -150,8 +161,8 @@ class TextDecoder:
         text = self._text([token])
         if text == "" and self._text([token], skip_special_tokens=False) != "":
             return _SPECIAL
-        match = _BYTE_TOKEN.fullmatch(name)
-        return _ORDINARY if match is None or text == name else int(match[1], 16)
+        byte = byte_of(name, text)
+        return _ORDINARY if byte is None else byte
 
     def _text(self, tokens: list[int], *, skip_special_tokens: bool = True) -> str:
         # The clean-up would change spaces that have been returned already.

@@ -36,7 +36,7 @@ for row in backend_info():
     print(row.name, row.reason or 'available')
 assert [row.name for row in backend_info() if row.available] == ['cpu', 'torch']"
 llm-sampling info
-pytest=(python -m pytest -q -n 0 -m 'not model and not sweep and not slow and not large and not gpu and not vllm and not sglang')
+pytest=(python -m pytest -q -n 0 -m 'not model and not sweep and not slow and not large and not gpu and not vllm and not sglang and not llama_cpp')
 "${pytest[@]}" tests/integrations/test_huggingface.py tests/generation/test_generate.py \
   tests/tools/test_cli.py tests/tools/test_cli_tune.py tests/tools/test_tuning.py
 [ -z "${TORCH:-}" ] || exit 0

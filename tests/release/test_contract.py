@@ -63,7 +63,7 @@ LAYERS = (
     ("sampler",),
     ("__init__",),  # what ``import llm_sampling`` loads ends here
     ("generation.stop_strings", "generation.text", "generation.prompts", "generation.config"),
-    ("generation.rows",),
+    ("generation.rows", "generation.token_sequences"),
     ("generation.loop", "generation.models"),
     ("generation",),
     ("integrations", "tools"),

@@ -30,7 +30,7 @@ def test_what_the_default_run_leaves_ci_runs():
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     left = re.search(r"^addopts = .*-m '(.*)'", settings, re.MULTILINE)[1]
     assert left == " and ".join(
-        f"not {m}" for m in ("sweep", "slow", "large", "gpu", "vllm", "sglang")
+        f"not {m}" for m in ("sweep", "slow", "large", "gpu", "vllm", "sglang", "llama_cpp")
     )
     commands = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
     assert "python -m pytest -m sweep --durations=25" in commands
