@@ -445,8 +445,8 @@ class RequestTable:
         self._check_params(params)
         if params.needs_history and not self._is_kept[slot]:
             raise ValueError(
-                "params must have no penalty, and no rule that looks at the history, where it was "
-                f"not kept (slot {slot}): set the request with its prompt_ids, or fill its slot"
+                "params must have no penalty, and no rule that needs it, where the history was not "
+                f"kept (slot {slot}): set the request with its prompt_ids, or fill its slot"
             )
         self._replace_params(slot, params)
         text = None if self._history is None else self._history.text

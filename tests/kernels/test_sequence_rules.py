@@ -47,7 +47,7 @@ def lists_of(program: Path, cases: Sequence[Case]) -> list[dict[int, float]]:
     """What the program makes of each case: rules, text, extra ids, output length, vocab_size."""
     data = bytearray()
     for rules, text, extra, output_length, vocab_size in cases:
-        sequences = packed_sequences(rules)
+        sequences = packed_sequences(rules.dry_breakers, rules.bad_words, rules.stop_token_ids)
         sizes = len(text), len(extra), len(sequences)
         data += struct.pack("<2i2f8i", vocab_size, output_length, *numbers(rules), *sizes)
         data += struct.pack(f"<{len(text + extra + sequences)}i", *text, *extra, *sequences)

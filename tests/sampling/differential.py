@@ -279,6 +279,8 @@ def simpler_values(name: str, value: Any) -> Iterator[Any]:
     values = [0 if name == "seed" else OFF_VALUES[name]]
     if isinstance(value, str):
         pass  # there is no simpler word than that which is off
+    elif value is None or isinstance(value, tuple):
+        values += [] if value is None else [value[:i] + value[i + 1 :] for i in range(len(value))]
     elif name == "logit_bias":
         values += [{i: b for i, b in (value or {}).items() if i != token} for token in value or ()]
     elif isinstance(value, int):

@@ -122,12 +122,14 @@ SAMPLE_REFUSED = [
     ({"params": [PLAIN, 1.0]}, "params[1] must be a SamplingParams, got 1.0"),
     (
         {"params": PENALTY},
-        "history must be given where repetition_penalty, frequency_penalty or presence_penalty "
+        "history must be given where repetition_penalty, frequency_penalty, presence_penalty, "
+        "dry_multiplier, no_repeat_ngram_size, bad_words or min_tokens "
         "is on; TokenHistory.from_ids builds one",
     ),
     (
         {"params": [PLAIN, PENALTY]},
-        "history must be given where repetition_penalty, frequency_penalty or presence_penalty "
+        "history must be given where repetition_penalty, frequency_penalty, presence_penalty, "
+        "dry_multiplier, no_repeat_ngram_size, bad_words or min_tokens "
         "is on; TokenHistory.from_ids builds one",
     ),
     ({"history": [[1], [2]]}, "history must be a TokenHistory, got list"),

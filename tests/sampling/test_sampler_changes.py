@@ -301,8 +301,8 @@ def test_parameters_that_change(backend):
 
 PENALTY = SamplingParams(presence_penalty=0.5)
 NOT_KEPT = (
-    "params must have no penalty, and no rule that looks at the history, where the row's was not "
-    "kept (row 0)"
+    "params must have no penalty, and no rule that needs it, where the row's history was not kept "
+    "(row 0)"
 )
 
 

@@ -124,10 +124,14 @@ def test_the_shortest_output_is_that_of_transformers() -> None:
     assert HISTORIES / 5 < number < HISTORIES * 4 / 5
 
 
+def packed(rules: SequenceRules) -> list[int]:
+    return packed_sequences(rules.dry_breakers, rules.bad_words, rules.stop_token_ids)
+
+
 def test_records_of_sequences() -> None:
     rules = SequenceRules(
         dry_breakers=[[9], [4, 2], [3], [9]], bad_words=[[7], [1, 2]], stop_token_ids=[5, 6]
     )
     records = [[0, 2, 3, 9], [1, 2, 4, 2], [2, 1, 7], [2, 2, 1, 2], [3, 2, 5, 6]]
-    assert packed_sequences(rules) == [number for record in records for number in record]
-    assert packed_sequences(SequenceRules()) == []
+    assert packed(rules) == [number for record in records for number in record]
+    assert packed(SequenceRules()) == []

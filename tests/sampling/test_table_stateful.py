@@ -174,7 +174,7 @@ class Serving(RuleBasedStateMachine):
         torch_seed: int,
     ) -> None:
         torch.manual_seed(torch_seed)
-        with self.refusing(not self.can_hold(p), "params must have no penalty_last_n where"):
+        with self.refusing(not self.can_hold(p), "params must have no penalty_last_n, "):
             self.table.set(slot, p, prompt_ids=prompt, output_ids=output, position=position)
             self.requests[slot] = self.request(slot, p, prompt, output, position)
 
