@@ -378,7 +378,7 @@ class Decoding(RuleBasedStateMachine):
                 self.sampler.add(p, **given)
             return
         if not self.can_hold(p):
-            with pytest.raises(ValueError, match="penalty_last_n needs the ids in order"):
+            with pytest.raises(ValueError, match="params must have no penalty_last_n, "):
                 self.sampler.add(p, **given)
             return
         if self.sampler.history is None and p.needs_history:
@@ -465,7 +465,7 @@ class Decoding(RuleBasedStateMachine):
                 self.sampler.set_params(row, p)
             return
         if not self.can_hold(p):
-            with pytest.raises(ValueError, match="penalty_last_n needs the ids in order"):
+            with pytest.raises(ValueError, match="params must have no penalty_last_n, "):
                 self.sampler.set_params(row, p)
             return
         self.sampler.set_params(row, p)
