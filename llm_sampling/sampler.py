@@ -529,9 +529,9 @@ class Sampler:
         slot = self._places[row]
         if params.needs_history and not self._table.is_kept(slot):
             raise ValueError(
-                "params must have no penalty, and no rule that needs it, where the row's history was "
-                f"not kept (row {row}): give the Sampler a history at its start, or remove the row "
-                "and add it again with its prompt_ids and output_ids"
+                "params must have no penalty, and no rule that needs it, where the row's history "
+                f"was not kept (row {row}): give the Sampler a history at its start, or remove the "
+                "row and add it again with its prompt_ids and output_ids"
             )
         with not_of_inference_mode():
             self._check_history()

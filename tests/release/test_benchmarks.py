@@ -23,6 +23,7 @@ from benchmarks import (
     environments,
     gpu_model,
     plots,
+    repetition,
     report,
     serving,
     threads,
@@ -716,6 +717,19 @@ def test_a_call_is_timed_alone_and_after_what_is_said():
         torch.set_num_threads(before)
     turns = itertools.product((0, 1), (1, 3), ("before", "call"))
     assert seen == [(what, buffer, count) for buffer, count, what in turns]
+
+
+def test_the_share_of_repeated_ngrams():
+    assert repetition.repeated([1, 2, 3, 4, 5]) == 0
+    assert repetition.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == 1 / 5
+    assert repetition.repeated([7] * 11) == 7 / 8
+    assert repetition.repeated([7] * 3) == 0
+
+
+def test_repetition_needs_a_text_that_can_repeat(capsys):
+    with pytest.raises(SystemExit):
+        repetition.main(["--max-new-tokens", "3"])
+    assert "--max-new-tokens must be an integer >= 4, got 3" in capsys.readouterr().err
 
 
 def test_a_timing_of_additions_needs_a_turn(capsys):
