@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     record = environment(argv)
     language_model = load(default_model_path(), progress)
     prompts = [language_model.encode(prompt) for prompt in PROMPTS]
-    lines = []
+    lines: list[dict[str, Any]] = []
     for decoding, chosen in DECODING.items():
         for rule, of_rule in RULES.items():
             progress(f"{decoding}, {rule}")

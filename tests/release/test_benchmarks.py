@@ -721,7 +721,7 @@ def test_a_call_is_timed_alone_and_after_what_is_said():
 
 def test_the_share_of_repeated_ngrams():
     assert repetition.repeated([1, 2, 3, 4, 5]) == 0
-    assert repetition.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == 1 / 5
+    assert repetition.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
     assert repetition.repeated([7] * 11) == 7 / 8
     assert repetition.repeated([7] * 3) == 0
 
