@@ -832,6 +832,10 @@ def test_ranks_at_other_positions_all_raise(two: Ranks) -> None:
             {"logits": torch.zeros(2, 5).to_sparse()},
             "logits must be a dense tensor, got layout torch.sparse_coo",
         ),
+        (
+            {"params": SamplingParams(min_tokens=1, stop_token_ids=[2], seed=1)},
+            "params must have no dry_multiplier, no_repeat_ngram_size, bad_words of several ids",
+        ),
         ({"check": "yes"}, "check must be True, False or None, got 'yes'"),
         ({"allowed_mask": torch.zeros(2, 1)}, "allowed_mask must be an int32 tensor (a bitmask)"),
         ({"allowed_mask": torch.tensor(True)}, "allowed_mask must be an int32 tensor (a bitmask)"),

@@ -379,3 +379,28 @@ def test_a_batch_made_by_hand_is_looked_at(changes: dict[str, Any], message: str
     sample(torch.zeros(1, 5), by_hand(), history=history)
     with pytest.raises(ValueError, match=message):
         sample(torch.zeros(1, 5), by_hand(**changes), history=history)
+
+
+def test_rules_in_a_graph() -> None:
+    """A compiled call takes the tensors of the rules, and those of the text."""
+    params = [
+        SamplingParams(seed=1, dry_multiplier=2, dry_allowed_length=1, dry_breakers=[[3]]),
+        SamplingParams(seed=2, bad_words=[[1, 2]], min_tokens=9, stop_token_ids=[0]),
+        SamplingParams(seed=3),
+    ]
+    history = TokenHistory.from_ids([[0, 1, 2], [2, 1], []], [[1], [], [4]], 6, max_length=8)
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
+
+    def of_batch(x: Tensor, batch: BatchParams, history: TokenHistory) -> Tensor:
+        return filter_logits(x, batch, history=history)
+
+    def of_params(x: Tensor, history: TokenHistory) -> Tensor:
+        return filter_logits(x, params, history=history)
+
+    wanted = of_params(logits, history)
+    assert (wanted == -math.inf).any(-1).tolist() == [False, True, False]
+    batch = BatchParams.from_list(params)
+    compiled = torch.compile(of_batch, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits, batch, history), wanted)
+    compiled = torch.compile(of_params, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits, history), wanted)
