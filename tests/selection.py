@@ -70,6 +70,7 @@ SOME = {
     "test_cuda_emulated.py::test_what_is_not_waited_for_is_seen": Some(wrong=()),
     "test_cuda_emulated.py::test_wrong_histories_are_seen": Some(wrong=()),
     "test_interrupt.py::test_a_change_of_rows_that_fails_anywhere": Some(3),
+    "test_penalty_lists.py::test_random_texts": Some(20),
     "test_ops.py::test_other_parameters": Some(name=("top_k", "bias", "seed")),
     "test_tensors.py::test_every_kind_gives_what_a_plain_copy_gives": Some(5),
     "test_tensors.py::test_what_no_kernel_can_read_is_refused_by_name": Some(2),
@@ -259,6 +260,7 @@ SWEPT = {
     "test_cuda_results.py::test_logits_that_change": Some(5),
     "test_cuda_results.py::test_layouts": Some(3),
     "test_cuda_results.py::test_what_is_wrong_is_seen": Some(4),
+    "test_penalty_lists.py::test_random_texts": Some(5),
 }
 SWEPT_INTERPRETED = {
     "test_triton_results.py::test_logits_that_change": Some(3),

@@ -38,7 +38,7 @@ def build(folder: Path, sources: Path) -> Path:
     shutil.copytree(sources, folder / "csrc")
     (folder / "tests/kernels/cpp").mkdir(parents=True)
     source = folder / "tests/kernels/cpp/test.cpp"
-    shutil.copy(ROOT / "tests/kernels/cpp/sequence_rules_test.cpp", source)
+    shutil.copy(ROOT / "tests/kernels/cpp/penalty_lists_test.cpp", source)
     subprocess.run([GXX, *FLAGS, *MEMORY, "-o", folder / "program", source], check=True)
     return folder / "program"
 

@@ -1,11 +1,11 @@
-// Makes the lists of step 5a for the cases that stdin holds, and writes them to stdout; test_sequence_rules.py
+// Makes the lists of step 5a for the cases that stdin holds, and writes them to stdout; test_penalty_lists.py
 // has the format.
-#include "../../../csrc/cpu/sequence_rules.h"
-
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <vector>
+
+#include "../../../csrc/cpu/sequence_rules.h"
 
 namespace {
 
