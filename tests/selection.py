@@ -146,7 +146,7 @@ SOME_INTERPRETED = {
     "test_triton_known_rows.py::test_the_same_kernel_answers_known_rows": Some(6),
     "test_triton_known_rows.py::test_a_broken_kernel_is_refused": Some(3),
     "test_results.py::test_covering_cases": Some(24, vocab_size=(33,)),
-    "test_results.py::test_kept_sets_of_rows_with_windows": Some(30),
+    "test_results.py::test_kept_sets_where_the_order_of_ids_matters": Some(30),
     "test_results.py::test_kept_sets_of_other_rows": Some(20),
     "test_results.py::test_vllm_ranks_kernel": Some(12),
     "test_triton_results.py::test_small_tiles": Some(12),

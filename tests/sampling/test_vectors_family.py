@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import WITHOUT_RULES
 from vectors import logits_of
 
 from llm_sampling import (
@@ -27,8 +28,6 @@ from llm_sampling import (
 
 ROWS = json.loads(Path(__file__).with_name("vectors_family.json").read_text(encoding="utf-8"))
 NAMES = [f"{i}-{row['kind']}-{row['shape']}-V{row['vocab_size']}" for i, row in enumerate(ROWS)]
-#: The backends whose kernels know no rules that look at the history.
-WITHOUT_RULES = ("triton",)
 
 
 def logits_and_history(
