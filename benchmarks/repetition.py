@@ -1,8 +1,7 @@
 """How much of a text repeats itself, with DRY and without it, on the default model.
 
-``python -m benchmarks.repetition`` prints a table in Markdown and the beginning of one text of each
-kind; ``--json FILE`` also writes the texts to FILE, and the table beside it with the suffix
-``.md``. It takes minutes. The texts depend on nothing but the model and the seeds.
+``python -m benchmarks.repetition`` prints a table in Markdown; ``--json FILE`` also writes the
+texts to FILE, and the table beside it with the suffix ``.md``. It takes minutes.
 
 The number is the share of 4-grams that occurred before in their text, averaged over the texts
 (seq-rep-4, Welleck et al. 2020, arXiv:1908.04319).
@@ -20,6 +19,7 @@ from benchmarks.timing import command_line, environment, progress, write_result
 from llm_sampling import SamplingParams
 from llm_sampling.generation import generate
 from llm_sampling.generation.models import default_model_path, load
+from llm_sampling.tools.tuning.objectives import ngrams_of, repeated
 
 PROMPTS = (
     "The meaning of life is",
@@ -38,12 +38,6 @@ RULES: dict[str, dict[str, Any]] = {
     "dry_multiplier 0.8": {"dry_multiplier": 0.8},
     "no_repeat_ngram_size 4": {"no_repeat_ngram_size": 4},
 }
-
-
-def repeated(text: Sequence[int], n: int = 4) -> float:
-    """The share of n-grams that occurred before in the text; 0 for a text without any."""
-    ngrams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
                 max_new_tokens=options.max_new_tokens,
                 ignore_eos=True,
             )
-            shares = [repeated(row.token_ids) for row in done]
+            shares = [repeated(ngrams_of(row.token_ids, 4)) for row in done]
             texts = [language_model.tokenizer.decode(row.token_ids) for row in done]
             lines.append(
                 {

@@ -55,7 +55,8 @@ inline bool all_parameters(const LlmSamplingArgs& a, const F& holds) {
          holds(a.min_tokens_to_keep);
 }
 
-// The same for the parameters of the rules that look at the history, of which a call has all or none.
+// Whether holds(pointer) is true for the pointer of every parameter of the rules that look at the history. A call
+// has all of these pointers or none.
 template <typename F>
 inline bool all_rules(const LlmSamplingArgs& a, const F& holds) {
   return holds(a.dry_multiplier) && holds(a.dry_base) && holds(a.dry_allowed_length) &&
@@ -458,6 +459,22 @@ inline int32_t check_slots(const LlmSamplingArgs& a) {
   return check_named_once(a.slots, a.rows, a.num_slots);
 }
 
+// Finds the part [begin, end) of an array that belongs to index `i` of the parameters, as entries_of in rows.h
+// does. Returns false if it does not lie inside of the array.
+inline bool find_part(
+    const int64_t* offsets,
+    const int32_t* counts,
+    int64_t size,
+    int64_t i,
+    int64_t& begin,
+    int64_t& end
+) {
+  begin = read_once(offsets[i]);
+  if (begin < 0 || begin > size) return false;
+  end = counts != nullptr ? begin + read_once(counts[i]) : read_once(offsets[i + 1]);
+  return end >= begin && end <= size;
+}
+
 // Checks the rules of a row that look at the history; `i` is the index of its parameters.
 inline int32_t check_rules(const LlmSamplingArgs& a, int64_t i) {
   if (!(a.dry_multiplier[i] >= 0.0f && a.dry_multiplier[i] <= 100.0f && a.dry_base[i] >= 1.0f &&
@@ -467,11 +484,10 @@ inline int32_t check_rules(const LlmSamplingArgs& a, int64_t i) {
     return LLM_SAMPLING_BAD_PARAMETER;
   }
   if (a.sequence_offsets == nullptr) return LLM_SAMPLING_OK;
-  const int64_t begin = read_once(a.sequence_offsets[i]);
-  if (begin < 0 || begin > a.sequences_size) return LLM_SAMPLING_BAD_SIZE;
-  const int64_t end = a.sequence_counts != nullptr ? begin + read_once(a.sequence_counts[i])
-                                                   : read_once(a.sequence_offsets[i + 1]);
-  if (end < begin || end > a.sequences_size) return LLM_SAMPLING_BAD_SIZE;
+  int64_t begin, end;
+  if (!find_part(a.sequence_offsets, a.sequence_counts, a.sequences_size, i, begin, end)) {
+    return LLM_SAMPLING_BAD_SIZE;
+  }
   for (int64_t at = begin; at < end;) {
     if (end - at < 2) return LLM_SAMPLING_BAD_PARAMETER;
     const int32_t kind = read_once(a.sequences[at]), count = read_once(a.sequences[at + 1]);
@@ -511,11 +527,10 @@ inline int32_t check_values(const LlmSamplingArgs& a) {
       if (code != LLM_SAMPLING_OK) return code;
     }
     if (a.logit_bias_offsets == nullptr) continue;
-    const int64_t begin = read_once(a.logit_bias_offsets[i]);
-    if (begin < 0 || begin > a.logit_bias_size) return LLM_SAMPLING_BAD_SIZE;
-    const int64_t end = a.logit_bias_counts != nullptr ? begin + read_once(a.logit_bias_counts[i])
-                                                       : read_once(a.logit_bias_offsets[i + 1]);
-    if (end < begin || end > a.logit_bias_size) return LLM_SAMPLING_BAD_SIZE;
+    int64_t begin, end;
+    if (!find_part(a.logit_bias_offsets, a.logit_bias_counts, a.logit_bias_size, i, begin, end)) {
+      return LLM_SAMPLING_BAD_SIZE;
+    }
     for (int64_t entry = begin; entry < end; ++entry) {
       const float value = a.logit_bias_values[entry];
       if (!(is_within(value, -100.0f, 100.0f) || value == -kInfinity)) {
@@ -536,8 +551,7 @@ inline const char* error_text(int32_t code) {
     case LLM_SAMPLING_BAD_SIZE:
       return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
              "logit_bias_size, sequences_size, max_text_length, num_extra_output, num_token_ids, "
-             "num_top_logprobs, "
-             "workspace_bytes, max_ids, a slot or an offset is out of range";
+             "num_top_logprobs, workspace_bytes, max_ids, a slot or an offset is out of range";
     case LLM_SAMPLING_BAD_OPTION:
       return "dtype, advance, kind, id_bytes, position_of or reserved has an "
              "unknown value, or one that needs param_slots";

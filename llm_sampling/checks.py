@@ -87,6 +87,13 @@ def token_ids(name: str, ids: object) -> list[int]:
     return [integer(name, token, "integers") for token in ids]
 
 
+def _elements(name: str, value: object, rule: str) -> Iterable[Any]:
+    """``value`` itself; a ValueError if it is a string or a mapping, or is not iterable."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise refusal(name, rule, value)
+    return value
+
+
 def token_sequence(name: str, ids: object, rule: str) -> tuple[int, ...]:
     """``ids`` as a tuple of ints in [0, 2^31).
 
@@ -94,9 +101,7 @@ def token_sequence(name: str, ids: object, rule: str) -> tuple[int, ...]:
         ValueError: it is a string or not iterable, or holds something else; the message has
             ``rule``.
     """
-    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
-        raise refusal(name, rule, ids)
-    checked = tuple(integer(name, token, rule) for token in ids)
+    checked = tuple(integer(name, token, rule) for token in _elements(name, ids, rule))
     for token in checked:
         if not 0 <= token < 2**31:
             raise refusal(name, rule, token)
@@ -109,10 +114,8 @@ def token_sequences(name: str, sequences: object, rule: str) -> tuple[tuple[int,
     Raises:
         ValueError: it is something else; the message names the place.
     """
-    if isinstance(sequences, (str, bytes, Mapping)) or not isinstance(sequences, Iterable):
-        raise refusal(name, rule, sequences)
     checked = []
-    for place, ids in enumerate(sequences):
+    for place, ids in enumerate(_elements(name, sequences, rule)):
         sequence = token_sequence(f"{name}[{place}]", ids, "token ids in [0, 2^31)")
         if not sequence:
             raise refusal(f"{name}[{place}]", "token ids, one at least", ids)

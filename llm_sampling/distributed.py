@@ -56,7 +56,7 @@ from llm_sampling.checks import integer_at_least
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import MAX_VOCAB_SIZE, TokenHistory, slice_bits
 from llm_sampling.masks import check_mask
-from llm_sampling.params import DTYPES, RULE_TENSORS, BatchParams, SamplingParams
+from llm_sampling.params import BIAS_TENSORS, DTYPES, RULE_TENSORS, BatchParams, SamplingParams
 from llm_sampling.results import KINDS, Kind, SampleOutput, TokenLogprobs, Wanted, kinds_of
 from llm_sampling.tensors import is_pretended, is_wrapper
 
@@ -428,8 +428,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 #: The tensors of a batch that steps 2 to 6 and 14 read.
 _NOT_FILTERING = {
     *(field.name for field in FIELDS.values() if field.kind in ("penalty", "scope", "seed")),
-    *RULE_TENSORS,
-    *("logit_bias_offsets", "logit_bias_ids", "logit_bias_values", "unseeded", "position"),
+    *(*BIAS_TENSORS, *RULE_TENSORS, "unseeded", "position"),
 }
 _OFF_ROW = BatchParams.from_list([SamplingParams()])
 #: All other tensors, with the value at which each does nothing: temperature, filters and their

@@ -45,7 +45,7 @@ _SCOPE, _WINDOW = (column for f, column in COLUMNS if f.kind == "scope")
 _FILTERS = tuple(column for f, column in COLUMNS if f.kind in ("rank", "mass", "depth"))
 #: The filters that ``min_tokens_to_keep`` may hold back; top-k's own number is at least that.
 _FLOORED = tuple(column for f, column in COLUMNS if f.kind in ("mass", "depth"))
-#: Those of the rules that look at the ids in order.
+#: Those of the rules that look at the history.
 RULE_COLUMNS = tuple(column for f, column in COLUMNS if f.kind == "rule")
 
 
@@ -345,7 +345,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 
-#: The tensors that have a part for each row and not an element, and where the parts begin.
+#: Each row has a part of any length in these tensors; the first of each says where parts begin.
 BIAS_TENSORS = ("logit_bias_offsets", "logit_bias_ids", BIAS_VALUES.name)
 SEQUENCE_TENSORS = ("sequence_offsets", "sequences")
 
@@ -419,10 +419,12 @@ def kernel_flags(is_on: Mapping[str, bool]) -> dict[str, bool]:
     }
 
 
-def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The flags of a BatchParams with these columns, each with a number for each row.
+def _flags(columns: Mapping[str, Sequence[float]], sequences: Sequence[int]) -> dict[str, Any]:
+    """The flags of a BatchParams.
 
-    Where there are the columns of rules, "sequences" has the packed token sequences of all rows.
+    Args:
+        columns: each with a number for each row.
+        sequences: the packed token sequences of all rows; none where there are no rules.
     """
     windows = columns[_WINDOW.name]
     is_on = {
@@ -434,7 +436,7 @@ def _flags(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     flags["any_ordered_rule"] = has_rules and (
         not _all_are(columns["dry_multiplier"], 0.0)
         or not _all_are(columns["no_repeat_ngram_size"], 0)
-        or any(kind == BAD_WORD for kind, _ in records_of([*map(int, columns["sequences"])]))
+        or any(kind == BAD_WORD for kind, _ in records_of(sequences))
     )
     flags["any_window"] = any(
         columns[penalty.name][row] != penalty.off
@@ -655,12 +657,12 @@ class BatchParams:
             if not self._check_tensors() or is_traced():
                 return self
             if self.device.type == "cpu":
-                self._check_flags(self._check_values())
+                self._check_flags(*self._check_values())
             known = self._state(), self
         elif known[0] != (state := self._state()):
             self._check_tensors()
             if self.device.type == "cpu":
-                flags = _flags(self._check_values())
+                flags = _flags(*self._check_values())
             else:
                 flags = dict(CONSERVATIVE_FLAGS)
                 names = [column.name for column in _PENALTIES]
@@ -719,28 +721,31 @@ class BatchParams:
                 raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
         return is_plain
 
-    def _check_values(self) -> dict[str, list[float]]:
-        """Check the numbers, which are on the CPU. Returns the columns, and the sequences."""
+    def _check_values(self) -> tuple[dict[str, list[float]], list[int]]:
+        """Check the numbers, which are on the CPU. Returns the columns and the sequences."""
         for column in self.columns:
             column.check(getattr(self, column.name))
         BIAS_VALUES.check(self.logit_bias_values)
         columns = {c.name: getattr(self, c.name).tolist() for c in self.columns}
         entries = self.logit_bias_ids.shape[0]
         offsets = _checked_offsets("logit_bias_offsets", self.logit_bias_offsets, entries)
+        sequences: list[int] = []
         if self.sequences is not None:
-            columns["sequences"] = packed = self.sequences.tolist()
-            ends = _checked_offsets("sequence_offsets", self.sequence_offsets, len(packed))
+            sequences = self.sequences.tolist()
+            ends = _checked_offsets("sequence_offsets", self.sequence_offsets, len(sequences))
             for begin, end in itertools.pairwise(ends):
-                _check_records(packed[begin:end])
+                _check_records(sequences[begin:end])
         ids = self.logit_bias_ids
         is_rising = ids[1:] > ids[:-1]
         is_rising[[end - 1 for end in offsets if 0 < end < entries]] = True  # another row's begin
         if not bool(is_rising.all()):
             raise refusal("logit_bias_ids", "strictly ascending within each row", ids.tolist())
-        return columns
+        return columns, sequences
 
-    def _check_flags(self, columns: Mapping[str, Sequence[float]]) -> None:
-        for name, least in _flags(columns).items():
+    def _check_flags(
+        self, columns: Mapping[str, Sequence[float]], sequences: Sequence[int]
+    ) -> None:
+        for name, least in _flags(columns, sequences).items():
             given = getattr(self, name)
             if name == "kept_at_most":
                 is_true = not given or 0 < least <= given
@@ -832,8 +837,9 @@ def _pack(
         ids = torch.tensor([i for i, _ in entries], dtype=torch.int32, device=device)
         bias = floats([x for _, x in entries])
         offsets = _offsets([len(row.bans) for row in params], repeats, device)
+        packed: list[int] = []
         if has_rules:
-            columns["sequences"] = packed = [x for row in params for x in row.sequences]
+            packed = [number for row in params for number in row.sequences]
             lengths = [len(row.sequences) for row in params]
             sequences = torch.tensor(packed, dtype=torch.int32, device=device)
             tensors["sequence_offsets"] = _offsets(lengths, repeats, device)
@@ -849,12 +855,18 @@ def _pack(
             logit_bias_values=bias,
             unseeded=tensor(unseeded, torch.bool) if any(unseeded) else None,
             position=None,
-            **_flags(columns),
+            **_flags(columns, packed),
         )
 
 
 def _offsets(lengths: Sequence[int], repeats: int | None, device: torch.device) -> Tensor:
-    """Where each row's part begins, and where the last one ends; as ``_pack`` has its rows."""
+    """Where each row's part begins, and where the last one ends.
+
+    Args:
+        lengths: of the parts.
+        repeats: how many rows have the only part; None where each row has its own.
+        device: of the result.
+    """
     if repeats is not None:
         return torch.arange(repeats + 1, dtype=torch.int64, device=device) * lengths[0]
     ends = [0]

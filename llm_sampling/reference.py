@@ -21,7 +21,13 @@ from llm_sampling.backends.base import (
 from llm_sampling.fields import SCOPES
 from llm_sampling.history import TokenHistory, bits_and_counts
 from llm_sampling.masks import pack_bits, unpacked
-from llm_sampling.params import BIAS_TENSORS, KERNEL_TENSORS, SEQUENCE_TENSORS, BatchParams
+from llm_sampling.params import (
+    BIAS_TENSORS,
+    KERNEL_TENSORS,
+    RULE_COLUMNS,
+    SEQUENCE_TENSORS,
+    BatchParams,
+)
 from llm_sampling.results import (
     KeptSet,
     SampleOutput,
@@ -29,7 +35,7 @@ from llm_sampling.results import (
     Wanted,
     without_rows,
 )
-from llm_sampling.sequence_rules import NUMBERS, penalty_list, rules_of
+from llm_sampling.sequence_rules import penalty_list, rules_of
 
 _INF = float("inf")
 _LOW32 = 0xFFFFFFFF
@@ -91,7 +97,7 @@ def penalty_lists(call: SampleCall) -> list[dict[int, float]]:
     if history is None or not batch.has_rules:
         return []
     rows, vocab_size = call.logits.shape
-    numbers = {name: getattr(batch, name).tolist() for name in NUMBERS}
+    numbers = {column.name: getattr(batch, column.name).tolist() for column in RULE_COLUMNS}
     assert batch.sequence_offsets is not None
     assert batch.sequences is not None
     offsets, sequences = batch.sequence_offsets.tolist(), batch.sequences.tolist()

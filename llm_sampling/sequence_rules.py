@@ -55,12 +55,6 @@ class SequenceRules:
 #: What a record of token sequences is for, as the kernels number it.
 BREAKER_IDS, BREAKER, BAD_WORD, STOP_IDS = range(4)
 
-#: The fields of :class:`SequenceRules` that are numbers.
-NUMBERS = (
-    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
-    *("no_repeat_ngram_size", "no_repeat_ngram_window", "min_tokens"),
-)
-
 
 def packed_sequences(
     breakers: TokenSequences, bad_words: TokenSequences, stop_token_ids: Sequence[int]

@@ -26,7 +26,8 @@ struct Sequences {
   const int32_t* begin;
   const int32_t* end;
 
-  // Calls visit(kind, ids, count) for each record. What another thread may have made of it stays inside.
+  // Calls visit(kind, ids, count) for each record. The ids lie inside of the array, also where another thread
+  // changes it meanwhile.
   template <typename Visit>
   void each(const Visit& visit) const {
     for (const int32_t* at = begin; end - at >= 2;) {
@@ -66,7 +67,7 @@ inline SequenceRules read_rules(const LlmSamplingArgs& args, int64_t index) {
 // Prompt and output of a row: the ids of a text, and those that come after them for this call.
 class RowIds {
  public:
-  // Ids of `extra` outside of the vocabulary are padding.
+  // Ids of `extra` outside of the vocabulary are padding; there are at most LLM_SAMPLING_MAX_EXTRA_OUTPUT.
   RowIds(
       const int32_t* text,
       int64_t length,
@@ -75,21 +76,21 @@ class RowIds {
       int64_t vocab_size
   )
       : text_(text), length_(length), size_(length), vocab_size_(vocab_size) {
-    for (int64_t i = 0; i < num_extra && size_ - length_ < kMost; ++i) {
+    for (int64_t i = 0; i < num_extra; ++i) {
       const int32_t id = read_once(extra[i]);
       if (id >= 0 && id < vocab_size) extra_[size_++ - length_] = id;
     }
   }
   int64_t size() const { return size_; }
   int64_t num_extra() const { return size_ - length_; }
-  // The id before `following` others, or -1 if it is outside of the vocabulary.
+  // The id that `following` ids come after, up to the row's end; -1 if it is outside of the vocabulary.
   int32_t from_end(int64_t following) const {
     const int64_t place = size_ - 1 - following;
     if (place >= length_) return extra_[place - length_];
     const int32_t id = read_once(text_[place]);
     return id >= 0 && id < vocab_size_ ? id : -1;
   }
-  // Whether the ids are those before `following` others.
+  // Whether these are the last ids of the row, its last `following` ids left out.
   bool end_with(const int32_t* ids, int64_t count, int64_t following) const {
     if (count > size_ - following) return false;
     for (int64_t i = 0; i < count; ++i) {
@@ -99,13 +100,11 @@ class RowIds {
   }
 
  private:
-  static constexpr int64_t kMost = 64;
-
   const int32_t* text_;
   int64_t length_;
   int64_t size_;
   int64_t vocab_size_;
-  int32_t extra_[kMost];
+  int32_t extra_[LLM_SAMPLING_MAX_EXTRA_OUTPUT];
 };
 
 // Makes the list of one row after another, and keeps the memory for it.

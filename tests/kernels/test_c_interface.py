@@ -407,6 +407,14 @@ def test_a_caller_of_the_first_version_has_no_slots(call: SampleCall) -> None:
     assert_same_results(expected, output)
 
 
+def assert_refused(call: SampleCall, code: int) -> None:
+    """Assert that a call gives this code and changes nothing."""
+    struct, output = filled(call)
+    before = memory(call, output)
+    assert run(struct) == code
+    assert memory(call, output) == before
+
+
 BAD_PARAMETERS = {
     "temperature": (-1.0, float("inf"), float("nan")),
     "top_p": (-0.5, 1.5, float("nan")),
@@ -425,38 +433,32 @@ BAD_PARAMETERS = {
     "min_tokens": (-1, -(2**31)),
 }
 
-#: Elements of ``sequences`` of the first row, which has 11, that make no records.
+#: What no record has, by places in the ``sequences`` of the first row, which has 11 elements.
 BAD_SEQUENCES = {
-    "no kind": ({0: -1}, BAD_PARAMETER),
-    "a kind that there is not": ({0: 4}, BAD_PARAMETER),
-    "no ids": ({1: 0}, BAD_PARAMETER),
-    "fewer than no ids": ({1: -(2**31)}, BAD_PARAMETER),
-    "one id more than there are": ({8: 3}, BAD_PARAMETER),
-    "more ids than there are": ({1: 2**31 - 1}, BAD_PARAMETER),
-    "half of a record at the end": ({1: 8}, BAD_PARAMETER),
+    "no kind": {0: -1},
+    "a kind that there is not": {0: 4},
+    "no ids": {1: 0},
+    "fewer than no ids": {1: -(2**31)},
+    "one id more than there are": {8: 3},
+    "more ids than there are": {1: 2**31 - 1},
+    "half of a record at the end": {1: 8},
 }
 
 
 @needs_kernel
-@pytest.mark.parametrize(("changes", "code"), BAD_SEQUENCES.values(), ids=BAD_SEQUENCES)
-def test_bad_sequences_give_their_code(
-    call: SampleCall, changes: dict[int, int], code: int
-) -> None:
+@pytest.mark.parametrize("changes", BAD_SEQUENCES.values(), ids=BAD_SEQUENCES)
+def test_bad_sequences_give_their_code(call: SampleCall, changes: dict[int, int]) -> None:
     assert call.batch.sequences[:11].tolist() == [0, 1, 3, 1, 2, 1, 2, 2, 2, 2, 39]
     for place, value in changes.items():
         call.batch.sequences[place] = value
-    struct, output = filled(call)
-    before = memory(call, output)
-    assert run(struct) == code
-    assert memory(call, output) == before
+    assert_refused(call, BAD_PARAMETER)
 
 
 @needs_kernel
 @pytest.mark.parametrize("offsets", [[-1, 11, 22], [0, 23, 22], [5, 3, 22], [0, 11, 2**40]])
 def test_bad_offsets_of_sequences_give_their_code(call: SampleCall, offsets: list[int]) -> None:
     call.batch.sequence_offsets.copy_(torch.tensor(offsets))
-    struct, _ = filled(call)
-    assert run(struct) == BAD_SIZE
+    assert_refused(call, BAD_SIZE)
 
 
 @needs_kernel
@@ -491,10 +493,7 @@ def test_a_bias_that_is_out_of_range_gives_its_code(
     call: SampleCall, row: int, value: float
 ) -> None:
     call.batch.logit_bias_values[row] = value
-    struct, output = filled(call)
-    before = memory(call, output)
-    assert run(struct) == BAD_PARAMETER
-    assert memory(call, output) == before
+    assert_refused(call, BAD_PARAMETER)
 
 
 @needs_kernel

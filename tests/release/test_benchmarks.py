@@ -42,6 +42,7 @@ from benchmarks.suite import Result, check, open_suite
 from benchmarks.timing import Protocol, Timing, measure, runner
 from benchmarks.worker import Worker
 from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
+from llm_sampling.tools.tuning.objectives import ngrams_of, repeated
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 600
@@ -720,10 +721,10 @@ def test_a_call_is_timed_alone_and_after_what_is_said():
 
 
 def test_the_share_of_repeated_ngrams():
-    assert repetition.repeated([1, 2, 3, 4, 5]) == 0
-    assert repetition.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
-    assert repetition.repeated([7] * 11) == 7 / 8
-    assert repetition.repeated([7] * 3) == 0
+    assert repeated(ngrams_of([1, 2, 3, 4, 5], 4)) == 0
+    assert repeated(ngrams_of([1, 2, 3, 4, 1, 2, 3, 4], 4)) == pytest.approx(1 / 5)
+    assert repeated(ngrams_of([7] * 11, 4)) == 7 / 8
+    assert repeated(ngrams_of([7] * 3, 4)) == 0
 
 
 def test_repetition_needs_a_text_that_can_repeat(capsys):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import llm_sampling
-from llm_sampling import BatchParams, SamplingParams, history, results
+from llm_sampling import BatchParams, SamplingParams, history, results, sequence_rules
 from llm_sampling.backends import BACKENDS, base, c_abi
 from llm_sampling.backends.base import SampleCall
 from llm_sampling.fields import FIELDS, OFF_VALUES
@@ -404,6 +404,11 @@ def test_header_and_python_have_the_same_constants():
     assert constant("STATUS_TEXT_FULL") == base.STATUS_TEXT_FULL
     assert constant("MAX_EXTRA_OUTPUT") == base.MAX_EXTRA_OUTPUT
     assert constant("MAX_LISTED") == results.MAX_LISTED
+
+
+def test_header_and_python_number_records_alike():
+    for name in ("BREAKER_IDS", "BREAKER", "BAD_WORD", "STOP_IDS"):
+        assert constant(name) == getattr(sequence_rules, name)
 
 
 def test_header_and_python_number_updates_and_positions_alike():

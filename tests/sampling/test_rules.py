@@ -25,6 +25,10 @@ from llm_sampling import (
     filter_logits,
     sample,
 )
+from llm_sampling.fields import FIELDS
+
+#: The parameters of the rules.
+RULES = [field.name for field in FIELDS.values() if field.kind in ("rule", "sequences")]
 
 #: How many ids of the vocabulary the histories use, so that sequences come again.
 ALPHABET = 5
@@ -153,10 +157,7 @@ def test_the_rows_have_every_kind_of_list() -> None:
         plain = [SamplingParams(seed=1) for _ in rows.params]
         without = results_of_filter(rows, plain)
         only = [
-            SamplingParams(
-                **{name: getattr(p, name) for name in rules_of_row if getattr(p, name) is not None}
-            )
-            for p in rows.params
+            SamplingParams(**{name: getattr(row, name) for name in RULES}) for row in rows.params
         ]
         listed = results_of_filter(rows, only)
         differ = (listed != without) & ~(listed.isnan() & without.isnan())
@@ -164,13 +165,6 @@ def test_the_rows_have_every_kind_of_list() -> None:
         bans += int((differ & (listed == -math.inf)).any(-1).sum())
         empty += int((~differ).all(-1).sum())
     assert min(changed, bans, empty) > 40
-
-
-rules_of_row = (
-    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_breakers"),
-    *("no_repeat_ngram_size", "no_repeat_ngram_window", "bad_words"),
-    *("min_tokens", "stop_token_ids"),
-)
 
 
 def results_of_filter(rows: Rows, params: list[SamplingParams]) -> Tensor:

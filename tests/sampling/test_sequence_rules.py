@@ -69,6 +69,15 @@ def banned(rules: SequenceRules, ids: list[int], output_length: int, vocab_size:
     return set(found)
 
 
+def assert_banned_alike(
+    processor: Any, rules: SequenceRules, ids: list[int], output_length: int, vocab_size: int
+) -> bool:
+    """Assert that rules ban what a processor of transformers bans; return whether they ban any."""
+    ours = banned(rules, ids, output_length, vocab_size)
+    assert ours == banned_by(processor, ids, vocab_size), (rules, ids)
+    return bool(ours)
+
+
 def banned_by(processor: Any, ids: list[int], vocab_size: int) -> set[int]:
     scores = processor(torch.tensor([ids]), torch.zeros(1, vocab_size))
     return set((scores[0] == -ALL).nonzero()[:, 0].tolist())
@@ -81,10 +90,9 @@ def test_ngrams_are_those_of_transformers() -> None:
     for _ in range(HISTORIES):
         vocab_size, size = draw.choice((2, 5, 30)), draw.randint(1, 5)
         ids = random_ids(draw, vocab_size)
-        ours = banned(SequenceRules(no_repeat_ngram_size=size), ids, 0, vocab_size)
-        theirs = banned_by(transformers.NoRepeatNGramLogitsProcessor(size), ids, vocab_size)
-        assert ours == theirs, (size, ids)
-        number += bool(ours)
+        rules = SequenceRules(no_repeat_ngram_size=size)
+        processor = transformers.NoRepeatNGramLogitsProcessor(size)
+        number += assert_banned_alike(processor, rules, ids, 0, vocab_size)
     assert number > HISTORIES / 2
 
 
@@ -100,10 +108,9 @@ def test_bad_words_are_those_of_transformers() -> None:
         ]
         if draw.random() < 0.5:
             words.append([*ids[-draw.randint(1, 6) :], draw.randrange(vocab_size)])
-        ours = banned(SequenceRules(bad_words=words), ids, 0, vocab_size)
-        theirs = banned_by(transformers.NoBadWordsLogitsProcessor(words), ids, vocab_size)
-        assert ours == theirs, (words, ids)
-        number += bool(ours)
+        rules = SequenceRules(bad_words=words)
+        processor = transformers.NoBadWordsLogitsProcessor(words)
+        number += assert_banned_alike(processor, rules, ids, 0, vocab_size)
     assert number > HISTORIES / 2
 
 
@@ -117,10 +124,8 @@ def test_the_shortest_output_is_that_of_transformers() -> None:
         prompt = draw.randint(0, len(ids))
         stop = sorted({*draw.choices(range(vocab_size), k=draw.randint(1, 3))})
         rules = SequenceRules(min_tokens=least, stop_token_ids=stop)
-        ours = banned(rules, ids, len(ids) - prompt, vocab_size)
         processor = transformers.MinNewTokensLengthLogitsProcessor(prompt, least, stop)
-        assert ours == banned_by(processor, ids, vocab_size)
-        number += bool(ours)
+        number += assert_banned_alike(processor, rules, ids, len(ids) - prompt, vocab_size)
     assert HISTORIES / 5 < number < HISTORIES * 4 / 5
 
 

@@ -291,13 +291,23 @@ def distance(texts: Sequence[Sequence[int]], humans: Sequence[Sequence[int]]) ->
 def _shares(texts: Sequence[Sequence[int]]) -> list[float]:
     shares = []
     for n in NGRAMS:
-        per_text = [[tuple(text[i : i + n]) for i in range(len(text) - n + 1)] for text in texts]
+        per_text = [ngrams_of(text, n) for text in texts]
         if not per_text or not all(per_text):
             raise ValueError(f"texts must have {max(NGRAMS)} tokens or more each")
         pooled = [ngram for ngrams in per_text for ngram in ngrams]
-        repeated = [1 - len(set(ngrams)) / len(ngrams) for ngrams in per_text]
-        shares += [len(set(pooled)) / len(pooled), sum(repeated) / len(repeated)]
+        again = [repeated(ngrams) for ngrams in per_text]
+        shares += [len(set(pooled)) / len(pooled), sum(again) / len(again)]
     return shares
+
+
+def ngrams_of(text: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """The n-grams of a text, in order."""
+    return [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+
+
+def repeated(ngrams: Sequence[tuple[int, ...]]) -> float:
+    """The share of a text's n-grams that occurred before in it; 0 where there are none."""
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def normalised(answer: str) -> str:
