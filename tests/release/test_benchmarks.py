@@ -740,12 +740,12 @@ def test_a_timing_of_additions_needs_a_turn(capsys):
     assert "got 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "1"], ["--calls", "0"]])
+@pytest.mark.parametrize("arguments", [["--threads", "1"], ["--threads", "2", "--calls", "0"]])
 def test_a_comparison_of_threads_needs_some(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         threads.main(arguments)
     assert stopped.value.code == 2
-    assert f"got {arguments[1]}" in capsys.readouterr().err
+    assert f"got {arguments[-1]}" in capsys.readouterr().err
 
 
 # The profile has two functions of the CPU library, one a clone that calls the other, a function of
