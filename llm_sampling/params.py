@@ -158,7 +158,7 @@ class SamplingParams:
             bans = dict(sorted({**bans, **dict.fromkeys(alone, -math.inf)}.items()))
         object.__setattr__(self, "_bans", bans)
         sequences = packed_sequences(
-            (self.dry_multiplier != 0 and self.dry_breakers) or (),
+            (self._has_dry() and self.dry_breakers) or (),
             [word for word in words if len(word) > 1],
             (self._looks_at_length() and self.stop_token_ids) or (),
         )
@@ -206,9 +206,12 @@ class SamplingParams:
             return any(to_float32(getattr(self, c.name)) != c.off for c in _PENALTIES)
         return self._looks_at_order() or (switch == "rules" and self._looks_at_length())
 
+    def _has_dry(self) -> bool:
+        return to_float32(self.dry_multiplier) != 0
+
     def _looks_at_order(self) -> bool:
         return (
-            to_float32(self.dry_multiplier) != 0
+            self._has_dry()
             or self.no_repeat_ngram_size > 0
             or any(len(word) > 1 for word in self.bad_words or ())
         )

@@ -311,6 +311,16 @@ def test_more_sequences_than_a_table_has_room_for_are_refused() -> None:
     assert table.params(0) == fits
 
 
+def test_breakers_of_a_dry_that_is_off_are_not_kept() -> None:
+    """A multiplier that is 0 in float32 is off, and a table need not have room for its breakers."""
+    params = SamplingParams(dry_multiplier=1e-60, dry_breakers=[[1], [2, 3]], seed=1)
+    assert not params.needs_history
+    assert list(params.sequences) == []
+    table = RequestTable(2, vocab_size=9)
+    table.set(1, params)
+    assert table.params(1) == params
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
