@@ -103,13 +103,14 @@ def declared_ids(declared: int | Iterable[int] | None) -> list[int]:
 def rules_of_config(config: Any) -> dict[str, Any]:
     """The fields of :class:`~llm_sampling.SamplingParams` that stand for AS_RULES."""
     end_ids = declared_ids(getattr(config, "eos_token_id", None))
-    words = getattr(config, "bad_words_ids", None) or ()
+    ends = [[token] for token in end_ids]
+    least = getattr(config, "min_new_tokens", None)
     return {
         "no_repeat_ngram_size": getattr(config, "no_repeat_ngram_size", None),
         # as NoBadWordsLogitsProcessor, which bans no end token
-        "bad_words": [word for word in words if word not in [[token] for token in end_ids]],
-        "min_tokens": getattr(config, "min_new_tokens", None),
-        "stop_token_ids": end_ids,
+        "bad_words": [x for x in getattr(config, "bad_words_ids", None) or () if x not in ends],
+        "min_tokens": least,
+        "stop_token_ids": end_ids if least else None,  # elsewhere the loop says what ends a text
     }
 
 

@@ -1122,6 +1122,8 @@ def test_params_from_a_config():
         temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, repetition_penalty=1.05, seed=4
     )
     assert params_from_generation_config(config()) == SamplingParams(temperature=0)
+    # end tokens alone are no parameter of sampling
+    assert params_from_generation_config(config(eos_token_id=3)) == SamplingParams(temperature=0)
     assert params_from_generation_config(config(do_sample=True)) == SamplingParams(top_k=50)
     # without do_sample there are no filters
     assert params_from_generation_config(config(temperature=0.6, top_p=0.5)) == SamplingParams(
