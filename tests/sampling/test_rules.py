@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES
+from cases import DTYPES, Batch, Case
+from param_slots import assert_by_slot
 from torch import Tensor
 
 from llm_sampling import (
@@ -22,9 +23,11 @@ from llm_sampling import (
     Sampler,
     SamplingParams,
     TokenHistory,
+    backends,
     filter_logits,
     sample,
 )
+from llm_sampling.backends.base import PositionOf
 from llm_sampling.fields import FIELDS
 
 #: The parameters of the rules.
@@ -147,6 +150,28 @@ def test_rows_are_those_of_the_reference(vocab_size: int, seed: int) -> None:
             for backend in ("cpu", "torch")
         ]
         assert torch.equal(*filtered)
+
+
+@pytest.mark.parametrize("position_of", ["row", "slot", "text"])
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_parameters_of_slots(name: str, position_of: PositionOf) -> None:
+    """Rows may name slots twice, or slots that do not exist, and sequences have gaps between."""
+    batches = []
+    for seed in range(3):
+        rows = Rows(seed, 600, DTYPES[seed])
+        batches.append(
+            Batch(
+                cases=[Case("normal", "plain", "none", seed)] * ROWS,
+                vocab_size=600,
+                dtype=DTYPES[seed],
+                logits=rows.logits,
+                params=rows.params,
+                positions=list(range(ROWS)),
+                history=rows.history(),
+                allowed_mask=rows.mask,
+            )
+        )
+    assert_by_slot(batches, backends.resolve(name, torch.device("cpu")), position_of)
 
 
 def test_the_rows_have_every_kind_of_list() -> None:
