@@ -40,15 +40,15 @@ OF_HISTORY = {"bits", "places", "score"}
 
 
 @pytest.fixture(scope="module")
-def costs():
+def costs(cuda_code):
     """The costs on sm_90, with line information, so that passes are known."""
-    return cuda_cost.measure(cuda_cost.compile_cubin("sm_90"), "sm_90")
+    return cuda_cost.measure(cuda_code("sm_90")[0], "sm_90")
 
 
 @pytest.fixture(scope="module")
-def older_costs():
+def older_costs(cuda_code):
     """The same on sm_80, which has the kernels for split rows too."""
-    return cuda_cost.measure(cuda_cost.compile_cubin("sm_80"), "sm_80")
+    return cuda_cost.measure(cuda_code("sm_80")[0], "sm_80")
 
 
 def all_broken(costs, arch="sm_90"):
@@ -145,9 +145,14 @@ def compile_with(tmp_path):
 
 
 def test_multiply_adds_are_seen(compile_with):
+    """In the kernels of one dtype, because all take minutes to compile."""
     flags = [flag for flag in cuda_cost.FLAGS if flag != "-fmad=false"]
+    half, wide = (f"find_kernel_of<LLM_SAMPLING_{dtype}>" for dtype in ("FLOAT16", "BFLOAT16"))
+    others = f"return {half}(layout, calls);\n    default:\n      return {wide}(layout, calls);"
+    one = "default:\n      return find_kernel_of<LLM_SAMPLING_FLOAT32>(layout, calls);"
+    cubin = compile_with("sample.cu", f"case LLM_SAMPLING_FLOAT16:\n      {others}", one, flags)
     assert "instructions of the mass are no addition" in all_broken(
-        cuda_cost.measure(compile_with(flags=flags), "sm_90")
+        cuda_cost.measure(cubin, "sm_90")
     )
 
 

@@ -348,7 +348,7 @@ def test_ids_for_one_call_among_more_seen_tokens_than_have_scores(install, launc
 )
 def test_wrong_histories_are_seen(tmp_path, text, wrong):
     """Without one of its rules or barriers, a kernel gives other histories or other tokens."""
-    library = emulation.build(tmp_path, ("-O1",), (text, wrong))
+    library = emulation.build(tmp_path, emulation.BRIEF, (text, wrong))
     backend = emulation.EmulatedBackend(library, Launch(2, True))
 
     def compare():
@@ -454,8 +454,8 @@ def test_logits_that_change(library, launch, change, often):
 
 def run_sanitized(folder, expression, planted=(), markers=()):
     """Run some of these tests in a new process, on a library with both sanitizers."""
-    options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    library = emulation.build(folder, options, planted)
+    options = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    library = emulation.build(folder, emulation.BRIEF + options, planted)
     found = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     )
@@ -616,7 +616,7 @@ def test_what_is_not_limited_is_seen(tmp_path, text, wrong, expression):
 )
 def test_what_is_not_waited_for_is_seen(monkeypatch, tmp_path, text, wrong):
     """Without one barrier or wait, some order of threads gives a wrong token or a deadlock."""
-    library = emulation.build(tmp_path, ("-O1",), (text, wrong))
+    library = emulation.build(tmp_path, emulation.BRIEF, (text, wrong))
     cases = [Case("normal", mix, seed=i) for i, mix in enumerate(("plain", "k 50", "p 0.9"))]
     cases.append(Case("normal", "k 50", mask="half"))
     batch = build(cases, 3001, torch.float32)

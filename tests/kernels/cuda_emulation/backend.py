@@ -119,6 +119,10 @@ class EmulatedBackend:
         return functools.partial(self.update_history, update)
 
 
+#: For a library that few calls use: -O2 takes four times as long to compile, and -O0 to run.
+BRIEF = ("-Og",)
+
+
 def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str] = ()) -> Path:
     """Compile the kernel with the emulation; `planted` replaces a text of the kernel by another."""
     root = FOLDER.parents[2]
