@@ -93,7 +93,7 @@ def build_planted(build_once):
         name = hashlib.sha256(repr((text, wrong)).encode()).hexdigest()[:16]
         folder = build_once(
             f"cuda_split_{name}",
-            lambda folder: emulation.build(folder, emulation.BRIEF, (text, wrong)),
+            lambda folder: emulation.build(folder, emulation.BRIEF, (text, wrong), True),
         )
         (library,) = folder.glob("*.so")
         return library
