@@ -41,6 +41,9 @@ _INT32_MAX = 2**31 - 1
 #: Each parameter that has a column, with that column.
 COLUMNS = tuple((f, f.column) for f in FIELDS.values() if f.column is not None)
 _PENALTIES = tuple(column for f, column in COLUMNS if f.kind == "penalty")
+#: The largest number whose nearest float32 is 0. A comparison with it can be compiled, also where a
+#: graph does not know the number.
+_ROUNDS_TO_ZERO = 2.0**-150
 _SCOPE, _WINDOW = (column for f, column in COLUMNS if f.kind == "scope")
 _FILTERS = tuple(column for f, column in COLUMNS if f.kind in ("rank", "mass", "depth"))
 #: The filters that ``min_tokens_to_keep`` may hold back; top-k's own number is at least that.
@@ -207,7 +210,7 @@ class SamplingParams:
         return self._looks_at_order() or (switch == "rules" and self._looks_at_length())
 
     def _has_dry(self) -> bool:
-        return to_float32(self.dry_multiplier) != 0
+        return self.dry_multiplier > _ROUNDS_TO_ZERO
 
     def _looks_at_order(self) -> bool:
         return (

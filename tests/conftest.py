@@ -71,33 +71,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.originalname != "test_everything_in_the_interpreter")
 
 
-def _patch_less_often():
-    """Make Triton's interpreter patch triton.language once per launch, which saves time.
-
-    By itself it does so at every call of a function.
-    """
-    from triton.runtime import interpreter
-
-    patched = set()
-    launch = interpreter.GridExecutor.__call__
-
-    def launch_anew(self, *args, **kwargs):
-        patched.clear()  # the interpreter undoes its patches when a launch ends
-        return launch(self, *args, **kwargs)
-
-    def call(self, *args, **kwargs):
-        module = id(self.fn.__globals__)
-        if module not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(module)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.GridExecutor.__call__ = launch_anew
-    interpreter.InterpretedFunction.__call__ = call
-
-
 if INTERPRETED:
-    _patch_less_often()
+    import interpreter
+
+    interpreter.save_time()
 
 
 @pytest.fixture(params=ON_THE_CPU)
@@ -150,11 +127,14 @@ def sigint_is_not_ignored():
 def build_once(request, tmp_path_factory):
     """Return a function that builds something in a folder once for all parallel processes.
 
-    It takes the folder's name and a function that builds, and returns the finished folder.
+    It takes the folder's name and a function that builds, and returns the finished folder. Runs of
+    pytest with the same folder in LLM_SAMPLING_TEST_BUILDS share what they build: it must be new
+    whenever a source has changed.
     """
     root = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):
         root = root.parent  # the folder that all workers share
+    root = Path(os.environ.get("LLM_SAMPLING_TEST_BUILDS", root))
 
     def build(name, build_in):
         folder, unfinished = root / name, root / f"{name}.unfinished"

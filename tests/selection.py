@@ -253,7 +253,8 @@ LONG_INTERPRETED = {
     "test_table.py::test_covering_cases_by_slot[V33-text-triton]",
 }
 #: "file::function" -> the rule for those of its other cases that -m sweep executes. What is left
-#: then gets the marker slow.
+#: then gets the marker slow. These are tests with a minute of cases or more; the cases that are
+#: executed still have each kind of request, launch, layout and change.
 SWEPT = {
     "test_triton_compile.py::test_every_result_compiles": Some(arch=("sm_90",)),
     "test_cuda_results.py::test_covering_cases": Some(5),
@@ -261,10 +262,22 @@ SWEPT = {
     "test_cuda_results.py::test_layouts": Some(3),
     "test_cuda_results.py::test_what_is_wrong_is_seen": Some(4),
     "test_penalty_lists.py::test_random_texts": Some(5),
+    "test_cli_hostile.py::test_every_row": Some(5),
+    "test_cpu_paths.py::test_best_tokens_that_are_penalised": Some(3),
+    "test_cuda_emulated.py::test_covering_cases": Some(2),
+    "test_cuda_emulated.py::test_histories_of_every_kind": Some(2),
+    "test_cuda_emulated.py::test_logits_that_change": Some(3),
+    "test_cuda_emulated.py::test_parameters_of_slots": Some(2),
+    "test_parity.py::test_every_case": Some(3),
+    "test_parity.py::test_layouts": Some(3),
+    "test_results.py::test_covering_cases": Some(3),
+    "test_table.py::test_every_case_by_slot": Some(3),
+    "test_table.py::test_every_case_in_a_table": Some(3),
 }
 SWEPT_INTERPRETED = {
     "test_triton_results.py::test_logits_that_change": Some(3),
     "test_triton_results.py::test_small_tiles": Some(2),
+    "test_triton_split.py::test_parity": Some(2),
 }
 #: The longest cases in the interpreter; other cases of the same tests run there.
 SLOW_INTERPRETED = {
@@ -277,6 +290,8 @@ SLOW_INTERPRETED = {
     "test_triton_interpreted.py::test_logits_that_change[triton-infinite-often]",
     "test_triton_interpreted.py::test_logits_that_change[triton-infinite-once]",
     "test_triton_interpreted.py::test_logits_that_change[triton-nothing is left-often]",
+    "test_triton_interpreted.py::test_logits_that_change[triton-one-often]",
+    "test_triton_interpreted.py::test_logits_that_change[triton-upside down-once]",
     "test_triton_interpreted.py::test_small_tiles[triton-torch.float32-aligned rows]",
     "test_triton_interpreted.py::test_small_tiles[triton-torch.float32-contiguous]",
     "test_results.py::test_covering_cases[long-V513-bfloat16-triton]",
@@ -289,6 +304,7 @@ SLOW_INTERPRETED = {
     "test_results.py::test_covering_cases[raw-V128256-float16-triton]",
     "test_results.py::test_covering_cases[few-V128256-float16-triton]",
     "test_results.py::test_covering_cases[ids-V128256-float16-triton]",
+    "test_results.py::test_covering_cases[long-V1000-float16-triton]",
     "test_results.py::test_covering_cases[long-V128256-float16-triton]",
 }
 #: The tests with the most rows per backend -> the vocabulary sizes, or pairs of size and dtype,

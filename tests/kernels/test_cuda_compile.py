@@ -6,16 +6,22 @@ No GPU is needed. Every rule has a negative control, a kernel that must break it
 import hashlib
 import json
 import math
+import pickle
 import random
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks import cost_report, cuda_cost, gpu_model, sass
 from llm_sampling.backends import cuda
+
+sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
+import backend as emulation
 
 Kernel = cuda_cost.Kernel
 
@@ -40,15 +46,30 @@ OF_HISTORY = {"bits", "places", "score"}
 
 
 @pytest.fixture(scope="module")
-def costs():
-    """The costs on sm_90, with line information, so that passes are known."""
-    return cuda_cost.measure(cuda_cost.compile_cubin("sm_90"), "sm_90")
+def measured(cuda_code, build_once):
+    """A function that returns the costs on an architecture, which are measured once in a run."""
+
+    def measure_in(folder, arch):
+        costs = cuda_cost.measure(cuda_code(arch)[0], arch)
+        (folder / "costs.pickle").write_bytes(pickle.dumps(costs))
+
+    def measured(arch):
+        folder = build_once(f"cuda_costs_{arch}", lambda folder: measure_in(folder, arch))
+        return pickle.loads((folder / "costs.pickle").read_bytes())
+
+    return measured
 
 
 @pytest.fixture(scope="module")
-def older_costs():
+def costs(measured):
+    """The costs on sm_90, with line information, so that passes are known."""
+    return measured("sm_90")
+
+
+@pytest.fixture(scope="module")
+def older_costs(measured):
     """The same on sm_80, which has the kernels for split rows too."""
-    return cuda_cost.measure(cuda_cost.compile_cubin("sm_80"), "sm_80")
+    return measured("sm_80")
 
 
 def all_broken(costs, arch="sm_90"):
@@ -132,13 +153,15 @@ def test_a_detour_is_read():
 def compile_with(tmp_path):
     """A function that compiles the kernel for sm_90 with a text replaced, or with other flags."""
 
-    def compile_with(name=None, text="", wrong="", flags=cuda_cost.FLAGS):
+    def compile_with(name=None, text="", wrong="", flags=cuda_cost.FLAGS, is_float32_alone=False):
         csrc = tmp_path / "csrc"
         shutil.copytree(cuda_cost.CSRC, csrc)
         if name is not None:
             source = (csrc / "cuda" / name).read_text()
             assert source.count(text) == 1
             (csrc / "cuda" / name).write_text(source.replace(text, wrong))
+        if is_float32_alone:
+            emulation.leave_float32_alone(csrc)
         return cuda_cost.compile_cubin("sm_90", flags, csrc)
 
     return compile_with
@@ -146,8 +169,9 @@ def compile_with(tmp_path):
 
 def test_multiply_adds_are_seen(compile_with):
     flags = [flag for flag in cuda_cost.FLAGS if flag != "-fmad=false"]
+    cubin = compile_with(flags=flags, is_float32_alone=True)
     assert "instructions of the mass are no addition" in all_broken(
-        cuda_cost.measure(compile_with(flags=flags), "sm_90")
+        cuda_cost.measure(cubin, "sm_90")
     )
 
 

@@ -236,7 +236,7 @@ def test_logits_that_change(library, launch, change, often):
     ],
 )
 def test_what_is_wrong_is_seen(monkeypatch, tmp_path, text, wrong):
-    library = emulation.build(tmp_path, ("-O1",), (text, wrong))
+    library = emulation.build(tmp_path, emulation.BRIEF, (text, wrong))
 
     def install(launch):
         return emulation.install(monkeypatch, library, launch)

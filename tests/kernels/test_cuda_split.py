@@ -4,16 +4,15 @@ test_cuda_emulated.py compares them with the reference over all kinds of calls. 
 that they are for, which the last block must finish from the lists of all blocks.
 """
 
+import hashlib
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import cuda_cost
 from llm_sampling import SamplingParams, TokenHistory, sample
 
 sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
@@ -86,33 +85,49 @@ def wrong_rows(name, params, is_plain=False):
     return torch.stack(found).any(0).nonzero().flatten().tolist()
 
 
+@pytest.fixture
+def build_planted(build_once):
+    """A function that builds the library with a text replaced, once for all tests that want it."""
+
+    def build_planted(text, wrong):
+        name = hashlib.sha256(repr((text, wrong)).encode()).hexdigest()[:16]
+        folder = build_once(
+            f"cuda_split_{name}",
+            lambda folder: emulation.build(folder, emulation.BRIEF, (text, wrong), True),
+        )
+        (library,) = folder.glob("*.so")
+        return library
+
+    return build_planted
+
+
 @needs_gxx
 @pytest.mark.parametrize("is_plain", [False, True])
 @pytest.mark.parametrize("parts", [2, 7, 8])
-def test_no_block_samples_such_a_row_alone(monkeypatch, tmp_path, parts, is_plain):
-    library = emulation.build(tmp_path, planted=(ALONE, TOLD))
+def test_no_block_samples_such_a_row_alone(monkeypatch, build_planted, parts, is_plain):
+    library = build_planted(ALONE, TOLD)
     name = emulation.install(monkeypatch, library, emulation.Launch(parts, True, True))
     assert wrong_rows(name, FINISHED, is_plain) == []
 
 
 @needs_gxx
 @pytest.mark.parametrize("is_plain", [False, True])
-def test_a_list_is_guessed_right(monkeypatch, tmp_path, is_plain):
+def test_a_list_is_guessed_right(monkeypatch, build_planted, is_plain):
     """The last row alone needs more than the guess: too many of its tokens are equal.
 
     The best tokens of the others have logits on both sides of 0.
     """
     text = "    range.low =\n        narrow(kLowestCode"
-    library = emulation.build(tmp_path, planted=(text, "    return kNoCode;\n" + text))
+    library = build_planted(text, "    return kNoCode;\n" + text)
     name = emulation.install(monkeypatch, library, emulation.Launch(2, True, True))
     assert wrong_rows(name, FINISHED, is_plain) == [(8 if is_plain else len(FINISHED)) - 1]
 
 
 @needs_gxx
-def test_no_such_row_of_a_cluster_is_searched(monkeypatch, tmp_path):
+def test_no_such_row_of_a_cluster_is_searched(monkeypatch, build_planted):
     """The guess is the same there. The control is a row whose kept set is long."""
     text = "        range = search("
-    library = emulation.build(tmp_path, planted=(text, "        return;\n" + text))
+    library = build_planted(text, "        return;\n" + text)
     name = emulation.install(monkeypatch, library, emulation.Launch(4, True))
     assert wrong_rows(name, FINISHED) == []
     flat = SamplingParams(top_p=0.9, temperature=9.0, seed=1)
@@ -136,8 +151,8 @@ def assert_right(name):
     ],
     ids=["maximum", "list", "counter", "bound", "last"],
 )
-def test_what_is_wrong_is_seen(monkeypatch, tmp_path, text, wrong):
-    library = emulation.build(tmp_path, planted=(text, wrong))
+def test_what_is_wrong_is_seen(monkeypatch, build_planted, text, wrong):
+    library = build_planted(text, wrong)
     name = emulation.install(monkeypatch, library, emulation.Launch(8, True, True))
     with pytest.raises(AssertionError, match=r"a counter is not 0|the tokens are wrong"):
         assert_right(name)
@@ -147,15 +162,12 @@ def test_what_is_wrong_is_seen(monkeypatch, tmp_path, text, wrong):
 
 
 @pytest.fixture(scope="module")
-def ptx(tmp_path_factory):
+def ptx(cuda_code):
     """The PTX of the kernels for split rows, by their names."""
     if shutil.which("nvcc") is None:
         pytest.skip("there is no nvcc")
-    path = tmp_path_factory.mktemp("ptx") / "sample.ptx"
-    flags = [flag for flag in cuda_cost.FLAGS if flag != "-lineinfo"]
-    command = ["nvcc", *flags, "-arch=compute_80", "-ptx", "-o", str(path)]
-    subprocess.run([*command, str(cuda_cost.SOURCE)], check=True)
-    kernels = re.split(r"^\.visible \.entry ", path.read_text(), flags=re.MULTILINE)[1:]
+    _, text = cuda_code("sm_80")
+    kernels = re.split(r"^\.visible \.entry ", text, flags=re.MULTILINE)[1:]
     return {text.split("(")[0]: text for text in kernels if "split_kernel" in text.split("(")[0]}
 
 

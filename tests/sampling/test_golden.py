@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ast
 import ctypes
-import functools
 import io
 import json
 import os
@@ -408,15 +407,14 @@ def compile_with(command: Sequence[str | Path]) -> None:
 
 
 @pytest.fixture(scope="module")
-def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def library_of(build_once: Callable[..., Path]) -> Callable[[str, str], Path]:
     """Return a function that builds the library for a compiler and an instruction set, once."""
-    folder = tmp_path_factory.mktemp("kernels")
 
-    @functools.cache
     def library_of(name: str, architecture: str) -> Path:
-        library = folder / f"{name}-{architecture}.so"
-        build(program_of(COMPILERS[name]), architecture, library)
-        return library
+        def build_in(folder: Path) -> None:
+            build(program_of(COMPILERS[name]), architecture, folder / "library.so")
+
+        return build_once(f"golden-{name}-{architecture}", build_in) / "library.so"
 
     return library_of
 

@@ -119,8 +119,30 @@ class EmulatedBackend:
         return functools.partial(self.update_history, update)
 
 
-def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str] = ()) -> Path:
-    """Compile the kernel with the emulation; `planted` replaces a text of the kernel by another."""
+#: For a library that few calls use: -O2 takes four times as long to compile, and -O0 to run.
+BRIEF = ("-Og",)
+
+
+def leave_float32_alone(csrc: Path) -> None:
+    """Take the kernels of other dtypes out of a copy of csrc, so that it compiles faster."""
+    path = csrc / "cuda" / "sample.cu"
+    before, others = path.read_text().split("    case LLM_SAMPLING_FLOAT16:\n")
+    end = others.index("  }\n")
+    assert others[:end].count("return find_kernel_of") == 2
+    path.write_text(f"{before}    default:\n      return nullptr;\n{others[end:]}")
+
+
+def build(
+    folder: Path,
+    options: Sequence[str] = ("-O2",),
+    planted: Sequence[str] = (),
+    is_float32_alone: bool = False,
+) -> Path:
+    """Compile the kernel with the emulation.
+
+    `planted` replaces a text of the kernel by another, and `is_float32_alone` leaves a planted
+    kernel for float32 only.
+    """
     root = FOLDER.parents[2]
     if planted:
         text, wrong = planted
@@ -132,6 +154,8 @@ def build(folder: Path, options: Sequence[str] = ("-O2",), planted: Sequence[str
         found = [path for path, right in sources.items() for _ in range(right.count(text))]
         assert len(found) == 1, f"the kernel has {len(found)} of {text!r}"
         found[0].write_text(sources[found[0]].replace(text, wrong))
+        if is_float32_alone:
+            leave_float32_alone(root / "csrc")
     library = folder / "libllm_sampling_cuda_emulated.so"
     emulated = root / "tests/kernels/cuda_emulation/emulated.cpp"
     source = ["-x", "c++", str(emulated), "-o", str(library)]

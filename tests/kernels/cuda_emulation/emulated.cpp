@@ -63,6 +63,7 @@ const char* llm_sampling_cuda_emulated(
     };
   }
   const SampleKernel kernel = find_kernel(args->dtype, layout_of(launch), calls_of(*args));
+  if (kernel == nullptr) return "the library has no kernel for this dtype";
   failure = cuda_emulation::run(emulated, kernel, plan);
   return failure.c_str();
 }
