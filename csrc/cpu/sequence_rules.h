@@ -99,7 +99,7 @@ class PenaltyList {
         if (std::min<int64_t>(matches[i], of_ngrams - i) >= ngram - 1) ban(last[i - 1]);
       }
     }
-    const bool is_short = output_length + text.num_extra() < rules.min_tokens;
+    const bool is_short = output_length < rules.min_tokens - text.num_extra();
     rules.sequences.each([&](int32_t kind, const int32_t* ids, int64_t count) {
       if (kind == LLM_SAMPLING_BAD_WORD && count > 0 && text.end_with(ids, count - 1, 0)) {
         ban(read_once(ids[count - 1]));

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sequence_lists import Case, expected, packed, random_case
+from sequence_lists import Case, corner_rows, expected, packed, random_case
 
 from llm_sampling.sequence_rules import SequenceRules
 
@@ -89,6 +89,10 @@ def test_random_texts(program: Path, seed: int) -> None:
     assert sum(bool(expected(case)) for case in cases) > 500
 
 
+def test_corner_rows(program: Path) -> None:
+    assert_equal(program, corner_rows())
+
+
 def test_long_matches(program: Path) -> None:
     """Amounts grow with the match, up to 255 tokens more than allowed and up to 2^100."""
     amounts = {}
@@ -141,7 +145,7 @@ def test_records_that_another_thread_has_overwritten(program: Path, words: list[
         ("most = std::min(most, allowed + kMaxExcess);", ""),
         (" || is_breaker(rules.sequences, last[i - 1])", ""),
         ("if (is_end) return following;", "if (is_end) return following + 1;"),
-        ("output_length + text.num_extra() < rules.min_tokens", "output_length < rules.min_tokens"),
+        ("rules.min_tokens - text.num_extra()", "rules.min_tokens"),
         ("own = std::max(own, level);", "own = level;"),
         ("      levels[ids_[i]] = 0;\n", ""),
         ("* rules.dry_base, kMaxAmount)", "* rules.dry_base, kInfinity)"),
@@ -160,6 +164,7 @@ def test_wrong_makers_are_seen(tmp_path: Path, text: str, wrong: str) -> None:
         draw = random.Random(0)
         cases = [random_case(draw, draw.choice(VOCAB_SIZES)) for _ in range(5000)]
         assert_equal(built, cases)
+        test_corner_rows(built)
         test_long_matches(built)
 
     with pytest.raises(AssertionError):

@@ -531,10 +531,14 @@ def test_wrong_results_are_seen(tmp_path, text, wrong, expression):
         ),
         (
             "tl.minimum(tl.maximum(number, 0), records.size - at - 2)",
-            "tl.maximum(number, 0)",
+            "tl.minimum(tl.maximum(number, 0), records.size - at)",
             "hostile",
         ),
-        ("        begin = tl.minimum(tl.maximum(begin, 0), sequences_size)\n", "", "hostile"),
+        (
+            "        begin = tl.minimum(tl.maximum(begin, 0), sequences_size)\n",
+            "",
+            "hostile and 1000",
+        ),
         (
             "tl.minimum(tl.maximum(end, begin), sequences_size) - begin",
             "tl.maximum(end, begin) - begin",
