@@ -53,7 +53,7 @@ PORTABLE = ["80", "90"]
 
 CUDA = Extension(
     "llm_sampling.lib.libllm_sampling_cuda",
-    sources=["csrc/cuda/launch.cu", "csrc/cuda/sample.cu", "csrc/cuda/history.cu"],
+    sources=[f"csrc/cuda/{name}.cu" for name in ("launch", "sample", "history", "rules")],
     depends=HEADERS,
 )
 

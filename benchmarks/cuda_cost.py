@@ -685,9 +685,8 @@ def cell_of(line: dict[str, Any]) -> str:
 
 def sources() -> list[Path]:
     """The files that the kernel is made of."""
-    return sorted(
-        [*(CSRC / "cuda").iterdir(), CSRC / "history.h", CSRC / "rows.h", CSRC / "semantics.h"]
-    )
+    names = ("history.h", "rows.h", "semantics.h", "sequence_rules.h")
+    return sorted([*(CSRC / "cuda").iterdir(), *(CSRC / name for name in names)])
 
 
 def main(argv: Sequence[str]) -> int:

@@ -204,6 +204,17 @@ typedef struct LlmSamplingArgs {
   const int32_t* sequence_counts;   // (num_param_slots,), with param_slots
   const int32_t* sequences;
   int64_t sequences_size;
+
+  // CUDA only: the lists of step 5a, all arrays contiguous: which tokens the rules lower, and by how much. The
+  // amount of a token whose bit is set is at the place that list_before has for its word, plus the number of
+  // bits below its own in that word. list_capacity is at least vocab_size, or max_text_length (with a text),
+  // MAX_EXTRA_OUTPUT and the numbers of a row's records together; numbers of records beyond it are not read.
+  int32_t* list_bits;    // (rows, ceil(vocab_size / 32)): the bit of each listed token is set
+  int32_t* list_before;  // (rows, ceil(vocab_size / 32)): how many are listed in the words before
+  int32_t* list_counts;  // (rows,): how many tokens are listed
+  int32_t* list_ids;     // (rows, list_capacity): they, rising; what follows has no meaning
+  float* list_amounts;   // (rows, list_capacity): what is subtracted; infinity bans the token
+  int64_t list_capacity;
 } LlmSamplingArgs;
 
 // Kinds of the records of `sequences`.
@@ -281,6 +292,10 @@ int32_t llm_sampling_cuda(const LlmSamplingArgs* args, void* stream);
 
 // The same as llm_sampling_cpu_update on the current CUDA device, as llm_sampling_cuda does it.
 int32_t llm_sampling_cuda_update(const LlmSamplingUpdate* update, void* stream);
+
+// Makes the lists of step 5a for a call of llm_sampling_cuda with the same struct, which must point to memory for
+// them and have the rules: one launch on the stream, and no wait for it. Values are not checked, as there.
+int32_t llm_sampling_cuda_lists(const LlmSamplingArgs* args, void* stream);
 
 // The bytes of the workspace with which a call of this size is faster on the current CUDA device, a multiple of
 // 8; 0 where it would make no use of one.

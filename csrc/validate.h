@@ -14,6 +14,7 @@
 #include "llm_sampling.h"
 #include "rows.h"
 #include "semantics.h"
+#include "sequence_rules.h"
 
 namespace llm_sampling {
 
@@ -181,6 +182,11 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
       region(a.tokens, a.tokens != nullptr ? a.rows * a.num_samples : 0),
       region(a.status, a.tokens != nullptr ? a.rows : 0),
       region(a.filtered, a.rows, v, a.filtered_stride),
+      region(a.list_bits, a.rows * words),
+      region(a.list_before, a.rows * words),
+      region(a.list_counts, a.rows),
+      region(a.list_ids, a.rows * a.list_capacity),
+      region(a.list_amounts, a.rows * a.list_capacity),
       region(static_cast<const uint64_t*>(a.workspace), a.workspace_bytes / 8),
   });
   const int written = regions.count();
@@ -303,7 +309,8 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
       a.kept.max_ids > LLM_SAMPLING_MAX_LISTED || a.num_token_ids < 0 ||
       !is_addressable(a.rows, a.num_token_ids, a.num_token_ids) ||
       !is_addressable(1, a.workspace_bytes, a.workspace_bytes) ||
-      !is_addressable(1, a.logit_bias_size, a.logit_bias_size) || a.sequences_size < 0 ||
+      !is_addressable(1, a.logit_bias_size, a.logit_bias_size) || a.list_capacity < 0 ||
+      !is_addressable(a.rows, a.list_capacity, a.list_capacity) || a.sequences_size < 0 ||
       !is_addressable(1, a.sequences_size, a.sequences_size)) {
     return LLM_SAMPLING_BAD_SIZE;
   }
@@ -364,7 +371,9 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
         is_aligned(a.repetition_penalty_scope) && is_aligned(a.extra_output) &&
         all_rules(a, [](const auto* p) { return is_aligned(p); }) &&
         is_aligned(a.sequence_offsets) && is_aligned(a.sequence_counts) &&
-        is_aligned(a.sequences) && is_aligned(static_cast<const uint64_t*>(a.workspace)))) {
+        is_aligned(a.sequences) && is_aligned(a.list_bits) && is_aligned(a.list_before) &&
+        is_aligned(a.list_counts) && is_aligned(a.list_ids) && is_aligned(a.list_amounts) &&
+        is_aligned(static_cast<const uint64_t*>(a.workspace)))) {
     return LLM_SAMPLING_MISALIGNED;
   }
   if (a.logit_bias_offsets != nullptr && a.logit_bias_size > 0 &&
@@ -396,6 +405,17 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   }
   if (a.num_extra_output > 0 && a.extra_output == nullptr) return LLM_SAMPLING_NULL_POINTER;
   return has_overlap(a) ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
+}
+
+// Checks what a call must have beside what check_struct accepts for its lists to be made: the rules, and memory.
+inline int32_t check_lists(const LlmSamplingArgs& a) {
+  if (a.rows == 0) return LLM_SAMPLING_OK;
+  if (a.dry_multiplier == nullptr || a.list_bits == nullptr || a.list_before == nullptr ||
+      a.list_counts == nullptr || a.list_ids == nullptr || a.list_amounts == nullptr) {
+    return LLM_SAMPLING_NULL_POINTER;
+  }
+  const bool is_enough = a.list_capacity >= std::min(a.vocab_size, most_places(a));
+  return is_enough ? LLM_SAMPLING_OK : LLM_SAMPLING_BAD_SIZE;
 }
 
 // Checks everything of a change of histories that can be checked without following a pointer.
@@ -550,8 +570,9 @@ inline const char* error_text(int32_t code) {
       return "the struct is NULL or of another size or version than this library's";
     case LLM_SAMPLING_BAD_SIZE:
       return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
-             "logit_bias_size, sequences_size, max_text_length, num_extra_output, num_token_ids, "
-             "num_top_logprobs, workspace_bytes, max_ids, a slot or an offset is out of range";
+             "logit_bias_size, sequences_size, list_capacity, max_text_length, num_extra_output, "
+             "num_token_ids, num_top_logprobs, workspace_bytes, max_ids, a slot or an offset is out "
+             "of range";
     case LLM_SAMPLING_BAD_OPTION:
       return "dtype, advance, kind, id_bytes, position_of or reserved has an "
              "unknown value, or one that needs param_slots";

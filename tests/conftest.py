@@ -23,6 +23,7 @@ NEED_INTERPRETER = [
     "kernels/test_triton_interpreted.py",
     "kernels/test_triton_known_rows.py",
     "kernels/test_triton_results.py",
+    "kernels/test_triton_rules.py",
     "kernels/test_triton_split.py",
 ]
 collect_ignore = [] if INTERPRETED else NEED_INTERPRETER

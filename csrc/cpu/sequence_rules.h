@@ -9,60 +9,12 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../history.h"
-#include "../llm_sampling.h"
-#include "../rows.h"
 #include "../semantics.h"
+#include "../sequence_rules.h"
 #include "buffer.h"
 
 namespace llm_sampling {
 namespace {
-
-constexpr int32_t kMaxExcess = 255;  // a match longer than allowed by more counts as longer by this
-constexpr float kMaxAmount = 0x1p100f;
-
-// Records, one after the other: a kind, the number of ids, and the ids.
-struct Sequences {
-  const int32_t* begin;
-  const int32_t* end;
-
-  // Calls visit(kind, ids, count) for each record. The ids lie inside of the array, also where another thread
-  // changes it meanwhile.
-  template <typename Visit>
-  void each(const Visit& visit) const {
-    for (const int32_t* at = begin; end - at >= 2;) {
-      const int32_t kind = read_once(at[0]);
-      const int64_t count = std::min<int64_t>(std::max(read_once(at[1]), 0), end - at - 2);
-      visit(kind, at + 2, count);
-      at += 2 + count;
-    }
-  }
-};
-
-// The rules of a row; see llm_sampling/sequence_rules.py.
-struct SequenceRules {
-  float dry_multiplier, dry_base;
-  int32_t dry_allowed_length, dry_penalty_last_n;
-  int32_t no_repeat_ngram_size, no_repeat_ngram_window;
-  int32_t min_tokens;
-  Sequences sequences;
-};
-
-// The rules of a row; `index` is that of its parameters.
-inline SequenceRules read_rules(const LlmSamplingArgs& args, int64_t index) {
-  const Entries entries = sequence_entries(args, index);
-  const int32_t* sequences = args.sequences + entries.begin;
-  return {
-      std::max(read_once(args.dry_multiplier[index]), 0.0f),
-      read_once(args.dry_base[index]),
-      read_once(args.dry_allowed_length[index]),
-      read_once(args.dry_penalty_last_n[index]),
-      read_once(args.no_repeat_ngram_size[index]),
-      read_once(args.no_repeat_ngram_window[index]),
-      read_once(args.min_tokens[index]),
-      {sequences, sequences + entries.count},
-  };
-}
 
 // Prompt and output of a row: the ids of a text, and those that come after them for this call.
 class RowIds {
@@ -145,7 +97,7 @@ class PenaltyList {
         if (std::min<int64_t>(matches[i], of_ngrams - i) >= ngram - 1) ban(last[i - 1]);
       }
     }
-    const bool is_short = output_length + text.num_extra() < rules.min_tokens;
+    const bool is_short = output_length < rules.min_tokens - text.num_extra();
     rules.sequences.each([&](int32_t kind, const int32_t* ids, int64_t count) {
       if (kind == LLM_SAMPLING_BAD_WORD && count > 0 && text.end_with(ids, count - 1, 0)) {
         ban(read_once(ids[count - 1]));

@@ -1,5 +1,5 @@
-// The host half: the library's C functions, which choose a launch and start the kernels of sample.cu and
-// history.cu.
+// The host half: the library's C functions, which choose a launch and start the kernels of sample.cu, history.cu
+// and rules.cu.
 // tests/kernels/cuda_emulation/ has a host half of its own.
 #include <cuda_runtime.h>
 #include <stddef.h>
@@ -219,6 +219,20 @@ int32_t update(const LlmSamplingUpdate& update, cudaStream_t stream) {
   return code_of_cuda(cudaLaunchKernelEx(&config, find_update_kernel(), update));
 }
 
+int32_t make_lists(const LlmSamplingArgs& args, cudaStream_t stream) {
+  int32_t code = check_struct(args);
+  if (code == LLM_SAMPLING_OK) code = check_lists(args);
+  if (code != LLM_SAMPLING_OK || args.rows == 0) return code;
+  if (args.rows > INT32_MAX) return LLM_SAMPLING_BAD_SIZE;
+  const ListPlan plan = list_plan_of(args);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(args.rows));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(list_bytes(plan));
+  config.stream = stream;
+  return code_of_cuda(cudaLaunchKernelEx(&config, find_list_kernel(), plan));
+}
+
 }  // namespace
 }  // namespace llm_sampling
 
@@ -238,6 +252,14 @@ llm_sampling_cuda_update(const LlmSamplingUpdate* update, void* stream) {
   const int32_t code = llm_sampling::read_struct(update, own);
   if (code != LLM_SAMPLING_OK) return code;
   return llm_sampling::update(own, static_cast<cudaStream_t>(stream));
+}
+
+__attribute__((visibility("default"))) int32_t
+llm_sampling_cuda_lists(const LlmSamplingArgs* args, void* stream) {
+  LlmSamplingArgs own = {};
+  const int32_t code = llm_sampling::read_struct(args, own);
+  if (code != LLM_SAMPLING_OK) return code;
+  return llm_sampling::make_lists(own, static_cast<cudaStream_t>(stream));
 }
 
 __attribute__((visibility("default"))) int32_t

@@ -9,6 +9,7 @@
 
 #include "../llm_sampling.h"
 #include "../semantics.h"
+#include "../sequence_rules.h"
 
 namespace llm_sampling {
 
@@ -20,6 +21,8 @@ constexpr int kMaxListed = 256;       // codes that such a block hands on
 constexpr int kMaxScores = 2048;      // most seen tokens per block whose scores are kept (row.cuh)
 constexpr int kFixedBytes = 16384;    // shared memory that a block needs whatever its part's size
 constexpr int kUpdateBytes = 1024;    // shared memory of a block that changes a history
+constexpr int kListBytes = 5376;      // shared memory of a block that makes a list, without ids
+constexpr int kMostStaged = 8192;     // ids that such a block keeps in shared memory behind it
 constexpr int kReservedBytes = 1024;  // shared memory that the device reserves for each block
 
 struct Device {
@@ -85,6 +88,23 @@ using UpdateKernel = void (*)(const LlmSamplingUpdate);
 
 // The kernel that changes histories, in history.cu: a block of kThreads threads for each row.
 UpdateKernel find_update_kernel();
+
+// The argument of the kernel that makes lists.
+struct ListPlan {
+  LlmSamplingArgs args;
+  int staged;  // so many ids of a text have room in shared memory
+};
+
+inline ListPlan list_plan_of(const LlmSamplingArgs& args) {
+  const int64_t places = most_places(args);
+  return {args, places < kMostStaged ? static_cast<int>(places) : kMostStaged};
+}
+inline int list_bytes(const ListPlan& plan) { return kListBytes + plan.staged * 4; }
+
+using ListKernel = void (*)(const ListPlan);
+
+// The kernel that makes lists, in rules.cu: a block of kThreads threads for each row.
+ListKernel find_list_kernel();
 
 // The shared memory behind the fixed part, in whole lines of 128 bytes: a mass and a key for each tile
 // of 32 vecs, for whole rounds of a block; then, where there is a copy, the arrays of row.cuh's Copy.

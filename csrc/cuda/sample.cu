@@ -1,5 +1,5 @@
 // The CUDA kernel that samples: all of docs/semantics.md in one launch, with its step numbers. What changes
-// histories by ids that were not drawn is in history.cu.
+// histories by ids that were not drawn is in history.cu, and what makes the lists of step 5a in rules.cu.
 //
 // A cluster of 1 to 8 blocks owns one row. Each block owns an equal part of the row's vecs (8 neighbouring
 // tokens, see row.cuh), and each thread owns every kThreads-th vec of that part. In one round, a warp

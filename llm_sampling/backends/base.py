@@ -72,6 +72,18 @@ class ParamSlots:
         return alone
 
 
+class VocabSlice(NamedTuple):
+    """Which ids of a vocabulary a call has logits of: those from one on, as many as its logits.
+
+    Attributes:
+        first_id: the id of the first logit.
+        vocab_size: how many ids the vocabulary has.
+    """
+
+    first_id: int
+    vocab_size: int
+
+
 @dataclass(frozen=True, slots=True)
 class SampleCall:
     """Everything that a backend needs, checked by :mod:`llm_sampling.sample`.
@@ -92,6 +104,9 @@ class SampleCall:
         extra_output: int32 ``(rows, n)``, n <= MAX_EXTRA_OUTPUT, contiguous: ids that come next in
             the output of the rows' histories, for this call alone. Those outside the vocabulary are
             padding. None: there are none.
+        vocab_slice: what the logits are a part of, for the rules that look at the history: its
+            text and the batch's token sequences have ids of the whole vocabulary. None: the logits
+            are those of the whole vocabulary.
     """
 
     logits: Tensor
@@ -105,6 +120,12 @@ class SampleCall:
     param_slots: ParamSlots | None = None
     record: Tensor | None = None
     extra_output: Tensor | None = None
+    vocab_slice: VocabSlice | None = None
+
+    @property
+    def ids(self) -> VocabSlice:
+        """``vocab_slice``, also where there is none."""
+        return self.vocab_slice or VocabSlice(0, self.logits.shape[1])
 
     def without_logits(self) -> SampleCall:
         """The same call for ``prepare``, which keeps no memory of these logits and their mask."""

@@ -108,6 +108,12 @@ class SampleArgs(ctypes.Structure):
         ("sequence_counts", ctypes.c_void_p),
         ("sequences", ctypes.c_void_p),
         ("sequences_size", ctypes.c_int64),
+        ("list_bits", ctypes.c_void_p),
+        ("list_before", ctypes.c_void_p),
+        ("list_counts", ctypes.c_void_p),
+        ("list_ids", ctypes.c_void_p),
+        ("list_amounts", ctypes.c_void_p),
+        ("list_capacity", ctypes.c_int64),
     )
 
 

@@ -109,6 +109,18 @@ def test_no_rule_is_broken_in_the_library(arch):
     assert all(cost.instructions > 1000 for cost in found.values())
 
 
+@pytest.mark.parametrize("arch", cuda_cost.PROCESSORS)
+def test_the_maker_of_lists_spills_no_registers(arch, tmp_path):
+    """Three of its blocks, of 256 threads, fit the 65,536 registers of a multiprocessor."""
+    source, cubin = cuda_cost.CSRC / "cuda/rules.cu", tmp_path / "rules.cubin"
+    command = ["nvcc", *cuda_cost.FLAGS, f"-arch={arch}", "-cubin", "-o", cubin, source]
+    subprocess.run(command, check=True)
+    usage = sass.run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin.read_bytes())
+    ((registers, stack),) = re.findall(r"\bREG:(\d+) STACK:(\d+)", usage)
+    assert int(registers) <= 80
+    assert stack == "0"
+
+
 def test_every_instruction_of_the_mass_is_judged():
     constants = cuda_cost.mass_constants()
     assert len(constants) == 6

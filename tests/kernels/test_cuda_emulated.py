@@ -5,9 +5,8 @@ Each call runs the threads in another order.
 """
 
 import ctypes
-import os
+import functools
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +40,7 @@ SPLIT = [Launch(parts, copied=True, is_split=True) for parts in (3, 8)]
 #: For tests of all vocabularies or layouts.
 FEW = [Launch(1, True), Launch(1, False), Launch(2, True), SPLIT[0]]
 
-#: The library to use in a process that run_sanitized has started.
-SANITIZED = os.environ.get("LLM_SAMPLING_SANITIZED_EMULATION")
+SANITIZED = emulation.SANITIZED
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -452,28 +450,7 @@ def test_logits_that_change(library, launch, change, often):
 # With sanitizers, and with planted bugs
 
 
-def run_sanitized(folder, expression, planted=(), markers=(), is_float32_alone=False):
-    """Run some of these tests in a new process, on a library with both sanitizers."""
-    options = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    library = emulation.build(folder, emulation.BRIEF + options, planted, is_float32_alone)
-    found = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", __file__]
-    return subprocess.run(
-        [*command, "-k", expression, *markers],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-        env=os.environ
-        | {
-            "LLM_SAMPLING_SANITIZED_EMULATION": str(library),
-            "LD_PRELOAD": found.stdout.strip(),
-            "ASAN_OPTIONS": "detect_leaks=0",
-        },
-    )
-
+run_sanitized = functools.partial(emulation.run_sanitized, __file__)
 
 SOME = "(covering and V33 and bfloat16) or (layouts and bfloat16 and offset)"
 SOME += " or V5003-1 or V5003-2 or steps or hostile or change"

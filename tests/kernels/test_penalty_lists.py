@@ -14,16 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sequence_lists import Case, corner_rows, expected, packed, random_case
 
-from llm_sampling.sequence_rules import SequenceRules, packed_sequences, penalty_list
+from llm_sampling.sequence_rules import SequenceRules
 
 ROOT = Path(__file__).parents[2]
 GXX = shutil.which("g++")
 FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=off"]
 MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-EXTRA = 64
-
-Case = tuple[SequenceRules, list[int], list[int], int, int]
+VOCAB_SIZES = (1, 2, 3, 5, 40)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def lists_of(program: Path, cases: Sequence[Case]) -> list[dict[int, float]]:
     """What the program makes of each case: rules, text, extra ids, output length, vocab_size."""
     data = bytearray()
     for rules, text, extra, output_length, vocab_size in cases:
-        sequences = packed_sequences(rules.dry_breakers, rules.bad_words, rules.stop_token_ids)
+        sequences = packed(rules)
         sizes = len(text), len(extra), len(sequences)
         data += struct.pack("<2i2f8i", vocab_size, output_length, *numbers(rules), *sizes)
         data += struct.pack(f"<{len(text + extra + sequences)}i", *text, *extra, *sequences)
@@ -77,43 +76,6 @@ def numbers(rules: SequenceRules) -> tuple[float, ...]:
     )
 
 
-def random_case(draw: random.Random) -> Case:
-    vocab_size = draw.choice((1, 2, 3, 5, 40))
-    length = draw.choice((0, 1, 2, 5, 12, 30, 60))
-    ids = range(vocab_size)
-    text = draw.choices(ids, k=length)
-    if draw.random() < 0.5 and length > 4:  # a text that repeats itself
-        period = draw.randint(1, 5)
-        text = [text[i % period] if draw.random() < 0.95 else text[i] for i in range(length)]
-    extra = draw.choices(range(-2, vocab_size + 2), k=draw.choice((0, 0, 1, 4, EXTRA)))
-
-    def sequences(longest: int) -> list[list[int]]:
-        outside = range(-1, vocab_size + 1)
-        return [
-            draw.choices(outside, k=draw.randint(1, longest)) for _ in range(draw.randint(0, 4))
-        ]
-
-    rules = SequenceRules(
-        dry_multiplier=draw.choice((0.0, 0.8, 2.0, 100.0)),
-        dry_base=draw.choice((1.0, 1.1, 1.75, 100.0)),
-        dry_allowed_length=draw.choice((1, 2, 3, 20, 2**31 - 1)),
-        dry_penalty_last_n=draw.choice((-1, 0, 1, 3, 8, 100)),
-        dry_breakers=draw.choice(((), sequences(1), sequences(3))),
-        no_repeat_ngram_size=draw.choice((0, 1, 2, 3, 5, 2**31 - 1)),
-        no_repeat_ngram_window=draw.choice((0, 1, 4, 9, 100)),
-        bad_words=draw.choice(((), sequences(4))),
-        min_tokens=draw.choice((0, 3, 40)),
-        stop_token_ids=draw.choices(range(-1, vocab_size + 1), k=draw.randint(0, 2)),
-    )
-    return rules, text, extra, draw.randint(0, length), vocab_size
-
-
-def expected(case: Case) -> dict[int, float]:
-    rules, text, extra, output_length, vocab_size = case
-    real = [id_ for id_ in extra if 0 <= id_ < vocab_size]
-    return penalty_list(rules, text + real, output_length + len(real), vocab_size)
-
-
 def assert_equal(program: Path, cases: Sequence[Case]) -> None:
     for case, found in zip(cases, lists_of(program, cases), strict=True):
         assert found == expected(case), case
@@ -122,9 +84,13 @@ def assert_equal(program: Path, cases: Sequence[Case]) -> None:
 @pytest.mark.parametrize("seed", range(100))
 def test_random_texts(program: Path, seed: int) -> None:
     draw = random.Random(seed)
-    cases = [random_case(draw) for _ in range(1000)]
+    cases = [random_case(draw, draw.choice(VOCAB_SIZES)) for _ in range(1000)]
     assert_equal(program, cases)
     assert sum(bool(expected(case)) for case in cases) > 500
+
+
+def test_corner_rows(program: Path) -> None:
+    assert_equal(program, corner_rows())
 
 
 def test_long_matches(program: Path) -> None:
@@ -179,7 +145,7 @@ def test_records_that_another_thread_has_overwritten(program: Path, words: list[
         ("most = std::min(most, allowed + kMaxExcess);", ""),
         (" || is_breaker(rules.sequences, last[i - 1])", ""),
         ("if (is_end) return following;", "if (is_end) return following + 1;"),
-        ("output_length + text.num_extra() < rules.min_tokens", "output_length < rules.min_tokens"),
+        ("rules.min_tokens - text.num_extra()", "rules.min_tokens"),
         ("own = std::max(own, level);", "own = level;"),
         ("      levels[ids_[i]] = 0;\n", ""),
         ("* rules.dry_base, kMaxAmount)", "* rules.dry_base, kInfinity)"),
@@ -196,7 +162,9 @@ def test_wrong_makers_are_seen(tmp_path: Path, text: str, wrong: str) -> None:
 
     def check() -> None:
         draw = random.Random(0)
-        assert_equal(built, [random_case(draw) for _ in range(5000)])
+        cases = [random_case(draw, draw.choice(VOCAB_SIZES)) for _ in range(5000)]
+        assert_equal(built, cases)
+        test_corner_rows(built)
         test_long_matches(built)
 
     with pytest.raises(AssertionError):

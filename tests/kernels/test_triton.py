@@ -301,6 +301,7 @@ INTERPRETED_FILES = {
     "kernels/test_triton_interpreted.py": ("triton", 140, 10),
     "kernels/test_triton_known_rows.py": ("triton", 4, 15),
     "kernels/test_triton_results.py": ("triton", 20, 30),
+    "kernels/test_triton_rules.py": ("triton", 20, 200),
     "kernels/test_triton_split.py": ("triton", 15, 70),
 }
 
@@ -478,13 +479,111 @@ def test_wrong_results_are_seen(tmp_path, text, wrong, expression):
     assert re.search("AssertionError|Segmentation fault", printed), printed
 
 
-def fail_with_a_wrong_kernel(folder, text, wrong, file, expression):
-    """Change a text that the kernels' files have once; return what the tests that fail print."""
+@pytest.mark.skipif(bool(INTERPRETED), reason="this process is one of those that the test starts")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "wrong", "expression"),
+    [
+        ("goes_on & (ids == last)", "goes_on & (ids <= last)", "random_texts"),
+        ("tl.minimum(tl.minimum(length, place - dry.begin), dry.room)", "length", "corner"),
+        ("(tl.minimum(length, place - ngrams.begin) >=", "(length >=", "random_texts"),
+        ("allowed + _MAX_EXCESS", "allowed + 256", "long_matches"),
+        ("tl.minimum(amounts * dry.base, _MAX_AMOUNT)", "amounts * dry.base", "long_matches"),
+        (
+            "is_lowered & (_are_breakers(ids, is_lowered, records, dry.alone) == 0)",
+            "is_lowered",
+            "random_texts",
+        ),
+        (
+            "        room = tl.min(tl.where(inside & is_end, following, room)",
+            "        room = tl.min(tl.where(inside & is_end, following + 1, room)",
+            "random_texts",
+        ),
+        (
+            "number <= text.size - begin - following",
+            "number <= text.size - following",
+            "corner",
+        ),
+        (
+            "        tl.store(out.bits + word, tl.zeros([SPAN], tl.int32), mask=word < words)",
+            "        pass",
+            "random_texts",
+        ),
+        (
+            "            tl.store(out.amounts + rank, tl.zeros_like(bits), mask=wanted)",
+            "            pass",
+            "random_texts",
+        ),
+        ("        total += tl.sum(ones, axis=0)", "        pass", "long_rows"),
+        ("min_tokens - added", "min_tokens", "random_texts"),
+        ("        done += SPAN", "        done += number", "long_rows"),
+        ("tl.atomic_max(out.amounts", "tl.atomic_xchg(out.amounts", "random_texts"),
+        (
+            "        exists = (index >= 0) & (index < num_params)",
+            "        exists = index < num_params",
+            "random_texts or hostile",
+        ),
+        ("    slot = tl.minimum(tl.maximum(slot, 0), num_slots - 1)", "    slot += 0", "hostile"),
+        (
+            "tl.minimum(tl.maximum(tl.load(kept_ids[1] + slot), 0), max_length)",
+            "tl.load(kept_ids[1] + slot)",
+            "hostile",
+        ),
+        (
+            "tl.minimum(tl.maximum(number, 0), records.size - at - 2)",
+            "tl.minimum(tl.maximum(number, 0), records.size - at)",
+            "hostile",
+        ),
+        (
+            "        begin = tl.minimum(tl.maximum(begin, 0), sequences_size)\n",
+            "",
+            "hostile and 1000",
+        ),
+        (
+            "tl.minimum(tl.maximum(end, begin), sequences_size) - begin",
+            "tl.maximum(end, begin) - begin",
+            "hostile",
+        ),
+        ("tl.minimum(size, most)", "size", "hostile"),
+        (
+            "    return tl.where((ids >= 0) & (ids < text.vocab_size), ids, -1)",
+            "    return ids",
+            "hostile",
+        ),
+        ("(ids >= 0) & (ids < out.vocab_size)", "ids >= 0", "hostile or random_texts"),
+        (
+            "    is_listed = wanted & (((bits >> bit) & 1) != 0)",
+            "    is_listed = wanted",
+            "changes",
+        ),
+    ],
+    ids=[
+        *("matches", "window of DRY", "window of n-grams", "excess", "most", "breaker ids"),
+        *("room", "breaker across the window", "bits that are left", "amounts that are left"),
+        *("sum of words", "extra ids of the output", "long word", "largest amount"),
+        *("slots of parameters", "slots", "length of a text", "length of a record"),
+        *("first record", "last record", "room of the list", "id of a text", "id of a word"),
+        "id without a bit",
+    ],
+)
+def test_wrong_lists_are_seen(tmp_path, text, wrong, expression):
+    """A list that is not the specification's, or values that are not limited."""
+    pytest.importorskip("triton")
+    printed = fail_with_a_wrong_kernel(
+        tmp_path, text, wrong, "test_triton_rules", expression, ("triton_rules.py",)
+    )
+    assert re.search("AssertionError|Segmentation fault|OverflowError", printed), printed
+
+
+def fail_with_a_wrong_kernel(
+    folder, text, wrong, file, expression, sources=("triton_kernel.py", "triton_history.py")
+):
+    """Change a text that some sources have once; return what the tests that fail print."""
     for name in ("llm_sampling", "tests"):
         shutil.copytree(TESTS.parent / name, folder / name)
     shutil.copy(TESTS.parent / "pyproject.toml", folder)
     found = 0
-    for name in ("triton_kernel.py", "triton_history.py"):
+    for name in sources:
         source = folder / "llm_sampling/backends" / name
         kernel = source.read_text()
         found += kernel.count(text)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_model
+from benchmarks.sass import run_tool
 from llm_sampling.backends import triton as wrapper
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
 
@@ -22,6 +23,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 triton_cost = importlib.import_module("benchmarks.triton_cost")
 triton_history = importlib.import_module("llm_sampling.backends.triton_history")
+triton_rules = importlib.import_module("llm_sampling.backends.triton_rules")
 Variant = triton_cost.Variant
 measure = triton_cost.measure
 broken_rules = triton_cost.broken_rules
@@ -130,6 +132,67 @@ def test_every_update_compiles(kind, arch, monkeypatch):
     for args, kwargs in launched:
         compiled = triton_cost.compile_launch(arch, triton_history.update_kernel, *args, **kwargs)
         assert compiled.metadata.shared <= 8192
+
+
+def launched_makers(monkeypatch, numbers=(50257, 4096, 40)):
+    """What makers of lists are launched with: with all that a call may have, and with the least.
+
+    The numbers are vocab_size, ids of a slot, and ids of token sequences.
+    """
+    launched = []
+    monkeypatch.setattr(triton_rules, "list_kernel", LaunchedKernel(launched))
+    vocab_size, max_length, size = numbers
+    column, lengths = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    rules = triton_rules.RuleColumns(*[torch.zeros(2)] * 2, *[column] * 5)
+    ids = torch.zeros(2, max_length, dtype=torch.int32)
+    sequences = torch.zeros(size, dtype=torch.int32)
+    triton_rules.make_lists(
+        rules,
+        column,
+        lengths,
+        vocab_size=vocab_size,
+        sequences=triton_rules.RuleSequences(lengths, sequences, column),
+        param_slots=column,
+        kept_ids=triton_rules.KeptIds(ids, lengths),
+        extra_output=torch.zeros(2, 8, dtype=torch.int32),
+    )
+    triton_rules.make_lists(rules, column, lengths, vocab_size=vocab_size)
+    monkeypatch.undo()
+    return launched
+
+
+@pytest.mark.parametrize("arch", triton_cost.TARGETS)
+def test_every_maker_of_lists_compiles(arch, monkeypatch):
+    for args, kwargs in launched_makers(monkeypatch):
+        compiled = triton_cost.compile_launch(arch, triton_rules.list_kernel, *args, **kwargs)
+        assert compiled.metadata.shared <= 1024
+
+
+@needs_lines
+@pytest.mark.parametrize("arch", triton_cost.TARGETS)
+def test_no_maker_of_lists_spills_vector_registers(arch, monkeypatch):
+    """Three programs of 8 warps fit the 65,536 registers of a multiprocessor."""
+    args, kwargs = launched_makers(monkeypatch)[0]
+    compiled = triton_cost.compile_launch(arch, triton_rules.list_kernel, *args, **kwargs)
+    if arch == "gfx942":
+        spilled = re.findall(
+            r"^ +\.vgpr_spill_count: +(\d+)$", compiled.asm["amdgcn"], re.MULTILINE
+        )
+    else:
+        usage = run_tool("cuobjdump", "--dump-resource-usage", cubin=compiled.asm["cubin"])
+        spilled = re.findall(r"\bSTACK:(\d+)", usage)
+        assert int(re.search(r"\bREG:(\d+)", usage)[1]) <= 80
+    assert spilled == ["0"]
+
+
+def test_one_maker_of_lists_is_for_all_sizes(monkeypatch):
+    """Vocabularies, texts and sequences of other sizes need no other kernel."""
+    found = set()
+    for numbers in ((50257, 4096, 40), (128256, 1, 1), (1, 16, 17), (2**20, 131072, 160)):
+        args, kwargs = launched_makers(monkeypatch, numbers)[0]
+        compiled = triton_cost.compile_launch("sm_90", triton_rules.list_kernel, *args, **kwargs)
+        found.add(compiled.hash)
+    assert len(found) == 1
 
 
 class LaunchedKernel:

@@ -52,7 +52,7 @@ LAYERS = (
     ("fields", "history", "results", "backends.triton_history"),
     ("params", "masks"),
     ("backends.base",),
-    ("backends.known_rows",),
+    ("backends.known_rows", "backends.triton_rules"),
     ("backends.first_use",),
     ("backends", "reference", "backends.c_abi"),
     ("backends.native", "table"),

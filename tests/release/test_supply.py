@@ -67,6 +67,7 @@ SOMEWHERE = {
     "backends.triton": {"triton"},
     "backends.triton_history": {"triton"},
     "backends.triton_kernel": {"triton"},
+    "backends.triton_rules": {"triton"},
     "tools.cli.chat": {"rich"},
     "tools.cli.console": {"rich", "tqdm"},
     "tools.cli.explain": {"rich"},

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from llm_sampling.history import HistoryUpdate
 from llm_sampling.results import SampleOutput
 
 FOLDER = Path(__file__).parent
+#: The library to use in a process that run_sanitized has started.
+SANITIZED = os.environ.get("LLM_SAMPLING_SANITIZED_EMULATION")
 #: -ffp-contract=off corresponds to nvcc's -fmad=false.
 FLAGS = ("-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow")
 FLAGS += ("-Werror", "-Wno-unknown-pragmas")
@@ -41,6 +44,18 @@ class Overwriting(ctypes.Structure):
         ("others", ctypes.c_void_p),
         ("at", ctypes.c_void_p),
         ("often", ctypes.c_int32),
+    )
+
+
+class Swapping(ctypes.Structure):
+    """The struct of lists.cpp: memory that changes places with other memory."""
+
+    _fields_ = (
+        ("these", ctypes.c_void_p),
+        ("others", ctypes.c_void_p),
+        ("bytes", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("every", ctypes.c_int64),
     )
 
 
@@ -137,19 +152,21 @@ def build(
     options: Sequence[str] = ("-O2",),
     planted: Sequence[str] = (),
     is_float32_alone: bool = False,
+    name: str = "emulated.cpp",
 ) -> Path:
-    """Compile the kernel with the emulation.
+    """Compile a file that has kernels.
 
-    `planted` replaces a text of the kernel by another, and `is_float32_alone` leaves a planted
-    kernel for float32 only.
+    `planted` replaces a text of the kernels by another, and `is_float32_alone` leaves a planted
+    kernel that samples for float32 only.
     """
     root = FOLDER.parents[2]
     if planted:
         text, wrong = planted
-        for name in ("csrc", "tests/kernels/cuda_emulation"):
-            shutil.copytree(root / name, folder / name)
+        for part in ("csrc", "tests/kernels/cuda_emulation"):
+            shutil.copytree(root / part, folder / part)
         root = folder
-        files = [*(root / "csrc/cuda").iterdir(), root / "csrc/history.h", root / "csrc/rows.h"]
+        headers = [root / "csrc" / file for file in ("history.h", "rows.h", "sequence_rules.h")]
+        files = [*(root / "csrc/cuda").iterdir(), *headers]
         sources = {path: path.read_text() for path in files}
         found = [path for path, right in sources.items() for _ in range(right.count(text))]
         assert len(found) == 1, f"the kernel has {len(found)} of {text!r}"
@@ -157,10 +174,40 @@ def build(
         if is_float32_alone:
             leave_float32_alone(root / "csrc")
     library = folder / "libllm_sampling_cuda_emulated.so"
-    emulated = root / "tests/kernels/cuda_emulation/emulated.cpp"
-    source = ["-x", "c++", str(emulated), "-o", str(library)]
+    source = ["-x", "c++", str(root / "tests/kernels/cuda_emulation" / name), "-o", str(library)]
     subprocess.run(["g++", *FLAGS, *options, *source], check=True)
     return library
+
+
+def run_sanitized(
+    tests: str,
+    folder: Path,
+    expression: str,
+    planted: Sequence[str] = (),
+    markers: Sequence[str] = (),
+    is_float32_alone: bool = False,
+    name: str = "emulated.cpp",
+) -> subprocess.CompletedProcess[str]:
+    """Run some tests of a file in a new process, on a library with both sanitizers."""
+    options = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    library = build(folder, BRIEF + options, planted, is_float32_alone, name)
+    found = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", tests]
+    return subprocess.run(
+        [*command, "-k", expression, *markers],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=FOLDER.parents[2],
+        env=os.environ
+        | {
+            "LLM_SAMPLING_SANITIZED_EMULATION": str(library),
+            "LD_PRELOAD": found.stdout.strip(),
+            "ASAN_OPTIONS": "detect_leaks=0",
+        },
+    )
 
 
 def install(monkeypatch: object, library: Path, launch: Launch) -> str:

@@ -11,6 +11,7 @@ void kernel(const Plan plan) {
   static_cast<void>(plan);
 }
 void update_kernel(const LlmSamplingUpdate update) { static_cast<void>(update); }
+void list_kernel(const ListPlan plan) { static_cast<void>(plan); }
 
 }  // namespace
 
@@ -27,6 +28,7 @@ SampleKernel find_kernel(int32_t dtype, Layout layout, Calls calls) {
   return kernels[dtype][place + (layout == Layout::kSplit && calls == Calls::kPlain ? 1 : 0)];
 }
 UpdateKernel find_update_kernel() { return update_kernel; }
+ListKernel find_list_kernel() { return list_kernel; }
 
 }  // namespace llm_sampling
 
