@@ -205,6 +205,11 @@ typedef struct LlmSamplingArgs {
   const int32_t* sequences;
   int64_t sequences_size;
 
+  // For logits that are a slice of a vocabulary: the text, extra_output and the token sequences have ids of the
+  // whole vocabulary for the rules, of which the logits are those from first_id on. 0 and 0: they are all.
+  int64_t first_id;
+  int64_t whole_vocab_size;
+
   // CUDA only: the lists of step 5a, all arrays contiguous: which tokens the rules lower, and by how much. The
   // amount of a token whose bit is set is at the place that list_before has for its word, plus the number of
   // bits below its own in that word. list_capacity is at least vocab_size, or max_text_length (with a text),
@@ -212,7 +217,6 @@ typedef struct LlmSamplingArgs {
   int32_t* list_bits;    // (rows, ceil(vocab_size / 32)): the bit of each listed token is set
   int32_t* list_before;  // (rows, ceil(vocab_size / 32)): how many are listed in the words before
   int32_t* list_counts;  // (rows,): how many tokens are listed
-  int32_t* list_ids;     // (rows, list_capacity): they, rising; what follows has no meaning
   float* list_amounts;   // (rows, list_capacity): what is subtracted; infinity bans the token
   int64_t list_capacity;
 } LlmSamplingArgs;

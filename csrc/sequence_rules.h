@@ -34,6 +34,25 @@ struct Sequences {
   }
 };
 
+// Which ids of the vocabulary a row has logits of. All others take part in matches, and have no place in a list.
+struct VocabSlice {
+  int64_t first_id;
+  int64_t size;        // logits of the row
+  int64_t vocab_size;  // of the whole vocabulary
+
+  LLM_SAMPLING_FN bool is_id(int32_t id) const { return id >= 0 && id < vocab_size; }
+  // The logit of an id, or -1.
+  LLM_SAMPLING_FN int32_t place_of(int32_t id) const {
+    const int64_t place = id - first_id;
+    return place >= 0 && place < size ? static_cast<int32_t>(place) : -1;
+  }
+};
+
+LLM_SAMPLING_FN VocabSlice vocab_slice(const LlmSamplingArgs& args) {
+  const bool is_all = args.whole_vocab_size == 0;
+  return {args.first_id, args.vocab_size, is_all ? args.vocab_size : args.whole_vocab_size};
+}
+
 // The rules of a row.
 struct SequenceRules {
   float dry_multiplier, dry_base;

@@ -185,7 +185,6 @@ inline bool has_overlap(const LlmSamplingArgs& a) {
       region(a.list_bits, a.rows * words),
       region(a.list_before, a.rows * words),
       region(a.list_counts, a.rows),
-      region(a.list_ids, a.rows * a.list_capacity),
       region(a.list_amounts, a.rows * a.list_capacity),
       region(static_cast<const uint64_t*>(a.workspace), a.workspace_bytes / 8),
   });
@@ -298,6 +297,13 @@ int32_t check_history(const Args& a) {
   return LLM_SAMPLING_OK;
 }
 
+// Whether the logits are some of the ids of a vocabulary.
+inline bool is_slice(const LlmSamplingArgs& a) {
+  if (a.whole_vocab_size == 0) return a.first_id == 0;
+  return a.first_id >= 0 && a.whole_vocab_size <= LLM_SAMPLING_MAX_VOCAB_SIZE &&
+         a.first_id <= a.whole_vocab_size - a.vocab_size;
+}
+
 // Checks everything that can be checked without following a pointer.
 inline int32_t check_struct(const LlmSamplingArgs& a) {
   if (a.rows < 0 || a.vocab_size < 1 || a.vocab_size > LLM_SAMPLING_MAX_VOCAB_SIZE ||
@@ -311,7 +317,7 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
       !is_addressable(1, a.workspace_bytes, a.workspace_bytes) ||
       !is_addressable(1, a.logit_bias_size, a.logit_bias_size) || a.list_capacity < 0 ||
       !is_addressable(a.rows, a.list_capacity, a.list_capacity) || a.sequences_size < 0 ||
-      !is_addressable(1, a.sequences_size, a.sequences_size)) {
+      !is_addressable(1, a.sequences_size, a.sequences_size) || !is_slice(a)) {
     return LLM_SAMPLING_BAD_SIZE;
   }
   if (a.dtype < LLM_SAMPLING_FLOAT32 || a.dtype > LLM_SAMPLING_BFLOAT16 ||
@@ -372,7 +378,7 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
         all_rules(a, [](const auto* p) { return is_aligned(p); }) &&
         is_aligned(a.sequence_offsets) && is_aligned(a.sequence_counts) &&
         is_aligned(a.sequences) && is_aligned(a.list_bits) && is_aligned(a.list_before) &&
-        is_aligned(a.list_counts) && is_aligned(a.list_ids) && is_aligned(a.list_amounts) &&
+        is_aligned(a.list_counts) && is_aligned(a.list_amounts) &&
         is_aligned(static_cast<const uint64_t*>(a.workspace)))) {
     return LLM_SAMPLING_MISALIGNED;
   }
@@ -411,7 +417,7 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
 inline int32_t check_lists(const LlmSamplingArgs& a) {
   if (a.rows == 0) return LLM_SAMPLING_OK;
   if (a.dry_multiplier == nullptr || a.list_bits == nullptr || a.list_before == nullptr ||
-      a.list_counts == nullptr || a.list_ids == nullptr || a.list_amounts == nullptr) {
+      a.list_counts == nullptr || a.list_amounts == nullptr) {
     return LLM_SAMPLING_NULL_POINTER;
   }
   const bool is_enough = a.list_capacity >= std::min(a.vocab_size, most_places(a));
@@ -570,7 +576,8 @@ inline const char* error_text(int32_t code) {
       return "the struct is NULL or of another size or version than this library's";
     case LLM_SAMPLING_BAD_SIZE:
       return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
-             "logit_bias_size, sequences_size, list_capacity, max_text_length, num_extra_output, "
+             "logit_bias_size, sequences_size, first_id, whole_vocab_size, list_capacity, "
+             "max_text_length, num_extra_output, "
              "num_token_ids, num_top_logprobs, workspace_bytes, max_ids, a slot or an offset is "
              "out "
              "of range";

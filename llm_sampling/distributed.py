@@ -41,6 +41,7 @@ from llm_sampling.backends.base import (
     STATUS_POS_INF,
     BackendModule,
     SampleCall,
+    VocabSlice,
     raise_on_status,
 )
 from llm_sampling.calls import (
@@ -48,6 +49,7 @@ from llm_sampling.calls import (
     check_draws,
     check_history,
     check_logits,
+    check_order,
     check_windows,
     pack,
     position_of,
@@ -241,14 +243,10 @@ def _checked(
     rows, device = logits.shape[0], logits.device
     vocab_start = integer_at_least("vocab_start", vocab_start, 0)
     batch = pack(params, rows, device)
-    if batch.has_rules:
-        raise ValueError(
-            "params must have no dry_multiplier, no_repeat_ngram_size, bad_words of several ids "
-            "and min_tokens for sample_sharded"
-        )
     vocab_size = history.vocab_size if isinstance(history, TokenHistory) else 0
     check_history(history, batch.needs_history, rows, vocab_size, device)
     check_windows(history, batch)
+    check_order(history, batch)
     num_samples = check_draws(num_samples, check)
     kinds = kinds_of(logprobs)
     if len(kinds) > 1:
@@ -320,7 +318,7 @@ def _header(part: _Part, history: TokenHistory | None, whole: int) -> list[int]:
         "logprobs": -1 if part.logprobs is None else KINDS.index(part.logprobs),
         "flags": bits,
         "params": checksum,
-        "tokens": 0 if part.history is None else _checksum_of_history(part.history),
+        "tokens": 0 if part.history is None else _checksum_of_history(part.history, batch),
         "allowed": 0 if part.allowed_mask is None else _checksum(part.allowed_mask),
     }
     return [values[name] for name in _HEADER]
@@ -330,8 +328,8 @@ def _checksum(tensor: Tensor, start: int = 0) -> int:
     return zlib.crc32(tensor.cpu().numpy().tobytes(), start)
 
 
-def _checksum_of_history(history: TokenHistory) -> int:
-    """A checksum of the rows' seen tokens and their counts, which is all that penalties read."""
+def _checksum_of_history(history: TokenHistory, batch: BatchParams) -> int:
+    """A checksum of what is read of the rows: seen tokens, their counts and, for rules, texts."""
     slots = history.slots.to(torch.int64)
     words = history.seen[slots]
     row, word = words.nonzero(as_tuple=True)
@@ -340,8 +338,15 @@ def _checksum_of_history(history: TokenHistory) -> int:
     is_seen = (words.unsqueeze(1) >> torch.arange(32, device=word.device, dtype=torch.int32)) & 1
     tokens = tokens.clamp(max=history.vocab_size - 1)
     counts = history.counts[slots[row].unsqueeze(1), tokens] * is_seen
+    read = [row, word, words, counts]
+    if batch.has_rules:
+        read.append(history.lengths[slots])
+        if history.text is not None:
+            ids, length = history.text.ids[slots], history.text.lengths[slots]
+            is_kept = torch.arange(ids.shape[1], device=ids.device) < length.unsqueeze(1)
+            read += [length, torch.where(is_kept, ids, 0)]
     checksum = 0
-    for tensor in (row, word, words, counts):
+    for tensor in read:
         checksum = _checksum(tensor, checksum)
     return checksum
 
@@ -449,14 +454,23 @@ def _call(part: _Part, **changes: Tensor | bool) -> SampleCall:
         "all_greedy": False,
         "any_filter": False,
     }
+    start, columns = part.vocab_start, part.columns
     history, mask = part.history, part.allowed_mask
-    if not part.columns:
+    if not columns:
         history = mask = None
+    vocab_slice = None
+    if history is not None:
+        if batch.has_rules:
+            vocab_slice = VocabSlice(start, history.vocab_size)
+        history = history.part(start, columns, has_text=batch.has_rules)
+    if vocab_slice is None:
+        batch = batch.without_rules()
     return SampleCall(
         logits=part.logits,
         batch=replace(batch, **(off | changes)),  # type: ignore[arg-type]
-        history=None if history is None else history.part(part.vocab_start, part.columns),
-        allowed_mask=None if mask is None else slice_bits(mask, part.vocab_start, part.columns),
+        history=history,
+        allowed_mask=None if mask is None else slice_bits(mask, start, columns),
+        vocab_slice=vocab_slice,
     )
 
 
@@ -538,7 +552,7 @@ def _by_candidates(part: _Part, ranks: _Ranks) -> SampleOutput:
         SampleCall(
             logits=(candidates >> 32).to(torch.int32).view(torch.float32),
             batch=replace(
-                batch,
+                batch.without_rules(),
                 logit_bias_offsets=torch.zeros_like(batch.logit_bias_offsets),
                 logit_bias_ids=batch.logit_bias_ids[:0],
                 logit_bias_values=batch.logit_bias_values[:0],

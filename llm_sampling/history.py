@@ -467,14 +467,15 @@ class TokenHistory:
                 text=None if text is None else text.map(change),
             )
 
-    def part(self, start: int, width: int) -> TokenHistory:
+    def part(self, start: int, width: int, *, has_text: bool = False) -> TokenHistory:
         """A read-only view of the same rows over ids ``start`` up to ``start + width - 1``.
 
-        Counts and lengths are this history's own memory. Append to this history, not to the view.
+        Counts and lengths are this history's own memory, and so is the text of all ids, which the
+        view has with ``has_text``. Append to this history, not to the view.
         """
         seen = slice_bits(self.seen, start, width)
         counts = self.counts[:, start : start + width]  # with gaps between their rows
-        return self._view(seen, counts, self.slots, width, None)
+        return self._view(seen, counts, self.slots, width, self.text if has_text else None)
 
     def among(self, rows: Sequence[int | None]) -> TokenHistory:
         """A read-only view whose row i is row ``rows[i]`` of this history.

@@ -634,6 +634,13 @@ class BatchParams:
         """Whether it has the tensors of the rules that look at the history."""
         return self.dry_multiplier is not None
 
+    def without_rules(self) -> BatchParams:
+        """The same rows without the rules that look at the history."""
+        if not self.has_rules:
+            return self
+        none: dict[str, Any] = dict.fromkeys(RULE_TENSORS)
+        return replace(self, any_ordered_rule=False, **none)
+
     @property
     def columns(self) -> list[Column]:
         """The columns that it has."""

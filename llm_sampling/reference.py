@@ -96,7 +96,8 @@ def penalty_lists(call: SampleCall) -> list[dict[int, float]]:
     batch, history = call.batch, call.history
     if history is None or not batch.has_rules:
         return []
-    rows, vocab_size = call.logits.shape
+    rows, size = call.logits.shape
+    first_id, vocab_size = call.ids
     numbers = {column.name: getattr(batch, column.name).tolist() for column in RULE_COLUMNS}
     assert batch.sequence_offsets is not None
     assert batch.sequences is not None
@@ -114,7 +115,10 @@ def penalty_lists(call: SampleCall) -> list[dict[int, float]]:
             sequences[offsets[row] : offsets[row + 1]],
         )
         length = produced[slot] + len(extra)
-        lists.append(penalty_list(rules, [*ids, *extra], length, vocab_size))
+        amounts = penalty_list(rules, [*ids, *extra], length, vocab_size)
+        lists.append(
+            {id_ - first_id: v for id_, v in amounts.items() if 0 <= id_ - first_id < size}
+        )
     return lists
 
 

@@ -319,8 +319,9 @@ void RowSampler::list_tokens(int64_t number, int64_t index, Row& row) {
   const int64_t length = history.text != nullptr ? text_length(history) : 0;
   const int64_t extras = args_.extra_output != nullptr ? args_.num_extra_output : 0;
   const int32_t* extra = args_.extra_output + number * extras;
-  const RowIds ids(history.text, length, extra, extras, row.vocab_size);
-  ws_.list.make(read_rules(args_, index), ids, read_once(*history.length), row.vocab_size);
+  const VocabSlice slice = vocab_slice(args_);
+  const RowIds ids(history.text, length, extra, extras, slice);
+  ws_.list.make(read_rules(args_, index), ids, read_once(*history.length), slice);
   row.listed_ids = ws_.list.ids();
   row.listed_amounts = ws_.list.amounts();
   row.listed_count = ws_.list.size();

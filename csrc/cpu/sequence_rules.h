@@ -25,12 +25,12 @@ class RowIds {
       int64_t length,
       const int32_t* extra,
       int64_t num_extra,
-      int64_t vocab_size
+      const VocabSlice& slice
   )
-      : text_(text), length_(length), size_(length), vocab_size_(vocab_size) {
+      : text_(text), length_(length), size_(length), slice_(slice) {
     for (int64_t i = 0; i < num_extra; ++i) {
       const int32_t id = read_once(extra[i]);
-      if (id >= 0 && id < vocab_size) extra_[size_++ - length_] = id;
+      if (slice.is_id(id)) extra_[size_++ - length_] = id;
     }
   }
   int64_t size() const { return size_; }
@@ -40,7 +40,7 @@ class RowIds {
     const int64_t place = size_ - 1 - following;
     if (place >= length_) return extra_[place - length_];
     const int32_t id = read_once(text_[place]);
-    return id >= 0 && id < vocab_size_ ? id : -1;
+    return slice_.is_id(id) ? id : -1;
   }
   // Whether these are the last ids of the row, its last `following` ids left out.
   bool end_with(const int32_t* ids, int64_t count, int64_t following) const {
@@ -55,14 +55,14 @@ class RowIds {
   const int32_t* text_;
   int64_t length_;
   int64_t size_;
-  int64_t vocab_size_;
+  VocabSlice slice_;
   int32_t extra_[LLM_SAMPLING_MAX_EXTRA_OUTPUT];
 };
 
 // Makes the list of one row after another, and keeps the memory for it.
 class PenaltyList {
  public:
-  // The list of a row: rising ids, and what is subtracted from their logits; infinity bans a token.
+  // The list of a row: rising places of logits, and what is subtracted from their logits; infinity bans a token.
   const int32_t* ids() const { return ids_; }
   const float* amounts() const { return amounts_; }
   int64_t size() const { return size_; }
@@ -72,7 +72,7 @@ class PenaltyList {
       const SequenceRules& rules,
       const RowIds& text,
       int64_t output_length,
-      int64_t vocab_size
+      const VocabSlice& slice
   ) {
     const bool has_dry = rules.dry_multiplier != 0.0f;
     const int64_t of_dry =
@@ -85,7 +85,7 @@ class PenaltyList {
     const int64_t window = std::max(of_dry, of_ngrams);
     int32_t* last = last_.at_least(window);  // the last ids, in reverse
     matches_.at_least(window);
-    start(vocab_size, window + (rules.sequences.end - rules.sequences.begin));
+    start(slice, window + (rules.sequences.end - rules.sequences.begin));
     for (int64_t i = 0; i < window; ++i) last[i] = text.from_end(i);
     if (of_dry > 0 || ngram > 1) match(last, window);
     if (of_dry > 0) apply_dry(rules, text, last, of_dry);
@@ -115,13 +115,13 @@ class PenaltyList {
   }
 
   // Takes memory for at most so many tokens, before there are levels, which must be 0 after an exception too.
-  void start(int64_t vocab_size, int64_t most) {
-    if (vocab_size > levels_.size()) {
-      std::fill_n(levels_.at_least(vocab_size), vocab_size, uint16_t{0});
+  void start(const VocabSlice& slice, int64_t most) {
+    if (slice.size > levels_.size()) {
+      std::fill_n(levels_.at_least(slice.size), slice.size, uint16_t{0});
     }
-    vocab_size_ = vocab_size;
-    ids_ = id_memory_.at_least(std::min(most, vocab_size));
-    amounts_ = amount_memory_.at_least(std::min(most, vocab_size));
+    slice_ = slice;
+    ids_ = id_memory_.at_least(std::min(most, slice.size));
+    amounts_ = amount_memory_.at_least(std::min(most, slice.size));
     size_ = 0;
   }
 
@@ -199,9 +199,10 @@ class PenaltyList {
 
   // A level is 0 for what is not listed, 1 and more for what DRY lowers, and kBan.
   void raise(int32_t id, uint16_t level) {
-    if (id < 0 || id >= vocab_size_) return;
-    uint16_t& own = levels_.at_least(0)[id];
-    if (own == 0) ids_[size_++] = id;
+    const int32_t place = slice_.place_of(id);
+    if (place < 0) return;
+    uint16_t& own = levels_.at_least(0)[place];
+    if (own == 0) ids_[size_++] = place;
     own = std::max(own, level);
   }
 
@@ -229,7 +230,7 @@ class PenaltyList {
   Buffer<int32_t> last_, matches_, id_memory_;
   Buffer<uint16_t> levels_;
   Buffer<float> amount_memory_;
-  int64_t vocab_size_ = 0;
+  VocabSlice slice_ = {};
   int32_t* ids_ = nullptr;
   float* amounts_ = nullptr;
   int64_t size_ = 0;

@@ -108,10 +108,11 @@ class SampleArgs(ctypes.Structure):
         ("sequence_counts", ctypes.c_void_p),
         ("sequences", ctypes.c_void_p),
         ("sequences_size", ctypes.c_int64),
+        ("first_id", ctypes.c_int64),
+        ("whole_vocab_size", ctypes.c_int64),
         ("list_bits", ctypes.c_void_p),
         ("list_before", ctypes.c_void_p),
         ("list_counts", ctypes.c_void_p),
-        ("list_ids", ctypes.c_void_p),
         ("list_amounts", ctypes.c_void_p),
         ("list_capacity", ctypes.c_int64),
     )
@@ -169,6 +170,8 @@ def make_args(call: SampleCall) -> SampleArgs:
             setattr(args, name, tensor.data_ptr())
     if call.batch.sequences is not None:
         args.sequences_size = call.batch.sequences.numel()
+    if call.vocab_slice is not None:
+        args.first_id, args.whole_vocab_size = call.vocab_slice
     args.logit_bias_size = call.batch.logit_bias_ids.numel()
     if not call.has_bias:
         args.logit_bias_offsets = None

@@ -260,6 +260,18 @@ BAD_STRUCTS = {
     "counts of sequences without slots": (setting(sequence_counts=8), BAD_OPTION),
     "rules without a history": (setting(seen=None), NULL_POINTER),
     "negative size of sequences": (setting(sequences_size=-1), BAD_SIZE),
+    "a slice that begins before the vocabulary": (
+        setting(first_id=-1, whole_vocab_size=99),
+        BAD_SIZE,
+    ),
+    "a slice without a vocabulary": (setting(first_id=1), BAD_SIZE),
+    "a negative vocabulary": (setting(whole_vocab_size=-1), BAD_SIZE),
+    "a slice that is wider than its vocabulary": (setting(whole_vocab_size=1), BAD_SIZE),
+    "a slice that ends behind its vocabulary": (
+        setting(first_id=2**62, whole_vocab_size=2**20),
+        BAD_SIZE,
+    ),
+    "a vocabulary that is too large": (setting(whole_vocab_size=2**20 + 1), BAD_SIZE),
     "fewer elements than the offsets say": (setting(sequences_size=21), BAD_SIZE),
     "more elements than there are addresses": (setting(sequences_size=2**62), BAD_SIZE),
     **{

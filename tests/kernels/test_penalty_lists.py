@@ -42,13 +42,19 @@ def build(folder: Path, sources: Path) -> Path:
     return folder / "program"
 
 
-def lists_of(program: Path, cases: Sequence[Case]) -> list[dict[int, float]]:
-    """What the program makes of each case: rules, text, extra ids, output length, vocab_size."""
+def lists_of(
+    program: Path, cases: Sequence[Case], slices: Sequence[tuple[int, int]] | None = None
+) -> list[dict[int, float]]:
+    """What the program makes of each case: rules, text, extra ids, output length, vocab_size.
+
+    ``slices`` has the first id and the number of logits of each; None: all of the vocabulary.
+    """
     data = bytearray()
-    for rules, text, extra, output_length, vocab_size in cases:
+    for i, (rules, text, extra, output_length, vocab_size) in enumerate(cases):
         sequences = packed(rules)
         sizes = len(text), len(extra), len(sequences)
-        data += struct.pack("<2i2f8i", vocab_size, output_length, *numbers(rules), *sizes)
+        logits = (0, vocab_size) if slices is None else slices[i]
+        data += struct.pack("<2i2f10i", vocab_size, output_length, *numbers(rules), *sizes, *logits)
         data += struct.pack(f"<{len(text + extra + sequences)}i", *text, *extra, *sequences)
     done = subprocess.run([program], input=bytes(data), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[:4000]
@@ -89,6 +95,26 @@ def test_random_texts(program: Path, seed: int) -> None:
     assert sum(bool(expected(case)) for case in cases) > 500
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_slices_of_a_vocabulary(program: Path, seed: int) -> None:
+    """The list of a slice has the ids of the whole list that are in it, as places of its logits."""
+    draw = random.Random(seed)
+    cases = [random_case(draw, draw.choice(VOCAB_SIZES)) for _ in range(500)]
+    slices = []
+    for *_, vocab_size in cases:
+        first = draw.randrange(vocab_size)
+        slices.append((first, draw.randint(1, vocab_size - first)))
+    some = 0
+    for case, (first, size), found in zip(
+        cases, slices, lists_of(program, cases, slices), strict=True
+    ):
+        whole = expected(case)
+        here = {id_ - first: v for id_, v in whole.items() if first <= id_ < first + size}
+        assert found == here, case
+        some += 0 < len(here) < len(whole)
+    assert some > 50
+
+
 def test_corner_rows(program: Path) -> None:
     assert_equal(program, corner_rows())
 
@@ -126,7 +152,8 @@ def test_what_one_row_lists_is_not_in_the_next(program: Path) -> None:
 def test_records_that_another_thread_has_overwritten(program: Path, words: list[int]) -> None:
     """Whatever they hold, nothing outside of them is read, and the ids are some of the row."""
     rules, text = SequenceRules(dry_multiplier=1.0), [1, 2, 1, 2, 1]
-    head = struct.pack("<2i2f8i", 5, 0, *numbers(rules), len(text), 0, len(words))
+    sizes = len(text), 0, len(words)
+    head = struct.pack("<2i2f10i", 5, 0, *numbers(rules), *sizes, 0, 5)
     data = head + struct.pack(f"<{len(text) + len(words)}i", *text, *words)
     done = subprocess.run([program], input=data, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[:4000]

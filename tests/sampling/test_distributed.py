@@ -27,6 +27,7 @@ from cases import (
 )
 from no_waiting import nothing_waits
 from ranks import Ended, Raised, Ranks
+from ruled_rows import Rows
 from torch import Tensor
 
 from benchmarks import sharded as benchmark
@@ -279,6 +280,61 @@ def test_windows_and_scopes_of_penalties(three: Ranks, few: bool) -> None:
     without = drawn(off, TokenHistory.from_ids(*whole, vocab_size))
     for row in range(4):
         assert [step[row] for step in expected] != [step[row] for step in without]
+
+
+def draw_ruled(rank: int, rows: Rows, ends: Sequence[int], few: bool, backend: str) -> Any:
+    """Two steps of rows with rules; return tokens, status and logprobs as lists."""
+    params = [replace(row, top_k=9) for row in rows.params] if few else rows.params
+    history, drawn = rows.history(), []
+    for logits in (rows.logits, rows.logits.flip(0)):
+        output = sample_sharded(
+            logits[:, ends[rank] : ends[rank + 1]],
+            params,
+            vocab_start=ends[rank],
+            history=history,
+            check=False,
+            logprobs="processed",
+            backend=backend,
+        )
+        history.append(output.tokens.clamp(min=0))
+        drawn.append([part.tolist() for part in output[:3]])
+    return drawn
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_rules_that_look_at_the_history(three: Ranks, seed: int, few: bool, backend: str) -> None:
+    """Each rank's list has those of its ids that the list of the whole row has."""
+    vocab_size = (5, 7, 40, 600)[seed % 4]  # the histories have the first 5 ids
+    rows = Rows(seed, vocab_size, torch.float32)
+    params = [replace(row, top_k=9) for row in rows.params] if few else rows.params
+    expected, history = [], rows.history()
+    for logits in (rows.logits, rows.logits.flip(0)):
+        output = sample(logits, params, history=history, check=False, logprobs="processed")
+        history.append(output.tokens.clamp(min=0))
+        expected.append(output)
+    for ends in ([0, 2, 3, vocab_size], [0, 4, 4, vocab_size]):
+        for drawn in three(draw_ruled, rows, ends, few, backend):
+            for (tokens, logprobs, status), output in zip(drawn, expected, strict=True):
+                assert tokens == output.tokens.tolist()
+                assert status == output.status.tolist()
+                close = {"rtol": 0, "atol": LOGPROB_TOLERANCE, "equal_nan": True}
+                torch.testing.assert_close(torch.tensor(logprobs), output.logprobs, **close)
+
+
+def whole_text_of(rank: int, rows: Rows, ends: Sequence[int]) -> Any:
+    """Broken: the text has ids of the whole vocabulary, and the kernel knows nothing of it."""
+    before, distributed.VocabSlice = distributed.VocabSlice, lambda *_: None
+    try:
+        return draw_ruled(rank, rows, ends, False, "cpu")
+    finally:
+        distributed.VocabSlice = before
+
+
+def test_rules_that_take_the_ids_of_a_text_for_places_of_a_slice_are_seen(three: Ranks) -> None:
+    rows, ends = Rows(2, 40, torch.float32), [0, 2, 3, 40]
+    assert three(whole_text_of, rows, ends) != three(draw_ruled, rows, ends, False, "cpu")
 
 
 def each_mix_alone(vocab_size: int) -> list[list[Case]]:
@@ -791,6 +847,33 @@ def test_ranks_with_other_histories_all_raise(
     assert good is not None
 
 
+@pytest.mark.parametrize(
+    ("prompt", "output"),
+    [
+        ([[2, 1], [3]], [[4, 4], [7]]),
+        ([[1, 2], []], [[4, 4], [3, 7]]),
+        ([[1, 2, 4], [3]], [[4], [7]]),
+    ],
+    ids=["another order", "another prompt", "another output"],
+)
+def test_ranks_with_other_texts_all_raise(
+    two: Ranks, prompt: list[list[int]], output: list[list[int]]
+) -> None:
+    """They have the same tokens, which is all that penalties look at, in another order."""
+    params = SamplingParams(dry_multiplier=1, min_tokens=3, stop_token_ids=[1], seed=1)
+
+    def options(prompt: list[list[int]], output: list[list[int]]) -> dict[str, Any]:
+        history = TokenHistory.from_ids(prompt, output, 10, max_length=9)
+        history.counts.zero_()
+        return {"params": params, "positions": [2, 1], "history": history}
+
+    same = options([[1, 2], [3]], [[4, 4], [7]])
+    for told, _ in two(call, [same, options(prompt, output)]):
+        assert told.type == "ValueError"
+        message = "the tokens in history (by checksum) must be the same on every rank"
+        assert message in told.message
+
+
 def test_ranks_with_other_masks_all_raise(two: Ranks) -> None:
     masks = [torch.tensor([[1023], [1023]], dtype=torch.int32) for _ in range(2)]
     masks[1][1] = 1022
@@ -832,9 +915,10 @@ def test_ranks_at_other_positions_all_raise(two: Ranks) -> None:
             {"logits": torch.zeros(2, 5).to_sparse()},
             "logits must be a dense tensor, got layout torch.sparse_coo",
         ),
+        ({"params": SamplingParams(dry_multiplier=1)}, "history must be given where"),
         (
-            {"params": SamplingParams(min_tokens=1, stop_token_ids=[2], seed=1)},
-            "params must have no dry_multiplier, no_repeat_ngram_size, bad_words of several ids",
+            {"params": SamplingParams(dry_multiplier=1, seed=1), "history": history_of(10)},
+            "history must keep the ids in order where dry_multiplier, no_repeat_ngram_size or",
         ),
         ({"check": "yes"}, "check must be True, False or None, got 'yes'"),
         ({"allowed_mask": torch.zeros(2, 1)}, "allowed_mask must be an int32 tensor (a bitmask)"),

@@ -24,10 +24,11 @@ float as_float(int32_t bits) {
 }  // namespace
 
 int main() {
-  // vocabulary, output length, the numbers of SequenceRules, ids of the text, extra ids, words of the sequences
-  int32_t head[12];
+  // vocabulary, output length, the numbers of SequenceRules, ids of the text, extra ids, words of the sequences, the
+  // first id and the size of the slice
+  int32_t head[14];
   llm_sampling::PenaltyList list;
-  while (read(head, 12)) {
+  while (read(head, 14)) {
     std::vector<int32_t> text(static_cast<size_t>(head[9]));
     std::vector<int32_t> extra(static_cast<size_t>(head[10]));
     std::vector<int32_t> sequences(static_cast<size_t>(head[11]));
@@ -45,8 +46,9 @@ int main() {
         head[8],
         {sequences.data(), sequences.data() + sequences.size()},
     };
-    const llm_sampling::RowIds ids(text.data(), head[9], extra.data(), head[10], head[0]);
-    list.make(rules, ids, head[1], head[0]);
+    const llm_sampling::VocabSlice slice = {head[12], head[13], head[0]};
+    const llm_sampling::RowIds ids(text.data(), head[9], extra.data(), head[10], slice);
+    list.make(rules, ids, head[1], slice);
     const int32_t size = static_cast<int32_t>(list.size());
     write(&size, 1);
     write(list.ids(), static_cast<size_t>(size));
