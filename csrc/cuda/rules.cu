@@ -62,10 +62,10 @@ class ListMaker {
       : args_(plan.args),
         row_(row),
         most_staged_(plan.staged),
+        slice_(vocab_slice(plan.args)),
         words_((plan.args.vocab_size + 31) / 32),
         bits_(plan.args.list_bits + row * words_),
         before_(plan.args.list_before + row * words_),
-        ids_(plan.args.list_ids + row * plan.args.list_capacity),
         amounts_(plan.args.list_amounts + row * plan.args.list_capacity),
         shared_(*reinterpret_cast<ListShared*>(dynamic_shared())),
         last_(reinterpret_cast<int32_t*>(dynamic_shared() + kListBytes)),
@@ -114,6 +114,7 @@ class ListMaker {
       rules_.sequences = {shared_.numbers, shared_.numbers + numbers};
     }
     history_ = slot_history(args_, shared_.slot);
+    history_.vocab_size = slice_.vocab_size;  // a text has ids of the whole vocabulary
     kept_ = shared_.kept;
     const int64_t added = stage_extra();
     size_ = kept_ + added;
@@ -142,7 +143,7 @@ class ListMaker {
     if (threadIdx.x < args_.num_extra_output) {
       id = read_once(args_.extra_output[row_ * args_.num_extra_output + threadIdx.x]);
     }
-    const bool is_id = id >= 0 && id < args_.vocab_size;
+    const bool is_id = slice_.is_id(id);
     const int32_t place = cluster_.scan(is_id ? 1 : 0) - 1;
     if (is_id) shared_.extra[place] = id;
     return __syncthreads_count(is_id);
@@ -256,9 +257,10 @@ class ListMaker {
   }
 
   __device__ void put_id(int32_t id, int32_t amount, bool raises) {
-    if (id < 0 || id >= args_.vocab_size) return;
-    const int32_t word = id / 32;
-    const uint32_t bit = 1u << (id % 32);
+    const int32_t place = slice_.place_of(id);
+    if (place < 0) return;
+    const int32_t word = place / 32;
+    const uint32_t bit = 1u << (place % 32);
     if (!raises) {
       atomicOr(bits_ + word, static_cast<int32_t>(bit));
       return;
@@ -287,28 +289,25 @@ class ListMaker {
 #pragma unroll
       for (int i = 0; i < kWordsEach; ++i) {
         if (own + i < words_) before_[own + i] = rank;
-        for (; bits[i] != 0; bits[i] &= bits[i] - 1, ++rank) {
-          if (rank >= args_.list_capacity) continue;
-          ids_[rank] = static_cast<int32_t>(32 * (own + i)) + __ffs(static_cast<int>(bits[i])) - 1;
-          amounts_[rank] = 0.0f;
-        }
+        rank += __popc(bits[i]);
       }
       if (threadIdx.x == kThreads - 1) shared_.total = through;
       __syncthreads();
       total = shared_.total;
     }
-    if (threadIdx.x == 0) {
-      args_.list_counts[row_] = static_cast<int32_t>(smaller(total, args_.list_capacity));
-    }
+    const int64_t listed = smaller(total, args_.list_capacity);
+    if (threadIdx.x == 0) args_.list_counts[row_] = static_cast<int32_t>(listed);
+    for (int64_t i = threadIdx.x; i < listed; i += kThreads) amounts_[i] = 0.0f;
+    __syncthreads();
   }
 
   const LlmSamplingArgs& args_;
   const int64_t row_;
   const int64_t most_staged_;
+  const VocabSlice slice_;
   const int64_t words_;
   int32_t* const bits_;
   int32_t* const before_;
-  int32_t* const ids_;
   float* const amounts_;
   ListShared& shared_;
   int32_t* const last_;  // the ids at the first places, staged_ of them

@@ -205,7 +205,6 @@ def test_lists_that_cannot_be_made(host):
     make = host.library.llm_sampling_cuda_lists
     assert make(None, None) == 1
     for changes, code in (
-        ({"list_ids": None}, 4),
         ({"dry_multiplier": None}, 4),
         ({"list_capacity": 49}, 2),
         ({"logits": None}, 4),
