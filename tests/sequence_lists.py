@@ -114,8 +114,13 @@ class Lists(NamedTuple):
     bits: Tensor
     before: Tensor
     counts: Tensor
-    ids: Tensor
     amounts: Tensor
+
+    def ids_of(self, row: int) -> list[int]:
+        """The listed ids of a row, rising, as its bits say."""
+        is_set = (self.bits[row][:, None] >> torch.arange(32)) & 1
+        ids: list[int] = is_set.flatten().nonzero().flatten().tolist()
+        return ids
 
 
 #: Makes the lists of a call, in the given memory.
@@ -129,7 +134,6 @@ def memory_for(call: ListCall) -> Lists:
         torch.full((rows, words), -1, dtype=torch.int32),
         torch.full((rows, words), INT32_MAX, dtype=torch.int32),
         torch.full((rows,), INT32_MAX, dtype=torch.int32),
-        torch.full((rows, capacity), INT32_MAX, dtype=torch.int32),
         torch.full((rows, capacity), -1.0),
     )
 
@@ -234,26 +238,22 @@ def without_text(vocab_size: int, rows: int, seed: int) -> tuple[ListCall, list[
 
 
 def assert_consistent(lists: Lists, vocab_size: int) -> None:
-    """Ids rise, and bits and numbers of ids before each word are those of the ids."""
-    capacity = lists.ids.shape[1]
+    """Counts and numbers of ids before each word are those of the bits."""
     places = torch.arange(32)
-    for bits, before, count, ids, amounts in zip(*lists, strict=True):
-        listed = ids[: int(count)]
-        assert 0 <= count <= capacity
-        is_set = ((bits[:, None] >> places) & 1).flatten()
-        assert torch.equal(is_set.nonzero().flatten().int(), listed)
-        assert (listed < vocab_size).all()
-        ones = is_set.view(-1, 32).sum(1)
+    for row, (bits, before, count, amounts) in enumerate(zip(*lists, strict=True)):
+        ids = lists.ids_of(row)
+        assert len(ids) == count <= len(amounts)
+        assert all(id_ < vocab_size for id_ in ids)
+        ones = ((bits[:, None] >> places) & 1).sum(1)
         assert torch.equal(before, (ones.cumsum(0) - ones).int())
         assert (amounts[: int(count)] >= 0).all()
 
 
 def assert_nothing_behind(lists: Lists) -> None:
-    """Nothing is written behind the listed ids; ``memory_for`` has made the memory."""
-    count, capacity = lists.counts[:, None], lists.ids.shape[1]
+    """No amount is behind those of the listed ids; ``memory_for`` has made the memory."""
+    count, capacity = lists.counts[:, None], lists.amounts.shape[1]
     assert ((count >= 0) & (count <= capacity)).all()
     behind = torch.arange(capacity) >= count
-    assert (lists.ids[behind] == INT32_MAX).all()
     assert (lists.amounts[behind] == -1.0).all()
 
 
@@ -264,9 +264,8 @@ def assert_lists(make: Maker, call: ListCall, wanted: Sequence[dict[int, float]]
     make(call, lists)
     assert_consistent(lists, call.vocab_size)
     for row, of_row in enumerate(wanted):
-        count = int(lists.counts[row])
-        ids, amounts = (of[row, :count].tolist() for of in (lists.ids, lists.amounts))
-        assert dict(zip(ids, amounts, strict=True)) == of_row, row
+        amounts = lists.amounts[row, : int(lists.counts[row])].tolist()
+        assert dict(zip(lists.ids_of(row), amounts, strict=True)) == of_row, row
     assert all(map(torch.equal, before, call.tensors()))
 
 
@@ -443,7 +442,7 @@ def assert_hostile_values_do_no_harm(make: Maker, vocab_size: int, seed: int) ->
         guards.assert_whole()
         assert_consistent(lists, vocab_size)
         listed = torch.arange(call.capacity()) < lists.counts[:, None]
-        seen.append([*lists[:3], lists.ids[listed], lists.amounts[listed]])
+        seen.append([*lists[:3], lists.amounts[listed]])
     assert all(map(torch.equal, *seen))
 
 
