@@ -210,7 +210,8 @@ typedef struct LlmSamplingArgs {
   int64_t first_id;
   int64_t whole_vocab_size;
 
-  // CUDA only: the lists of step 5a, all arrays contiguous: which tokens the rules lower, and by how much. The
+  // CUDA only: memory for the lists of step 5a, all arrays contiguous; needed where there are rules, and for one
+  // call at a time. They tell which tokens the rules lower, and by how much. The
   // amount of a token whose bit is set is at the place that list_before has for its word, plus the number of
   // bits below its own in that word. list_capacity is at least vocab_size, or max_text_length (with a text),
   // MAX_EXTRA_OUTPUT and the numbers of a row's records together; numbers of records beyond it are not read.
@@ -288,7 +289,8 @@ int32_t llm_sampling_cpu_update(const LlmSamplingUpdate* update);
 void llm_sampling_cpu_forked(void);
 
 // The same on the current CUDA device, whose memory the pointers point to (the struct itself is the
-// host's): one launch on the stream, a cudaStream_t, and no wait for it. IF_ALL_VALID is a BAD_OPTION:
+// host's): one launch on the stream, a cudaStream_t, and no wait for it; with rules that look at the history
+// one more before it, which makes the lists of step 5a. IF_ALL_VALID is a BAD_OPTION:
 // one block knows of one row. The values of rows (parameters, slots, biases, bias ids in order) are not
 // checked, but no value makes it read or write beyond the lengths that the struct states.
 // Codes from 1000 on are 1000 and CUDA's own.
@@ -296,10 +298,6 @@ int32_t llm_sampling_cuda(const LlmSamplingArgs* args, void* stream);
 
 // The same as llm_sampling_cpu_update on the current CUDA device, as llm_sampling_cuda does it.
 int32_t llm_sampling_cuda_update(const LlmSamplingUpdate* update, void* stream);
-
-// Makes the lists of step 5a for a call of llm_sampling_cuda with the same struct, which must point to memory for
-// them and have the rules: one launch on the stream, and no wait for it. Values are not checked, as there.
-int32_t llm_sampling_cuda_lists(const LlmSamplingArgs* args, void* stream);
 
 // The bytes of the workspace with which a call of this size is faster on the current CUDA device, a multiple of
 // 8; 0 where it would make no use of one.

@@ -413,11 +413,11 @@ inline int32_t check_struct(const LlmSamplingArgs& a) {
   return has_overlap(a) ? LLM_SAMPLING_OVERLAP : LLM_SAMPLING_OK;
 }
 
-// Checks what a call must have beside what check_struct accepts for its lists to be made: the rules, and memory.
+// Checks what a call with rules must have beside what check_struct accepts for its lists to be made: memory.
 inline int32_t check_lists(const LlmSamplingArgs& a) {
   if (a.rows == 0) return LLM_SAMPLING_OK;
-  if (a.dry_multiplier == nullptr || a.list_bits == nullptr || a.list_before == nullptr ||
-      a.list_counts == nullptr || a.list_amounts == nullptr) {
+  if (a.list_bits == nullptr || a.list_before == nullptr || a.list_counts == nullptr ||
+      a.list_amounts == nullptr) {
     return LLM_SAMPLING_NULL_POINTER;
   }
   const bool is_enough = a.list_capacity >= std::min(a.vocab_size, most_places(a));

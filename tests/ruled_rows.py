@@ -7,8 +7,9 @@ import random
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from llm_sampling import SamplingParams, TokenHistory
+from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
 
 #: How many ids of the vocabulary the histories use, so that sequences come again.
 ALPHABET = 5
@@ -50,6 +51,7 @@ def others(rng: random.Random, vocab_size: int) -> dict[str, Any]:
             "repetition_penalty": rng.choice((1.0, 1.2, 0.8)),
             "frequency_penalty": rng.choice((0.0, 0.3)),
             "presence_penalty": rng.choice((0.0, 0.5, -0.5)),
+            "penalty_last_n": rng.choice((-1, 2)),  # 2: the rules list ids that are not in it
         }
     chosen |= rng.choice(({}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0}))
     if rng.random() < 0.3:
@@ -79,5 +81,52 @@ class Rows:
 
     def history(self) -> TokenHistory:
         return TokenHistory.from_ids(
-            self.prompts, self.outputs, self.vocab_size, max_length=MAX_LENGTH
+            self.prompts,
+            self.outputs,
+            self.vocab_size,
+            max_length=MAX_LENGTH,
+            penalty_last_n=[row.penalty_last_n for row in self.params],
         )
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Assert that two outputs have the same tokens, status, ranks and kept sets."""
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.status, other.status)
+    for kind in ("processed", "raw"):
+        assert torch.equal(getattr(one, kind).ranks, getattr(other, kind).ranks)
+        assert torch.equal(getattr(one, kind).top_ids, getattr(other, kind).top_ids)
+    assert torch.equal(one.kept.mask, other.kept.mask)
+    assert torch.equal(one.kept.total, other.kept.total)
+
+
+def results(rows: Rows, backend: str, logits: Tensor, **given: Any) -> Any:
+    """Everything that a call of these rows returns."""
+    return sample(
+        logits,
+        rows.params,
+        history=rows.history(),
+        num_samples=3,
+        logprobs=("processed", "raw"),
+        top_logprobs=5,
+        kept="mask",
+        check=False,
+        backend=backend,
+        **given,
+    )
+
+
+def assert_as_the_reference(rows: Rows, backend: str) -> None:
+    """Assert that a backend's results are those of the reference, in four kinds of call."""
+    for given in (
+        {},
+        {"allowed_mask": rows.mask},
+        {"extra_output_ids": rows.extra},
+        {"allowed_mask": rows.mask, "extra_output_ids": rows.extra},
+    ):
+        assert_same(*(results(rows, name, rows.logits, **given) for name in (backend, "torch")))
+        filtered = [
+            filter_logits(rows.logits, rows.params, history=rows.history(), backend=name, **given)
+            for name in (backend, "torch")
+        ]
+        assert torch.equal(*filtered)

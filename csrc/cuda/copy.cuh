@@ -77,10 +77,11 @@ __device__ void RowSampler<kDtype, kLayout>::read_parameters(int64_t index, int 
     penalties.repetition = -penalties.repetition;
   }
   const int32_t* counts = locate_bits(slot, penalties);
-  row_.is_plain = !row_.has_bias_or_mask() && row_.seen.words == nullptr;
+  row_.has_list = args_.list_bits != nullptr && args_.list_counts[index_] > 0;
+  row_.is_plain = !row_.has_bias_or_mask() && !row_.has_marks();
   if (threadIdx.x != 0) return;
   shared_.vecs = vecs;
-  shared_.seen_count = 0;
+  shared_.marked_count = 0;
   shared_.candidates.count = 0;
   Parameters& own = shared_.parameters;
   own.temperature = valid_temperature(args_.temperature[index]);
@@ -160,7 +161,7 @@ __device__ void RowSampler<kDtype, kLayout>::copy_edge(
   for (int i = 0; i < kVec; ++i) memcpy(to + i * sizeof(LogitWord), &words[i], sizeof(LogitWord));
 }
 
-// Copies the bits of mask and history. Each seen token gets a place of its own for its output count,
+// Copies the bits of mask, history and list. Each marked token gets a place of its own for its output count,
 // which is copied too, and later for its score. Returns once all copies have arrived.
 template <int kDtype, Layout kLayout>
 __device__ void RowSampler<kDtype, kLayout>::copy_bits(int vecs) {
@@ -174,37 +175,39 @@ __device__ void RowSampler<kDtype, kLayout>::copy_bits(int vecs) {
       copy.allowed[i] = row_.allowed.word_at(first + i * 32, row_.vocab_size);
     }
   }
-  if (row_.seen.words != nullptr) {
+  if (row_.has_marks()) {
     int count = 0;
+    if (row_.seen.words != nullptr) {
 #pragma unroll 4
-    for (int i = thread; i < words; i += kThreads) {
-      copy.seen[i] = row_.seen.word_at(first + i * 32, row_.vocab_size);
-      count += __popc(copy.seen[i]);
+      for (int i = thread; i < words; i += kThreads) {
+        copy.marked[i] = row_.seen.word_at(first + i * 32, row_.vocab_size);
+        count += __popc(copy.marked[i]);
+      }
     }
-    if (args_.extra_output != nullptr) {
+    if (row_.has_list || args_.extra_output != nullptr) {
       count = 0;
 #pragma unroll 1
       for (int i = thread; i < words; i += kThreads) {
-        copy.seen[i] = shared_.overrides.over(copy.seen[i], first + i * 32, 32);
-        count += __popc(copy.seen[i]);
+        copy.marked[i] = marks_over(row_.seen.words != nullptr ? copy.marked[i] : 0, first + i * 32, 32, index_);
+        count += __popc(copy.marked[i]);
       }
     }
-    __syncthreads();  // thread 0 has set seen_count to 0 and found the counts
+    __syncthreads();  // thread 0 has set marked_count to 0 and found the counts
     const int32_t* counts = shared_.counts;
     const int before = static_cast<int>(scan_warp(count));
     int place = 0;
     if (thread % kWarpSize == kWarpSize - 1) {
-      place = static_cast<int>(atomicAdd(&shared_.seen_count, static_cast<uint32_t>(before)));
+      place = static_cast<int>(atomicAdd(&shared_.marked_count, static_cast<uint32_t>(before)));
     }
     place = __shfl_sync(kWholeWarp, place, kWarpSize - 1) + before - count;
 #pragma unroll 1
     for (int i = thread; i < words; i += kThreads) {
       copy.places[i] = static_cast<uint16_t>(place);
 #pragma unroll 1
-      for (uint32_t seen = copy.seen[i]; seen != 0; seen &= seen - 1, ++place) {
+      for (uint32_t marked = copy.marked[i]; marked != 0; marked &= marked - 1, ++place) {
         if (place >= kMaxScores) continue;
-        const int id = first + i * 32 + __ffs(static_cast<int>(seen)) - 1;
-        shared_.seen_ids[place] = static_cast<uint32_t>(id);
+        const int id = first + i * 32 + __ffs(static_cast<int>(marked)) - 1;
+        shared_.marked_ids[place] = static_cast<uint32_t>(id);
         if (counts != nullptr) start_copy<4>(copy.scores + place, counts + id);
       }
     }
@@ -212,13 +215,13 @@ __device__ void RowSampler<kDtype, kLayout>::copy_bits(int vecs) {
   wait_for_copies();
 }
 
-// Steps 1 to 5 of the seen tokens, divided evenly among the threads: stores their scores, replaces their
+// Steps 1 to 5a of the marked tokens, divided evenly among the threads: stores their scores, replaces their
 // logits in the copy by -inf, and starts the maxima of tiles and threads. Returns whether one is NaN.
 template <int kDtype, Layout kLayout>
 __device__ bool RowSampler<kDtype, kLayout>::score() {
   const Copy copy = copy_of(part());
   const int first = row_.first_id(first_vec_);
-  const int count = static_cast<int>(shared_.seen_count);
+  const int count = static_cast<int>(shared_.marked_count);
   const int tiles = rounds() * kWarps;
   const Penalties penalties = shared_.penalties;
   bool any_nan = false;
@@ -229,7 +232,7 @@ __device__ bool RowSampler<kDtype, kLayout>::score() {
   __syncthreads();
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    const int id = static_cast<int>(shared_.seen_ids[i]);
+    const int id = static_cast<int>(shared_.marked_ids[i]);
     const int offset = id - first;
     const int local = offset / kVec;
     unsigned char* place = copy.logits + offset * kLogitBytes<kDtype>;
@@ -240,7 +243,7 @@ __device__ bool RowSampler<kDtype, kLayout>::score() {
     if (row_.allowed.words != nullptr) apply_mask(copy.allowed[local / 4] >> offset % 32, x);
     int32_t times = 0;
     if (has_counts) memcpy(&times, copy.scores + i, sizeof(times));
-    x[0] = penalize(penalties, x[0], times);
+    x[0] = score_of(penalties, x[0], id, times);
     copy.scores[i] = x[0];
     any_nan |= x[0] != x[0];
     const float value = canonical(x[0]);
@@ -254,6 +257,47 @@ __device__ bool RowSampler<kDtype, kLayout>::score() {
   return any_nan;
 }
 
+// ---- steps 3 to 5a of a token ----
+
+// The marks of `width` ids from `first` on, which may lie before the row, where the history in memory has these
+// bits and a penalty is on.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ uint32_t RowSampler<kDtype, kLayout>::marks_over(
+    uint32_t bits,
+    int first,
+    int width,
+    int64_t row
+) const {
+  if (args_.extra_output != nullptr && row_.seen.words != nullptr) {
+    bits = shared_.overrides.over(bits, first, width);
+  }
+  if (row_.has_list) {
+    const int64_t words = (row_.vocab_size + 31) / 32;
+    const Bits listed = {reinterpret_cast<const uint32_t*>(args_.list_bits + row * words)};
+    bits |= listed.word_at(first, row_.vocab_size) & (width < 32 ? (1u << width) - 1 : ~0u);
+  }
+  return bits;
+}
+
+// Steps 3 to 5a of a marked token, which the output holds `count` times.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ float RowSampler<kDtype, kLayout>::score_of(
+    const Penalties& penalties,
+    float x,
+    int id,
+    int32_t count
+) const {
+  if (!row_.has_list) return penalize(penalties, x, count);
+  if (row_.seen.words != nullptr && is_seen(id)) x = penalize(penalties, x, count);
+  // 5a the list. The place of an amount is the number of listed tokens with smaller ids.
+  const int64_t word = shared_.parameters.row * ((row_.vocab_size + 31) / 32) + (id >> 5);
+  const uint32_t bits = static_cast<uint32_t>(args_.list_bits[word]);
+  const uint32_t bit = 1u << (id & 31);
+  const int64_t place = int64_t{args_.list_before[word]} + __popc(bits & (bit - 1));
+  if ((bits & bit) == 0 || place < 0 || place >= args_.list_capacity) return x;
+  return lowered(x, args_.list_amounts[shared_.parameters.row * args_.list_capacity + place]);
+}
+
 // ---- steps 1 to 6 of a vec ----
 
 template <int kDtype, Layout kLayout>
@@ -262,12 +306,12 @@ __device__ Copy RowSampler<kDtype, kLayout>::copy_of(int block) const {
   return Copy(base, part_vecs_, kLogitBytes<kDtype>);
 }
 
-// Whether a block has stored the scores of all seen tokens of its part.
+// Whether a block has stored the scores of all marked tokens of its part.
 template <int kDtype, Layout kLayout>
 __device__ __forceinline__ bool RowSampler<kDtype, kLayout>::has_scores(int block) const {
-  if (!kCopied || row_.seen.words == nullptr) return false;
+  if (!kCopied || !row_.has_marks()) return false;
   const bool is_own = kIsSplit || block == part();
-  return *(is_own ? &shared_.seen_count : in_block(&shared_.seen_count, block)) <= kMaxScores;
+  return *(is_own ? &shared_.marked_count : in_block(&shared_.marked_count, block)) <= kMaxScores;
 }
 
 // Where a vec's logits are read from; `local` is the vec's index within the part that holds it.
@@ -281,7 +325,7 @@ __device__ __forceinline__ const unsigned char* RowSampler<kDtype, kLayout>::log
                  : row_.aligned + static_cast<int64_t>(vec) * kVecBytes;
 }
 
-// Steps 1 to 5 of a vec. `copy` and `is_scored` are those of the block whose part holds the vec, and
+// Steps 1 to 5a of a vec. `copy` and `is_scored` are those of the block whose part holds the vec, and
 // `local` is its index there.
 template <int kDtype, Layout kLayout>
 __device__ __forceinline__ void RowSampler<kDtype, kLayout>::process(
@@ -302,24 +346,27 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::process(
         kCopied ? copy.allowed[word] >> bit : row_.allowed.of_vec(first, row_.vocab_size);
     apply_mask(allowed, x);
   }
-  if (row_.seen.words == nullptr) return;
-  const uint32_t here = kCopied ? copy.seen[word] : 0;
-  unsigned seen = kCopied ? here >> bit & 0xff : row_.seen.of_vec(first, row_.vocab_size);
-  if (!kCopied && args_.extra_output != nullptr) seen = shared_.overrides.over(seen, first, kVec);
+  if (!row_.has_marks()) return;
+  const uint32_t here = kCopied ? copy.marked[word] : 0;
+  unsigned marked = here >> bit & 0xff;
+  if (!kCopied) {
+    if (row_.seen.words != nullptr) marked = row_.seen.of_vec(first, row_.vocab_size);
+    marked = marks_over(marked, first, kVec, shared_.parameters.row);
+  }
   const float* scores = nullptr;
   if (kCopied && is_scored)
     scores = copy.scores + copy.places[word] + __popc(here & ((1u << bit) - 1));
-  // A vec has few seen tokens, so a loop over them is shorter than the unrolled body for all eight.
+  // A vec has few marked tokens, so a loop over them is shorter than the unrolled body for all eight.
 #pragma unroll 1
-  for (; seen != 0; seen &= seen - 1) {
-    const int next = __ffs(static_cast<int>(seen)) - 1;
+  for (; marked != 0; marked &= marked - 1) {
+    const int next = __ffs(static_cast<int>(marked)) - 1;
     float value = 0.0f;
     if (kCopied && is_scored) {
       value = *scores++;
     } else {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) value = i == next ? x[i] : value;
-      value = penalize(shared_.penalties, value, times_of(first + next));
+      value = score_of(shared_.penalties, value, first + next, times_of(first + next));
     }
 #pragma unroll
     for (int i = 0; i < kVec; ++i) x[i] = i == next ? value : x[i];

@@ -150,7 +150,7 @@ __device__ float RowSampler<kDtype, kLayout>::raw_logit(int id) const {
 }
 
 // Finds the largest raw logit, then the logarithm of the sum of exp(x - raw_m_). It reads global memory,
-// because the copy has -inf in place of the seen tokens' logits.
+// because the copy has -inf in place of the marked tokens' logits.
 template <int kDtype, Layout kLayout>
 __device__ void RowSampler<kDtype, kLayout>::find_raw_sum() {
   uint64_t sum[1] = {0};

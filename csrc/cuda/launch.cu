@@ -169,10 +169,22 @@ cudaError_t find_launch(
   }
 }
 
+// Makes the lists of step 5a; there are no more rows than blocks.
+cudaError_t make_lists(const LlmSamplingArgs& args, cudaStream_t stream) {
+  const ListPlan plan = list_plan_of(args);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(args.rows));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(list_bytes(plan));
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, find_list_kernel(), plan);
+}
+
 int32_t run(const LlmSamplingArgs& args, cudaStream_t stream) {
   // The kernel of one row does not know whether all rows are valid.
   if (args.advance == LLM_SAMPLING_ADVANCE_IF_ALL_VALID) return LLM_SAMPLING_BAD_OPTION;
-  const int32_t code = check_struct(args);
+  int32_t code = check_struct(args);
+  if (code == LLM_SAMPLING_OK && args.dry_multiplier != nullptr) code = check_lists(args);
   if (code != LLM_SAMPLING_OK || args.rows == 0) return code;
   Launch launch = {};
   SampleKernel kernel = nullptr;
@@ -190,6 +202,10 @@ int32_t run(const LlmSamplingArgs& args, cudaStream_t stream) {
   if (args.rows > INT32_MAX / launch.blocks) return LLM_SAMPLING_BAD_SIZE;
   if (launch.is_split && args.workspace_bytes < workspace_bytes(args.rows, launch.blocks)) {
     return LLM_SAMPLING_BAD_SIZE;
+  }
+  if (args.dry_multiplier != nullptr) {
+    const cudaError_t failure = make_lists(args, stream);
+    if (failure != cudaSuccess) return code_of_cuda(failure);
   }
   const Config config(launch, args.rows, stream);
   return code_of_cuda(cudaLaunchKernelEx(&config.config, kernel, plan_of(args, launch)));
@@ -219,20 +235,6 @@ int32_t update(const LlmSamplingUpdate& update, cudaStream_t stream) {
   return code_of_cuda(cudaLaunchKernelEx(&config, find_update_kernel(), update));
 }
 
-int32_t make_lists(const LlmSamplingArgs& args, cudaStream_t stream) {
-  int32_t code = check_struct(args);
-  if (code == LLM_SAMPLING_OK) code = check_lists(args);
-  if (code != LLM_SAMPLING_OK || args.rows == 0) return code;
-  if (args.rows > INT32_MAX) return LLM_SAMPLING_BAD_SIZE;
-  const ListPlan plan = list_plan_of(args);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(args.rows));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(list_bytes(plan));
-  config.stream = stream;
-  return code_of_cuda(cudaLaunchKernelEx(&config, find_list_kernel(), plan));
-}
-
 }  // namespace
 }  // namespace llm_sampling
 
@@ -252,14 +254,6 @@ llm_sampling_cuda_update(const LlmSamplingUpdate* update, void* stream) {
   const int32_t code = llm_sampling::read_struct(update, own);
   if (code != LLM_SAMPLING_OK) return code;
   return llm_sampling::update(own, static_cast<cudaStream_t>(stream));
-}
-
-__attribute__((visibility("default"))) int32_t
-llm_sampling_cuda_lists(const LlmSamplingArgs* args, void* stream) {
-  LlmSamplingArgs own = {};
-  const int32_t code = llm_sampling::read_struct(args, own);
-  if (code != LLM_SAMPLING_OK) return code;
-  return llm_sampling::make_lists(own, static_cast<cudaStream_t>(stream));
 }
 
 __attribute__((visibility("default"))) int32_t

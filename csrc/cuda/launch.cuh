@@ -18,7 +18,7 @@ constexpr int kVec = 8;               // tokens of a vec; its logits begin at a 
 constexpr int kMaxBlocks = 8;         // blocks of a cluster: every device with clusters supports 8
 constexpr int kMaxParts = 32;         // blocks of a row that is split without a cluster (split.cuh)
 constexpr int kMaxListed = 256;       // codes that such a block hands on
-constexpr int kMaxScores = 2048;      // most seen tokens per block whose scores are kept (row.cuh)
+constexpr int kMaxScores = 2048;      // most marked tokens per block whose scores are kept (row.cuh)
 constexpr int kFixedBytes = 16384;    // shared memory that a block needs whatever its part's size
 constexpr int kUpdateBytes = 1024;    // shared memory of a block that changes a history
 constexpr int kListBytes = 5376;      // shared memory of a block that makes a list, without ids
@@ -242,6 +242,7 @@ LLM_SAMPLING_FN LlmSamplingArgs plain(LlmSamplingArgs args) {
   args.logit_bias_offsets = nullptr;
   args.allowed_mask = nullptr;
   args.seen = nullptr;
+  args.list_bits = nullptr;
   args.text = nullptr;
   args.windows = nullptr;
   args.extra_output = nullptr;
@@ -255,7 +256,8 @@ inline Layout layout_of(const Launch& launch) {
   return launch.copied ? Layout::kCopied : Layout::kInPlace;
 }
 
-inline Plan plan_of(const LlmSamplingArgs& args, const Launch& launch) {
+inline Plan plan_of(LlmSamplingArgs args, const Launch& launch) {
+  if (args.dry_multiplier == nullptr) args.list_bits = nullptr;
   const int logit_bytes = args.dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
   const int whole = divide_rows(args.vocab_size, logit_bytes, 1, false).vecs;
   const Workspace none = {nullptr, nullptr, nullptr};

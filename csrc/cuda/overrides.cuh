@@ -97,7 +97,7 @@ __device__ __forceinline__ uint32_t Overrides::over(uint32_t bits, int first, in
   return bits;
 }
 
-// Replaces the counts of the seen tokens of this block's copy by those of the list.
+// Replaces the counts of the marked tokens of this block's copy by those of the overrides.
 template <int kDtype, Layout kLayout>
 __device__ void RowSampler<kDtype, kLayout>::override_counts(const Copy& copy) const {
   const Overrides& list = shared_.overrides;
@@ -106,7 +106,7 @@ __device__ void RowSampler<kDtype, kLayout>::override_counts(const Copy& copy) c
   for (int i = static_cast<int>(threadIdx.x); i < list.count; i += kThreads) {
     const int offset = static_cast<int>(list.keys[i] >> 1) - first;
     if ((list.keys[i] & 1) == 0 || offset < 0 || offset >= vecs() * kVec) continue;
-    const uint32_t lower = copy.seen[offset / 32] & ((1u << offset % 32) - 1);
+    const uint32_t lower = copy.marked[offset / 32] & ((1u << offset % 32) - 1);
     memcpy(
         copy.scores + copy.places[offset / 32] + __popc(lower),
         &list.counts[i],
@@ -125,6 +125,16 @@ __device__ __forceinline__ int32_t RowSampler<kDtype, kLayout>::times_of(int id)
     if (entry >= 0) return shared_.overrides.counts[entry];
   }
   return counts[id];
+}
+
+// Whether prompt or output holds a token; there is a penalty.
+template <int kDtype, Layout kLayout>
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::is_seen(int id) const {
+  if (args_.extra_output != nullptr) {
+    const int entry = shared_.overrides.find(id);
+    if (entry >= 0) return (shared_.overrides.keys[entry] & 1) != 0;
+  }
+  return (row_.seen.words[id >> 5] >> (id & 31) & 1) != 0;
 }
 
 }  // namespace llm_sampling

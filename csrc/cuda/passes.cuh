@@ -89,13 +89,13 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::prefetch_later(
 
 // Finds the largest logit of the row, of each tile, and of each thread (kMaxima of them), and the smallest of
 // the threads' maxima. Returns whether a logit is NaN.
-// kRaw: of rows that neither a bias, nor a mask, nor a penalty changes any more.
+// kRaw: of rows that neither a bias, nor a mask, nor a penalty, nor a list changes any more.
 template <int kDtype, Layout kLayout>
 template <bool kRaw>
 __device__ bool RowSampler<kDtype, kLayout>::find_maxima() {
   is_scored_ = !kRaw && has_scores(part());
   bool any_nan = is_scored_ && score();
-  const bool has_unscored = row_.seen.words != nullptr && !is_scored_;
+  const bool has_unscored = row_.has_marks() && !is_scored_;
   if (kRaw || (!row_.has_bias_or_mask() && !has_unscored)) {
     any_nan |= find_tile_maxima<true>();
   } else {
@@ -123,7 +123,7 @@ __device__ void RowSampler<kDtype, kLayout>::write_status(bool any_nan) {
   args_.status[shared_.parameters.row] = status;
 }
 
-// The maxima of all tokens. kPlain: steps 2 to 5 change none of those without a score; score() has counted the
+// The maxima of all tokens. kPlain: steps 2 to 5a change none of those without a score; score() has counted the
 // others, which are -inf in the copy. Returns whether one is NaN.
 template <int kDtype, Layout kLayout>
 template <bool kPlain>

@@ -88,7 +88,7 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::hold_first() {
 }
 
 // Makes the row's logits those of step 1, and the order that of all of them. A copy is made anew, because it has
-// -inf in place of seen tokens' logits.
+// -inf in place of marked tokens' logits.
 template <int kDtype, Layout kLayout>
 __device__ __forceinline__ void RowSampler<kDtype, kLayout>::list_raw() {
   threshold_ = kLowestCode;
@@ -98,6 +98,7 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::list_raw() {
   row_.is_plain = true;
   row_.bias_count = 0;
   row_.allowed = row_.seen = {nullptr};
+  row_.has_list = false;
   is_scored_ = false;
 #pragma unroll
   for (int half = 0; half < kMaxima; ++half) largest_[half] = -kInfinity;

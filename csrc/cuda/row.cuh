@@ -58,7 +58,8 @@ struct Row {
   const unsigned char* aligned;  // logits of vec 0, in global memory
   int shift;                     // tokens of vec 0 that lie before the row; they are not read
   int vocab_size;
-  bool is_plain;  // no bias, no mask and no penalty
+  bool is_plain;  // no bias, no mask, no penalty and no list
+  bool has_list;  // whether step 5a lowers tokens
   int bias_count;
   Bits allowed;  // the token bitmask; null words: all tokens are allowed
   Bits seen;     // tokens of prompt and output; null words: no penalty is on
@@ -67,6 +68,8 @@ struct Row {
   __device__ __forceinline__ bool has_bias_or_mask() const {
     return bias_count != 0 || allowed.words != nullptr;
   }
+  // Whether steps 3 to 5a change logits.
+  __device__ __forceinline__ bool has_marks() const { return seen.words != nullptr || has_list; }
   __device__ __forceinline__ int first_id(int vec) const { return vec * kVec - shift; }
   __device__ __forceinline__ bool is_whole(int vec) const {
     const int first = first_id(vec);
@@ -76,13 +79,14 @@ struct Row {
 };
 
 // The arrays of a block's copy of its part, in its shared memory. A word of bits covers four vecs; bits
-// outside the row are 0.
+// outside the row are 0. Marked are the tokens that steps 3 to 5a may change: where a penalty is on the seen
+// ones, and those of the row's list.
 struct Copy {
   unsigned char* logits;
-  float* scores;      // logits of the seen tokens after step 5; before that, their output counts
+  float* scores;      // logits of the marked tokens after step 5a; before that, their output counts
   uint32_t* allowed;  // bits
-  uint32_t* seen;     // bits
-  uint16_t* places;   // for each word of `seen`: the place in `scores` of its first seen token
+  uint32_t* marked;   // bits
+  uint16_t* places;   // for each word of `marked`: the place in `scores` of its first marked token
 
   __device__ __forceinline__ Copy(unsigned char* base, int vecs, int logit_bytes) {
     logits = base;
@@ -91,7 +95,7 @@ struct Copy {
     base += kMaxScores * 4;
     allowed = reinterpret_cast<uint32_t*>(base);
     base += bits_bytes(vecs);
-    seen = reinterpret_cast<uint32_t*>(base);
+    marked = reinterpret_cast<uint32_t*>(base);
     base += bits_bytes(vecs);
     places = reinterpret_cast<uint16_t*>(base);
   }

@@ -151,7 +151,7 @@ struct Shared {
   float least_maximum;
   int held_before;  // what the bins before the one that find_bin() has found hold; split rows only
   int held_with;    // what they hold together with it
-  uint32_t seen_count;    // seen tokens of this block's part
+  uint32_t marked_count;  // marked tokens of this block's part, see Copy
   uint32_t appended;      // candidates that this block has found
   Candidates candidates;  // written by thread 0
   // That part of total_mass_ which belongs to earlier blocks; written by thread 0.
@@ -162,7 +162,7 @@ struct Shared {
       int32_t ids[kMaxOverrides];  // -1 where there is none
       uint32_t stays[kMaxOverrides];
     } listing;                      // used by list_overrides
-    uint32_t seen_ids[kMaxScores];  // in any order; used before there are candidates
+    uint32_t marked_ids[kMaxScores];  // in any order; used before there are candidates
     struct {
       uint64_t codes[kMaxCandidates];   // in any order; written by all blocks, between two barriers
       int64_t masses[kMaxCandidates];   // of `codes`
@@ -233,6 +233,10 @@ class RowSampler {
   __device__ void copy_edge(unsigned char* to, const unsigned char* from, int first) const;
   __device__ void copy_bits(int vecs);
   __device__ bool score();
+  __device__ __forceinline__ uint32_t
+  marks_over(uint32_t bits, int first, int width, int64_t row) const;
+  __device__ __forceinline__ float
+  score_of(const Penalties& penalties, float x, int id, int32_t count) const;
   __device__ Copy copy_of(int block) const;
   __device__ __forceinline__ bool has_scores(int block) const;
   __device__ __forceinline__ const unsigned char* logits_of(const Copy&, int local, int vec) const;
@@ -249,6 +253,7 @@ class RowSampler {
   __device__ void list_overrides();
   __device__ void override_counts(const Copy& copy) const;
   __device__ __forceinline__ int32_t times_of(int id) const;
+  __device__ __forceinline__ bool is_seen(int id) const;
 
   // passes.cuh: passes over the block's part
   __device__ int vecs() const { return shared_.vecs; }

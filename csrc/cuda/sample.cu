@@ -11,8 +11,9 @@
 // two rows share a multiprocessor: one is copied while the other is searched.
 //
 // Passes over a part, by the function that makes them:
-//   score            rows with a history, where there is a copy: the seen tokens' logits after step 5. They
-//                    are divided evenly among the threads and kept apart; -inf replaces them in the copy.
+//   score            rows with a penalty or a list, where there is a copy: the logits after step 5a of seen and
+//                    listed tokens. They are divided evenly among the threads and kept apart; -inf replaces
+//                    them in the copy.
 //   find_maxima      every row: the largest logit of each tile, and two for each thread, one over the lower
 //                    halves of its vecs and one over the upper halves.
 //   find_first       greedy rows: the first token of the order.
@@ -30,7 +31,7 @@
 //   write_mask       the kept set's bits, where the candidates do not hold it.
 //   narrow, collect  long lists, and those whose first range has too many tokens: histograms, then candidates.
 //   count_reaching   the ranks of tokens that are not among the candidates, four in a pass.
-//   list_raw         raw lists of rows with a bias, a mask or a penalty: the part is copied again, and its maxima are
+//   list_raw         raw lists of rows with a bias, a mask, a penalty or a list: the part is copied again, and its maxima are
 //                    found again.
 // A pass is inlined where it is called. Steps that share a pass are iterations of one loop, because each
 // call would add the whole of its code to the kernel.
@@ -85,7 +86,7 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::run_as() {
   __syncthreads();
   cluster_.wait();  // from here on, all blocks have started and may be looked into
 
-  // 1 widen, 2 bias and mask, 3 repetition, 4 frequency, 5 presence, 6 canonical: in every pass
+  // 1 widen, 2 bias and mask, 3 repetition, 4 frequency, 5 presence, 5a list, 6 canonical: in every pass
   write_status(find_maxima());
   if (m_ == -kInfinity) {
     threshold_ = ~uint64_t{0};  // nothing is kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -170,6 +171,7 @@ def make_args(call: SampleCall) -> SampleArgs:
             setattr(args, name, tensor.data_ptr())
     if call.batch.sequences is not None:
         args.sequences_size = call.batch.sequences.numel()
+    args.list_capacity = call.list_capacity
     if call.vocab_slice is not None:
         args.first_id, args.whole_vocab_size = call.vocab_slice
     args.logit_bias_size = call.batch.logit_bias_ids.numel()
@@ -269,6 +271,22 @@ def set_results(args: SampleArgs, output: SampleOutput) -> None:
         _set_addresses(args.raw, output.raw)
     if output.kept is not None:
         _set_addresses(args.kept, output.kept)
+
+
+def list_memory(args: SampleArgs, device: torch.device) -> tuple[Tensor, ...]:
+    """Memory for the lists of a call with rules."""
+    words = -(-args.vocab_size // 32)
+
+    def take(width: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(args.rows, width, dtype=dtype, device=device)
+
+    return take(words), take(words), take(1), take(args.list_capacity, torch.float32)
+
+
+def set_lists(args: SampleArgs, lists: Sequence[Tensor]) -> None:
+    """Point the struct at what ``list_memory`` has made for a call of this size."""
+    places = (tensor.data_ptr() for tensor in lists)
+    args.list_bits, args.list_before, args.list_counts, args.list_amounts = places
 
 
 def words_of(args: SampleArgs) -> ctypes.Array[ctypes.c_uint64]:

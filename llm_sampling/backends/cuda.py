@@ -1,4 +1,4 @@
-"""The CUDA kernels, csrc/cuda/sample.cu and history.cu: NVIDIA GPUs from compute capability 8.0."""
+"""The CUDA kernels, whose files csrc/cuda/sample.cu names: NVIDIA GPUs from capability 8.0."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from llm_sampling.backends import native
-from llm_sampling.backends.base import SampleCall, Size, Step, refuse_rules, settle, with_slots
-from llm_sampling.backends.c_abi import DTYPES, HistoryUpdateArgs, SampleArgs
+from llm_sampling.backends.base import SampleCall, Size, Step, settle, with_slots
+from llm_sampling.backends.c_abi import (
+    DTYPES,
+    HistoryUpdateArgs,
+    SampleArgs,
+    list_memory,
+    set_lists,
+)
 from llm_sampling.history import HistoryUpdate
 from llm_sampling.results import SampleOutput
 
@@ -48,12 +54,13 @@ def _why_unusable(index: int) -> str | None:
 
 
 def _run_on(device: torch.device) -> native.Run:
-    """One launch, on the current stream of the device.
+    """One launch, and one before it that makes the lists of a call with rules.
 
-    A workspace belongs to launches of one size on one stream, and is kept: a captured graph may
-    have its address.
+    They are on the current stream of the device. A workspace and the memory of lists belong to
+    launches of one size on one stream, and are kept: a captured graph may have their addresses.
     """
     workspaces: dict[tuple[int, int], Tensor | None] = {}
+    lists: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def run(args: SampleArgs) -> None:
         with torch.cuda.device(device):
@@ -67,6 +74,10 @@ def _run_on(device: torch.device) -> native.Run:
                 args.workspace_bytes = workspace.nbytes
             elif args.workspace:
                 args.workspace = None
+            if args.dry_multiplier:
+                if key not in lists:
+                    lists[key] = list_memory(args, device)
+                set_lists(args, lists[key])
             LIBRARY.run(args, stream)
 
     return run
@@ -107,20 +118,17 @@ def _unchecked(call: SampleCall) -> SampleCall:
 
 
 def sample(call: SampleCall) -> SampleOutput:
-    """Draw tokens in one launch."""
-    refuse_rules("cuda", call)
+    """Draw tokens in one launch; with rules there is one more."""
     return settle(call, native.sample(_unchecked(call), _run_on(call.logits.device)))
 
 
 def filter_logits(call: SampleCall) -> Tensor:
-    """Filter in one launch."""
-    refuse_rules("cuda", call)
+    """Filter in one launch; with rules there is one more."""
     return native.filter_logits(call, _run_on(call.logits.device))
 
 
 def prepare(call: SampleCall) -> Step:
     """Keep what the kernel is called with between steps."""
-    refuse_rules("cuda", call)
     launch = native.prepare(_unchecked(call), _run_on(call.logits.device))
 
     def step(

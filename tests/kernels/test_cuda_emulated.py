@@ -19,6 +19,7 @@ from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases, ev
 from histories import KINDS, assert_drawings, assert_updates, with_text
 from param_slots import assert_by_slot
 from parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
+from ruled_rows import Rows, assert_as_the_reference
 
 from llm_sampling import (
     BatchParams,
@@ -106,6 +107,15 @@ def test_every_launch(install, vocab_size, launch):
     step = len(LAUNCHES) * (1 if vocab_size < 100_000 else 2)
     groups = [group[turn % len(group) :: step] for group in groups]
     assert_parity(build_all(groups, vocab_size, dtype, "cpu"), install(launch))
+
+
+@launches
+@pytest.mark.parametrize("vocab_size", [1, 7, 600, 5003])
+def test_rules_that_look_at_the_history(install, vocab_size, launch):
+    """Rows with a penalty, a list, both or none; tokens that are seen, listed, both or neither."""
+    turn = (LAUNCHES + SPLIT).index(launch)
+    rows = Rows(vocab_size + turn, vocab_size, DTYPES[turn % 3])
+    assert_as_the_reference(rows, install(launch))
 
 
 @dtypes
@@ -355,6 +365,76 @@ def test_wrong_histories_are_seen(tmp_path, text, wrong):
             for kind in KINDS:
                 assert_updates(backend, kind, 1000, seed, "cpu")
             assert_drawings(backend, "windows", 33, seed, "cpu")
+
+    with pytest.raises(AssertionError):
+        compare()
+
+
+# Rules that look at the history
+
+
+@pytest.mark.parametrize("penalties", [{}, {"repetition_penalty": 1.4, "presence_penalty": 0.3}])
+@pytest.mark.parametrize("launch", FEW, ids=str)
+def test_more_listed_tokens_than_have_scores(install, launch, penalties):
+    """Of 5,003 tokens DRY lowers 3,000, more than a block keeps the scores of."""
+    ids = torch.randperm(4000, generator=torch.Generator().manual_seed(2)).tolist()
+    text = [token for pair in zip(ids[:3000], [4001] * 3000, strict=True) for token in pair]
+    history = TokenHistory.from_ids([text, text], None, 5003, max_length=6100)
+    logits = torch.randn(2, 5003, generator=torch.Generator().manual_seed(4))
+    logits[:, ids[:3000]] += 2
+    rows = [
+        SamplingParams(dry_multiplier=1.5, dry_allowed_length=1, seed=1, **penalties),
+        SamplingParams(no_repeat_ngram_size=2, top_p=0.9, seed=2, **penalties),
+    ]
+    drawn = [
+        sample(
+            logits,
+            rows,
+            history=history,
+            num_samples=16,
+            backend=name,
+            logprobs="processed",
+            check=False,
+        )
+        for name in ("torch", install(launch))
+    ]
+    assert torch.equal(drawn[0].tokens, drawn[1].tokens)
+    torch.testing.assert_close(drawn[0].logprobs, drawn[1].logprobs, rtol=0, atol=1e-5)
+    assert drawn[0].tokens[1].tolist() != drawn[0].tokens[0].tolist()
+    off = [replace(row, dry_multiplier=0, no_repeat_ngram_size=0) for row in rows]
+    without = sample(logits, off, history=history, num_samples=16).tokens
+    assert ((without != drawn[0].tokens).any(-1)).all()
+
+
+@not_inside
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("if (row_.seen.words != nullptr && is_seen(id)) x =", "x ="),
+        (
+            "bits |= listed.word_at(first, row_.vocab_size)",
+            "bits |= 0 & listed.word_at(first, row_.vocab_size)",
+        ),
+        ("int64_t{args_.list_before[word]} + __popc", "int64_t{0} + __popc"),
+        ("return lowered(x, args_", "return x - static_cast<float>(args_"),
+        (
+            "if (entry >= 0) return (shared_.overrides.keys",
+            "if (entry < -1) return (shared_.overrides.keys",
+        ),
+        ("const bool has_unscored = row_.has_marks()", "const bool has_unscored = row_.seen.words"),
+        ("args_.list_counts[index_] > 0", "args_.list_counts[index_] > 1"),
+    ],
+    ids=["not seen", "no marks", "places", "bans", "extra ids", "alone", "a single entry"],
+)
+def test_wrong_lists_are_seen(monkeypatch, tmp_path, text, wrong):
+    """Without one of its rules, a kernel lowers other logits. (The maker: test_cuda_rules.py.)"""
+    library = emulation.build(tmp_path, emulation.BRIEF, (text, wrong), is_float32_alone=True)
+
+    def compare():
+        for launch in (Launch(1, False), Launch(2, True)):
+            name = emulation.install(monkeypatch, library, launch)
+            for seed in range(6):
+                assert_as_the_reference(Rows(seed, 600, torch.float32), name)
 
     with pytest.raises(AssertionError):
         compare()

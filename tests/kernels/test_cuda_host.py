@@ -181,10 +181,8 @@ def args_with_lists(host: Host, rows: int, max_length: int) -> c_abi.SampleArgs:
     history = TokenHistory.empty(rows, 50, max_length=max_length)
     params = SamplingParams(no_repeat_ngram_size=2, seed=1)
     args = host.args(rows, 50, params=params, history=history)
-    for name in ("bits", "before", "counts", "ids", "amounts"):
-        memory = host.keep(torch.zeros(rows, 50, dtype=torch.int32))
-        setattr(args, f"list_{name}", memory.data_ptr())
-    args.list_capacity = 50
+    assert args.list_capacity == 50
+    c_abi.set_lists(args, host.keep(c_abi.list_memory(args, torch.device("cpu"))))
     return args
 
 
@@ -192,20 +190,28 @@ def args_with_lists(host: Host, rows: int, max_length: int) -> c_abi.SampleArgs:
     ("max_length", "staged"), [(1, 65), (4096, 4160), (8128, 8192), (100_000, 8192)]
 )
 def test_a_block_makes_the_list_of_a_row(host, max_length, staged):
-    """The ids that it keeps in shared memory need no higher limit than there is by itself."""
+    """The ids that it keeps in shared memory need no higher limit than there is by itself.
+
+    They are made in one launch before that of the sampling kernel.
+    """
     host.use(**A100)
     args = args_with_lists(host, 3, max_length)
-    assert host.library.llm_sampling_cuda_lists(ctypes.byref(args), None) == 0
-    assert [launch[:3] for launch in host.launches()] == [(3, 1, 5376 + 4 * staged)]
+    assert host.run(args) == 0
+    lists, sampling = host.launches()
+    assert lists[:3] == (3, 1, 5376 + 4 * staged)
+    args.dry_multiplier = None
+    assert host.run(args) == 0
+    assert host.launches() == [lists, sampling, sampling]
 
 
 def test_lists_that_cannot_be_made(host):
     host.use(**A100)
     args = args_with_lists(host, 2, 9)
-    make = host.library.llm_sampling_cuda_lists
-    assert make(None, None) == 1
     for changes, code in (
-        ({"dry_multiplier": None}, 4),
+        ({"list_bits": None}, 4),
+        ({"list_before": None}, 4),
+        ({"list_counts": None}, 4),
+        ({"list_amounts": None}, 4),
         ({"list_capacity": 49}, 2),
         ({"logits": None}, 4),
         ({"rows": 0}, 0),
@@ -213,7 +219,7 @@ def test_lists_that_cannot_be_made(host):
         before = {name: getattr(args, name) for name in changes}
         for name, value in changes.items():
             setattr(args, name, value)
-        assert make(ctypes.byref(args), None) == code, changes
+        assert host.run(args) == code, changes
         for name, value in before.items():
             setattr(args, name, value)
     assert host.launches() == []

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import DTYPES, Batch, Case
 from param_slots import assert_by_slot
-from ruled_rows import ALPHABET, MAX_LENGTH, ROWS, Rows
+from ruled_rows import ALPHABET, MAX_LENGTH, ROWS, Rows, assert_as_the_reference
 from torch import Tensor
 
 from llm_sampling import (
@@ -34,50 +34,11 @@ from llm_sampling.fields import FIELDS
 RULES = [field.name for field in FIELDS.values() if field.kind in ("rule", "sequences")]
 
 
-def assert_same(one: Any, other: Any) -> None:
-    """Assert that two outputs have the same tokens, status, ranks and kept sets."""
-    assert torch.equal(one.tokens, other.tokens)
-    assert torch.equal(one.status, other.status)
-    for kind in ("processed", "raw"):
-        assert torch.equal(getattr(one, kind).ranks, getattr(other, kind).ranks)
-        assert torch.equal(getattr(one, kind).top_ids, getattr(other, kind).top_ids)
-    assert torch.equal(one.kept.mask, other.kept.mask)
-    assert torch.equal(one.kept.total, other.kept.total)
-
-
-def results(rows: Rows, backend: str, logits: Tensor, **given: Any) -> Any:
-    return sample(
-        logits,
-        rows.params,
-        history=rows.history(),
-        num_samples=3,
-        logprobs=("processed", "raw"),
-        top_logprobs=5,
-        kept="mask",
-        check=False,
-        backend=backend,
-        **given,
-    )
-
-
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("vocab_size", [1, 7, 600, 5003])
 def test_rows_are_those_of_the_reference(vocab_size: int, seed: int) -> None:
     rows = Rows(seed, vocab_size, DTYPES[seed % 3])
-    for given in (
-        {},
-        {"allowed_mask": rows.mask},
-        {"extra_output_ids": rows.extra},
-        {"allowed_mask": rows.mask, "extra_output_ids": rows.extra},
-    ):
-        assert_same(*(results(rows, backend, rows.logits, **given) for backend in ("cpu", "torch")))
-        filtered = [
-            filter_logits(
-                rows.logits, rows.params, history=rows.history(), backend=backend, **given
-            )
-            for backend in ("cpu", "torch")
-        ]
-        assert torch.equal(*filtered)
+    assert_as_the_reference(rows, "cpu")
 
 
 @pytest.mark.parametrize("position_of", ["row", "slot", "text"])

@@ -97,6 +97,12 @@ class EmulatedBackend:
             return
         if self.launch.is_split:
             self._set_workspace(struct)
+        lists: Sequence[Tensor] = ()
+        if struct.dry_multiplier:
+            lists = c_abi.list_memory(struct, torch.device("cpu"))
+            for memory in lists:  # nothing in it has a meaning before the launch
+                memory.view(torch.int32).fill_(-1)
+            c_abi.set_lists(struct, lists)
         seed = next(self.seeds)
         failure = self.run_batch(struct, *self.launch, seed, self.overwriting).decode()
         assert failure == "", f"{self.launch}, seed {seed}: {failure}"

@@ -3,6 +3,7 @@
 #include "cuda_emulation.h"
 //
 #include "../../../csrc/cuda/history.cu"
+#include "../../../csrc/cuda/rules.cu"
 #include "../../../csrc/cuda/sample.cu"
 #include "../../../csrc/validate.h"
 
@@ -29,7 +30,8 @@ const char* llm_sampling_cuda_emulated(
 ) {
   using namespace llm_sampling;
   static std::string failure;
-  const int32_t code = check_struct(*args);
+  int32_t code = check_struct(*args);
+  if (code == LLM_SAMPLING_OK && args->dry_multiplier != nullptr) code = check_lists(*args);
   if (code != LLM_SAMPLING_OK) return error_text(code);
   const int logit_bytes = args->dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
   Launch launch = divide_rows(args->vocab_size, logit_bytes, blocks, copied != 0);
@@ -49,6 +51,16 @@ const char* llm_sampling_cuda_emulated(
   const Plan plan = plan_of(*args, launch);
   auto& machine = cuda_emulation::machine;
   machine.at_barrier = nullptr;
+  if (args->dry_multiplier != nullptr) {
+    const ListPlan lists = list_plan_of(*args);
+    cuda_emulation::Launch making;
+    making.grid = dim3(rows);
+    making.block = dim3(kThreads);
+    making.seed = seed;
+    making.shared_bytes = static_cast<size_t>(list_bytes(lists));
+    failure = cuda_emulation::run(making, find_list_kernel(), lists);
+    if (!failure.empty()) return failure.c_str();
+  }
   if (overwriting != nullptr) {
     machine.at_barrier = [&] {
       const dim3& first = machine.blocks[0].index;
