@@ -577,10 +577,8 @@ inline const char* error_text(int32_t code) {
     case LLM_SAMPLING_BAD_SIZE:
       return "rows, vocab_size, num_samples, num_threads, num_slots, num_param_slots, "
              "logit_bias_size, sequences_size, first_id, whole_vocab_size, list_capacity, "
-             "max_text_length, num_extra_output, "
-             "num_token_ids, num_top_logprobs, workspace_bytes, max_ids, a slot or an offset is "
-             "out "
-             "of range";
+             "max_text_length, num_extra_output, num_token_ids, num_top_logprobs, workspace_bytes, "
+             "max_ids, a slot or an offset is out of range";
     case LLM_SAMPLING_BAD_OPTION:
       return "dtype, advance, kind, id_bytes, position_of or reserved has an "
              "unknown value, or one that needs param_slots";

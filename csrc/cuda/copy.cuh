@@ -188,7 +188,8 @@ __device__ void RowSampler<kDtype, kLayout>::copy_bits(int vecs) {
       count = 0;
 #pragma unroll 1
       for (int i = thread; i < words; i += kThreads) {
-        copy.marked[i] = marks_over(row_.seen.words != nullptr ? copy.marked[i] : 0, first + i * 32, 32, index_);
+        copy.marked[i] =
+            marks_over(row_.seen.words != nullptr ? copy.marked[i] : 0, first + i * 32, 32, index_);
         count += __popc(copy.marked[i]);
       }
     }
@@ -262,12 +263,8 @@ __device__ bool RowSampler<kDtype, kLayout>::score() {
 // The marks of `width` ids from `first` on, which may lie before the row, where the history in memory has these
 // bits and a penalty is on.
 template <int kDtype, Layout kLayout>
-__device__ __forceinline__ uint32_t RowSampler<kDtype, kLayout>::marks_over(
-    uint32_t bits,
-    int first,
-    int width,
-    int64_t row
-) const {
+__device__ __forceinline__ uint32_t
+RowSampler<kDtype, kLayout>::marks_over(uint32_t bits, int first, int width, int64_t row) const {
   if (args_.extra_output != nullptr && row_.seen.words != nullptr) {
     bits = shared_.overrides.over(bits, first, width);
   }

@@ -13,16 +13,16 @@
 
 namespace llm_sampling {
 
-constexpr int kThreads = 256;         // threads of a block
-constexpr int kVec = 8;               // tokens of a vec; its logits begin at a multiple of 16 bytes
-constexpr int kMaxBlocks = 8;         // blocks of a cluster: every device with clusters supports 8
-constexpr int kMaxParts = 32;         // blocks of a row that is split without a cluster (split.cuh)
-constexpr int kMaxListed = 256;       // codes that such a block hands on
-constexpr int kMaxScores = 2048;      // most marked tokens per block whose scores are kept (row.cuh)
-constexpr int kFixedBytes = 16384;    // shared memory that a block needs whatever its part's size
-constexpr int kUpdateBytes = 1024;    // shared memory of a block that changes a history
-constexpr int kListBytes = 5376;      // shared memory of a block that makes a list, without ids
-constexpr int kMostStaged = 8192;     // ids that such a block keeps in shared memory behind it
+constexpr int kThreads = 256;       // threads of a block
+constexpr int kVec = 8;             // tokens of a vec; its logits begin at a multiple of 16 bytes
+constexpr int kMaxBlocks = 8;       // blocks of a cluster: every device with clusters supports 8
+constexpr int kMaxParts = 32;       // blocks of a row that is split without a cluster (split.cuh)
+constexpr int kMaxListed = 256;     // codes that such a block hands on
+constexpr int kMaxScores = 2048;    // most marked tokens per block whose scores are kept (row.cuh)
+constexpr int kFixedBytes = 16384;  // shared memory that a block needs whatever its part's size
+constexpr int kUpdateBytes = 1024;  // shared memory of a block that changes a history
+constexpr int kListBytes = 5376;    // shared memory of a block that makes a list, without ids
+constexpr int kMostStaged = 8192;   // ids that such a block keeps in shared memory behind it
 constexpr int kReservedBytes = 1024;  // shared memory that the device reserves for each block
 
 struct Device {

@@ -161,7 +161,7 @@ struct Shared {
     struct {
       int32_t ids[kMaxOverrides];  // -1 where there is none
       uint32_t stays[kMaxOverrides];
-    } listing;                      // used by list_overrides
+    } listing;                        // used by list_overrides
     uint32_t marked_ids[kMaxScores];  // in any order; used before there are candidates
     struct {
       uint64_t codes[kMaxCandidates];   // in any order; written by all blocks, between two barriers
@@ -235,8 +235,12 @@ class RowSampler {
   __device__ bool score();
   __device__ __forceinline__ uint32_t
   marks_over(uint32_t bits, int first, int width, int64_t row) const;
-  __device__ __forceinline__ float
-  score_of(const Penalties& penalties, float x, int id, int32_t count) const;
+  __device__ __forceinline__ float score_of(
+      const Penalties& penalties,
+      float x,
+      int id,
+      int32_t count
+  ) const;
   __device__ Copy copy_of(int block) const;
   __device__ __forceinline__ bool has_scores(int block) const;
   __device__ __forceinline__ const unsigned char* logits_of(const Copy&, int local, int vec) const;

@@ -88,6 +88,18 @@ BROKEN = {
         "window_of(history, length)",
         "FAILED: ",
     ),
+    "matches that begin before the window": (
+        "sequence_rules.h",
+        "std::min<int64_t>(matches[i], of_ngrams - i) >= ngram - 1",
+        "matches[i] >= ngram - 1",
+        "FAILED: ",
+    ),
+    "matches that go across a breaker": (
+        "sequence_rules.h",
+        "std::min({int64_t{matches[i]}, size - i, most})",
+        "std::min({int64_t{matches[i]}, size - i, allowed + kMaxExcess})",
+        "FAILED: ",
+    ),
     "a rank that is off by one": (
         "sample.cpp",
         "int32_t before = 1;",

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -123,6 +124,10 @@ struct Inputs {
   std::vector<int32_t> windows, scope, extra, token_ids;
   std::vector<int64_t> text_prompt_lengths;
   std::vector<uint8_t> record;
+  std::vector<float> dry_multiplier, dry_base;
+  std::vector<int32_t> dry_allowed_length, dry_penalty_last_n, no_repeat_ngram_size;
+  std::vector<int32_t> no_repeat_ngram_window, min_tokens, sequence_counts, sequences;
+  std::vector<int64_t> sequence_offsets;
 };
 
 struct State {
@@ -374,17 +379,19 @@ struct Case {
     filters = (parts & 8) != 0;
     ask_for_results(results);
     if (parts & 32) put_into_slots(bytes);
-    if ((parts & 64) == 0) return;
-    if (!inputs.slots.empty()) put_texts(bytes);
-    inputs.scope.resize(inputs.temperature.size());
-    for (int32_t& scope : inputs.scope) scope = static_cast<int32_t>(bytes.below(2));
-    a.repetition_penalty_scope = inputs.scope.data();
-    if (bytes.below(2) != 0) {
-      for (size_t row = 0; row < rows; ++row) {
-        inputs.record.push_back(bytes.one_of<uint8_t>({0, 1, 2, 255}));
+    if (parts & 64) {
+      if (!inputs.slots.empty()) put_texts(bytes);
+      inputs.scope.resize(inputs.temperature.size());
+      for (int32_t& scope : inputs.scope) scope = static_cast<int32_t>(bytes.below(2));
+      a.repetition_penalty_scope = inputs.scope.data();
+      if (bytes.below(2) != 0) {
+        for (size_t row = 0; row < rows; ++row) {
+          inputs.record.push_back(bytes.one_of<uint8_t>({0, 1, 2, 255}));
+        }
+        a.record = inputs.record.data();
       }
-      a.record = inputs.record.data();
     }
+    if ((parts & 128) != 0 && !inputs.slots.empty()) put_rules(bytes);
   }
 
   // Chooses results, by chance or all of them, and the ids that some of them are for.
@@ -444,6 +451,59 @@ struct Case {
         state.counts[static_cast<size_t>(slot * a.counts_stride + id)] = 0;
       }
     }
+  }
+
+  // Gives the rows rules that look at the history, with token sequences of the ids of the texts.
+  void put_rules(Bytes& bytes) {
+    LlmSamplingArgs& a = args;
+    Inputs& i = inputs;
+    const uint8_t parts = bytes.take<uint8_t>();
+    Noise noise(bytes.take<uint16_t>());
+    const auto some_id = [&] {
+      const uint64_t which = noise.below(uint64_t{9});
+      if (which == 8) return noise.below(2) == 0 ? -1 : static_cast<int32_t>(a.vocab_size);
+      if (which > 2 && !state.text.empty()) return state.text[noise.below(state.text.size())];
+      return static_cast<int32_t>(noise.below(a.vocab_size));
+    };
+    if (parts & 1) i.sequence_offsets.push_back(bytes.below(2));  // an element may belong to no row
+    i.sequences.resize(i.sequence_offsets.empty() ? 0 : static_cast<size_t>(i.sequence_offsets[0]));
+    for (size_t index = 0; index < i.temperature.size(); ++index) {
+      i.dry_multiplier.push_back(bytes.one_of({0.0f, 0.8f, 1.0f, 100.0f, 1e-40f}));
+      i.dry_base.push_back(bytes.one_of({1.0f, 1.75f, 1.1f, 100.0f}));
+      i.dry_allowed_length.push_back(bytes.one_of({1, 2, 3, 20, INT32_MAX}));
+      i.dry_penalty_last_n.push_back(bytes.one_of({-1, 0, 1, 5, 100, INT32_MAX}));
+      i.no_repeat_ngram_size.push_back(bytes.one_of({0, 1, 2, 3, INT32_MAX}));
+      i.no_repeat_ngram_window.push_back(bytes.one_of({0, 1, 4, 100, INT32_MAX}));
+      i.min_tokens.push_back(bytes.one_of({0, 1, 3, 4, 20, INT32_MAX}));
+      if ((parts & 1) == 0) continue;
+      int32_t owned = 0;
+      for (int64_t records = bytes.below(5); records > 0; --records) {
+        std::vector<int32_t> ids(static_cast<size_t>(1 + bytes.below(4)));
+        for (int32_t& id : ids) id = some_id();
+        const int32_t kind = static_cast<int32_t>(bytes.below(4));
+        if (kind == LLM_SAMPLING_BREAKER_IDS) std::sort(ids.begin(), ids.end());
+        i.sequences.push_back(kind);
+        i.sequences.push_back(static_cast<int32_t>(ids.size()));
+        i.sequences.insert(i.sequences.end(), ids.begin(), ids.end());
+        owned += 2 + static_cast<int32_t>(ids.size());
+      }
+      i.sequence_counts.push_back(owned);
+      // Where there are numbers of elements, those of two slots may have others between them.
+      if ((parts & 2) != 0 && a.param_slots != nullptr) i.sequences.push_back(-9);
+      i.sequence_offsets.push_back(static_cast<int64_t>(i.sequences.size()));
+    }
+    a.dry_multiplier = i.dry_multiplier.data();
+    a.dry_base = i.dry_base.data();
+    a.dry_allowed_length = i.dry_allowed_length.data();
+    a.dry_penalty_last_n = i.dry_penalty_last_n.data();
+    a.no_repeat_ngram_size = i.no_repeat_ngram_size.data();
+    a.no_repeat_ngram_window = i.no_repeat_ngram_window.data();
+    a.min_tokens = i.min_tokens.data();
+    if ((parts & 1) == 0) return;
+    a.sequence_offsets = i.sequence_offsets.data();
+    a.sequences = i.sequences.data();
+    a.sequences_size = static_cast<int64_t>(i.sequences.size());
+    if ((parts & 2) != 0 && a.param_slots != nullptr) a.sequence_counts = i.sequence_counts.data();
   }
 
   std::vector<int32_t> text_of(const State& of, size_t slot) const {
@@ -776,6 +836,107 @@ struct Counted {
   }
 };
 
+// Whether a text without its last `following` ids, of which those from `begin` on count, ends with a sequence.
+bool ends_with(
+    const std::vector<int32_t>& text,
+    size_t begin,
+    size_t following,
+    const std::vector<int32_t>& sequence
+) {
+  if (sequence.size() > text.size() - begin - following) return false;
+  return std::equal(sequence.rbegin(), sequence.rend(), text.rbegin() + following);
+}
+
+// What the rules of a row subtract from which logits; infinity bans a token.
+std::map<int32_t, float> list_of(const Case& batch, const LlmSamplingArgs& a, int64_t row) {
+  const int64_t index = index_of(a, row);
+  const size_t slot = static_cast<size_t>(a.slots[row]);
+  std::vector<int32_t> text;
+  if (a.text != nullptr) text = batch.text_of(batch.state, slot);
+  int64_t output = a.lengths[slot];
+  for (int64_t i = 0; i < a.num_extra_output; ++i) {
+    const int32_t id = a.extra_output[row * a.num_extra_output + i];
+    if (id < 0 || id >= a.vocab_size) continue;
+    text.push_back(id);
+    ++output;
+  }
+  const size_t size = text.size();
+  std::map<int32_t, float> list;
+  const auto lower = [&](int32_t id, float amount) {
+    if (id >= 0 && id < a.vocab_size) list[id] = std::max(list[id], amount);
+  };
+  // How many ids up to the one at a place are the last ids of the text, of those from `begin` on.
+  const auto match = [&](size_t place, size_t begin) {
+    size_t length = 0;
+    while (length <= place - begin && text[place - length] == text[size - 1 - length]) ++length;
+    return length;
+  };
+  const auto begin_of = [&](int32_t last, bool is_all) {
+    return is_all || static_cast<size_t>(last) > size ? 0 : size - static_cast<size_t>(last);
+  };
+
+  std::vector<std::pair<int32_t, std::vector<int32_t>>> records;
+  if (a.sequence_offsets != nullptr) {
+    const int64_t from = a.sequence_offsets[index];
+    const int64_t end = a.sequence_counts != nullptr ? from + a.sequence_counts[index]
+                                                     : a.sequence_offsets[index + 1];
+    for (int64_t at = from; at < end; at += 2 + a.sequences[at + 1]) {
+      const int32_t* ids = a.sequences + at + 2;
+      records.push_back({a.sequences[at], {ids, ids + a.sequences[at + 1]}});
+    }
+  }
+  const float multiplier = a.dry_multiplier[index];
+  if (multiplier > 0.0f) {
+    const int32_t last_n = a.dry_penalty_last_n[index];
+    const size_t begin = begin_of(last_n, last_n < 0);
+    const auto is_end = [&](size_t following) {
+      for (const auto& [kind, ids] : records) {
+        if (kind == LLM_SAMPLING_BREAKER && ends_with(text, begin, following, ids)) return true;
+        for (int32_t id : ids) {
+          if (kind == LLM_SAMPLING_BREAKER_IDS && ends_with(text, begin, following, {id})) {
+            return true;
+          }
+        }
+      }
+      return false;
+    };
+    size_t room = 0;
+    while (room < size - begin && !is_end(room)) ++room;
+    const size_t allowed = static_cast<size_t>(a.dry_allowed_length[index]);
+    for (size_t place = begin; place + 1 < size; ++place) {
+      const size_t length = std::min(match(place, begin), room);
+      const int32_t id = text[place + 1];
+      const bool is_breaker = std::any_of(records.begin(), records.end(), [&](const auto& record) {
+        const auto& [kind, ids] = record;
+        return kind == LLM_SAMPLING_BREAKER_IDS &&
+               std::find(ids.begin(), ids.end(), id) != ids.end();
+      });
+      if (length < allowed || is_breaker) continue;
+      float amount = multiplier;
+      for (size_t more = std::min<size_t>(length - allowed, 255); more > 0; --more) {
+        amount = std::min(amount * a.dry_base[index], 0x1p100f);
+      }
+      lower(id, amount);
+    }
+  }
+  const size_t ngram = static_cast<size_t>(a.no_repeat_ngram_size[index]);
+  const int32_t window = a.no_repeat_ngram_window[index];
+  const size_t begin = begin_of(window, window == 0);
+  for (size_t place = begin; ngram > 0 && place < size; ++place) {
+    const size_t length = place > begin ? match(place - 1, begin) : 0;
+    if (length + 1 >= ngram) lower(text[place], kInfinity);
+  }
+  for (const auto& [kind, ids] : records) {
+    if (kind == LLM_SAMPLING_BAD_WORD && ends_with(text, 0, 0, {ids.begin(), ids.end() - 1})) {
+      lower(ids.back(), kInfinity);
+    }
+    for (int32_t id : ids) {
+      if (kind == LLM_SAMPLING_STOP_IDS && output < a.min_tokens[index]) lower(id, kInfinity);
+    }
+  }
+  return list;
+}
+
 // Compares the raw logprobs of a row with the softmax of its logits of step 1.
 void check_raw_logprobs(const LlmSamplingArgs& a, int64_t row, const std::vector<float>& logits) {
   std::vector<int64_t> order;
@@ -840,6 +1001,11 @@ void check_row(const Case& batch, const LlmSamplingArgs& a, const Outputs& out, 
       if (count <= 0) continue;
       x[i] = frequency(x[i], a.frequency_penalty[index], count);
       x[i] = x[i] - a.presence_penalty[index];
+    }
+  }
+  if (a.dry_multiplier != nullptr) {  // 5a the list
+    for (const auto& [id, amount] : list_of(batch, a, row)) {
+      x[id] = amount == kInfinity ? -kInfinity : x[id] - amount;
     }
   }
   int32_t status = 0;
@@ -1093,6 +1259,24 @@ constexpr Field kFields[] = {
     FIELD(token_ids),
     FIELD(token_ids_stride),
     FIELD(num_token_ids),
+    FIELD(dry_multiplier),
+    FIELD(dry_base),
+    FIELD(dry_allowed_length),
+    FIELD(dry_penalty_last_n),
+    FIELD(no_repeat_ngram_size),
+    FIELD(no_repeat_ngram_window),
+    FIELD(min_tokens),
+    FIELD(sequence_offsets),
+    FIELD(sequence_counts),
+    FIELD(sequences),
+    FIELD(sequences_size),
+    FIELD(first_id),
+    FIELD(whole_vocab_size),
+    FIELD(list_bits),
+    FIELD(list_before),
+    FIELD(list_counts),
+    FIELD(list_amounts),
+    FIELD(list_capacity),
 };
 
 #define UPDATE_FIELD(name) FIELD_OF(LlmSamplingUpdate, name)
@@ -1147,8 +1331,8 @@ bool is_within_memory(const Case& batch, const LlmSamplingArgs& a) {
   const bool by_slot = a.position_of == LLM_SAMPLING_POSITION_OF_SLOT;
   const size_t positions = static_cast<size_t>(by_slot ? a.num_param_slots : a.rows);
   return a.rows <= was.rows && a.num_samples <= was.num_samples &&
-         a.logit_bias_size <= was.logit_bias_size && a.num_param_slots <= was.num_param_slots &&
-         positions <= batch.state.position.size() &&
+         a.logit_bias_size <= was.logit_bias_size && a.sequences_size <= was.sequences_size &&
+         a.num_param_slots <= was.num_param_slots && positions <= batch.state.position.size() &&
          (a.text == nullptr || a.max_text_length <= was.max_text_length) &&
          a.num_extra_output <= was.num_extra_output && a.num_top_logprobs <= was.num_top_logprobs &&
          a.kept.max_ids <= was.kept.max_ids && a.num_token_ids <= was.num_token_ids &&
@@ -1249,6 +1433,20 @@ bool shares_a_byte(const LlmSamplingArgs& a) {
   add(false, a.logit_bias_offsets, 1, params + (a.logit_bias_counts == nullptr), 0);
   add(false, a.logit_bias_ids, 1, entries, 0);
   add(false, a.logit_bias_values, 1, entries, 0);
+  add(false, a.dry_multiplier, 1, params, 0);
+  add(false, a.dry_base, 1, params, 0);
+  add(false, a.dry_allowed_length, 1, params, 0);
+  add(false, a.dry_penalty_last_n, 1, params, 0);
+  add(false, a.no_repeat_ngram_size, 1, params, 0);
+  add(false, a.no_repeat_ngram_window, 1, params, 0);
+  add(false, a.min_tokens, 1, params, 0);
+  add(false, a.sequence_offsets, 1, params + (a.sequence_counts == nullptr), 0);
+  add(false, a.sequence_counts, 1, params, 0);
+  add(false, a.sequences, 1, a.sequence_offsets != nullptr ? a.sequences_size : 0, 0);
+  add(true, a.list_bits, a.rows, words, words);
+  add(true, a.list_before, a.rows, words, words);
+  add(true, a.list_counts, 1, a.rows, 0);
+  add(true, a.list_amounts, a.rows, a.list_capacity, a.list_capacity);
   add(false, a.slots, 1, slots != 0 ? a.rows : 0, 0);
   const int64_t texts = a.text != nullptr ? slots : 0;
   add(advances, a.text, texts, a.max_text_length, a.max_text_length);
@@ -1389,6 +1587,22 @@ void run_bad(Case& batch, Bytes& bytes) {
     make_hostile(bytes, batch.state.lengths, most);
   }
   if ((what & 12) == 12) make_hostile(bytes, batch.inputs.scope, 1);
+  if ((what & 16) != 0 && batch.args.dry_multiplier != nullptr) {
+    Inputs& i = batch.inputs;
+    const int64_t size = batch.args.sequences_size;
+    make_hostile(bytes, i.sequences, size);
+    make_hostile(bytes, i.sequence_offsets, size);
+    make_hostile(bytes, i.sequence_counts, size);
+    for (auto* values :
+         {&i.dry_allowed_length,
+          &i.dry_penalty_last_n,
+          &i.no_repeat_ngram_size,
+          &i.no_repeat_ngram_window,
+          &i.min_tokens}) {
+      make_hostile(bytes, *values, batch.args.max_text_length);
+    }
+    (bytes.below(2) == 0 ? i.dry_base : i.dry_multiplier).back() = take_float(bytes);
+  }
 
   State own = batch.state;
   Outputs out = batch.make_outputs();
