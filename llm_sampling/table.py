@@ -555,6 +555,10 @@ class RequestTable:
         self._sequences.send(start, stop)
         return []
 
+    def _most_sequence_ids(self) -> int | None:
+        """How many numbers a slot's token sequences have at most; None: any number."""
+        return self.max_sequence_ids
+
     def _rules_if(self, is_on: bool) -> dict[str, Any]:
         """The tensors of a batch in which a slot has a rule that looks at the history, or none."""
         return self._rules if is_on else dict.fromkeys(self._rules)
@@ -739,6 +743,7 @@ class RequestTable:
         by_slot = ParamSlots(
             *(slots, numbers["bias_count"], position_of, lengths, any_bias),
             numbers["sequence_count"] if batch.has_rules else None,
+            self._most_sequence_ids(),
         )
         return batch, by_slot
 

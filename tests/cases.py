@@ -48,11 +48,17 @@ INTERPRETED = tuple(
     name for name in ("triton",) if "cpu" in (BACKENDS[name].device_types or frozenset())
 )
 #: The backends whose kernels know no rules that look at the history, and refuse them.
-WITHOUT_RULES = ("cuda", "triton")
+WITHOUT_RULES = ("cuda",)
 ON_THE_CPU = tuple(name for name in BACKENDS if device_of(name) == "cpu")
 #: All backends, for parametrize(..., indirect=True). Those that need a GPU have the marker gpu.
 EVERY_BACKEND = tuple(
     name if name in ON_THE_CPU else pytest.param(name, marks=pytest.mark.gpu) for name in BACKENDS
+)
+#: The others of EVERY_BACKEND; the last one is the reference.
+WITH_RULES = tuple(
+    param
+    for name, param in zip(BACKENDS, EVERY_BACKEND, strict=True)
+    if name not in WITHOUT_RULES
 )
 OTHER_BACKENDS = tuple(
     param for name, param in zip(BACKENDS, EVERY_BACKEND, strict=True) if name != "torch"

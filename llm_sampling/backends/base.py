@@ -48,6 +48,7 @@ class ParamSlots:
         any_bias: whether any slot has a bias.
         sequence_counts: int32 ``(slots,)``; slot s owns ``sequence_counts[s]`` elements of the
             batch's ``sequences``, from ``sequence_offsets[s]`` on. None where the batch has none.
+        max_sequence_ids: how many elements a slot owns of these at most; None: it may be all.
     """
 
     of_rows: Tensor
@@ -56,6 +57,7 @@ class ParamSlots:
     prompt_lengths: Tensor | None = None
     any_bias: bool = True
     sequence_counts: Tensor | None = None
+    max_sequence_ids: int | None = None
 
     def exist(self) -> Tensor:
         """Whether each row's slot is one that there is; bool ``(rows,)``."""
@@ -126,6 +128,28 @@ class SampleCall:
     def ids(self) -> VocabSlice:
         """``vocab_slice``, also where there is none."""
         return self.vocab_slice or VocabSlice(0, self.logits.shape[1])
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether step 5a may lower tokens of a row."""
+        return self.history is not None and self.batch.has_rules
+
+    @property
+    def list_capacity(self) -> int:
+        """How many tokens step 5a lowers in a row at most, as far as the host knows.
+
+        Each is one of the text, of this call's ``extra_output``, or of the row's token sequences.
+        """
+        if not self.has_lists:
+            return 0
+        assert self.history is not None
+        assert self.batch.sequences is not None
+        text, slots = self.history.text, self.param_slots
+        most = self.batch.sequences.numel()
+        if slots is not None and slots.max_sequence_ids is not None:
+            most = min(most, slots.max_sequence_ids)
+        kept = 0 if text is None else text.max_length
+        return min(self.logits.shape[1], kept + MAX_EXTRA_OUTPUT + most)
 
     def without_logits(self) -> SampleCall:
         """The same call for ``prepare``, which keeps no memory of these logits and their mask."""
@@ -210,10 +234,10 @@ def described(error: BaseException) -> str:
 
 def refuse_rules(name: str, call: SampleCall) -> None:
     """A RuntimeError for a backend whose kernels know no rules that look at the history."""
-    if call.history is not None and call.batch.has_rules:
+    if call.has_lists:
         raise RuntimeError(
             f"backend {name!r} cannot run dry_multiplier, no_repeat_ngram_size, bad_words and "
-            'min_tokens; "cpu" and "torch" can'
+            'min_tokens; "cpu", "triton" and "torch" can'
         )
 
 

@@ -7,14 +7,14 @@ of a row is, tests/sampling/test_sequence_rules.py and the answers of vectors_fa
 from __future__ import annotations
 
 import math
-import random
 import re
 from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, Batch, Case
+from cases import DTYPES, WITH_RULES, Batch, Case, device_of
 from param_slots import assert_by_slot
+from rule_rows import ALPHABET, MAX_LENGTH, ROWS, Rows, assert_same
 from torch import Tensor
 
 from llm_sampling import (
@@ -33,89 +33,6 @@ from llm_sampling.fields import FIELDS
 #: The parameters of the rules.
 RULES = [field.name for field in FIELDS.values() if field.kind in ("rule", "sequences")]
 
-#: How many ids of the vocabulary the histories use, so that sequences come again.
-ALPHABET = 5
-MAX_LENGTH = 80
-ROWS = 12
-
-
-def rules(rng: random.Random, vocab_size: int) -> dict[str, Any]:
-    """Return parameters of the rules, each of which is off in some rows."""
-
-    def ids(least: int, most: int) -> list[int]:
-        return [rng.randrange(min(ALPHABET, vocab_size)) for _ in range(rng.randint(least, most))]
-
-    chosen: dict[str, Any] = {}
-    if rng.random() < 0.6:
-        chosen |= {
-            "dry_multiplier": rng.choice((0.5, 2.0, 100.0)),
-            "dry_base": rng.choice((1.0, 1.75, 3.0)),
-            "dry_allowed_length": rng.choice((1, 2, 5)),
-            "dry_penalty_last_n": rng.choice((-1, 0, 7, 1000)),
-            "dry_breakers": [ids(1, 3) for _ in range(rng.randint(0, 2))],
-        }
-    if rng.random() < 0.5:
-        chosen["no_repeat_ngram_size"] = rng.choice((1, 2, 4))
-        chosen["no_repeat_ngram_window"] = rng.choice((0, 9))
-    if rng.random() < 0.4:
-        chosen["bad_words"] = [ids(1, 2), ids(2, 3), [vocab_size + 3]]
-    if rng.random() < 0.4:
-        chosen["min_tokens"] = rng.choice((1, 1000))
-        chosen["stop_token_ids"] = [*ids(1, 3), rng.randrange(vocab_size)]
-    return chosen
-
-
-def others(rng: random.Random, vocab_size: int) -> dict[str, Any]:
-    """Return the other parameters of a row."""
-    chosen: dict[str, Any] = {"seed": rng.randrange(2**64)}
-    if rng.random() < 0.5:
-        chosen |= {
-            "repetition_penalty": rng.choice((1.0, 1.2, 0.8)),
-            "frequency_penalty": rng.choice((0.0, 0.3)),
-            "presence_penalty": rng.choice((0.0, 0.5, -0.5)),
-        }
-    chosen |= rng.choice(({}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0}))
-    if rng.random() < 0.3:
-        chosen["logit_bias"] = {rng.randrange(vocab_size): rng.choice((3.0, -math.inf))}
-    return chosen
-
-
-class Rows:
-    """Random rows of one vocabulary, whose histories repeat themselves."""
-
-    def __init__(self, seed: int, vocab_size: int, dtype: torch.dtype) -> None:
-        rng = random.Random(seed)
-        generator = torch.Generator().manual_seed(seed)
-        few = min(ALPHABET, vocab_size)
-        self.vocab_size = vocab_size
-        self.params = [
-            SamplingParams(**rules(rng, vocab_size), **others(rng, vocab_size)) for _ in range(ROWS)
-        ]
-        self.prompts = [rng.choices(range(few), k=rng.randint(0, 20)) for _ in range(ROWS)]
-        self.outputs = [rng.choices(range(few), k=rng.randint(0, 40)) for _ in range(ROWS)]
-        logits = torch.randn(ROWS, vocab_size, generator=generator) * 2
-        logits[:, :few] += 4  # what is listed matters
-        logits[rng.randrange(ROWS), :few] = rng.choice((math.nan, math.inf, -math.inf))
-        self.logits = logits.to(dtype)
-        self.mask = torch.rand(ROWS, vocab_size, generator=generator) < 0.7
-        self.extra = [rng.choices(range(-1, few), k=rng.randint(0, 4)) for _ in range(ROWS)]
-
-    def history(self) -> TokenHistory:
-        return TokenHistory.from_ids(
-            self.prompts, self.outputs, self.vocab_size, max_length=MAX_LENGTH
-        )
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Assert that two outputs have the same tokens, status, ranks and kept sets."""
-    assert torch.equal(one.tokens, other.tokens)
-    assert torch.equal(one.status, other.status)
-    for kind in ("processed", "raw"):
-        assert torch.equal(getattr(one, kind).ranks, getattr(other, kind).ranks)
-        assert torch.equal(getattr(one, kind).top_ids, getattr(other, kind).top_ids)
-    assert torch.equal(one.kept.mask, other.kept.mask)
-    assert torch.equal(one.kept.total, other.kept.total)
-
 
 def results(rows: Rows, backend: str, logits: Tensor, **given: Any) -> Any:
     return sample(
@@ -133,45 +50,42 @@ def results(rows: Rows, backend: str, logits: Tensor, **given: Any) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("given", [(), ("mask",), ("extra",), ("mask", "extra")], ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 7, 600, 5003])
-def test_rows_are_those_of_the_reference(vocab_size: int, seed: int) -> None:
-    rows = Rows(seed, vocab_size, DTYPES[seed % 3])
-    for given in (
-        {},
-        {"allowed_mask": rows.mask},
-        {"extra_output_ids": rows.extra},
-        {"allowed_mask": rows.mask, "extra_output_ids": rows.extra},
-    ):
-        assert_same(*(results(rows, backend, rows.logits, **given) for backend in ("cpu", "torch")))
-        filtered = [
-            filter_logits(
-                rows.logits, rows.params, history=rows.history(), backend=backend, **given
-            )
-            for backend in ("cpu", "torch")
-        ]
-        assert torch.equal(*filtered)
+@pytest.mark.parametrize("backend", WITH_RULES[:-1], indirect=True)
+def test_rows_are_those_of_the_reference(
+    backend: str, vocab_size: int, given: tuple[str, ...], seed: int
+) -> None:
+    rows = Rows(seed, vocab_size, DTYPES[seed % 3], device_of(backend))
+    options: dict[str, Any] = {"allowed_mask": rows.mask} if "mask" in given else {}
+    if "extra" in given:
+        options["extra_output_ids"] = rows.extra
+    assert_same(*(results(rows, name, rows.logits, **options) for name in (backend, "torch")))
+    filtered = [
+        filter_logits(rows.logits, rows.params, history=rows.history(), backend=name, **options)
+        for name in (backend, "torch")
+    ]
+    assert torch.equal(*filtered)
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("position_of", ["row", "slot", "text"])
-@pytest.mark.parametrize("name", ["cpu", "torch"])
-def test_parameters_of_slots(name: str, position_of: PositionOf) -> None:
+@pytest.mark.parametrize("backend", WITH_RULES, indirect=True)
+def test_parameters_of_slots(backend: str, position_of: PositionOf, seed: int) -> None:
     """Rows may name slots twice, or slots that do not exist, and sequences have gaps between."""
-    batches = []
-    for seed in range(3):
-        rows = Rows(seed, 600, DTYPES[seed])
-        batches.append(
-            Batch(
-                cases=[Case("normal", "plain", "none", seed)] * ROWS,
-                vocab_size=600,
-                dtype=DTYPES[seed],
-                logits=rows.logits,
-                params=rows.params,
-                positions=list(range(ROWS)),
-                history=rows.history(),
-                allowed_mask=rows.mask,
-            )
-        )
-    assert_by_slot(batches, backends.resolve(name, torch.device("cpu")), position_of)
+    device = device_of(backend)
+    rows = Rows(seed, 600, DTYPES[seed], device)
+    batch = Batch(
+        cases=[Case("normal", "plain", "none", seed)] * ROWS,
+        vocab_size=600,
+        dtype=DTYPES[seed],
+        logits=rows.logits,
+        params=rows.params,
+        positions=list(range(ROWS)),
+        history=rows.history(),
+        allowed_mask=rows.mask,
+    )
+    assert_by_slot([batch], backends.resolve(backend, torch.device(device)), position_of)
 
 
 def test_the_rows_have_every_kind_of_list() -> None:
@@ -196,16 +110,22 @@ def results_of_filter(rows: Rows, params: list[SamplingParams]) -> Tensor:
     return filter_logits(rows.logits.nan_to_num(), params, history=rows.history())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", WITH_RULES, indirect=True)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_decode_loop_is_the_same_in_every_form(backend: str, seed: int) -> None:
     """A Sampler, a table and calls with histories, while the texts grow, draw the same tokens."""
-    rows = Rows(seed, 50, torch.float32)
+    device = device_of(backend)
+    rows = Rows(seed, 50, torch.float32, device)
     sampler = Sampler(
         rows.params, vocab_size=50, history=rows.history(), backend=backend, check=False
     )
     table = RequestTable(
-        ROWS + 2, vocab_size=50, history=True, max_length=MAX_LENGTH, backend=backend
+        ROWS + 2,
+        vocab_size=50,
+        history=True,
+        max_length=MAX_LENGTH,
+        backend=backend,
+        device=device,
     )
     slots = [(3 * row + 1) % (ROWS + 2) for row in range(ROWS)]
     assert len(set(slots)) == ROWS
@@ -216,7 +136,7 @@ def test_a_decode_loop_is_the_same_in_every_form(backend: str, seed: int) -> Non
     history = rows.history()
     generator = torch.Generator().manual_seed(seed)
     for turn in range(12):
-        logits = torch.randn(ROWS, 50, generator=generator) * 2
+        logits = (torch.randn(ROWS, 50, generator=generator) * 2).to(device)
         logits[:, :ALPHABET] += 4
         if turn == 5:  # one request is replaced
             table.set(slots[2], SamplingParams(seed=4, dry_multiplier=3, dry_breakers=[[1], [2]]))
@@ -235,20 +155,23 @@ def test_a_decode_loop_is_the_same_in_every_form(backend: str, seed: int) -> Non
         history.append(drawn.tokens)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", WITH_RULES, indirect=True)
 def test_rows_of_a_sampler_come_and_go(backend: str) -> None:
     """Rows with token sequences of other lengths move, and each goes on as it would alone."""
     generator = torch.Generator().manual_seed(3)
-    steps = torch.randn(9, 1, 40, generator=generator) * 3
+    device = device_of(backend)
+    steps = (torch.randn(9, 1, 40, generator=generator) * 3).to(device)
+    options: dict[str, Any] = {"vocab_size": 40, "max_length": 30}
+    options |= {"backend": backend, "device": device}
     requests = [
         SamplingParams(seed=row, no_repeat_ngram_size=2, bad_words=[[row, row + 1]] * row)
         for row in range(5)
     ]
     alone = []
     for params in requests:
-        sampler = Sampler(params, vocab_size=40, max_length=30, backend=backend)
+        sampler = Sampler(params, **options)
         alone.append([int(sampler(logits).tokens) for logits in steps])
-    sampler = Sampler(requests[:2], vocab_size=40, max_length=30, backend=backend)
+    sampler = Sampler(requests[:2], **options)
     here, got = [0, 1], {row: [] for row in range(5)}
     for turn in range(30):
         for row in [row for row in here if len(got[row]) == 9]:

@@ -1,0 +1,100 @@
+"""Rows with rules that look at the history, for tests of several backends."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import torch
+
+from llm_sampling import SamplingParams, TokenHistory
+
+#: How many ids of the vocabulary the histories use, so that sequences come again.
+ALPHABET = 5
+MAX_LENGTH = 80
+ROWS = 12
+
+
+def rules(rng: random.Random, vocab_size: int) -> dict[str, Any]:
+    """Return parameters of the rules, each of which is off in some rows."""
+
+    def ids(least: int, most: int) -> list[int]:
+        return [rng.randrange(min(ALPHABET, vocab_size)) for _ in range(rng.randint(least, most))]
+
+    chosen: dict[str, Any] = {}
+    if rng.random() < 0.6:
+        chosen |= {
+            "dry_multiplier": rng.choice((0.5, 2.0, 100.0)),
+            "dry_base": rng.choice((1.0, 1.75, 3.0)),
+            "dry_allowed_length": rng.choice((1, 2, 5)),
+            "dry_penalty_last_n": rng.choice((-1, 0, 7, 1000)),
+            "dry_breakers": [ids(1, 3) for _ in range(rng.randint(0, 2))],
+        }
+    if rng.random() < 0.5:
+        chosen["no_repeat_ngram_size"] = rng.choice((1, 2, 4))
+        chosen["no_repeat_ngram_window"] = rng.choice((0, 9))
+    if rng.random() < 0.4:
+        chosen["bad_words"] = [ids(1, 2), ids(2, 3), [vocab_size + 3]]
+    if rng.random() < 0.4:
+        chosen["min_tokens"] = rng.choice((1, 1000))
+        chosen["stop_token_ids"] = [*ids(1, 3), rng.randrange(vocab_size)]
+    return chosen
+
+
+def others(rng: random.Random, vocab_size: int) -> dict[str, Any]:
+    """Return the other parameters of a row."""
+    chosen: dict[str, Any] = {"seed": rng.randrange(2**64)}
+    if rng.random() < 0.5:
+        chosen |= {
+            "repetition_penalty": rng.choice((1.0, 1.2, 0.8)),
+            "frequency_penalty": rng.choice((0.0, 0.3)),
+            "presence_penalty": rng.choice((0.0, 0.5, -0.5)),
+        }
+    chosen |= rng.choice(({}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0}))
+    if rng.random() < 0.3:
+        chosen["logit_bias"] = {rng.randrange(vocab_size): rng.choice((3.0, -math.inf))}
+    return chosen
+
+
+class Rows:
+    """Random rows of one vocabulary, whose histories repeat themselves."""
+
+    def __init__(
+        self, seed: int, vocab_size: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
+        rng = random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
+        few = min(ALPHABET, vocab_size)
+        self.vocab_size = vocab_size
+        self.params = [
+            SamplingParams(**rules(rng, vocab_size), **others(rng, vocab_size)) for _ in range(ROWS)
+        ]
+        self.prompts = [rng.choices(range(few), k=rng.randint(0, 20)) for _ in range(ROWS)]
+        self.outputs = [rng.choices(range(few), k=rng.randint(0, 40)) for _ in range(ROWS)]
+        logits = torch.randn(ROWS, vocab_size, generator=generator) * 2
+        logits[:, :few] += 4  # what is listed matters
+        logits[rng.randrange(ROWS), :few] = rng.choice((math.nan, math.inf, -math.inf))
+        self.logits = logits.to(device, dtype)
+        self.mask = (torch.rand(ROWS, vocab_size, generator=generator) < 0.7).to(device)
+        self.extra = [rng.choices(range(-1, few), k=rng.randint(0, 4)) for _ in range(ROWS)]
+
+    def history(self) -> TokenHistory:
+        return TokenHistory.from_ids(
+            self.prompts,
+            self.outputs,
+            self.vocab_size,
+            max_length=MAX_LENGTH,
+            device=self.logits.device,
+        )
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Assert that two outputs have the same tokens, status, ranks and kept sets."""
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.status, other.status)
+    for kind in ("processed", "raw"):
+        assert torch.equal(getattr(one, kind).ranks, getattr(other, kind).ranks)
+        assert torch.equal(getattr(one, kind).top_ids, getattr(other, kind).top_ids)
+    assert torch.equal(one.kept.mask, other.kept.mask)
+    assert torch.equal(one.kept.total, other.kept.total)
