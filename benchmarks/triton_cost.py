@@ -89,6 +89,7 @@ KINDS = (
     "unfiltered + history + advance",
     "filtered + history + text + window + record + advance",
     "filtered + history + text + window + scope + extra output",
+    "filtered + history + text + rules + advance",
     "filtered + mask",
     "filtered + bias",
     "filtered + history + mask + bias + advance + raw logprobs",
@@ -100,6 +101,7 @@ KINDS = (
     "filtered + split",
     "filtered + history + advance + split",
     "filtered + history + text + window + scope + extra output + split",
+    "filtered + history + text + rules + advance + split",
     "filtered + mask + split",
 )
 #: Calls that ask for more, which are shown in one dtype.

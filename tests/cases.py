@@ -56,9 +56,7 @@ EVERY_BACKEND = tuple(
 )
 #: The others of EVERY_BACKEND; the last one is the reference.
 WITH_RULES = tuple(
-    param
-    for name, param in zip(BACKENDS, EVERY_BACKEND, strict=True)
-    if name not in WITHOUT_RULES
+    param for name, param in zip(BACKENDS, EVERY_BACKEND, strict=True) if name not in WITHOUT_RULES
 )
 OTHER_BACKENDS = tuple(
     param for name, param in zip(BACKENDS, EVERY_BACKEND, strict=True) if name != "torch"

@@ -60,9 +60,7 @@ def others(rng: random.Random, vocab_size: int) -> dict[str, Any]:
 class Rows:
     """Random rows of one vocabulary, whose histories repeat themselves."""
 
-    def __init__(
-        self, seed: int, vocab_size: int, dtype: torch.dtype, device: str = "cpu"
-    ) -> None:
+    def __init__(self, seed: int, vocab_size: int, dtype: torch.dtype, device: str = "cpu") -> None:
         rng = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
         few = min(ALPHABET, vocab_size)

@@ -87,6 +87,9 @@ SOME = {
     "test_triton_compile.py::test_every_result_compiles": Some(
         kind=("filtered + kept mask",), arch=("sm_90",)
     ),
+    "test_triton_compile.py::test_every_call_with_rules_compiles": Some(
+        kind=("unfiltered + history + text + rules + advance",), arch=("sm_90",)
+    ),
     "test_triton_compile.py::test_amds_other_families_compile": Some(kind=()),
     "test_triton_compile.py::test_every_history_compiles": Some(7),
     "test_triton_compile.py::test_every_update_compiles": Some(7),
@@ -282,6 +285,7 @@ LONG_INTERPRETED = {
 #: executed still have each kind of request, launch, layout and change.
 SWEPT = {
     "test_triton_compile.py::test_every_result_compiles": Some(arch=("sm_90",)),
+    "test_triton_compile.py::test_every_call_with_rules_compiles": Some(arch=("sm_90",)),
     "test_cuda_results.py::test_covering_cases": Some(5),
     "test_cuda_results.py::test_logits_that_change": Some(5),
     "test_cuda_results.py::test_layouts": Some(3),

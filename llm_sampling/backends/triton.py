@@ -65,7 +65,9 @@ def _load() -> _Loaded:
         version = re.match(r"(\d+)\.(\d+)", triton.__version__)
         if version is not None and tuple(map(int, version.groups())) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            return _Loaded(*(None,) * 3, False, f"triton {triton.__version__} is older than {oldest}")
+            return _Loaded(
+                *(None,) * 3, False, f"triton {triton.__version__} is older than {oldest}"
+            )
         from llm_sampling.backends import triton_history, triton_kernel, triton_rules
 
         is_interpreted = bool(triton.knobs.runtime.interpret)
@@ -367,7 +369,9 @@ def _make_lists(call: SampleCall, lists: PenaltyLists) -> None:
         size=call.logits.shape[1],
         vocab_slice=call.ids,
         sequences=rules.RuleSequences(
-            batch.sequence_offsets, batch.sequences, None if slots is None else slots.sequence_counts
+            batch.sequence_offsets,
+            batch.sequences,
+            None if slots is None else slots.sequence_counts,
         ),
         param_slots=None if slots is None else slots.of_rows,
         kept_ids=None if text is None else rules.KeptIds(text.ids, text.lengths),
@@ -627,13 +631,13 @@ def _sample(call: SampleCall, launch: Launch, memory: _Memory) -> SampleOutput:
 
 
 def sample(call: SampleCall) -> SampleOutput:
-    """Draw tokens in one launch, after one that makes the lists of step 5a if rules ask for them."""
+    """Draw tokens in one launch; where rules look at the history, one before it makes lists."""
     launch = _launch_for(call)
     return _sample(call, launch, _memory(call, launch))
 
 
 def filter_logits(call: SampleCall) -> Tensor:
-    """Filter in one launch, after one that makes the lists of step 5a if rules ask for them."""
+    """Filter in one launch; where rules look at the history, one before it makes lists."""
     launch = _launch_for(call, filter_only=True)
     filtered = torch.empty(call.logits.shape, dtype=torch.float32, device=call.logits.device)
     _run(call, launch, _memory(call, launch), None, filtered)

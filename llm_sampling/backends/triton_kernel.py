@@ -40,6 +40,12 @@ Ids that count as output for this call alone change the bits and counts of a few
 they push out of a window included. A list of these tokens with their bits and counts is written
 into the workspace before pass 1, and steps 3 to 5 look at it wherever they read the history.
 
+Rules that look at the history give a row a list for step 5a, which triton_rules.py makes in a
+launch before this one. Two numbers of it say whether a tile has any listed tokens: every pass loads
+them for each tile. Only in a tile that has, the pass tests the bit of each token, and loads the
+amount where it is set. Where the tokens are not consecutive, as in pass 3, it tests them wherever
+the row's list is not empty.
+
 Lists, ranks and the kept set follow the draw. Where the candidates hold the kept set, these are all
 that is looked at. Otherwise the first tokens of the order take pass 3, and pass 4 and one more read
 where there are too many candidates; every three ranks take 1 read, which counts the tokens that
@@ -67,9 +73,10 @@ state and the row's candidates. A row's counter is 0 between launches: every pro
 split or not, is counted once, and the last one resets it.
 
 Nobody has checked the values that a call's tensors hold, and somebody may overwrite a row while it
-is read. Offsets, slots, parameters and what other parts have written are limited where they are
-loaded. Every loop ends whatever the logits are in each read, and a draw that does not meet the mass
-that an earlier read has found gives the token -1 and the status bit _NO_CANDIDATE.
+is read. Offsets, slots, parameters, places in a list and what other parts have written are limited
+where they are loaded. Every loop ends whatever the logits are in each read, and a draw that does
+not meet the mass that an earlier read has found gives the token -1 and the status bit
+_NO_CANDIDATE.
 
 Nothing may be fused into multiply-adds except by tl.fma: launch with enable_fp_fusion=False.
 """
@@ -1931,8 +1938,9 @@ def sample_kernel(
 
     ``batch`` has a BatchParams' tensors by their names, and ``bias_size`` is the number of biases
     of all rows. ``by_slot`` is () or a BySlot. ``mask`` is (mask, stride), ``history`` a Histories,
-    ``rule_lists`` a RuleLists, ``record`` (a pointer to bytes,), ``results`` (tokens, processed logprobs, raw logprobs, masses,
-    status), ``more`` a More. Without ``results`` the filtered logits are written.
+    ``rule_lists`` a RuleLists, ``record`` (a pointer to bytes,), ``results`` (tokens, processed
+    logprobs, raw logprobs, masses, status), ``more`` a More. Without ``results`` the filtered
+    logits are written.
     """
     index = tl.program_id(0).to(tl.int64)
     params = index
@@ -2133,7 +2141,9 @@ def sample_kernel(
                 order = Order(row, threshold, best, m, scale, total, (), held, is_listed)
                 _write_processed(order, output, of_row, first_best, num_samples, memory, CONFIG)
             if CONFIG.raw:
-                raw_row = Row(row.logits, row.tail, row.vocab_size, row.num_tiles, (), (), (), (), ())
+                raw_row = Row(
+                    row.logits, row.tail, row.vocab_size, row.num_tiles, (), (), (), (), ()
+                )
                 lowest = _first_code(tl.full((), _LOWEST_KEY, tl.int64))
                 log_sum = (raw_log_sum,)
                 order = Order(

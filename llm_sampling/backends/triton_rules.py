@@ -129,7 +129,7 @@ class PenaltyLists(NamedTuple):
 
 #: A row's text. ids: (a pointer to those that are kept,), of which there are ``kept``. extra: (a
 #: pointer to those of this call,). size: how many there are of both.
-RowText = namedtuple("RowText", "ids kept extra size vocab_size")
+RowText = namedtuple("RowText", "ids kept extra size")
 #: A row's records, of ``size`` numbers.
 Records = namedtuple("Records", "words size")
 #: A row's list, as pointers. amounts: to their bits. It has ``size`` ids from ``first_id`` on.
@@ -147,7 +147,7 @@ NGrams = namedtuple("NGrams", "begin others")
 
 @triton.jit
 def _ids_at(text, place, wanted):
-    """The ids at the wanted ones of some places from 0 to size - 1; -1 for what is no id."""
+    """The ids at the wanted ones of some places from 0 to size - 1; -1 at the others."""
     if len(text.ids) > 0:
         ids = tl.load(text.ids[0] + place, mask=wanted & (place < text.kept), other=-1)
     else:
@@ -156,7 +156,7 @@ def _ids_at(text, place, wanted):
         is_extra = wanted & (place >= text.kept)
         added = tl.load(text.extra[0] + (place - text.kept), mask=is_extra, other=-1)
         ids = tl.where(is_extra, added, ids)
-    return tl.where((ids >= 0) & (ids < text.vocab_size), ids, -1)
+    return ids
 
 
 @triton.jit
@@ -295,10 +295,10 @@ def _are_breakers(ids, wanted, records, alone):
 def _put(out, ids, amounts, wanted, raises):
     """Set the bits of the wanted ids; or raise their amounts, which are given by their bits.
 
-    What is no id of the list is left out.
+    What is no id of the list is left out: unsigned, what is below the first one is too large.
     """
     ids -= out.first_id
-    wanted = wanted & (ids >= 0) & (ids < out.size)
+    wanted = wanted & (ids.to(tl.uint32, bitcast=True) < out.size.to(tl.uint32, bitcast=True))
     word = ids >> 5
     bit = ids & 31
     if raises:
@@ -356,8 +356,7 @@ def _put_records(out, text, is_short, records, raises, SPAN: tl.constexpr):
         for begin in range(first, number, SPAN):
             i = begin + tl.arange(0, SPAN)
             ids = tl.load(its_ids + i, mask=i < number, other=-1)
-            is_id = (ids >= 0) & (ids < text.vocab_size)
-            _put(out, ids, tl.zeros_like(ids) + _BAN, is_id, raises)
+            _put(out, ids, tl.zeros_like(ids) + _BAN, i < number, raises)
         at += 2 + number
 
 
@@ -487,7 +486,7 @@ def list_kernel(
         extra = (scratch + row * _MAX_EXTRA,)
         added = _write_extra(extra_ids[0] + row * num_extra, num_extra, vocab_size, extra[0])
     tl.debug_barrier()
-    text = RowText(ids, kept, extra, kept + added, vocab_size)
+    text = RowText(ids, kept, extra, kept + added)
 
     most = tl.maximum(capacity - max_length - _MAX_EXTRA, 0)
     most = tl.where(capacity >= size, _MOST_PLACES, most)

@@ -106,6 +106,20 @@ def test_no_rows_and_no_sequences():
     sequence_lists.assert_lists(make, call, [])
 
 
+@pytest.mark.parametrize(("capacity", "room"), [(1, 16), (16, 16), (17, 32), (50257, 50272)])
+def test_memory_for_lists(capacity, room):
+    """Kernels that read lists are the same for all capacities: there is room for 16 more."""
+    lists = triton_rules.empty_lists(3, 50257, capacity, torch.device("cpu"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in lists._asdict().items()}
+    assert shapes == {
+        "bits": (3, 1571),
+        "before": (3, 1571),
+        "counts": (3,),
+        "amounts": (3, room),
+        "scratch": (3, MAX_EXTRA_OUTPUT),
+    }
+
+
 def test_more_ids_than_have_places_are_refused():
     call, _ = sequence_lists.random_call(33, 1, 0)
     text = torch.empty(1, dtype=torch.int32).expand(1, 2**30 + 1)
@@ -357,9 +371,7 @@ def test_logits_of_a_slice(extra):
     whole = filter_logits(x, params, history=history, extra_output_ids=extra, backend="torch")
     assert (whole != x).any(-1).all()
     for first, end in ((0, 60), (0, 33), (33, 60), (32, 51), (50, 51)):
-        part = replace(
-            call, logits=x[:, first:end].contiguous(), vocab_slice=VocabSlice(first, 60)
-        )
+        part = replace(call, logits=x[:, first:end].contiguous(), vocab_slice=VocabSlice(first, 60))
         assert torch.equal(backend.filter_logits(part), whole[:, first:end])
 
 

@@ -514,7 +514,8 @@ def test_cuda_s_kernel_takes_every_parameter():
 
 def test_triton_s_kernel_reads_every_parameter():
     """Those of the rules that look at the history are read by the maker of their lists."""
-    kernel, maker = (read(f"llm_sampling/backends/triton_{name}.py") for name in ("kernel", "rules"))
+    kernel = read("llm_sampling/backends/triton_kernel.py")
+    maker = read("llm_sampling/backends/triton_rules.py")
     assert {*KERNEL_TENSORS} - {*RULE_TENSORS} == set(re.findall(r"\bbatch\.(\w+)", kernel))
     numbers = {*RULE_TENSORS} - {*SEQUENCE_TENSORS}
     assert numbers == set(re.findall(r"\brules\.(\w+) \+ index", maker))
