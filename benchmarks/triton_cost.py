@@ -64,7 +64,7 @@ from benchmarks.sass import Code, Instruction, count_spills, run_tool
 from benchmarks.timing import progress
 from llm_sampling import SamplingParams, TokenHistory
 from llm_sampling.backends import triton as wrapper
-from llm_sampling.backends import triton_kernel
+from llm_sampling.backends import triton_kernel, triton_rules
 from llm_sampling.backends.base import make_results
 from llm_sampling.calls import make_call
 
@@ -89,6 +89,7 @@ KINDS = (
     "unfiltered + history + advance",
     "filtered + history + text + window + record + advance",
     "filtered + history + text + window + scope + extra output",
+    "filtered + history + text + rules + advance",
     "filtered + mask",
     "filtered + bias",
     "filtered + history + mask + bias + advance + raw logprobs",
@@ -100,6 +101,7 @@ KINDS = (
     "filtered + split",
     "filtered + history + advance + split",
     "filtered + history + text + window + scope + extra output + split",
+    "filtered + history + text + rules + advance + split",
     "filtered + mask + split",
 )
 #: Calls that ask for more, which are shown in one dtype.
@@ -162,6 +164,7 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
         repetition_penalty_scope="output" if "scope" in kind else "all",
         penalty_last_n=64 if "window" in kind else -1,
         logit_bias={0: 1.0} if "bias" in kind else None,
+        no_repeat_ngram_size=3 if "rules" in parts else 0,
         seed=0,
     )
     words = -(-size // 32)
@@ -201,10 +204,12 @@ def compile_variant(variant: Variant, arch: str) -> tuple[Any, wrapper.Launch]:
     output, filtered = make_results(call), None
     if "filter-only" in kind:
         output, filtered = None, torch.zeros(few, size, dtype=torch.float32)
-    with mock.patch.object(triton_kernel, "sample_kernel") as kernel:
-        memory = wrapper._workspace(call, launch), wrapper._counters(call, launch)
+    with (
+        mock.patch.object(triton_kernel, "sample_kernel") as kernel,
+        mock.patch.object(triton_rules, "list_kernel"),
+    ):
         config = wrapper._config(call, launch, filter_only=output is None)
-        wrapper._start(call, launch, config, *memory, output, filtered)
+        wrapper._start(call, launch, config, wrapper._memory(call, launch), output, filtered)
     args, kwargs = kernel.__getitem__.return_value.call_args
     return compile_launch(arch, triton_kernel.sample_kernel, *args, **kwargs), launch
 

@@ -49,6 +49,7 @@ class GrowingTable(RequestTable):
         )
         self._history = history
         self._is_packed = True
+        self._longest_sequences = 0
 
     @property
     def module(self) -> BackendModule:
@@ -180,6 +181,9 @@ class GrowingTable(RequestTable):
     def _write_sequences(self, slot: int, sequences: Sequence[int]) -> list[Assignment]:
         return self._to_be_packed()
 
+    def _most_sequence_ids(self) -> int:
+        return self._longest_sequences
+
     def _to_be_packed(self) -> list[Assignment]:
         # flags that change too are in another batch, which is assigned after this one
         changed = {"_is_packed": False, "batch": replace(self.batch)}
@@ -194,6 +198,7 @@ class GrowingTable(RequestTable):
             packed = BatchParams.from_list(params, device=self.device)
             biases = {name: getattr(packed, name) for name in BIAS_TENSORS}
             sequences = {name: getattr(packed, name) for name in SEQUENCE_TENSORS}
+            self._longest_sequences = max(len(of_slot.sequences) for of_slot in params)
             if packed.has_rules:
                 self._rules = {**self._rules, **sequences}
             rules = self._rules_if(packed.has_rules)

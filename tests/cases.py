@@ -47,8 +47,6 @@ def device_of(backend: str) -> str:
 INTERPRETED = tuple(
     name for name in ("triton",) if "cpu" in (BACKENDS[name].device_types or frozenset())
 )
-#: The backends whose kernels know no rules that look at the history, and refuse them.
-WITHOUT_RULES = ("cuda", "triton")
 ON_THE_CPU = tuple(name for name in BACKENDS if device_of(name) == "cpu")
 #: All backends, for parametrize(..., indirect=True). Those that need a GPU have the marker gpu.
 EVERY_BACKEND = tuple(

@@ -137,6 +137,7 @@ def by_slot(batch: Batch, position_of: PositionOf, seed: int) -> BySlot:
             sequence_counts=torch.tensor([len(row) for row in packed], device=device).int()
             if dense.batch.has_rules
             else None,
+            max_sequence_ids=room if dense.batch.has_rules else None,
         ),
     )
     return BySlot(call, cases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,17 +12,21 @@ from torch import Tensor
 
 from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
 
-#: How many ids of the vocabulary the histories use, so that sequences come again.
-ALPHABET = 5
 MAX_LENGTH = 80
 ROWS = 12
+
+
+def alphabet(vocab_size: int) -> list[int]:
+    """The few ids that the histories have, so that sequences come again."""
+    few = min(5, vocab_size)
+    return [i * vocab_size // few for i in range(few)]
 
 
 def rules(rng: random.Random, vocab_size: int) -> dict[str, Any]:
     """Return parameters of the rules, each of which is off in some rows."""
 
     def ids(least: int, most: int) -> list[int]:
-        return [rng.randrange(min(ALPHABET, vocab_size)) for _ in range(rng.randint(least, most))]
+        return rng.choices(alphabet(vocab_size), k=rng.randint(least, most))
 
     chosen: dict[str, Any] = {}
     if rng.random() < 0.6:
@@ -62,22 +67,22 @@ def others(rng: random.Random, vocab_size: int) -> dict[str, Any]:
 class Rows:
     """Random rows of one vocabulary, whose histories repeat themselves."""
 
-    def __init__(self, seed: int, vocab_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, seed: int, vocab_size: int, dtype: torch.dtype, device: str = "cpu") -> None:
         rng = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
-        few = min(ALPHABET, vocab_size)
+        few = alphabet(vocab_size)
         self.vocab_size = vocab_size
         self.params = [
             SamplingParams(**rules(rng, vocab_size), **others(rng, vocab_size)) for _ in range(ROWS)
         ]
-        self.prompts = [rng.choices(range(few), k=rng.randint(0, 20)) for _ in range(ROWS)]
-        self.outputs = [rng.choices(range(few), k=rng.randint(0, 40)) for _ in range(ROWS)]
+        self.prompts = [rng.choices(few, k=rng.randint(0, 20)) for _ in range(ROWS)]
+        self.outputs = [rng.choices(few, k=rng.randint(0, 40)) for _ in range(ROWS)]
         logits = torch.randn(ROWS, vocab_size, generator=generator) * 2
-        logits[:, :few] += 4  # what is listed matters
-        logits[rng.randrange(ROWS), :few] = rng.choice((math.nan, math.inf, -math.inf))
-        self.logits = logits.to(dtype)
-        self.mask = torch.rand(ROWS, vocab_size, generator=generator) < 0.7
-        self.extra = [rng.choices(range(-1, few), k=rng.randint(0, 4)) for _ in range(ROWS)]
+        logits[:, few] += 4  # what is listed matters
+        logits[rng.randrange(ROWS), few] = rng.choice((math.nan, math.inf, -math.inf))
+        self.logits = logits.to(device, dtype)
+        self.mask = (torch.rand(ROWS, vocab_size, generator=generator) < 0.7).to(device)
+        self.extra = [rng.choices([-1, *few], k=rng.randint(0, 4)) for _ in range(ROWS)]
 
     def history(self) -> TokenHistory:
         return TokenHistory.from_ids(
@@ -85,6 +90,7 @@ class Rows:
             self.outputs,
             self.vocab_size,
             max_length=MAX_LENGTH,
+            device=self.logits.device,
             penalty_last_n=[row.penalty_last_n for row in self.params],
         )
 
@@ -116,17 +122,18 @@ def results(rows: Rows, backend: str, logits: Tensor, **given: Any) -> Any:
     )
 
 
-def assert_as_the_reference(rows: Rows, backend: str) -> None:
-    """Assert that a backend's results are those of the reference, in four kinds of call."""
-    for given in (
-        {},
-        {"allowed_mask": rows.mask},
-        {"extra_output_ids": rows.extra},
-        {"allowed_mask": rows.mask, "extra_output_ids": rows.extra},
-    ):
-        assert_same(*(results(rows, name, rows.logits, **given) for name in (backend, "torch")))
-        filtered = [
-            filter_logits(rows.logits, rows.params, history=rows.history(), backend=name, **given)
-            for name in (backend, "torch")
-        ]
-        assert torch.equal(*filtered)
+#: What else a call of the rows is given.
+GIVEN = ((), ("mask",), ("extra",), ("mask", "extra"))
+
+
+def assert_as_the_reference(rows: Rows, backend: str, given: Sequence[str]) -> None:
+    """Assert that a backend's results are those of the reference."""
+    options: dict[str, Any] = {"allowed_mask": rows.mask} if "mask" in given else {}
+    if "extra" in given:
+        options["extra_output_ids"] = rows.extra
+    assert_same(*(results(rows, name, rows.logits, **options) for name in (backend, "torch")))
+    filtered = [
+        filter_logits(rows.logits, rows.params, history=rows.history(), backend=name, **options)
+        for name in (backend, "torch")
+    ]
+    assert torch.equal(*filtered)

@@ -90,6 +90,9 @@ SOME = {
     "test_triton_compile.py::test_every_result_compiles": Some(
         kind=("filtered + kept mask",), arch=("sm_90",)
     ),
+    "test_triton_compile.py::test_every_call_with_rules_compiles": Some(
+        kind=("unfiltered + history + text + rules + advance",), arch=("sm_90",)
+    ),
     "test_triton_compile.py::test_amds_other_families_compile": Some(kind=()),
     "test_triton_compile.py::test_every_history_compiles": Some(7),
     "test_triton_compile.py::test_every_update_compiles": Some(7),
@@ -165,12 +168,21 @@ SOME_INTERPRETED = {
     "test_triton_results.py::test_ties": Some(8),
     "test_triton_results.py::test_split_rows": Some(4),
     "test_triton_results.py::test_logits_that_change": Some(14),
+    "test_rules.py::test_rows_are_those_of_the_reference": Some(79, vocab_size=(7, 600)),
+    "test_rules.py::test_parameters_of_slots": Some(position_of=("slot",), seed=(0,)),
+    "test_rules.py::test_a_decode_loop_is_the_same_in_every_form": Some(seed=()),
+    "test_vectors_family.py::test_case": Some(13),
+    "test_vectors_family.py::test_the_same_after_other_ids_were_taken_away": Some(17),
     "test_triton_rules.py::test_random_texts": Some(37),
     "test_triton_rules.py::test_rows_without_a_text": Some(4),
     "test_triton_rules.py::test_long_matches": Some(7),
     "test_triton_rules.py::test_long_rows": Some(2, case=(0, 1, 3, 4, 5, 7)),
     "test_triton_rules.py::test_hostile_values": Some(31),
     "test_triton_rules.py::test_memory_that_changes": Some(7),
+    "test_triton_rules.py::test_slices_of_a_vocabulary": Some(5),
+    "test_triton_rules.py::test_split_rows": Some(9),
+    "test_triton_rules.py::test_split_rows_of_slots": Some(position_of=()),
+    "test_triton_rules.py::test_lists_that_somebody_overwrites": Some(8),
     "test_triton_split.py::test_parity": Some(parts=()),
     "test_triton_split.py::test_steps_of_a_sampler": Some(2),
     "test_triton_split.py::test_parity_of_hard_rows": Some(9),
@@ -260,6 +272,7 @@ LONG = {
     "test_tune_training.py::test_a_resumed_search_keeps_its_finished_trials",
 }
 LONG_INTERPRETED = {
+    "test_rules.py::test_rows_of_a_sampler_come_and_go[triton]",
     "test_edges.py::test_num_samples_of_many[triton]",
     "test_parity.py::test_raw_logprobs[V32000-bfloat16-triton]",
     "test_vectors.py::test_half_precision[triton-float16]",
@@ -275,6 +288,7 @@ LONG_INTERPRETED = {
 #: executed still have each kind of request, launch, layout and change.
 SWEPT = {
     "test_triton_compile.py::test_every_result_compiles": Some(arch=("sm_90",)),
+    "test_triton_compile.py::test_every_call_with_rules_compiles": Some(arch=("sm_90",)),
     "test_cuda_results.py::test_covering_cases": Some(5),
     "test_cuda_results.py::test_logits_that_change": Some(5),
     "test_cuda_results.py::test_layouts": Some(3),
@@ -293,6 +307,9 @@ SWEPT = {
     "test_table.py::test_every_case_in_a_table": Some(3),
 }
 SWEPT_INTERPRETED = {
+    "test_rules.py::test_rows_are_those_of_the_reference": Some(13, vocab_size=(1, 7, 600)),
+    "test_rules.py::test_parameters_of_slots": Some(3),
+    "test_rules.py::test_a_decode_loop_is_the_same_in_every_form": Some(seed=(0,)),
     "test_triton_results.py::test_logits_that_change": Some(3),
     "test_triton_results.py::test_small_tiles": Some(2),
     "test_triton_split.py::test_parity": Some(2),

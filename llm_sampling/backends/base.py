@@ -232,15 +232,6 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def refuse_rules(name: str, call: SampleCall) -> None:
-    """A RuntimeError for a backend whose kernels know no rules that look at the history."""
-    if call.has_lists:
-        raise RuntimeError(
-            f"backend {name!r} cannot run dry_multiplier, no_repeat_ngram_size, bad_words and "
-            'min_tokens; "cpu", "triton" and "torch" can'
-        )
-
-
 def with_slots(call: SampleCall, slots: Tensor | None) -> SampleCall:
     """A prepared call as it is from a step with these slots on; itself where there are none."""
     if slots is None:

@@ -161,8 +161,8 @@ def check_kernel(
     kind = Kind(model.history is not None, model.allowed_mask is not None, model.has_bias)
     vocab_size = model.logits.shape[1]
     # A smaller vocabulary gets the next size of the same remainder, for which the kernel is the
-    # same.
-    least = known_rows.TOKENS
+    # same. There are tokens that do not matter where a list is to ban some.
+    least = known_rows.TOKENS + (16 if model.has_lists else 0)
     vocab_size = vocab_size if vocab_size >= least else least + (vocab_size - least) % 16
     numbers = known_rows.rows_for(all_greedy=batch.all_greedy, any_filter=batch.any_filter)
     difference = None

@@ -157,7 +157,8 @@ class KnownRows:
         """A call that draws these rows and has all that ``model`` has: text, slots, extra ids.
 
         So a kernel that is compiled for what a call has is the same for both. Its tensors are its
-        own, and where ``model`` advances, it advances these.
+        own, and where ``model`` advances, it advances these. Where ``model`` has rules that look at
+        the history, a rule bans some tokens that do not matter, whose logits are +inf.
         """
         count, device, kind = len(rows), self.device, self.kind
         plain = self.call(rows)
@@ -168,8 +169,15 @@ class KnownRows:
         )
         logits = memory.as_strided((count, self.vocab_size), (stride, 1))
         logits.copy_(plain.logits)
+        batch = plain.batch
+        if model.has_lists:
+            banned = sorted({id_ + 1 for id_ in self.ids[:-1]}.difference(self.ids))
+            logits[:, banned] = torch.inf
+            batch = BatchParams.from_list(
+                [self._params(row, banned) for row in rows], positions=list(rows), device=device
+            )
         batch = replace(
-            plain.batch,
+            batch,
             all_greedy=model.batch.all_greedy,
             any_filter=model.batch.any_filter,
             any_output_scope=model.batch.any_output_scope,
@@ -191,6 +199,10 @@ class KnownRows:
                 of_rows=slots,
                 bias_counts=batch.logit_bias_offsets.diff().to(torch.int32),
                 prompt_lengths=lengths,
+                sequence_counts=None
+                if batch.sequence_offsets is None
+                else batch.sequence_offsets.diff().to(torch.int32),
+                max_sequence_ids=None,
             )
         return replace(
             model,
@@ -201,6 +213,7 @@ class KnownRows:
             param_slots=by_slot,
             record=None if model.record is None else torch.ones_like(slots, dtype=torch.bool),
             extra_output=extra,
+            vocab_slice=None,
         )
 
     def _history_like(self, model: SampleCall, rows: int, extra: int) -> TokenHistory:
@@ -216,8 +229,10 @@ class KnownRows:
             device=self.device,
         )
 
-    def _params(self, row: int) -> SamplingParams:
+    def _params(self, row: int, banned: Sequence[int] = ()) -> SamplingParams:
         given = dict(data()["rows"][row])
+        if banned:
+            given |= {"min_tokens": 2**20, "stop_token_ids": banned}
         if self.kind.bias:
             bias = data()["bias"].items()
             given["logit_bias"] = {self.ids[int(token)]: value for token, value in bias}

@@ -1,5 +1,7 @@
 """The fused Triton kernel, triton_kernel.py beside this: NVIDIA and AMD GPUs, without a toolchain.
 
+Where rules look at the history, triton_rules.py makes the lists of step 5a in a launch before it.
+
 The first call of a shape's kind compiles for some seconds, once: Triton keeps what it compiled.
 """
 
@@ -10,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,19 +28,21 @@ from llm_sampling.backends.base import (
     check_state,
     described,
     make_results,
-    refuse_rules,
     settle,
     with_slots,
 )
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
 from llm_sampling.results import SampleOutput, TokenLogprobs
 
+if TYPE_CHECKING:
+    from llm_sampling.backends.triton_rules import PenaltyLists
+
 #: The oldest Triton that the kernel is for.
 OLDEST = (3, 4)
 
 
 class _Loaded(NamedTuple):
-    """The modules of the two kernels, or the reason why there are none.
+    """The modules of the three kernels, or the reason why there are none.
 
     Attributes:
         is_interpreted: whether Triton's interpreter runs kernels on the CPU, as TRITON_INTERPRET=1
@@ -47,6 +51,7 @@ class _Loaded(NamedTuple):
 
     kernel: ModuleType | None
     history_kernel: ModuleType | None
+    rules: ModuleType | None
     is_interpreted: bool
     reason: str | None
 
@@ -60,15 +65,17 @@ def _load() -> _Loaded:
         version = re.match(r"(\d+)\.(\d+)", triton.__version__)
         if version is not None and tuple(map(int, version.groups())) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            return _Loaded(None, None, False, f"triton {triton.__version__} is older than {oldest}")
-        from llm_sampling.backends import triton_history, triton_kernel
+            return _Loaded(
+                *(None,) * 3, False, f"triton {triton.__version__} is older than {oldest}"
+            )
+        from llm_sampling.backends import triton_history, triton_kernel, triton_rules
 
         is_interpreted = bool(triton.knobs.runtime.interpret)
-        return _Loaded(triton_kernel, triton_history, is_interpreted, None)
+        return _Loaded(triton_kernel, triton_history, triton_rules, is_interpreted, None)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a broken one may raise anything, SystemExit too
-        return _Loaded(None, None, False, f"triton does not import: {described(error)}")
+        return _Loaded(*(None,) * 3, False, f"triton does not import: {described(error)}")
 
 
 #: Where tensors may be. "cuda" is what torch calls AMD's GPUs too.
@@ -77,7 +84,7 @@ DEVICE_TYPES = frozenset({"cuda", "cpu"}) if _load().is_interpreted else frozens
 
 def why_unavailable() -> str | None:
     """None if Triton imports and there is a device, or its interpreter."""
-    _, _, is_interpreted, reason = _load()
+    *_, is_interpreted, reason = _load()
     if reason is not None or is_interpreted or torch.cuda.is_available():
         return reason
     return "there is no CUDA device"
@@ -265,7 +272,6 @@ def _splits(call: SampleCall, *, filter_only: bool) -> bool:
 
 
 def _launch_for(call: SampleCall, *, filter_only: bool = False) -> Launch:
-    refuse_rules("triton", call)
     rows, vocab_size = call.logits.shape
     processors = _processors(call.logits.device.index) if call.logits.is_cuda else rows
     return choose_launch(
@@ -276,6 +282,14 @@ def _launch_for(call: SampleCall, *, filter_only: bool = False) -> Launch:
         splits=_splits(call, filter_only=filter_only),
         processors=processors,
     )
+
+
+class _Memory(NamedTuple):
+    """What launches with the same parameters and number of rows may share, one after another."""
+
+    workspace: Tensor
+    counters: Tensor | None
+    lists: PenaltyLists | None
 
 
 def _has_windows(call: SampleCall) -> bool:
@@ -322,6 +336,56 @@ def _counters(call: SampleCall, launch: Launch) -> Tensor | None:
     if launch.parts == 1:
         return None
     return torch.zeros(call.logits.shape[0], dtype=torch.int32, device=call.logits.device)
+
+
+def _lists(call: SampleCall) -> PenaltyLists | None:
+    """Memory for the lists of step 5a, where a row may have one."""
+    rules = _load().rules
+    assert rules is not None
+    if not call.has_lists:
+        return None
+    rows, vocab_size = call.logits.shape
+    lists: PenaltyLists = rules.empty_lists(
+        rows, vocab_size, call.list_capacity, call.logits.device
+    )
+    return lists
+
+
+def _memory(call: SampleCall, launch: Launch) -> _Memory:
+    return _Memory(_workspace(call, launch), _counters(call, launch), _lists(call))
+
+
+def _make_lists(call: SampleCall, lists: PenaltyLists) -> None:
+    """One launch, which puts the lists of the rows there."""
+    rules, batch, history, slots = _load().rules, call.batch, call.history, call.param_slots
+    assert rules is not None
+    assert history is not None
+    text = history.text
+    rules.make_lists(
+        rules.RuleColumns(*(getattr(batch, name) for name in rules.RuleColumns._fields)),
+        history.slots,
+        history.lengths,
+        lists,
+        size=call.logits.shape[1],
+        vocab_slice=call.ids,
+        sequences=rules.RuleSequences(
+            batch.sequence_offsets,
+            batch.sequences,
+            None if slots is None else slots.sequence_counts,
+        ),
+        param_slots=None if slots is None else slots.of_rows,
+        kept_ids=None if text is None else rules.KeptIds(text.ids, text.lengths),
+        extra_output=call.extra_output,
+    )
+
+
+def _rule_lists(lists: PenaltyLists | None) -> tuple[Any, ...]:
+    kernel = _load().kernel
+    assert kernel is not None
+    if lists is None:
+        return ()
+    argument: tuple[Any, ...] = kernel.RuleLists(*lists[:4], lists.amounts.shape[1])
+    return argument
 
 
 def _histories(history: TokenHistory, extra: Tensor | None) -> tuple[Any, ...]:
@@ -468,7 +532,8 @@ def _check(call: SampleCall, launch: Launch, config: _Config, *, filter_only: bo
         SelfTestError: an answer is wrong; the call has not been run.
     """
     logits = call.logits
-    has = tuple(x is None for x in (call.history, call.allowed_mask, call.param_slots, call.record))
+    has = [x is None for x in (call.history, call.allowed_mask, call.param_slots, call.record)]
+    has.append(call.has_lists)
     of_numbers: tuple[object, ...] = (
         logits.shape[1] % 16,
         _logits_stride(logits) % 16,
@@ -480,13 +545,13 @@ def _check(call: SampleCall, launch: Launch, config: _Config, *, filter_only: bo
         return
 
     def run(known: SampleCall) -> SampleOutput | Tensor:
-        memory = _workspace(known, launch), _counters(known, launch)
+        memory = _memory(known, launch)
         if filter_only:
             filtered = torch.empty_like(known.logits, dtype=torch.float32)
-            _start(known, launch, config, *memory, None, filtered)
+            _start(known, launch, config, memory, None, filtered)
             return filtered
         output = make_results(known)
-        _start(known, launch, config, *memory, output, None)
+        _start(known, launch, config, memory, output, None)
         return output
 
     try:
@@ -499,27 +564,25 @@ def _check(call: SampleCall, launch: Launch, config: _Config, *, filter_only: bo
 def _run(
     call: SampleCall,
     launch: Launch,
-    workspace: Tensor,
-    counters: Tensor | None,
+    memory: _Memory,
     output: SampleOutput | None,
     filtered: Tensor | None,
 ) -> None:
-    """One launch, on the current stream of the logits' device."""
+    """One launch, on the current stream of the logits' device, and one before it for lists."""
     if len(call.logits) == 0:
         return
     filter_only = output is None
     config = _config(call, launch, filter_only=filter_only)
     if not _load().is_interpreted:
         _check(call, launch, config, filter_only=filter_only)
-    _start(call, launch, config, workspace, counters, output, filtered)
+    _start(call, launch, config, memory, output, filtered)
 
 
 def _start(
     call: SampleCall,
     launch: Launch,
     config: _Config,
-    workspace: Tensor,
-    counters: Tensor | None,
+    memory: _Memory,
     output: SampleOutput | None,
     filtered: Tensor | None,
 ) -> None:
@@ -527,6 +590,9 @@ def _start(
     assert kernel is not None
     logits, batch, history, mask = call.logits, call.batch, call.history, call.allowed_mask
     slots, (rows, vocab_size) = call.param_slots, logits.shape
+    workspace, counters, lists = memory
+    if lists is not None:
+        _make_lists(call, lists)
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         kernel.sample_kernel[(rows, launch.parts)](
             logits,
@@ -541,6 +607,7 @@ def _start(
             if history is None
             else _histories(history, call.extra_output if config.overrides else None),
             0 if history is None else history.seen.shape[0],
+            _rule_lists(lists),
             # as bytes: a pointer to bool is not the same thing in every version of Triton
             () if call.record is None or not _advances(call) else (call.record.view(torch.uint8),),
             workspace,
@@ -557,25 +624,23 @@ def _start(
         )
 
 
-def _sample(
-    call: SampleCall, launch: Launch, workspace: Tensor, counters: Tensor | None
-) -> SampleOutput:
+def _sample(call: SampleCall, launch: Launch, memory: _Memory) -> SampleOutput:
     output = make_results(call)
-    _run(call, launch, workspace, counters, output, None)
+    _run(call, launch, memory, output, None)
     return settle(call, output)
 
 
 def sample(call: SampleCall) -> SampleOutput:
-    """Draw tokens in one launch."""
+    """Draw tokens in one launch; where rules look at the history, one before it makes lists."""
     launch = _launch_for(call)
-    return _sample(call, launch, _workspace(call, launch), _counters(call, launch))
+    return _sample(call, launch, _memory(call, launch))
 
 
 def filter_logits(call: SampleCall) -> Tensor:
-    """Filter in one launch."""
+    """Filter in one launch; where rules look at the history, one before it makes lists."""
     launch = _launch_for(call, filter_only=True)
     filtered = torch.empty(call.logits.shape, dtype=torch.float32, device=call.logits.device)
-    _run(call, launch, _workspace(call, launch), None, None, filtered)
+    _run(call, launch, _memory(call, launch), None, filtered)
     return filtered
 
 
@@ -634,12 +699,12 @@ def prepare_update(update: HistoryUpdate) -> Callable[[], None]:
 
 
 def prepare(call: SampleCall) -> Step:
-    """Keep the workspace and the counters between steps; a step's results are new tensors.
+    """Keep workspace, counters and lists between steps; a step's results are new tensors.
 
     Two steps, or two replays of a graph that has one, may not run at the same time.
     """
     rows = call.logits.shape[0]
-    launches: dict[bool, tuple[Launch, Tensor, Tensor | None]] = {}
+    launches: dict[bool, tuple[Launch, _Memory]] = {}
 
     def step(
         logits: Tensor, allowed_mask: Tensor | None, slots: Tensor | None = None
@@ -654,7 +719,7 @@ def prepare(call: SampleCall) -> Step:
         has_mask = allowed_mask is not None
         if has_mask not in launches:
             launch = _launch_for(this)
-            launches[has_mask] = launch, _workspace(this, launch), _counters(this, launch)
+            launches[has_mask] = launch, _memory(this, launch)
         return _sample(this, *launches[has_mask])
 
     return step

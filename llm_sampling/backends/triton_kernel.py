@@ -40,6 +40,12 @@ Ids that count as output for this call alone change the bits and counts of a few
 they push out of a window included. A list of these tokens with their bits and counts is written
 into the workspace before pass 1, and steps 3 to 5 look at it wherever they read the history.
 
+Rules that look at the history give a row a list for step 5a, which triton_rules.py makes in a
+launch before this one. Two numbers of it say whether a tile has any listed tokens: every pass loads
+them for each tile. Only in a tile that has, the pass tests the bit of each token, and loads the
+amount where it is set. Where the tokens are not consecutive, as in pass 3, it tests them wherever
+the row's list is not empty.
+
 Lists, ranks and the kept set follow the draw. Where the candidates hold the kept set, these are all
 that is looked at. Otherwise the first tokens of the order take pass 3, and pass 4 and one more read
 where there are too many candidates; every three ranks take 1 read, which counts the tokens that
@@ -67,9 +73,10 @@ state and the row's candidates. A row's counter is 0 between launches: every pro
 split or not, is counted once, and the last one resets it.
 
 Nobody has checked the values that a call's tensors hold, and somebody may overwrite a row while it
-is read. Offsets, slots, parameters and what other parts have written are limited where they are
-loaded. Every loop ends whatever the logits are in each read, and a draw that does not meet the mass
-that an earlier read has found gives the token -1 and the status bit _NO_CANDIDATE.
+is read. Offsets, slots, parameters, places in a list and what other parts have written are limited
+where they are loaded. Every loop ends whatever the logits are in each read, and a draw that does
+not meet the mass that an earlier read has found gives the token -1 and the status bit
+_NO_CANDIDATE.
 
 Nothing may be fused into multiply-adds except by tl.fma: launch with enable_fp_fusion=False.
 """
@@ -116,9 +123,12 @@ POSITION_OF_TEXT = tl.constexpr(2)
 # return tuples that hold None.
 
 #: What steps 1 to 6 need of a row. tail: the logits past the last multiple of its length. bias:
-#: (ids, values, count). mask: (a pointer,). history: a History. division: (1 / repetition, whether
-#: step 3 must use tl.div_rn, because _quotient would not be exact).
-Row = namedtuple("Row", "logits tail vocab_size num_tiles bias mask history division")
+#: (ids, values, count). mask: (a pointer,). history: a History. lowered: a RuleLists. division:
+#: (1 / repetition, whether step 3 must use tl.div_rn, because _quotient would not be exact).
+Row = namedtuple("Row", "logits tail vocab_size num_tiles bias mask history lowered division")
+#: Pointers to the lists of step 5a, as triton_rules.py makes them, or to that of one row, of which
+#: ``counts`` is the count itself. capacity: how many amounts a row has room for.
+RuleLists = namedtuple("RuleLists", "bits before counts amounts capacity")
 #: The slots of a batch that has an entry for each slot; capacity: how many there are.
 #: prompt_lengths: (a pointer,).
 BySlot = namedtuple("BySlot", "slots capacity bias_counts prompt_lengths")
@@ -216,14 +226,13 @@ def _quotient(x, r, inverse):
 
 
 @triton.jit
-def _bits(words, first, ids, inside, vocab_size):
-    """Bit ``id & 31`` of word ``id >> 5``, as a boolean; False where not inside.
+def _words(words, first, ids, inside, vocab_size):
+    """Word ``id >> 5`` of some words; 0 where not inside, if the ids are not consecutive.
 
     ``first`` is the first of consecutive ids, a multiple of 32; None if they are not consecutive.
     """
     if first is None:
         word = tl.load(words + (ids >> 5), mask=inside, other=0)
-        is_set = ((word >> (ids & 31)) & 1) != 0
     else:
         # one load for 32 tokens
         number = tl.arange(0, ids.shape[0] // 32)
@@ -231,7 +240,16 @@ def _bits(words, first, ids, inside, vocab_size):
             words + (first // 32 + number), mask=first + number * 32 < vocab_size, other=0
         )
         word = tl.reshape(tl.broadcast_to(word[:, None], [ids.shape[0] // 32, 32]), [ids.shape[0]])
-        is_set = (((word >> (ids & 31)) & 1) != 0) & inside
+    return word
+
+
+@triton.jit
+def _bits(words, first, ids, inside, vocab_size):
+    """Bit ``id & 31`` of word ``id >> 5``, as a boolean; False where not inside."""
+    word = _words(words, first, ids, inside, vocab_size)
+    is_set = ((word >> (ids & 31)) & 1) != 0
+    if first is not None:
+        is_set = is_set & inside
     return is_set
 
 
@@ -281,6 +299,41 @@ def _overridden(overrides, first, ids, is_seen, count):
 
 
 @triton.jit
+def ones(words):
+    """How many bits of each word are set."""
+    x = words.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _listed_from(lowered, first, SIZE: tl.constexpr, vocab_size):
+    """How many of ``SIZE`` consecutive tokens are listed."""
+    end = first + SIZE
+    before = tl.load(lowered.before + first // 32)
+    return tl.load(lowered.before + end // 32, mask=end < vocab_size, other=lowered.counts) - before
+
+
+@triton.jit
+def _lowered(x, lowered, first, ids, inside, vocab_size):
+    """5a list of the rules: each listed token less its amount, or -inf where that is infinite.
+
+    ``first`` is the first of consecutive ids; None if they are not consecutive.
+    """
+    bits, before, _, amounts, capacity = lowered
+    word = _words(bits, first, ids, inside, vocab_size)
+    is_listed = inside & (((word >> (ids & 31)) & 1) != 0)
+    place = _words(before, first, ids, is_listed, vocab_size)
+    place += ones(word & ((1 << (ids & 31)) - 1))
+    place = tl.minimum(tl.maximum(place, 0), capacity - 1)
+    amount = tl.load(amounts + place, mask=is_listed, other=0.0)
+    less = tl.where(amount == _INF, -_INF, x - amount)  # a ban hides NaN and +inf
+    return tl.where(is_listed, less, x)
+
+
+@triton.jit
 def _processed_and_flags(row, first, ids, inside):
     """Steps 1 to 6 of some tokens, -inf where not inside; and _NAN_BIT and _DIVISION_BIT.
 
@@ -317,6 +370,12 @@ def _processed_and_flags(row, first, ids, inside):
             # 4 frequency penalty, 5 presence penalty: output
             x = tl.where(count > 0, x - a * count.to(tl.float32), x)
             x = tl.where(count > 0, x - b, x)
+    if len(row.lowered) > 0:
+        number = row.lowered.counts
+        if first is not None:
+            number = _listed_from(row.lowered, first, ids.shape[0], row.vocab_size)
+        if number > 0:
+            x = _lowered(x, row.lowered, first, ids, inside, row.vocab_size)
 
     # 6 canonical
     flags = tl.where(x != x, flags | _NAN_BIT, flags)
@@ -1627,6 +1686,15 @@ def _overrides(history, slot, counts, index, vocab_size, entries, CONFIG: tl.con
 
 
 @triton.jit
+def _list_of_row(rule_lists, index, vocab_size):
+    """The list of row ``index``."""
+    bits, before, counts, amounts, capacity = rule_lists
+    words = index * ((vocab_size + 31) // 32)
+    count = tl.load(counts + index)
+    return RuleLists(bits + words, before + words, count, amounts + index * capacity, capacity)
+
+
+@triton.jit
 def _row(
     logits,
     vocab_size,
@@ -1639,6 +1707,7 @@ def _row(
     mask,
     history,
     num_slots,
+    lowered,
     workspace,
     CONFIG: tl.constexpr,
 ):
@@ -1687,14 +1756,14 @@ def _row(
             scope,
             overrides,
         )
-    return Row(logits, tail, vocab_size, num_tiles, bias, row_mask, row_history, ())
+    return Row(logits, tail, vocab_size, num_tiles, bias, row_mask, row_history, lowered, ())
 
 
 @triton.jit
 def _with_division(row, division):
     """The same row with another division in step 3."""
-    logits, tail, vocab_size, num_tiles, bias, mask, history, _ = row
-    return Row(logits, tail, vocab_size, num_tiles, bias, mask, history, division)
+    logits, tail, vocab_size, num_tiles, bias, mask, history, lowered, _ = row
+    return Row(logits, tail, vocab_size, num_tiles, bias, mask, history, lowered, division)
 
 
 @triton.jit
@@ -1851,6 +1920,7 @@ def sample_kernel(
     mask,
     history,
     num_slots,
+    rule_lists,
     record,
     workspace,
     workspace_stride,
@@ -1868,8 +1938,9 @@ def sample_kernel(
 
     ``batch`` has a BatchParams' tensors by their names, and ``bias_size`` is the number of biases
     of all rows. ``by_slot`` is () or a BySlot. ``mask`` is (mask, stride), ``history`` a Histories,
-    ``record`` (a pointer to bytes,), ``results`` (tokens, processed logprobs, raw logprobs, masses,
-    status), ``more`` a More. Without ``results`` the filtered logits are written.
+    ``rule_lists`` a RuleLists, ``record`` (a pointer to bytes,), ``results`` (tokens, processed
+    logprobs, raw logprobs, masses, status), ``more`` a More. Without ``results`` the filtered
+    logits are written.
     """
     index = tl.program_id(0).to(tl.int64)
     params = index
@@ -1913,6 +1984,9 @@ def sample_kernel(
         own += part * CONFIG.part_words
         parts = tl.where(is_split, CONFIG.parts, 1)
         tiles = (part * own_tiles // parts, (part + 1) * own_tiles // parts)
+    lowered = ()
+    if len(rule_lists) > 0:
+        lowered = _list_of_row(rule_lists, index, vocab_size)
     row = _row(
         logits,
         own_size,
@@ -1925,6 +1999,7 @@ def sample_kernel(
         mask,
         history,
         num_slots,
+        lowered,
         own,
         CONFIG,
     )
@@ -2066,7 +2141,9 @@ def sample_kernel(
                 order = Order(row, threshold, best, m, scale, total, (), held, is_listed)
                 _write_processed(order, output, of_row, first_best, num_samples, memory, CONFIG)
             if CONFIG.raw:
-                raw_row = Row(row.logits, row.tail, row.vocab_size, row.num_tiles, (), (), (), ())
+                raw_row = Row(
+                    row.logits, row.tail, row.vocab_size, row.num_tiles, (), (), (), (), ()
+                )
                 lowest = _first_code(tl.full((), _LOWEST_KEY, tl.int64))
                 log_sum = (raw_log_sum,)
                 order = Order(

@@ -12,14 +12,17 @@ the ids of a record are taken ``SPAN`` at a time, one or more by each thread.
    stop ids. How many ids before a place are the last ids of the text is found by comparing them one
    after the other, until they differ at all places of a span. So far it matters only whether they
    are as many as the rules ask for.
-4. A running sum over the words gives every word the number of listed ids before it, and every
-   listed id its rank, which is its place among ``ids``. Its amount becomes 0.
+4. A running sum over the words gives every word the number of listed ids before it, and so every
+   listed id its rank, which is the place of its amount. All amounts become 0.
 5. Step 3 again, now with matches of full length: each lowered id raises the amount at its rank. The
    amounts are not negative, so as integers they have the same order, and infinity is the largest.
    An atomic maximum therefore keeps the right one, whatever the order of the threads is.
 
 Hazards. Threads that change the same word do so by atomics. Between the steps there are barriers,
 because each reads or changes what other threads have written in the one before.
+
+The logits may be a slice of the vocabulary. Texts and records then have ids of all of it, and are
+compared by these. The list has the ids of the slice alone, counted from its first one.
 
 Nobody has checked what the tensors hold, and somebody may overwrite them meanwhile. Slots, offsets,
 lengths and ids are limited where they are loaded, and every loop has an end that does not depend on
@@ -39,7 +42,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_sampling import sequence_rules
-from llm_sampling.backends.base import MAX_EXTRA_OUTPUT
+from llm_sampling.backends.base import MAX_EXTRA_OUTPUT, VocabSlice
+from llm_sampling.backends.triton_kernel import ones
 
 _MAX_EXCESS = tl.constexpr(sequence_rules.MAX_EXCESS)
 _MAX_AMOUNT = tl.constexpr(sequence_rules.MAX_AMOUNT)
@@ -107,29 +111,29 @@ class PenaltyLists(NamedTuple):
     the number of bits that are set below its own in its word.
 
     Attributes:
-        bits: int32 ``(rows, ceil(vocab_size / 32))``; the bit of each listed id is set.
+        bits: int32 ``(rows, ceil(ids / 32))``; the bit of each listed id is set, of the ids of a
+            row's logits, from 0 on.
         before: int32, of the same shape; how many listed ids are in the words before this one.
         counts: int32 ``(rows,)``, how many ids are listed.
-        ids: int32 ``(rows, capacity)``, rising; nothing is written behind the first ``counts``.
-        amounts: float32, of the same shape: what is subtracted from the logits; +inf is a ban.
+        amounts: float32 ``(rows, capacity)``: what is subtracted from the logits; +inf is a ban.
+            Nothing is written behind the first ``counts``.
         scratch: int32 ``(rows, MAX_EXTRA_OUTPUT)``, of no meaning after a launch.
     """
 
     bits: Tensor
     before: Tensor
     counts: Tensor
-    ids: Tensor
     amounts: Tensor
     scratch: Tensor
 
 
 #: A row's text. ids: (a pointer to those that are kept,), of which there are ``kept``. extra: (a
 #: pointer to those of this call,). size: how many there are of both.
-RowText = namedtuple("RowText", "ids kept extra size vocab_size")
+RowText = namedtuple("RowText", "ids kept extra size")
 #: A row's records, of ``size`` numbers.
 Records = namedtuple("Records", "words size")
-#: A row's list, as pointers. amounts: to their bits.
-RowList = namedtuple("RowList", "bits before count ids amounts capacity vocab_size")
+#: A row's list, as pointers. amounts: to their bits. It has ``size`` ids from ``first_id`` on.
+RowList = namedtuple("RowList", "bits before count amounts capacity first_id size")
 #: DRY in a row: it looks at the places from ``begin`` on and lowers from matches of ``allowed`` ids
 #: on, of which ``room`` count. alone: the first and the last number of the records that have the
 #: breakers of a single id.
@@ -138,22 +142,12 @@ Dry = namedtuple("Dry", "begin allowed room multiplier base alone")
 NGrams = namedtuple("NGrams", "begin others")
 
 
-@triton.jit
-def _ones(words):
-    """How many bits of each word are set."""
-    x = words.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
-
-
 # The text and the records
 
 
 @triton.jit
 def _ids_at(text, place, wanted):
-    """The ids at the wanted ones of some places from 0 to size - 1; -1 for what is no id."""
+    """The ids at the wanted ones of some places from 0 to size - 1; -1 at the others."""
     if len(text.ids) > 0:
         ids = tl.load(text.ids[0] + place, mask=wanted & (place < text.kept), other=-1)
     else:
@@ -162,7 +156,7 @@ def _ids_at(text, place, wanted):
         is_extra = wanted & (place >= text.kept)
         added = tl.load(text.extra[0] + (place - text.kept), mask=is_extra, other=-1)
         ids = tl.where(is_extra, added, ids)
-    return tl.where((ids >= 0) & (ids < text.vocab_size), ids, -1)
+    return ids
 
 
 @triton.jit
@@ -299,12 +293,17 @@ def _are_breakers(ids, wanted, records, alone):
 
 @triton.jit
 def _put(out, ids, amounts, wanted, raises):
-    """Set the bits of the wanted ids; or raise their amounts, which are given by their bits."""
+    """Set the bits of the wanted ids; or raise their amounts, which are given by their bits.
+
+    What is no id of the list is left out: unsigned, what is below the first one is too large.
+    """
+    ids -= out.first_id
+    wanted = wanted & (ids.to(tl.uint32, bitcast=True) < out.size.to(tl.uint32, bitcast=True))
     word = ids >> 5
     bit = ids & 31
     if raises:
         bits = tl.load(out.bits + word, mask=wanted, other=0)
-        rank = tl.load(out.before + word, mask=wanted, other=-1) + _ones(bits & ((1 << bit) - 1))
+        rank = tl.load(out.before + word, mask=wanted, other=-1) + ones(bits & ((1 << bit) - 1))
         is_listed = wanted & (((bits >> bit) & 1) != 0) & (rank >= 0) & (rank < out.capacity)
         tl.atomic_max(out.amounts + rank, amounts, mask=is_listed, sem="relaxed")
     else:
@@ -357,31 +356,25 @@ def _put_records(out, text, is_short, records, raises, SPAN: tl.constexpr):
         for begin in range(first, number, SPAN):
             i = begin + tl.arange(0, SPAN)
             ids = tl.load(its_ids + i, mask=i < number, other=-1)
-            is_id = (ids >= 0) & (ids < out.vocab_size)
-            _put(out, ids, tl.zeros_like(ids) + _BAN, is_id, raises)
+            _put(out, ids, tl.zeros_like(ids) + _BAN, i < number, raises)
         at += 2 + number
 
 
 @triton.jit
 def _count(out, SPAN: tl.constexpr):
-    """Write how many ids are listed, before each word and at all, and the ids with amounts of 0."""
-    words = (out.vocab_size + 31) // 32
+    """Write how many ids are listed, before each word and at all, and amounts of 0."""
+    words = (out.size + 31) // 32
     total = tl.zeros((), tl.int32)
     for first in range(0, words, SPAN):
         word = first + tl.arange(0, SPAN)
-        bits = tl.load(out.bits + word, mask=word < words, other=0)
-        ones = _ones(bits)
-        rank = total + tl.cumsum(ones, axis=0) - ones
-        tl.store(out.before + word, rank, mask=word < words)
-        while tl.max((bits != 0).to(tl.int32), axis=0) != 0:
-            lowest = bits & -bits
-            wanted = (bits != 0) & (rank < out.capacity)
-            tl.store(out.ids + rank, 32 * word + _ones(lowest - 1), mask=wanted)
-            tl.store(out.amounts + rank, tl.zeros_like(bits), mask=wanted)
-            bits = bits ^ lowest
-            rank += 1
-        total += tl.sum(ones, axis=0)
-    tl.store(out.count, tl.minimum(total, out.capacity))
+        listed = ones(tl.load(out.bits + word, mask=word < words, other=0))
+        tl.store(out.before + word, total + tl.cumsum(listed, axis=0) - listed, mask=word < words)
+        total += tl.sum(listed, axis=0)
+    total = tl.minimum(total, out.capacity)
+    for first in range(0, total, SPAN):
+        rank = first + tl.arange(0, SPAN)
+        tl.store(out.amounts + rank, tl.zeros([SPAN], tl.int32), mask=rank < total)
+    tl.store(out.count, total)
 
 
 # The row
@@ -429,12 +422,14 @@ def _records(sequences, sequences_size, index, exists, most):
 
 @triton.jit(
     do_not_specialize=[
-        *("vocab_size", "sequences_size", "num_params", "num_slots", "max_length", "num_extra"),
-        "capacity",
+        *("vocab_size", "first_id", "size", "sequences_size", "num_params", "num_slots"),
+        *("max_length", "num_extra", "capacity"),
     ]
 )
 def list_kernel(
     vocab_size,
+    first_id,
+    size,
     rules,
     sequences,
     sequences_size,
@@ -451,23 +446,23 @@ def list_kernel(
     capacity,
     SPAN: tl.constexpr,
 ):
-    """The list of row ``program_id(0)``.
+    """The list of row ``program_id(0)``: of ``size`` ids of the vocabulary from ``first_id`` on.
 
     ``rules`` is a RuleColumns and ``lists`` a PenaltyLists, with the amounts as int32.
     ``sequences`` is (offsets, ids, counts), ``kept_ids`` (ids, lengths), ``param_slots`` and
     ``extra_ids`` (a pointer,); each may be (), and so may be the counts, which are (a pointer,).
     """
     row = tl.program_id(0).to(tl.int64)
-    bits, before, counts, listed_ids, amounts, scratch = lists
-    words = (vocab_size + 31) // 32
+    bits, before, counts, amounts, scratch = lists
+    words = (size + 31) // 32
     out = RowList(
         bits + row * words,
         before + row * words,
         counts + row,
-        listed_ids + row * capacity,
         amounts + row * capacity,
         capacity,
-        vocab_size,
+        first_id,
+        size,
     )
     index = row
     exists = row >= 0
@@ -491,10 +486,10 @@ def list_kernel(
         extra = (scratch + row * _MAX_EXTRA,)
         added = _write_extra(extra_ids[0] + row * num_extra, num_extra, vocab_size, extra[0])
     tl.debug_barrier()
-    text = RowText(ids, kept, extra, kept + added, vocab_size)
+    text = RowText(ids, kept, extra, kept + added)
 
     most = tl.maximum(capacity - max_length - _MAX_EXTRA, 0)
-    most = tl.where(capacity >= vocab_size, _MOST_PLACES, most)
+    most = tl.where(capacity >= size, _MOST_PLACES, most)
     records = _records(sequences, sequences_size, index, exists, most)
     dry = _dry(
         text,
@@ -523,25 +518,18 @@ def list_kernel(
             _put_records(out, text, is_short, records, turn == 1, SPAN)
 
 
-def empty_lists(
-    rows: int,
-    vocab_size: int,
-    *,
-    max_length: int,
-    max_sequence_ids: int,
-    device: torch.device,
-) -> PenaltyLists:
+def empty_lists(rows: int, size: int, capacity: int, device: torch.device) -> PenaltyLists:
     """Memory for the lists of so many rows.
 
     Args:
         rows: how many.
-        vocab_size: 1 .. 2^20.
-        max_length: how many ids a slot can keep in order; 0 where they are not kept.
-        max_sequence_ids: how many numbers the records of a row have at most.
+        size: how many logits a row has, 1 .. 2^20.
+        capacity: how many ids a row may list, ``SampleCall.list_capacity``. There is room for a
+            multiple of 16, so that kernels which read the lists are the same for all capacities.
         device: where.
     """
-    words = -(-vocab_size // 32)
-    capacity = min(vocab_size, max_length + MAX_EXTRA_OUTPUT + max_sequence_ids)
+    words = -(-size // 32)
+    room = -(-capacity // 16) * 16
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(rows, *shape, dtype=dtype, device=device)
@@ -550,8 +538,7 @@ def empty_lists(
         bits=empty(words),
         before=empty(words),
         counts=empty(),
-        ids=empty(capacity),
-        amounts=empty(capacity, dtype=torch.float32),
+        amounts=empty(room, dtype=torch.float32),
         scratch=empty(MAX_EXTRA_OUTPUT),
     )
 
@@ -560,14 +547,15 @@ def make_lists(
     rules: RuleColumns,
     slots: Tensor,
     lengths: Tensor,
+    lists: PenaltyLists,
     *,
-    vocab_size: int,
+    size: int,
+    vocab_slice: VocabSlice,
     sequences: RuleSequences | None = None,
     param_slots: Tensor | None = None,
     kept_ids: KeptIds | None = None,
     extra_output: Tensor | None = None,
-    lists: PenaltyLists | None = None,
-) -> PenaltyLists:
+) -> None:
     """Make the lists of step 5a, in one launch on the current stream of the slots' device.
 
     All tensors are on that device and contiguous. What they hold is not checked, and whatever it
@@ -577,17 +565,15 @@ def make_lists(
         rules: the numbers of the rules.
         slots: int32 ``(rows,)``, the slots of the history.
         lengths: int64 ``(slots,)``, the lengths of the outputs.
-        vocab_size: ids from there on are padding, wherever they are.
+        lists: where they are put; :func:`empty_lists` makes the memory.
+        size: how many logits a row has.
+        vocab_slice: which ids these are of. Ids outside of its vocabulary are padding, wherever
+            they are.
         sequences: the token sequences of the rules; None where no row has any.
         param_slots: int32 ``(rows,)``, the entry of each row in ``rules`` and ``sequences``; None
             where row r has entry r. A row whose entry does not exist lists nothing.
         kept_ids: the ids of the slots; None where they are not kept.
         extra_output: int32 ``(rows, up to MAX_EXTRA_OUTPUT)``, ids that come next in the output.
-        lists: what :func:`empty_lists` has made for such calls, with ``max_sequence_ids`` at least
-            those of every row. None: the lists are new.
-
-    Returns:
-        The lists: ``lists`` where that is given.
 
     Raises:
         ValueError: a slot keeps more than ``MOST_PLACES`` ids.
@@ -596,16 +582,8 @@ def make_lists(
     max_length = 0 if kept_ids is None else kept_ids.ids.shape[1]
     if max_length > MOST_PLACES:
         raise ValueError(f"a slot must keep at most {MOST_PLACES} ids, got {max_length}")
-    if lists is None:
-        lists = empty_lists(
-            rows,
-            vocab_size,
-            max_length=max_length,
-            max_sequence_ids=0 if sequences is None else sequences.ids.numel(),
-            device=slots.device,
-        )
     if rows == 0:
-        return lists
+        return
     packed = ()
     if sequences is not None and sequences.ids.numel() > 0:
         counts = () if sequences.counts is None else (sequences.counts,)
@@ -613,7 +591,9 @@ def make_lists(
     num_extra = 0 if extra_output is None else extra_output.shape[1]
     with torch.cuda.device_of(slots):
         list_kernel[(rows,)](
-            vocab_size,
+            vocab_slice.vocab_size,
+            vocab_slice.first_id,
+            size,
             rules,
             packed,
             0 if sequences is None else sequences.ids.numel(),
@@ -627,9 +607,8 @@ def make_lists(
             () if num_extra == 0 else (extra_output,),
             num_extra,
             lists._replace(amounts=lists.amounts.view(torch.int32)),
-            lists.ids.shape[1],
+            lists.amounts.shape[1],
             SPAN=512,
             num_warps=8,
             enable_fp_fusion=False,
         )
-    return lists

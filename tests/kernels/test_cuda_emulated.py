@@ -19,7 +19,7 @@ from cases import DTYPES, LAYOUTS, SMALL_VOCABS, Case, build, covering_cases, ev
 from histories import KINDS, assert_drawings, assert_updates, with_text
 from param_slots import assert_by_slot
 from parity import assert_more_than_there_are, assert_parity, assert_same, build_all, run
-from ruled_rows import Rows, assert_as_the_reference
+from ruled_rows import GIVEN, Rows, assert_as_the_reference
 
 from llm_sampling import (
     BatchParams,
@@ -115,7 +115,9 @@ def test_rules_that_look_at_the_history(install, vocab_size, launch):
     """Rows with a penalty, a list, both or none; tokens that are seen, listed, both or neither."""
     turn = (LAUNCHES + SPLIT).index(launch)
     rows = Rows(vocab_size + turn, vocab_size, DTYPES[turn % 3])
-    assert_as_the_reference(rows, install(launch))
+    name = install(launch)
+    for given in GIVEN:
+        assert_as_the_reference(rows, name, given)
 
 
 @dtypes
@@ -434,7 +436,8 @@ def test_wrong_lists_are_seen(monkeypatch, tmp_path, text, wrong):
         for launch in (Launch(1, False), Launch(2, True)):
             name = emulation.install(monkeypatch, library, launch)
             for seed in range(6):
-                assert_as_the_reference(Rows(seed, 600, torch.float32), name)
+                for given in GIVEN:
+                    assert_as_the_reference(Rows(seed, 600, torch.float32), name, given)
 
     with pytest.raises(AssertionError):
         compare()

@@ -296,8 +296,10 @@ INTERPRETED_FILES = {
         4,
     ),
     "sampling/test_results.py": ("triton", 15, 100),
+    "sampling/test_rules.py": ("triton", 5, 30),
     "sampling/test_table.py": ("triton", 4, 5),
     "sampling/test_vectors.py": ("triton", 30, 300),
+    "sampling/test_vectors_family.py": ("triton", 10, 150),
     "kernels/test_triton_interpreted.py": ("triton", 140, 10),
     "kernels/test_triton_known_rows.py": ("triton", 4, 15),
     "kernels/test_triton_results.py": ("triton", 20, 30),
@@ -447,7 +449,8 @@ def test_a_wrong_split_is_seen(tmp_path, text, wrong, expression):
         ("bit << tl.arange(0, 32)[None, :]", "bit << (31 - tl.arange(0, 32))[None, :]", "a_table"),
         ("tl.int32) << (ids & 31)\n", "tl.int32) << (31 - (ids & 31))\n", "a_table"),
         (
-            "Row(row.logits, row.tail, row.vocab_size, row.num_tiles, (), (), (), ())",
+            "Row(\n                    row.logits, row.tail, row.vocab_size, row.num_tiles"
+            ", (), (), (), (), ()\n                )",
             "row",
             "a_table and raw",
         ),
@@ -510,11 +513,11 @@ def test_wrong_results_are_seen(tmp_path, text, wrong, expression):
             "random_texts",
         ),
         (
-            "            tl.store(out.amounts + rank, tl.zeros_like(bits), mask=wanted)",
-            "            pass",
+            "        tl.store(out.amounts + rank, tl.zeros([SPAN], tl.int32), mask=rank < total)",
+            "        pass",
             "random_texts",
         ),
-        ("        total += tl.sum(ones, axis=0)", "        pass", "long_rows"),
+        ("        total += tl.sum(listed, axis=0)", "        pass", "long_rows"),
         ("min_tokens - added", "min_tokens", "random_texts"),
         ("        done += SPAN", "        done += number", "long_rows"),
         ("tl.atomic_max(out.amounts", "tl.atomic_xchg(out.amounts", "random_texts"),
@@ -545,12 +548,13 @@ def test_wrong_results_are_seen(tmp_path, text, wrong, expression):
             "hostile",
         ),
         ("tl.minimum(size, most)", "size", "hostile"),
+        ("is_id = (ids >= 0) & (ids < vocab_size)", "is_id = ids >= 0", "random_texts"),
         (
-            "    return tl.where((ids >= 0) & (ids < text.vocab_size), ids, -1)",
-            "    return ids",
+            " & (ids.to(tl.uint32, bitcast=True) < out.size.to(tl.uint32, bitcast=True))",
+            "",
             "hostile",
         ),
-        ("(ids >= 0) & (ids < out.vocab_size)", "ids >= 0", "hostile or random_texts"),
+        ("    ids -= out.first_id\n", "", "slices"),
         (
             "    is_listed = wanted & (((bits >> bit) & 1) != 0)",
             "    is_listed = wanted",
@@ -562,8 +566,8 @@ def test_wrong_results_are_seen(tmp_path, text, wrong, expression):
         *("room", "breaker across the window", "bits that are left", "amounts that are left"),
         *("sum of words", "extra ids of the output", "long word", "largest amount"),
         *("slots of parameters", "slots", "length of a text", "length of a record"),
-        *("first record", "last record", "room of the list", "id of a text", "id of a word"),
-        "id without a bit",
+        *("first record", "last record", "room of the list", "padding", "id that is listed"),
+        *("first id of a slice", "id without a bit"),
     ],
 )
 def test_wrong_lists_are_seen(tmp_path, text, wrong, expression):
@@ -573,6 +577,33 @@ def test_wrong_lists_are_seen(tmp_path, text, wrong, expression):
         tmp_path, text, wrong, "test_triton_rules", expression, ("triton_rules.py",)
     )
     assert re.search("AssertionError|Segmentation fault|OverflowError", printed), printed
+
+
+@pytest.mark.skipif(bool(INTERPRETED), reason="this process is one of those that the test starts")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "wrong", "expression"),
+    [
+        ("tl.where(amount == _INF, -_INF, x - amount)", "x - amount", "split_rows"),
+        ("tl.where(amount == _INF, -_INF, x - amount)", "-_INF + 0 * amount", "split_rows"),
+        ("place += ones(word & ((1 << (ids & 31)) - 1))", "place += ones(word)", "split_rows"),
+        ("    place = tl.minimum(tl.maximum(place, 0), capacity - 1)\n", "", "overwrites"),
+        ("words = index * ((vocab_size + 31) // 32)", "words = index * 0", "split_rows"),
+        ("amounts + index * capacity, capacity)", "amounts, capacity)", "split_rows"),
+        ("mask=end < vocab_size, other=lowered.counts)", "mask=end < vocab_size)", "tiles"),
+        ("            number = _listed_from(", "            _listed_from(", "tiles"),
+        ("        lowered = _list_of_row(", "        _list_of_row(", "split_rows"),
+    ],
+    ids=[
+        *("ban", "amount", "rank", "limit of a place", "bits of the row", "amounts of the row"),
+        *("last tile", "tiles without a listed token", "no list"),
+    ],
+)
+def test_wrong_uses_of_lists_are_seen(tmp_path, text, wrong, expression):
+    """Step 5a with another list, another amount, or none."""
+    pytest.importorskip("triton")
+    printed = fail_with_a_wrong_kernel(tmp_path, text, wrong, "test_triton_rules", expression)
+    assert re.search("AssertionError|Segmentation fault", printed), printed
 
 
 def fail_with_a_wrong_kernel(

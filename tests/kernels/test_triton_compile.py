@@ -13,6 +13,7 @@ import torch
 from benchmarks import gpu_model
 from benchmarks.sass import run_tool
 from llm_sampling.backends import triton as wrapper
+from llm_sampling.backends.base import VocabSlice
 from llm_sampling.history import UPDATE_KINDS, HistoryUpdate, TokenHistory
 
 try:
@@ -100,6 +101,27 @@ def test_every_history_compiles(history, arch):
     assert compiled.metadata.shared <= triton_cost.SHARED_KIB[arch] * 1024
 
 
+#: Kinds with lists of step 5a, and with all else that steps 2 to 5 may need.
+WITH_RULES = (
+    "greedy + history + text + rules + advance",
+    "unfiltered + history + text + rules + advance",
+    "filtered + history + text + rules + advance + split",
+    "filtered + history + text + window + scope + extra output + rules + split",
+    "filter-only + history + text + rules + mask + bias",
+)
+
+
+@needs_lines
+@pytest.mark.parametrize("arch", triton_cost.TARGETS)
+@pytest.mark.parametrize("kind", WITH_RULES)
+def test_every_call_with_rules_compiles(kind, arch):
+    """Registers are spilled in none of the loops over the row, and at all in none on sm_90."""
+    variant = Variant(kind, "bfloat16")
+    cost = measure(variant, arch)
+    assert broken_rules(variant, arch, cost) == []
+    assert not any(loop.spills for loop in cost.loops.values())
+
+
 @pytest.mark.parametrize("arch", triton_cost.TARGETS)
 @pytest.mark.parametrize("kind", UPDATE_KINDS)
 def test_every_update_compiles(kind, arch, monkeypatch):
@@ -146,17 +168,21 @@ def launched_makers(monkeypatch, numbers=(50257, 4096, 40)):
     rules = triton_rules.RuleColumns(*[torch.zeros(2)] * 2, *[column] * 5)
     ids = torch.zeros(2, max_length, dtype=torch.int32)
     sequences = torch.zeros(size, dtype=torch.int32)
+    whole = VocabSlice(0, vocab_size)
+    memory = triton_rules.empty_lists(2, vocab_size, min(vocab_size, 9999), column.device)
     triton_rules.make_lists(
         rules,
         column,
         lengths,
-        vocab_size=vocab_size,
+        memory,
+        size=vocab_size,
+        vocab_slice=whole,
         sequences=triton_rules.RuleSequences(lengths, sequences, column),
         param_slots=column,
         kept_ids=triton_rules.KeptIds(ids, lengths),
         extra_output=torch.zeros(2, 8, dtype=torch.int32),
     )
-    triton_rules.make_lists(rules, column, lengths, vocab_size=vocab_size)
+    triton_rules.make_lists(rules, column, lengths, memory, size=vocab_size, vocab_slice=whole)
     monkeypatch.undo()
     return launched
 

@@ -77,6 +77,14 @@ def by_slot(position_of):
     )
 
 
+def with_rules(call):
+    """Return the call with rules that list nothing."""
+    params = [SamplingParams(seed=1, no_repeat_ngram_size=9, top_k=5)] * len(call.logits)
+    call = replace(call, batch=BatchParams.from_list(params, positions=[0] * len(params)))
+    assert call.has_lists
+    return call
+
+
 WORDS = torch.full((ROWS, -(-V // 32)), -1, dtype=torch.int32)
 CALLS = {
     "plain": lambda: make_call(),
@@ -105,6 +113,19 @@ CALLS = {
     "text positions": lambda: make_call(param_slots=by_slot("text")),
     "record": lambda: make_call(
         history=history_of(), advance=True, record=torch.tensor([True, False])
+    ),
+    "rules": lambda: with_rules(make_call(history=history_of(), advance=True)),
+    "rules and a mask": lambda: with_rules(make_call(history=history_of(), allowed_mask=WORDS)),
+    "rules of slots": lambda: with_rules(
+        make_call(
+            history=history_of(),
+            param_slots=replace(
+                by_slot("slot"), sequence_counts=torch.zeros(ROWS, dtype=torch.int32)
+            ),
+        )
+    ),
+    "rules in a small vocabulary": lambda: with_rules(
+        make_call(vocab_size=3, history=history_of(vocab_size=4))
     ),
     "wide rows": lambda: replace(make_call(), logits=torch.zeros(ROWS, V + 10)[:, :V]),
 }
@@ -171,6 +192,13 @@ def lost_tile(monkeypatch):
         start(replace(call, logits=logits), *rest)
 
     monkeypatch.setattr(backend, "_start", start_without)
+
+
+def test_a_kernel_that_does_not_look_at_its_lists_is_refused(monkeypatch):
+    monkeypatch.setattr(kernel, "_lowered", lambda x, *rest: x)
+    check(make_call(history=history_of(), advance=True))
+    with pytest.raises(first_use.SelfTestError, match="self-test failed: it gave token"):
+        check(CALLS["rules"]())
 
 
 @pytest.mark.parametrize("break_it", [wrong_threshold, fused, lost_tile], ids=lambda f: f.__name__)

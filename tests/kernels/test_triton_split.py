@@ -42,8 +42,9 @@ class Split:
         self.monkeypatch, self.rows, self.searches = monkeypatch, [], 0
         run, merged_maxima, search = backend._run, kernel._merged_maxima, kernel._search
 
-        def run_and_check(call, launch, workspace, counters, *rest):
-            run(call, launch, workspace, counters, *rest)
+        def run_and_check(call, launch, memory, *rest):
+            run(call, launch, memory, *rest)
+            counters = memory.counters
             assert (counters is None) == (launch.parts == 1)
             assert counters is None or not counters.any(), "the next launch needs zeros"
 

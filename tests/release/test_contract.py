@@ -193,14 +193,15 @@ def test_tables_are_made_from_the_fields(path):
 
 FILTERS = ("rank", "mass", "depth")
 EVERY_KIND = ("bias", "penalty", "scope", "scale", *FILTERS, "floor", "seed")
-#: The rules that look at the history, which no kernel of a GPU knows.
+#: The rules that look at the history.
 RULES = ("rule", "sequences")
 
 #: file or folder -> the kinds of parameters that it must name
 PLACES = {
     "csrc/llm_sampling.h": (*EVERY_KIND, *RULES),
     "csrc/validate.h": (*EVERY_KIND, *RULES),
-    "csrc/cpu/sequence_rules.h": ("rule",),
+    "csrc/sequence_rules.h": ("rule",),
+    "llm_sampling/backends/triton_rules.py": ("rule",),
     "llm_sampling/sequence_rules.py": RULES,
     "csrc/semantics.h": ("depth",),  # in the function depth_cut
     "llm_sampling/reference.py": EVERY_KIND,
@@ -220,7 +221,7 @@ PLACES = {
     "tests/cases.py": EVERY_KIND,
     "tests/strategies.py": EVERY_KIND,
     "tests/sampling/differential.py": EVERY_KIND,
-    "tests/kernels/cpp/fuzz_cpu.cpp": EVERY_KIND,
+    "tests/kernels/cpp/fuzz_cpu.cpp": (*EVERY_KIND, "rule"),
     "tests/tools/test_cli.py": EVERY_KIND,
     "benchmarks/oracle.py": ("penalty", "scale", *FILTERS),
 }
@@ -498,24 +499,28 @@ def test_cuda_has_the_step(number, word):
 def test_cuda_s_kernel_takes_every_parameter():
     """The kernel, or a function of the shared headers that it calls, reads every field."""
     kernel = cuda_kernel()
-    headers = "".join(map(read, ("csrc/semantics.h", "csrc/rows.h", "csrc/history.h")))
+    names = ("semantics", "rows", "history", "sequence_rules")
+    headers = "".join(read(f"csrc/{name}.h") for name in names)
     read_by_it = set(re.findall(r"\bargs_?\.(\w+)", kernel))
     functions = re.findall(
         r"(\w+)\(const (?:LlmSampling)?Args& args.*?\{\n(.*?)\n\}", headers, re.DOTALL
     )
-    for name, body in functions:
-        if re.search(rf"\b{name}\((?:args_|plan\.args)", kernel):
-            read_by_it |= set(re.findall(r"\bargs\.(\w+)", body))
+    called, code = set(), kernel
+    for _ in functions:  # one of them may call another
+        called |= {f for f in functions if re.search(rf"\b{f[0]}\((?:args_?|plan\.args)", code)}
+        code = kernel + "".join(body for _, body in called)
+    read_by_it |= set(re.findall(r"\bargs\.(\w+)", code))
     not_a_kernel_s = {"struct_size", "version", "num_threads"}
-    # The backend refuses the rules that look at the history.
-    not_a_kernel_s |= {*RULE_TENSORS, "sequence_counts", "sequences_size"}
     assert set(struct_fields()) - not_a_kernel_s <= read_by_it
 
 
 def test_triton_s_kernel_reads_every_parameter():
+    """Those of the rules that look at the history are read by the maker of their lists."""
     kernel = read("llm_sampling/backends/triton_kernel.py")
-    # The backend refuses the rules that look at the history.
+    maker = read("llm_sampling/backends/triton_rules.py")
     assert {*KERNEL_TENSORS} - {*RULE_TENSORS} == set(re.findall(r"\bbatch\.(\w+)", kernel))
+    numbers = {*RULE_TENSORS} - {*SEQUENCE_TENSORS}
+    assert numbers == set(re.findall(r"\brules\.(\w+) \+ index", maker))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from cases import (
     LARGE_VOCABS,
     OTHER_BACKENDS,
     SMALL_VOCABS,
-    WITHOUT_RULES,
     covering_cases,
     device_of,
 )
@@ -113,10 +112,6 @@ def test_kept_sets_where_the_order_of_ids_matters(backend: str, row: dict[str, A
     )
     logits = vectors.logits_of(row["shape"], row["key"], row["vocab_size"])
     options = {"history": history, "positions": [row["position"]]}
-    if params.has_rules and backend in WITHOUT_RULES:
-        with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run dry_multiplier"):
-            sample(logits, params, **options, backend=backend)
-        return
     check_kept_set(logits, params, row, **options, backend=backend, check=False)
 
 

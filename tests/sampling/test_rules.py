@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, Batch, Case
+from cases import DTYPES, EVERY_BACKEND, OTHER_BACKENDS, Batch, Case, device_of
 from param_slots import assert_by_slot
-from ruled_rows import ALPHABET, MAX_LENGTH, ROWS, Rows, assert_as_the_reference
+from ruled_rows import GIVEN, MAX_LENGTH, ROWS, Rows, alphabet, assert_as_the_reference
 from torch import Tensor
 
 from llm_sampling import (
@@ -35,32 +35,34 @@ RULES = [field.name for field in FIELDS.values() if field.kind in ("rule", "sequ
 
 
 @pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("given", GIVEN, ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 7, 600, 5003])
-def test_rows_are_those_of_the_reference(vocab_size: int, seed: int) -> None:
-    rows = Rows(seed, vocab_size, DTYPES[seed % 3])
-    assert_as_the_reference(rows, "cpu")
+@pytest.mark.parametrize("backend", OTHER_BACKENDS, indirect=True)
+def test_rows_are_those_of_the_reference(
+    backend: str, vocab_size: int, given: tuple[str, ...], seed: int
+) -> None:
+    rows = Rows(seed, vocab_size, DTYPES[seed % 3], device_of(backend))
+    assert_as_the_reference(rows, backend, given)
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("position_of", ["row", "slot", "text"])
-@pytest.mark.parametrize("name", ["cpu", "torch"])
-def test_parameters_of_slots(name: str, position_of: PositionOf) -> None:
+@pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
+def test_parameters_of_slots(backend: str, position_of: PositionOf, seed: int) -> None:
     """Rows may name slots twice, or slots that do not exist, and sequences have gaps between."""
-    batches = []
-    for seed in range(3):
-        rows = Rows(seed, 600, DTYPES[seed])
-        batches.append(
-            Batch(
-                cases=[Case("normal", "plain", "none", seed)] * ROWS,
-                vocab_size=600,
-                dtype=DTYPES[seed],
-                logits=rows.logits,
-                params=rows.params,
-                positions=list(range(ROWS)),
-                history=rows.history(),
-                allowed_mask=rows.mask,
-            )
-        )
-    assert_by_slot(batches, backends.resolve(name, torch.device("cpu")), position_of)
+    device = device_of(backend)
+    rows = Rows(seed, 600, DTYPES[seed], device)
+    batch = Batch(
+        cases=[Case("normal", "plain", "none", seed)] * ROWS,
+        vocab_size=600,
+        dtype=DTYPES[seed],
+        logits=rows.logits,
+        params=rows.params,
+        positions=list(range(ROWS)),
+        history=rows.history(),
+        allowed_mask=rows.mask,
+    )
+    assert_by_slot([batch], backends.resolve(backend, torch.device(device)), position_of)
 
 
 def test_the_rows_have_every_kind_of_list() -> None:
@@ -85,16 +87,22 @@ def results_of_filter(rows: Rows, params: list[SamplingParams]) -> Tensor:
     return filter_logits(rows.logits.nan_to_num(), params, history=rows.history())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_decode_loop_is_the_same_in_every_form(backend: str, seed: int) -> None:
     """A Sampler, a table and calls with histories, while the texts grow, draw the same tokens."""
-    rows = Rows(seed, 50, torch.float32)
+    device = device_of(backend)
+    rows = Rows(seed, 50, torch.float32, device)
     sampler = Sampler(
         rows.params, vocab_size=50, history=rows.history(), backend=backend, check=False
     )
     table = RequestTable(
-        ROWS + 2, vocab_size=50, history=True, max_length=MAX_LENGTH, backend=backend
+        ROWS + 2,
+        vocab_size=50,
+        history=True,
+        max_length=MAX_LENGTH,
+        backend=backend,
+        device=device,
     )
     slots = [(3 * row + 1) % (ROWS + 2) for row in range(ROWS)]
     assert len(set(slots)) == ROWS
@@ -105,8 +113,8 @@ def test_a_decode_loop_is_the_same_in_every_form(backend: str, seed: int) -> Non
     history = rows.history()
     generator = torch.Generator().manual_seed(seed)
     for turn in range(12):
-        logits = torch.randn(ROWS, 50, generator=generator) * 2
-        logits[:, :ALPHABET] += 4
+        logits = (torch.randn(ROWS, 50, generator=generator) * 2).to(device)
+        logits[:, alphabet(50)] += 4
         if turn == 5:  # one request is replaced
             table.set(slots[2], SamplingParams(seed=4, dry_multiplier=3, dry_breakers=[[1], [2]]))
             rows.params[2] = SamplingParams(seed=4, dry_multiplier=3, dry_breakers=[[1], [2]])
@@ -124,20 +132,23 @@ def test_a_decode_loop_is_the_same_in_every_form(backend: str, seed: int) -> Non
         history.append(drawn.tokens)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
 def test_rows_of_a_sampler_come_and_go(backend: str) -> None:
     """Rows with token sequences of other lengths move, and each goes on as it would alone."""
     generator = torch.Generator().manual_seed(3)
-    steps = torch.randn(9, 1, 40, generator=generator) * 3
+    device = device_of(backend)
+    steps = (torch.randn(9, 1, 40, generator=generator) * 3).to(device)
+    options: dict[str, Any] = {"vocab_size": 40, "max_length": 30}
+    options |= {"backend": backend, "device": device}
     requests = [
         SamplingParams(seed=row, no_repeat_ngram_size=2, bad_words=[[row, row + 1]] * row)
         for row in range(5)
     ]
     alone = []
     for params in requests:
-        sampler = Sampler(params, vocab_size=40, max_length=30, backend=backend)
+        sampler = Sampler(params, **options)
         alone.append([int(sampler(logits).tokens) for logits in steps])
-    sampler = Sampler(requests[:2], vocab_size=40, max_length=30, backend=backend)
+    sampler = Sampler(requests[:2], **options)
     here, got = [0, 1], {row: [] for row in range(5)}
     for turn in range(30):
         for row in [row for row in here if len(got[row]) == 9]:

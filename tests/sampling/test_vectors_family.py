@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import WITHOUT_RULES
 from vectors import logits_of
 
 from llm_sampling import (
@@ -57,10 +56,6 @@ def test_the_file_is_whole() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_case(backend: str, row: dict[str, Any]) -> None:
     logits, params, history = logits_and_history(row)
-    if params.has_rules and backend in WITHOUT_RULES:
-        with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run dry_multiplier"):
-            sample(logits, params, history=history, backend=backend)
-        return
     output = sample(
         logits,
         params,
@@ -93,10 +88,6 @@ def test_the_same_after_other_ids_were_taken_away(backend: str, row: dict[str, A
     sampler.extend(0, [0, 1, 0])
     sampler.rollback(0, 3)
     sampler.set_position(0, row["position"])
-    if params.has_rules and backend in WITHOUT_RULES:
-        with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run dry_multiplier"):
-            sampler(logits)
-        return
     assert sampler(logits).tokens.tolist() == row["tokens"][:1]
 
     ids = [*row["prompt"], *row["output"]]
