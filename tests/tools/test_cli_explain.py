@@ -123,6 +123,32 @@ def test_scope_and_window_of_the_penalties(run: Run, model_path: Path) -> None:
         assert re.search(rf" {row.token} +{row.logit:.2f} +[\d.]+% +{p}( |$)", out, re.M)
 
 
+def test_what_the_rules_lower_is_listed_with_the_reasons(run: Run, model_path: Path) -> None:
+    lm = models.load(model_path, lambda stage: None)
+    a, b, c = lm.encode("abc")
+    rules = ["--dry-multiplier", "0.8", "--no-repeat-ngram-size", "2", "--bad-words", f"{b},{a}"]
+    code, out, _ = run("abcab", "--output", "ab", *rules, "--top", "300", "--max-new-tokens", "2")
+    assert code == 0
+    head, *_ = out.splitlines()
+    assert head.rstrip().endswith("cut by  lowered by")
+    said = out.partition("\nlowered by rules that look at the history: 2\n")[2].partition("\n\n")[0]
+    assert sorted(said.splitlines()) == [
+        f'  a ({a}) -0.8 by DRY, dry_allowed_length 2: it followed the last 2 tokens, "ab", '
+        "at place 5",
+        f'  a ({a}) banned by bad_words: it completes "ba", [{b}, {a}]',
+        f'  a ({a}) banned by no_repeat_ngram_size 2: it followed "b" at place 5',
+        f'  c ({c}) -0.8 by DRY, dry_allowed_length 2: it followed the last 2 tokens, "ab", '
+        "at place 2",
+        f'  c ({c}) banned by no_repeat_ngram_size 2: it followed "b" at place 2',
+    ]
+    for token in (a, c):
+        assert re.search(rf" {token} .*-inf +banned by n-gram.*-0.8 by DRY", out)
+    _, out, _ = run("abcab", "--output", "ab", *rules, "--top", "1", "--max-new-tokens", "2")
+    assert re.search(r"history: 2\n(  .*\n){2,3}  and 1 more\n", out)
+    _, out, _ = run("abc", *rules, "--max-new-tokens", "2")
+    assert "lowered" not in out
+
+
 def test_a_picture_and_a_page(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name in ("a.png", "b.SVG"):

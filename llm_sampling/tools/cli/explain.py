@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,6 +135,8 @@ def _explain(request: ExplainRequest, language_model: models.LanguageModel) -> N
     output = console.output()
     output.print(_steps_table(explanation, texts, request.top))
     output.print(f"{int(explanation.kept.sum())} of {explanation.vocab_size} tokens are kept")
+    for line in _list_of_rules(explanation, texts, request.top):
+        output.print(line, markup=False, soft_wrap=True)
     with console.writing_files(console.EXIT_FAILED):
         if request.picture is not None:
             with files.replacing(request.picture) as new:
@@ -170,12 +172,31 @@ def _steps_table(explanation: explaining.Explanation, texts: Sequence[str], top:
     for name in ("id", "logit", *(explaining.stage_label(stage, params) for stage in stages)):
         table.add_column(name, justify="right")
     table.add_column("cut by")
+    if explanation.reasons:
+        table.add_column("lowered by")
     for row in explaining.rows(explanation, top):
         shares = [f"{row.probabilities[stage]:.2%}" for stage in stages]
         cut = "" if row.cut_by is None else explaining.cut_label(row.cut_by)
         table.add_row(
             Text(explaining.visible(texts[row.token])),
             *(str(row.token), f"{row.logit:.2f}", *shares, cut),
+            *([explaining.list_label(row.reasons)] if explanation.reasons else []),
             style="" if row.kept else "dim",
         )
     return table
+
+
+def _list_of_rules(
+    explanation: explaining.Explanation, texts: Sequence[str], top: int
+) -> Iterator[str]:
+    """A line for each reason to lower a token, of at most ``top`` tokens."""
+    tokens = explaining.lowered(explanation)
+    if not tokens:
+        return
+    yield f"\nlowered by rules that look at the history: {len(tokens)}"
+    for token in tokens[:top]:
+        for reason in explanation.reasons[token]:
+            why = explaining.reason_label(explanation, token, reason, texts)
+            yield f"  {explaining.visible(texts[token])} ({token}) {why}"
+    if len(tokens) > top:
+        yield f"  and {len(tokens) - top} more"
