@@ -27,8 +27,10 @@ from llm_sampling.tools.cli.options import (
     sampling_options,
     sampling_params,
     text,
+    word_options,
+    words,
 )
-from llm_sampling.tools.cli.running import Running, check_fit
+from llm_sampling.tools.cli.running import Running, Words, check_fit
 from llm_sampling.tools.explain.picture import check_suffix
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class ExplainRequest:
     html: Path | None
     n: int
     max_new_tokens: int
+    words: Words
     on: Running
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ def add_parser(commands: Commands) -> None:
         "explain",
         help="Show what each step does to the next token.",
         description="Show what each step does to the probabilities of the token after PROMPT.",
-        parents=[sampling_options(), running_options()],
+        parents=[sampling_options(), word_options(), running_options()],
     )
     add = parser.add_argument
     add("prompt", type=text, metavar="PROMPT", help="The text before the token.")
@@ -100,8 +103,13 @@ def add_parser(commands: Commands) -> None:
 
 def make_request(options: argparse.Namespace) -> ExplainRequest:
     """The command's options, checked."""
-    params, on = sampling_params(options), running(options)
-    return request_of(ExplainRequest, options, params=params, on=on)
+    return request_of(
+        ExplainRequest,
+        options,
+        params=sampling_params(options),
+        words=words(options),
+        on=running(options),
+    )
 
 
 def run(request: ExplainRequest) -> int:
@@ -124,7 +132,7 @@ def _explain(request: ExplainRequest, language_model: models.LanguageModel) -> N
     if request.output:
         tokenizer = language_model.tokenizer
         written = tokenizer(request.output, add_special_tokens=False)["input_ids"]
-    params = request.params
+    params = request.words.added(request.params, language_model)
     check_fit(language_model, len(ids) + len(written), request.max_new_tokens, params)
     logits, history = explaining.record(
         language_model, ids, written, penalty_last_n=params.penalty_last_n
