@@ -316,6 +316,19 @@ def test_stop_strings_of_the_generation_config(run, model_path, tmp_path):
         assert json.loads(out)["stop_reason"] == reason
 
 
+def test_bad_words_of_the_generation_config(run, model_path, tmp_path):
+    """They count where there are none on the command line, in the texts and for ``explain``."""
+    shutil.copytree(model_path, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "generation_config.json").read_text())
+    words = json.dumps(config | {"bad_words_ids": [[A]]})
+    (tmp_path / "generation_config.json").write_text(words)
+    options = ["--temperature", 0, "--logit-bias", f"{A}=60", "--logit-bias", f"{B}=50"]
+    options += ["--max-new-tokens", 3]
+    assert run("x", *options, model=tmp_path)[1] == "bbb\n"
+    assert run("x", *options, "--bad-words", B, model=tmp_path)[1] == "aaa\n"
+    assert run("x", *options)[1] == "aaa\n"
+
+
 def test_several_prompts_and_texts(run):
     """Each text of a batch equals the text generated alone; empty lines separate the texts."""
     options = ["--max-new-tokens", 12, "--temperature", 0.7, "--top-k", 5]

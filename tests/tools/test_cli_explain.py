@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def run(model_path: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> Run:
 
     def run(prompt: str, *options: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = cli.main(["explain", prompt, *options, "--model", str(model_path)])
+        code = cli.main(["explain", prompt, "--model", str(model_path), *options])
         return code, *capsys.readouterr()
 
     return run
@@ -147,6 +148,23 @@ def test_what_the_rules_lower_is_listed_with_the_reasons(run: Run, model_path: P
     assert re.search(r"history: 2\n(  .*\n){2,3}  and 1 more\n", out)
     _, out, _ = run("abc", *rules, "--max-new-tokens", "2")
     assert "lowered" not in out
+
+
+def test_the_rules_of_the_generation_config_are_listed(
+    run: Run, model_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_path, tmp_path / "with_rules")
+    config = tmp_path / "with_rules/generation_config.json"
+    fields = json.loads(config.read_text()) | {"no_repeat_ngram_size": 2, "min_length": 6}
+    config.write_text(json.dumps(fields))
+    lm = models.load(model_path, lambda stage: None)
+    b, (end,) = *lm.encode("b"), lm.eos_token_ids
+    options = ["--max-new-tokens", "2", "--model", "with_rules"]
+    code, out, _ = run("aba", "--output", "a", *options)
+    assert code == 0
+    assert "lowered by rules that look at the history: 3\n" in out
+    assert f'b ({b}) banned by no_repeat_ngram_size 2: it followed "a" at place 1\n' in out
+    assert f"({end}) banned by min_tokens 3: the output has 1\n" in out
 
 
 def test_a_picture_and_a_page(run: Run, tmp_path: Path) -> None:

@@ -344,10 +344,22 @@ ROWS: dict[str, Row] = {
     "a folder without a config": model(
         "folder", "model 'folder' is a directory without a config.json"
     ),
-    "a model with bad words": model(
+    "a model with suppressed tokens": model(
+        "suppressed",
+        "model 'suppressed' cannot be used: suppress_tokens of the generation config cannot be "
+        "honoured, got [5]: set it to None there",
+        LATE,
+    ),
+    "a model with bad words that are none": model(
         "bad_words",
-        "model 'bad_words' cannot be used: bad_words_ids of the generation config cannot be "
-        "honoured, got [[5]]: set it to None there",
+        "model 'bad_words' cannot be used: the generation config cannot be honoured: "
+        "bad_words[0] must be token ids in [0, 2^31), got 5",
+        LATE,
+    ),
+    "a model with a length that is none": model(
+        "no_length",
+        "model 'no_length' cannot be used: min_length of the generation config must be an integer "
+        ">= 0, got 'x'",
         LATE,
     ),
     "weights that are not all there": model(
@@ -664,7 +676,9 @@ def place(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     tokenizer = json.loads((model_path / "tokenizer.json").read_text())
     os.mkfifo(changed("fifo_config", config_json=None) / "config.json")
     os.mkfifo(changed("fifo_weights") / "pytorch_model.bin")
-    changed("bad_words", generation_config_json=b'{"bad_words_ids": [[5]]}')
+    changed("suppressed", generation_config_json=b'{"suppress_tokens": [5]}')
+    changed("bad_words", generation_config_json=b'{"bad_words_ids": [5]}')
+    changed("no_length", generation_config_json=b'{"min_length": "x"}')
     fewer = load_file(model_path / "model.safetensors")
     del fewer["model.norm.weight"]
     save_file(fewer, changed("fewer_weights") / "model.safetensors", metadata={"format": "pt"})

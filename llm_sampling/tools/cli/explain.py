@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from llm_sampling import InvalidLogitsError, SamplingParams, checks
 from llm_sampling.generation import models
+from llm_sampling.generation.config import with_rules_of_config
 from llm_sampling.tools import explain as explaining
 from llm_sampling.tools import files
 from llm_sampling.tools.cli import console
@@ -132,7 +133,12 @@ def _explain(request: ExplainRequest, language_model: models.LanguageModel) -> N
     if request.output:
         tokenizer = language_model.tokenizer
         written = tokenizer(request.output, add_special_tokens=False)["input_ids"]
-    params = request.words.added(request.params, language_model)
+    params = with_rules_of_config(  # as the loop that generates the texts
+        request.words.added(request.params, language_model),
+        language_model.model.generation_config,
+        end_ids=language_model.eos_token_ids,
+        prompt_length=len(ids),
+    )
     check_fit(language_model, len(ids) + len(written), request.max_new_tokens, params)
     logits, history = explaining.record(
         language_model, ids, written, penalty_last_n=params.penalty_last_n
