@@ -9,7 +9,7 @@ of lists give.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,26 @@ def rules_of(numbers: Mapping[str, float], packed: Sequence[int]) -> SequenceRul
     return SequenceRules(**values, dry_breakers=breakers, bad_words=words, stop_token_ids=stop_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a rule lowers a token of a row.
+
+    Attributes:
+        rule: the parameter that switches the rule on: "dry_multiplier", "no_repeat_ngram_size",
+            "bad_words" or "min_tokens".
+        amount: what it subtracts from the token's logit; inf bans the token.
+        length: how many of the last ids the rule found: those that the token followed before, or
+            the others of a bad word; and for min_tokens, how many ids the output has.
+        place: where the token last followed them, as an index of the ids without padding; None for
+            a bad word and for min_tokens.
+    """
+
+    rule: str
+    amount: float
+    length: int
+    place: int | None = None
+
+
 def penalty_list(
     rules: SequenceRules, ids: Sequence[int], output_length: int, vocab_size: int
 ) -> dict[int, float]:
@@ -112,30 +132,63 @@ def penalty_list(
         output_length: how many ids, without padding, are the output's.
         vocab_size: ids of rules outside of ``0 .. vocab_size - 1`` are left out.
     """
+    reasons = penalty_reasons(rules, ids, output_length, vocab_size)
+    return {id_: max(reason.amount for reason in of_id) for id_, of_id in reasons.items()}
+
+
+def penalty_reasons(
+    rules: SequenceRules, ids: Sequence[int], output_length: int, vocab_size: int
+) -> dict[int, list[Reason]]:
+    """Every reason for each entry of :func:`penalty_list`, with the same arguments.
+
+    The amount of an entry is the largest of its reasons: a ban beats a penalty.
+    """
     text = [id_ for id_ in ids if 0 <= id_ < vocab_size]
-    amounts = _dry(rules, text)
-    amounts |= dict.fromkeys(_banned(rules, text, output_length), math.inf)
-    return {id_: amounts[id_] for id_ in sorted(amounts) if 0 <= id_ < vocab_size}
+    found: dict[int, list[Reason]] = {}
+    for id_, reason in (*_dry(rules, text), *_banned(rules, text, output_length)):
+        of_id = found.setdefault(id_, [])
+        if reason not in of_id:
+            of_id.append(reason)
+    return {id_: found[id_] for id_ in sorted(found) if 0 <= id_ < vocab_size}
 
 
-def _dry(rules: SequenceRules, text: list[int]) -> dict[int, float]:
+def matches(text: Sequence[int]) -> list[int]:
+    """For each place of a text, how many ids before it are its last ids, in the same order."""
+    return [_match(text, place) for place in range(len(text))]
+
+
+def breaks(text: Sequence[int], breakers: TokenSequences) -> Iterator[tuple[int, int]]:
+    """Where breakers are complete in a text, from its end.
+
+    For each place, how many ids follow it, and how many ids the shortest of its breakers has.
+    """
+    for following in range(len(text)):
+        end = len(text) - following
+        lengths = [len(one) for one in breakers if _ends_with(text, end, one)]
+        if lengths:
+            yield following, min(lengths)
+
+
+def _dry(rules: SequenceRules, text: list[int]) -> Iterator[tuple[int, Reason]]:
     """DRY: the tokens that would continue a match of the end of the text with an earlier place."""
     if rules.dry_multiplier == 0.0:
-        return {}
+        return
     last = rules.dry_penalty_last_n
-    seen = text if last < 0 else text[len(text) - min(last, len(text)) :]
-    allowed = rules.dry_allowed_length
+    begin = 0 if last < 0 else max(len(text) - last, 0)
+    seen = text[begin:]
     # how many ids follow the last complete breaker
-    room = next((n for n in range(len(seen)) if _ends_with(seen, n, rules.dry_breakers)), len(seen))
-    longest: dict[int, int] = {}
+    room, _ = next(breaks(seen, rules.dry_breakers), (len(seen), 0))
+    longest: dict[int, tuple[int, int]] = {}  # length and place
     for place in range(1, len(seen)):
-        match = min(_match(seen, place), room, allowed + MAX_EXCESS)
-        if match >= allowed:
-            longest[seen[place]] = max(longest.get(seen[place], 0), match)
+        match = min(_match(seen, place), room)
+        if match >= rules.dry_allowed_length:
+            id_ = seen[place]
+            longest[id_] = max(longest.get(id_, (0, 0)), (match, begin + place))
     alone = {breaker[0] for breaker in rules.dry_breakers if len(breaker) == 1}
-    return {
-        id_: _amount(rules, match - allowed) for id_, match in longest.items() if id_ not in alone
-    }
+    for id_, (match, place) in longest.items():
+        if id_ not in alone:
+            amount = _amount(rules, min(match - rules.dry_allowed_length, MAX_EXCESS))
+            yield id_, Reason("dry_multiplier", amount, match, place)
 
 
 def _amount(rules: SequenceRules, excess: int) -> float:
@@ -147,21 +200,28 @@ def _amount(rules: SequenceRules, excess: int) -> float:
     return float(amount)
 
 
-def _banned(rules: SequenceRules, text: list[int], output_length: int) -> Iterable[int]:
+def _banned(
+    rules: SequenceRules, text: list[int], output_length: int
+) -> Iterator[tuple[int, Reason]]:
     size, window = rules.no_repeat_ngram_size, rules.no_repeat_ngram_window
     if size > 0:
-        seen = text if window == 0 else text[-window:]
+        begin = 0 if window == 0 else max(len(text) - window, 0)
+        seen = text[begin:]
+        last: dict[int, int] = {}
         for place in range(len(seen)):
             if size == 1 or (place > 0 and _match(seen, place) >= size - 1):
-                yield seen[place]
+                last[seen[place]] = begin + place
+        for id_, place in last.items():
+            yield id_, Reason("no_repeat_ngram_size", math.inf, size - 1, place)
     for word in rules.bad_words:
         if text[len(text) - len(word) + 1 :] == list(word[:-1]) and len(word) <= len(text) + 1:
-            yield word[-1]
+            yield word[-1], Reason("bad_words", math.inf, len(word) - 1)
     if output_length < rules.min_tokens:
-        yield from rules.stop_token_ids
+        for id_ in rules.stop_token_ids:
+            yield id_, Reason("min_tokens", math.inf, output_length)
 
 
-def _match(seen: list[int], place: int) -> int:
+def _match(seen: Sequence[int], place: int) -> int:
     """How many ids before a place are the last ids of the text, in the same order."""
     length = 0
     while length < place and seen[place - 1 - length] == seen[-1 - length]:
@@ -169,7 +229,7 @@ def _match(seen: list[int], place: int) -> int:
     return length
 
 
-def _ends_with(seen: list[int], following: int, sequences: TokenSequences) -> bool:
-    """Whether one of the sequences is complete where so many ids follow it."""
-    end = len(seen) - following
-    return any(0 < len(one) <= end and seen[end - len(one) : end] == list(one) for one in sequences)
+def _ends_with(text: Sequence[int], end: int, sequence: Sequence[int]) -> bool:
+    """Whether a sequence is complete at a place of a text."""
+    length = len(sequence)
+    return 0 < length <= end and list(text[end - length : end]) == list(sequence)

@@ -80,6 +80,8 @@ SOME = {
     "test_cuda_emulated.py::test_rules_that_look_at_the_history": Some(5),
     "test_cuda_emulated.py::test_more_listed_tokens_than_have_scores": Some(3),
     "test_interrupt.py::test_a_change_of_rows_that_fails_anywhere": Some(3),
+    "test_explain_page.py::test_a_page_whose_rules_are_wrong_is_seen": Some(5),
+    "test_explain_page.py::test_the_page_lists_what_the_rules_lower": Some(2),
     "test_penalty_lists.py::test_random_texts": Some(20),
     "test_ops.py::test_other_parameters": Some(name=("top_k", "bias", "seed")),
     "test_tensors.py::test_every_kind_gives_what_a_plain_copy_gives": Some(5),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llm_sampling.backends.base import InvalidLogitsError, raise_on_status, status_reasons
 from llm_sampling.checks import integer_at_least, token_ids, true_or_false
-from llm_sampling.generation.config import check_config, declared_ids
+from llm_sampling.generation.config import check_config, declared_ids, with_rules_of_config
 from llm_sampling.generation.prompts import Prompts, check_holds_integers, padded, prompt_ids
 from llm_sampling.generation.rows import (
     FinishReason,
@@ -206,9 +206,11 @@ def generate_stream(
     ``top_logprobs`` and ``position`` may be given for each prompt: a list of as many as there are
     prompts.
 
-    A generation config of the model contributes its end tokens alone. Its fields for temperature,
-    ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty`` and lengths are not used, since
-    ``params`` and the arguments say them; one that changes the tokens in another way is refused.
+    A generation config of the model contributes its end tokens, and ``no_repeat_ngram_size``,
+    ``bad_words_ids``, ``min_new_tokens`` and ``min_length`` for the rows whose ``params`` leave
+    that rule off. Its fields for temperature, ``top_k``, ``top_p``, ``min_p``,
+    ``repetition_penalty`` and the longest text are not used, since ``params`` and the arguments say
+    them; one that changes the tokens in another way is refused.
 
     Args:
         model: a Hugging Face causal LM, or any callable ``model(input_ids, cache)`` that returns
@@ -300,6 +302,17 @@ def generate_stream(
     given = stop_ids_of_prompts(stop_token_ids, len(requests))
     stop_ids = [[*ids, *(row.stop_token_ids or ())] for ids, row in zip(given, params, strict=True)]
     ends = [_end_tokens(eos_token_ids, ignore_eos, ids, vocab_size) for ids in stop_ids]
+    # After the ends: what the config bans for a while does not end a text by that.
+    params = [
+        with_rules_of_config(
+            row,
+            config,
+            end_ids=() if ignore_eos else eos_token_ids,
+            prompt_length=len(ids),
+            has_least=low > 0,
+        )
+        for row, ids, low in zip(params, requests, least, strict=True)
+    ]
 
     places = [place for place in range(len(requests)) for _ in range(n)]
     row_stops = [

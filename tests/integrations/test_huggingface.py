@@ -1081,10 +1081,8 @@ def test_ids_and_scores_of_other_rows(make):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("bad_words_ids", [[1]]),
         ("suppress_tokens", [1, 2]),
-        ("min_new_tokens", 3),
-        ("no_repeat_ngram_size", 2),
+        ("forced_eos_token_id", 3),
         ("typical_p", 0.5),
         ("stop_strings", ["a"]),
     ],
@@ -1096,6 +1094,114 @@ def test_our_loop_names_what_it_does_not_take_from_the_config(model, monkeypatch
         ours(model, PROMPTS, EACH[:2])
     if field == "stop_strings":
         generate(model, PROMPTS, EACH[:2], tokenizer=BYTES, stop=(), max_new_tokens=1)
+
+
+#: End tokens that the tiny model draws often.
+ENDS = [3, *range(40, 97)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "acts"),
+    [
+        ({"no_repeat_ngram_size": 2}, True),
+        ({"bad_words_ids": [[11], [74, 49], [3]]}, True),
+        ({"min_new_tokens": 8, "eos_token_id": ENDS}, True),
+        ({"min_length": 11, "eos_token_id": ENDS}, True),
+        ({"min_length": 20, "min_new_tokens": 3, "eos_token_id": ENDS}, True),
+        ({"min_length": 11, "min_new_tokens": 0, "eos_token_id": ENDS}, False),
+        ({"min_length": 2, "eos_token_id": ENDS}, False),
+        ({"min_new_tokens": 8}, False),
+        ({"no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None}, False),
+        ({"no_repeat_ngram_size": 1, "bad_words_ids": [[4], [6]], "min_new_tokens": 99}, True),
+    ],
+)
+def test_our_loop_bans_what_generate_bans_for_a_config(model, monkeypatch, fields, acts):
+    """The tokens are those of ``generate``, up to the end of a text, for prompts of 5 and 6 ids."""
+    prompts = [PROMPTS[0].tolist(), PROMPTS[1].tolist(), RAGGED[2]]
+    greedy = SamplingParams(temperature=0)
+    ends = fields.get("eos_token_id")
+    plain = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=0)
+    asked = transformers.GenerationConfig(pad_token_id=0, **fields)
+
+    def done(config):
+        monkeypatch.setattr(model, "generation_config", config)
+        rows = generate(model, prompts, greedy, max_new_tokens=12)
+        assert {row.stop_reason for row in rows} == {None}
+        return [row.token_ids for row in rows]
+
+    got = done(asked)
+    for prompt, tokens in zip(prompts, got, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
+        assert tokens == wanted[0, len(prompt) :].tolist()
+    assert (got != done(plain)) == acts
+
+
+def test_params_and_arguments_override_the_rules_of_a_config(model, monkeypatch):
+    prompt = RAGGED[2]
+    ends = {"eos_token_id": ENDS, "pad_token_id": 0}
+    all_rules = transformers.GenerationConfig(
+        no_repeat_ngram_size=1, bad_words_ids=[[31]], min_new_tokens=9, **ends
+    )
+
+    def drawn(config, params, **options):
+        monkeypatch.setattr(model, "generation_config", config)
+        (done,) = generate(model, [prompt], params, max_new_tokens=12, **options)
+        return done.token_ids
+
+    own = SamplingParams(
+        temperature=0,
+        no_repeat_ngram_size=4,
+        no_repeat_ngram_window=5,
+        bad_words=[[2, 31]],
+        min_tokens=2,
+        stop_token_ids=[ENDS[0]],
+    )
+    plain = transformers.GenerationConfig(**ends)
+    assert drawn(all_rules, own) == drawn(plain, own)
+    # each rule by itself
+    sizes = transformers.GenerationConfig(no_repeat_ngram_size=1, **ends)
+    wanted = drawn(
+        sizes, SamplingParams(temperature=0, bad_words=[[31]], min_tokens=9, stop_token_ids=ENDS)
+    )
+    others = SamplingParams(temperature=0, bad_words=[[31]])
+    assert drawn(all_rules, others)[:9] == wanted[:9]
+    # the argument of the loop, after which stop strings do not count either
+    least = transformers.GenerationConfig(min_new_tokens=9, **ends)
+    greedy = SamplingParams(temperature=0)
+    assert drawn(least, greedy, min_new_tokens=2) == drawn(plain, greedy, min_new_tokens=2)
+    assert len(drawn(least, greedy)) >= 9
+    # without end tokens there is nothing to ban
+    assert drawn(least, greedy, ignore_eos=True) == drawn(plain, greedy, ignore_eos=True)
+    assert drawn(least, greedy, eos_token_ids=()) == drawn(plain, greedy, eos_token_ids=())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be an integer >= 0, got -1"),
+        ({"no_repeat_ngram_size": "x"}, "no_repeat_ngram_size must be an integer >= 0, got 'x'"),
+        ({"bad_words_ids": 5}, "bad_words must be"),
+        ({"bad_words_ids": [5]}, r"bad_words\[0\] must be"),
+        ({"bad_words_ids": [[-5]]}, r"bad_words\[0\] must be"),
+        ({"min_new_tokens": -2, "eos_token_id": 3}, "min_tokens must be an integer >= 0, got -2"),
+    ],
+)
+def test_rules_of_a_config_that_are_out_of_range(model, monkeypatch, fields, message):
+    config = transformers.GenerationConfig()
+    vars(config).update(fields)
+    monkeypatch.setattr(model, "generation_config", config)
+    with pytest.raises(ValueError, match=f"the generation config cannot be honoured: {message}"):
+        ours(model, PROMPTS, EACH[:2])
+
+
+@pytest.mark.parametrize("value", ["x", -1, 1.5, [3]])
+def test_a_least_length_of_a_config_that_is_none(model, monkeypatch, value):
+    config = transformers.GenerationConfig()
+    config.min_length = value
+    monkeypatch.setattr(model, "generation_config", config)
+    with pytest.raises(ValueError, match=r"min_length of the generation config must be an integer"):
+        ours(model, PROMPTS, EACH[:2])
 
 
 def test_the_end_tokens_are_those_of_the_generation_config(model, monkeypatch):

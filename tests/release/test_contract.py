@@ -134,7 +134,7 @@ def test_page_has_every_parameter_with_its_rule():
     """The page of ``explain`` has an input for every parameter but those that it never changes."""
     template = read("llm_sampling/tools/data/explain.html")
     fields = template[template.index("const FIELDS = {") : template.index("const NUMBER")]
-    shown = [n for n, f in FIELDS.items() if f.kind not in ("bias", "seed", "rule", "sequences")]
+    shown = [n for n, f in FIELDS.items() if f.kind not in ("bias", "seed", "sequences")]
     assert re.findall(r"^  (\w+): \{", fields, re.MULTILINE) == shown
     page = explain.page(torch.zeros(1), ["a"], SamplingParams())
     data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
@@ -196,6 +196,9 @@ EVERY_KIND = ("bias", "penalty", "scope", "scale", *FILTERS, "floor", "seed")
 #: The rules that look at the history.
 RULES = ("rule", "sequences")
 
+#: The kinds that the page of ``explain`` has an input for.
+OF_THE_PAGE = ("penalty", "scope", "scale", *FILTERS, "floor", "rule")
+
 #: file or folder -> the kinds of parameters that it must name
 PLACES = {
     "csrc/llm_sampling.h": (*EVERY_KIND, *RULES),
@@ -213,7 +216,7 @@ PLACES = {
     "llm_sampling/generation/config.py": ("scale", *FILTERS),
     "llm_sampling/integrations/vllm/both.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
     "llm_sampling/integrations/sglang.py": ("bias", "penalty", "scale", *FILTERS, "seed"),
-    "llm_sampling/tools/data/explain.html": ("penalty", "scope", "scale", *FILTERS, "floor"),
+    "llm_sampling/tools/data/explain.html": OF_THE_PAGE,
     "docs/semantics.md": (*EVERY_KIND, *RULES),
     "docs/parameters.md": ("penalty", "scope", "scale", *FILTERS, "seed", *RULES),
     "README.md": (*EVERY_KIND, *RULES),

@@ -11,8 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from sequence_lists import random_case
 
-from llm_sampling.sequence_rules import SequenceRules, packed_sequences, penalty_list
+from llm_sampling.sequence_rules import (
+    SequenceRules,
+    breaks,
+    matches,
+    packed_sequences,
+    penalty_list,
+    penalty_reasons,
+)
 
 ALL = math.inf
 #: How many random histories each rule of transformers gets.
@@ -50,6 +58,87 @@ HISTORIES = 3000
 def test_known_lists(rules: dict[str, Any], ids: list[int], expected: dict[int, float]) -> None:
     output = sum(0 <= id_ < 6 for id_ in ids)
     assert penalty_list(SequenceRules(**rules), ids, output, 6) == expected
+
+
+#: The parameters of each rule, by the one that switches it on.
+OF_RULE = {
+    "dry_multiplier": [name for name in SequenceRules.__slots__ if name.startswith("dry_")],
+    "no_repeat_ngram_size": ["no_repeat_ngram_size", "no_repeat_ngram_window"],
+    "bad_words": ["bad_words"],
+    "min_tokens": ["min_tokens", "stop_token_ids"],
+}
+
+
+def test_each_reason_is_that_of_its_rule_alone() -> None:
+    """The list of one rule has the amounts of its reasons, and the facts of a reason are true."""
+    draw = random.Random(5)
+    counts = dict.fromkeys(OF_RULE, 0)
+    several = 0
+    for _ in range(HISTORIES // 5):
+        rules, text, extra, output_length, vocab_size = random_case(draw, draw.choice((3, 6, 500)))
+        ids = [id_ for id_ in text + extra if 0 <= id_ < vocab_size]
+        reasons = penalty_reasons(rules, text + extra, output_length, vocab_size)
+        several += any(len({reason.rule for reason in of_id}) > 1 for of_id in reasons.values())
+        assert penalty_list(rules, text + extra, output_length, vocab_size) == {
+            id_: max(reason.amount for reason in of_id) for id_, of_id in reasons.items()
+        }
+        for rule, names in OF_RULE.items():
+            alone = SequenceRules(**{name: getattr(rules, name) for name in names})
+            assert penalty_list(alone, text + extra, output_length, vocab_size) == {
+                id_: max(reason.amount for reason in of_id if reason.rule == rule)
+                for id_, of_id in reasons.items()
+                if any(reason.rule == rule for reason in of_id)
+            }
+        for id_, of_id in reasons.items():
+            for reason in of_id:
+                counts[reason.rule] += 1
+                end = ids[len(ids) - reason.length :]
+                if reason.rule == "min_tokens":
+                    assert reason.length == output_length < rules.min_tokens
+                    assert id_ in rules.stop_token_ids
+                elif reason.rule == "bad_words":
+                    assert [*end, id_] in rules.bad_words
+                else:
+                    assert reason.place is not None
+                    assert ids[reason.place] == id_
+                    assert ids[reason.place - reason.length : reason.place] == end
+    assert min(counts.values()) > 50, counts
+    assert several > 50
+
+
+def test_a_ban_beats_a_penalty_and_every_rule_gives_its_reason() -> None:
+    rules = SequenceRules(
+        dry_multiplier=0.5,
+        no_repeat_ngram_size=2,
+        bad_words=[[2, 3], [3], [2, 3]],
+        min_tokens=6,
+        stop_token_ids=[3, 3],
+    )
+    (reasons,) = penalty_reasons(rules, [1, 2, 3, 9, 1, 2], 5, 6).values()
+    assert [(one.rule, one.amount, one.length, one.place) for one in reasons] == [
+        ("dry_multiplier", 0.5, 2, 2),
+        ("no_repeat_ngram_size", ALL, 1, 2),
+        ("bad_words", ALL, 1, None),
+        ("bad_words", ALL, 0, None),
+        ("min_tokens", ALL, 5, None),
+    ]
+
+
+def test_the_length_of_a_reason_is_not_cut() -> None:
+    text = [1] * 400
+    ((reason,),) = penalty_reasons(SequenceRules(dry_multiplier=1e-3), text, 0, 6).values()
+    assert (reason.length, reason.place) == (399, 399)
+    assert reason.amount == 2.0**100
+
+
+def test_matches_and_breaks() -> None:
+    assert matches([]) == []
+    assert matches([1, 3, 0, 1, 3]) == [0, 0, 2, 0, 0]
+    assert matches([2, 2, 2]) == [0, 1, 2]
+    text = [4, 0, 1, 4, 0, 5]
+    assert list(breaks(text, [[4, 0], [5, 5], [4, 0, 5], [0]])) == [(0, 3), (1, 1), (4, 1)]
+    assert list(breaks(text, [[], [9]])) == []
+    assert list(breaks([], [[1]])) == []
 
 
 def random_ids(draw: random.Random, vocab_size: int) -> list[int]:

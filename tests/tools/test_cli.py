@@ -17,12 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_sampling import Sampler, SamplingParams, TokenHistory, backends
-from llm_sampling.generation import models, rows, seeded, stream
+from llm_sampling import Sampler, SamplingParams, TokenHistory, backends, generation
+from llm_sampling.generation import (
+    bad_words_from,
+    dry_breakers_from,
+    models,
+    rows,
+    seeded,
+    stream,
+)
 from llm_sampling.integrations import engines
 from llm_sampling.integrations.engine import EngineLog
-from llm_sampling.tools import cli
-from llm_sampling.tools.cli import console
+from llm_sampling.tools import cli, explain
+from llm_sampling.tools.cli import console, running
 
 pytest.importorskip("rich", reason="needs the extra 'cli'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'cli'")
@@ -99,6 +106,72 @@ def test_every_field_of_sampling_params_is_an_option(field, model_path, monkeypa
     assert default == SamplingParams(seed=1)
     assert changed == dataclasses.replace(SamplingParams(seed=1), **{field: value})
     assert changed != default
+
+
+TEXT_OPTIONS = [
+    *["--bad-words-text", "ab", "--bad-words-text", "b", "--bad-words", f"{NEWLINE}"],
+    *["--dry-breakers-text", "ba", "--dry-breakers-default", "--dry-breakers", f"{A},{A}"],
+]
+
+
+def with_texts(language_model):
+    """Return the parameters of TEXT_OPTIONS, with the seed 1."""
+    tokenizer = language_model.tokenizer
+    return SamplingParams(
+        seed=1,
+        bad_words=[[NEWLINE], *bad_words_from(tokenizer, ["ab", "b"])],
+        dry_breakers=[[A, A], *dry_breakers_from(tokenizer, ["ba"]), *dry_breakers_from(tokenizer)],
+    )
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "explain"])
+def test_rules_as_texts_are_tokens_of_the_model(command, model_path, monkeypatch):
+    taken = []
+
+    def taker(*args, **options):
+        taken.append(next(arg for arg in (*args, *options.values()) if is_params(arg)))
+        raise KeyboardInterrupt
+
+    def is_params(arg):
+        return isinstance(arg, SamplingParams)
+
+    monkeypatch.setattr(generation, "generate_stream", taker)
+    monkeypatch.setattr(explain, "explain", taker)
+    prompt = [] if command == "chat" else ["a"]
+    for options in (TEXT_OPTIONS, []):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
+        words = [command, *prompt, "--model", str(model_path), "--seed", "1", *options]
+        assert cli.main(words) == 130
+    assert taken == [with_texts(models.load(model_path, lambda _: None)), SamplingParams(seed=1)]
+
+
+def test_a_bad_word_that_is_given_as_text_is_not_written(run):
+    options = ["--temperature", 0, "--logit-bias", f"{A}=60", "--logit-bias", f"{B}=50"]
+    options += ["--max-new-tokens", 4]
+    assert run("x", *options)[1] == "aaaa\n"
+    assert run("x", *options, "--bad-words-text", "aa")[1] == "abab\n"
+    assert run("x", *options, "--bad-words-text", "a", "--bad-words-text", "ba")[1] == "bbbb\n"
+
+
+def test_a_breaker_that_is_given_as_text_breaks(run):
+    """DRY lowers the token that would repeat "ab", but not across the breaker."""
+    options = ["--temperature", 0, "--logit-bias", f"{A}=60", "--logit-bias", f"{B}=50"]
+    options += ["--max-new-tokens", 1, "--dry-multiplier", 100]
+    assert run("b:a:a:", *options)[1] == "b\n"
+    assert run("b:a:a:", *options, "--dry-breakers-text", ":")[1] == "a\n"
+    assert run("b:a:a:", *options, "--dry-breakers-default")[1] == "a\n"
+    assert run("b:a:a:", *options, "--dry-breakers-text", "x")[1] == "b\n"
+
+
+def test_breakers_beyond_the_vocabulary_of_the_model_are_left_out(model_path):
+    language_model = models.load(model_path, lambda _: None)
+    words = running.Words((), (), dry_breakers_default=True)
+    whole = words.added(SamplingParams(), language_model).dry_breakers
+    fewer = dataclasses.replace(language_model, vocab_size=NEWLINE)
+    assert words.added(SamplingParams(), fewer).dry_breakers == tuple(
+        ids for ids in whole if ids != (NEWLINE,)
+    )
+    assert (NEWLINE,) in whole
 
 
 def test_the_text_is_what_the_loop_generates(run, model_path):
@@ -243,6 +316,19 @@ def test_stop_strings_of_the_generation_config(run, model_path, tmp_path):
         assert json.loads(out)["stop_reason"] == reason
 
 
+def test_bad_words_of_the_generation_config(run, model_path, tmp_path):
+    """They count where there are none on the command line, in the texts and for ``explain``."""
+    shutil.copytree(model_path, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "generation_config.json").read_text())
+    words = json.dumps(config | {"bad_words_ids": [[A]]})
+    (tmp_path / "generation_config.json").write_text(words)
+    options = ["--temperature", 0, "--logit-bias", f"{A}=60", "--logit-bias", f"{B}=50"]
+    options += ["--max-new-tokens", 3]
+    assert run("x", *options, model=tmp_path)[1] == "bbb\n"
+    assert run("x", *options, "--bad-words", B, model=tmp_path)[1] == "aaa\n"
+    assert run("x", *options)[1] == "aaa\n"
+
+
 def test_several_prompts_and_texts(run):
     """Each text of a batch equals the text generated alone; empty lines separate the texts."""
     options = ["--max-new-tokens", 12, "--temperature", 0.7, "--top-k", 5]
@@ -355,6 +441,8 @@ def test_chat_refuses_what_generate_refuses(run_chat):
         (["--bad-words", "x"], ["bad_words must be ID,ID, got 'x'"]),
         (["--dry-breakers", "1,"], ["dry_breakers must be ID,ID, got '1,'"]),
         (["--stop-token-ids", "-1"], ["stop_token_ids", "-1"]),
+        (["--bad-words-text", ""], ["bad_words_text must have no empty string, got ['']"]),
+        (["--dry-breakers-text", "a", "--dry-breakers-text", ""], ["dry_breakers_text", "empty"]),
         (["--logit-bias", "1=y"], ["'1=y'"]),
         (["--logit-bias", "1=500"], ["logit_bias", "500"]),
         (["--logit-bias", "1=2", "--logit-bias", "1=3"], ["logit_bias", "token 1 again"]),

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def run(model_path: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> Run:
 
     def run(prompt: str, *options: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = cli.main(["explain", prompt, *options, "--model", str(model_path)])
+        code = cli.main(["explain", prompt, "--model", str(model_path), *options])
         return code, *capsys.readouterr()
 
     return run
@@ -121,6 +122,49 @@ def test_scope_and_window_of_the_penalties(run: Run, model_path: Path) -> None:
     for row in explain.rows(explained, 300):
         p = f"{row.probabilities['penalties']:.2%}"
         assert re.search(rf" {row.token} +{row.logit:.2f} +[\d.]+% +{p}( |$)", out, re.M)
+
+
+def test_what_the_rules_lower_is_listed_with_the_reasons(run: Run, model_path: Path) -> None:
+    lm = models.load(model_path, lambda stage: None)
+    a, b, c = lm.encode("abc")
+    rules = ["--dry-multiplier", "0.8", "--no-repeat-ngram-size", "2", "--bad-words", f"{b},{a}"]
+    code, out, _ = run("abcab", "--output", "ab", *rules, "--top", "300", "--max-new-tokens", "2")
+    assert code == 0
+    head, *_ = out.splitlines()
+    assert head.rstrip().endswith("cut by  lowered by")
+    said = out.partition("\nlowered by rules that look at the history: 2\n")[2].partition("\n\n")[0]
+    assert sorted(said.splitlines()) == [
+        f'  a ({a}) -0.8 by DRY, dry_allowed_length 2: it followed the last 2 tokens, "ab", '
+        "at place 5",
+        f'  a ({a}) banned by bad_words: it completes "ba", [{b}, {a}]',
+        f'  a ({a}) banned by no_repeat_ngram_size 2: it followed "b" at place 5',
+        f'  c ({c}) -0.8 by DRY, dry_allowed_length 2: it followed the last 2 tokens, "ab", '
+        "at place 2",
+        f'  c ({c}) banned by no_repeat_ngram_size 2: it followed "b" at place 2',
+    ]
+    for token in (a, c):
+        assert re.search(rf" {token} .*-inf +banned by n-gram.*-0.8 by DRY", out)
+    _, out, _ = run("abcab", "--output", "ab", *rules, "--top", "1", "--max-new-tokens", "2")
+    assert re.search(r"history: 2\n(  .*\n){2,3}  and 1 more\n", out)
+    _, out, _ = run("abc", *rules, "--max-new-tokens", "2")
+    assert "lowered" not in out
+
+
+def test_the_rules_of_the_generation_config_are_listed(
+    run: Run, model_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_path, tmp_path / "with_rules")
+    config = tmp_path / "with_rules/generation_config.json"
+    fields = json.loads(config.read_text()) | {"no_repeat_ngram_size": 2, "min_length": 6}
+    config.write_text(json.dumps(fields))
+    lm = models.load(model_path, lambda stage: None)
+    b, (end,) = *lm.encode("b"), lm.eos_token_ids
+    options = ["--max-new-tokens", "2", "--model", "with_rules"]
+    code, out, _ = run("aba", "--output", "a", *options)
+    assert code == 0
+    assert "lowered by rules that look at the history: 3\n" in out
+    assert f'b ({b}) banned by no_repeat_ngram_size 2: it followed "a" at place 1\n' in out
+    assert f"({end}) banned by min_tokens 3: the output has 1\n" in out
 
 
 def test_a_picture_and_a_page(run: Run, tmp_path: Path) -> None:

@@ -180,6 +180,40 @@ ROWS: dict[str, Row] = {
         f"stop_id must name tokens in 0 .. 256, got {'9' * 30}",
         LATE,
     ),
+    "a bad word that is no text": Row(
+        ["generate", "x", "--bad-words-text", b"a\xff"],
+        2,
+        "argument --bad-words-text: must be valid UTF-8, got 'a\\udcff'",
+    ),
+    "a breaker that is no text": Row(
+        ["explain", "x", "--dry-breakers-text", b"\xe6"],
+        2,
+        "argument --dry-breakers-text: must be valid UTF-8, got '\\udce6'",
+    ),
+    "an empty bad word of a chat": Row(
+        ["chat", "--bad-words-text", ""], 2, "bad_words_text must have no empty string, got ['']"
+    ),
+    "an empty breaker": Row(
+        ["explain", "x", "--dry-breakers-text", ""],
+        2,
+        "dry_breakers_text must have no empty string, got ['']",
+    ),
+    "a bad word without tokens": Row(
+        ["generate", "x", "--model", "fewer_words", "--bad-words-text", "ab\x1b"],
+        2,
+        "bad_words_text does not suit fewer_words: words must be strings that the tokenizer has "
+        "tokens for, got 'ab\\x1b'",
+        LATE,
+    ),
+    "a breaker without tokens": Row(
+        ["chat", "--model", "fewer_words", "--dry-breakers-text", "\x1b[2J"],
+        2,
+        "dry_breakers_text must be a text that tokens of fewer_words write, got '\\x1b[2J'",
+        LATE,
+    ),
+    "rules as texts and no texts for a search": Row(
+        [*TUNE, "--bad-words-text", "a"], 2, "unrecognized arguments: --bad-words-text=a"
+    ),
     "a schema that is not there": schema("none", "cannot be read: No such file or directory"),
     "a folder for a schema": schema("folder", "is not a file"),
     "a FIFO for a schema": schema("fifo", "is not a file"),
@@ -310,10 +344,22 @@ ROWS: dict[str, Row] = {
     "a folder without a config": model(
         "folder", "model 'folder' is a directory without a config.json"
     ),
-    "a model with bad words": model(
+    "a model with suppressed tokens": model(
+        "suppressed",
+        "model 'suppressed' cannot be used: suppress_tokens of the generation config cannot be "
+        "honoured, got [5]: set it to None there",
+        LATE,
+    ),
+    "a model with bad words that are none": model(
         "bad_words",
-        "model 'bad_words' cannot be used: bad_words_ids of the generation config cannot be "
-        "honoured, got [[5]]: set it to None there",
+        "model 'bad_words' cannot be used: the generation config cannot be honoured: "
+        "bad_words[0] must be token ids in [0, 2^31), got 5",
+        LATE,
+    ),
+    "a model with a length that is none": model(
+        "no_length",
+        "model 'no_length' cannot be used: min_length of the generation config must be an integer "
+        ">= 0, got 'x'",
         LATE,
     ),
     "weights that are not all there": model(
@@ -579,6 +625,12 @@ ROWS: dict[str, Row] = {
         None,
         WRITTEN,
     ),
+    "Japanese that is never written": Row(
+        ["generate", "x", *MODEL, "--bad-words-text", "日", "--dry-breakers-text", "本"],
+        0,
+        None,
+        WRITTEN,
+    ),
     "Japanese explained": Row(["explain", "日本", *MODEL], 0, None, WRITTEN),
     "a search": Row([*TUNE, "--storage", "sqlite:///made.db"], 0, None, WRITTEN),
 }
@@ -624,7 +676,9 @@ def place(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     tokenizer = json.loads((model_path / "tokenizer.json").read_text())
     os.mkfifo(changed("fifo_config", config_json=None) / "config.json")
     os.mkfifo(changed("fifo_weights") / "pytorch_model.bin")
-    changed("bad_words", generation_config_json=b'{"bad_words_ids": [[5]]}')
+    changed("suppressed", generation_config_json=b'{"suppress_tokens": [5]}')
+    changed("bad_words", generation_config_json=b'{"bad_words_ids": [5]}')
+    changed("no_length", generation_config_json=b'{"min_length": "x"}')
     fewer = load_file(model_path / "model.safetensors")
     del fewer["model.norm.weight"]
     save_file(fewer, changed("fewer_weights") / "model.safetensors", metadata={"format": "pt"})
@@ -637,6 +691,10 @@ def place(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     of_far_end = json.dumps(config | {"eos_token_id": 9999}).encode()
     changed("far_end", config_json=of_far_end, generation_config_json=b'{"eos_token_id": 9999}')
     vocab = tokenizer["model"]["vocab"]
+    escape = next(word for word, token in vocab.items() if token == ESCAPE)
+    model_of = tokenizer["model"] | {"vocab": {w: i for w, i in vocab.items() if w != escape}}
+    fewer_words = json.dumps(tokenizer | {"model": model_of}).encode()
+    changed("fewer_words", tokenizer_json=fewer_words)
     vocab["x"] = 257
     changed("other_tokenizer", tokenizer_json=json.dumps(tokenizer).encode())
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"

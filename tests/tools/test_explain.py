@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import random
 import re
 import sys
 from html.parser import HTMLParser
@@ -18,9 +19,18 @@ import torch
 from cases import EXACT_HALF, INF, NAN, OCTAVE_TEMPERATURE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sequence_lists import NUMBERS, random_case
 from strategies import history_of, sampling_params, values
 
-from llm_sampling import InvalidLogitsError, SamplingParams, TokenHistory, filter_logits, sample
+from llm_sampling import (
+    InvalidLogitsError,
+    SamplingParams,
+    TokenHistory,
+    filter_logits,
+    reference,
+    sample,
+)
+from llm_sampling.calls import make_call
 from llm_sampling.generation import generate, seeded
 from llm_sampling.generation.models import LanguageModel
 from llm_sampling.tools.explain import (
@@ -30,8 +40,11 @@ from llm_sampling.tools.explain import (
     compare,
     decoding_types,
     explain,
+    list_label,
+    lowered,
     page,
     picture,
+    reason_label,
     record,
     rows,
     token_texts,
@@ -182,6 +195,105 @@ def test_stages_are_nested_and_end_where_sample_draws(data: st.DataObject) -> No
         assert float(p.sum()) == pytest.approx(1, abs=1e-12)
         assert not bool((p[~explanation.kept_after[stage]] > 0).any())
     assert [cut is None for cut in explanation.cut_by] == explanation.kept.tolist()
+
+
+# ---- the rules that look at the history ----------------------------------------------------------
+
+#: The text 1 3 0 1 3, in which 0 followed 1 3; 5 is a bad word, and so is 1 3 2.
+RULES = SamplingParams(
+    dry_multiplier=0.8,
+    dry_base=2,
+    dry_allowed_length=1,
+    no_repeat_ngram_size=3,
+    bad_words=[[5], [1, 3, 2]],
+    min_tokens=9,
+    stop_token_ids=[0, 77],
+)
+TEXT = TokenHistory.from_ids([[1, 3]], [[0, 77, 1, 3]], 6, max_length=9)
+RULED = explain(torch.zeros(6), RULES, history=TEXT)
+
+
+def test_the_reasons_of_a_row_by_hand() -> None:
+    assert RULED.text == (1, 3, 0, 1, 3)
+    assert RULED.cut_by == ("-inf", None, "-inf", None, None, "-inf")
+    said = {
+        token: [reason_label(RULED, token, reason, TEXTS) for reason in reasons]
+        for token, reasons in RULED.reasons.items()
+    }
+    assert said == {
+        0: [
+            '-1.6 by DRY, dry_allowed_length 1: it followed the last 2 tokens, "␣b$x$", at place 2',
+            'banned by no_repeat_ngram_size 3: it followed "␣b$x$" at place 2',
+            "banned by min_tokens 9: the output has 3",
+        ],
+        2: ['banned by bad_words: it completes "␣b$x$\\n", [1, 3, 2]'],
+        5: ['banned by bad_words: it completes "</svg>", [5]'],
+    }
+    assert list_label(RULED.reasons[0]) == "banned by n-gram, banned by min tokens, -1.6 by DRY"
+    assert list_label(()) == ""
+    assert lowered(RULED) == [0, 2, 5]
+    shown = {row.token: row.reasons for row in rows(RULED)}
+    assert shown == {token: RULED.reasons.get(token, ()) for token in range(6)}
+
+
+def test_a_long_sequence_is_cut_and_a_single_id_has_none() -> None:
+    text = TokenHistory.from_ids([[1] * 30 + [2]], None, 6, max_length=40)
+    ruled = explain(torch.zeros(6), SamplingParams(no_repeat_ngram_size=1), history=text)
+    assert reason_label(ruled, 1, ruled.reasons[1][0], TEXTS) == (
+        "banned by no_repeat_ngram_size 1: it came at place 29"
+    )
+    text = TokenHistory.from_ids([[1] * 30], None, 6, max_length=40)
+    ruled = explain(torch.zeros(6), SamplingParams(dry_multiplier=1), history=text)
+    assert reason_label(ruled, 1, ruled.reasons[1][0], TEXTS) == (
+        f"-{1.75**27:g} by DRY, dry_allowed_length 2: it followed the last 29 tokens, "
+        '"…␣b␣b␣b␣b␣b␣b␣b␣b", at place 29'
+    )
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(dry_multiplier=1e-50),  # in float32 this is 0, which means off
+        SamplingParams(min_tokens=3, stop_token_ids=[0]),
+        SamplingParams(stop_token_ids=[0], dry_base=3),
+        SamplingParams(bad_words=[[77], [1, 77]]),
+        PARAMS,
+    ],
+)
+def test_rows_that_no_rule_lowers(params: SamplingParams) -> None:
+    explanation = explain(torch.zeros(6), params, history=TEXT)
+    assert (explanation.reasons, lowered(explanation)) == ({}, [])
+    assert explain(torch.zeros(6), SamplingParams(bad_words=[[1]])).reasons.keys() == {1}
+
+
+def test_reasons_are_those_of_the_list_that_sample_takes() -> None:
+    draw = random.Random(6)
+    number = 0
+    for _ in range(200):
+        rules, text, extra, output_length, vocab_size = random_case(draw, draw.choice((4, 600)))
+        ids = [id_ for id_ in text + extra if 0 <= id_ < vocab_size]
+        begin = max(len(text) - output_length, 0)
+        sequences = {
+            name: [[id_ for id_ in one if id_ >= 0] or [0] for one in getattr(rules, name)]
+            for name in ("dry_breakers", "bad_words")
+        }
+        stop_ids = [id_ for id_ in rules.stop_token_ids if id_ >= 0]
+        of_rules = {name: getattr(rules, name) for name in NUMBERS}
+        params = SamplingParams(**of_rules, **sequences, stop_token_ids=stop_ids)
+        history = TokenHistory.from_ids([ids[:begin]], [ids[begin:]], vocab_size, max_length=200)
+        call = make_call(torch.zeros(1, vocab_size), params, history=history)
+        (listed,) = reference.penalty_lists(call) or [{}]
+        listed |= {word[0]: INF for word in sequences["bad_words"] if len(word) == 1}
+        try:
+            reasons = explain(torch.zeros(vocab_size), params, history=history).reasons
+        except InvalidLogitsError:
+            assert len(listed) == vocab_size
+            continue
+        assert {token: max(one.amount for one in of) for token, of in reasons.items()} == {
+            token: amount for token, amount in listed.items() if token < vocab_size
+        }
+        number += bool(reasons)
+    assert number > 50
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -344,6 +456,23 @@ def test_a_picture_says_what_each_step_cut(tmp_path) -> None:
     assert "It costs $1 or $2\\n&lt;/svg&gt; \\ud800" in words
 
 
+def test_a_picture_says_what_the_rules_lower(tmp_path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    picture(
+        explain(torch.zeros(6), dataclasses.replace(RULES, min_tokens=0), history=TEXT),
+        TEXTS,
+        tmp_path / "a.svg",
+    )
+    words = drawn_words((tmp_path / "a.svg").read_text(encoding="utf-8"))
+    assert words.count("banned by bad word") == 2
+    assert words.count("banned by n-gram, -1.6 by DRY") == 1
+    assert not any("-inf" in word for word in words)
+    only_dry = dataclasses.replace(RULES, no_repeat_ngram_size=0, bad_words=None, min_tokens=0)
+    picture(explain(torch.zeros(6), only_dry, history=TEXT), TEXTS, tmp_path / "b.svg")
+    words = drawn_words((tmp_path / "b.svg").read_text(encoding="utf-8"))
+    assert sum(bool(re.fullmatch(r"[\d.]+%, -1.6 by DRY", word)) for word in words) == 1
+
+
 def test_a_picture_is_the_same_bytes_each_time(tmp_path) -> None:
     matplotlib = pytest.importorskip("matplotlib", reason="needs matplotlib")
     plain = explain(LOGITS, SamplingParams(top_k=2))
@@ -454,6 +583,24 @@ def test_the_page_has_the_ids_in_order_where_they_are_kept() -> None:
     assert (data["ids"], data["prompt_length"]) == ([5, 1, 1, 3], 1)
     assert data["settings"]["penalty_last_n"] == 2
     assert json.loads(Elements(page(LOGITS, TEXTS, PARAMS, HISTORY)).scripts[0])["ids"] is None
+
+
+def test_the_page_has_what_the_rules_find() -> None:
+    params = dataclasses.replace(RULES, dry_breakers=[[0], [0, 1]], logit_bias={4: 1.0, 5: 3.0})
+    data = json.loads(Elements(page(torch.zeros(6), TEXTS, params, TEXT)).scripts[0])
+    assert data["rules"] == {
+        "matches": [0, 0, 2, 0, 0],
+        "breaks": [[1, 2], [2, 1]],
+        "breaker_ids": [0],
+        "bad": [2, 5],
+        "stop_token_ids": [0],
+        "output_length": 3,
+    }
+    assert data["bias"] == [[4, 1.0]]
+    assert data["settings"]["dry_multiplier"] == 0.8
+    plain = json.loads(Elements(page(LOGITS, TEXTS, PLAIN)).scripts[0])["rules"]
+    assert plain.pop("output_length") == 0
+    assert not any(plain.values())
 
 
 # ---- with a model --------------------------------------------------------------------------------

@@ -87,7 +87,9 @@ MOVE = """
     const order = [...shown.order.subarray(0, most)];
     const cuts = order.slice(0, SOME).map((_, rank) => cutBy(shown, rank)?.name ?? null);
     const raw = order.slice(0, SOME).map((_, rank) => probability(shown, "raw", rank));
-    return { left: shown.left, order, stages, cuts, raw };
+    const lowered = {};
+    for (const [token, [[amount]]] of shown.lowered) lowered[token] = amount;
+    return { left: shown.left, order, stages, cuts, raw, lowered };
   });
 """
 
@@ -157,6 +159,13 @@ OFF: Setting = {
     "min_tokens_to_keep": 1,
     "repetition_penalty_scope": "all",
     "penalty_last_n": -1,
+    "dry_multiplier": 0.0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "dry_penalty_last_n": -1,
+    "no_repeat_ngram_size": 0,
+    "no_repeat_ngram_window": 0,
+    "min_tokens": 0,
 }
 PENALTIES = {"repetition_penalty": 1.3, "frequency_penalty": 0.7, "presence_penalty": -0.4}
 FEW: tuple[Setting, ...] = (
@@ -222,10 +231,16 @@ def page_of(row: Tensor) -> str:
     return page(row, [f"token {i}" for i in range(len(row))], params, history_of(row))
 
 
-def differences(row: Tensor, setting: Setting, answer: dict[str, Any]) -> set[str]:
+def differences(
+    row: Tensor,
+    setting: Setting,
+    answer: dict[str, Any],
+    history: TokenHistory | None = None,
+    **fixed: Any,
+) -> set[str]:
     """Return the names of what differs between the page and the kernels or ``explain``."""
-    params = SamplingParams(**setting, logit_bias=BIAS, seed=3)
-    history = history_of(row, params.penalty_last_n)
+    params = SamplingParams(**setting, logit_bias=BIAS, seed=3, **fixed)
+    history = history_of(row, params.penalty_last_n) if history is None else history
     found = set()
     ids = answer["order"][: answer["left"]["min_p"]]
     kept = torch.zeros(len(row), dtype=torch.bool)
@@ -242,6 +257,10 @@ def differences(row: Tensor, setting: Setting, answer: dict[str, Any]) -> set[st
         found.add("probabilities")
 
     explanation = explain(row, params, history=history)
+    listed = {token: max(one.amount for one in of) for token, of in explanation.reasons.items()}
+    amounts = {int(token): INF if x is None else x for token, x in answer["lowered"].items()}
+    if amounts != listed:
+        found.add("what the rules lower")
     for stage in STAGES[1:]:
         if answer["left"][stage] != int(explanation.kept_after[stage].sum()):
             found.add(f"length after {stage}")
@@ -257,6 +276,120 @@ def differences(row: Tensor, setting: Setting, answer: dict[str, Any]) -> set[st
     if answer["raw"] != pytest.approx(explanation.probabilities["raw"][ids].tolist(), rel=1e-12):
         found.add("the model's own")
     return found
+
+
+# ---- rows with rules that look at the history ----------------------------------------------------
+
+#: Two outputs, of few ids and of one. The breakers overlap, and some end at the same place.
+TEXTS = ([2, 5, 0, 1, 2, 5, 1, 0, 2, 4, 0, 1, 2, 5, 1, 0, 2], [3] * 300)
+BREAKERS = [[4], [1, 0, 2, 4], [2, 4, 0], [0]]
+BAD_WORDS = [[6], [0, 2, 7], [9, 2, 8], [3, 9]]
+RULED: tuple[Setting, ...] = (
+    {"dry_multiplier": 0.8, "dry_allowed_length": 1},
+    {"dry_multiplier": 0.8, "dry_base": 1.1, "top_p": 0.9, **PENALTIES},
+    {"dry_multiplier": 100.0, "dry_base": 100.0, "dry_allowed_length": 3},
+    {"dry_multiplier": 1e-3, "dry_base": 1.01, "dry_allowed_length": 20},
+    {"dry_multiplier": 1e-50, "dry_allowed_length": 1},  # in float32 this is 0, which means off
+    {"dry_multiplier": 2.0, "dry_allowed_length": 299},
+    {"dry_multiplier": 2.0, "dry_penalty_last_n": 0, "dry_allowed_length": 1},
+    {"dry_multiplier": 2.0, "dry_penalty_last_n": 1000, "dry_allowed_length": 1},
+    *({"dry_multiplier": 0.7, "dry_penalty_last_n": n, "dry_allowed_length": 1} for n in range(18)),
+    *({"no_repeat_ngram_size": n, "dry_multiplier": 1.0, "temperature": 2.0} for n in range(1, 6)),
+    *({"no_repeat_ngram_size": 2, "no_repeat_ngram_window": n} for n in range(1, 19)),
+    {"no_repeat_ngram_size": 1, "no_repeat_ngram_window": 3},
+    {"min_tokens": 1, "top_k": 9},
+    {"min_tokens": 10**6, "top_k": 9, "dry_multiplier": 0.5},
+)
+
+
+def ruled_row() -> Tensor:
+    return torch.tensor([0.5 * (i % 7) for i in range(24)])
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=["few", "one"])
+@pytest.mark.parametrize("breakers", [None, BREAKERS], ids=["", "breakers"])
+def test_the_page_lists_what_the_rules_lower(
+    text: list[int], breakers: list[list[int]] | None, tmp_path: Path
+) -> None:
+    row = ruled_row()
+    fixed: Setting = {
+        "dry_breakers": breakers,
+        "bad_words": BAD_WORDS,
+        "stop_token_ids": [11, 99, 11],
+    }
+    history = TokenHistory.from_ids([text[:2]], [text[2:]], len(row), max_length=400)
+    texts = [f"token {i}" for i in range(len(row))]
+    source = page(row, texts, SamplingParams(logit_bias=BIAS, **fixed), history)
+    settings = [OFF | setting for setting in RULED]
+    lowered = 0
+    for setting, answer in zip(settings, moved(source, settings, tmp_path), strict=True):
+        assert differences(row, setting, answer, history, **fixed) == set(), setting
+        lowered += len(answer["lowered"]) > 2  # beside the bad words
+    assert lowered > 5
+
+
+def test_the_page_says_what_the_rules_lower(tmp_path: Path) -> None:
+    history = TokenHistory.from_ids([[1, 3]], [[0, 1, 3]], 6, max_length=9)
+    params = SamplingParams(
+        dry_multiplier=0.8,
+        dry_allowed_length=1,
+        bad_words=[[5], [1, 3, 2]],
+        stop_token_ids=[0],
+        logit_bias={4: -INF},
+    )
+    source = page(torch.zeros(6), list("abcdef"), params, history)
+    script = """
+      const byId = (id) => document.getElementById(id);
+      const type = (name, text) => {
+        byId(name).value = text;
+        byId(name).dispatchEvent(new Event("input", { bubbles: true }));
+      };
+      const state = () => [byId("list-note").textContent,
+        Object.fromEntries([...byId("rows").rows].map((row) =>
+          [row.cells[1].textContent, row.cells[row.cells.length - 1].textContent])),
+        [...byId("picture").querySelectorAll("text")].map((text) => text.textContent)];
+      const first = state();
+      type("no_repeat_ngram_size", "3");
+      type("min_tokens", "4");
+      return [byId("rules").open, byId("bias-note").textContent, first, state()];
+    """
+    is_open, bias, (note, outcomes, bars), (later, *_) = run_in_browser(source, script, tmp_path)
+    assert (is_open, bias) == (True, "Logit bias: e banned")
+    start = "Lowered by rules that look at the history: "
+    assert note == start + "a -1.4 by DRY (2 tokens); c banned by bad word; f banned by bad word"
+    assert outcomes == {
+        **{"0": "kept, -1.4 by DRY (2 tokens)", "1": "kept", "3": "kept", "4": "cut by -inf"},
+        **dict.fromkeys("25", "cut by -inf, banned by bad word"),
+    }
+    assert bars.count("banned") == 2
+    assert sum(bar.endswith(" lowered") for bar in bars) == 1
+    assert later.startswith(
+        start + "a banned by n-gram, banned by min tokens, -1.4 by DRY (2 tokens); c "
+    )
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("place - begin, room)", "room)"),
+        ("fl(amount * base)", "amount * base"),
+        ("following + length <= n - begin", "following <= n - begin"),
+        ("if (alone.includes(id)) continue;", ""),
+        (">= size - 1)", ">= size)"),
+    ],
+)
+def test_a_page_whose_rules_are_wrong_is_seen(right: str, wrong: str, tmp_path: Path) -> None:
+    row, text = ruled_row(), TEXTS[0]
+    history = TokenHistory.from_ids([text[:2]], [text[2:]], len(row), max_length=400)
+    texts = [f"token {i}" for i in range(len(row))]
+    source = page(row, texts, SamplingParams(logit_bias=BIAS, dry_breakers=BREAKERS), history)
+    assert source.count(right) == 1
+    settings = [OFF | setting for setting in RULED]
+    answers = moved(source.replace(right, wrong), settings, tmp_path)
+    assert any(
+        differences(row, setting, answer, history, dry_breakers=BREAKERS)
+        for setting, answer in zip(settings, answers, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -304,6 +437,13 @@ BAD = {
     "presence_penalty": ["-2.1", "3"],
     "min_tokens_to_keep": ["0", "1.5"],
     "penalty_last_n": ["-2", "1.5"],
+    "dry_multiplier": ["-0.1", "100.5"],
+    "dry_base": ["0.9", "101"],
+    "dry_allowed_length": ["0", "1.5"],
+    "dry_penalty_last_n": ["-2", "1.5"],
+    "no_repeat_ngram_size": ["-1", "1.5"],
+    "no_repeat_ngram_window": ["-1", "1.5"],
+    "min_tokens": ["-1", "1.5"],
 }
 
 USE = """
@@ -429,19 +569,27 @@ def test_what_is_refused_is_told_in_the_words_of_sampling_params(
     assert all(is_shown for _, is_shown in refused)
 
 
-def test_a_window_needs_the_ids_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [("penalty_last_n", "-1"), ("dry_multiplier", "0"), ("no_repeat_ngram_size", "0")],
+)
+def test_some_settings_need_the_ids_in_order(name: str, off: str, tmp_path: Path) -> None:
     history = TokenHistory.from_ids([[1]], [[0]], 4)
-    source = page(torch.zeros(4), ["a"] * 4, SamplingParams(repetition_penalty=2), history)
+    params = SamplingParams(repetition_penalty=2, stop_token_ids=[2])
+    source = page(torch.zeros(4), ["a"] * 4, params, history)
     script = """
-      const field = document.getElementById("penalty_last_n");
-      return ["3", "-1"].map((text) => {
+      const type = (name, text) => {
+        const field = document.getElementById(name);
         field.value = text;
         field.dispatchEvent(new Event("input", { bubbles: true }));
-        return document.getElementById("penalty_last_n-rule").textContent;
-      });
+        return document.getElementById(`${name}-rule`).textContent;
+      };
+      const told = [type(NAME, "3"), type(NAME, OFF), type("min_tokens", "2")];
+      return [...told, [...shown.lowered.keys()]];
     """
-    told = "penalty_last_n must be -1, since this page does not have the ids in order, got 3"
-    assert run_in_browser(source, script, tmp_path) == [told, ""]
+    script = script.replace("NAME", json.dumps(name)).replace("OFF", json.dumps(off))
+    told = f"{name} must be {off}, since this page does not have the ids in order, got 3"
+    assert run_in_browser(source, script, tmp_path) == [told, "", "", [2]]
 
 
 def test_cuts_of_min_p_are_the_hosts(used: dict[str, Any]) -> None:

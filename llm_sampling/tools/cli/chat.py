@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llm_sampling import SamplingParams, generation
@@ -21,6 +21,8 @@ from llm_sampling.tools.cli.options import (
     sampling_options,
     sampling_params,
     text,
+    word_options,
+    words,
 )
 from llm_sampling.tools.cli.running import check_fit
 
@@ -39,6 +41,7 @@ def add_parser(commands: Commands) -> None:
         "those before.",
         parents=[
             sampling_options(),
+            word_options(),
             length_options(),
             constraint_options(),
             running_options(),
@@ -76,6 +79,7 @@ def make_request(options: argparse.Namespace) -> ChatRequest:
         as_json=False,
         params=sampling_params(options),
         constraint=constraint(options),
+        words=words(options),
         on=running(options),
     )
 
@@ -85,6 +89,7 @@ def run(request: ChatRequest) -> int:
     messages = console.messages()
     console.check_stdin()
     language_model = request.on.load(messages, takes_stop_strings=True)
+    request = replace(request, params=request.words.added(request.params, language_model))
     said: list[dict[str, str]] = []
     if request.system is not None:
         said.append({"role": "system", "content": request.system})

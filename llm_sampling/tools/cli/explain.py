@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_sampling import InvalidLogitsError, SamplingParams, checks
 from llm_sampling.generation import models
+from llm_sampling.generation.config import with_rules_of_config
 from llm_sampling.tools import explain as explaining
 from llm_sampling.tools import files
 from llm_sampling.tools.cli import console
@@ -27,8 +28,10 @@ from llm_sampling.tools.cli.options import (
     sampling_options,
     sampling_params,
     text,
+    word_options,
+    words,
 )
-from llm_sampling.tools.cli.running import Running, check_fit
+from llm_sampling.tools.cli.running import Running, Words, check_fit
 from llm_sampling.tools.explain.picture import check_suffix
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class ExplainRequest:
     html: Path | None
     n: int
     max_new_tokens: int
+    words: Words
     on: Running
 
     def __post_init__(self) -> None:
@@ -73,7 +77,7 @@ def add_parser(commands: Commands) -> None:
         "explain",
         help="Show what each step does to the next token.",
         description="Show what each step does to the probabilities of the token after PROMPT.",
-        parents=[sampling_options(), running_options()],
+        parents=[sampling_options(), word_options(), running_options()],
     )
     add = parser.add_argument
     add("prompt", type=text, metavar="PROMPT", help="The text before the token.")
@@ -100,8 +104,13 @@ def add_parser(commands: Commands) -> None:
 
 def make_request(options: argparse.Namespace) -> ExplainRequest:
     """The command's options, checked."""
-    params, on = sampling_params(options), running(options)
-    return request_of(ExplainRequest, options, params=params, on=on)
+    return request_of(
+        ExplainRequest,
+        options,
+        params=sampling_params(options),
+        words=words(options),
+        on=running(options),
+    )
 
 
 def run(request: ExplainRequest) -> int:
@@ -124,7 +133,12 @@ def _explain(request: ExplainRequest, language_model: models.LanguageModel) -> N
     if request.output:
         tokenizer = language_model.tokenizer
         written = tokenizer(request.output, add_special_tokens=False)["input_ids"]
-    params = request.params
+    params = with_rules_of_config(  # as the loop that generates the texts
+        request.words.added(request.params, language_model),
+        language_model.model.generation_config,
+        end_ids=language_model.eos_token_ids,
+        prompt_length=len(ids),
+    )
     check_fit(language_model, len(ids) + len(written), request.max_new_tokens, params)
     logits, history = explaining.record(
         language_model, ids, written, penalty_last_n=params.penalty_last_n
@@ -135,6 +149,8 @@ def _explain(request: ExplainRequest, language_model: models.LanguageModel) -> N
     output = console.output()
     output.print(_steps_table(explanation, texts, request.top))
     output.print(f"{int(explanation.kept.sum())} of {explanation.vocab_size} tokens are kept")
+    for line in _list_of_rules(explanation, texts, request.top):
+        output.print(line, markup=False, soft_wrap=True)
     with console.writing_files(console.EXIT_FAILED):
         if request.picture is not None:
             with files.replacing(request.picture) as new:
@@ -170,12 +186,31 @@ def _steps_table(explanation: explaining.Explanation, texts: Sequence[str], top:
     for name in ("id", "logit", *(explaining.stage_label(stage, params) for stage in stages)):
         table.add_column(name, justify="right")
     table.add_column("cut by")
+    if explanation.reasons:
+        table.add_column("lowered by")
     for row in explaining.rows(explanation, top):
         shares = [f"{row.probabilities[stage]:.2%}" for stage in stages]
         cut = "" if row.cut_by is None else explaining.cut_label(row.cut_by)
         table.add_row(
             Text(explaining.visible(texts[row.token])),
             *(str(row.token), f"{row.logit:.2f}", *shares, cut),
+            *([explaining.list_label(row.reasons)] if explanation.reasons else []),
             style="" if row.kept else "dim",
         )
     return table
+
+
+def _list_of_rules(
+    explanation: explaining.Explanation, texts: Sequence[str], top: int
+) -> Iterator[str]:
+    """A line for each reason to lower a token, of at most ``top`` tokens."""
+    tokens = explaining.lowered(explanation)
+    if not tokens:
+        return
+    yield f"\nlowered by rules that look at the history: {len(tokens)}"
+    for token in tokens[:top]:
+        for reason in explanation.reasons[token]:
+            why = explaining.reason_label(explanation, token, reason, texts)
+            yield f"  {explaining.visible(texts[token])} ({token}) {why}"
+    if len(tokens) > top:
+        yield f"  and {len(tokens) - top} more"

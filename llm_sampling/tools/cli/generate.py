@@ -30,8 +30,10 @@ from llm_sampling.tools.cli.options import (
     sampling_options,
     sampling_params,
     text,
+    word_options,
+    words,
 )
-from llm_sampling.tools.cli.running import Running, check_fit
+from llm_sampling.tools.cli.running import Running, Words, check_fit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,6 +67,7 @@ class Request:
     ignore_eos: bool
     as_json: bool
     constraint: Constraint | None
+    words: Words
     on: Running
 
     def __post_init__(self) -> None:
@@ -89,6 +92,7 @@ def add_parser(commands: Commands) -> None:
         description="Continue each PROMPT with a language model, token by token, on the CPU.",
         parents=[
             sampling_options(),
+            word_options(),
             length_options(),
             constraint_options(),
             running_options(),
@@ -128,6 +132,7 @@ def make_request(options: argparse.Namespace) -> Request:
         from_stdin=read[0] if read else None,
         params=sampling_params(options),
         constraint=constraint(options),
+        words=words(options),
         on=running(options),
     )
 
@@ -142,6 +147,7 @@ def run(request: Request) -> int:
         given[request.from_stdin] = console.read(whole=True).removesuffix("\n")
         request = replace(request, prompts=given, from_stdin=None)
     language_model = request.on.load(messages, takes_stop_strings=True)
+    request = replace(request, params=request.words.added(request.params, language_model))
     prompts = [language_model.encode(prompt, chat=request.chat) for prompt in request.prompts]
     longest = max(map(len, prompts))
     check_fit(

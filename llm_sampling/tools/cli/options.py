@@ -21,7 +21,7 @@ from llm_sampling.generation import models
 from llm_sampling.integrations import grammar
 from llm_sampling.tools.cli import console
 from llm_sampling.tools.cli.constraint import Constraint, read_schema
-from llm_sampling.tools.cli.running import Running
+from llm_sampling.tools.cli.running import Running, Words
 
 if TYPE_CHECKING:
     Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -190,6 +190,35 @@ def _parse_logit_bias(entries: Sequence[str]) -> dict[int, float] | None:
             raise ValueError(f"logit_bias must name a token once, got token {token_id} again")
         biases[token_id] = value
     return biases or None
+
+
+def word_options() -> Parser:
+    """Rules of SamplingParams as texts, for commands with a tokenizer."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("the same as texts of the model's tokenizer")
+    for name, help_ in (
+        ("bad-words", "Never write this text, with or without a space before it; repeatable."),
+        ("dry-breakers", "No repeated sequence goes across this text; repeatable."),
+    ):
+        group.add_argument(
+            f"--{name}-text", action="append", type=text, default=[], metavar="TEXT", help=help_
+        )
+    group.add_argument(
+        "--dry-breakers-default",
+        **FLAG,
+        help="No repeated sequence goes across a new line, a colon, a quotation mark or an "
+        "asterisk, as in llama.cpp.",
+    )
+    return parser
+
+
+def words(options: argparse.Namespace) -> Words:
+    """What :func:`word_options` has read.
+
+    Raises:
+        ValueError: a text is empty.
+    """
+    return request_of(Words, options)
 
 
 def length_options() -> Parser:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from llm_sampling import SamplingParams, backends, checks
+from llm_sampling import SamplingParams, backends, checks, generation
 from llm_sampling.generation import models
 from llm_sampling.generation.config import check_config
+from llm_sampling.generation.token_sequences import DRY_BREAKERS
 from llm_sampling.tools.cli import console
 
 if TYPE_CHECKING:
@@ -73,6 +74,60 @@ class Running:
         except ValueError as error:
             raise models.ModelError(f"model {str(path)!r} cannot be used: {error}") from error
         return language_model
+
+
+@dataclass(frozen=True)
+class Words:
+    """Rules that the command line gives as texts, which are token ids once the model is there.
+
+    Attributes:
+        bad_words_text: texts that are never written.
+        dry_breakers_text: texts that no repeated sequence goes across.
+        dry_breakers_default: whether llama.cpp's breakers are breakers too.
+
+    Raises:
+        ValueError: a text is empty.
+    """
+
+    bad_words_text: Sequence[str]
+    dry_breakers_text: Sequence[str]
+    dry_breakers_default: bool
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("bad_words_text", "dry_breakers_text"):
+            checks.strings(name, getattr(self, name))
+
+    def added(self, params: SamplingParams, language_model: models.LanguageModel) -> SamplingParams:
+        """The parameters with the token sequences of the texts too.
+
+        Raises:
+            ModelError: the tokenizer cannot write one of the texts.
+        """
+        tokenizer = language_model.tokenizer
+        words = list(params.bad_words or ())
+        try:
+            words += generation.bad_words_from(tokenizer, self.bad_words_text)
+        except ValueError as error:
+            name = language_model.name
+            raise models.ModelError(f"bad_words_text does not suit {name}: {error}") from error
+        written: list[tuple[int, ...]] = []
+        for string in self.dry_breakers_text:  # each alone, so that one without tokens is seen
+            found = generation.dry_breakers_from(tokenizer, [string])
+            if not found:
+                rule = f"a text that tokens of {language_model.name} write"
+                raise models.ModelError(str(checks.refusal("dry_breakers_text", rule, string)))
+            written += found
+        if self.dry_breakers_default:
+            written += generation.dry_breakers_from(tokenizer, DRY_BREAKERS)
+        # a tokenizer may have tokens that the model never writes
+        size = language_model.vocab_size
+        breakers = [*(params.dry_breakers or ()), *(ids for ids in written if max(ids) < size)]
+        return replace(
+            params,
+            bad_words=tuple(dict.fromkeys(words)) or None,
+            dry_breakers=tuple(dict.fromkeys(breakers)) or None,
+        )
 
 
 def check_fit(

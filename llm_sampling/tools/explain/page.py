@@ -19,19 +19,19 @@ from torch import Tensor
 from llm_sampling.fields import FIELDS
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import SamplingParams
+from llm_sampling.sequence_rules import SequenceRules, breaks, matches, penalty_list
 from llm_sampling.tools.explain.steps import (
     check_text,
     check_texts,
     checked_call,
-    list_of,
+    rules_of,
+    sequence_of,
     visible,
 )
 
 #: The parameters that have a slider on the page.
 SETTINGS = tuple(
-    name
-    for name, field in FIELDS.items()
-    if field.kind not in ("bias", "seed", "rule", "sequences")
+    name for name, field in FIELDS.items() if field.kind not in ("bias", "seed", "sequences")
 )
 
 _TEMPLATE = Path(__file__).parent.parent / "data" / "explain.html"
@@ -53,10 +53,11 @@ def page(
     Args:
         logits: ``(vocab_size,)``, float32, float16 or bfloat16.
         texts: the text of each token, ``vocab_size`` of them.
-        params: the sliders' first positions; its ``logit_bias``, and the list of its rules that
-            look at the history, always apply.
+        params: the sliders' first positions; its ``logit_bias`` and ``bad_words`` always apply,
+            and its ``dry_breakers`` and ``stop_token_ids`` where their rules are on.
         history: the history of one row, for the penalties; without it they change nothing. Where it
-            keeps the ids in order (``max_length``) the page can change ``penalty_last_n`` too.
+            keeps the ids in order (``max_length``) the page can also change ``penalty_last_n`` and
+            the rules that look at the order.
         prompt: shown at the top of the page.
 
     Raises:
@@ -68,6 +69,7 @@ def page(
     check_text("prompt", prompt)
     batch = call.batch
     bias = zip(batch.logit_bias_ids.tolist(), batch.logit_bias_values.tolist(), strict=True)
+    alone = {word[0] for word in params.bad_words or () if len(word) == 1}
     data = {
         "prompt": prompt,
         "logits": base64.b64encode(
@@ -76,11 +78,15 @@ def page(
         "texts": [visible(text) for text in texts],
         "fields": {name: {"rule": FIELDS[name].rule, "off": FIELDS[name].off} for name in SETTINGS},
         "settings": {name: getattr(params, name) for name in SETTINGS},
-        # JSON has no inf: null is a min-p that is off, and what bans a token.
+        # JSON has no inf: null is a min-p that is off, and a bias that bans.
         "min_p_cut": _finite(batch.min_p_cut.item()),
-        "bias": [[token, _finite(value)] for token, value in bias if token < len(texts)],
-        "list": [[token, _finite(amount)] for token, amount in list_of(call).items()],
+        "bias": [
+            [token, _finite(value)]
+            for token, value in bias
+            if token < len(texts) and token not in alone
+        ],
         **_history_of_one(history),
+        "rules": _rules(params, *sequence_of(call), len(texts)),
     }
     # JSON in ASCII without <, > and & cannot end the script element or start a comment.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
@@ -91,6 +97,23 @@ def page(
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
+
+
+def _rules(
+    params: SamplingParams, text: list[int], output_length: int, vocab_size: int
+) -> dict[str, Any]:
+    """What the rules that look at the history find, for any values of their numbers."""
+    rules = rules_of(params)
+    words = SequenceRules(bad_words=rules.bad_words)
+    stop_ids = dict.fromkeys(token for token in rules.stop_token_ids if token < vocab_size)
+    return {
+        "matches": matches(text),
+        "breaks": list(breaks(text, rules.dry_breakers)),
+        "breaker_ids": [breaker[0] for breaker in rules.dry_breakers if len(breaker) == 1],
+        "bad": list(penalty_list(words, text, output_length, vocab_size)),
+        "stop_token_ids": list(stop_ids),
+        "output_length": output_length,
+    }
 
 
 def _history_of_one(history: TokenHistory | None) -> dict[str, Any]:

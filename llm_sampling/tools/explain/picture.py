@@ -17,6 +17,7 @@ from llm_sampling.tools.explain.steps import (
     check_text,
     check_texts,
     cut_label,
+    list_label,
     rows,
     stage_label,
     visible,
@@ -147,10 +148,14 @@ def _draw_panel(
         if kept[line.token]:
             panel.barh(y, p, 0.7, color=_KEPT)
             words, color = _percent(p), _INK
+            if stage == "penalties" and line.reasons:
+                words = f"{words}, {list_label(line.reasons)}"
         elif kept_before[line.token]:
             p = line.probabilities[before]
             panel.barh(y, p, 0.7, linewidth=0.6, **_CUT_BAR)
             words, color = f"cut by {cut_label(line.cut_by or '')}", _CUT
+            if stage == "penalties" and line.reasons:
+                words = list_label(line.reasons)
         else:
             continue
         if stage != "raw":

@@ -8,8 +8,9 @@ Every number comes from :mod:`llm_sampling.reference`.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 from llm_sampling import checks, reference
 from llm_sampling.backends.base import SampleCall, raise_on_status
 from llm_sampling.calls import make_call
-from llm_sampling.fields import FIELDS
+from llm_sampling.fields import FIELDS, to_float32
 from llm_sampling.generation.models import LanguageModel
 from llm_sampling.history import TokenHistory
 from llm_sampling.params import BatchParams, SamplingParams
+from llm_sampling.sequence_rules import Reason, SequenceRules, penalty_reasons
 
 #: The filters, in the order in which they apply.
 FILTERS = tuple(name for name, f in FIELDS.items() if f.kind in ("rank", "mass", "depth"))
@@ -50,6 +52,10 @@ class Explanation:
             :func:`~llm_sampling.sample` draws from those of "min_p".
         kept_after: stage to bool. A kept token may have probability 0; it is never drawn.
         cut_by: for each token a value of :data:`CUTS`, or None if it is kept to the end.
+        reasons: by token id, why the rules that look at the history lower it (step 5a); a bad word
+            of a single id is among them. Most tokens have no entry.
+        text: the ids of prompt and output in which the reasons have their places; empty where the
+            history does not keep them in order.
     """
 
     params: SamplingParams
@@ -59,6 +65,8 @@ class Explanation:
     probabilities: Mapping[str, Tensor]
     kept_after: Mapping[str, Tensor]
     cut_by: tuple[str | None, ...]
+    reasons: Mapping[int, tuple[Reason, ...]]
+    text: tuple[int, ...]
 
     @property
     def kept(self) -> Tensor:
@@ -79,7 +87,8 @@ def explain(
     Args:
         logits: ``(vocab_size,)``, float32, float16 or bfloat16.
         params: the row's parameters; the seed does not matter.
-        history: the history of one row; required if a penalty is on.
+        history: the history of one row; required if a penalty or a rule that looks at the history
+            is on.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -103,6 +112,8 @@ def explain(
         mass = torch.where(keep, mass, 0)[0]
         probabilities[stage] = mass.double() / mass.sum().double()
         kept_after[stage] = keep[0]
+    text, output_length = sequence_of(call)
+    reasons = penalty_reasons(rules_of(params), text, output_length, x.shape[1])
     return Explanation(
         params=params,
         logits=own,
@@ -111,6 +122,8 @@ def explain(
         probabilities=probabilities,
         kept_after=kept_after,
         cut_by=_cut_by(kept_after),
+        reasons={token: tuple(of_token) for token, of_token in reasons.items()},
+        text=tuple(text),
     )
 
 
@@ -135,10 +148,25 @@ def checked_call(
     return call
 
 
-def list_of(call: SampleCall) -> dict[int, float]:
-    """The list of the only row: what its rules subtract from which logits; inf is a ban."""
-    lists = reference.penalty_lists(call)
-    return lists[0] if lists else {}
+def rules_of(params: SamplingParams) -> SequenceRules:
+    """The rules that look at the history, bad words of a single id included."""
+    values: dict[str, Any] = {
+        f.name: () if getattr(params, f.name) is None else getattr(params, f.name)
+        for f in fields(SequenceRules)
+    }
+    # as the kernels read it: a tiny one is 0, which is off
+    values["dry_multiplier"] = to_float32(params.dry_multiplier)
+    return SequenceRules(**values)
+
+
+def sequence_of(call: SampleCall) -> tuple[list[int], int]:
+    """The ids of the only row's prompt and output, if they are kept, and the output's length."""
+    history = call.history
+    if history is None:
+        return [], 0
+    slot, text = int(history.slots[0]), history.text
+    ids = [] if text is None else text.ids[slot, : int(text.lengths[slot])].tolist()
+    return ids, int(history.lengths[slot])
 
 
 def _cut_by(kept_after: Mapping[str, Tensor]) -> tuple[str | None, ...]:
@@ -161,6 +189,7 @@ class Row:
         probabilities: stage to probability; 0 once the token is cut.
         kept: whether the token is left after the last step.
         cut_by: a value of :data:`CUTS`, or None if the token is kept.
+        reasons: why the rules that look at the history lower it; empty if they do not.
     """
 
     token: int
@@ -169,6 +198,7 @@ class Row:
     probabilities: Mapping[str, float]
     kept: bool
     cut_by: str | None
+    reasons: tuple[Reason, ...]
 
 
 def rows(explanation: Explanation, top: int = 20) -> list[Row]:
@@ -196,6 +226,7 @@ def rows(explanation: Explanation, top: int = 20) -> list[Row]:
             probabilities={stage: numbers[stage][line] for stage in STAGES},
             kept=explanation.cut_by[token] is None,
             cut_by=explanation.cut_by[token],
+            reasons=explanation.reasons.get(token, ()),
         )
         for line, (token, logit, processed) in enumerate(
             zip(
@@ -301,12 +332,80 @@ def cut_label(cut_by: str) -> str:
     return cut_by.replace("_", "-")
 
 
+#: A rule to its name in a few letters.
+_RULES = {
+    "dry_multiplier": "DRY",
+    "no_repeat_ngram_size": "n-gram",
+    "bad_words": "bad word",
+    "min_tokens": "min tokens",
+}
+#: Of a longer sequence so many last tokens are shown.
+_SHOWN = 8
+
+
+def lowered(explanation: Explanation) -> list[int]:
+    """The tokens that the rules lower, from the best of the model to the worst."""
+    own = explanation.probabilities["raw"]
+    return sorted(explanation.reasons, key=lambda token: (-float(own[token]), token))
+
+
+def list_label(reasons: Sequence[Reason]) -> str:
+    """Reasons in a few words, bans first, such as "banned by n-gram, -0.8 by DRY"."""
+    labels = [
+        f"{_amount(reason)} by {_RULES[reason.rule]}" for reason in sorted(reasons, key=_bans_first)
+    ]
+    return ", ".join(dict.fromkeys(labels))
+
+
+def reason_label(explanation: Explanation, token: int, reason: Reason, texts: Sequence[str]) -> str:
+    """A reason in a sentence with its facts, such as "banned by min_tokens 9: the output has 3".
+
+    Args:
+        explanation: of the row.
+        token: the token's id.
+        reason: one of ``explanation.reasons[token]``.
+        texts: the text of each token, ``vocab_size`` of them.
+
+    Places are counted from 0, over the ids of prompt and output.
+    """
+    params, length = explanation.params, reason.length
+    ids = explanation.text[len(explanation.text) - length :]
+    if reason.rule == "dry_multiplier":
+        allowed = params.dry_allowed_length
+        rule = f"DRY, dry_allowed_length {allowed}"
+        end = "the last token" if length == 1 else f"the last {length} tokens"
+        fact = f"it followed {end}, {_quoted(ids, texts)}, at place {reason.place}"
+    elif reason.rule == "no_repeat_ngram_size":
+        rule = f"no_repeat_ngram_size {params.no_repeat_ngram_size}"
+        after = f"followed {_quoted(ids, texts)}" if length else "came"
+        fact = f"it {after} at place {reason.place}"
+    elif reason.rule == "bad_words":
+        word = (*ids, token)
+        rule, fact = "bad_words", f"it completes {_quoted(word, texts)}, {list(word[-_SHOWN:])}"
+    else:
+        rule, fact = f"min_tokens {params.min_tokens}", f"the output has {length}"
+    return f"{_amount(reason)} by {rule}: {fact}"
+
+
+def _amount(reason: Reason) -> str:
+    return "banned" if reason.amount == math.inf else f"-{reason.amount:g}"
+
+
+def _bans_first(reason: Reason) -> bool:
+    return reason.amount < math.inf
+
+
+def _quoted(ids: Sequence[int], texts: Sequence[str]) -> str:
+    left_out = "…" if len(ids) > _SHOWN else ""
+    return f'"{left_out}{visible("".join(texts[token] for token in ids[-_SHOWN:]))}"'
+
+
 def changes(stage: str, params: SamplingParams) -> bool:
     """Whether a stage may change the row; a filter never changes a greedy one."""
     if stage == "raw":
         return True
     if stage == "penalties":
-        return params.needs_history or bool(params.logit_bias)
+        return params.needs_history or bool(params.logit_bias or params.bad_words)
     if stage != "temperature" and is_greedy(params):
         return False
     return bool(getattr(params, stage) != FIELDS[stage].off)
