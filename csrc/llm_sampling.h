@@ -210,11 +210,11 @@ typedef struct LlmSamplingArgs {
   int64_t first_id;
   int64_t whole_vocab_size;
 
-  // CUDA only: memory for the lists of step 5a, all arrays contiguous; needed where there are rules, and for one
-  // call at a time. They tell which tokens the rules lower, and by how much. The
-  // amount of a token whose bit is set is at the place that list_before has for its word, plus the number of
-  // bits below its own in that word. list_capacity is at least vocab_size, or max_text_length (with a text),
-  // MAX_EXTRA_OUTPUT and the numbers of a row's records together; numbers of records beyond it are not read.
+  // CUDA only: memory for the lists of step 5a, which tell what the rules lower, and by how much. Needed where
+  // there are rules, for one call at a time; all arrays are contiguous. The amount of a token whose bit is set is
+  // at the place that list_before has for its word, plus the number of bits below its own in that word.
+  // list_capacity is at least vocab_size, or max_text_length (with a text), MAX_EXTRA_OUTPUT and the numbers of a
+  // row's records together; numbers of records beyond it are not read.
   int32_t* list_bits;    // (rows, ceil(vocab_size / 32)): the bit of each listed token is set
   int32_t* list_before;  // (rows, ceil(vocab_size / 32)): how many are listed in the words before
   int32_t* list_counts;  // (rows,): how many tokens are listed

@@ -33,7 +33,7 @@ RACE_FOUND = 66
 SECONDS, MANY_SECONDS = 3, 60
 #: Parameters, sizes, dtypes and threads of the program; of those ThreadSanitizer, which is slow,
 #: runs every 7th, which has no common factor with the numbers of each.
-COMBINATIONS, ONE_IN = 20 * 4 * 2 * 2, 7
+COMBINATIONS, ONE_IN = 22 * 4 * 2 * 2, 7
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="there is no g++")
 
@@ -231,6 +231,12 @@ GUARDS = {
         "history.h",
         "id >= 0 && id < history.vocab_size ? id : -1",
         "id",
+    ),
+    "a record that ends in its row": (
+        "all",
+        "sequence_rules.h",
+        "limited(read_once(at[1]), 0, end - at - 2)",
+        "read_once(at[1])",
     ),
     "an id for one call in range": (
         "all",

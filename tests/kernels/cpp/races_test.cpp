@@ -4,7 +4,7 @@
 //
 //   races_test logits SECONDS SEED ONE_IN     overwrites the logits alone
 //   races_test few SECONDS SEED ONE_IN        overwrites a few bfloat16 logits now and then
-//   races_test all SECONDS SEED ONE_IN        also mask, history, texts, biases, slots, parameters and ids
+//   races_test all SECONDS SEED ONE_IN        also mask, history, texts, biases, slots, parameters, rules and ids
 //   races_test results SECONDS SEED ONE_IN    overwrites logits, and tokens and status as they are written
 //
 // Of the combinations of parameters, sizes, dtypes and threads every ONE_IN-th is run, for SECONDS in all.
@@ -45,6 +45,7 @@ struct Kind {
   bool by_slot = false;  // whether the parameters belong to slots
   bool has_text =
       false;  // whether ids are kept in order, with windows, and some count for one call
+  bool has_rules = false;  // whether rows have rules that look at the text, which repeats itself
 };
 
 // What a call returns besides filtered logits.
@@ -79,6 +80,26 @@ constexpr Kind kKinds[] = {
      false,
      true},
     {"text, by slot", {1.3f, 0, 0.9f, 0.0f, 1, 0.8f, -0.5f}, true, true, true, kAll, 2, true, true},
+    {"rules",
+     {0.8f, 40, 0.9f, 0.0f, 1, 1.2f, 0.0f},
+     false,
+     false,
+     true,
+     kAll,
+     1,
+     false,
+     true,
+     true},
+    {"rules, by slot",
+     {1.3f, 0, 0.9f, 0.0f, 1, 0.8f, -0.5f},
+     true,
+     true,
+     true,
+     kAll,
+     2,
+     true,
+     true,
+     true},
 };
 
 // One row of logits for the writer to choose from.
@@ -135,6 +156,10 @@ struct Batch {
   std::vector<uint16_t> narrow_logits;
   std::vector<int32_t> slots, mask, seen, counts, ids, status, param_slots, bias_counts;
   std::vector<int32_t> text, windows, extra, scope, token_ids;
+  std::vector<float> dry_multiplier, dry_base;
+  std::vector<int32_t> dry_allowed_length, dry_penalty_last_n, no_repeat_ngram_size;
+  std::vector<int32_t> no_repeat_ngram_window, min_tokens, sequences, sequence_counts;
+  std::vector<int64_t> sequence_offsets;
   std::vector<uint8_t> record;
   std::vector<int64_t> lengths, offsets, tokens, text_lengths, text_prompt_lengths;
   std::vector<float> filtered;
@@ -215,8 +240,9 @@ struct Batch {
       args.num_slots = kRows;
     }
     if (kind.has_text) {
+      const int64_t ids_of_text = kind.has_rules ? 3 : vocab_size;
       for (int64_t i = 0; i < kRows * kMaxTextLength; ++i) {
-        text.push_back(static_cast<int32_t>(noise.below(vocab_size)));
+        text.push_back(static_cast<int32_t>(noise.below(ids_of_text)));
       }
       for (int64_t i = 0; i < kRows * LLM_SAMPLING_MAX_EXTRA_OUTPUT; ++i) {
         extra.push_back(static_cast<int32_t>(noise.below(vocab_size)));
@@ -235,6 +261,54 @@ struct Batch {
       args.repetition_penalty_scope = scope.data();
       args.extra_output = extra.data();
       args.num_extra_output = LLM_SAMPLING_MAX_EXTRA_OUTPUT;
+    }
+    if (kind.has_rules) {
+      dry_multiplier = {0.8f, 0.0f, 100.0f};
+      dry_base = {1.75f, 1.0f, 1.1f};
+      dry_allowed_length = {2, 1, 1};
+      dry_penalty_last_n = {-1, 5, 64};
+      no_repeat_ngram_size = {0, 3, 1};
+      no_repeat_ngram_window = {0, 50, 7};
+      min_tokens = {0, 9, 1000};
+      const std::vector<int32_t> records = {
+          LLM_SAMPLING_BREAKER_IDS,
+          2,
+          2,
+          5,  //
+          LLM_SAMPLING_BREAKER,
+          2,
+          0,
+          1,  //
+          LLM_SAMPLING_BAD_WORD,
+          3,
+          1,
+          1,
+          2,  //
+          LLM_SAMPLING_STOP_IDS,
+          3,
+          6,
+          2,
+          400,  //
+      };
+      sequence_offsets.push_back(0);
+      for (int64_t row = 0; row < kRows; ++row) {
+        sequences.insert(sequences.end(), records.begin(), records.end());
+        sequence_offsets.push_back(static_cast<int64_t>(sequences.size()));
+      }
+      args.dry_multiplier = dry_multiplier.data();
+      args.dry_base = dry_base.data();
+      args.dry_allowed_length = dry_allowed_length.data();
+      args.dry_penalty_last_n = dry_penalty_last_n.data();
+      args.no_repeat_ngram_size = no_repeat_ngram_size.data();
+      args.no_repeat_ngram_window = no_repeat_ngram_window.data();
+      args.min_tokens = min_tokens.data();
+      args.sequence_offsets = sequence_offsets.data();
+      args.sequences = sequences.data();
+      args.sequences_size = static_cast<int64_t>(sequences.size());
+      if (kind.by_slot) {
+        sequence_counts.assign(kRows, static_cast<int32_t>(records.size()));
+        args.sequence_counts = sequence_counts.data();
+      }
     }
     args.tokens = tokens.data();
     args.status = status.data();
@@ -314,7 +388,21 @@ void overwrite_others(Batch& b, Noise& noise) {
   const int32_t windows[] = {0, 1, 63, 64, 65, 128, kMost, 1 << 20, -1, INT32_MAX, INT32_MIN};
   const uint8_t records[] = {0, 1, 255};
   const int32_t scopes[] = {0, 1};  // others are refused
-  switch (noise.below(b.text.empty() ? 18 : 25)) {
+  const int64_t numbers_there = static_cast<int64_t>(b.sequences.size());
+  const int32_t records_there[] =
+      {0, 1, 2, 3, 4, 5, -1, static_cast<int32_t>(numbers_there), 400, INT32_MAX, INT32_MIN};
+  const int64_t sequence_offsets[] = {
+      0,
+      1,
+      numbers_there - 1,
+      numbers_there,
+      numbers_there + 1,
+      1 << 20,
+      -1,
+      INT64_MAX,
+      INT64_MIN
+  };
+  switch (noise.below(b.text.empty() ? 18 : b.sequences.empty() ? 25 : 35)) {
     case 0:
       return disturb(b.mask, words, noise);
     case 1:
@@ -363,6 +451,26 @@ void overwrite_others(Batch& b, Noise& noise) {
       return disturb(b.record, records, noise);
     case 24:
       return disturb(b.scope, scopes, noise);
+    case 25:
+      return disturb(b.dry_multiplier, floats, noise);
+    case 26:
+      return disturb(b.dry_base, floats, noise);
+    case 27:
+      return disturb(b.dry_allowed_length, numbers, noise);
+    case 28:
+      return disturb(b.dry_penalty_last_n, numbers, noise);
+    case 29:
+      return disturb(b.no_repeat_ngram_size, numbers, noise);
+    case 30:
+      return disturb(b.no_repeat_ngram_window, numbers, noise);
+    case 31:
+      return disturb(b.min_tokens, numbers, noise);
+    case 32:
+      return disturb(b.sequences, records_there, noise);
+    case 33:
+      return disturb(b.sequence_offsets, sequence_offsets, noise);
+    case 34:
+      return disturb(b.sequence_counts, numbers, noise);
     default:
       return disturb(b.parameters.min_tokens_to_keep, numbers, noise);
   }
