@@ -29,8 +29,10 @@ from llm_sampling.tensors import to_device
 
 Actions = Mapping[str, Callable[[ModuleType], None]]
 
-#: Values of :class:`~llm_sampling.SamplingParams` that turn penalties, or filters, off.
-NO_PENALTY = {f.name: f.off for f in FIELDS.values() if f.kind == "penalty"}
+#: Values of :class:`~llm_sampling.SamplingParams` that turn rules that look at the history,
+#: penalties and these, or filters, off.
+NO_RULE = {f.name: f.off for f in FIELDS.values() if f.kind == "rule"}
+NO_PENALTY = {f.name: f.off for f in FIELDS.values() if f.kind == "penalty"} | NO_RULE
 NO_FILTER = {f.name: f.off for f in FIELDS.values() if f.kind in ("rank", "mass", "depth")}
 #: The range of positive float32, for numbers of engines that are float64 there.
 LEAST, LARGEST = 2.0**-149, torch.finfo(torch.float32).max

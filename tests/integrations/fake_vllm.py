@@ -21,6 +21,10 @@ class SchedulerConfig:
     async_scheduling: bool
 
 @dataclass
+class ModelConfig:
+    max_model_len: int
+
+@dataclass
 class VllmConfig:
     model_config: Any
     scheduler_config: SchedulerConfig
@@ -45,6 +49,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int | None = None
+    extra_args: dict | None = None
 """,
     "v1.__init__": "",
     "v1.outputs": """

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import fake_vllm
 import pytest
 import torch
-from vllm_texts import Theirs, V, alone, logits_of, random_params
+from vllm_texts import MAX_LENGTH, Theirs, V, alone, logits_of, random_extra, random_params
 
 from llm_sampling import SamplingParams, TokenHistory, filter_logits, sample
+from llm_sampling.integrations.engine import NO_RULE, Warnings
 from llm_sampling.integrations.vllm import SWITCH, register, v1
-from llm_sampling.integrations.vllm.both import params_of
+from llm_sampling.integrations.vllm.both import LOG, READ_BY_V1, params_of, with_extra
 from llm_sampling.integrations.vllm.v1 import RUNNER, Requests
 
 # ---- parameters ----
@@ -56,7 +57,7 @@ def test_temperatures_that_vllm_takes_for_greedy(given, taken):
 )
 def test_what_vllm_accepts_is_accepted(theirs):
     """A ValueError in the middle of a step would end the engine."""
-    requests = Requests(V, "cpu", capacity=64)
+    requests = Requests(V, "cpu", capacity=64, max_length=MAX_LENGTH)
     requests.update_state(update(1, added=[(0, theirs, [1], [2])]))
     assert 0 <= int(requests.draw(torch.randn(1, V))) < V
 
@@ -90,6 +91,7 @@ class Texts:
 
     def __init__(self, seed, is_async=False):
         self.rng = random.Random(seed)
+        self.rng_of_extra = random.Random(seed)
         self.is_async = is_async
         self.rows = []
         self.waiting = []
@@ -98,9 +100,12 @@ class Texts:
     def new(self):
         self.number += 1
         prompt = [self.rng.randrange(V) for _ in range(self.rng.randrange(9))]
+        theirs = random_params(self.rng)
+        if self.number > 4:  # the first ones meet a table without rules
+            theirs.extra_args = random_extra(self.rng_of_extra)
         return SimpleNamespace(
             name=self.number,
-            theirs=random_params(self.rng),
+            theirs=theirs,
             prompt=prompt or None,  # None where it has embeddings
             output=[],
             tokens=[],
@@ -155,6 +160,11 @@ class Texts:
                 del request.output[length:], request.tokens[length:]
 
 
+def all_params_of(theirs):
+    """The parameters of a request with those of its extra_args."""
+    return with_extra(params_of(theirs), theirs, READ_BY_V1, Warnings(LOG))
+
+
 def follow(requests, seed, steps=60, dtype=torch.float32, is_async=False):
     """The first (step, request) whose token differs from the one that it gets alone, or None."""
     texts = Texts(seed, is_async)
@@ -163,7 +173,7 @@ def follow(requests, seed, steps=60, dtype=torch.float32, is_async=False):
         requests.update_state(texts.change() if changes else None)
         tokens = requests.draw(texts.logits(dtype)).tolist()
         for request, token in zip(texts.rows, tokens, strict=True):
-            if token != alone(request, params_of(request.theirs), dtype):
+            if token != alone(request, all_params_of(request.theirs), dtype):
                 return step, request.name
         texts.take(tokens)
     assert texts.number > 10, "too few requests for a comparison"
@@ -174,13 +184,13 @@ def follow(requests, seed, steps=60, dtype=torch.float32, is_async=False):
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("seed", range(8))
 def test_every_request_draws_as_if_alone(seed, backend, is_async):
-    requests = Requests(V, "cpu", capacity=64, backend=backend)
+    requests = Requests(V, "cpu", capacity=64, max_length=MAX_LENGTH, backend=backend)
     assert follow(requests, seed, is_async=is_async) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_logits_of_every_dtype(dtype):
-    assert follow(Requests(V, "cpu", capacity=64), 1, dtype=dtype) is None
+    assert follow(Requests(V, "cpu", capacity=64, max_length=MAX_LENGTH), 1, dtype=dtype) is None
 
 
 class DeafToMoves(Requests):
@@ -265,6 +275,23 @@ class KeepsParameters(Requests):
         request.recorded = len(request.output)
 
 
+class ForgetsWhatItGrewFrom(Requests):
+    """Loses the histories of its requests where another one needs the ids in order."""
+
+    def _grow(self, *, has_text):
+        super()._grow(has_text=has_text)
+        if self._table.history.text is not None:
+            self._table.history.seen.zero_()
+            self._table.history.counts.zero_()
+
+
+class LeavesExtraOut(Requests):
+    """Reads no extra_args."""
+
+    def _possible(self, params):
+        return replace(params, penalty_last_n=-1, repetition_penalty_scope="all", **NO_RULE)
+
+
 class MixesRowsUp(Requests):
     """Takes the tokens that the host does not know from the rows that requests have now."""
 
@@ -289,6 +316,8 @@ class MixesRowsUp(Requests):
         ForgetsPrompts,
         CountsDiscardedTokens,
         KeepsParameters,
+        ForgetsWhatItGrewFrom,
+        LeavesExtraOut,
     ],
 )
 @pytest.mark.parametrize("is_async", [False, True])
@@ -296,7 +325,12 @@ def test_the_comparison_detects(broken, is_async):
     """Each broken class draws a wrong token, or raises, within a few sequences."""
     for seed in range(4):
         try:
-            if follow(broken(V, "cpu", capacity=64), seed, is_async=is_async) is not None:
+            if (
+                follow(
+                    broken(V, "cpu", capacity=64, max_length=MAX_LENGTH), seed, is_async=is_async
+                )
+                is not None
+            ):
                 return
         except KeyError:  # it has no request for a row
             return
@@ -305,14 +339,17 @@ def test_the_comparison_detects(broken, is_async):
 
 def test_the_comparison_detects_tokens_of_other_rows():
     """On the host they are known; only what is on the device can be mixed up."""
-    assert follow(MixesRowsUp(V, "cpu", capacity=64), 0) is None
-    found = [follow(MixesRowsUp(V, "cpu", capacity=64), seed, is_async=True) for seed in range(4)]
+    assert follow(MixesRowsUp(V, "cpu", capacity=64, max_length=MAX_LENGTH), 0) is None
+    found = [
+        follow(MixesRowsUp(V, "cpu", capacity=64, max_length=MAX_LENGTH), seed, is_async=True)
+        for seed in range(4)
+    ]
     assert found != [None] * 4
 
 
 def test_tokens_that_nobody_knows_are_not_guessed():
     """A request with a penalty whose tokens were not drawn here; without one they do not matter."""
-    requests = Requests(V, "cpu", capacity=4)
+    requests = Requests(V, "cpu", capacity=4, max_length=MAX_LENGTH)
     plain, penalised = Theirs(seed=1), Theirs(seed=2, presence_penalty=1.0)
     requests.update_state(update(1, added=[(0, plain, [1], [-1])]))
     requests.draw(torch.randn(1, V))
@@ -325,7 +362,7 @@ def test_a_request_that_returns_goes_on_where_it_was():
     theirs = Theirs(seed=4, frequency_penalty=0.7, top_k=20)
     tokens = []
     request = SimpleNamespace(name=1, theirs=theirs, prompt=[3, 4], output=tokens, tokens=tokens)
-    requests = Requests(V, "cpu", capacity=64)
+    requests = Requests(V, "cpu", capacity=64, max_length=MAX_LENGTH)
     entry = (0, theirs, request.prompt, request.output)
     drawn = []
     for step in range(12):
@@ -345,7 +382,7 @@ def test_a_request_that_returns_goes_on_where_it_was():
 
 
 def test_without_penalties_there_is_no_history():
-    requests = Requests(V, "cpu", capacity=5)
+    requests = Requests(V, "cpu", capacity=5, max_length=MAX_LENGTH)
     plain, penalised = Theirs(seed=1), Theirs(seed=2, presence_penalty=1.0)
     requests.update_state(update(4, added=[(i, plain, [1], []) for i in range(4)]))
     assert requests._table.history is None
@@ -357,7 +394,7 @@ def test_without_penalties_there_is_no_history():
 
 
 def test_a_step_without_changes_packs_nothing(monkeypatch):
-    requests = Requests(V, "cpu", capacity=1)
+    requests = Requests(V, "cpu", capacity=1, max_length=MAX_LENGTH)
     output = []
     requests.update_state(update(1, added=[(0, Theirs(seed=1, presence_penalty=0.5), [1], output)]))
     output += requests.draw(torch.randn(1, V)).tolist()
@@ -375,7 +412,7 @@ def test_a_step_without_changes_packs_nothing(monkeypatch):
 
 
 def test_a_call_stays_prepared_while_requests_come_and_go(monkeypatch):
-    requests = Requests(V, "cpu", capacity=8)
+    requests = Requests(V, "cpu", capacity=8, max_length=MAX_LENGTH)
     kinds = [Theirs(seed=i, top_p=0.9, presence_penalty=0.5) for i in range(8)]
     requests.update_state(update(2, added=[(i, kinds[i], [1], []) for i in range(2)]))
     requests.draw(torch.randn(2, V))
@@ -392,7 +429,7 @@ def test_a_call_stays_prepared_while_requests_come_and_go(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(1, V), (3, V), (2, V - 1)])
 def test_logits_of_other_requests_are_not_drawn_from(shape, caplog):
-    requests = Requests(V, "cpu", capacity=64)
+    requests = Requests(V, "cpu", capacity=64, max_length=MAX_LENGTH)
     requests.update_state(update(2, added=[(i, Theirs(seed=i), [], []) for i in range(2)]))
     assert requests.fit(torch.zeros(2, V))
     assert not requests.fit(torch.zeros(shape))
@@ -405,7 +442,7 @@ def test_logits_of_other_requests_are_not_drawn_from(shape, caplog):
 
 
 def test_strided_logits():
-    requests = Requests(V, "cpu", capacity=64)
+    requests = Requests(V, "cpu", capacity=64, max_length=MAX_LENGTH)
     added = [(i, Theirs(seed=i), [], []) for i in range(3)]
     requests.update_state(update(3, added=added))
     logits = torch.randn(3, V)
@@ -418,7 +455,7 @@ def test_strided_logits():
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_row_without_a_candidate_gets_token_0_and_a_warning(value, caplog):
-    requests = Requests(V, "cpu", capacity=64)
+    requests = Requests(V, "cpu", capacity=64, max_length=MAX_LENGTH)
     requests.update_state(update(3, added=[(i, Theirs(seed=i), [], []) for i in range(3)]))
     logits = torch.randn(3, V)
     want = requests.draw(logits).tolist()
@@ -429,15 +466,102 @@ def test_a_row_without_a_candidate_gets_token_0_and_a_warning(value, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_what_no_request_can_ask_for_is_not_dropped_in_silence(caplog):
-    """vLLM passes extra_args on unread; a request that asks for a window there is told once."""
-    theirs = Theirs(repetition_penalty=1.3, seed=1)
-    theirs.extra_args = {"penalty_last_n": 64, "other": 1}
-    requests = Requests(V, "cpu", capacity=64)
+def test_extra_args_are_parameters_that_vllm_has_none_for():
+    theirs = Theirs(seed=1, repetition_penalty=1.3)
+    theirs.extra_args = {
+        "dry_multiplier": 0.8,
+        "dry_breakers": [5, [6, 7]],
+        "no_repeat_ngram_size": 3,
+        "penalty_last_n": 64,
+        "repetition_penalty_scope": "output",
+        **{"top_k": 3, "bad_words": [[1]], "min_tokens": 4, "stop_token_ids": [2]},  # vLLM's own
+        "kv_transfer_params": {},
+    }
+    assert all_params_of(theirs) == SamplingParams(
+        seed=1,
+        repetition_penalty=1.3,
+        dry_multiplier=0.8,
+        dry_breakers=[[5], [6, 7]],
+        no_repeat_ngram_size=3,
+        penalty_last_n=64,
+        repetition_penalty_scope="output",
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"dry_multiplier": -1}, "dry_multiplier of extra_args are left out: dry_multiplier must "),
+        ({"dry_multiplier": "x" * 10**6}, "left out: dry_multiplier must be in [0, 100]"),
+        ({"dry_base": float("nan")}, "dry_base must be in [1, 100]"),
+        ({"dry_multiplier": {}, "dry_base": [1]}, "dry_multiplier must be in [0, 100]"),
+        ({"no_repeat_ngram_window": 10**400}, None),
+        ({"dry_breakers": "ab"}, "dry_breakers must be"),
+        ({"dry_breakers": [[]]}, "left out: dry_breakers must be"),
+        ({"dry_breakers": [["a"], 3]}, "left out: dry_breakers must be"),
+        ({"no_repeat_ngram_size": 2.5, "dry_base": 2}, "dry_base, no_repeat_ngram_size of extra"),
+        ({"repetition_penalty_scope": "prompt"}, "repetition_penalty_scope must be"),
+        ({"dry_penalty_last_n": 2**80, "other": 1}, None),
+        (
+            {"dry_multiplier": 1, "dry_breakers": [[1] * 9000]},
+            "rules of extra_args are left out: dry_breakers have more than 8192 ids",
+        ),
+        ({"dry_multiplier": None, "dry_breakers": None}, None),
+    ],
+)
+def test_extra_args_that_are_wrong_do_not_end_the_engine(extra, message, caplog):
+    requests = Requests(V, "cpu", capacity=64, max_length=MAX_LENGTH)
+    theirs = Theirs(seed=1)
+    theirs.extra_args = extra
     for index in range(2):
         requests.update_state(update(index + 1, added=[(index, theirs, [1], [])]))
-    (message,) = warnings_of(caplog)
-    assert "extra_args of a request has penalty_last_n, which" in message
+    logits = torch.randn(1, V).expand(2, V)
+    plain = sample(logits, [params_of(theirs)] * 2).tokens
+    assert requests.draw(logits).tolist() == plain.tolist()
+    if message is None:
+        assert caplog.records == []
+    else:
+        (warning,) = warnings_of(caplog)
+        assert message in warning
+        assert len(warning) < 200
+
+
+def test_a_backend_without_rules_leaves_them_out_and_says_so(caplog, monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("backend 'cuda' cannot run dry_multiplier")
+
+    monkeypatch.setattr(v1, "sample", refuse)
+    requests = Requests(V, "cpu", capacity=64, max_length=MAX_LENGTH)
+    theirs = Theirs(seed=1, presence_penalty=1.0)
+    theirs.extra_args = {"no_repeat_ngram_size": 1, "repetition_penalty_scope": "output"}
+    for index in range(2):
+        requests.update_state(update(index + 1, added=[(index, theirs, [1], [5, 6, 7])]))
+    (warning,) = warnings_of(caplog)
+    assert warning.endswith(
+        "rules of extra_args are left out: backend 'cuda' cannot run dry_multiplier"
+    )
+    wanted = replace(params_of(theirs), repetition_penalty_scope="output")
+    assert requests._table.params(requests._rows[0].slot) == wanted
+
+
+def test_ids_are_kept_in_order_once_a_request_needs_them():
+    requests = Requests(V, "cpu", capacity=3, max_length=MAX_LENGTH)
+    requests.update_state(update(1, added=[(0, Theirs(seed=1), [1], [])]))
+    assert requests._table.history is None
+    penalised = Theirs(seed=2, presence_penalty=1.0)
+    requests.update_state(update(2, added=[(1, penalised, [1, 2], [3])]))
+    assert requests._table.history.text is None
+    ordered = Theirs(seed=3)
+    ordered.extra_args = {"no_repeat_ngram_size": 2}
+    requests.update_state(update(3, added=[(2, ordered, [4], [5, 4])]))
+    text = requests._table.history.text
+    assert text.ids.shape == (3, MAX_LENGTH)
+    slots = [request.slot for request in requests._rows]
+    assert text.ids[slots[2], :3].tolist() == [4, 5, 4]
+    assert requests._table.history.counts[slots[1], 3] == 1
+    logits = torch.zeros(3, V)
+    logits[2, 5] = 50.0
+    assert requests.draw(logits).tolist()[2] != 5
 
 
 # ---- registration ----
@@ -589,7 +713,9 @@ def config_of(vocab_size=V, speculative=None, is_async=False, transfer=None, mod
         speculative_config=speculative,
         kv_transfer_config=transfer,
         scheduler_config=SimpleNamespace(async_scheduling=is_async, max_num_seqs=16),
-        model_config=SimpleNamespace(get_vocab_size=lambda: vocab_size, logprobs_mode=mode),
+        model_config=SimpleNamespace(
+            get_vocab_size=lambda: vocab_size, logprobs_mode=mode, max_model_len=99
+        ),
     )
 
 
@@ -782,6 +908,26 @@ def test_processors_after_the_temperature(make_runner):
     assert torch.equal(given, halved)
     _, given = requests.draw_after(logits, [])
     assert torch.equal(given, filter_logits(logits, scaled, history=history()))
+
+
+@pytest.mark.parametrize("custom", [(), (Halves(),)], ids=["", "custom"])
+def test_rules_come_before_processors_and_in_processed_logits(make_runner, custom):
+    """The second of the two launches applies no rule again."""
+    runner = make_runner("processed_logits", custom)
+    requests = runner.logitsprocs.argmax_invariant[0]
+    ruled = Theirs(temperature=0.7, seed=5)
+    ruled.extra_args = {"dry_multiplier": 2.0, "dry_allowed_length": 1, "no_repeat_ngram_size": 3}
+    requests.update_state(update(4, added=[(3, ruled, [7], [10, 11, 10])]))
+    logits = torch.zeros(4, V)
+    logits[:, 11] = 9.0
+    rows = [*PARAMS[:3], all_params_of(ruled)]
+    output = run(runner, logits.clone(), max_num_logprobs=3)
+    texts = TokenHistory.from_ids(PROMPTS, OUTPUTS, V, max_length=99)
+    shown = output.logprobs_tensors[3]
+    assert shown[11] == pytest.approx((9.0 - 2.0) / 0.7, rel=1e-6)
+    if not custom:
+        want = sample(logits, rows, history=texts, positions=[1, 2, 0, 3]).tokens
+        assert drawn_by(output) == want.tolist()
 
 
 @pytest.mark.parametrize("custom", [(), (Halves(),)], ids=["", "custom"])

@@ -283,6 +283,24 @@ def test_a_step_waits_for_nothing(has_processors, monkeypatch):
     assert requests._drawn.positions.tolist()[:4] == [0, 1, 0, 2]
 
 
+def test_what_v2_does_not_read_is_told_once(caplog):
+    requests = make()
+    theirs = Theirs(repetition_penalty=3.0, seed=1)
+    theirs.extra_args = {
+        **{"dry_multiplier": 1.0, "penalty_last_n": 3, "repetition_penalty_scope": "output"},
+        "other": 1,
+    }
+    for slot in range(2):
+        requests.enter(slot, theirs, 0, 0)
+    wanted = replace(params_of(theirs), repetition_penalty_scope="output")
+    assert requests._drawn.params(1) == wanted
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.endswith(
+        "extra_args of a request has dry_multiplier, penalty_last_n, which this runner does not "
+        "read"
+    )
+
+
 def test_slots_without_a_request_can_be_drawn():
     """As in vLLM's trial runs, before any request has come."""
     logits = torch.randn(SLOTS, V)
@@ -318,7 +336,7 @@ def config_of(vocab_size=V, speculative=0, is_async=False, transfer=None, waterm
         kv_transfer_config=transfer,
         watermark_config=watermark,
         scheduler_config=SimpleNamespace(async_scheduling=is_async, max_num_seqs=SLOTS),
-        model_config=SimpleNamespace(get_vocab_size=lambda: vocab_size),
+        model_config=SimpleNamespace(get_vocab_size=lambda: vocab_size, max_model_len=99),
     )
 
 

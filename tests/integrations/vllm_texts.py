@@ -6,6 +6,8 @@ import torch
 from llm_sampling import TokenHistory, sample
 
 V = 101
+#: Prompt and output have at most so many ids.
+MAX_LENGTH = 200
 
 
 def their_params():
@@ -32,6 +34,19 @@ def random_params(rng):
     )
 
 
+def random_extra(rng):
+    """What a request asks for in extra_args; often nothing."""
+    extra = {}
+    if rng.random() < 0.3:
+        extra |= {"dry_multiplier": rng.choice([1, 3.0]), "dry_allowed_length": 1}
+        extra |= {"dry_breakers": rng.choice([None, [[5], [7, 8]], [5, 9]])}
+    if rng.random() < 0.2:
+        extra |= {"no_repeat_ngram_size": 1, "no_repeat_ngram_window": rng.choice([0, 5])}
+    if rng.random() < 0.2:
+        extra |= {"penalty_last_n": rng.choice([0, 4]), "repetition_penalty_scope": "output"}
+    return {**extra, "of_another": 3} if extra else None
+
+
 def logits_of(request, dtype=torch.float32):
     generator = torch.Generator().manual_seed(request.name * 10_000 + len(request.tokens))
     return (torch.randn(V, generator=generator) * 2).to(dtype)
@@ -39,7 +54,9 @@ def logits_of(request, dtype=torch.float32):
 
 def alone(request, params, dtype=torch.float32):
     """The request's next token by ``sample``, without other requests."""
-    history = TokenHistory.from_ids([request.prompt or []], [request.tokens], V)
+    ids = [request.prompt or []], [request.tokens]
+    window = params.penalty_last_n
+    history = TokenHistory.from_ids(*ids, V, max_length=MAX_LENGTH, penalty_last_n=window)
     logits = logits_of(request, dtype).unsqueeze(0)
     positions = [len(request.tokens)]
     return int(sample(logits, params, history=history, positions=positions).tokens)

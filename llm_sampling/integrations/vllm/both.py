@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +25,11 @@ FIELDS_OF_BOTH = {
 
 #: vLLM treats a temperature below this as greedy.
 _GREEDY_BELOW = 1e-5
-#: What no request of vLLM can ask for, so that :func:`params_of` leaves it off.
-_NOT_VLLMS = {f.name for f in FIELDS.values() if f.kind in ("scope", "rule", "sequences")}
-_NOT_VLLMS -= {"bad_words", "min_tokens", "stop_token_ids"}  # which vLLM itself sees to
+#: What vLLM has no parameter for, so that a request asks for it in ``extra_args``. V1 reads it all.
+READ_BY_V1 = {f.name for f in FIELDS.values() if f.kind in ("scope", "rule", "sequences")}
+READ_BY_V1 -= {"bad_words", "min_tokens", "stop_token_ids"}  # which vLLM itself sees to
+#: What V2 reads of it, whose tables do not have the ids in order.
+READ_BY_V2 = {"repetition_penalty_scope"}
 
 
 def params_of(theirs: Any, seed: int | None = None) -> SamplingParams:
@@ -60,14 +64,38 @@ def not_greedy(params: SamplingParams) -> SamplingParams:
     return replace(params, temperature=params.temperature or 1.0)
 
 
-def look_for_unread(theirs: Any, warnings: Warnings) -> None:
-    """Warn if a request asks in ``extra_args`` for what :func:`params_of` does not read."""
-    unread = _NOT_VLLMS & set(getattr(theirs, "extra_args", None) or ())
-    if unread:
+def with_extra(
+    params: SamplingParams, theirs: Any, read: Collection[str], warnings: Warnings
+) -> SamplingParams:
+    """The parameters with what the request asks for in ``extra_args``.
+
+    A warning says what is left out: what the runner does not read, or all if a value is wrong.
+
+    Args:
+        params: as :func:`params_of` gives them.
+        theirs: a ``vllm.SamplingParams``. Its ``dry_breakers`` may be a flat list of ids too, each
+            of them a breaker, since an HTTP request can hold no other.
+        read: the names that the runner reads.
+        warnings: where it goes.
+    """
+    given = getattr(theirs, "extra_args", None) or {}
+    extra = {name: given[name] for name in sorted(READ_BY_V1 & set(given))}
+    if unread := [name for name in extra if name not in read]:
         warnings.warn(
-            f"extra_args of a request has {', '.join(sorted(unread))}, which this plug-in does not "
-            "read: penalties are vLLM's, of all of the prompt and the output"
+            f"extra_args of a request has {', '.join(unread)}, which this runner does not read"
         )
+    extra = {name: value for name, value in extra.items() if name in read}
+    breakers = extra.get("dry_breakers")
+    if isinstance(breakers, (list, tuple)):
+        alone = [one if isinstance(one, (list, tuple)) else [one] for one in breakers]
+        extra["dry_breakers"] = alone
+    try:
+        return replace(params, **extra) if extra else params
+    except ValueError as error:  # it would end the engine here
+        # without the place and the value, so that there are not as many warnings as requests
+        rule = re.sub(r"\[\d+\]", "", str(error).partition(", got ")[0])
+        warnings.warn(f"{', '.join(extra)} of extra_args are left out: {rule}")
+        return params
 
 
 def why_not_here(vllm_config: Any) -> str | None:

@@ -22,6 +22,7 @@ from llm_sampling.history import TokenHistory
 from llm_sampling.integrations.engine import (
     NO_FILTER,
     NO_PENALTY,
+    NO_RULE,
     Reliance,
     Warnings,
     backend_name,
@@ -31,14 +32,15 @@ from llm_sampling.integrations.engine import (
 from llm_sampling.integrations.vllm.both import (
     FIELDS_OF_BOTH,
     LOG,
-    look_for_unread,
+    READ_BY_V1,
     not_greedy,
     params_of,
     why_not_here,
+    with_extra,
 )
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.results import SampleOutput
-from llm_sampling.sample import filter_logits
+from llm_sampling.sample import filter_logits, sample
 from llm_sampling.table import RequestTable
 
 RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -51,6 +53,9 @@ def replace_names(runner: ModuleType) -> None:
         runner.build_logitsprocs = _building(runner.build_logitsprocs)  # type: ignore[attr-defined]
         runner.InputBatch = _without_penalties(runner.InputBatch)  # type: ignore[attr-defined]
 
+
+#: How many tokens more than its longest text a request may be drawn, with asynchronous scheduling.
+_AHEAD = 16
 
 # ---- what is relied on ----
 
@@ -72,6 +77,7 @@ RELIANCE = Reliance(
     },
     fields={
         **FIELDS_OF_BOTH,
+        "vllm.config:ModelConfig": "max_model_len",
         f"{_PROCESSORS}:BatchUpdate": "batch_size removed added moved",
         "vllm.v1.sample.metadata:SamplingMetadata": (
             "max_num_logprobs logprob_token_ids no_penalties allowed_token_ids_mask "
@@ -129,6 +135,7 @@ def _building(build_logitsprocs: Callable[..., Any]) -> Callable[..., Any]:
             vllm_config.model_config.get_vocab_size(),
             torch.device(device),
             capacity=vllm_config.scheduler_config.max_num_seqs,
+            max_length=vllm_config.model_config.max_model_len + _AHEAD,
         )
         built.argmax_invariant.insert(0, requests)
         LOG.draws(requests.backend)
@@ -169,7 +176,7 @@ class _Request:
         output: vLLM's own list, which grows by one with every token of the request. With
             asynchronous scheduling the tokens that the host does not know are -1 there.
         slot: its slot of the table.
-        needs_history: whether it has a penalty.
+        needs_history: whether it has a penalty or a rule that looks at the history.
         recorded: how many tokens of the output the slot's history has, where it needs one.
     """
 
@@ -220,6 +227,8 @@ class Requests:
         vocab_size: the width of the logits, 1 .. 2^20.
         device: the logits'.
         capacity: the most requests that a batch has.
+        max_length: the most ids that prompt and output have together. They are kept in order once
+            a request asks for what looks at their order.
         backend: as for :func:`llm_sampling.sample`.
     """
 
@@ -229,14 +238,16 @@ class Requests:
         device: torch.device | str,
         *,
         capacity: int,
+        max_length: int,
         backend: str = "auto",
     ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.empty(0, device=device).device
         self.capacity = capacity
+        self.max_length = max_length
         self._backend_name = backend
         self._backend = backends.resolve(backend, self.device)
-        self._table = self._make_table(history=False)
+        self._table = self._make_table(history=False, has_text=False)
         self._free = list(range(capacity))
         self._by_index: dict[int, _Request] = {}  # by vLLM's index of the request in its batch
         self._rows: list[_Request] = []  # the same in order
@@ -251,12 +262,15 @@ class Requests:
         self._steps: dict[torch.dtype, tuple[BatchParams, Step]] = {}
         self._batches: dict[_Part, BatchParams] = {}
         self._warnings = Warnings(LOG)
+        self._why_no_rules: str | None = None  # known once a request has a rule
+        self._knows_rules = False
 
-    def _make_table(self, *, history: bool) -> RequestTable:
+    def _make_table(self, *, history: bool, has_text: bool) -> RequestTable:
         return RequestTable(
             self.capacity,
             vocab_size=self.vocab_size,
             history=history,
+            max_length=self.max_length if has_text else None,
             max_logit_bias=0,  # vLLM's own code adds biases
             backend=self._backend_name,
             device=self.device,
@@ -300,8 +314,8 @@ class Requests:
             self._leave(requests.pop(index, None))
         for index, theirs, prompt, output in update.added:
             self._leave(requests.pop(index, None))
-            requests[index] = self._enter(params_of(theirs), prompt or (), output)
-            look_for_unread(theirs, self._warnings)
+            params = with_extra(params_of(theirs), theirs, READ_BY_V1, self._warnings)
+            requests[index] = self._enter(self._possible(params), prompt or (), output)
         for first, second, direction in update.moved:
             moved, other = requests.pop(first, None), requests.pop(second, None)
             if moved is not None:
@@ -319,12 +333,60 @@ class Requests:
         self, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
     ) -> _Request:
         request = _Request(params, prompt, output, self._free.pop(), params.needs_history)
-        if request.needs_history and self._table.history is None:
-            self._table = self._make_table(history=True)
-            for other in self._by_index.values():
-                self._set(other)
+        has_history, has_text = self._kept()
+        needs_text = has_text or params.needs_text
+        if (request.needs_history and not has_history) or needs_text > has_text:
+            self._grow(has_text=needs_text)
         self._set(request)
         return request
+
+    def _kept(self) -> tuple[bool, bool]:
+        """Whether the table has histories, and whether they have the ids in order."""
+        history = self._table.history
+        return history is not None, history is not None and history.text is not None
+
+    def _grow(self, *, has_text: bool) -> None:
+        """Make a table with histories; what the one before knows of its requests stays.
+
+        That waits for the device if the one before has histories, which happens once at most.
+        """
+        before = self._table.history
+        self._table = self._make_table(history=True, has_text=has_text)
+        for other in self._by_index.values():
+            prompt: list[int] | None = None
+            output: Tensor | None = None
+            if before is not None and other.needs_history:
+                # The host may not know the ids of the output. Their order matters to no request
+                # that is here, since the table before did not keep it.
+                counts = before.counts[other.slot].cpu()
+                output = torch.arange(self.vocab_size).repeat_interleave(counts)
+                prompt = [*other.prompt]
+            self._table.set(other.slot, other.params, prompt_ids=prompt, output_ids=output)
+
+    def _possible(self, params: SamplingParams) -> SamplingParams:
+        """The parameters without rules that cannot be honoured here, with a warning."""
+        if not params.has_rules:
+            return params
+        reason, most = self._no_rules(), self._table.max_sequence_ids
+        if reason is None and len(params.sequences) > most:
+            reason = f"dry_breakers have more than {most} ids"
+        if reason is None:
+            return params
+        self._warnings.warn(f"rules of extra_args are left out: {reason}")
+        return replace(params, **NO_RULE)
+
+    def _no_rules(self) -> str | None:
+        """Why the backend draws no rows with rules; None if it does."""
+        if not self._knows_rules:
+            self._knows_rules = True
+            history = TokenHistory.from_ids([[1, 2, 1]], None, 4, max_length=3, device=self.device)
+            params = SamplingParams(no_repeat_ngram_size=2, seed=0)
+            logits = torch.zeros(1, 4, device=self.device)
+            try:
+                sample(logits, params, history=history, check=False, backend=self._backend_name)
+            except RuntimeError as error:
+                self._why_no_rules = str(error)
+        return self._why_no_rules
 
     def _leave(self, request: _Request | None) -> None:
         if request is not None:

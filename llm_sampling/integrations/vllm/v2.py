@@ -34,10 +34,11 @@ from llm_sampling.integrations.engine import (
 from llm_sampling.integrations.vllm.both import (
     FIELDS_OF_BOTH,
     LOG,
-    look_for_unread,
+    READ_BY_V2,
     not_greedy,
     params_of,
     why_not_here,
+    with_extra,
 )
 from llm_sampling.params import SamplingParams
 from llm_sampling.sample import filter_logits, sample
@@ -184,8 +185,7 @@ class Requests:
             seed: the one that vLLM has given it, if it has none of its own.
             position: how many tokens it has produced.
         """
-        params = params_of(theirs, seed)
-        look_for_unread(theirs, self._warnings)
+        params = with_extra(params_of(theirs, seed), theirs, READ_BY_V2, self._warnings)
         self._set(slot, params, position)
         self._taken.add(slot)
         if params.needs_history:
