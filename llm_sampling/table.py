@@ -555,8 +555,8 @@ class RequestTable:
         self._sequences.send(start, stop)
         return []
 
-    def _most_sequence_ids(self) -> int | None:
-        """How many numbers a slot's token sequences have at most; None: any number."""
+    def _most_sequence_ids(self) -> int:
+        """How many numbers the token sequences of a slot have at most."""
         return self.max_sequence_ids
 
     def _rules_if(self, is_on: bool) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def memory_for(call: ListCall) -> Lists:
         torch.full((rows, words), -1, dtype=torch.int32),
         torch.full((rows, words), INT32_MAX, dtype=torch.int32),
         torch.full((rows,), INT32_MAX, dtype=torch.int32),
-        torch.full((rows, capacity), -1.0),
+        torch.full((rows, capacity), math.inf),
     )
 
 
@@ -254,7 +254,7 @@ def assert_nothing_behind(lists: Lists) -> None:
     count, capacity = lists.counts[:, None], lists.amounts.shape[1]
     assert ((count >= 0) & (count <= capacity)).all()
     behind = torch.arange(capacity) >= count
-    assert (lists.amounts[behind] == -1.0).all()
+    assert (lists.amounts[behind] == math.inf).all()
 
 
 def assert_lists(make: Maker, call: ListCall, wanted: Sequence[dict[int, float]]) -> None:

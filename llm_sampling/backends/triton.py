@@ -380,11 +380,13 @@ def _make_lists(call: SampleCall, lists: PenaltyLists) -> None:
 
 
 def _rule_lists(lists: PenaltyLists | None) -> tuple[Any, ...]:
+    """What the sampling kernel reads of them."""
     kernel = _load().kernel
     assert kernel is not None
     if lists is None:
         return ()
-    argument: tuple[Any, ...] = kernel.RuleLists(*lists[:4], lists.amounts.shape[1])
+    bits, before, counts, amounts, _ = lists
+    argument: tuple[Any, ...] = kernel.RuleLists(bits, before, counts, amounts, amounts.shape[1])
     return argument
 
 

@@ -310,7 +310,7 @@ def ones(words):
 
 @triton.jit
 def _listed_from(lowered, first, SIZE: tl.constexpr, vocab_size):
-    """How many of ``SIZE`` consecutive tokens are listed."""
+    """How many of ``SIZE`` consecutive tokens are listed; the first one is a token of the row."""
     end = first + SIZE
     before = tl.load(lowered.before + first // 32)
     return tl.load(lowered.before + end // 32, mask=end < vocab_size, other=lowered.counts) - before

@@ -48,17 +48,20 @@ EACH = [
     SamplingParams(top_p=0.9, repetition_penalty=1.2, seed=2),
     SamplingParams(seed=3),
 ]
+#: The same, and a request with a rule that looks at the history.
+WITH_RULES = [*EACH, SamplingParams(temperature=0, no_repeat_ngram_size=1)]
 
 
 def make_sampler(backend, device):
-    history = TokenHistory.from_ids([[1, 2, 3]] * len(EACH), vocab_size=V, device=device)
-    return Sampler(EACH, vocab_size=V, history=history, backend=backend, check=False)
+    texts = [[1, 2, 3]] * len(WITH_RULES)
+    history = TokenHistory.from_ids(texts, vocab_size=V, max_length=64, device=device)
+    return Sampler(WITH_RULES, vocab_size=V, history=history, backend=backend, check=False)
 
 
 def test_a_captured_graph_goes_on_as_the_loop_would(gpu_backend):
     """Each replay reads new logits, records its tokens and advances."""
-    steps = torch.randn(8, len(EACH), V, device="cuda")
-    logits = torch.empty(len(EACH), V, device="cuda")
+    steps = torch.randn(8, len(WITH_RULES), V, device="cuda")
+    logits = torch.empty(len(WITH_RULES), V, device="cuda")
     sampler = make_sampler(gpu_backend, "cuda")
     reference = make_sampler("torch", "cuda")
     logits.copy_(steps[0])
@@ -76,7 +79,7 @@ def test_a_captured_graph_goes_on_as_the_loop_would(gpu_backend):
 
 
 def test_no_step_waits_for_the_device(gpu_backend):
-    logits = torch.randn(len(EACH), V, device="cuda")
+    logits = torch.randn(len(WITH_RULES), V, device="cuda")
     sampler = make_sampler(gpu_backend, "cuda")
     sampler(logits)
     torch.cuda.set_sync_debug_mode("error")
@@ -94,6 +97,7 @@ EVERYTHING = SamplingParams(
     repetition_penalty=1.2,
     repetition_penalty_scope="output",
     logit_bias={5: 1.0},
+    no_repeat_ngram_size=3,
     seed=1,
 )
 
@@ -116,12 +120,19 @@ def serve(table, step):
     device = table.device
     slot, other = step % 4, (step + 1) % 4
     table.clear(slot)
-    table.set(slot, EACH[step % len(EACH)], prompt_ids=[step, 7])
+    table.set(slot, WITH_RULES[step % len(WITH_RULES)], prompt_ids=[step, 7])
     table.set(other, SamplingParams(temperature=0.9, presence_penalty=0.3, seed=step))
     ids = torch.arange(5, device=device)[None]
     table.fill([other], ids, [5], torch.full((1,), 3, device=device))
-    windowed = SamplingParams(frequency_penalty=0.5, penalty_last_n=4, seed=step)
-    table.set_params(other, windowed)
+    changed = SamplingParams(
+        frequency_penalty=0.5,
+        penalty_last_n=4,
+        dry_multiplier=2.0,
+        dry_allowed_length=1,
+        dry_breakers=[[step]],
+        seed=step,
+    )
+    table.set_params(other, changed)
     table.append(ids[:, :2], torch.full((1,), 2, device=device), slots=[other])
     table.rollback([other], [1])
 

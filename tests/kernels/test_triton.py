@@ -610,7 +610,7 @@ def fail_with_a_wrong_kernel(
     folder, text, wrong, file, expression, sources=("triton_kernel.py", "triton_history.py")
 ):
     """Change a text that some sources have once; return what the tests that fail print."""
-    for name in ("llm_sampling", "tests"):
+    for name in ("benchmarks", "llm_sampling", "tests"):
         shutil.copytree(TESTS.parent / name, folder / name)
     shutil.copy(TESTS.parent / "pyproject.toml", folder)
     found = 0

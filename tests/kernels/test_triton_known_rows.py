@@ -125,7 +125,7 @@ CALLS = {
         )
     ),
     "rules in a small vocabulary": lambda: with_rules(
-        make_call(vocab_size=3, history=history_of(vocab_size=4))
+        make_call(vocab_size=4, history=history_of(vocab_size=4))
     ),
     "wide rows": lambda: replace(make_call(), logits=torch.zeros(ROWS, V + 10)[:, :V]),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from llm_sampling import (
     filter_logits,
     sample,
 )
-from llm_sampling.backends.base import PositionOf
+from llm_sampling.backends.base import PositionOf, SampleCall
 from llm_sampling.fields import FIELDS
 
 #: The parameters of the rules.
@@ -223,6 +224,33 @@ def test_without_a_history_a_rule_is_refused(given: dict[str, Any]) -> None:
     for change in (lambda: sampler.add(params), lambda: sampler.set_params(0, params)):
         with pytest.raises(ValueError, match="give the Sampler a max_length"):
             change()
+
+
+def test_room_for_a_list() -> None:
+    """Each listed token is in the text, in this call's extra ids, or in the row's sequences."""
+
+    def capacity(batch: BatchParams, vocab_size: int = 5000, **given: Any) -> int:
+        history = TokenHistory.from_ids([[1]], None, vocab_size, max_length=100)
+        call = SampleCall(torch.zeros(1, vocab_size), batch, history, None)
+        return replace(call, **given).list_capacity
+
+    stop = SamplingParams(seed=1, min_tokens=2, stop_token_ids=[1, 2, 3])
+    batch = BatchParams.from_list([stop])
+    assert len(stop.sequences) == 5
+    assert capacity(batch) == 100 + 64 + 5
+    assert capacity(batch, vocab_size=150) == 150
+    assert capacity(batch, history=TokenHistory.from_ids([[1]], None, 5000)) == 64 + 5
+    assert capacity(batch, history=None) == 0
+    assert capacity(BatchParams.from_list([SamplingParams(seed=1)])) == 0
+
+    table = RequestTable(3, vocab_size=5000, history=True, max_length=100, max_sequence_ids=7)
+    table.set(1, stop)
+    slots = torch.tensor([1], dtype=torch.int32)
+    batch, param_slots = table.batch_of(slots, None, "slot")
+    assert capacity(batch, param_slots=param_slots) == 100 + 64 + 7
+    sampler = Sampler([stop, SamplingParams()], vocab_size=5000, max_length=100)
+    batch, param_slots = sampler._table.batch_of(slots, None, "slot")
+    assert capacity(batch, param_slots=param_slots) == 100 + 64 + 5
 
 
 def test_more_sequences_than_a_table_has_room_for_are_refused() -> None:
