@@ -526,24 +526,6 @@ def test_extra_args_that_are_wrong_do_not_end_the_engine(extra, message, caplog)
         assert len(warning) < 200
 
 
-def test_a_backend_without_rules_leaves_them_out_and_says_so(caplog, monkeypatch):
-    def refuse(*args, **options):
-        raise RuntimeError("backend 'cuda' cannot run dry_multiplier")
-
-    monkeypatch.setattr(v1, "sample", refuse)
-    requests = Requests(V, "cpu", capacity=64, max_length=MAX_LENGTH)
-    theirs = Theirs(seed=1, presence_penalty=1.0)
-    theirs.extra_args = {"no_repeat_ngram_size": 1, "repetition_penalty_scope": "output"}
-    for index in range(2):
-        requests.update_state(update(index + 1, added=[(index, theirs, [1], [5, 6, 7])]))
-    (warning,) = warnings_of(caplog)
-    assert warning.endswith(
-        "rules of extra_args are left out: backend 'cuda' cannot run dry_multiplier"
-    )
-    wanted = replace(params_of(theirs), repetition_penalty_scope="output")
-    assert requests._table.params(requests._rows[0].slot) == wanted
-
-
 def test_ids_are_kept_in_order_once_a_request_needs_them():
     requests = Requests(V, "cpu", capacity=3, max_length=MAX_LENGTH)
     requests.update_state(update(1, added=[(0, Theirs(seed=1), [1], [])]))

@@ -40,7 +40,7 @@ from llm_sampling.integrations.vllm.both import (
 )
 from llm_sampling.params import BatchParams, SamplingParams
 from llm_sampling.results import SampleOutput
-from llm_sampling.sample import filter_logits, sample
+from llm_sampling.sample import filter_logits
 from llm_sampling.table import RequestTable
 
 RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -262,8 +262,6 @@ class Requests:
         self._steps: dict[torch.dtype, tuple[BatchParams, Step]] = {}
         self._batches: dict[_Part, BatchParams] = {}
         self._warnings = Warnings(LOG)
-        self._why_no_rules: str | None = None  # known once a request has a rule
-        self._knows_rules = False
 
     def _make_table(self, *, history: bool, has_text: bool) -> RequestTable:
         return RequestTable(
@@ -367,26 +365,13 @@ class Requests:
         """The parameters without rules that cannot be honoured here, with a warning."""
         if not params.has_rules:
             return params
-        reason, most = self._no_rules(), self._table.max_sequence_ids
-        if reason is None and len(params.sequences) > most:
-            reason = f"dry_breakers have more than {most} ids"
-        if reason is None:
+        most = self._table.max_sequence_ids
+        if len(params.sequences) <= most:
             return params
-        self._warnings.warn(f"rules of extra_args are left out: {reason}")
+        self._warnings.warn(
+            f"rules of extra_args are left out: dry_breakers have more than {most} ids"
+        )
         return replace(params, **NO_RULE)
-
-    def _no_rules(self) -> str | None:
-        """Why the backend draws no rows with rules; None if it does."""
-        if not self._knows_rules:
-            self._knows_rules = True
-            history = TokenHistory.from_ids([[1, 2, 1]], None, 4, max_length=3, device=self.device)
-            params = SamplingParams(no_repeat_ngram_size=2, seed=0)
-            logits = torch.zeros(1, 4, device=self.device)
-            try:
-                sample(logits, params, history=history, check=False, backend=self._backend_name)
-            except RuntimeError as error:
-                self._why_no_rules = str(error)
-        return self._why_no_rules
 
     def _leave(self, request: _Request | None) -> None:
         if request is not None:
