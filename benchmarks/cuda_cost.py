@@ -173,7 +173,7 @@ PASSES = {
     "copy": ("copy_logits", "for (int local", "LDGSTS"),
     "bits": (
         "copy_bits",
-        "for (int i = thread; i < words; i += kThreads) {\n      copy.seen",
+        "for (int i = thread; i < words; i += kThreads) {\n        copy.marked[i] = row_.seen",
         "POPC",
     ),
     "places": (

@@ -156,9 +156,10 @@ class PenaltyList {
     if (most < allowed) return;
     most = count_after_breaker(rules.sequences, text, last, std::min(most, size), size);
     if (most < allowed) return;
+    const Sequences alone = single_breakers(rules.sequences);
     for (int64_t i = 1; i < size; ++i) {
       const int64_t length = std::min({int64_t{matches[i]}, size - i, most});
-      if (length < allowed || is_breaker(rules.sequences, last[i - 1])) continue;
+      if (length < allowed || is_breaker(alone, last[i - 1])) continue;
       raise(last[i - 1], static_cast<uint16_t>(length - allowed + 1));
     }
   }
@@ -183,6 +184,17 @@ class PenaltyList {
       if (is_end) return following;
     }
     return most;
+  }
+
+  // The records from the first to the last one that has breakers of a single id: there may be thousands of others.
+  static Sequences single_breakers(const Sequences& sequences) {
+    Sequences found = {sequences.end, sequences.end};
+    sequences.each([&](int32_t kind, const int32_t* ids, int64_t count) {
+      if (kind != LLM_SAMPLING_BREAKER_IDS) return;
+      found.begin = std::min(found.begin, ids - 2);
+      found.end = ids + count;
+    });
+    return found;
   }
 
   static bool is_breaker(const Sequences& sequences, int32_t id) {
