@@ -164,6 +164,17 @@ def test_hostile_values(vocab_size, seed):
     sequence_lists.assert_hostile_values_do_no_harm(make, vocab_size, seed)
 
 
+def test_hostile_length_of_a_record():
+    """A record that claims to have more ids than there are ends with the sequences."""
+    case = (SequenceRules(min_tokens=3, stop_token_ids=[1, 2]), [], [], 0, 33)
+    call, lists = sequence_lists.call_of([case], random.Random(0))
+    sequences = call.sequences.clone()
+    assert sequences.tolist() == [3, 2, 1, 2]
+    sequences[1] = sequence_lists.INT32_MAX
+    guarded = unchecked.Guards(5).put(sequences)  # what follows would be ids too
+    sequence_lists.assert_lists(make, replace(call, sequences=guarded), lists)
+
+
 #: Functions of the kernel that read what a call points to, or stand between its steps, and how
 #: often a call makes at least one of them.
 READERS = {"_ids_at": 30, "_record": 9, "_put": 2, "_count": 5, "_dry": 5}
