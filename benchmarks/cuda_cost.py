@@ -194,7 +194,7 @@ PASSES = {
     "filtered": ("write_filtered", "over_vecs(", ""),
 }
 #: The statement by which a block of a split row samples it alone.
-ALONE = "RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run("
+ALONE = "alone.run(std::bool_constant<kMore>());"
 #: The statements that write lists: of the kept set, and of the raw logits.
 LISTS = {
     "processed lists": "  if (wants_processed(args_)) {",
@@ -214,6 +214,11 @@ SIDES = {
         ("copy.cuh", "        if (place >= kMaxScores) continue;"),
     ],
     "unscored": [("copy.cuh", "      for (int i = 0; i < kVec; ++i) value = i == next")],
+    "listed": [
+        ("copy.cuh", "  if (row_.has_list) {\n    const Bits own"),
+        ("copy.cuh", "  const RowList list = row_list("),
+        ("overrides.cuh", "  if (row_.seen.words == nullptr) return false;"),
+    ],
     "hit": [
         ("candidates.cuh", "    if (wanted == 0 || load_relaxed("),
         ("candidates.cuh", "  const unsigned place = atomicAdd(&shared_.appended"),
@@ -273,7 +278,7 @@ def source() -> Source:
     texts = {path.name: path.read_text() for path in sources()}
     functions: dict[str, list[Place]] = {}
     for file, text in texts.items():
-        for definition in re.finditer(r"RowSampler<kDtype, kLayout>::(\w+)\(", text):
+        for definition in re.finditer(r"RowSampler<kDtype, kLayout, kMore>::(\w+)\(", text):
             first = text.count("\n", 0, definition.start()) + 1
             last = text.count("\n", 0, text.index("\n}", definition.start())) + 2
             functions.setdefault(definition[1], []).append(Place(file, range(first, last + 1)))
@@ -282,7 +287,9 @@ def source() -> Source:
         ((file, start),) = (
             (file, text.index(statement, definition.start()))
             for file, text in texts.items()
-            for definition in re.finditer(rf"RowSampler<kDtype, kLayout>::{function}\(", text)
+            for definition in re.finditer(
+                rf"RowSampler<kDtype, kLayout, kMore>::{function}\(", text
+            )
         )
         passes[name] = Place(file, block_at(texts[file], start))
     sides = {
@@ -329,11 +336,11 @@ def functions_of(chain: tuple[tuple[str, int], ...]) -> frozenset[str]:
 
 def left_out(case: Case, *, copied: bool) -> set[str]:
     """The functions of RowSampler, passes and sides that a case does not execute."""
-    names = {"detour", "edge", "bias", "mask", "alone", "logprob", "find_parameters"}
+    names = {"detour", "edge", "bias", "mask", "listed", "alone", "logprob", "find_parameters"}
     names.add("maxima" if case.history and not copied else "other maxima")
     names |= {"write_nothing", "write_filtered", "find_raw_sum", "raw_logit", "copy_edge"}
     names |= {"find_sharing_row", "find_leaving_id", "advance", "record"}
-    names |= {"list_overrides", "override_counts", "times_of"}
+    names |= {"list_overrides", "override_counts", "times_of", "is_seen"}
     names |= {"survey", "narrow", "count_reaching", "list_raw", "write_no_more"}
     names |= {"write_mask"} if case.kept != "mask" else set()
     names |= {"raw lists"} if not case.is_raw else {"processed lists"}
@@ -479,8 +486,10 @@ def broken_rules(kernel: Kernel, arch: str, cost: Cost) -> list[str]:
             continue
         loads = dict(cost.loads.get(name, {}))
         wide = loads.pop(16, 0)
-        # A load of a vec at the row's end may have the line number of the wide loads.
-        if (wide > 0) != (name == "copy" or not kernel.copied) or sum(loads.values()) > 1:
+        # A load of a vec at the row's end may have the line number of the wide loads, in each copy
+        # of them.
+        narrow = sum(loads.values())
+        if (wide > 0) != (name == "copy" or not kernel.copied) or narrow > max(wide, 1):
             broken.append(
                 f"{name}: logits are loaded {sorted(loads)} bytes at a time, {wide} times 16"
             )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import torch
 import unchecked
 from torch import Tensor
 
-from llm_sampling.backends.base import MAX_EXTRA_OUTPUT
+from llm_sampling.backends.base import MAX_EXTRA_OUTPUT, VocabSlice
 from llm_sampling.params import RULE_COLUMNS
 from llm_sampling.sequence_rules import SequenceRules, packed_sequences, penalty_list
 
@@ -267,6 +268,25 @@ def assert_lists(make: Maker, call: ListCall, wanted: Sequence[dict[int, float]]
         amounts = lists.amounts[row, : int(lists.counts[row])].tolist()
         assert dict(zip(lists.ids_of(row), amounts, strict=True)) == of_row, row
     assert all(map(torch.equal, before, call.tensors()))
+
+
+def assert_slices(make: Callable[..., None], seed: int) -> None:
+    """Lists of slices, which begin anywhere, are together the list of the whole vocabulary."""
+    vocab_size = (7, 33, 1000)[seed % 3]
+    call, wanted = random_call(vocab_size, 8, seed)
+    chance = random.Random(seed)
+    cuts = sorted({0, vocab_size, *chance.choices(range(vocab_size), k=3)})
+    found: list[dict[int, float]] = [{} for _ in wanted]
+    for first, end in itertools.pairwise(cuts):
+        part = replace(call, vocab_size=end - first)
+        lists = memory_for(part)
+        make(part, lists, vocab_slice=VocabSlice(first, vocab_size))
+        assert_consistent(lists, end - first)
+        for row, of_row in enumerate(found):
+            amounts = lists.amounts[row, : int(lists.counts[row])].tolist()
+            ids = [first + id_ for id_ in lists.ids_of(row)]
+            of_row.update(zip(ids, amounts, strict=True))
+    assert found == wanted
 
 
 def corner_rows() -> list[Case]:

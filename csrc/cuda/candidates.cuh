@@ -16,8 +16,8 @@ constexpr int64_t kLargestMass = int64_t{1} << 42;  // of a token
 // many tokens as the filters need; `nucleus` is how many top-p is assumed to need. Returns whether the
 // candidates may hold that many; `range` is set only then. The histogram has bins of equal width between
 // the row's largest logit and the smallest of the maxima.
-template <int kDtype, Layout kLayout>
-__device__ bool RowSampler<kDtype, kLayout>::guess_range(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ bool RowSampler<kDtype, kLayout, kMore>::guess_range(
     const Filters& filters,
     int nucleus,
     Range& range
@@ -61,8 +61,8 @@ __device__ bool RowSampler<kDtype, kLayout>::guess_range(
   return true;
 }
 
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::clear_bins() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::clear_bins() {
 #pragma unroll
   for (int i = 0; i < kBins; i += kThreads) shared_.bins[i + static_cast<int>(threadIdx.x)] = 0;
   __syncthreads();
@@ -70,9 +70,9 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::clear_bins() {
 
 // Finds the first bin with which the bins of all blocks hold as many as wanted; kBins if they do not. kHeld: it
 // also says how many they hold without it and with it.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <bool kHeld>
-__device__ __forceinline__ int RowSampler<kDtype, kLayout>::find_bin(int64_t wanted) {
+__device__ __forceinline__ int RowSampler<kDtype, kLayout, kMore>::find_bin(int64_t wanted) {
   const int own = static_cast<int>(threadIdx.x) * 2;
   int counts[2] = {0, 0};
 #pragma unroll 4
@@ -99,9 +99,9 @@ __device__ __forceinline__ int RowSampler<kDtype, kLayout>::find_bin(int64_t wan
 // and at most `most`, or else `low`.
 // Each iteration divides a range of codes evenly into bins, and goes on with the bin in which there are enough,
 // as long as there are too many with all of that bin.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <typename OverCodes>
-__device__ __forceinline__ uint64_t RowSampler<kDtype, kLayout>::narrow(
+__device__ __forceinline__ uint64_t RowSampler<kDtype, kLayout, kMore>::narrow(
     uint64_t low,
     uint64_t high,
     int wanted,
@@ -132,17 +132,17 @@ __device__ __forceinline__ uint64_t RowSampler<kDtype, kLayout>::narrow(
 
 // Makes all tokens of a range the candidates, sorted, in every block. If the range has more than
 // kMaxCandidates, there are no candidates afterwards.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::collect(const Range& range) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::collect(const Range& range) {
   append_all(range);
   share(range);
 }
 
 // Calls visit(code) for this block's tokens whose logits are at least that of a code, until the block has
 // appended too many: then how many there are does not matter any more.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <typename Visit>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::over_codes(
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::over_codes(
     uint64_t low,
     const Visit& visit
 ) const {
@@ -165,8 +165,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::over_codes(
 }
 
 // Lists the tokens of a range that this block has.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::append_all(const Range& range) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::append_all(const Range& range) {
   if (threadIdx.x == 0) shared_.appended = 0;
   __syncthreads();
   over_codes(range.low, [&](uint64_t code) {
@@ -175,15 +175,15 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::append_all(const Ra
 }
 
 // Adds a code to those that this block has found.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::append(uint64_t code) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::append(uint64_t code) {
   const unsigned place = atomicAdd(&shared_.appended, 1u);
   if (place < kMaxCandidates) shared_.sorted[place] = code;
 }
 
 // Makes what all blocks have found, all tokens of a range, the candidates.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::share(const Range& range) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::share(const Range& range) {
   __syncthreads();
   const int own = static_cast<int>(shared_.appended);
   const Sums counts = kIsSplit ? Sums{0, own, own} : cluster_.sum(own);
@@ -215,9 +215,9 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::share(const Range& 
 // Compares the first `count` codes with each other: calls visit(own, code, held, mass) for each, with the
 // number of codes `other` for which holds(other, code) is true, and their mass. Four lanes share a code.
 // `codes` must be padded to a multiple of kAbreast with codes for which it is false.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <typename Holds, typename Visit>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::compare_all(
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::compare_all(
     int count,
     const Holds& holds,
     const Visit& visit
@@ -249,8 +249,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::compare_all(
 }
 
 // Writes `sorted` and `running`.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::sort(int count) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::sort(int count) {
   compare_all(
       count,
       [](uint64_t other, uint64_t code) { return other >= code; },
@@ -263,8 +263,8 @@ __device__ void RowSampler<kDtype, kLayout>::sort(int count) {
 }
 
 // The number of candidates that are at least a code.
-template <int kDtype, Layout kLayout>
-__device__ int RowSampler<kDtype, kLayout>::count_from(uint64_t code) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ int RowSampler<kDtype, kLayout, kMore>::count_from(uint64_t code) const {
   return count_leading_by_warp(shared_.candidates.count, [&](int i) {
     return shared_.sorted[i] >= code;
   });
@@ -272,16 +272,19 @@ __device__ int RowSampler<kDtype, kLayout>::count_from(uint64_t code) const {
 
 // The mass of all tokens of the row from a code on. The code must be a candidate's, or no token may lie
 // between it and the last candidate.
-template <int kDtype, Layout kLayout>
-__device__ int64_t RowSampler<kDtype, kLayout>::mass_from(uint64_t code) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ int64_t RowSampler<kDtype, kLayout, kMore>::mass_from(uint64_t code) const {
   const int count = count_from(code);
   return shared_.candidates.mass_above + (count > 0 ? shared_.running[count - 1] : 0);
 }
 
 // Whether threshold_at() can answer: the target, a count or a mass, is reached at a candidate, or the
 // candidates end where the row does.
-template <int kDtype, Layout kLayout>
-__device__ bool RowSampler<kDtype, kLayout>::has_threshold(int64_t target, bool by_mass) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ bool RowSampler<kDtype, kLayout, kMore>::has_threshold(
+    int64_t target,
+    bool by_mass
+) const {
   if (shared_.candidates.count == 0) return false;
   const int64_t above = by_mass ? shared_.candidates.mass_above : shared_.candidates.count_above;
   const int64_t own =
@@ -291,9 +294,12 @@ __device__ bool RowSampler<kDtype, kLayout>::has_threshold(int64_t target, bool 
 
 // The code at which the target, a count or a mass, is reached; `lowest` if the row does not reach it, or if
 // has_threshold() is false.
-template <int kDtype, Layout kLayout>
-__device__ uint64_t
-RowSampler<kDtype, kLayout>::threshold_at(int64_t target, bool by_mass, uint64_t lowest) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ uint64_t RowSampler<kDtype, kLayout, kMore>::threshold_at(
+    int64_t target,
+    bool by_mass,
+    uint64_t lowest
+) const {
   const int place =
       by_mass
           ? count_leading_by_warp(

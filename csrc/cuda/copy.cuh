@@ -32,8 +32,8 @@ __device__ __forceinline__ void wait_for_copies() {
 // ---- where the row is ----
 
 // Returns the number of vecs of this block's part.
-template <int kDtype, Layout kLayout>
-__device__ int RowSampler<kDtype, kLayout>::locate_logits() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ int RowSampler<kDtype, kLayout, kMore>::locate_logits() {
   const unsigned char* logits = static_cast<const unsigned char*>(args_.logits);
   logits += int64_t{index_} * args_.logits_stride * kLogitBytes<kDtype>;
   const unsigned beyond = static_cast<unsigned>(reinterpret_cast<uintptr_t>(logits) & 15);
@@ -47,8 +47,8 @@ __device__ int RowSampler<kDtype, kLayout>::locate_logits() {
 
 // The index of the row's parameters, or what is negative: the row has none, or its text has no room. All
 // blocks agree on it, so that all of them leave or none does.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ int64_t RowSampler<kDtype, kLayout>::find_parameters() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ int64_t RowSampler<kDtype, kLayout, kMore>::find_parameters() {
   if (args_.param_slots == nullptr && args_.text == nullptr) return index_;
   const int64_t index = parameter_index(args_, index_);
   const bool is_full = index >= 0 && is_text_full(args_, index_);
@@ -63,8 +63,8 @@ __device__ __forceinline__ float valid_temperature(float temperature) {
 
 // Reads everything but the logits; `index` is that of the parameters. Thread 0 alone reads what is not needed
 // before the first barrier.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::read_parameters(int64_t index, int vecs) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::read_parameters(int64_t index, int vecs) {
   const Entries biases = bias_entries(args_, index);
   row_.bias_count = static_cast<int>(biases.count);
   const int64_t slot = args_.seen != nullptr ? history_slot(args_, index_) : 0;
@@ -77,7 +77,7 @@ __device__ void RowSampler<kDtype, kLayout>::read_parameters(int64_t index, int 
     penalties.repetition = -penalties.repetition;
   }
   const int32_t* counts = locate_bits(slot, penalties);
-  row_.has_list = args_.list_bits != nullptr && args_.list_counts[index_] > 0;
+  row_.has_list = kMore && args_.list_bits != nullptr && args_.list_counts[index_] > 0;
   row_.is_plain = !row_.has_bias_or_mask() && !row_.has_marks();
   if (threadIdx.x != 0) return;
   shared_.vecs = vecs;
@@ -101,8 +101,8 @@ __device__ void RowSampler<kDtype, kLayout>::read_parameters(int64_t index, int 
 
 // Finds the row's token bitmask, and its history where a penalty is on. Returns the output counts, or null
 // where no penalty needs them.
-template <int kDtype, Layout kLayout>
-__device__ const int32_t* RowSampler<kDtype, kLayout>::locate_bits(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ const int32_t* RowSampler<kDtype, kLayout, kMore>::locate_bits(
     int64_t slot,
     const Penalties& penalties
 ) {
@@ -122,9 +122,9 @@ __device__ const int32_t* RowSampler<kDtype, kLayout>::locate_bits(
 
 // ---- the copy ----
 
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <int kUnrolled>
-__device__ void RowSampler<kDtype, kLayout>::copy_logits(int vecs) {
+__device__ void RowSampler<kDtype, kLayout, kMore>::copy_logits(int vecs) {
   if (vecs == 0) return;
   const unsigned char* from = row_.aligned + static_cast<int64_t>(first_vec_) * kVecBytes;
   const int thread = static_cast<int>(threadIdx.x);
@@ -145,8 +145,8 @@ __device__ void RowSampler<kDtype, kLayout>::copy_logits(int vecs) {
 }
 
 // Copies a vec that reaches beyond the row, with -inf for the ids outside of it.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::copy_edge(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::copy_edge(
     unsigned char* to,
     const unsigned char* from,
     int first
@@ -163,8 +163,8 @@ __device__ void RowSampler<kDtype, kLayout>::copy_edge(
 
 // Copies the bits of mask, history and list. Each marked token gets a place of its own for its output count,
 // which is copied too, and later for its score. Returns once all copies have arrived.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::copy_bits(int vecs) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::copy_bits(int vecs) {
   const Copy copy = copy_of(part());
   const int first = row_.first_id(first_vec_);
   const int words = (vecs + 3) / 4;
@@ -218,8 +218,8 @@ __device__ void RowSampler<kDtype, kLayout>::copy_bits(int vecs) {
 
 // Steps 1 to 5a of the marked tokens, divided evenly among the threads: stores their scores, replaces their
 // logits in the copy by -inf, and starts the maxima of tiles and threads. Returns whether one is NaN.
-template <int kDtype, Layout kLayout>
-__device__ bool RowSampler<kDtype, kLayout>::score() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ bool RowSampler<kDtype, kLayout, kMore>::score() {
   const Copy copy = copy_of(part());
   const int first = row_.first_id(first_vec_);
   const int count = static_cast<int>(shared_.marked_count);
@@ -260,60 +260,71 @@ __device__ bool RowSampler<kDtype, kLayout>::score() {
 
 // ---- steps 3 to 5a of a token ----
 
+// Where the list of a row is.
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ RowList RowSampler<kDtype, kLayout, kMore>::row_list(int64_t row) const {
+  const int64_t words = row * ((row_.vocab_size + 31) / 32);
+  const float* amounts = args_.list_amounts + row * args_.list_capacity;
+  return {args_.list_bits + words, args_.list_before + words, amounts};
+}
+
 // The marks of `width` ids from `first` on, which may lie before the row, where the history in memory has these
 // bits and a penalty is on.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ uint32_t
-RowSampler<kDtype, kLayout>::marks_over(uint32_t bits, int first, int width, int64_t row) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ uint32_t RowSampler<kDtype, kLayout, kMore>::marks_over(
+    uint32_t bits,
+    int first,
+    int width,
+    int64_t row
+) const {
   if (args_.extra_output != nullptr && row_.seen.words != nullptr) {
     bits = shared_.overrides.over(bits, first, width);
   }
   if (row_.has_list) {
-    const int64_t words = (row_.vocab_size + 31) / 32;
-    const Bits listed = {reinterpret_cast<const uint32_t*>(args_.list_bits + row * words)};
-    bits |= listed.word_at(first, row_.vocab_size) & (width < 32 ? (1u << width) - 1 : ~0u);
+    const Bits own = {reinterpret_cast<const uint32_t*>(row_list(row).bits)};
+    bits |= own.word_at(first, row_.vocab_size) & (width < 32 ? (1u << width) - 1 : ~0u);
   }
   return bits;
 }
 
 // Steps 3 to 5a of a marked token, which the output holds `count` times.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ float RowSampler<kDtype, kLayout>::score_of(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ float RowSampler<kDtype, kLayout, kMore>::score_of(
     const Penalties& penalties,
     float x,
     int id,
     int32_t count
 ) const {
-  if (!row_.has_list) return penalize(penalties, x, count);
-  if (row_.seen.words != nullptr && is_seen(id)) x = penalize(penalties, x, count);
+  if (!row_.has_list || is_seen(id)) x = penalize(penalties, x, count);
+  if (!row_.has_list) return x;
   // 5a the list. The place of an amount is the number of listed tokens with smaller ids.
-  const int64_t word = shared_.parameters.row * ((row_.vocab_size + 31) / 32) + (id >> 5);
-  const uint32_t bits = static_cast<uint32_t>(args_.list_bits[word]);
+  const RowList list = row_list(shared_.parameters.row);
+  const uint32_t bits = static_cast<uint32_t>(list.bits[id >> 5]);
   const uint32_t bit = 1u << (id & 31);
-  const int64_t place = int64_t{args_.list_before[word]} + __popc(bits & (bit - 1));
+  const int place = list.before[id >> 5] + __popc(bits & (bit - 1));
   if ((bits & bit) == 0 || place < 0 || place >= args_.list_capacity) return x;
-  return lowered(x, args_.list_amounts[shared_.parameters.row * args_.list_capacity + place]);
+  return lowered(x, list.amounts[place]);
 }
 
 // ---- steps 1 to 6 of a vec ----
 
-template <int kDtype, Layout kLayout>
-__device__ Copy RowSampler<kDtype, kLayout>::copy_of(int block) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ Copy RowSampler<kDtype, kLayout, kMore>::copy_of(int block) const {
   unsigned char* base = kIsSplit || block == part() ? copy_ : in_block(copy_, block);
   return Copy(base, part_vecs_, kLogitBytes<kDtype>);
 }
 
 // Whether a block has stored the scores of all marked tokens of its part.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::has_scores(int block) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout, kMore>::has_scores(int block) const {
   if (!kCopied || !row_.has_marks()) return false;
   const bool is_own = kIsSplit || block == part();
   return *(is_own ? &shared_.marked_count : in_block(&shared_.marked_count, block)) <= kMaxScores;
 }
 
 // Where a vec's logits are read from; `local` is the vec's index within the part that holds it.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ const unsigned char* RowSampler<kDtype, kLayout>::logits_of(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ const unsigned char* RowSampler<kDtype, kLayout, kMore>::logits_of(
     const Copy& copy,
     int local,
     int vec
@@ -324,8 +335,8 @@ __device__ __forceinline__ const unsigned char* RowSampler<kDtype, kLayout>::log
 
 // Steps 1 to 5a of a vec. `copy` and `is_scored` are those of the block whose part holds the vec, and
 // `local` is its index there.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::process(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::process(
     const Copy& copy,
     bool is_scored,
     int local,
@@ -371,8 +382,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::process(
 }
 
 // Steps 1 to 6 of any vec of the row, whichever block's part holds it.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::process_any(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::process_any(
     int vec,
     float (&x)[kVec]
 ) const {

@@ -13,8 +13,8 @@
 namespace llm_sampling {
 
 // 14 draw. The kept set of a row that somebody overwrites between two passes may be found to be empty.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::draw() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::draw() {
   const int samples = args_.num_samples;
   const bool is_greedy = this->is_greedy();
   const int64_t total = is_greedy                    ? 1
@@ -34,8 +34,8 @@ __device__ void RowSampler<kDtype, kLayout>::draw() {
 }
 
 // A uniform integer in [0, total); the total must not be 0.
-template <int kDtype, Layout kLayout>
-__device__ int64_t RowSampler<kDtype, kLayout>::random_below(int draw, int64_t total) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ int64_t RowSampler<kDtype, kLayout, kMore>::random_below(int draw, int64_t total) const {
   const Parameters& row = shared_.parameters;
   if (draw == 0) return scaled_random(row.random, total);
   return scaled_random(random_bits(row.seed, row.position, static_cast<uint32_t>(draw)), total);
@@ -43,8 +43,8 @@ __device__ int64_t RowSampler<kDtype, kLayout>::random_below(int draw, int64_t t
 
 // First works out, for each candidate, the mass of the kept candidates with smaller ids, in `running`.
 // Then each warp takes a draw, and the lane writes it whose candidate holds the random number.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::draw_from_candidates(int64_t total) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::draw_from_candidates(int64_t total) {
   const int count = shared_.candidates.count;
   const uint64_t threshold = threshold_;
   __syncthreads();
@@ -74,8 +74,8 @@ __device__ void RowSampler<kDtype, kLayout>::draw_from_candidates(int64_t total)
 // Each warp takes a draw, in the block whose part holds the token: finds its tile by the running masses,
 // then the token within it. The tile is read again for that: where it has lost mass meanwhile, the draw
 // fails.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::draw_from_tiles() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::draw_from_tiles() {
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const Threshold threshold(threshold_);
@@ -122,8 +122,13 @@ __device__ void RowSampler<kDtype, kLayout>::draw_from_tiles() {
 
 // Writes a token of mass `w` out of `total`, and its logprob. The token is -1, and the status says so, where
 // the row has none to draw. The thread that writes draw 0 remembers it for advance().
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::write(int draw, int token, int64_t w, int64_t total) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::write(
+    int draw,
+    int token,
+    int64_t w,
+    int64_t total
+) {
   const int64_t row = shared_.parameters.row;
   const int64_t place = row * args_.num_samples + draw;
   args_.tokens[place] = token;
@@ -143,16 +148,16 @@ __device__ void RowSampler<kDtype, kLayout>::write(int draw, int token, int64_t 
 }
 
 // A token's logit after step 1.
-template <int kDtype, Layout kLayout>
-__device__ float RowSampler<kDtype, kLayout>::raw_logit(int id) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ float RowSampler<kDtype, kLayout, kMore>::raw_logit(int id) const {
   const unsigned char* first = row_.aligned + row_.shift * kLogitBytes<kDtype>;
   return widen<kDtype>(first + static_cast<int64_t>(id) * kLogitBytes<kDtype>);
 }
 
 // Finds the largest raw logit, then the logarithm of the sum of exp(x - raw_m_). It reads global memory,
 // because the copy has -inf in place of the marked tokens' logits.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::find_raw_sum() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::find_raw_sum() {
   uint64_t sum[1] = {0};
   // Two passes: a loop, so that their code is there once.
 #pragma unroll 1
@@ -186,8 +191,8 @@ __device__ void RowSampler<kDtype, kLayout>::find_raw_sum() {
 }
 
 // Writes the results of a row that draws nothing; `index` is what find_parameters() has returned.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::write_nothing(int64_t index) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::write_nothing(int64_t index) {
   const int first = cluster_.rank() * kThreads + static_cast<int>(threadIdx.x);
   const int threads = cluster_.blocks() * kThreads;
   if (args_.filtered != nullptr) {
@@ -206,8 +211,8 @@ __device__ void RowSampler<kDtype, kLayout>::write_nothing(int64_t index) {
       index == kTextFull ? int32_t{LLM_SAMPLING_STATUS_TEXT_FULL} : status_of_nothing(index);
 }
 
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::write_filtered() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::write_filtered() {
   const float t = is_greedy() ? 1.0f : shared_.parameters.temperature;
   // Where the quotient of m would not be finite, m is subtracted first; fminf makes 0 of inf - inf.
   const bool is_shifted = !(fabsf(m_ / t) < kInfinity);
@@ -228,8 +233,8 @@ __device__ void RowSampler<kDtype, kLayout>::write_filtered() {
 }
 
 // Where parameters belong to slots: whether another row names a slot of this one.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::find_sharing_row() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::find_sharing_row() {
   if (args_.param_slots == nullptr) return;
   bool is_found = false;
   for (int64_t row = threadIdx.x; row < args_.rows; row += kThreads) {
@@ -248,8 +253,8 @@ __device__ __forceinline__ bool has_leaving_id(const SlotHistory& history, Place
 
 // Where recording the token moves a window: whether the id that leaves it occurs in it a second time. All threads
 // look for it, because the window may be long; record() is run by one.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::find_leaving_id() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::find_leaving_id() {
   if (args_.windows == nullptr || args_.advance == LLM_SAMPLING_ADVANCE_NEVER) return;
   bool is_found = false;
   const SlotHistory history = slot_history(args_, history_slot(args_, index_));
@@ -265,8 +270,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::find_leaving_id() {
 }
 
 // Records the token of draw 0, in the thread that has drawn it.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::advance() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::advance() {
   // Other threads may still read the history, for further draws or for the filtered logits.
   const bool is_history_read = args_.filtered != nullptr || args_.num_samples > 1;
   if (is_history_read) cluster_.sync();
@@ -275,8 +280,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::advance() {
 
 // Adds the token of draw 0 to the row's history and 1 to its position. Atomics whose results are not used: the
 // thread waits for none of them.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::record() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::record() {
   const Parameters& row = shared_.parameters;
   if (token_ < 0 || !is_recorded(args_, row.row)) return;
   if (args_.param_slots != nullptr && shared_.is_shared) return;

@@ -211,9 +211,10 @@ LLM_SAMPLING_FN bool wants_processed(const LlmSamplingArgs& args) {
          kept.last_id != nullptr || kept.last_logit != nullptr;
 }
 
-// Whether a call asks for results beside tokens, status, their logprobs and filtered logits, see results.cuh.
+// Whether a call asks for results beside tokens, status, their logprobs and filtered logits, see results.cuh, or has
+// rules that look at the history.
 inline bool has_more(const LlmSamplingArgs& args) {
-  return wants_processed(args) || wants_raw(args);
+  return wants_processed(args) || wants_raw(args) || args.dry_multiplier != nullptr;
 }
 
 // Whether the rows of a call may be split. Filtered logits and all that is raw need all tokens of a row once more.
@@ -242,7 +243,6 @@ LLM_SAMPLING_FN LlmSamplingArgs plain(LlmSamplingArgs args) {
   args.logit_bias_offsets = nullptr;
   args.allowed_mask = nullptr;
   args.seen = nullptr;
-  args.list_bits = nullptr;
   args.text = nullptr;
   args.windows = nullptr;
   args.extra_output = nullptr;

@@ -16,8 +16,8 @@ namespace llm_sampling {
 static_assert(kMaxOverrides <= kThreads, "a thread has at most one entry to make");
 
 // Makes the list. A thread makes the entry of an extra id or of a place of the text that leaves the window.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::list_overrides() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::list_overrides() {
   constexpr int kExtra = LLM_SAMPLING_MAX_EXTRA_OUTPUT;
   Overrides& list = shared_.overrides;
   const int thread = static_cast<int>(threadIdx.x);
@@ -98,8 +98,8 @@ __device__ __forceinline__ uint32_t Overrides::over(uint32_t bits, int first, in
 }
 
 // Replaces the counts of the marked tokens of this block's copy by those of the overrides.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::override_counts(const Copy& copy) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::override_counts(const Copy& copy) const {
   const Overrides& list = shared_.overrides;
   const int first = row_.first_id(first_vec_);
 #pragma unroll 1
@@ -116,8 +116,8 @@ __device__ void RowSampler<kDtype, kLayout>::override_counts(const Copy& copy) c
 }
 
 // How often the output holds a token.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ int32_t RowSampler<kDtype, kLayout>::times_of(int id) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ int32_t RowSampler<kDtype, kLayout, kMore>::times_of(int id) const {
   const int32_t* counts = shared_.counts;
   if (counts == nullptr) return 0;
   if (args_.extra_output != nullptr) {
@@ -127,9 +127,10 @@ __device__ __forceinline__ int32_t RowSampler<kDtype, kLayout>::times_of(int id)
   return counts[id];
 }
 
-// Whether prompt or output holds a token; there is a penalty.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::is_seen(int id) const {
+// Whether a penalty is on, and prompt or output holds a token.
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout, kMore>::is_seen(int id) const {
+  if (row_.seen.words == nullptr) return false;
   if (args_.extra_output != nullptr) {
     const int entry = shared_.overrides.find(id);
     if (entry >= 0) return (shared_.overrides.keys[entry] & 1) != 0;

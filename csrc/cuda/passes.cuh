@@ -23,18 +23,20 @@ __device__ __forceinline__ void prefetch([[maybe_unused]] const void* place) {
 
 // Calls visit(round, vec, x) in every round, with x after step 6. Where the part has no vec left for this
 // thread, x is -inf and the vec belongs to another block.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <typename Visit>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::over_vecs(const Visit& visit) const {
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::over_vecs(
+    const Visit& visit
+) const {
   const int count = vecs();
 #pragma unroll 1
   for (int round = 0; round * kThreads < count; ++round) visit_round(round, count, visit);
 }
 
 // The same for the tiles whose largest key is at least `lowest`.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <typename Visit>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::over_tiles(
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::over_tiles(
     uint32_t lowest,
     const Visit& visit
 ) const {
@@ -52,9 +54,9 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::over_tiles(
   }
 }
 
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <typename Visit>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::visit_round(
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::visit_round(
     int round,
     int count,
     const Visit& visit
@@ -75,8 +77,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::visit_round(
 }
 
 // Prefetches this thread's logits of a later round, where the row is not copied.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::prefetch_later(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::prefetch_later(
     int local,
     int count
 ) const {
@@ -90,9 +92,9 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::prefetch_later(
 // Finds the largest logit of the row, of each tile, and of each thread (kMaxima of them), and the smallest of
 // the threads' maxima. Returns whether a logit is NaN.
 // kRaw: of rows that neither a bias, nor a mask, nor a penalty, nor a list changes any more.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <bool kRaw>
-__device__ bool RowSampler<kDtype, kLayout>::find_maxima() {
+__device__ bool RowSampler<kDtype, kLayout, kMore>::find_maxima() {
   is_scored_ = !kRaw && has_scores(part());
   bool any_nan = is_scored_ && score();
   const bool has_unscored = row_.has_marks() && !is_scored_;
@@ -114,8 +116,8 @@ __device__ bool RowSampler<kDtype, kLayout>::find_maxima() {
   return any_nan;
 }
 
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::write_status(bool any_nan) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::write_status(bool any_nan) {
   if (args_.status == nullptr || cluster_.rank() != 0 || threadIdx.x != 0) return;
   int32_t status = any_nan ? LLM_SAMPLING_STATUS_NAN : 0;
   if (m_ == -kInfinity) status |= LLM_SAMPLING_STATUS_NO_CANDIDATE;
@@ -125,9 +127,9 @@ __device__ void RowSampler<kDtype, kLayout>::write_status(bool any_nan) {
 
 // The maxima of all tokens. kPlain: steps 2 to 5a change none of those without a score; score() has counted the
 // others, which are -inf in the copy. Returns whether one is NaN.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <bool kPlain>
-__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::find_tile_maxima() {
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout, kMore>::find_tile_maxima() {
   const int warp = threadIdx.x / kWarpSize;
   const int count = vecs();
   bool any_nan = false;
@@ -172,8 +174,8 @@ __device__ __forceinline__ bool RowSampler<kDtype, kLayout>::find_tile_maxima() 
 
 // 8 greedy: the kept set is the first token of the order. The threshold is kNoCode if no token is at the
 // maximum any more.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::find_first() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::find_first() {
   uint64_t first[1] = {kNoCode};
   over_tiles(order_key(m_), [&](int, int vec, const float (&x)[kVec]) {
     // A thread visits its vecs by rising ids, so the first token at the maximum is the one.
@@ -192,24 +194,24 @@ __device__ void RowSampler<kDtype, kLayout>::find_first() {
 // 9 depth, 10 mass. The depth is 0 where x is m: fmaxf makes 0 of NaN, which inf - inf and 0 * inf are. It
 // is also 0 where x is above m, as in a row that somebody overwrites meanwhile, so that any logit has a mass
 // of 0 .. 2^42.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ float RowSampler<kDtype, kLayout>::depth_of(float x) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ float RowSampler<kDtype, kLayout, kMore>::depth_of(float x) const {
   return fmaxf(finite_depth(x, m_, scale_), 0.0f);
 }
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ int64_t RowSampler<kDtype, kLayout>::mass_of(float x) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ int64_t RowSampler<kDtype, kLayout, kMore>::mass_of(float x) const {
   return whole_mass(depth_of(x));
 }
 
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 __device__ __forceinline__ int64_t
-RowSampler<kDtype, kLayout>::kept_mass(const Threshold& threshold, float x, int id) const {
+RowSampler<kDtype, kLayout, kMore>::kept_mass(const Threshold& threshold, float x, int id) const {
   return threshold.is_reached(x, id) ? mass_of(x) : 0;
 }
 
 // The mass of what reaches the threshold: running sums over this block's tiles, and sums over the blocks.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::weigh() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::weigh() {
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const Threshold threshold(threshold_);
@@ -234,8 +236,8 @@ __device__ void RowSampler<kDtype, kLayout>::weigh() {
 }
 
 // Makes the tiles' masses into running sums, and sums them over the blocks.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::sum_tiles() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::sum_tiles() {
   const int count = rounds() * kWarps;
   const int each = (count + kThreads - 1) / kThreads;
   const int first = static_cast<int>(threadIdx.x) * each;

@@ -30,8 +30,8 @@ constexpr uint64_t kUnlistedCode = 1;
 
 // Remembers the mass of the kept set, which draw() may take out of the candidates, and other numbers for which there
 // are no registers.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::keep_mass() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::keep_mass() {
   const bool is_listed = kIsSplit || in_candidates_;
   const int64_t mass = is_greedy() ? kLargestMass : is_listed ? mass_from(threshold_) : total_mass_;
   if (threadIdx.x != 0) return;
@@ -42,8 +42,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::keep_mass() {
 }
 
 // Writes the results of a row whose tokens have been drawn. All threads of the cluster are here.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::write_more() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::write_more() {
   if (!has_all_tokens()) return write_no_more(shared_.parameters.row);
   if (is_greedy()) hold_first();
   if (args_.kept.mask != nullptr) write_mask();
@@ -64,8 +64,8 @@ __device__ void RowSampler<kDtype, kLayout>::write_more() {
 }
 
 // Whether all draws have a token. All blocks agree on it.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::has_all_tokens() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout, kMore>::has_all_tokens() {
   cluster_.sync();
   const int64_t* tokens = args_.tokens + shared_.parameters.row * args_.num_samples;
   uint64_t lacks[1] = {0};
@@ -77,8 +77,8 @@ __device__ __forceinline__ bool RowSampler<kDtype, kLayout>::has_all_tokens() {
 }
 
 // Makes the token of a greedy row the only candidate. It has all of the mass.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::hold_first() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::hold_first() {
   if (threadIdx.x == 0) {
     shared_.sorted[0] = threshold_;
     shared_.candidates = {threshold_, 1, 0, 0, false};
@@ -89,8 +89,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::hold_first() {
 
 // Makes the row's logits those of step 1, and the order that of all of them. A copy is made anew, because it has
 // -inf in place of marked tokens' logits.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::list_raw() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::list_raw() {
   threshold_ = kLowestCode;
   in_candidates_ = false;
   if (row_.is_plain) return;  // they are, and the candidates are those of this order too
@@ -114,17 +114,17 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::list_raw() {
 // ---- the first tokens of the order, and the size of the kept set ----
 
 // The logprob of a token with this logit.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <bool kRaw>
-__device__ __forceinline__ float RowSampler<kDtype, kLayout>::logprob_of(float x) const {
+__device__ __forceinline__ float RowSampler<kDtype, kLayout, kMore>::logprob_of(float x) const {
   const Order& order = shared_.order;
   if (kRaw) return (x == order.raw_m ? 0.0f : x - order.raw_m) - order.raw_log_sum;
   return logf(static_cast<float>(mass_of(x)) / static_cast<float>(order.kept_mass));
 }
 
 // Counts the codes of the order, and finds the last of them if `has_last`.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::survey(bool has_last) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::survey(bool has_last) {
   uint64_t count[1] = {0};
   uint64_t lowest[1] = {0};  // all of its bits inverted
   if (kIsSplit || in_candidates_) {
@@ -154,9 +154,9 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::survey(bool has_las
 
 // Writes the first tokens of the order and their logprobs; of the kept set, also its ids, its ends, its count and
 // its mass.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <bool kRaw>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::write_first() {
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::write_first() {
   enum {
     kPresent,
     kGuess,
@@ -258,8 +258,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::write_first() {
 
 // A bit for each token of the kept set. A vec has 8 of them, and four lanes a word; where the row does not begin
 // with a vec, a word is of two groups of lanes.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::write_mask() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::write_mask() {
   const int words = (row_.vocab_size + 31) / 32;
   int32_t* mask = args_.kept.mask + shared_.parameters.row * words;
   const int own = cluster_.rank() * kThreads + static_cast<int>(threadIdx.x);
@@ -299,8 +299,9 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::write_mask() {
 // ---- the drawn tokens and the ids that the caller has named ----
 
 // The code of a drawn token, or of an id that the caller has named, which come after them.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ uint64_t RowSampler<kDtype, kLayout>::code_of_item(int64_t item) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ uint64_t
+RowSampler<kDtype, kLayout, kMore>::code_of_item(int64_t item) const {
   const int64_t row = shared_.parameters.row;
   const int64_t draws = args_.num_samples;
   const int64_t id = item < draws
@@ -327,8 +328,8 @@ __device__ __forceinline__ uint64_t RowSampler<kDtype, kLayout>::code_of_item(in
 }
 
 // Replaces codes by the numbers of the order's codes that are at least that. It needs the same codes in all threads.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::count_reaching(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::count_reaching(
     uint64_t (&codes)[kCounted]
 ) {
   static_assert(kCounted == 4, "two numbers share an integer");
@@ -359,9 +360,9 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::count_reaching(
 
 // Writes the ranks and the masses of the drawn tokens, and logprobs, ranks and masses of the ids that the caller
 // has named. First those that need no pass; then, kCounted at a time, the ranks that do.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <bool kRaw>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::write_ids() {
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::write_ids() {
   const LlmSamplingLogprobs& out = kRaw ? args_.raw : args_.processed;
   const LlmSamplingKept& kept = args_.kept;
   const int64_t row = shared_.parameters.row;
@@ -430,9 +431,9 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::write_ids() {
 // ---- a row without a token ----
 
 // Fills the `size` values of a row with one.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 template <typename T>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::fill(
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::fill(
     T* values,
     int64_t row,
     int64_t size,
@@ -446,8 +447,8 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::fill(
   }
 }
 
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::fill_lists(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::fill_lists(
     const LlmSamplingLogprobs& of,
     int64_t row
 ) const {
@@ -458,8 +459,10 @@ __device__ __forceinline__ void RowSampler<kDtype, kLayout>::fill_lists(
   fill(of.id_ranks, row, args_.num_token_ids, -1);
 }
 
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::write_no_more(int64_t row) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::write_no_more(
+    int64_t row
+) const {
   fill_lists(args_.processed, row);
   fill_lists(args_.raw, row);
   const LlmSamplingKept& kept = args_.kept;

@@ -46,6 +46,13 @@ struct Parameters {
   int64_t row;      // the row's index; index_ takes a register, which later passes do not have
 };
 
+// A row's list of step 5a, in global memory.
+struct RowList {
+  const int32_t* bits;
+  const int32_t* before;
+  const float* amounts;
+};
+
 // What the filters of a row ask for.
 struct Filters {
   int min_kept;  // no filter leaves fewer tokens
@@ -179,9 +186,9 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= kFixedBytes, "launch.cuh reserves kFixedBytes for it");
 
-// Samples one row. All threads of the row's cluster make one and call run(); all threads of a block that has
+// Samples one row. kMore: of a call that has_more(); only then a row may have a list. All threads of the row's cluster make one and call run(); all threads of a block that has
 // a part of a split row make one and call run_part().
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 class RowSampler {
  public:
   // `vecs` are those of a part; `part` is the block's part of a split row.
@@ -198,21 +205,19 @@ class RowSampler {
     copy_ = after + tiles_bytes(vecs);
   }
 
-  // With a true argument it writes the results of results.cuh too. That is too much code for the compiler to inline it
-  // unless it must; where it need not, it is left to it.
-  __device__ void run(std::false_type) { run_as<false>(); }
-  __device__ __forceinline__ void run(std::true_type) { run_as<true>(); }
+  // The argument is kMore. With it there is too much code for the compiler to inline it unless it must; where it need
+  // not, it is left to it.
+  __device__ void run(std::false_type) { run_as(); }
+  __device__ __forceinline__ void run(std::true_type) { run_as(); }
   __device__ bool run_part(const Workspace& workspace, int parts, std::false_type) {
-    return run_part_as<false>(workspace, parts);
+    return run_part_as(workspace, parts);
   }
   __device__ __forceinline__ bool run_part(const Workspace& workspace, int parts, std::true_type) {
-    return run_part_as<true>(workspace, parts);
+    return run_part_as(workspace, parts);
   }
 
  private:
-  template <bool kMore>
   __device__ __forceinline__ void run_as();
-  template <bool kMore>
   __device__ __forceinline__ bool run_part_as(const Workspace& workspace, int parts);
 
   static constexpr bool kCopied = kLayout != Layout::kInPlace;
@@ -233,6 +238,7 @@ class RowSampler {
   __device__ void copy_edge(unsigned char* to, const unsigned char* from, int first) const;
   __device__ void copy_bits(int vecs);
   __device__ bool score();
+  __device__ __forceinline__ RowList row_list(int64_t row) const;
   __device__ __forceinline__ uint32_t
   marks_over(uint32_t bits, int first, int width, int64_t row) const;
   __device__ __forceinline__ float score_of(
@@ -322,7 +328,6 @@ class RowSampler {
   __device__ void make_list(const Lists& lists);
   __device__ uint64_t find_listed(const Lists& lists);
   __device__ __forceinline__ bool is_last(uint32_t* counter, int parts);
-  template <bool kMore>
   __device__ bool finish(const Lists& lists);
   __device__ void gather(const Lists& lists, uint64_t bound);
 

@@ -67,9 +67,8 @@
 
 namespace llm_sampling {
 
-template <int kDtype, Layout kLayout>
-template <bool kMore>
-__device__ __forceinline__ void RowSampler<kDtype, kLayout>::run_as() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ void RowSampler<kDtype, kLayout, kMore>::run_as() {
   const int64_t param_index = find_parameters();
   if (param_index < 0) {
     if constexpr (kMore) write_no_more(index_);
@@ -111,7 +110,7 @@ template <int kDtype, bool kCopied, bool kMore>
 __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const Plan plan) {
   const int row = static_cast<int>(blockIdx.x) / cluster_size();
   constexpr Layout kLayout = kCopied ? Layout::kCopied : Layout::kInPlace;
-  RowSampler<kDtype, kLayout>(plan.args, plan.vecs, row).run(std::bool_constant<kMore>());
+  RowSampler<kDtype, kLayout, kMore>(plan.args, plan.vecs, row).run(std::bool_constant<kMore>());
 }
 
 // The same for split rows, where there are no clusters. With kIsPlain it is for the calls of is_plain() alone.
@@ -122,10 +121,11 @@ __global__ void __launch_bounds__(kThreads, 2) split_kernel(const Plan plan) {
   const int part = static_cast<int>(blockIdx.x);
   LlmSamplingArgs args = kIsPlain ? plain(plan.args) : plan.args;
   args.filtered = nullptr;  // it is, see can_split(); here the compiler knows it too
-  RowSampler<kDtype, Layout::kSplit> sampler(args, plan.vecs, row, part);
+  RowSampler<kDtype, Layout::kSplit, kMore> sampler(args, plan.vecs, row, part);
   if (sampler.run_part(plan.workspace, plan.parts, std::bool_constant<kMore>())) return;
   __syncthreads();
-  RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row).run(std::bool_constant<kMore>());
+  RowSampler<kDtype, Layout::kInPlace, kMore> alone(args, plan.whole_vecs, row);
+  alone.run(std::bool_constant<kMore>());
 #else
   __trap();
 #endif

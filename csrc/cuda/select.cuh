@@ -17,15 +17,15 @@ constexpr int kFewTokens = 64;
 constexpr int kMoreTokens = 192;
 
 // Worked out anew at each use, because there are no registers to keep it in.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ Filters RowSampler<kDtype, kLayout>::filters() const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ Filters RowSampler<kDtype, kLayout, kMore>::filters() const {
   return Filters(shared_.parameters, row_.vocab_size);
 }
 
 // Finds the threshold of the kept set, and the masses from which draw() chooses if the candidates do not
 // hold that set.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::find_kept() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::find_kept() {
   scale_ = depth_scale(shared_.parameters.temperature);
   threshold_ = kLowestCode;
   // First the mass of all tokens, then that of the kept ones: a loop, so that weigh() is inlined once.
@@ -44,8 +44,8 @@ __device__ void RowSampler<kDtype, kLayout>::find_kept() {
 // Each filter asks the candidates for the code at which a count or a mass is reached; if they do not hold
 // it, others are collected first. The steps are iterations of one loop, so that search() and collect()
 // are inlined once.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::find_thresholds() {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::find_thresholds() {
   enum {
     kCollectFew,  // guesses which of the first tokens of the order the filters need
     kTopK,
@@ -106,8 +106,8 @@ __device__ void RowSampler<kDtype, kLayout>::find_thresholds() {
 
 // 13 min-p: the code of the last token whose depth is at most the cut, or a code between that token's and
 // the next one's.
-template <int kDtype, Layout kLayout>
-__device__ uint64_t RowSampler<kDtype, kLayout>::code_at_depth(float depth_cut) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ uint64_t RowSampler<kDtype, kLayout, kMore>::code_at_depth(float depth_cut) const {
   const Candidates& candidates = shared_.candidates;
   if (candidates.count > 0 && candidates.count_above == 0) {
     const int inside = count_leading_by_warp(candidates.count, [&](int i) {
@@ -120,8 +120,8 @@ __device__ uint64_t RowSampler<kDtype, kLayout>::code_at_depth(float depth_cut) 
 
 // The lowest key whose depth is at most the cut. The depth grows as the key falls, so each lane tries
 // another key and the warp narrows the range by a factor of 33 in each iteration.
-template <int kDtype, Layout kLayout>
-__device__ uint32_t RowSampler<kDtype, kLayout>::key_at_depth(float depth_cut) const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ uint32_t RowSampler<kDtype, kLayout, kMore>::key_at_depth(float depth_cut) const {
   // The key sought is among the `size` keys that end at `inside`.
   uint32_t inside = order_key(m_);
   uint32_t size = inside - static_cast<uint32_t>(kLowestCode >> 20) + 1;
@@ -143,9 +143,9 @@ __device__ uint32_t RowSampler<kDtype, kLayout>::key_at_depth(float depth_cut) c
 //
 // Every pass but the first narrows the range, whatever it counts, so the search ends. All blocks search the
 // same range, because the pivots of the first pass are those of block 0.
-template <int kDtype, Layout kLayout>
+template <int kDtype, Layout kLayout, bool kMore>
 __device__ Range
-RowSampler<kDtype, kLayout>::search(int64_t target, bool by_mass, uint64_t lowest) {
+RowSampler<kDtype, kLayout, kMore>::search(int64_t target, bool by_mass, uint64_t lowest) {
   uint64_t first[3];
   probe(target, by_mass, lowest, first);
   cluster_.broadcast(first);
@@ -210,8 +210,8 @@ __device__ __forceinline__ void Search::narrow(
 // A statistical probe: three codes, rising, around the one at which kProbed tokens, evenly spaced in the
 // row, reach their share of the target. They are two standard deviations of a count apart, or three of
 // a mass. It uses the arrays of the candidates.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::probe(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::probe(
     int64_t target,
     bool by_mass,
     uint64_t lowest,

@@ -34,18 +34,18 @@
 namespace llm_sampling {
 
 static_assert(kMaxListed <= kThreads, "a thread writes a code of a list");
-constexpr int kMostWanted = 192;    // tokens that a part may be asked for
-constexpr int kListedAtDepth = 64;  // the same, where a cut by depth is the only filter
+constexpr int kMostWanted = 192;  // tokens that a part may be asked for
+constexpr int kMoreAtDepth = 64;  // the same, where a cut by depth is the only filter
 
 // How many of its first tokens each part must list; 0 if the row cannot be finished from lists.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ int RowSampler<kDtype, kLayout>::count_wanted() const {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ int RowSampler<kDtype, kLayout, kMore>::count_wanted() const {
   if (is_greedy()) return 1;
   const Filters filters = this->filters();
   int wanted = filters.max_kept;
   if (!filters.has_top_k) {
     if (filters.need_total()) return 0;
-    wanted = filters.min_kept > kListedAtDepth ? filters.min_kept : kListedAtDepth;
+    wanted = filters.min_kept > kMoreAtDepth ? filters.min_kept : kMoreAtDepth;
   }
   return wanted <= kMostWanted ? wanted : 0;
 }
@@ -62,9 +62,8 @@ __device__ __forceinline__ int count_listed(int wanted) {
 }
 
 // Samples a row, or the block's part of it. Returns false if this block must sample the row alone.
-template <int kDtype, Layout kLayout>
-template <bool kMore>
-__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::run_part_as(
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout, kMore>::run_part_as(
     const Workspace& workspace,
     int parts
 ) {
@@ -89,12 +88,12 @@ __device__ __forceinline__ bool RowSampler<kDtype, kLayout>::run_part_as(
     if constexpr (kMore) write_no_more(index_);
     return true;
   }
-  return lists.wanted > 0 && finish<kMore>(lists);
+  return lists.wanted > 0 && finish(lists);
 }
 
 // Writes the part's list. Of a greedy row it has no codes, because the header has the only one.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::make_list(const Lists& lists) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::make_list(const Lists& lists) {
   bool any_nan = false;
   uint64_t low = kNoCode;
   m_ = -kInfinity;
@@ -123,8 +122,8 @@ __device__ void RowSampler<kDtype, kLayout>::make_list(const Lists& lists) {
 
 // Leaves the first tokens of the part in `sorted`, `appended` of them, and returns the code from which on they
 // are all; kNoCode if that is the whole part.
-template <int kDtype, Layout kLayout>
-__device__ uint64_t RowSampler<kDtype, kLayout>::find_listed(const Lists& lists) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ uint64_t RowSampler<kDtype, kLayout, kMore>::find_listed(const Lists& lists) {
   Filters filters = this->filters();
   filters.max_kept = lists.wanted;
   filters.has_top_k = true;
@@ -149,8 +148,11 @@ __device__ uint64_t RowSampler<kDtype, kLayout>::find_listed(const Lists& lists)
 }
 
 // Ends the block's part of the work. Returns whether all other blocks of the row have done so before.
-template <int kDtype, Layout kLayout>
-__device__ __forceinline__ bool RowSampler<kDtype, kLayout>::is_last(uint32_t* counter, int parts) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ __forceinline__ bool RowSampler<kDtype, kLayout, kMore>::is_last(
+    uint32_t* counter,
+    int parts
+) {
   __syncthreads();
   if (threadIdx.x == 0) {
     shared_.is_last = count_up(counter) == static_cast<uint32_t>(parts) - 1;
@@ -162,9 +164,8 @@ __device__ __forceinline__ bool RowSampler<kDtype, kLayout>::is_last(uint32_t* c
 
 // Finishes the row. Returns false, and has written nothing but the status, if the lists do not hold what the
 // row keeps.
-template <int kDtype, Layout kLayout>
-template <bool kMore>
-__device__ bool RowSampler<kDtype, kLayout>::finish(const Lists& lists) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ bool RowSampler<kDtype, kLayout, kMore>::finish(const Lists& lists) {
   static_assert(kMaxParts <= kWarpSize, "each lane reads a header");
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int codes = is_greedy() ? 0 : lists.parts * lists.listed;
@@ -211,8 +212,8 @@ __device__ bool RowSampler<kDtype, kLayout>::finish(const Lists& lists) {
 
 // Makes the first tokens of the lists the candidates: about as many as the filters need. From the code `bound`
 // on, the lists hold all tokens of the row. finish() has copied them in place of the part's logits.
-template <int kDtype, Layout kLayout>
-__device__ void RowSampler<kDtype, kLayout>::gather(const Lists& lists, uint64_t bound) {
+template <int kDtype, Layout kLayout, bool kMore>
+__device__ void RowSampler<kDtype, kLayout, kMore>::gather(const Lists& lists, uint64_t bound) {
   static_assert(kWarpSize % 4 == 0, "a list is a multiple of what a thread reads at a time");
   const auto* pairs = reinterpret_cast<const Pair*>(copy_);
   const int count = lists.parts * lists.listed / 2;

@@ -412,13 +412,13 @@ def test_more_listed_tokens_than_have_scores(install, launch, penalties):
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("if (row_.seen.words != nullptr && is_seen(id)) x =", "x ="),
+        ("if (!row_.has_list || is_seen(id)) x =", "x ="),
         (
-            "bits |= listed.word_at(first, row_.vocab_size)",
-            "bits |= 0 & listed.word_at(first, row_.vocab_size)",
+            "bits |= own.word_at(first, row_.vocab_size)",
+            "bits |= 0 & own.word_at(first, row_.vocab_size)",
         ),
-        ("int64_t{args_.list_before[word]} + __popc", "int64_t{0} + __popc"),
-        ("return lowered(x, args_", "return x - static_cast<float>(args_"),
+        ("list.before[id >> 5] + __popc", "__popc"),
+        ("return lowered(x, list.amounts[place]);", "return x - list.amounts[place];"),
         (
             "if (entry >= 0) return (shared_.overrides.keys",
             "if (entry < -1) return (shared_.overrides.keys",

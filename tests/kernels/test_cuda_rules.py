@@ -47,8 +47,9 @@ def maker(library):
     return functools.partial(make_lists, run)
 
 
-def make_lists(run, call, lists, swapping=None):
+def make_lists(run, call, lists, swapping=None, vocab_slice=(0, 0)):
     args, _kept = args_of(call, lists)
+    args.first_id, args.whole_vocab_size = vocab_slice
     seed = next(SEEDS)
     failure = run(ctypes.byref(args), seed, swapping and ctypes.byref(swapping)).decode()
     assert failure == "", f"seed {seed}: {failure}"
@@ -107,6 +108,11 @@ def test_random_texts(make, vocab_size, seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_without_a_text(make, seed):
     sequence_lists.assert_lists(make, *sequence_lists.without_text(33, 50, seed))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_slices_of_a_vocabulary(make, seed):
+    sequence_lists.assert_slices(make, seed)
 
 
 def test_corner_rows(make):
@@ -238,6 +244,9 @@ def test_with_sanitizers(tmp_path, markers):
         ("place = cluster_.scan(is_id ? 1 : 0) - 1", "place = cluster_.scan(1) - 1"),
         ("window <= 0 ? size_", "window < 0 ? size_"),
         ("if (index >= 0) shared_.rules", "shared_.rules"),
+        ("history_.vocab_size = slice_.vocab_size;", ""),
+        ("const bool is_id = slice_.is_id(id);", "const bool is_id = slice_.place_of(id) >= 0;"),
+        ("const int64_t place = id - first_id;", "const int64_t place = id;"),
         ("    put(false);\n    __syncthreads();\n", "    put(false);\n"),
         ("      __syncthreads();\n      total = ", "      total = "),
     ],
@@ -245,7 +254,8 @@ def test_with_sanitizers(tmp_path, markers):
         *("matches", "window of DRY", "window of n-grams", "excess", "most", "breaker ids", "room"),
         *("breaker across the window", "bits that are left", "amounts that are left"),
         *("sum of words", "extra ids of the output", "largest amount", "many words", "padding"),
-        *("window of all", "row of padding", "set bits", "ranks"),
+        *("window of all", "row of padding", "text of a slice", "extra ids of a slice"),
+        *("places of a slice", "set bits", "ranks"),
     ],
 )
 def test_wrong_lists_are_seen(tmp_path, text, wrong):
@@ -259,6 +269,8 @@ def test_wrong_lists_are_seen(tmp_path, text, wrong):
         for vocab_size in (33, 1000):
             for seed in range(20):
                 test_random_texts(make, vocab_size, seed)
+        for seed in range(12):
+            test_slices_of_a_vocabulary(make, seed)
 
     with pytest.raises((AssertionError, RuntimeError)):
         compare()

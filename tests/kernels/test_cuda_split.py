@@ -21,8 +21,8 @@ import backend as emulation
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 #: What a block does that must sample its row alone, and a token that tells of it.
-ALONE = "  RowSampler<kDtype, Layout::kInPlace>(args, plan.whole_vecs, row)"
-ALONE += ".run(std::bool_constant<kMore>());\n"
+ALONE = "  RowSampler<kDtype, Layout::kInPlace, kMore> alone(args, plan.whole_vecs, row);\n"
+ALONE += "  alone.run(std::bool_constant<kMore>());\n"
 TOLD = "  if (threadIdx.x == 0) plan.args.tokens[int64_t{row} * plan.args.num_samples] = -7;\n"
 #: Of rows that are finished from lists. The best tokens of the last one are equal, and all in one
 #: part.

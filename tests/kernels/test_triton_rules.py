@@ -3,7 +3,6 @@
 Needs Triton's interpreter; test_triton.py starts a process that has it.
 """
 
-import itertools
 import math
 import random
 from dataclasses import replace
@@ -138,21 +137,7 @@ def test_more_ids_than_have_places_are_refused():
 @pytest.mark.parametrize("seed", range(12))
 def test_slices_of_a_vocabulary(seed):
     """Lists of slices, which begin anywhere, are together the list of the whole vocabulary."""
-    vocab_size = (7, 33, 1000)[seed % 3]
-    call, wanted = sequence_lists.random_call(vocab_size, 8, seed)
-    chance = random.Random(seed)
-    cuts = sorted({0, vocab_size, *chance.choices(range(vocab_size), k=3)})
-    found = [{} for _ in wanted]
-    for first, end in itertools.pairwise(cuts):
-        part = replace(call, vocab_size=end - first)
-        lists = sequence_lists.memory_for(part)
-        make(part, lists, VocabSlice(first, vocab_size))
-        sequence_lists.assert_consistent(lists, end - first)
-        for row, of_row in enumerate(found):
-            amounts = lists.amounts[row, : int(lists.counts[row])].tolist()
-            ids = [first + id_ for id_ in lists.ids_of(row)]
-            of_row.update(zip(ids, amounts, strict=True))
-    assert found == wanted
+    sequence_lists.assert_slices(make, seed)
 
 
 # Values that nothing has checked, memory that changes
