@@ -79,7 +79,7 @@ def draws(logits: Tensor, ids: Sequence[int], rule: dict[str, Any]) -> Callable[
     """A call that draws a token from one of several rows of logits."""
     vocab_size = logits.shape[1]
     history = TokenHistory.from_ids([ids], None, vocab_size, max_length=len(ids))
-    batch = BatchParams.repeat(SamplingParams(**FILTERS, **rule), 1)
+    batch = BatchParams.repeat(SamplingParams(**(FILTERS | rule)), 1)
     return lambda row: sample(
         logits[row : row + 1], batch, history=history, backend="cpu", check=False
     )

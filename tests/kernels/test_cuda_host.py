@@ -201,7 +201,7 @@ def test_a_block_makes_the_list_of_a_row(host, max_length, staged):
     assert lists[:3] == (3, 1, 5376 + 4 * staged)
     args.dry_multiplier = None
     assert host.run(args) == 0
-    assert host.launches() == [lists, sampling, sampling]
+    assert [launch[:3] for launch in host.launches()] == [lists[:3], sampling[:3], sampling[:3]]
 
 
 def test_lists_that_cannot_be_made(host):

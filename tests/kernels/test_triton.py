@@ -623,7 +623,7 @@ def fail_with_a_wrong_kernel(
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"),
-            *(f"tests/kernels/{file}.py", "-k", expression, "-m", "not slow"),
+            *(f"tests/kernels/{file}.py", "-k", expression, "-m", ""),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

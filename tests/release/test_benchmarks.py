@@ -24,6 +24,7 @@ from benchmarks import (
     gpu_model,
     plots,
     repetition,
+    rules,
     report,
     serving,
     threads,
@@ -731,6 +732,26 @@ def test_repetition_needs_a_text_that_can_repeat(capsys):
     with pytest.raises(SystemExit):
         repetition.main(["--max-new-tokens", "3"])
     assert "--max-new-tokens must be an integer >= 4, got 3" in capsys.readouterr().err
+
+
+def test_the_texts_of_rules_have_their_length_and_repeat_themselves():
+    sentences = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    for length in (1, 1024):
+        of_kind = rules.texts(sentences, length)
+        assert {len(ids) for ids in of_kind.values()} == {length}
+        assert of_kind == rules.texts(sentences, length)
+    assert all(repeated(ngrams_of(ids, 3)) > 0.5 for ids in of_kind.values())
+
+
+def test_a_row_with_rules_is_drawn_from_its_own_list():
+    """The calls that are timed differ by the list alone, and it acts."""
+    logits = torch.zeros(1, 8)
+    logits[0, 3] = 9.0
+    plain, ruled = (
+        rules.draws(logits, [3, 5, 3, 5], rule)(0).tokens.tolist()
+        for rule in ({}, {"no_repeat_ngram_size": 2, "temperature": 0})
+    )
+    assert (plain, ruled) == ([3], [0])
 
 
 def test_a_timing_of_additions_needs_a_turn(capsys):
