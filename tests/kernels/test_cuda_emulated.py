@@ -32,8 +32,12 @@ from llm_sampling import (
 )
 from llm_sampling.backends.base import PositionOf, SampleCall
 
-sys.path.append(str(Path(__file__).parent / "cuda_emulation"))
+sys.path += [
+    str(Path(__file__).parent / "cuda_emulation"),
+    str(Path(__file__).parents[1] / "sampling"),
+]
 import backend as emulation
+import vectors
 
 Launch = emulation.Launch
 LAUNCHES = [Launch(blocks, copied) for blocks in (1, 2, 4, 8) for copied in (True, False)]
@@ -118,6 +122,18 @@ def test_rules_that_look_at_the_history(install, vocab_size, launch):
     name = install(launch)
     for given in GIVEN:
         assert_as_the_reference(rows, name, given)
+
+
+@pytest.mark.parametrize("launch", FEW, ids=str)
+def test_answers_where_the_order_of_ids_matters(install, launch):
+    """Those of an independent program, in tests/sampling/vectors_family.json."""
+    name = install(launch)
+    for row in vectors.load_family():
+        logits, params, history = vectors.logits_and_history(row)
+        options = {"history": history, "positions": [row["position"]], "check": False}
+        drawn = sample(logits, params, **options, num_samples=4, backend=name)
+        assert drawn.tokens[0].tolist() == row["tokens"], row
+        assert drawn.status.tolist() == [row["status"]]
 
 
 @dtypes

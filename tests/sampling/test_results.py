@@ -7,9 +7,7 @@ tolerance of 1e-5.
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,7 +72,7 @@ def test_covering_cases(
 
 # ---- answers that are known ----------------------------------------------------------------------
 
-FAMILY = json.loads(Path(__file__).with_name("vectors_family.json").read_text(encoding="utf-8"))
+FAMILY = vectors.load_family()
 ROW = torch.tensor([[1.0, 2.5, -0.5, 2.5, 0.0, -3.0]])
 
 
@@ -102,15 +100,7 @@ def check_kept_set(
 @pytest.mark.parametrize("row", FAMILY, ids=str)
 def test_kept_sets_where_the_order_of_ids_matters(backend: str, row: dict[str, Any]) -> None:
     """The answers of an independent program, in tests/sampling/vectors_family.json."""
-    params = SamplingParams(**row["params"])
-    history = TokenHistory.from_ids(
-        [row["prompt"]],
-        [row["output"]],
-        row["vocab_size"],
-        max_length=len(row["prompt"]) + len(row["output"]),
-        penalty_last_n=params.penalty_last_n,
-    )
-    logits = vectors.logits_of(row["shape"], row["key"], row["vocab_size"])
+    logits, params, history = vectors.logits_and_history(row)
     options = {"history": history, "positions": [row["position"]]}
     check_kept_set(logits, params, row, **options, backend=backend, check=False)
 

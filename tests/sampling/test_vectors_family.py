@@ -7,40 +7,22 @@ first draw.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from vectors import logits_of
+from vectors import load_family, logits_and_history
 
 from llm_sampling import (
     RequestTable,
     Sampler,
-    SamplingParams,
-    TokenHistory,
     filter_logits,
     sample,
 )
 
-ROWS = json.loads(Path(__file__).with_name("vectors_family.json").read_text(encoding="utf-8"))
+ROWS = load_family()
 NAMES = [f"{i}-{row['kind']}-{row['shape']}-V{row['vocab_size']}" for i, row in enumerate(ROWS)]
-
-
-def logits_and_history(
-    row: dict[str, Any], *, room: int = 0
-) -> tuple[torch.Tensor, SamplingParams, TokenHistory]:
-    params = SamplingParams(**row["params"])
-    history = TokenHistory.from_ids(
-        [row["prompt"]],
-        [row["output"]],
-        row["vocab_size"],
-        max_length=len(row["prompt"]) + len(row["output"]) + room,
-        penalty_last_n=params.penalty_last_n,
-    )
-    return logits_of(row["shape"], row["key"], row["vocab_size"]), params, history
 
 
 def test_the_file_is_whole() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from llm_sampling import SamplingParams, TokenHistory
 
 _PATH = Path(__file__).with_name("vectors.json")
+_FAMILY = Path(__file__).with_name("vectors_family.json")
 _LOW32 = np.uint64(0xFFFFFFFF)
 
 
@@ -93,3 +94,25 @@ def load() -> list[Vector]:
     """Return all cases in the order of the file."""
     rows = json.loads(_PATH.read_text(encoding="utf-8"))
     return [_vector(index, row) for index, row in enumerate(rows)]
+
+
+@cache
+def load_family() -> list[dict[str, Any]]:
+    """Return the rows in which the order of ids matters, as they are in vectors_family.json."""
+    rows: list[dict[str, Any]] = json.loads(_FAMILY.read_text(encoding="utf-8"))
+    return rows
+
+
+def logits_and_history(
+    row: dict[str, Any], *, room: int = 0
+) -> tuple[Tensor, SamplingParams, TokenHistory]:
+    """Return what such a row is drawn from; its history has room for so many more ids."""
+    params = SamplingParams(**row["params"])
+    history = TokenHistory.from_ids(
+        [row["prompt"]],
+        [row["output"]],
+        row["vocab_size"],
+        max_length=len(row["prompt"]) + len(row["output"]) + room,
+        penalty_last_n=params.penalty_last_n,
+    )
+    return logits_of(row["shape"], row["key"], row["vocab_size"]), params, history
