@@ -15,7 +15,9 @@ import torch
 from benchmarks.on_gpu.logits import make_logits
 from benchmarks.on_gpu.parity import INPUTS, MIXED
 from benchmarks.on_gpu.setting import DRY, GPU
-from llm_sampling import RequestTable, sample
+from llm_sampling import RequestTable, SamplingParams, sample
+
+KINDS = (*MIXED, SamplingParams(dry_multiplier=2, dry_allowed_length=1, bad_words=[[2, 3], [9]]))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,14 +28,15 @@ def main(argv: Sequence[str]) -> int:
     for shape, dtype in setting.launches:
         logits = make_logits(*shape, dtype, "cpu", INPUTS)
         # rows of all kinds, in turn: few rows keep the launch's kind
-        for first in range(0, len(MIXED), shape.rows):
-            rows = [MIXED[(first + row) % len(MIXED)] for row in range(shape.rows)]
+        for first in range(0, len(KINDS), shape.rows):
+            rows = [KINDS[(first + row) % len(KINDS)] for row in range(shape.rows)]
             answers = []
             for name, device in ((backend, setting.device), ("auto", "cpu")):
                 table = RequestTable(
                     shape.rows,
                     vocab_size=shape.vocab_size,
                     history=True,
+                    max_length=8,
                     backend=name,
                     device=device,
                 )

@@ -121,12 +121,30 @@ def _table_slots(batch: Batch, backend: str, draw: Draw) -> list[SampleOutput]:
     return [draw(batch.logits, table, slots, **options) for _ in range(2)]
 
 
+def _rules(batch: Batch, backend: str, draw: Draw) -> list[SampleOutput]:
+    """Texts that repeat themselves, of rows whose next token DRY lowers or n-grams ban."""
+    history = TokenHistory.from_ids(
+        batch.output_ids,
+        batch.output_ids,
+        batch.logits.shape[1],
+        max_length=2 * batch.output_ids.shape[1],
+        device=batch.logits.device,
+    )
+    rules: tuple[dict[str, Any], ...] = (
+        {"dry_multiplier": 1.5, "dry_breakers": [[1]], "min_tokens": 9999, "stop_token_ids": [7]},
+        {"no_repeat_ngram_size": 1},
+    )
+    params = [replace(row, **rules[i % 2]) for i, row in enumerate(batch.params())]
+    return [draw(batch.logits, params, history=history, backend=backend, check=False)]
+
+
 FORMS: Mapping[str, Callable[[Batch, str, Draw], list[SampleOutput]]] = {
     "plain": _plain,
     "8 draws": _draws,
     "history": _history,
     "mask and bias": _mask_and_bias,
     "table slots": _table_slots,
+    "rules": _rules,
 }
 
 

@@ -34,7 +34,8 @@ from benchmarks.on_gpu.results import Results
 from benchmarks.on_gpu.setting import DRY, GPU, Deadline, Shape
 from benchmarks.on_gpu.steps import BUDGET_S, STEPS, Step, run_steps, share
 from benchmarks.on_gpu.timer import GraphTimer
-from llm_sampling import Sampler, backends, sample
+from llm_sampling import Sampler, backends, reference, sample
+from llm_sampling.calls import make_call
 
 ROOT = Path(__file__).resolve().parents[2]
 FAR = Deadline(1.0, lambda: -1e9)
@@ -282,7 +283,24 @@ def test_parity_counts_every_comparison():
     assert found["verdict"] == "equal"
     assert len(found["comparisons"]) == len(found["plan"]) == 3 * len(parity.FORMS)
     # tokens and status: nine rows, eight draws in one form, two calls in another
-    assert sum(line["compared"] for line in found["comparisons"]) == 3 * 9 * (3 * 2 + 9 + 4)
+    assert sum(line["compared"] for line in found["comparisons"]) == 3 * 9 * (4 * 2 + 9 + 4)
+
+
+def test_every_row_of_the_comparison_of_rules_has_a_list():
+    """A kernel without lists would draw other tokens; some of them are bans, others are not."""
+    found = []
+
+    def look(logits, params, *, history, backend, check):
+        call = make_call(logits, params, history=history, check=check)
+        found.extend(reference.penalty_lists(call))
+        return sample(logits, params, history=history, backend=backend, check=check)
+
+    parity.FORMS["rules"](parity.Batch.make(Shape(9, 1000), torch.float32, "cpu"), "cpu", look)
+    assert len(found) == 9
+    assert all(found)
+    amounts = {amount for of_row in found for amount in of_row.values()}
+    assert torch.inf in amounts
+    assert len(amounts) > 1
 
 
 @pytest.mark.parametrize(("change", "differ"), [(change_token, 1), (change_status, 1)])
@@ -290,7 +308,7 @@ def test_a_wrong_answer_makes_the_verdict_differs(change, differ):
     found = run_here(parity, draw=wrong_draw(change))
     assert found["verdict"] == "DIFFERS"
     assert all(line["differ"] >= differ for line in found["comparisons"])
-    assert ["example" in line for line in found["comparisons"]] == [True] + [False] * 14
+    assert ["example" in line for line in found["comparisons"]] == [True] + [False] * 17
     example = found["comparisons"][0]["example"]
     assert example["row"] == 5
     assert example["found"] != example["reference"] == example["kernel of the CPU"]
