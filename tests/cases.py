@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -445,15 +445,18 @@ def build(
     device: str = "cpu",
     *,
     slots_seed: int | None = 0,
+    rules: Sequence[Mapping[str, Any]] = (),
 ) -> Batch:
     """Build the batch of ``cases``.
+
+    The rows take ``rules``, parameters that look at the history in order, in turn.
 
     The rows use history slots in random order, with unused slots between them, or slots
     0, 1, 2 ... for ``slots_seed=None``.
     """
     logits = torch.stack([make_row(c.row, vocab_size, c.seed) for c in cases]).to(dtype)
     history = None
-    if any(c.history != "none" or c.mix in penalty_mixes(vocab_size) for c in cases):
+    if rules or any(c.history != "none" or c.mix in penalty_mixes(vocab_size) for c in cases):
         ids = [make_history(c.history, vocab_size, c.seed) for c in cases]
         slots = list(range(len(cases)))
         if slots_seed is not None:
@@ -466,7 +469,7 @@ def build(
         for slot, case in zip(slots, cases, strict=True):
             windows[slot] = case.params(vocab_size).penalty_last_n
         text: dict[str, Any] = {}
-        if max(windows) >= 0:
+        if rules or max(windows) >= 0:
             longest = max(len(x) + len(y) for x, y in zip(prompts, outputs, strict=True))
             text = {"max_length": longest + 1, "penalty_last_n": windows}
         history = TokenHistory.from_ids(prompts, outputs, vocab_size, device=device, **text)
@@ -479,7 +482,10 @@ def build(
         vocab_size=vocab_size,
         dtype=dtype,
         logits=logits.to(device),
-        params=[c.params(vocab_size) for c in cases],
+        params=[
+            replace(case.params(vocab_size), **rule)
+            for case, rule in zip(cases, itertools.cycle(rules or [{}]), strict=False)
+        ],
         positions=[c.position() for c in cases],
         history=history,
         allowed_mask=mask,

@@ -64,6 +64,18 @@ def others(rng: random.Random, vocab_size: int) -> dict[str, Any]:
     return chosen
 
 
+def rules_in_turn(vocab_size: int) -> list[dict[str, Any]]:
+    """Rules that act on short histories, for the rows of the parity table; the last are none."""
+    ids = [0, vocab_size // 2, vocab_size - 1]
+    return [
+        {"dry_multiplier": 1.5, "dry_allowed_length": 1},
+        {"no_repeat_ngram_size": 1},
+        {"min_tokens": 5, "stop_token_ids": ids, "bad_words": [[id_, 1] for id_ in ids]},
+        {"dry_multiplier": 0.5, "dry_allowed_length": 1, "no_repeat_ngram_size": 2},
+        {},
+    ]
+
+
 class Rows:
     """Random rows of one vocabulary, whose histories repeat themselves."""
 

@@ -171,6 +171,7 @@ SOME_INTERPRETED = {
     "test_triton_results.py::test_split_rows": Some(4),
     "test_triton_results.py::test_logits_that_change": Some(14),
     "test_rules.py::test_rows_are_those_of_the_reference": Some(79, vocab_size=(7, 600)),
+    "test_rules.py::test_the_parity_table_with_lists": Some(vocab_size=()),
     "test_rules.py::test_parameters_of_slots": Some(position_of=("slot",), seed=(0,)),
     "test_rules.py::test_a_decode_loop_is_the_same_in_every_form": Some(seed=()),
     "test_vectors_family.py::test_case": Some(13),
@@ -310,6 +311,7 @@ SWEPT = {
 }
 SWEPT_INTERPRETED = {
     "test_rules.py::test_rows_are_those_of_the_reference": Some(17, vocab_size=(1, 7, 600)),
+    "test_rules.py::test_the_parity_table_with_lists": Some(vocab_size=(33,)),
     "test_rules.py::test_parameters_of_slots": Some(3),
     "test_rules.py::test_a_decode_loop_is_the_same_in_every_form": Some(seed=(0,)),
     "test_triton_results.py::test_logits_that_change": Some(3),

@@ -13,9 +13,27 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, EVERY_BACKEND, OTHER_BACKENDS, Batch, Case, device_of
+from cases import (
+    DTYPES,
+    EVERY_BACKEND,
+    OTHER_BACKENDS,
+    Batch,
+    Case,
+    build,
+    covering_cases,
+    device_of,
+)
 from param_slots import assert_by_slot
-from ruled_rows import GIVEN, MAX_LENGTH, ROWS, Rows, alphabet, assert_as_the_reference
+from parity import assert_parity
+from ruled_rows import (
+    GIVEN,
+    MAX_LENGTH,
+    ROWS,
+    Rows,
+    alphabet,
+    assert_as_the_reference,
+    rules_in_turn,
+)
 from torch import Tensor
 
 from llm_sampling import (
@@ -44,6 +62,18 @@ def test_rows_are_those_of_the_reference(
 ) -> None:
     rows = Rows(seed, vocab_size, DTYPES[seed % 3], device_of(backend))
     assert_as_the_reference(rows, backend, given)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 33, 513])
+@pytest.mark.parametrize("backend", OTHER_BACKENDS, indirect=True)
+def test_the_parity_table_with_lists(backend: str, vocab_size: int) -> None:
+    """Every row, mix, history and mask of the table, with rules in four of five rows."""
+    turn = rules_in_turn(vocab_size)
+    batches = [
+        build(cases, vocab_size, DTYPES[i % 3], device_of(backend), rules=turn)
+        for i, cases in enumerate(covering_cases(vocab_size, vocab_size))
+    ]
+    assert_parity(batches, backend, ("processed", "raw"))
 
 
 @pytest.mark.parametrize("seed", range(3))
