@@ -310,6 +310,7 @@ Row RowSampler::make_row(int64_t number, int64_t index) {
     }
   }
   if (args_.dry_multiplier != nullptr) list_tokens(number, index, row);
+  row.settle();
   return row;
 }
 
@@ -355,9 +356,11 @@ bool RowSampler::find_kept_penalising_late() {
 
   Row unpenalised = row_;
   unpenalised.seen = nullptr;
+  unpenalised.settle();
   find_maxima(unpenalised);  // with the list, under whose bans a NaN is not seen
   Row unlisted = unpenalised;
   unlisted.listed_count = 0;
+  unlisted.settle();
   for (int64_t tried = k + k / 4 + 16; tried <= row_.vocab_size / 8; tried *= 4) {
     const float bound = bound_of_kth_logit(tried);
     gather(unlisted, bound);
@@ -910,6 +913,7 @@ void RowSampler::write_raw() {
     row.bias_count = 0;
     row.allowed = row.seen = nullptr;
     row.listed_count = 0;
+    row.settle();
     over_tiles([&](int64_t begin, int64_t end) {
       scan_maxima(row, begin, end, stripe_max_, tile_max_);
     });

@@ -52,13 +52,13 @@ struct Row {
   const int32_t* listed_ids;    // of step 5a, rising
   const float* listed_amounts;  // what is subtracted from their logits
   int64_t listed_count;
-  float m;      // the row's maximum (step 9), known after the first pass
-  float scale;  // s of step 9
+  bool is_changed;  // whether a bias, a penalty or the list may change logits; settle() says so
+  float m;          // the row's maximum (step 9), known after the first pass
+  float scale;      // s of step 9
 
   // Whether steps 2 to 5 change nothing.
-  bool is_raw() const {
-    return bias_count == 0 && allowed == nullptr && seen == nullptr && listed_count == 0;
-  }
+  bool is_raw() const { return allowed == nullptr && !is_changed; }
+  void settle() { is_changed = bias_count > 0 || seen != nullptr || listed_count > 0; }
   int64_t tiles() const { return (vocab_size + kTile - 1) / kTile; }
 };
 
@@ -212,11 +212,10 @@ INLINE bool has_listed(const Row& row, int64_t begin) {
   return first != end && *first < begin + kTile;
 }
 
-// Whether steps 2 to 5a without the mask change nothing in a tile. Most rows have a single test for it.
+// Whether steps 2 to 5a without the mask change nothing in a tile.
 INLINE bool is_as_given(const Row& row, int64_t begin) {
-  if (row.seen != nullptr) return false;
-  if ((row.bias_count | row.listed_count) == 0) return true;
-  return row.bias_count == 0 && !has_listed(row, begin);
+  if (!row.is_changed) return true;
+  return row.bias_count == 0 && row.seen == nullptr && !has_listed(row, begin);
 }
 
 // 5a the list, for a tile.
@@ -258,6 +257,7 @@ INLINE const float* load_tile_unmasked(const Row& row, int64_t tile, float* __re
       widen<uint16_t, widen_bfloat16>(row.logits, begin, count, buffer);
   }
   for (int j = count; j < kTile; ++j) buffer[j] = -kInfinity;
+  if (!row.is_changed) return buffer;
   if (row.bias_count > 0) add_bias(row, begin, count, buffer);        // 2 bias
   if (row.seen != nullptr) penalise(row, begin, count, buffer);       // 3 to 5 penalties
   if (row.listed_count > 0) lower_listed(row, begin, count, buffer);  // 5a
