@@ -142,6 +142,7 @@ def replay(result, calls, *, changed=()):
                     continue
                 given = {name: value for name, value in asked.items() if name != "choice"}
                 params = params_of(SamplingParams(**given))
+                params = replace(params, **given.get("extra_args", {}))
                 if row in step["seeds"]:
                     assert params.seed % 2**64 == step["seeds"][row] % 2**64
                 elif step["ours"]:  # drawn when the request came
@@ -150,7 +151,14 @@ def replay(result, calls, *, changed=()):
                 output = step["outputs"][row]
                 if -1 in output:  # the host did not know them yet
                     output = tokens[int(name.partition("-")[0])][: len(output)]
-                history = TokenHistory.from_ids([step["prompts"][row]], [output], logits.shape[1])
+                prompt = step["prompts"][row]
+                history = TokenHistory.from_ids(
+                    [prompt],
+                    [output],
+                    logits.shape[1],
+                    max_length=len(prompt) + len(output) + 1,
+                    penalty_last_n=params.penalty_last_n,
+                )
                 want = sample(logits, params, history=history, positions=[len(output)]).tokens
                 assert step["tokens"][row] == int(want), (name, asked, len(output))
                 rows += 1
@@ -309,6 +317,36 @@ def test_penalties_wait_for_nothing(drive_runner):
     assert ours["calls"][0]["tokens"] == theirs["calls"][0]["tokens"]
     assert ours["waits"] == []
     assert len(theirs["waits"]) >= 19
+
+
+# ---- rules of extra_args ----
+
+RULED = [
+    {"seed": 11, "extra_args": {"no_repeat_ngram_size": 1}},
+    {"temperature": 0.0, "extra_args": {"dry_multiplier": 9.0, "dry_allowed_length": 1}},
+    {
+        "seed": 12,
+        "frequency_penalty": -1.5,
+        "extra_args": {"dry_multiplier": 5.0, "dry_allowed_length": 1, "dry_breakers": [[7]]},
+    },
+    {
+        "seed": 13,
+        "repetition_penalty": 1.9,
+        "extra_args": {"penalty_last_n": 4, "repetition_penalty_scope": "output"},
+    },
+    {"seed": 14},
+]
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["", "async"])
+def test_rules_of_extra_args_with_v1(drive_runner, is_async):
+    calls = [requests_of(RULED, tokens=60)]
+    result = drive_runner(1, calls, async_scheduling=is_async)
+    assert replay(result, calls) == 60 * len(RULED)
+    plain = [{name: x for name, x in kind.items() if name != "extra_args"} for kind in RULED]
+    without = drive_runner(1, [requests_of(plain, tokens=60)], async_scheduling=is_async)
+    texts = zip(result["calls"][0]["tokens"], without["calls"][0]["tokens"], strict=True)
+    assert [one == other for one, other in texts] == [False] * 4 + [True]
 
 
 # ---- engines of other kinds ----
