@@ -250,12 +250,27 @@ def assert_consistent(lists: Lists, vocab_size: int) -> None:
         assert (amounts[: int(count)] >= 0).all()
 
 
+def changing_call(
+    guards: unchecked.Guards, seed: int, rows: int, *, is_hostile: bool
+) -> tuple[ListCall, Lists]:
+    """A call whose tensors will change, and lists whose amounts any write would raise."""
+    if is_hostile:
+        call = hostile_call(guards, 1000, seed)
+    else:
+        call, _ = random_call(33, rows, seed)
+        tensors = {id(tensor): guards.put(tensor) for tensor in call.tensors()}
+        call = mapped(call, lambda tensor: tensors[id(tensor)])
+    memory = memory_for(call)
+    memory.amounts.fill_(-1.0)
+    return call, Lists(*map(guards.put, memory))
+
+
 def assert_nothing_behind(lists: Lists) -> None:
-    """No amount is behind those of the listed ids; ``memory_for`` has made the memory."""
+    """No amount is behind those of the listed ids; ``changing_call`` has made the memory."""
     count, capacity = lists.counts[:, None], lists.amounts.shape[1]
     assert ((count >= 0) & (count <= capacity)).all()
     behind = torch.arange(capacity) >= count
-    assert (lists.amounts[behind] == math.inf).all()
+    assert (lists.amounts[behind] == -1.0).all()
 
 
 def assert_lists(make: Maker, call: ListCall, wanted: Sequence[dict[int, float]]) -> None:

@@ -451,7 +451,7 @@ def test_wrong_lists_are_seen(monkeypatch, tmp_path, text, wrong):
     def compare():
         for launch in (Launch(1, False), Launch(2, True)):
             name = emulation.install(monkeypatch, library, launch)
-            for seed in range(6):
+            for seed in range(20):
                 for given in GIVEN:
                     assert_as_the_reference(Rows(seed, 600, torch.float32), name, given)
 

@@ -156,13 +156,7 @@ def test_hostile_values(make, vocab_size, seed):
 def test_memory_that_changes(make, seed, every):
     """All that a call reads becomes something else at some barriers."""
     chance, guards = random.Random(seed), unchecked.Guards(0)
-    if seed % 3:
-        call, _ = sequence_lists.random_call(33, 12, seed)
-        tensors = {id(tensor): guards.put(tensor) for tensor in call.tensors()}
-        call = sequence_lists.mapped(call, lambda tensor: tensors[id(tensor)])
-    else:
-        call = sequence_lists.hostile_call(guards, 1000, seed)
-    lists = Lists(*map(guards.put, sequence_lists.memory_for(call)))
+    call, lists = sequence_lists.changing_call(guards, seed, 12, is_hostile=seed % 3 == 0)
     other = sequence_lists.mapped(call, torch.clone)
     sequence_lists.overwrite(other, chance)
     pairs = list(zip(call.tensors(), other.tensors(), strict=True))

@@ -15,7 +15,6 @@ import unchecked
 from cases import DTYPES, Batch, Case
 from param_slots import assert_by_slot
 from ruled_rows import Rows
-from sequence_lists import Lists
 
 from llm_sampling import (
     RequestTable,
@@ -170,13 +169,7 @@ READERS = {"_ids_at": 30, "_record": 9, "_put": 2, "_count": 5, "_dry": 5}
 def test_memory_that_changes(monkeypatch, reader, seed):
     """All that a call reads becomes something else at one of the times that it reads some."""
     chance, guards = random.Random(seed), unchecked.Guards(0)
-    if seed % 2:
-        call, _ = sequence_lists.random_call(33, 5, seed)
-        tensors = {id(tensor): guards.put(tensor) for tensor in call.tensors()}
-        call = sequence_lists.mapped(call, lambda tensor: tensors[id(tensor)])
-    else:
-        call = sequence_lists.hostile_call(guards, 1000, seed)
-    lists = Lists(*map(guards.put, sequence_lists.memory_for(call)))
+    call, lists = sequence_lists.changing_call(guards, seed, 5, is_hostile=seed % 2 == 0)
     read, steps = getattr(triton_rules, reader), []
     at = chance.randint(1, READERS[reader])
 

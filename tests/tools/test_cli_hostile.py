@@ -212,7 +212,7 @@ ROWS: dict[str, Row] = {
         LATE,
     ),
     "rules as texts and no texts for a search": Row(
-        [*TUNE, "--bad-words-text", "a"], 2, "unrecognized arguments: --bad-words-text=a"
+        [*TUNE, "--bad-words-text=a"], 2, "unrecognized arguments: --bad-words-text=a"
     ),
     "a schema that is not there": schema("none", "cannot be read: No such file or directory"),
     "a folder for a schema": schema("folder", "is not a file"),
