@@ -34,6 +34,17 @@ struct Sequences {
   }
 };
 
+// The records from the first to the last one that has breakers of a single id: there may be thousands of others.
+LLM_SAMPLING_FN Sequences single_breakers(const Sequences& sequences) {
+  Sequences found = {sequences.end, sequences.end};
+  sequences.each([&](int32_t kind, const int32_t* ids, int64_t count) {
+    if (kind != LLM_SAMPLING_BREAKER_IDS) return;
+    if (found.begin == sequences.end) found.begin = ids - 2;
+    found.end = ids + count;
+  });
+  return found;
+}
+
 // Which ids of the vocabulary a row has logits of. All others take part in matches, and have no place in a list.
 struct VocabSlice {
   int64_t first_id;

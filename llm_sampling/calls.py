@@ -108,9 +108,7 @@ def make_call(
             if value is not None:
                 raise ValueError(f"{name} can be given where params is a RequestTable, got {value}")
         batch = pack(params, rows, device)
-        check_history(history, batch.needs_history, rows, vocab_size, device)
-        check_windows(history, batch)
-        check_order(history, batch)
+        check_history_of(batch, history, vocab_size, device)
         batch = batch.seeded() if seeded else batch
         batch = replace(batch, position=position_of(positions, batch, history))
         history = history if batch.needs_history else None
@@ -248,7 +246,16 @@ def check_history(
     history.check_slots(named_once=False)  # rows that record nothing may share a slot
 
 
-def check_windows(history: TokenHistory | None, batch: BatchParams) -> None:
+def check_history_of(
+    batch: BatchParams, history: TokenHistory | None, vocab_size: int, device: torch.device
+) -> None:
+    """A ValueError if a history is not one that a batch of as many rows can be drawn with."""
+    check_history(history, batch.needs_history, batch.rows, vocab_size, device)
+    _check_windows(history, batch)
+    _check_order(history, batch)
+
+
+def _check_windows(history: TokenHistory | None, batch: BatchParams) -> None:
     """A ValueError if rows with a penalty have another window in ``batch`` than in ``history``.
 
     What the tensors hold is looked at on the CPU only, since elsewhere it would wait.
@@ -279,7 +286,7 @@ def check_windows(history: TokenHistory | None, batch: BatchParams) -> None:
             )
 
 
-def check_order(history: TokenHistory | None, batch: BatchParams) -> None:
+def _check_order(history: TokenHistory | None, batch: BatchParams) -> None:
     """A ValueError if a rule looks at the ids in order, which ``history`` does not keep."""
     if history is None or not batch.has_rules or not batch.any_ordered_rule:
         return

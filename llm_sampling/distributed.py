@@ -47,10 +47,8 @@ from llm_sampling.backends.base import (
 from llm_sampling.calls import (
     Params,
     check_draws,
-    check_history,
+    check_history_of,
     check_logits,
-    check_order,
-    check_windows,
     pack,
     position_of,
 )
@@ -244,9 +242,7 @@ def _checked(
     vocab_start = integer_at_least("vocab_start", vocab_start, 0)
     batch = pack(params, rows, device)
     vocab_size = history.vocab_size if isinstance(history, TokenHistory) else 0
-    check_history(history, batch.needs_history, rows, vocab_size, device)
-    check_windows(history, batch)
-    check_order(history, batch)
+    check_history_of(batch, history, vocab_size, device)
     num_samples = check_draws(num_samples, check)
     kinds = kinds_of(logprobs)
     if len(kinds) > 1:

@@ -15,9 +15,8 @@ from llm_sampling.backends.base import SampleCall, Step
 from llm_sampling.calls import (
     check_draws,
     check_history,
+    check_history_of,
     check_logits,
-    check_order,
-    check_windows,
 )
 from llm_sampling.growing_table import GrowingTable
 from llm_sampling.history import (
@@ -179,9 +178,7 @@ class Sampler:
             )
         elif max_length is not None:
             raise ValueError(f"max_length must be None where history is given, got {max_length}")
-        check_history(history, batch.needs_history, len(rows), vocab_size, self.device)
-        check_windows(history, batch)
-        check_order(history, batch)
+        check_history_of(batch, history, vocab_size, self.device)
         if history is not None and history.is_view:
             raise ValueError("history must be one that can be changed, got a read-only view")
         self._refuse_draws(batch.needs_history)

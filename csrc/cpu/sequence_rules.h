@@ -186,17 +186,6 @@ class PenaltyList {
     return most;
   }
 
-  // The records from the first to the last one that has breakers of a single id: there may be thousands of others.
-  static Sequences single_breakers(const Sequences& sequences) {
-    Sequences found = {sequences.end, sequences.end};
-    sequences.each([&](int32_t kind, const int32_t* ids, int64_t count) {
-      if (kind != LLM_SAMPLING_BREAKER_IDS) return;
-      found.begin = std::min(found.begin, ids - 2);
-      found.end = ids + count;
-    });
-    return found;
-  }
-
   static bool is_breaker(const Sequences& sequences, int32_t id) {
     bool is_one = false;
     sequences.each([&](int32_t kind, const int32_t* ids, int64_t count) {

@@ -77,7 +77,7 @@ __device__ void RowSampler<kDtype, kLayout, kMore>::read_parameters(int64_t inde
     penalties.repetition = -penalties.repetition;
   }
   const int32_t* counts = locate_bits(slot, penalties);
-  row_.has_list = kMore && args_.list_bits != nullptr && args_.list_counts[index_] > 0;
+  row_.has_list = kMore && args_.dry_multiplier != nullptr && args_.list_counts[index_] > 0;
   row_.is_plain = !row_.has_bias_or_mask() && !row_.has_marks();
   if (threadIdx.x != 0) return;
   shared_.vecs = vecs;

@@ -256,8 +256,7 @@ inline Layout layout_of(const Launch& launch) {
   return launch.copied ? Layout::kCopied : Layout::kInPlace;
 }
 
-inline Plan plan_of(LlmSamplingArgs args, const Launch& launch) {
-  if (args.dry_multiplier == nullptr) args.list_bits = nullptr;
+inline Plan plan_of(const LlmSamplingArgs& args, const Launch& launch) {
   const int logit_bytes = args.dtype == LLM_SAMPLING_FLOAT32 ? 4 : 2;
   const int whole = divide_rows(args.vocab_size, logit_bytes, 1, false).vecs;
   const Workspace none = {nullptr, nullptr, nullptr};

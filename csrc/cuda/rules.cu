@@ -77,6 +77,7 @@ class ListMaker {
     stage();
     __syncthreads();
     if (of_dry_ > 0) find_room();
+    if (of_dry_ > 0) alone_ = single_breakers(rules_.sequences);
     put(false);
     __syncthreads();
     count();
@@ -180,7 +181,7 @@ class ListMaker {
   // Whether an id is a breaker by itself.
   __device__ bool is_breaker(int32_t id) const {
     bool is_one = false;
-    rules_.sequences.each([&](int32_t kind, const int32_t* ids, int64_t count) {
+    alone_.each([&](int32_t kind, const int32_t* ids, int64_t count) {
       is_one = is_one || (kind == LLM_SAMPLING_BREAKER_IDS && is_among(ids, count, id));
     });
     return is_one;
@@ -313,6 +314,7 @@ class ListMaker {
   int32_t* const last_;  // the ids at the first places, staged_ of them
   Cluster cluster_;
   SequenceRules rules_ = {};
+  Sequences alone_ = {};  // where the breakers of a single id are
   SlotHistory history_ = {};
   int64_t kept_ = 0, size_ = 0;  // ids that the slot keeps, and ids of the text
   int64_t staged_ = 0;
