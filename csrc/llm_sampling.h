@@ -205,8 +205,9 @@ typedef struct LlmSamplingArgs {
   const int32_t* sequences;
   int64_t sequences_size;
 
-  // For logits that are a slice of a vocabulary: the text, extra_output and the token sequences have ids of the
-  // whole vocabulary for the rules, of which the logits are those from first_id on. 0 and 0: they are all.
+  // Where the logits are a slice of a vocabulary: logit i belongs to the id first_id + i, and the vocabulary has
+  // whole_vocab_size ids. The rules take the text, extra_output and the token sequences as ids of the vocabulary.
+  // Both are 0 where the logits are those of the whole vocabulary.
   int64_t first_id;
   int64_t whole_vocab_size;
 
