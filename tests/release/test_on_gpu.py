@@ -108,7 +108,7 @@ def test_the_dry_run(tmp_path):
     assert done.stdout == text + "\n"
     assert text.startswith("# A dry run without a GPU: no number here was measured\n")
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == names[1:]
-    assert "| cpu | float32 | 1,000 | 2 | 38 | 0 | 0 |" in text
+    assert "| cpu | float32 | 1,000 | 2 | 42 | 0 | 0 |" in text
     assert "missing" not in text
 
 
