@@ -307,10 +307,13 @@ def assert_slices(make: Callable[..., None], seed: int) -> None:
 def corner_rows() -> list[Case]:
     """What random rows hardly show: matches and breakers across the beginning of a window."""
     one = [1, 2, 3, 4, 9, 1, 2, 3, 4]
+    two = [1, 2, 3, 4, 8, *one]
     dry = SequenceRules(dry_multiplier=1.0, dry_base=2.0, dry_allowed_length=1)
     return [
         # two of the four ids that match are in the window of DRY, and all in that of n-grams
         (replace(dry, dry_penalty_last_n=7, no_repeat_ngram_size=6), one, [], 0, 33),
+        # the same of the first of two matches, while all ids of the second are in both windows
+        (replace(dry, dry_penalty_last_n=12, no_repeat_ngram_size=6), two, [], 0, 33),
         (replace(dry, no_repeat_ngram_size=3, no_repeat_ngram_window=6), one, [], 0, 33),
         (replace(dry, no_repeat_ngram_size=3, no_repeat_ngram_window=7), one, [], 0, 33),
         # a breaker that begins before the window is none
